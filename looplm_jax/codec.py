@@ -1,0 +1,187 @@
+"""Configurations to JSON and back, and single fields overridden by their dotted path.
+
+A stage is addressed by its name (`stages.pretrain.beta`); `stage.beta` means that field of every stage.
+"""
+
+import dataclasses
+import enum
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+from looplm_jax.config import help_text
+from looplm_jax.errors import UserError, suggest
+
+C = TypeVar("C")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Leaf:
+    """A field that holds a plain value, with its dotted path."""
+
+    path: str
+    annotation: Any
+    help: str
+    value: Any
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain JSON values: enums by value, tuples as lists."""
+    return {field.name: _encode(getattr(config, field.name)) for field in dataclasses.fields(config)}
+
+
+def from_dict(kind: type[C], values: Mapping[str, Any], where: str = "") -> C:
+    """The inverse of `to_dict`.
+
+    Raises:
+      UserError: an unknown or missing field or a value of the wrong type, named by its dotted path.
+    """
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where or kind.__name__}: expected an object with named fields, got {values!r}")
+    hints = typing.get_type_hints(kind)
+    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for name in values:
+        if name not in fields:
+            raise UserError(f"unknown field {_join(where, str(name))!r}{suggest(str(name), fields)}")
+    missing = [name for name, field in fields.items() if name not in values and _is_required(field)]
+    if missing:
+        raise UserError(f"missing field {_join(where, missing[0])!r}")
+    return kind(**{name: _decode(hints[name], value, _join(where, name)) for name, value in values.items()})
+
+
+def leaves(config: Any, where: str = "") -> Iterator[Leaf]:
+    """Every plain field below `config`, depth first, in the order of declaration; stages appear under their names."""
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        path = _join(where, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, path)
+        elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+            for key, item in _named(value).items():
+                yield from leaves(item, _join(path, key))
+        else:
+            yield Leaf(path=path, annotation=hints[field.name], help=help_text(field), value=value)
+
+
+def override(config: C, changes: Mapping[str, Any]) -> C:
+    """A copy of `config` with the fields at the given dotted paths replaced, validated as a whole.
+
+    Values may be strings as typed on a command line. Raises UserError for an unknown path.
+    """
+    tree = to_dict(config)
+    known = [leaf.path for leaf in leaves(config)]
+    for path, value in changes.items():
+        targets = _expand(path, known)
+        if not targets:
+            raise UserError(f"unknown field {path!r}{_suggest_path(path, known)}")
+        for target in targets:
+            _assign(tree, target.split("."), value)
+    return from_dict(type(config), tree)
+
+
+def differences(ours: Any, theirs: Any) -> list[str]:
+    """One `path: ours, theirs` for each field in which two configurations of one type differ."""
+    a = {leaf.path: _encode(leaf.value) for leaf in leaves(ours)}
+    b = {leaf.path: _encode(leaf.value) for leaf in leaves(theirs)}
+    return [f"{path}: {a.get(path)!r}, {b.get(path)!r}" for path in {**a, **b} if a.get(path) != b.get(path)]
+
+
+def _is_required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _join(where: str, name: str) -> str:
+    return f"{where}.{name}" if where else name
+
+
+def _named(items: tuple[Any, ...]) -> dict[str, Any]:
+    return {getattr(item, "name", str(index)): item for index, item in enumerate(items)}
+
+
+def _encode(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, tuple):
+        return [_encode(item) for item in value]
+    return value
+
+
+def _decode(annotation: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(annotation):
+        return from_dict(typing.cast(type, annotation), value, where)
+    if typing.get_origin(annotation) in (tuple, types.GenericAlias):
+        return _decode_tuple(typing.get_args(annotation)[0], value, where)
+    if issubclass(annotation, enum.Enum):
+        return _decode_enum(annotation, value, where)
+    return _decode_scalar(annotation, value, where)
+
+
+def _decode_tuple(item: Any, value: Any, where: str) -> tuple[Any, ...]:
+    if isinstance(value, str):
+        value = [part for part in value.split(",") if part]
+    if not isinstance(value, list | tuple):
+        raise UserError(f"{where}: expected a list, got {value!r}")
+    return tuple(_decode(item, part, _join(where, str(index))) for index, part in enumerate(value))
+
+
+def _decode_enum(kind: type[enum.Enum], value: Any, where: str) -> enum.Enum:
+    values = [str(member.value) for member in kind]
+    if value not in values:
+        raise UserError(f"{where}: no such choice {value!r}{suggest(str(value), values)}")
+    return kind(value)
+
+
+def _decode_scalar(kind: type, value: Any, where: str) -> Any:
+    if kind is bool:
+        words = {"true": True, "false": False}
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, str) and value.lower() in words:
+            return words[value.lower()]
+        raise UserError(f"{where}: expected true or false, got {value!r}")
+    if kind is str:
+        if isinstance(value, str):
+            return value
+        raise UserError(f"{where}: expected text, got {value!r}")
+    name = {int: "a whole number", float: "a number"}[kind]
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise UserError(f"{where}: expected {name}, got {value!r}")
+    if kind is int and isinstance(value, float):
+        raise UserError(f"{where}: expected {name}, got {value!r}")
+    try:
+        number = kind(value)
+    except ValueError:
+        raise UserError(f"{where}: expected {name}, got {value!r}") from None
+    if number != number or number in (float("inf"), float("-inf")):
+        raise UserError(f"{where}: expected a finite number, got {value!r}")
+    return number
+
+
+def _expand(path: str, known: list[str]) -> list[str]:
+    if path in known:
+        return [path]
+    first, _, rest = path.partition(".")
+    if first == "stage" and rest:
+        return [full for full in known if full.startswith("stages.") and full.split(".", 2)[2] == rest]
+    return []
+
+
+def _suggest_path(path: str, known: list[str]) -> str:
+    if path.startswith("stage."):
+        known = sorted({"stage." + full.split(".", 2)[2] for full in known if full.startswith("stages.")})
+    text = suggest(path, known)
+    return text if text.startswith("; did") else "; `--help` lists them"
+
+
+def _assign(tree: Any, path: list[str], value: Any) -> None:
+    for key in path[:-1]:
+        tree = _named_entry(tree, key) if isinstance(tree, list) else tree[key]
+    tree[path[-1]] = value
+
+
+def _named_entry(items: list[dict[str, Any]], key: str) -> dict[str, Any]:
+    return next(item for index, item in enumerate(items) if item.get("name", str(index)) == key)

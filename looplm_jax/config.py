@@ -1,0 +1,353 @@
+"""Configuration: frozen, keyword-only dataclasses, one source for Python, commands, `--help` and checkpoints.
+
+Every class validates itself when it is made. `codec.py` turns them into JSON and back and applies overrides; the help text
+beside each field is what `looplm train --help` prints.
+"""
+
+import dataclasses
+import enum
+from typing import Any
+
+from looplm_jax.errors import UserError
+
+_HELP = "help"
+
+
+def _field(help_text: str, default: Any = dataclasses.MISSING) -> Any:
+    metadata = {_HELP: help_text}
+    if default is dataclasses.MISSING:
+        return dataclasses.field(metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+class NormPlacement(enum.Enum):
+    """Where a layer normalises: before each branch, or before and after it (Ouro)."""
+
+    SANDWICH = "sandwich"
+    PRE = "pre"
+
+
+class Injection(enum.Enum):
+    """How the embedded input `e` enters every loop: not at all (Ouro), as `h + e`, or as `W [h; e]` (Huginn)."""
+
+    NONE = "none"
+    ADD = "add"
+    LINEAR = "linear"
+
+
+class Dtype(enum.Enum):
+    """What matrices are multiplied in. `auto` is bfloat16 on TPU and GPU, float32 on a CPU."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+class Remat(enum.Enum):
+    """What the backward pass recomputes: nothing, all but the matmuls, each layer, or each whole loop."""
+
+    NONE = "none"
+    DOTS = "dots"
+    LAYER = "layer"
+    LOOP = "loop"
+
+
+class Objective(enum.Enum):
+    """What a stage minimises: the expected loss over exits (Eq. 4), or the gate's adaptive loss (Eq. 5-6)."""
+
+    EXPECTED_LOSS = "expected_loss"
+    GATE = "gate"
+
+
+class GateTarget(enum.Enum):
+    """Which gain trains the gate of loop t: the one just made, t-1 -> t (as printed), or the next, t -> t+1."""
+
+    AS_PRINTED = "as_printed"
+    LOOK_AHEAD = "look_ahead"
+
+
+class PriorKind(enum.Enum):
+    """The family of the prior over exit loops."""
+
+    UNIFORM = "uniform"
+    GEOMETRIC = "geometric"
+    POISSON_LOG_NORMAL = "poisson_log_normal"
+
+
+class Schedule(enum.Enum):
+    """The learning rate after warm-up: constant, cosine to the final rate, or constant then a linear decay to it."""
+
+    CONSTANT = "constant"
+    COSINE = "cosine"
+    WARMUP_STABLE_DECAY = "warmup_stable_decay"
+
+
+class OnBadRecord(enum.Enum):
+    """What a record that cannot be read does: stop the run, or be skipped and counted."""
+
+    STOP = "stop"
+    SKIP = "skip"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of a looped language model: prelude, then a core stack applied `loops` times, then a coda."""
+
+    vocab_size: int = _field("tokens in the vocabulary, V")
+    width: int = _field("model width, D")
+    mlp_width: int = _field("feed-forward width, F")
+    num_layers: int = _field("layers in the shared stack, L")
+    num_heads: int = _field("query heads, H")
+    num_kv_heads: int = _field("key/value heads, K; 0 means as many as query heads", 0)
+    head_dim: int = _field("width of a head, Dh; 0 means width / num_heads", 0)
+    loops: int = _field("loops the model is meant for, T; a call may ask for more or fewer", 4)
+    prelude_layers: int = _field("layers before the loops, applied once", 0)
+    coda_layers: int = _field("layers between every loop's state and its head", 0)
+    injection: Injection = _field("how the embedded input enters every loop", Injection.NONE)
+    norm_placement: NormPlacement = _field("norms of a layer", NormPlacement.SANDWICH)
+    tied_head: bool = _field("use the embedding as the head", False)
+    rope_theta: float = _field("base of the rotary embedding", 1e6)
+    norm_eps: float = _field("epsilon of RMSNorm", 1e-6)
+    max_positions: int = _field("longest sequence the model accepts", 65536)
+    init_std: float = _field("standard deviation of the initial matrices", 0.02)
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "width", "mlp_width", "num_layers", "num_heads", "max_positions"):
+            _require(getattr(self, name) >= 1, f"model.{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("num_kv_heads", "head_dim", "prelude_layers", "coda_layers"):
+            _require(getattr(self, name) >= 0, f"model.{name} must not be negative, not {getattr(self, name)}")
+        _require(self.loops >= 1, f"model.loops must be at least 1, not {self.loops}")
+        _require(self.norm_eps > 0, f"model.norm_eps must be positive, not {self.norm_eps}")
+        if self.num_kv_heads == 0:
+            object.__setattr__(self, "num_kv_heads", self.num_heads)
+        if self.head_dim == 0:
+            _require(
+                self.width % self.num_heads == 0,
+                f"model.num_heads={self.num_heads} does not divide model.width={self.width}; "
+                "change one of them, or set model.head_dim",
+            )
+            object.__setattr__(self, "head_dim", self.width // self.num_heads)
+        _require(self.head_dim % 2 == 0, f"model.head_dim must be even for rotary embedding, not {self.head_dim}")
+        _require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"model.num_kv_heads={self.num_kv_heads} does not divide model.num_heads={self.num_heads}",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ComputeConfig:
+    """How the model is computed. Nothing here changes what a checkpoint holds."""
+
+    dtype: Dtype = _field("type of the matrix products; parameters stay float32", Dtype.AUTO)
+    remat: Remat = _field("what the backward pass recomputes", Remat.NONE)
+    loss_chunk: int = _field("positions of a sequence whose logits exist at one time", 256)
+
+    def __post_init__(self) -> None:
+        _require(self.loss_chunk >= 1, f"compute.loss_chunk must be at least 1, not {self.loss_chunk}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each axis. The product must be the number of devices; one axis may be -1, all that are left."""
+
+    data: int = _field("copies of the model, each with its share of the batch", -1)
+    fsdp: int = _field("shares of the parameters, each with its share of the batch", 1)
+    tensor: int = _field("shares of heads, feed-forward width and vocabulary", 1)
+    context: int = _field("shares of the sequence; only 1 for now", 1)
+
+    def __post_init__(self) -> None:
+        sizes = dataclasses.asdict(self)
+        for name, size in sizes.items():
+            _require(size == -1 or size >= 1, f"mesh.{name} must be at least 1, or -1 for all that are left, not {size}")
+        _require(list(sizes.values()).count(-1) <= 1, "only one axis of mesh may be -1")
+        _require(self.context == 1, f"mesh.context must be 1: sequences are not sharded yet, not {self.context}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW. Norms, biases and other vectors are not decayed."""
+
+    b1: float = _field("decay of the mean of gradients", 0.9)
+    b2: float = _field("decay of the mean of squared gradients", 0.95)
+    eps: float = _field("added to the root of the second moment", 1e-8)
+    weight_decay: float = _field("decay of matrices, multiplied by the learning rate", 0.1)
+    clip_norm: float = _field("largest global norm of the gradient", 1.0)
+
+    def __post_init__(self) -> None:
+        for name in ("b1", "b2"):
+            _require(0 <= getattr(self, name) < 1, f"optimizer.{name} must be in [0, 1), not {getattr(self, name)}")
+        for name in ("eps", "clip_norm"):
+            _require(getattr(self, name) > 0, f"optimizer.{name} must be positive, not {getattr(self, name)}")
+        _require(self.weight_decay >= 0, f"optimizer.weight_decay must not be negative, not {self.weight_decay}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One source of the mixture: text files, or a synthetic task such as `mano:length=10`."""
+
+    path: str = _field("files (a glob; local or any fsspec URL; .txt .jsonl .parquet), or `task:option=value,...`")
+    weight: float = _field("share of the documents drawn from this source", 1.0)
+    text_key: str = _field("field or column that holds the text", "text")
+
+    def __post_init__(self) -> None:
+        _require(bool(self.path), "a data source needs a path")
+        _require(self.weight > 0, f"the weight of source {self.path!r} must be positive, not {self.weight}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where tokens come from."""
+
+    sources: tuple[SourceConfig, ...] = _field("the mixture", ())
+    tokenizer: str = _field("a SentencePiece .model or a tokenizer.json; empty: train one on the data", "")
+    validation_fraction: float = _field("share of documents held out, chosen by a hash of their text", 0.02)
+    seed: int = _field("seed of the order of documents", 0)
+    on_bad_record: OnBadRecord = _field("what a record that cannot be read does", OnBadRecord.STOP)
+
+    def __post_init__(self) -> None:
+        fraction = self.validation_fraction
+        _require(0 <= fraction < 1, f"data.validation_fraction must be in [0, 1), not {fraction}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PriorConfig:
+    """The prior over exit loops that the exit distribution is drawn towards."""
+
+    kind: PriorKind = _field("family of the prior", PriorKind.UNIFORM)
+    rate: float = _field("geometric: chance of exit at each loop", 0.5)
+    mean: float = _field("poisson_log_normal: mean number of loops", 4.0)
+    sigma: float = _field("poisson_log_normal: standard deviation of the log of the rate", 0.5)
+
+    def __post_init__(self) -> None:
+        _require(0 < self.rate < 1, f"prior.rate must be in (0, 1), not {self.rate}")
+        _require(self.mean > 0 and self.sigma > 0, "prior.mean and prior.sigma must be positive")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage of training: what is minimised, over how many steps, and which parameters move."""
+
+    name: str = _field("name of the stage")
+    objective: Objective = _field("what is minimised", Objective.EXPECTED_LOSS)
+    steps: int = _field("optimiser steps")
+    batch_size: int = _field("sequences in a step, over all devices and accumulation")
+    sequence_length: int = _field("tokens in a sequence, S")
+    accumulation: int = _field("parts that a batch is cut into to save memory", 1)
+    loops: int = _field("loops, T", 4)
+    min_loops: int = _field("if not 0, each step draws its loops uniformly from min_loops..loops", 0)
+    beta: float = _field("weight of the exit distribution's entropy (Eq. 4)", 0.05)
+    prior: PriorConfig = dataclasses.field(default_factory=PriorConfig)
+    gate_target: GateTarget = _field("which gain trains the gate", GateTarget.AS_PRINTED)
+    gain_slope: float = _field("k in Eq. 6", 50.0)
+    gain_threshold: float = _field("gamma in Eq. 6, nats", 0.005)
+    trainable: tuple[str, ...] = _field("parameter groups that move, such as gate; empty: all", ())
+    learning_rate: float = _field("peak learning rate", 3e-4)
+    schedule: Schedule = _field("learning rate after warm-up", Schedule.CONSTANT)
+    warmup_steps: int = _field("steps of linear warm-up", 0)
+    decay_steps: int = _field("warmup_stable_decay: steps of the final decay", 0)
+    final_learning_rate: float = _field("rate at the end of a cosine or a decay", 0.0)
+
+    def __post_init__(self) -> None:
+        where = f"stages.{self.name}"
+        _require(bool(self.name) and "." not in self.name, f"a stage needs a name without dots, not {self.name!r}")
+        for name in ("steps", "batch_size", "sequence_length", "accumulation", "loops"):
+            _require(getattr(self, name) >= 1, f"{where}.{name} must be at least 1, not {getattr(self, name)}")
+        _require(
+            self.batch_size % self.accumulation == 0,
+            f"{where}.accumulation={self.accumulation} does not divide {where}.batch_size={self.batch_size}",
+        )
+        _require(
+            0 <= self.min_loops <= self.loops, f"{where}.min_loops must be in 0..{self.loops}, not {self.min_loops}"
+        )
+        _require(self.beta >= 0, f"{where}.beta must not be negative, not {self.beta}")
+        _require(self.learning_rate > 0, f"{where}.learning_rate must be positive, not {self.learning_rate}")
+        _require(
+            0 <= self.warmup_steps and 0 <= self.decay_steps and self.warmup_steps + self.decay_steps <= self.steps,
+            f"{where}: warmup_steps and decay_steps must fit in steps={self.steps}",
+        )
+        if self.objective is Objective.GATE:
+            _require(self.loops >= 2, f"{where}: the gate has nothing to learn with one loop; set {where}.loops")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """When a step is skipped, and when the run gives up."""
+
+    window: int = _field("losses remembered to tell a spike", 128)
+    sigma: float = _field("a loss this many standard deviations above the mean of the window is a spike", 6.0)
+    patience: int = _field("skipped steps in a row that stop the run", 10)
+
+    def __post_init__(self) -> None:
+        _require(self.window >= 2, f"guard.window must be at least 2, not {self.window}")
+        _require(self.sigma > 0, f"guard.sigma must be positive, not {self.sigma}")
+        _require(self.patience >= 1, f"guard.patience must be at least 1, not {self.patience}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """How often a run is saved and how many saves are kept."""
+
+    every: int = _field("steps between saves; the last step of a stage is always saved", 200)
+    keep: int = _field("newest saves kept; the last one of each stage is kept besides", 3)
+
+    def __post_init__(self) -> None:
+        for name in ("every", "keep"):
+            _require(getattr(self, name) >= 1, f"checkpoint.{name} must be at least 1, not {getattr(self, name)}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """How often and on how much held-out text the loss of every loop is measured during training."""
+
+    every: int = _field("steps between evaluations; 0: only at the end of a stage", 0)
+    sequences: int = _field("held-out sequences used", 64)
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0, f"evaluation.every must not be negative, not {self.every}")
+        _require(self.sequences >= 1, f"evaluation.sequences must be at least 1, not {self.sequences}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole run: the model, its data, and the stages it is trained through."""
+
+    name: str = _field("name of the recipe")
+    description: str = _field("what it is for, how long it takes and what it reaches", "")
+    seed: int = _field("seed of the initial parameters", 0)
+    model: ModelConfig
+    stages: tuple[Stage, ...]
+    compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+    log_every: int = _field("steps between lines of metrics.jsonl", 10)
+
+    def __post_init__(self) -> None:
+        _require(len(self.stages) >= 1, f"recipe {self.name!r} needs at least one stage")
+        names = [stage.name for stage in self.stages]
+        _require(len(set(names)) == len(names), f"the stages of recipe {self.name!r} need different names, not {names}")
+        _require(self.log_every >= 1, f"log_every must be at least 1, not {self.log_every}")
+        for stage in self.stages:
+            _require(
+                stage.sequence_length <= self.model.max_positions,
+                f"stages.{stage.name}.sequence_length={stage.sequence_length} is beyond "
+                f"model.max_positions={self.model.max_positions}",
+            )
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of all stages together."""
+        return sum(stage.steps for stage in self.stages)
+
+
+def help_text(field: dataclasses.Field) -> str:
+    """The line that `--help` prints beside a field."""
+    return field.metadata.get(_HELP, "")
