@@ -1,0 +1,72 @@
+"""Attention: rotary positions, masks and the softmax, as pure functions on arrays."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+_MASKED = -1e30  # not -inf: a row with every key masked stays finite
+
+
+def rotary_angles(
+    positions: Int[Array, "B S"], head_dim: int, theta: float
+) -> tuple[Float[Array, "B S 1 Dh/2"], Float[Array, "B S 1 Dh/2"]]:
+    """Cosines and sines of `positions * theta ** (-2 i / Dh)`, in float32."""
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions.astype(jnp.float32)[..., None, None] * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(
+    x: Float[Array, "B S N Dh"], cos: Float[Array, "B S 1 Dh/2"], sin: Float[Array, "B S 1 Dh/2"]
+) -> Float[Array, "B S N Dh"]:
+    """Rotary embedding of split halves (`rotate_half`): the pair of element i is element i + Dh/2."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+def visible(
+    query_positions: Int[Array, "B Q"],
+    query_segments: Int[Array, "B Q"],
+    key_positions: Int[Array, "B C"],
+    key_segments: Int[Array, "B C"],
+) -> Bool[Array, "B Q C"]:
+    """Who sees whom: keys of the query's own document at its position or before it.
+
+    Positions count from the start of each document, so the same rule serves packed rows, padded rows and caches.
+    """
+    causal = query_positions[:, :, None] >= key_positions[:, None, :]
+    return causal & (query_segments[:, :, None] == key_segments[:, None, :])
+
+
+def attend(
+    queries: Float[Array, "B Q H Dh"],
+    keys: tuple[Float[Array, "B _ K Dh"], ...],
+    values: tuple[Float[Array, "B _ K Dh"], ...],
+    masks: tuple[Bool[Array, "B Q _"], ...],
+) -> Float[Array, "B Q H Dh"]:
+    """Grouped-query softmax attention over several blocks of keys, such as a cache and the tokens at hand.
+
+    One softmax runs over all blocks, in float32, with scores scaled by `Dh ** -0.5`. The blocks are never copied together.
+    """
+    batch, length, num_heads, head_dim = queries.shape
+    num_kv_heads = keys[0].shape[2]
+    grouped = (queries * head_dim**-0.5).reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    scores = jnp.concatenate(
+        [_scores(grouped, block, mask) for block, mask in zip(keys, masks, strict=True)], axis=-1
+    )
+    weights = jax.nn.softmax(scores, axis=-1).astype(queries.dtype)
+    sizes = [block.shape[1] for block in values]
+    starts = [sum(sizes[:index]) for index in range(1, len(sizes))]
+    mixed = sum(
+        jnp.einsum("bkgqc,bckd->bqkgd", part, block)
+        for part, block in zip(jnp.split(weights, starts, axis=-1), values, strict=True)
+    )
+    return mixed.reshape(queries.shape)
+
+
+def _scores(
+    grouped: Float[Array, "B Q K G Dh"], keys: Float[Array, "B C K Dh"], mask: Bool[Array, "B Q C"]
+) -> Float[Array, "B K G Q C"]:
+    scores = jnp.einsum("bqkgd,bckd->bkgqc", grouped, keys, preferred_element_type=jnp.float32)
+    return jnp.where(mask[:, None, None], scores, jnp.float32(_MASKED))

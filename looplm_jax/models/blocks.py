@@ -1,0 +1,170 @@
+"""The sandwich block and a stack of them: `nn.scan` over layers, so that the program does not grow with L."""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from looplm_jax.config import ModelConfig, NormPlacement, Remat
+from looplm_jax.models import attention
+
+
+@flax.struct.dataclass
+class KeyValues:
+    """Keys (after rotary embedding) and values; a stack of layers puts the layer axis first."""
+
+    keys: Float[Array, "*L B C K Dh"]
+    values: Float[Array, "*L B C K Dh"]
+
+
+@flax.struct.dataclass
+class Context:
+    """What every layer of every loop shares: rotary angles of the tokens at hand, and who sees whom.
+
+    `past_mask` is None when there is no cache.
+    """
+
+    cos: Float[Array, "B S 1 Dh/2"]
+    sin: Float[Array, "B S 1 Dh/2"]
+    mask: Bool[Array, "B S S"]
+    past_mask: Bool[Array, "B S C"] | None = None
+
+
+def make_context(
+    config: ModelConfig,
+    positions: Int[Array, "B S"],
+    segment_ids: Int[Array, "B S"],
+    past_positions: Int[Array, "B C"] | None = None,
+    past_segment_ids: Int[Array, "B C"] | None = None,
+) -> Context:
+    """The context of tokens at `positions` of documents `segment_ids`, after a cache if there is one."""
+    cos, sin = attention.rotary_angles(positions, config.head_dim, config.rope_theta)
+    mask = attention.visible(positions, segment_ids, positions, segment_ids)
+    past_mask = None
+    if past_positions is not None and past_segment_ids is not None:
+        past_mask = attention.visible(positions, segment_ids, past_positions, past_segment_ids)
+    return Context(cos=cos, sin=sin, mask=mask, past_mask=past_mask)
+
+
+class RMSNorm(nn.Module):
+    """`x * rsqrt(mean(x^2) + eps)` in float32, cast back, then times a weight (not one plus it)."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        ones = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        scale = self.param("scale", ones, (x.shape[-1],), jnp.float32)
+        wide = x.astype(jnp.float32)
+        normal = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return normal.astype(x.dtype) * scale.astype(x.dtype)
+
+
+class Projection(nn.Module):
+    """A matrix without bias from the trailing axes of its input to `features`, computed in the dtype of the input."""
+
+    features: tuple[int, ...]
+    axes: tuple[str, ...]
+    init_std: float
+    contracted: int = 1
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B S ..."]) -> Float[Array, "B S ..."]:
+        normal = nn.with_logical_partitioning(nn.initializers.normal(self.init_std), self.axes)
+        kernel = self.param("kernel", normal, (*x.shape[-self.contracted :], *self.features), jnp.float32)
+        return jnp.tensordot(x, kernel.astype(x.dtype), axes=self.contracted)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query self-attention; its keys and values come back for a cache."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B S D"], context: Context, past: KeyValues | None = None
+    ) -> tuple[Float[Array, "B S D"], KeyValues]:
+        config, std = self.config, self.config.init_std
+        kv_shape = (config.num_kv_heads, config.head_dim)
+        query_shape = (config.num_heads, config.head_dim)
+        queries = Projection(query_shape, ("embed", "heads", "head_dim"), std, name="query")(x)
+        keys = Projection(kv_shape, ("embed", "kv_heads", "head_dim"), std, name="key")(x)
+        values = Projection(kv_shape, ("embed", "kv_heads", "head_dim"), std, name="value")(x)
+        queries = attention.rotate(queries, context.cos, context.sin)
+        own = KeyValues(keys=attention.rotate(keys, context.cos, context.sin), values=values)
+        blocks, masks = [own], [context.mask]
+        if past is not None and context.past_mask is not None:
+            blocks, masks = [past, own], [context.past_mask, context.mask]
+        mixed = attention.attend(
+            queries, tuple(kv.keys for kv in blocks), tuple(kv.values for kv in blocks), tuple(masks)
+        )
+        out = Projection((config.width,), ("heads", "head_dim", "embed"), std, contracted=2, name="out")(mixed)
+        return out, own
+
+
+class SwiGLU(nn.Module):
+    """`down(silu(gate(x)) * up(x))`."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        config, std = self.config, self.config.init_std
+        gate = Projection((config.mlp_width,), ("embed", "mlp"), std, name="gate")(x)
+        up = Projection((config.mlp_width,), ("embed", "mlp"), std, name="up")(x)
+        return Projection((config.width,), ("mlp", "embed"), std, name="down")(nn.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """One layer: attention, then SwiGLU, each a residual branch with norms before it and, in a sandwich, after it."""
+
+    config: ModelConfig
+    return_cache: bool = False
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B S D"], past: KeyValues | None, context: Context
+    ) -> tuple[Float[Array, "B S D"], KeyValues | None]:
+        mixed, own = Attention(self.config, name="attention")(self._norm("attention_norm", x), context, past)
+        x = x + self._post_norm("attention_post_norm", mixed)
+        x = x + self._post_norm("mlp_post_norm", SwiGLU(self.config, name="mlp")(self._norm("mlp_norm", x)))
+        x = nn.with_logical_constraint(x, ("batch", "sequence", "embed_activation"))
+        return x, own if self.return_cache else None
+
+    def _norm(self, name: str, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        return RMSNorm(self.config.norm_eps, name=name)(x)
+
+    def _post_norm(self, name: str, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        return self._norm(name, x) if self.config.norm_placement is NormPlacement.SANDWICH else x
+
+
+class Stack(nn.Module):
+    """`length` blocks in a row, with their parameters stacked on a leading layer axis."""
+
+    config: ModelConfig
+    length: int
+    remat: Remat = Remat.NONE
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B S D"], context: Context, past: KeyValues | None = None, return_cache: bool = False
+    ) -> tuple[Float[Array, "B S D"], KeyValues | None]:
+        layers = nn.scan(
+            _rematted(self.remat),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),
+            length=self.length,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        return layers(self.config, return_cache, name="layers")(x, past, context)
+
+
+def _rematted(remat: Remat) -> type[Block]:
+    if remat is Remat.LAYER:
+        return nn.remat(Block, prevent_cse=False)
+    if remat is Remat.DOTS:
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        return nn.remat(Block, prevent_cse=False, policy=policy)
+    return Block
