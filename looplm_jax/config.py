@@ -144,8 +144,8 @@ class ComputeConfig:
     """How the model is computed. Nothing here changes what a checkpoint holds."""
 
     dtype: Dtype = _field("type of the matrix products; parameters stay float32", Dtype.AUTO)
-    remat: Remat = _field("what the backward pass recomputes", Remat.NONE)
-    loss_chunk: int = _field("positions of a sequence whose logits exist at one time", 256)
+    remat: Remat = _field("what the backward pass recomputes", Remat.LAYER)
+    loss_chunk: int = _field("positions of a sequence whose logits exist at one time", 128)
 
     def __post_init__(self) -> None:
         _require(self.loss_chunk >= 1, f"compute.loss_chunk must be at least 1, not {self.loss_chunk}")
@@ -225,7 +225,8 @@ class PriorConfig:
 
     def __post_init__(self) -> None:
         _require(0 < self.rate < 1, f"prior.rate must be in (0, 1), not {self.rate}")
-        _require(self.mean > 0 and self.sigma > 0, "prior.mean and prior.sigma must be positive")
+        _require(self.mean > 1, f"prior.mean must exceed 1 loop, not {self.mean}")
+        _require(self.sigma > 0, f"prior.sigma must be positive, not {self.sigma}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

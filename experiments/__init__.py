@@ -1,0 +1,1 @@
+"""Experiments: each module is the record of one, and runs it."""

@@ -1,0 +1,1 @@
+"""Speed and memory, measured: every claim about them has its command here."""

@@ -1,0 +1,127 @@
+"""The same model and Stage I loss in plain PyTorch, as one would write them: what our train step is measured against."""
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from looplm_jax.config import ModelConfig
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a weight."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x * rsqrt(mean(x^2) + eps) * weight`."""
+        return functional.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+class Layer(nn.Module):
+    """A sandwich block: fused scaled-dot-product attention, then SwiGLU."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads, self.head_dim = config.num_heads, config.head_dim
+        width, inner = config.width, config.num_heads * config.head_dim
+        self.query, self.key, self.value = (nn.Linear(width, inner, bias=False) for _ in range(3))
+        self.out = nn.Linear(inner, width, bias=False)
+        self.gate, self.up = (nn.Linear(width, config.mlp_width, bias=False) for _ in range(2))
+        self.down = nn.Linear(config.mlp_width, width, bias=False)
+        self.norms = nn.ModuleList(RMSNorm(width, config.norm_eps) for _ in range(4))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """One layer over [B, S, D]."""
+        batch, length, _ = x.shape
+        normal = self.norms[0](x)
+        query, key, value = (
+            project(normal).view(batch, length, self.heads, self.head_dim).transpose(1, 2)
+            for project in (self.query, self.key, self.value)
+        )
+        mixed = functional.scaled_dot_product_attention(
+            _rotate(query, cos, sin), _rotate(key, cos, sin), value, is_causal=True
+        )
+        x = x + self.norms[1](self.out(mixed.transpose(1, 2).reshape(batch, length, -1)))
+        normal = self.norms[2](x)
+        return x + self.norms[3](self.down(functional.silu(self.gate(normal)) * self.up(normal)))
+
+
+class TorchLoopLM(nn.Module):
+    """Embedding, shared stack, final norm, gate and head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.gate = nn.Linear(config.width, 1)
+        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        for parameter in self.parameters():
+            if parameter.ndim > 1:
+                nn.init.normal_(parameter, std=config.init_std)
+
+    def forward(self, tokens: Tensor, loops: int) -> tuple[list[Tensor], Tensor]:
+        """Hidden states of every loop, and gate logits [T, B, S]."""
+        cos, sin = _angles(tokens.shape[1], self.config)
+        x, hidden = self.embedding(tokens), []
+        for _ in range(loops):
+            for layer in self.layers:
+                x = layer(x, cos, sin)
+            x = self.norm(x)
+            hidden.append(x)
+        return hidden, torch.stack([self.gate(h)[..., 0] for h in hidden])
+
+
+@dataclasses.dataclass
+class TorchTrainer:
+    """AdamW on Eq. 4."""
+
+    model: TorchLoopLM
+    loops: int
+    beta: float
+    learning_rate: float = 3e-4
+
+    def __post_init__(self) -> None:
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.learning_rate, betas=(0.9, 0.95))
+
+    def step(self, tokens: Tensor, targets: Tensor) -> float:
+        """One optimiser step; the loss before it."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = stage1(self.model, tokens, targets, self.loops, self.beta)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        return loss.item()
+
+
+def stage1(model: TorchLoopLM, tokens: Tensor, targets: Tensor, loops: int, beta: float) -> Tensor:
+    """Eq. 4, a mean over tokens."""
+    hidden, gates = model(tokens, loops)
+    losses = torch.stack(
+        [
+            functional.cross_entropy(model.head(h).flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+            for h in hidden
+        ]
+    )
+    survival = functional.logsigmoid(-gates[:-1]).cumsum(0)
+    reached = torch.cat([torch.zeros_like(gates[:1]), survival])
+    log_pdf = reached + torch.cat([functional.logsigmoid(gates[:-1]), torch.zeros_like(gates[:1])])
+    pdf = log_pdf.exp()
+    return ((pdf * losses).sum(0) + beta * (pdf * log_pdf).sum(0)).mean()
+
+
+def _angles(length: int, config: ModelConfig) -> tuple[Tensor, Tensor]:
+    frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
+    angles = torch.arange(length)[:, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

@@ -1,0 +1,97 @@
+"""`looplm …`: one small file per command; mistakes end in one line and exit status 2."""
+
+import argparse
+import errno
+import importlib
+import importlib.metadata
+import sys
+from collections.abc import Sequence
+from typing import NoReturn, Protocol
+
+from looplm_jax.errors import UserError, suggest
+
+_COMMANDS = {
+    "train": "train a looped language model through the stages of a recipe",
+    "evaluate": "loss and accuracy at every depth, and loss against mean loops",
+    "generate": "continue a prompt, with as many loops as each token needs",
+    "inspect": "what a checkpoint holds, and whether it is sound",
+}
+
+
+class Command(Protocol):
+    """What a command's module offers."""
+
+    def configure(self, parser: argparse.ArgumentParser) -> None:
+        """Add the command's arguments."""
+
+    def run(self, arguments: argparse.Namespace) -> int:
+        """Do it, and return the exit status."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose mistakes are a UserError, with a suggestion for a flag that is nearly right."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage."""
+        prefix = "unrecognized arguments: "
+        if message.startswith(prefix):
+            flag = message.removeprefix(prefix).split()[0]
+            known = [option for action in self._actions for option in action.option_strings]
+            hint = suggest(flag.partition("=")[0], known)
+            hint = hint if hint.startswith("; did") else f"; `{self.prog} --help` lists the flags"
+            raise UserError(f"unknown argument {flag!r}{hint}")
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns 0, 2 for a mistake of the user's, 128 + n where signal n stopped it."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except UserError as error:
+        return _fail(str(error))
+    except BrokenPipeError:
+        return 0
+    except KeyboardInterrupt:
+        return _fail("interrupted", status=130)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            return _fail(f"no space left on the disk{_at(error)}: free some and run the same command again")
+        if error.filename is None:
+            raise
+        return _fail(f"{error.filename}: {error.strerror}")
+
+
+def _dispatch(arguments: list[str]) -> int:
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if name == "--version":
+        print(f"looplm_jax {importlib.metadata.version('looplm_jax')}")
+        return 0
+    if name not in _COMMANDS:
+        raise UserError(f"unknown command {name!r}{suggest(name, _COMMANDS)}")
+    command: Command = importlib.import_module(f"looplm_jax.cli.{name}")  # type: ignore[assignment]
+    parser = Parser(prog=f"looplm {name}", description=command.__doc__, allow_abbrev=False)
+    command.configure(parser)
+    return command.run(parser.parse_args(arguments[1:]))
+
+
+def _overview() -> str:
+    lines = ["usage: looplm COMMAND ...", "", "Looped language models in JAX.", ""]
+    lines += [f"  {name:10} {text}" for name, text in _COMMANDS.items()]
+    return "\n".join([*lines, "", "`looplm COMMAND --help` says more."])
+
+
+def _fail(message: str, status: int = 2) -> int:
+    print(f"looplm: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+def _at(error: OSError) -> str:
+    return f" while writing {error.filename}" if error.filename else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""Priors over exit loops, as log-probabilities over 1..T, and the divergence of an exit distribution from one."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from looplm_jax.config import PriorConfig, PriorKind
+
+_HERMITE_NODES = 64
+
+
+def uniform(loops: int) -> Float[Array, "T"]:
+    """`1 / T`: what the entropy term of Eq. 4 stands for."""
+    return jnp.full((loops,), -jnp.log(jnp.float32(loops)))
+
+
+def geometric(loops: int, rate: float) -> Float[Array, "T"]:
+    """`rate (1 - rate)^(t-1)`, truncated at T and renormalised (PonderNet)."""
+    steps = jnp.arange(loops, dtype=jnp.float32)
+    return jax.nn.log_softmax(steps * jnp.log1p(-jnp.float32(rate)))
+
+
+def poisson_log_normal(loops: int, mean: float, sigma: float) -> Float[Array, "T"]:
+    """`1 + Poisson(rate)` with `log rate ~ Normal(log(mean - 1) - sigma^2 / 2, sigma)`, truncated at T and renormalised (Huginn).
+
+    `mean` is the mean number of loops before truncation and must exceed 1. The integral over the rate is a Gauss-Hermite
+    quadrature.
+    """
+    nodes, weights = _hermite(_HERMITE_NODES)
+    log_rate = jnp.log(jnp.float32(mean - 1.0)) - sigma**2 / 2 + sigma * nodes
+    counts = jnp.arange(loops, dtype=jnp.float32)
+    log_poisson = counts[:, None] * log_rate - jnp.exp(log_rate) - jax.lax.lgamma(counts + 1.0)[:, None]
+    return jax.nn.log_softmax(jax.nn.logsumexp(log_poisson, axis=1, b=weights))
+
+
+def log_prior(config: PriorConfig, loops: int) -> Float[Array, "T"]:
+    """The prior that a stage's configuration names."""
+    match config.kind:
+        case PriorKind.UNIFORM:
+            return uniform(loops)
+        case PriorKind.GEOMETRIC:
+            return geometric(loops, config.rate)
+        case PriorKind.POISSON_LOG_NORMAL:
+            return poisson_log_normal(loops, config.mean, config.sigma)
+
+
+def kl_divergence(log_pdf: Float[Array, "T *B"], log_prior: Float[Array, "T"]) -> Float[Array, "*B"]:
+    """`KL(p || prior) = sum_t p_t (log p_t - log prior_t)`, nats."""
+    prior = log_prior.reshape(-1, *[1] * (log_pdf.ndim - 1))
+    return jnp.sum(jnp.exp(log_pdf) * (log_pdf - prior), axis=0)
+
+
+def _hermite(count: int) -> tuple[Float[Array, "N"], Float[Array, "N"]]:
+    """Nodes and weights of the expectation over a standard normal (Golub and Welsch: eigenvectors of a tridiagonal)."""
+    beside = jnp.sqrt(jnp.arange(1, count, dtype=jnp.float32))
+    nodes, vectors = jnp.linalg.eigh(jnp.diag(beside, 1) + jnp.diag(beside, -1))
+    return nodes, jnp.square(vectors[0])

@@ -1,0 +1,151 @@
+"""Cross-entropy of every token at every loop, in chunks of the sequence: `[T, B, S, V]` never exists.
+
+At one time there are the logits of one loop and `chunk` positions of each sequence, `[B, chunk, V]`, in float32.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import TypeVar
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+R = TypeVar("R")
+
+
+@flax.struct.dataclass
+class TokenScores:
+    """Cross-entropy in nats, and whether the most probable token is the target."""
+
+    loss: Float[Array, "T B S"]
+    correct: Bool[Array, "T B S"]
+
+
+def token_losses(
+    hidden: Float[Array, "T B S D"], head: Float[Array, "D V"], targets: Int[Array, "B S"], *, chunk: int = 128
+) -> Float[Array, "T B S"]:
+    """Cross-entropy of each target at each loop, nats, float32. Its backward pass makes each chunk's logits once more.
+
+    Args:
+      hidden: states that the head reads, of every loop.
+      head: matrix from states to logits; cast to the dtype of `hidden`.
+      targets: token that each position predicts.
+      chunk: positions of a sequence handled at one time.
+    """
+
+    @jax.checkpoint
+    def losses_of(states: Float[Array, "B C D"], labels: Int[Array, "B C"]) -> Float[Array, "B C"]:
+        return _cross_entropy(_logits(states, head), labels)
+
+    return _over_chunks(losses_of, hidden, targets, chunk)
+
+
+def token_scores(
+    hidden: Float[Array, "T B S D"], head: Float[Array, "D V"], targets: Int[Array, "B S"], *, chunk: int = 128
+) -> TokenScores:
+    """Loss and correctness of each token at each loop, for evaluation. Arguments as in `token_losses`."""
+
+    def scores_of(states: Float[Array, "B C D"], labels: Int[Array, "B C"]) -> TokenScores:
+        logits = _logits(states, head)
+        return TokenScores(loss=_cross_entropy(logits, labels), correct=jnp.argmax(logits, axis=-1) == labels)
+
+    return _over_chunks(scores_of, hidden, targets, chunk)
+
+
+def weighted_token_losses(
+    hidden: Float[Array, "T B S D"],
+    head: Float[Array, "D V"],
+    targets: Int[Array, "B S"],
+    weights: Float[Array, "T B S"],
+    *,
+    chunk: int = 128,
+) -> tuple[Float[Array, ""], Float[Array, "T B S"]]:
+    """`sum(weights * token_losses)`, and the token losses themselves as a constant.
+
+    Differentiable in `hidden`, `head` and `weights`. Because the weights are known before the logits, the forward pass makes the
+    gradient of each chunk while its logits exist, and nothing is computed twice.
+    """
+    total, losses = _weighted(hidden, head, targets, weights, chunk)
+    return total, jax.lax.stop_gradient(losses)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _weighted(hidden: Array, head: Array, targets: Array, weights: Array, chunk: int) -> tuple[Array, Array]:
+    losses = token_losses(hidden, head, targets, chunk=chunk)
+    return jnp.sum(weights * losses), losses
+
+
+def _weighted_forward(hidden: Array, head: Array, targets: Array, weights: Array, chunk: int) -> tuple[PyTree, PyTree]:
+    chunks = _split(hidden, targets, chunk, weights)
+    cast_head = head.astype(hidden.dtype)
+
+    def step(head_grad: Array, part: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
+        states, labels, weight = part
+        logits = _logits(states, cast_head)
+        log_norm = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        is_target = _is_target(logits, labels)
+        loss = log_norm[..., 0] - jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+        slope = (jnp.exp(logits - log_norm) - is_target.astype(jnp.float32)) * weight[..., None]
+        slope = slope.astype(states.dtype)
+        states_grad = jnp.einsum("bcv,dv->bcd", slope, cast_head)
+        head_grad += jnp.einsum("bcd,bcv->dv", states, slope, preferred_element_type=jnp.float32)
+        return head_grad, (loss, states_grad)
+
+    head_grad, (losses, hidden_grad) = jax.lax.scan(step, jnp.zeros(head.shape, jnp.float32), chunks)
+    losses, hidden_grad = (_join(part, hidden.shape[:3]) for part in (losses, hidden_grad))
+    return (jnp.sum(weights * losses), losses), (hidden_grad, head_grad.astype(head.dtype), losses)
+
+
+def _weighted_backward(chunk: int, saved: tuple[Array, Array, Array], cotangents: tuple[Array, Array]) -> PyTree:
+    del chunk
+    hidden_grad, head_grad, losses = saved
+    scale, _ = cotangents  # the losses leave through stop_gradient
+    return scale.astype(hidden_grad.dtype) * hidden_grad, scale * head_grad, None, scale * losses
+
+
+_weighted.defvjp(_weighted_forward, _weighted_backward)
+
+
+def _logits(states: Float[Array, "B C D"], head: Float[Array, "D V"]) -> Float[Array, "B C V"]:
+    return jnp.einsum("bcd,dv->bcv", states, head.astype(states.dtype), preferred_element_type=jnp.float32)
+
+
+def _is_target(logits: Float[Array, "B C V"], labels: Int[Array, "B C"]) -> Bool[Array, "B C V"]:
+    """A comparison rather than a gather: it fuses, and a vocabulary sharded over devices stays where it is."""
+    return jax.lax.broadcasted_iota(labels.dtype, logits.shape, logits.ndim - 1) == labels[..., None]
+
+
+def _cross_entropy(logits: Float[Array, "B C V"], labels: Int[Array, "B C"]) -> Float[Array, "B C"]:
+    at_target = jnp.sum(jnp.where(_is_target(logits, labels), logits, 0.0), axis=-1)
+    return jax.nn.logsumexp(logits, axis=-1) - at_target
+
+
+def _over_chunks(function: Callable[[Array, Array], R], hidden: Array, targets: Array, chunk: int) -> R:
+    """`function(states [B, C, D], labels [B, C])` over every loop and chunk; its leaves come back as [T, B, S]."""
+    results = jax.lax.map(lambda part: function(*part), _split(hidden, targets, chunk))
+    return jax.tree.map(lambda leaf: _join(leaf, hidden.shape[:3]), results)
+
+
+def _split(hidden: Array, targets: Array, chunk: int, weights: Array | None = None) -> tuple[Array, ...]:
+    """Chunks along a new leading axis, loops outermost; the sequence is padded to a whole number of them."""
+    loops, _, length, _ = hidden.shape
+    size = min(chunk, length)
+    count = -(-length // size)
+
+    def cut(x: Array) -> Array:  # [T, B, S, ...] -> [T * count, B, size, ...]
+        padded = jnp.pad(x, [(0, 0), (0, 0), (0, count * size - length)] + [(0, 0)] * (x.ndim - 3))
+        parts = padded.reshape(x.shape[0], x.shape[1], count, size, *x.shape[3:])
+        return jnp.moveaxis(parts, 2, 1).reshape(x.shape[0] * count, x.shape[1], size, *x.shape[3:])
+
+    labels = jnp.broadcast_to(targets, (loops, *targets.shape))
+    return (cut(hidden), cut(labels)) if weights is None else (cut(hidden), cut(labels), cut(weights))
+
+
+def _join(parts: Array, shape: tuple[int, ...]) -> Array:
+    """The inverse of `_split`: [T * count, B, size, ...] -> [T, B, S, ...]."""
+    loops, batch, length = shape
+    count = parts.shape[0] // loops
+    whole = jnp.moveaxis(parts.reshape(loops, count, *parts.shape[1:]), 1, 2)
+    return whole.reshape(loops, batch, count * parts.shape[2], *parts.shape[3:])[:, :, :length]

@@ -1,0 +1,102 @@
+"""Stage I (Eq. 4): the expected loss over exits, with an entropy term that keeps all depths in use.
+
+    loss_i = sum_t p_t L_i^(t) - beta H(p),   averaged over unmasked tokens
+
+With another prior than the uniform one the second term is `beta KL(p || prior)`; for the uniform prior the two differ by the
+constant `beta log T`.
+"""
+
+import flax.struct
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from looplm_jax.halting.exit_distribution import entropy, log_exit_distribution, mean_exit_loop
+from looplm_jax.halting.priors import kl_divergence
+from looplm_jax.losses.cross_entropy import weighted_token_losses
+
+
+@flax.struct.dataclass
+class Stage1Metrics:
+    """What Stage I logs, each a mean over unmasked tokens; losses and entropy in nats."""
+
+    loss_per_loop: Float[Array, "T"]
+    exit_pdf: Float[Array, "T"]
+    expected_loss: Float[Array, ""]
+    exit_entropy: Float[Array, ""]
+    mean_exit_loop: Float[Array, ""]
+
+
+def stage1(
+    token_losses: Float[Array, "T *B"],
+    gate_logits: Float[Array, "T *B"],
+    *,
+    beta: float,
+    mask: Float[Array, "*B"] | None = None,
+    log_prior: Float[Array, "T"] | None = None,
+) -> tuple[Float[Array, ""], Stage1Metrics]:
+    """Eq. 4 on losses of any origin.
+
+    Args:
+      token_losses: cross-entropy of each token at each loop, nats.
+      gate_logits: exit gate before its sigmoid.
+      beta: weight of the entropy, or of the divergence from `log_prior`.
+      mask: 1 for tokens that count; default all.
+      log_prior: log-probabilities over loops; None is Eq. 4 as printed.
+    """
+    log_pdf = log_exit_distribution(gate_logits)
+    weights = _mean_weights(mask, gate_logits)
+    expected = jnp.sum(jnp.exp(log_pdf) * token_losses * weights)
+    return _finish(expected, token_losses, log_pdf, weights, beta, log_prior)
+
+
+def stage1_from_hidden(
+    hidden: Float[Array, "T B S D"],
+    head: Float[Array, "D V"],
+    targets: Array,
+    gate_logits: Float[Array, "T B S"],
+    *,
+    beta: float,
+    mask: Float[Array, "B S"] | None = None,
+    log_prior: Float[Array, "T"] | None = None,
+    chunk: int = 128,
+) -> tuple[Float[Array, ""], Stage1Metrics]:
+    """The same from hidden states, in one pass over the logits.
+
+    The weights `p_t` of the losses do not depend on the logits, so the gradient of the weighted sum is made while each chunk of
+    logits is at hand: three matrix products a chunk, where recomputing the logits in the backward pass takes four.
+    """
+    log_pdf = log_exit_distribution(gate_logits)
+    weights = _mean_weights(mask, gate_logits)
+    expected, token_losses = weighted_token_losses(hidden, head, targets, jnp.exp(log_pdf) * weights, chunk=chunk)
+    return _finish(expected, token_losses, log_pdf, weights, beta, log_prior)
+
+
+def _mean_weights(mask: Float[Array, "*B"] | None, gate_logits: Float[Array, "T *B"]) -> Float[Array, "*B"]:
+    """Weights that turn a sum over tokens into a mean over unmasked ones; all zero where none is."""
+    mask = jnp.ones(gate_logits.shape[1:], jnp.float32) if mask is None else mask.astype(jnp.float32)
+    return mask / jnp.maximum(jnp.sum(mask), 1.0)
+
+
+def _finish(
+    expected: Float[Array, ""],
+    token_losses: Float[Array, "T *B"],
+    log_pdf: Float[Array, "T *B"],
+    weights: Float[Array, "*B"],
+    beta: float,
+    log_prior: Float[Array, "T"] | None,
+) -> tuple[Float[Array, ""], Stage1Metrics]:
+    pdf = jnp.exp(log_pdf)
+    mean_entropy = jnp.sum(entropy(log_pdf) * weights)
+    if log_prior is None:
+        regulariser = -mean_entropy
+    else:
+        regulariser = jnp.sum(kl_divergence(log_pdf, log_prior) * weights)
+    over_tokens = tuple(range(1, token_losses.ndim))
+    metrics = Stage1Metrics(
+        loss_per_loop=jnp.sum(token_losses * weights, axis=over_tokens),
+        exit_pdf=jnp.sum(pdf * weights, axis=over_tokens),
+        expected_loss=expected,
+        exit_entropy=mean_entropy,
+        mean_exit_loop=jnp.sum(mean_exit_loop(pdf) * weights),
+    )
+    return expected + beta * regulariser, metrics

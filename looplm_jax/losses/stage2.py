@@ -1,0 +1,58 @@
+"""Stage II (Eq. 5 and 6): the gate learns to stop where another loop no longer lowers the loss.
+
+    I_i^(t) = max(0, stop_grad(L_i^(t-1) - L_i^(t)))                          Eq. 5, the gain of a loop
+    w_i^(t) = sigmoid(k (I_i^(t) - gamma))                                    1: go on, 0: stop
+    L_adaptive^(t) = -mean_i [ w log(1 - lambda^(t)) + (1 - w) log lambda^(t) ]   Eq. 6
+    loss = (1/T) sum_{t=2..T} L_adaptive^(t)
+
+As printed, lambda^(t) is trained on the gain just made, t-1 -> t: lambda^(1) has no target, and lambda^(T) has one though no exit
+reads it. `GateTarget.LOOK_AHEAD` trains lambda^(t) on the gain t -> t+1, for t = 1..T-1.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from looplm_jax.config import GateTarget
+
+
+@flax.struct.dataclass
+class Stage2Metrics:
+    """What Stage II logs, each a mean over unmasked tokens."""
+
+    continue_target: Float[Array, "T-1"]
+    adaptive_loss: Float[Array, "T-1"]
+
+
+def stage2(
+    token_losses: Float[Array, "T *B"],
+    gate_logits: Float[Array, "T *B"],
+    *,
+    k: float = 50.0,
+    gamma: float = 0.005,
+    mask: Float[Array, "*B"] | None = None,
+    target: GateTarget = GateTarget.AS_PRINTED,
+) -> tuple[Float[Array, ""], Stage2Metrics]:
+    """Eq. 5 and 6. Gradients reach `gate_logits` only.
+
+    Args:
+      token_losses: cross-entropy of each token at each loop, nats; T at least 2.
+      gate_logits: exit gate before its sigmoid.
+      k: slope of the target.
+      gamma: gain at which going on and stopping are even, nats.
+      mask: 1 for tokens that count; default all.
+      target: which gain trains which gate.
+    """
+    losses = jax.lax.stop_gradient(token_losses)
+    gain = jnp.maximum(0.0, losses[:-1] - losses[1:])
+    go_on = jax.nn.sigmoid(k * (gain - gamma))
+    logits = gate_logits.astype(jnp.float32)
+    logits = logits[1:] if target is GateTarget.AS_PRINTED else logits[:-1]
+    per_token = -(go_on * jax.nn.log_sigmoid(-logits) + (1.0 - go_on) * jax.nn.log_sigmoid(logits))
+    mask = jnp.ones(logits.shape[1:], jnp.float32) if mask is None else mask.astype(jnp.float32)
+    weights = mask / jnp.maximum(jnp.sum(mask), 1.0)
+    over_tokens = tuple(range(1, logits.ndim))
+    adaptive = jnp.sum(per_token * weights, axis=over_tokens)
+    metrics = Stage2Metrics(continue_target=jnp.sum(go_on * weights, axis=over_tokens), adaptive_loss=adaptive)
+    return jnp.sum(adaptive) / gate_logits.shape[0], metrics

@@ -1,0 +1,15 @@
+"""Eight fake devices and strict promotion, for every test; set before anything imports JAX."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import jax  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "allow")
+
+settings.register_profile("looplm", deadline=None, max_examples=25, derandomize=True)
+settings.load_profile("looplm")
