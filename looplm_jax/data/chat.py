@@ -1,0 +1,48 @@
+"""ChatML, the chat format of Ouro: `<|im_start|>role\\n…<|im_end|>\\n` for every message."""
+
+import dataclasses
+from collections.abc import Iterable
+
+from looplm_jax.data.examples import Example
+from looplm_jax.data.tokenizers.base import IM_END, IM_START, Tokenizer
+from looplm_jax.errors import UserError
+
+ASSISTANT = "assistant"
+
+
+@dataclasses.dataclass(frozen=True)
+class Message:
+    """One turn of a chat."""
+
+    role: str
+    content: str
+
+
+def render(messages: Iterable[Message]) -> str:
+    """The chat as text, for people to read; to make tokens of it use `tokens_and_mask`."""
+    return "".join(f"{IM_START}{message.role}\n{message.content}{IM_END}\n" for message in messages)
+
+
+def tokens_and_mask(messages: Iterable[Message], tokenizer: Tokenizer) -> Example:
+    """The chat as tokens. Targets are what an assistant says and the `<|im_end|>` that ends it.
+
+    Special tokens come from the structure alone: their names inside a message stay plain text.
+    Raises UserError when the tokeniser lacks them.
+    """
+    start, end = _special(tokenizer, IM_START), _special(tokenizer, IM_END)
+    newline = tokenizer.encode("\n")
+    tokens: list[int] = []
+    mask: list[bool] = []
+    for message in messages:
+        head = [start, *tokenizer.encode(f"{message.role}\n")]
+        said = [*tokenizer.encode(message.content), end]
+        tokens += [*head, *said, *newline]
+        mask += [False] * len(head) + [message.role == ASSISTANT] * len(said) + [False] * len(newline)
+    return Example.of(tokens, mask)
+
+
+def _special(tokenizer: Tokenizer, name: str) -> int:
+    token = tokenizer.token_id(name)
+    if token is None:
+        raise UserError(f"the tokenizer has no token {name}, which the chat format needs; use one made for chat")
+    return token

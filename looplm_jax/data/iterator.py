@@ -1,0 +1,100 @@
+"""The stream of batches, and its exact state."""
+
+import copy
+import dataclasses
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import grain
+
+from looplm_jax.codec import leaves
+from looplm_jax.data.corpus import Corpus
+from looplm_jax.data.packing import Batch, as_batch
+from looplm_jax.data.tokenizers.base import Tokenizer
+from looplm_jax.errors import UserError
+
+# They do not change the order of the tokens; the tokeniser counts by its fingerprint, not by its place.
+_IRRELEVANT = ("tokenizer", "on_bad_record")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """The shape of a stream of batches and this process's share of it."""
+
+    batch_size: int
+    sequence_length: int
+    process_index: int = 0
+    process_count: int = 1
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.process_count:
+            raise UserError(
+                f"batch_size={self.batch_size} cannot be shared by {self.process_count} processes; "
+                f"make it a multiple of {self.process_count}"
+            )
+
+    @property
+    def rows(self) -> int:
+        """Rows of a batch that this process holds."""
+        return self.batch_size // self.process_count
+
+
+class BatchIterator:
+    """An endless stream of batches, prefetched by a thread, that can be taken up again exactly where it was."""
+
+    def __init__(self, batches: grain.IterDataset, identity: Mapping[str, Any]):
+        self._identity = dict(identity)
+        self._held = [iter(batches)]
+        # Grain's threads must be gone before the interpreter takes its modules apart, also where nobody calls `close`.
+        self._close = weakref.finalize(self, _close, self._held)
+
+    def __iter__(self) -> "BatchIterator":
+        return self
+
+    def __next__(self) -> Batch:
+        return as_batch(next(self._held[0]))
+
+    def state(self) -> dict[str, Any]:
+        """Where the stream is after the batch handed out last: a few hundred bytes of plain JSON values."""
+        return {"identity": dict(self._identity), "position": copy.deepcopy(self._held[0].get_state())}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue after the batch that `state` was taken at, bit for bit.
+
+        Raises:
+          UserError: the state belongs to other data, another tokeniser or another geometry; every difference is named.
+        """
+        saved = state["identity"]
+        changed = [
+            f"{key}: {saved.get(key)!r} then, {self._identity.get(key)!r} now"
+            for key in {**saved, **self._identity}
+            if saved.get(key) != self._identity.get(key)
+        ]
+        if changed:
+            raise UserError(
+                f"the saved place in the data belongs to another set-up ({'; '.join(changed)}); "
+                "set these back, or start a new run"
+            )
+        self._held[0].set_state(copy.deepcopy(state["position"]))
+
+    def close(self) -> None:
+        """Stop the prefetching threads; nothing else can be asked of the stream afterwards."""
+        self._close()
+
+
+def _close(held: list[grain.DatasetIterator]) -> None:
+    held.pop().close()
+
+
+def stream_identity(corpus: Corpus, tokenizer: Tokenizer, geometry: Geometry, seed: int) -> dict[str, Any]:
+    """Everything that fixes the order of tokens, as plain JSON values; two streams that share it are equal."""
+    config = {f"data.{leaf.path}": leaf.value for leaf in leaves(corpus.config) if leaf.path not in _IRRELEVANT}
+    return {
+        **config,
+        "documents": [part.train_documents for part in corpus.parts],
+        "content": corpus.digest,
+        "tokenizer": tokenizer.fingerprint,
+        "seed": seed,
+        **dataclasses.asdict(geometry),
+    }

@@ -1,0 +1,148 @@
+"""Mano: arithmetic modulo a prime on expressions in prefix order (Ouro paper 6.2, B.2).
+
+A problem of length l is `<bos> <len_l> expression <ans> value`, where the expression holds l operators and l + 1
+operands: gen(0) is an operand, uniform; gen(l) is an operator, uniform, and then gen(left) gen(l - 1 - left) with left
+uniform in 0..l-1. Training draws l uniform in 1..L; the test is at l = L, exact match of the value.
+
+Problems of length L are divided once and for all by the hash of the expression: a sixteenth of them is held out.
+Training redraws an expression that is held out, validation one that is not, so no seed lets a validation problem into
+training.
+"""
+
+import dataclasses
+import enum
+import functools
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from looplm_jax.data.examples import Example
+from looplm_jax.data.splits import is_validation
+from looplm_jax.data.tokenizers.symbols import SymbolTokenizer
+from looplm_jax.errors import UserError
+
+OPERATORS = ("+", "-", "*")
+_HELD_OUT = 1 / 16
+_MOST_DRAWS = 1_000
+
+
+class Supervise(enum.Enum):
+    """Which tokens are targets: every one after bos, or the value only."""
+
+    ALL = "all"
+    ANSWER = "answer"
+
+
+@dataclasses.dataclass(frozen=True)
+class Expression:
+    """An expression in prefix order and its value."""
+
+    symbols: tuple[str, ...]
+    value: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mano:
+    """The task and its generator. Every problem is a pure function of (stream, seed, index)."""
+
+    length: int = 10
+    modulus: int = 23
+    supervise: Supervise = Supervise.ANSWER
+    validation_items: int = 1024
+
+    def __post_init__(self) -> None:
+        for name, least in (("length", 1), ("modulus", 2), ("validation_items", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"mano.{name} must be at least {least}, not {getattr(self, name)}")
+
+    @functools.cached_property
+    def tokenizer(self) -> SymbolTokenizer:
+        """`<bos>`, `<ans>`, `<len_1>` … `<len_L>`, the operators, and the numbers 0 … modulus - 1."""
+        lengths = (f"<len_{length}>" for length in range(1, self.length + 1))
+        return SymbolTokenizer(["<bos>", "<ans>", *lengths, *OPERATORS, *map(str, range(self.modulus))])
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of a problem of length L: 2L + 1 of the expression and four more."""
+        return 2 * self.length + 5
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of a uniform guess at the value."""
+        return 1 / self.modulus
+
+    def train_example(self, seed: int, index: int) -> Example:
+        """Problem `index` of the training stream of a seed: length uniform in 1..L, never a held-out one."""
+        length = int(_generator("train", seed, index).integers(1, self.length + 1))
+        return self._example(length, self._draw("train", seed, index, length, held_out=False))
+
+    def validation_example(self, index: int) -> Example:
+        """Held-out problem `index`, of length L."""
+        return self._example(self.length, self._draw("validation", 0, index, self.length, held_out=True))
+
+    def _draw(self, stream: str, seed: int, index: int, length: int, *, held_out: bool) -> Expression:
+        """The first expression of its own sequence of draws that is on the asked side of the split."""
+        for attempt in range(_MOST_DRAWS):
+            expression = draw_expression(_generator(stream, seed, index, attempt), length, self.modulus)
+            if self.is_held_out(expression) is held_out:
+                return expression
+        raise UserError(
+            f"mano:length={self.length},modulus={self.modulus} has too few problems to hold some out; "
+            "raise length or modulus"
+        )
+
+    def is_held_out(self, expression: Expression) -> bool:
+        """Whether the expression belongs to validation, whatever the seed."""
+        at_full_length = len(expression.symbols) == 2 * self.length + 1
+        return at_full_length and is_validation(" ".join(expression.symbols), _HELD_OUT)
+
+    def _example(self, length: int, expression: Expression) -> Example:
+        text = f"<bos> <len_{length}> {' '.join(expression.symbols)} <ans> {expression.value}"
+        tokens = self.tokenizer.encode(text)
+        everywhere = self.supervise is Supervise.ALL
+        return Example.of(tokens, [False] + [everywhere] * (len(tokens) - 2) + [True])
+
+
+def draw_expression(generator: np.random.Generator, length: int, modulus: int) -> Expression:
+    """gen(length) of the paper: an expression of `length` operators, and its value."""
+    choices = _Choices(
+        operators=iter(generator.integers(len(OPERATORS), size=length).tolist()),
+        operands=iter(generator.integers(modulus, size=length + 1).tolist()),
+        splits=iter(generator.random(length).tolist()),
+    )
+    return _expression(length, choices, modulus)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Choices:
+    """Random choices drawn ahead, in bulk; one at a time they would take most of the time."""
+
+    operators: Iterator[int]
+    operands: Iterator[int]
+    splits: Iterator[float]
+
+
+def _expression(length: int, choices: _Choices, modulus: int) -> Expression:
+    if length == 0:
+        operand = next(choices.operands)
+        return Expression((str(operand),), operand)
+    operator = OPERATORS[next(choices.operators)]
+    left_length = int(next(choices.splits) * length)
+    left = _expression(left_length, choices, modulus)
+    right = _expression(length - 1 - left_length, choices, modulus)
+    value = _apply(operator, left.value, right.value) % modulus
+    return Expression((operator, *left.symbols, *right.symbols), value)
+
+
+def _apply(operator: str, left: int, right: int) -> int:
+    if operator == "+":
+        return left + right
+    return left - right if operator == "-" else left * right
+
+
+def _generator(*key: Any) -> np.random.Generator:
+    """An independent generator for each key."""
+    digest = hashlib.blake2b(":".join(map(str, key)).encode(), digest_size=16).digest()
+    return np.random.default_rng(int.from_bytes(digest, "big"))

@@ -1,0 +1,36 @@
+"""Tasks by name: `mano`, or `mano:length=10,modulus=23`."""
+
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from looplm_jax.codec import from_dict
+from looplm_jax.data.tasks.base import Task
+from looplm_jax.data.tasks.mano import Mano
+from looplm_jax.errors import UserError, suggest
+
+TASKS: Mapping[str, type[Task]] = MappingProxyType({"mano": Mano})
+
+# `name:` and no `//` after it, which would be a URL.
+_SPEC = re.compile(r"(?P<name>[A-Za-z]\w+):(?!/)(?P<options>.*)")
+
+
+def is_task(path: str) -> bool:
+    """Whether the path of a source means a task and not files."""
+    return path in TASKS or _SPEC.fullmatch(path) is not None
+
+
+def make_task(spec: str) -> Task:
+    """The task that a path names.
+
+    Raises:
+      UserError: unknown task or option (with a suggestion), or a value that the task refuses.
+    """
+    match = _SPEC.fullmatch(spec)
+    name, options = (match["name"], match["options"]) if match else (spec, "")
+    if name not in TASKS:
+        raise UserError(f"no such task {name!r}{suggest(name, TASKS)}")
+    pairs = [option.partition("=") for option in options.split(",") if option]
+    if bare := [key for key, equals, _ in pairs if not equals]:
+        raise UserError(f"{spec}: {bare[0]!r} has no value; write {name}:option=value,option=value")
+    return from_dict(TASKS[name], {key.strip(): value.strip() for key, _, value in pairs}, name)

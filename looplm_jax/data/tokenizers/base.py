@@ -1,0 +1,63 @@
+"""What every tokeniser offers, and the names of the special tokens."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import ClassVar, Protocol
+
+from looplm_jax.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+IM_START = "<|im_start|>"
+IM_END = "<|im_end|>"
+
+
+class Tokenizer(Protocol):
+    """Text to ids in `[0, vocab_size)` and back. `kind` and `serialize()` rebuild it: see `deserialize`."""
+
+    kind: ClassVar[str]
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids."""
+
+    @property
+    def bos_id(self) -> int:
+        """Id that stands before every document."""
+
+    @property
+    def eos_id(self) -> int:
+        """Id that stands after every document."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text. Names of special tokens inside the text are text, so users cannot forge a turn of chat."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids. Special tokens are left out."""
+
+    def piece(self, token_id: int) -> str:
+        """One token as shown to people: its text, or `<0xE2>` for a byte that is no text by itself."""
+
+    def token_id(self, piece: str) -> int | None:
+        """The id of a special token by name, or None where there is no such token."""
+
+    def serialize(self) -> bytes:
+        """Everything the tokeniser is, as bytes; equal tokenisers give equal bytes."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of `serialize()`, in hexadecimal."""
+        return hashlib.sha256(self.serialize()).hexdigest()
+
+
+def not_unicode() -> UserError:
+    """The mistake of encoding half a surrogate pair, as broken bytes on a command line become."""
+    return UserError("the text holds half a surrogate pair, which is not Unicode; remove it")
+
+
+def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raise UserError unless the tokeniser has exactly the vocabulary of the model."""
+    if tokenizer.vocab_size != vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens but model.vocab_size is {vocab_size}; "
+            f"set model.vocab_size to {tokenizer.vocab_size}, or data.tokenizer to another file"
+        )

@@ -1,0 +1,60 @@
+"""A fixed list of symbols, for synthetic tasks."""
+
+import json
+from collections.abc import Sequence
+from typing import ClassVar
+
+from looplm_jax.data.tokenizers.base import Tokenizer
+from looplm_jax.errors import UserError, suggest
+
+
+class SymbolTokenizer(Tokenizer):
+    """One id for each symbol. Text is symbols with spaces between; the first symbol is both bos and eos."""
+
+    kind: ClassVar[str] = "symbols"
+
+    def __init__(self, symbols: Sequence[str]):
+        self._symbols = tuple(symbols)
+        self._ids = {symbol: index for index, symbol in enumerate(self._symbols)}
+        if len(self._ids) != len(self._symbols) or not all(s and not any(map(str.isspace, s)) for s in self._symbols):
+            raise UserError("symbols of a vocabulary must be different words without spaces")
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of symbols."""
+        return len(self._symbols)
+
+    @property
+    def bos_id(self) -> int:
+        """The first symbol."""
+        return 0
+
+    @property
+    def eos_id(self) -> int:
+        """The first symbol."""
+        return 0
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of symbols with spaces between. Raises UserError for an unknown symbol."""
+        return [self._id(symbol) for symbol in text.split()]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The symbols with single spaces between."""
+        return " ".join(self.piece(token) for token in ids)
+
+    def piece(self, token_id: int) -> str:
+        """The symbol."""
+        return self._symbols[int(token_id)]
+
+    def token_id(self, piece: str) -> int | None:
+        """The id of a symbol, or None."""
+        return self._ids.get(piece)
+
+    def serialize(self) -> bytes:
+        """The symbols as a JSON list."""
+        return json.dumps(self._symbols).encode()
+
+    def _id(self, symbol: str) -> int:
+        if symbol not in self._ids:
+            raise UserError(f"{symbol!r} is not in the vocabulary of symbols{suggest(symbol, self._ids)}")
+        return self._ids[symbol]

@@ -1,0 +1,104 @@
+"""Validation batches: the same held-out sequences for any number of processes."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from looplm_jax.config import DataConfig
+from looplm_jax.data.corpus import Corpus, Records
+from looplm_jax.data.examples import Example, to_example
+from looplm_jax.data.iterator import Geometry
+from looplm_jax.data.packing import Batch, as_batch, pack
+from looplm_jax.data.pipeline import READING, as_corpus, check_fit
+from looplm_jax.data.tokenizers.base import Tokenizer
+from looplm_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidationBatches:
+    """Rows, for one process, of the held-out batches; can be gone through again and again."""
+
+    batches: tuple[Batch, ...]
+    num_sequences: int  # of all processes together, without the padding of the last batch
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)
+
+
+def validation_batches(
+    data: DataConfig | Corpus,
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int,
+    sequence_length: int,
+    max_sequences: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> ValidationBatches:
+    """The first `max_sequences` packed held-out sequences, all by default, in batches of `batch_size`.
+
+    Row r of global batch b is sequence `b * batch_size + r` whatever the number of processes; a process holds a
+    block of neighbouring rows. Rows that fill up the last batch are padding, with `segment_ids` and `loss_mask` 0.
+
+    Raises:
+      UserError: nothing is held out, and what `train_batches` refuses.
+    """
+    corpus = as_corpus(data)
+    geometry = Geometry(
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        process_index=process_index,
+        process_count=process_count,
+    )
+    check_fit(corpus, tokenizer, sequence_length)
+    sequences = _sequences(corpus, tokenizer, sequence_length, max_sequences)
+    if not sequences:
+        raise UserError(
+            f"no document is held out at data.validation_fraction={corpus.config.validation_fraction}; raise it"
+        )
+    starts = range(0, len(sequences), batch_size)
+    batches = tuple(_share(sequences[start : start + batch_size], geometry) for start in starts)
+    return ValidationBatches(batches, num_sequences=len(sequences))
+
+
+def _sequences(
+    corpus: Corpus, tokenizer: Tokenizer, sequence_length: int, most: int | None
+) -> list[Mapping[str, np.ndarray]]:
+    records = grain.MapDataset.source(_Interleaved([part.validation() for part in corpus.parts]))
+    examples = records.map(functools.partial(to_example, tokenizer=tokenizer)).to_iter_dataset(READING)
+    rows = iter(pack(examples, sequence_length, shuffle_seed=None))
+    sequences = list(itertools.islice(rows, most))
+    rows.close()
+    return sequences
+
+
+class _Interleaved:
+    """Records of many parts, each spread evenly from the first to the last, so that a beginning holds some of all."""
+
+    def __init__(self, parts: Sequence[Records]):
+        self._parts = parts
+        places = ((index / len(part), number, index) for number, part in enumerate(parts) for index in range(len(part)))
+        self._order = sorted(places)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, index: int) -> str | Example:
+        _, number, place = self._order[index]
+        return self._parts[number][place]
+
+
+def _share(sequences: list[Any], geometry: Geometry) -> Batch:
+    """The rows of one global batch that belong to this process."""
+    padding = {name: np.zeros_like(values) for name, values in sequences[0].items()}
+    rows = sequences + [padding] * (geometry.batch_size - len(sequences))
+    mine = rows[geometry.process_index * geometry.rows :][: geometry.rows]
+    return as_batch({name: np.stack([row[name] for row in mine]) for name in padding})

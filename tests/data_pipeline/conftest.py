@@ -1,0 +1,24 @@
+import pytest
+from data_helpers import make_texts, write_jsonl
+
+from looplm_jax.config import DataConfig, SourceConfig
+from looplm_jax.data.tokenizer_training import train_sentencepiece
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return train_sentencepiece(make_texts(200), 300)
+
+
+@pytest.fixture(scope="session")
+def text_data(tmp_path_factory) -> DataConfig:
+    """Two files, one twice as likely as the other, a tenth held out."""
+    folder = tmp_path_factory.mktemp("corpus")
+    texts = make_texts(120)
+    write_jsonl(folder / "a.jsonl", texts[:80])
+    write_jsonl(folder / "b.jsonl", texts[80:])
+    sources = (
+        SourceConfig(path=str(folder / "a.jsonl"), weight=2.0),
+        SourceConfig(path=str(folder / "b.jsonl")),
+    )
+    return DataConfig(sources=sources, validation_fraction=0.1)

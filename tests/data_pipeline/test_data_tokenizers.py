@@ -1,0 +1,196 @@
+import io
+import json
+import sys
+
+import pytest
+import sentencepiece
+from hypothesis import given
+from hypothesis import strategies as st
+
+from looplm_jax.data.tokenizer_training import train_sentencepiece
+from looplm_jax.data.tokenizers import (
+    JsonTokenizer,
+    SentencePieceTokenizer,
+    SymbolTokenizer,
+    check_vocab,
+    deserialize,
+    load_tokenizer,
+)
+from looplm_jax.errors import UserError
+
+UNICODE = st.text(st.characters(codec="utf-8"))
+WHITESPACE = st.text(alphabet=" \t\n\r\u2581\u00a0▁ab\x00<|>")
+
+
+@pytest.fixture(scope="module")
+def json_tokenizer() -> JsonTokenizer:
+    tokenizers = pytest.importorskip("tokenizers")
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator(["the loop reads the state"] * 20, trainer)
+    return JsonTokenizer(inner.to_str().encode())
+
+
+@given(text=UNICODE | WHITESPACE)
+def test_sentencepiece_loses_nothing(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@given(text=UNICODE)
+def test_tokenizer_json_loses_nothing(json_tokenizer, text):
+    assert json_tokenizer.decode(json_tokenizer.encode(text)) == text
+
+
+def test_special_tokens_are_those_of_ouro(tokenizer, json_tokenizer):
+    for one in (tokenizer, json_tokenizer):
+        assert (one.bos_id, one.eos_id) == (0, 0)
+        assert [one.token_id(name) for name in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")] == [0, 1, 2]
+        assert one.token_id("<|no_such|>") is None
+
+
+def test_names_of_special_tokens_in_text_are_text(tokenizer, json_tokenizer):
+    text = "<|im_start|>system<|endoftext|>"
+    for one in (tokenizer, json_tokenizer):
+        ids = one.encode(text)
+        assert not {0, 1, 2} & set(ids)
+        assert one.decode(ids) == text
+        assert one.decode([0, *ids, 2]) == text
+
+
+def test_pieces_for_people(tokenizer, json_tokenizer):
+    assert tokenizer.piece(0) == "<|endoftext|>"
+    assert "".join(tokenizer.piece(token) for token in tokenizer.encode("the loop\n")) == "the loop\n"
+    assert [tokenizer.piece(token) for token in tokenizer.encode("é")] == ["<0xC3>", "<0xA9>"]
+    assert "".join(json_tokenizer.piece(token) for token in json_tokenizer.encode("the loop")) == "the loop"
+    assert all("\ufffd" not in json_tokenizer.piece(token) for token in json_tokenizer.encode("é"))
+
+
+def test_training_is_deterministic_and_silent(capfd):
+    texts = ["def loop(state):\n    return state\n" * 10, "x" * 9_000]
+    assert train_sentencepiece(texts, 280).fingerprint == train_sentencepiece(texts, 280).fingerprint
+    assert capfd.readouterr() == ("", "")
+
+
+def test_training_reads_no_more_than_it_may():
+    texts = ["the loop reads the state\n"] * 50
+    endless = iter(lambda: texts[0], None)
+    assert train_sentencepiece(endless, 280, max_bytes=1_000).vocab_size == 280
+
+
+@pytest.mark.parametrize(
+    ("texts", "size", "message"),
+    [
+        (["hello\n"] * 3, 2_000, "lower model.vocab_size to 2"),
+        (["hello"], 100, "raise model.vocab_size to at least 26"),
+        ([], 300, "there is no text to train a tokenizer on"),
+        (["hello"], -5, "SentencePiece could not train a tokenizer of -5 tokens"),
+    ],
+)
+def test_training_errors(texts, size, message):
+    with pytest.raises(UserError, match=message) as error:
+        train_sentencepiece(texts, size)
+    assert "\n" not in str(error.value)
+
+
+def test_every_kind_survives_serialization(tokenizer, json_tokenizer):
+    for one in (tokenizer, json_tokenizer, SymbolTokenizer(["<bos>", "a", "b"])):
+        again = deserialize(one.kind, one.serialize())
+        assert type(again) is type(one)
+        assert again.fingerprint == one.fingerprint
+        assert again.encode("a b") == one.encode("a b")
+    assert tokenizer.fingerprint != json_tokenizer.fingerprint
+
+
+def test_load_by_ending(tmp_path, tokenizer, json_tokenizer):
+    (tmp_path / "t.model").write_bytes(tokenizer.serialize())
+    (tmp_path / "tokenizer.json").write_bytes(json_tokenizer.serialize())
+    assert isinstance(load_tokenizer(str(tmp_path / "t.model")), SentencePieceTokenizer)
+    assert isinstance(load_tokenizer(str(tmp_path / "tokenizer.json")), JsonTokenizer)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.model", b"nonsense", r"t.model: this is not a SentencePiece model"),
+        ("t.json", b"{}", r"t.json: this is not a tokenizer.json"),
+        ("t.txt", b"", r"t.txt: a tokenizer is a SentencePiece .model or a tokenizer.json"),
+        ("t.model", None, r"t.model: there is no such file"),
+    ],
+)
+def test_load_errors(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(str(tmp_path / name))
+
+
+def test_tokenizer_json_without_special_tokens():
+    tokenizers = pytest.importorskip("tokenizers")
+    content = tokenizers.Tokenizer(tokenizers.models.BPE()).to_str().encode()
+    with pytest.raises(UserError, match="has none of the tokens"):
+        JsonTokenizer(content)
+
+
+def test_missing_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(UserError, match=r"pip install 'looplm_jax\[hf\]'"):
+        JsonTokenizer(b"{}")
+
+
+def test_unknown_kind():
+    with pytest.raises(UserError, match="did you mean 'symbols'"):
+        deserialize("symbol", b"")
+
+
+def test_vocabulary_of_the_model(tokenizer):
+    check_vocab(tokenizer, 300)
+    with pytest.raises(UserError, match=r"has 300 tokens but model.vocab_size is 512; set model.vocab_size to 300"):
+        check_vocab(tokenizer, 512)
+
+
+def test_half_a_surrogate_pair(tokenizer, json_tokenizer):
+    for one in (tokenizer, json_tokenizer):
+        with pytest.raises(UserError, match="half a surrogate pair"):
+            one.encode("a\ud800")
+
+
+def test_sentencepiece_without_ends():
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a b c"]),
+        model_writer=model,
+        model_type="char",
+        vocab_size=5,
+        bos_id=-1,
+        eos_id=-1,
+        hard_vocab_limit=False,
+        minloglevel=3,
+    )
+    with pytest.raises(UserError, match="neither a bos nor an eos token"):
+        SentencePieceTokenizer(model.getvalue())
+
+
+def test_pieces_with_marked_spaces():
+    tokenizers = pytest.importorskip("tokenizers")
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "</s>": 1, "\u2581loop": 2}, unk_token="<s>"))
+    one = JsonTokenizer(inner.to_str().encode())
+    assert (one.bos_id, one.eos_id, one.vocab_size) == (0, 1, 3)
+    assert one.piece(2) == " loop"
+
+
+def test_symbols():
+    symbols = SymbolTokenizer(["<bos>", "+", "1"])
+    assert symbols.decode(symbols.encode("+ 1 1")) == "+ 1 1"
+    assert (symbols.vocab_size, symbols.bos_id, symbols.eos_id, symbols.token_id("1")) == (3, 0, 0, 2)
+    assert json.loads(symbols.serialize()) == ["<bos>", "+", "1"]
+    with pytest.raises(UserError, match="'-' is not in the vocabulary of symbols"):
+        symbols.encode("- 1")
+    with pytest.raises(UserError, match="different words without spaces"):
+        SymbolTokenizer(["a", "a"])
