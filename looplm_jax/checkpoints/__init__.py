@@ -1,0 +1,21 @@
+"""Checkpoints that describe themselves: saved in the background, committed as a whole, verified when they are read."""
+
+from looplm_jax.checkpoints.digest import digests
+from looplm_jax.checkpoints.inspecting import StepReport, inspect_steps
+from looplm_jax.checkpoints.metadata import Metadata
+from looplm_jax.checkpoints.reading import DamagedStep, Restored, read_metadata, restore_params
+from looplm_jax.checkpoints.same_run import check_same_run
+from looplm_jax.checkpoints.store import CheckpointStore
+
+__all__ = [
+    "CheckpointStore",
+    "DamagedStep",
+    "Metadata",
+    "Restored",
+    "StepReport",
+    "check_same_run",
+    "digests",
+    "inspect_steps",
+    "read_metadata",
+    "restore_params",
+]

@@ -1,0 +1,76 @@
+"""The arrays of a step, read straight from the TensorStore files that Orbax writes (OCDBT, zarr version 3).
+
+Orbax itself reads through an event loop: a damaged array leaves the other reads behind on a closed loop, which then
+print tracebacks from their threads. Here each read is a future of its own, and each error has a name.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import tensorstore as ts
+from etils import epath
+from jaxtyping import Array
+
+from looplm_jax.checkpoints.errors import DamagedError, brief
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Read:
+    """The parts of one array that this process needs, being read; replicas share a part."""
+
+    target: jax.ShapeDtypeStruct
+    sharding: jax.sharding.Sharding
+    parts: dict[str, Any]
+
+    def result(self) -> Array:
+        """The array, once its parts are there."""
+        return jax.make_array_from_callback(
+            self.target.shape, self.sharding, lambda index: self.parts[repr(index)].result(), dtype=self.target.dtype
+        )
+
+
+def load(folder: epath.Path, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
+    """The named arrays below `folder`, in the shardings of `targets`; without one, on the first device.
+
+    Raises:
+      DamagedError: an array is missing, unreadable, or of another shape or dtype.
+    """
+    context = ts.Context()
+    opened = {name: ts.open(_spec(folder, name), open=True, read=True, context=context) for name in targets}
+    reads, arrays = {}, {}
+    for name, target in targets.items():
+        with _naming(name):
+            reads[name] = _start(opened[name].result(), target)
+    for name, read in reads.items():
+        with _naming(name):
+            arrays[name] = read.result()
+    return arrays
+
+
+def _spec(folder: epath.Path, name: str) -> dict[str, Any]:
+    path = str(folder)
+    base = path if "://" in path else f"file://{folder.resolve()}"
+    return {"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
+
+
+def _start(store: ts.TensorStore, target: jax.ShapeDtypeStruct) -> _Read:
+    if store.shape != target.shape or store.dtype.numpy_dtype != target.dtype:
+        raise ValueError(f"it is {store.dtype.name}{list(store.shape)}")
+    sharding = target.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    indices = {repr(index): index for index in sharding.addressable_devices_indices_map(target.shape).values()}
+    parts = {key: store[index].read() for key, index in indices.items()}
+    return _Read(target=target, sharding=sharding, parts=parts)
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """TensorStore and NumPy raise errors of many kinds for damaged files; a lack of memory is not among them."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:
+        raise DamagedError(f"array {name} cannot be read ({brief(error)})") from error

@@ -1,0 +1,97 @@
+"""What a checkpoint holds besides arrays, and its form on the disk: JSON under a checksum."""
+
+import base64
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from looplm_jax.checkpoints.errors import DamagedError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Metadata:
+    """What makes a checkpoint self-describing. Everything but `tokenizer` is plain JSON.
+
+    `data_state` belongs to this process; each process keeps its own. It is empty when read by another number of
+    processes than saved it: nobody but a resumed run needs it, and `CheckpointStore.restore` refuses such a run.
+    """
+
+    config: dict[str, Any]
+    tokenizer_kind: str
+    tokenizer: bytes
+    tokenizer_fingerprint: str
+    data_state: dict[str, Any]
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ArrayRecord:
+    """What is known of one array before it is read."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    digest: str
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sidecar:
+    """The JSON that is committed together with the arrays of a step."""
+
+    metadata: Metadata
+    arrays: dict[str, ArrayRecord]
+    permanent: bool
+    processes: int
+
+
+def encode(metadata: Metadata, arrays: dict[str, ArrayRecord], *, permanent: bool) -> dict[str, str]:
+    """The JSON of a sidecar. All processes must call this together."""
+    values = {
+        **dataclasses.asdict(metadata),
+        "tokenizer": base64.b64encode(metadata.tokenizer).decode(),
+        "data_state": _from_all_processes(metadata.data_state),
+        "arrays": {name: dataclasses.asdict(record) for name, record in arrays.items()},
+        "permanent": permanent,
+    }
+    body = json.dumps(values)
+    return {"body": body, "sha256": _checksum(body)}
+
+
+def decode(value: Any) -> Sidecar:
+    """The inverse of `encode`.
+
+    Raises:
+      DamagedError: the checksum differs.
+    """
+    if not isinstance(value, dict) or _checksum(str(value.get("body"))) != value.get("sha256"):
+        raise DamagedError("the checksum of its metadata differs")
+    values = json.loads(value["body"])
+    arrays, states, permanent = (values.pop(name) for name in ("arrays", "data_state", "permanent"))
+    own = states[jax.process_index()] if len(states) == jax.process_count() else {}
+    return Sidecar(
+        metadata=Metadata(**{**values, "tokenizer": base64.b64decode(values["tokenizer"]), "data_state": own}),
+        arrays={name: ArrayRecord(**{**record, "shape": tuple(record["shape"])}) for name, record in arrays.items()},
+        permanent=permanent,
+        processes=len(states),
+    )
+
+
+def _checksum(body: str) -> str:
+    return hashlib.sha256(body.encode(errors="surrogatepass")).hexdigest()
+
+
+def _from_all_processes(value: Any) -> list[Any]:
+    """The JSON `value` of every process, in the order of their indices."""
+    encoded = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    if jax.process_count() == 1:
+        return [json.loads(encoded.tobytes())]
+    sizes = multihost_utils.process_allgather(np.array(encoded.size, np.int32))
+    padded = multihost_utils.process_allgather(np.pad(encoded, (0, int(sizes.max()) - encoded.size)))
+    return [json.loads(row[:size].tobytes()) for row, size in zip(padded, sizes, strict=True)]

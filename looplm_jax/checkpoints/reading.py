@@ -1,0 +1,153 @@
+"""The newest good step: what is damaged is named and passed over."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
+
+import jax
+from etils import epath
+
+from looplm_jax.checkpoints.errors import DamagedError
+from looplm_jax.checkpoints.metadata import ArrayRecord, Metadata, Sidecar
+from looplm_jax.checkpoints.step import StepFolder, list_steps, read_arrays, read_sidecar
+from looplm_jax.checkpoints.tree import below, flatten, unflatten
+from looplm_jax.errors import UserError
+
+_SHOWN = 3
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DamagedStep:
+    """A step that was passed over, and which part of it is damaged."""
+
+    step: int
+    why: str
+
+    def __str__(self) -> str:
+        return f"step {self.step} is damaged: {self.why}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Restored:
+    """A state as it was saved, and the newer steps that were passed over, newest first."""
+
+    step: int
+    state: Any
+    metadata: Metadata
+    damaged: tuple[DamagedStep, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Found(Generic[T]):
+    """What was read from the newest good step."""
+
+    value: T
+    damaged: tuple[DamagedStep, ...]
+
+
+def read_metadata(path: str, step: int | None = None) -> Metadata:
+    """The metadata of `step`, or of the newest step whose metadata is good, without its arrays.
+
+    Args:
+      path: a run folder, its `checkpoints` folder, or the folder of one step.
+      step: the step; None means the newest.
+
+    Raises:
+      UserError: `path` is not a checkpoint, or no step is good.
+    """
+    return newest_good(candidates(path, step), read_sidecar).value.metadata
+
+
+def restore_params(path: str, abstract_params: Any, *, step: int | None = None, prefix: str = "params") -> Restored:
+    """One part of a saved state, `params` if not told otherwise; the rest is not read.
+
+    Args:
+      path: a run folder, its `checkpoints` folder, or the folder of one step.
+      abstract_params: the part as a tree of `jax.ShapeDtypeStruct` with shardings.
+      step: the step; None means the newest good one.
+      prefix: the name of the part in the state.
+
+    Raises:
+      UserError: `path` is not a checkpoint, no step is good, or the part has other arrays than asked for.
+    """
+    return restore(candidates(path, step), lambda _: abstract_params, prefix=prefix)
+
+
+def candidates(path: str, step: int | None = None) -> list[StepFolder]:
+    """The step folders that a path given by a user means, newest first.
+
+    Raises:
+      UserError: there is none.
+    """
+    given = epath.Path(path)
+    nested = list_steps(given / "checkpoints") or list_steps(given)
+    folders = nested or [found for found in list_steps(given.parent) if found.path == given]
+    if not folders:
+        raise UserError(f"{path} is not a checkpoint: expected a run folder with checkpoints/<step>, or one such step")
+    chosen = [found for found in reversed(folders) if step in (None, found.step)]
+    if not chosen:
+        known = ", ".join(str(found.step) for found in folders if found.committed)
+        raise UserError(f"{path} holds no step {step}; it holds {known or 'none that was finished'}")
+    return chosen
+
+
+def newest_good(folders: Sequence[StepFolder], read: Callable[[StepFolder], T]) -> Found[T]:
+    """What `read` returns for the first folder that it finds undamaged.
+
+    Raises:
+      UserError: there is none.
+    """
+    damaged: list[DamagedStep] = []
+    for folder in folders:
+        try:
+            return Found(value=read(folder), damaged=tuple(damaged))
+        except DamagedError as error:
+            damaged.append(DamagedStep(step=folder.step, why=str(error)))
+    reasons = "; ".join(str(step) for step in damaged)
+    raise UserError(f"no good checkpoint in {folders[0].path.parent}: {reasons}; restore a copy, or start anew")
+
+
+def restore(
+    folders: Sequence[StepFolder], describe: Callable[[Metadata], Any], *, prefix: str = "", resume: bool = False
+) -> Restored:
+    """The newest good state among `folders`, or its part `prefix`, as the tree that `describe` makes of the metadata.
+
+    Raises:
+      UserError: no step is good, the state has other arrays, or, to `resume`, other processes saved it.
+    """
+
+    def read(folder: StepFolder) -> Restored:
+        sidecar = read_sidecar(folder)
+        if resume:
+            _require_same_processes(folder, sidecar)
+        abstract = describe(sidecar.metadata)
+        targets, records = flatten(abstract, prefix), below(sidecar.arrays, prefix)
+        _require_same_arrays(folder, records, targets)
+        state = unflatten(read_arrays(folder, targets, records), abstract, prefix)
+        return Restored(step=folder.step, state=state, metadata=sidecar.metadata, damaged=())
+
+    found = newest_good(folders, read)
+    return dataclasses.replace(found.value, damaged=found.damaged)
+
+
+def _require_same_arrays(folder: StepFolder, saved: dict[str, ArrayRecord], wanted: dict[str, Any]) -> None:
+    have = {name: str(record) for name, record in saved.items()}
+    want = {name: str(ArrayRecord(shape=x.shape, dtype=str(x.dtype), digest="")) for name, x in wanted.items()}
+    differing = [
+        f"{name}: {have.get(name, 'missing')} there, {want.get(name, 'nothing')} wanted"
+        for name in {**want, **have}
+        if have.get(name) != want.get(name)
+    ]
+    if differing:
+        more = f"; and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
+        raise UserError(f"{folder.path} holds another state: {'; '.join(differing[:_SHOWN])}{more}")
+
+
+def _require_same_processes(folder: StepFolder, sidecar: Sidecar) -> None:
+    if sidecar.processes != jax.process_count():
+        raise UserError(
+            f"{folder.path} was saved by {sidecar.processes} processes and each keeps its place in the data: "
+            f"resume with as many, not {jax.process_count()}"
+        )

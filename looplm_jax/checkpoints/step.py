@@ -1,0 +1,141 @@
+"""One step on the disk, written as a whole or not at all, and read with every array checked.
+
+No other module knows Orbax.
+"""
+
+import dataclasses
+import errno
+import json
+import logging
+import os
+import re
+
+import jax
+from etils import epath
+from jaxtyping import Array
+from orbax.checkpoint import v1 as ocp
+
+from looplm_jax.checkpoints.arrays import load
+from looplm_jax.checkpoints.digest import digests
+from looplm_jax.checkpoints.errors import DamagedError, brief
+from looplm_jax.checkpoints.metadata import ArrayRecord, Metadata, Sidecar, decode, encode
+
+NO_SPACE = "no space left on the disk"
+_ARRAYS = "state"
+_SIDECAR = "sidecar"
+_SIDECAR_FILE = "data.json"
+_COMMITTED = "commit_success.txt"
+_OS_ERROR = re.compile(r"(?:os_error_code='|OS error )(\d+)")
+_STEP_NAME = re.compile(r"(\d+)(\.orbax-checkpoint-tmp.*)?")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepFolder:
+    """A folder that holds a step, or what is left of an attempt to write one."""
+
+    step: int
+    path: epath.Path
+    committed: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Writing:
+    """A step that is being written in the background."""
+
+    response: ocp.AsyncResponse[None]
+
+    def result(self) -> None:
+        """Waits for the commit; raises what went wrong."""
+        try:
+            self.response.result()
+        finally:
+            logging.getLogger("absl").removeFilter(_is_no_echo)
+
+
+def list_steps(folder: epath.Path) -> list[StepFolder]:
+    """Every step folder below `folder`, oldest first, read from the disk at each call."""
+    found = [(entry, _STEP_NAME.fullmatch(entry.name)) for entry in folder.iterdir()] if folder.is_dir() else []
+    steps = [
+        StepFolder(step=int(match[1]), path=entry, committed=match[2] is None and (entry / _COMMITTED).exists())
+        for entry, match in found
+        if match and entry.is_dir()
+    ]
+    return sorted(steps, key=lambda step: (step.step, step.committed))
+
+
+def start_writing(path: epath.Path, arrays: dict[str, Array], metadata: Metadata, *, permanent: bool) -> Writing:
+    """Starts to write a step, in place of what may be at `path`; once this returns, the arrays may be donated."""
+    found = digests(arrays)
+    records = {
+        name: ArrayRecord(shape=array.shape, dtype=str(array.dtype), digest=found[name])
+        for name, array in arrays.items()
+    }
+    sidecar = encode(metadata, records, permanent=permanent)
+    logging.getLogger("absl").addFilter(_is_no_echo)
+    with _context():
+        response = ocp.save_checkpointables_async(path, {_ARRAYS: arrays, _SIDECAR: sidecar}, overwrite=True)
+    return Writing(response=response)
+
+
+def read_sidecar(folder: StepFolder) -> Sidecar:
+    """The metadata of a step, checked against its checksum.
+
+    Raises:
+      DamagedError: the step was not finished, or its metadata is unreadable or altered.
+    """
+    if not folder.committed:
+        raise DamagedError("it was not finished")
+    path = folder.path / _SIDECAR / _SIDECAR_FILE
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DamagedError(f"{_SIDECAR}/{_SIDECAR_FILE} cannot be read ({brief(error)})") from error
+    return decode(value)
+
+
+def read_arrays(
+    folder: StepFolder, targets: dict[str, jax.ShapeDtypeStruct], records: dict[str, ArrayRecord]
+) -> dict[str, Array]:
+    """The named arrays of a step, in the shardings of `targets`, each checked against its digest.
+
+    Raises:
+      DamagedError: an array is unreadable or altered.
+    """
+    arrays = load(folder.path / _ARRAYS, targets)
+    found = digests(arrays)
+    altered = [name for name in targets if found[name] != records[name].digest]
+    if altered:
+        more = f" and {len(altered) - 1} more" if len(altered) > 1 else ""
+        raise DamagedError(f"the digest of array {altered[0]}{more} differs")
+    return arrays
+
+
+def delete(folder: StepFolder) -> None:
+    """Removes a step. The mark of its commit goes first, so that a half-deleted step is never taken for a whole one."""
+    (folder.path / _COMMITTED).unlink(missing_ok=True)
+    folder.path.rmtree(missing_ok=True)
+
+
+def write_failure(error: Exception) -> str | None:
+    """Why the disk refused a write, or None if `error` is of another kind."""
+    in_text = _OS_ERROR.search(str(error))
+    code = int(in_text[1]) if in_text else getattr(error, "errno", None)
+    if code in (errno.ENOSPC, errno.EDQUOT):
+        return NO_SPACE
+    return None if code is None else os.strerror(code)
+
+
+def _is_no_echo(record: logging.LogRecord) -> bool:
+    """The threads of Orbax log, with tracebacks, each error that `Writing.result` then raises."""
+    return "raised an exception" not in record.getMessage()
+
+
+def _context() -> ocp.Context:
+    """Folders are made before anything waits for them: else a disk that refuses leaves threads waiting for minutes."""
+    registry = ocp.handlers.local_registry()
+    registry.add(ocp.handlers.JsonHandler, checkpointable_name=_SIDECAR)
+    context = ocp.Context()
+    context.checkpointables.registry = registry
+    context.async_options.create_directories_asynchronously = False
+    context.array.saving.use_ocdbt = context.array.saving.use_zarr3 = True
+    return context

@@ -1,0 +1,167 @@
+"""The checkpoints of one run: saved in the background, a few kept, the newest good one restored."""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from etils import epath
+
+from looplm_jax.checkpoints.errors import DamagedError
+from looplm_jax.checkpoints.metadata import Metadata
+from looplm_jax.checkpoints.reading import Restored, candidates, restore
+from looplm_jax.checkpoints.step import (
+    NO_SPACE,
+    StepFolder,
+    Writing,
+    delete,
+    list_steps,
+    read_sidecar,
+    start_writing,
+    write_failure,
+)
+from looplm_jax.checkpoints.tree import flatten
+from looplm_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Pending:
+    step: int
+    writing: Writing
+
+
+class CheckpointStore:
+    """The folder `<run>/checkpoints`, owned by one run. A step is there as a whole, or not at all.
+
+    The newest `keep` steps are kept, and the permanent ones besides. An older step is deleted only after a newer one is
+    committed. In a run of many processes each makes a store of the same folder and calls it at the same points.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, keep: int, asynchronous: bool = True):
+        self._folder = epath.Path(folder)
+        self._keep = keep
+        self._asynchronous = asynchronous
+        self._pending: _Pending | None = None
+        self._current: int | None = None
+        self._damaged: frozenset[int] = frozenset()
+
+    def save(self, step: int, state: Any, metadata: Metadata, *, permanent: bool = False) -> None:
+        """Saves `state` in the background; once this returns, its buffers may be donated.
+
+        Waits for the save before it. Does nothing if `step` is what this store saved or restored last.
+
+        Args:
+          step: greater than every good step of the folder.
+          state: a pytree of `jax.Array`, all on the same devices.
+          metadata: what describes it.
+          permanent: whether the step is kept when it is no longer among the newest.
+
+        Raises:
+          UserError: the disk refused this save or the one before, or the folder holds a step as new.
+        """
+        self.wait()
+        if step == self._current:
+            return
+        self._require_newest(step)
+        self._sweep()
+        with self._naming_failed_writes(step):
+            path = self._folder / str(step)
+            writing = start_writing(path, flatten(state), metadata, permanent=permanent)
+        self._pending = _Pending(step=step, writing=writing)
+        if not self._asynchronous:
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits until the last save is committed, then deletes the steps that are not kept.
+
+        Raises:
+          UserError: the disk refused the save.
+        """
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        with self._naming_failed_writes(pending.step):
+            pending.writing.result()
+        self._current = pending.step
+        self._delete_old()
+
+    def close(self) -> None:
+        """The same as `wait`: nothing else is held open."""
+        self.wait()
+
+    def steps(self) -> list[int]:
+        """The committed steps, oldest first, as they are on the disk now."""
+        return [folder.step for folder in self._committed()]
+
+    def restore(self, abstract_state: Any, step: int | None = None) -> Restored:
+        """The newest good state, or that of `step`, with every array checked against its digest.
+
+        Args:
+          abstract_state: the state as a tree of `jax.ShapeDtypeStruct`, or a function that makes it of the metadata;
+            shardings may differ from those saved.
+          step: the step; None means the newest good one.
+
+        Raises:
+          UserError: there is no good step, it holds other arrays, or another number of processes saved it.
+        """
+        describe = abstract_state if callable(abstract_state) else lambda _: abstract_state
+        restored = restore(candidates(os.fspath(self._folder), step), describe, resume=True)
+        self._current = restored.step
+        self._damaged = frozenset(damaged.step for damaged in restored.damaged)
+        return restored
+
+    def _committed(self) -> list[StepFolder]:
+        return [folder for folder in list_steps(self._folder) if folder.committed]
+
+    def _good(self) -> list[StepFolder]:
+        return [folder for folder in self._committed() if folder.step not in self._damaged]
+
+    def _require_newest(self, step: int) -> None:
+        newest = max((folder.step for folder in self._good()), default=-1)
+        if step <= newest:
+            raise UserError(
+                f"{self._folder} already holds step {newest}, cannot save step {step}: "
+                "continue from the newest step, or use another folder"
+            )
+
+    def _sweep(self) -> None:
+        """Removes what an interrupted save or deletion left behind."""
+        for folder in list_steps(self._folder):
+            if not folder.committed and jax.process_index() == 0:
+                delete(folder)
+
+    def _delete_old(self) -> None:
+        self._damaged -= {self._current}
+        old = self._good()[: -self._keep]
+        damaged = [folder for folder in self._committed() if folder.step in self._damaged]
+        for folder in old + damaged:
+            if jax.process_index() == 0 and (folder in damaged or not _is_permanent(folder)):
+                delete(folder)
+
+    @contextlib.contextmanager
+    def _naming_failed_writes(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            reason = write_failure(error)
+            if reason is None:
+                raise
+            with contextlib.suppress(OSError):
+                self._sweep()
+            raise UserError(self._failure(step, reason)) from error
+
+    def _failure(self, step: int, reason: str) -> str:
+        good = self._good()
+        newest = f"step {good[-1].step} is the newest good one" if good else "no step was saved before"
+        remedy = "free space" if reason == NO_SPACE else "mend that"
+        return f"{reason} while saving step {step} to {self._folder}: {remedy} and resume; {newest}"
+
+
+def _is_permanent(folder: StepFolder) -> bool:
+    """A step whose metadata is damaged is kept: nothing of value is deleted by mistake."""
+    try:
+        return read_sidecar(folder).permanent
+    except DamagedError:
+        return True

@@ -1,0 +1,56 @@
+"""Saves one step after another until it is killed: `python saver_program.py FOLDER [BYTES_PER_FILE]`.
+
+Run as a program it resumes after the newest good step and prints each step whose save has begun, the first when it is
+committed; imported it tells what the state of a step must be.
+"""
+
+import resource
+import signal
+import sys
+
+import jax
+import jax.numpy as jnp
+
+from looplm_jax.checkpoints import CheckpointStore, Metadata
+from looplm_jax.errors import UserError
+
+
+@jax.jit
+def state_of(step):
+    """A state of 4 MB that follows from the number of the step."""
+    return {"w": jax.random.normal(jax.random.key(step), (1000, 1000)), "step": step}
+
+
+def metadata_of(step):
+    return Metadata(
+        config={},
+        tokenizer_kind="none",
+        tokenizer=b"tokens",
+        tokenizer_fingerprint="f",
+        data_state={"step": step},
+    )
+
+
+def abstract_state():
+    return jax.eval_shape(state_of, jnp.int32(0))
+
+
+def main(folder):
+    store = CheckpointStore(folder, keep=2)
+    step = store.restore(abstract_state()).step if store.steps() else 0
+    while True:
+        step += 1
+        store.save(step, state_of(jnp.int32(step)), metadata_of(step))
+        if step == 1:
+            store.wait()
+        print(step, flush=True)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 2:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
+    try:
+        main(sys.argv[1])
+    except UserError as error:
+        sys.exit(str(error))

@@ -1,0 +1,69 @@
+"""Real processes: killed at any moment, or refused by the disk, they leave the newest committed step whole."""
+
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax.numpy as jnp
+from checkpoint_cases import assert_identical
+from saver_program import abstract_state, metadata_of, state_of
+
+from looplm_jax.checkpoints import CheckpointStore
+
+KILLS = 10
+PROGRAM = Path(__file__).with_name("saver_program.py")
+ENVIRONMENT = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1", "JAX_PLATFORMS": "cpu"}
+
+
+def start(folder, *arguments):
+    return subprocess.Popen(
+        [sys.executable, str(PROGRAM), str(folder), *arguments],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def newest(folder):
+    """The newest step of a folder that was left by another process, restored and compared with what it must be."""
+    store = CheckpointStore(folder, keep=2)
+    committed = store.steps()[-1]
+    restored = store.restore(abstract_state())
+    assert restored.step == committed
+    assert_identical(restored.state, state_of(jnp.int32(committed)))
+    assert restored.metadata == metadata_of(committed)
+    assert all("was not finished" in str(damaged) for damaged in restored.damaged)
+    return committed
+
+
+def test_the_newest_committed_step_survives_every_kill(tmp_path):
+    chance = random.Random(0)
+    reached = []
+    for _ in range(KILLS):
+        with start(tmp_path / "run") as process:
+            assert process.stdout.readline()
+            time.sleep(chance.uniform(0, 0.5))
+            process.kill()
+        reached.append(newest(tmp_path / "run"))
+    assert reached == sorted(reached)
+    assert reached[-1] >= KILLS
+
+
+def test_a_disk_that_refuses_to_write_ends_in_one_line(tmp_path):
+    folder = tmp_path / "run"
+    store = CheckpointStore(folder, keep=2)
+    store.save(1, state_of(jnp.int32(1)), metadata_of(1))
+    store.close()
+    with start(folder, "1000000") as process:
+        _, message = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert (
+        message
+        == f"File too large while saving step 2 to {folder}: mend that and resume; step 1 is the newest good one\n"
+    )
+    assert newest(folder) == 1
+    assert os.listdir(folder) == ["1"]
