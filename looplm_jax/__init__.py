@@ -1,0 +1,45 @@
+"""Looped language models in JAX: one stack of layers applied T times, supervised at every loop, with a learned gate to stop."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from looplm_jax.config import ComputeConfig, ModelConfig, Recipe
+    from looplm_jax.errors import UserError
+    from looplm_jax.inference.generate import generate
+    from looplm_jax.loading import Loaded, load
+    from looplm_jax.models.looplm import LoopLM, init_params
+    from looplm_jax.training.run import train
+
+_HOMES = {
+    "ComputeConfig": "config",
+    "Loaded": "loading",
+    "LoopLM": "models.looplm",
+    "ModelConfig": "config",
+    "Recipe": "config",
+    "UserError": "errors",
+    "generate": "inference.generate",
+    "init_params": "models.looplm",
+    "load": "loading",
+    "train": "training.run",
+}
+
+__all__ = [
+    "ComputeConfig",
+    "Loaded",
+    "LoopLM",
+    "ModelConfig",
+    "Recipe",
+    "UserError",
+    "generate",
+    "init_params",
+    "load",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for: `looplm --help` must not wait for JAX."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

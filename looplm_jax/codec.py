@@ -7,7 +7,7 @@ import dataclasses
 import enum
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from looplm_jax.config import help_text
@@ -79,6 +79,22 @@ def override(config: C, changes: Mapping[str, Any]) -> C:
         for target in targets:
             _assign(tree, target.split("."), value)
     return from_dict(type(config), tree)
+
+
+def parse_flags(arguments: Sequence[str]) -> dict[str, str]:
+    """`--path value` and `--path=value` pairs from a command line. Raises UserError for anything else."""
+    changes: dict[str, str] = {}
+    words = iter(arguments)
+    for word in words:
+        if not word.startswith("--"):
+            raise UserError(f"unexpected argument {word!r}; fields are set with --name value")
+        name, equals, value = word[2:].partition("=")
+        if not equals:
+            value = next(words, "")
+            if not value or value.startswith("--"):
+                raise UserError(f"--{name} needs a value")
+        changes[name] = value
+    return changes
 
 
 def differences(ours: Any, theirs: Any) -> list[str]:

@@ -170,7 +170,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW. Norms, biases and other vectors are not decayed."""
+    """AdamW. Norms and biases are not decayed."""
 
     b1: float = _field("decay of the mean of gradients", 0.9)
     b2: float = _field("decay of the mean of squared gradients", 0.95)
@@ -246,7 +246,7 @@ class Stage:
     gate_target: GateTarget = _field("which gain trains the gate", GateTarget.AS_PRINTED)
     gain_slope: float = _field("k in Eq. 6", 50.0)
     gain_threshold: float = _field("gamma in Eq. 6, nats", 0.005)
-    trainable: tuple[str, ...] = _field("parameter groups that move, such as gate; empty: all", ())
+    trainable: tuple[str, ...] = _field("parameter groups that move; empty: all, or the gate where it is the objective", ())
     learning_rate: float = _field("peak learning rate", 3e-4)
     schedule: Schedule = _field("learning rate after warm-up", Schedule.CONSTANT)
     warmup_steps: int = _field("steps of linear warm-up", 0)
@@ -273,6 +273,7 @@ class Stage:
         )
         if self.objective is Objective.GATE:
             _require(self.loops >= 2, f"{where}: the gate has nothing to learn with one loop; set {where}.loops")
+            object.__setattr__(self, "trainable", self.trainable or ("gate",))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ _COMMANDS = {
 
 
 class Command(Protocol):
-    """What a command's module offers."""
+    """What a command's module offers. One that defines `OVERRIDES = True` finds the flags it did not configure in `overrides`."""
 
     def configure(self, parser: argparse.ArgumentParser) -> None:
         """Add the command's arguments."""
@@ -36,11 +36,14 @@ class Parser(argparse.ArgumentParser):
         prefix = "unrecognized arguments: "
         if message.startswith(prefix):
             flag = message.removeprefix(prefix).split()[0]
-            known = [option for action in self._actions for option in action.option_strings]
-            hint = suggest(flag.partition("=")[0], known)
+            hint = suggest(flag.partition("=")[0], self.known_flags())
             hint = hint if hint.startswith("; did") else f"; `{self.prog} --help` lists the flags"
             raise UserError(f"unknown argument {flag!r}{hint}")
         raise UserError(f"{message}; see `{self.prog} --help`")
+
+    def known_flags(self) -> list[str]:
+        """Every flag that was configured."""
+        return [option for action in self._actions for option in action.option_strings]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,9 +76,18 @@ def _dispatch(arguments: list[str]) -> int:
     if name not in _COMMANDS:
         raise UserError(f"unknown command {name!r}{suggest(name, _COMMANDS)}")
     command: Command = importlib.import_module(f"looplm_jax.cli.{name}")  # type: ignore[assignment]
-    parser = Parser(prog=f"looplm {name}", description=command.__doc__, allow_abbrev=False)
+    parser = Parser(
+        prog=f"looplm {name}",
+        description=command.__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     command.configure(parser)
-    return command.run(parser.parse_args(arguments[1:]))
+    if not getattr(command, "OVERRIDES", False):
+        return command.run(parser.parse_args(arguments[1:]))
+    namespace, namespace.overrides = parser.parse_known_args(arguments[1:])
+    namespace.flags = parser.known_flags()
+    return command.run(namespace)
 
 
 def _overview() -> str:

@@ -1,7 +1,7 @@
 """Exit policies: small frozen objects that decide, per token, the loop to leave at."""
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float
 from looplm_jax.errors import UserError, suggest
 
 
+@runtime_checkable
 class ExitPolicy(Protocol):
     """Decides after each loop which tokens leave. The engine stops at `max_loops` whatever a policy says."""
 

@@ -8,7 +8,7 @@ constant `beta log T`.
 
 import flax.struct
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from looplm_jax.halting.exit_distribution import entropy, log_exit_distribution, mean_exit_loop
 from looplm_jax.halting.priors import kl_divergence
@@ -52,7 +52,7 @@ def stage1(
 def stage1_from_hidden(
     hidden: Float[Array, "T B S D"],
     head: Float[Array, "D V"],
-    targets: Array,
+    targets: Int[Array, "B S"],
     gate_logits: Float[Array, "T B S"],
     *,
     beta: float,

@@ -21,8 +21,8 @@ from looplm_jax.config import GateTarget
 class Stage2Metrics:
     """What Stage II logs, each a mean over unmasked tokens."""
 
-    continue_target: Float[Array, "T-1"]
-    adaptive_loss: Float[Array, "T-1"]
+    continue_target: Float[Array, "gates"]
+    adaptive_loss: Float[Array, "gates"]
 
 
 def stage2(

@@ -9,7 +9,7 @@ _MASKED = -1e30  # not -inf: a row with every key masked stays finite
 
 def rotary_angles(
     positions: Int[Array, "B S"], head_dim: int, theta: float
-) -> tuple[Float[Array, "B S 1 Dh/2"], Float[Array, "B S 1 Dh/2"]]:
+) -> tuple[Float[Array, "B S 1 half"], Float[Array, "B S 1 half"]]:
     """Cosines and sines of `positions * theta ** (-2 i / Dh)`, in float32."""
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angles = positions.astype(jnp.float32)[..., None, None] * frequencies
@@ -17,7 +17,7 @@ def rotary_angles(
 
 
 def rotate(
-    x: Float[Array, "B S N Dh"], cos: Float[Array, "B S 1 Dh/2"], sin: Float[Array, "B S 1 Dh/2"]
+    x: Float[Array, "B S N Dh"], cos: Float[Array, "B S 1 half"], sin: Float[Array, "B S 1 half"]
 ) -> Float[Array, "B S N Dh"]:
     """Rotary embedding of split halves (`rotate_half`): the pair of element i is element i + Dh/2."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

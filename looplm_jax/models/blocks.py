@@ -25,8 +25,8 @@ class Context:
     `past_mask` is None when there is no cache.
     """
 
-    cos: Float[Array, "B S 1 Dh/2"]
-    sin: Float[Array, "B S 1 Dh/2"]
+    cos: Float[Array, "B S 1 half"]
+    sin: Float[Array, "B S 1 half"]
     mask: Bool[Array, "B S S"]
     past_mask: Bool[Array, "B S C"] | None = None
 

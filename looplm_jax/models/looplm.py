@@ -11,6 +11,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from looplm_jax.config import ComputeConfig, Dtype, Injection, ModelConfig, Remat
@@ -118,16 +119,16 @@ class LoopLM(nn.Module):
         context = make_context(self.config, positions, segment_ids)
         embedded, prelude_cache = self.embed(tokens, context, return_cache=return_cache)
 
-        def loop(model: LoopLM, state: Array, _: None) -> tuple[Array, tuple[LoopOutput, KeyValues, KeyValues]]:
+        def loop(model: LoopLM, state: Array, _: None) -> tuple[Array, PyTree]:
             output, core_cache, coda_cache = model.loop_step(state, embedded, context, return_cache=return_cache)
-            return output.state, (output.replace(state=None), core_cache, coda_cache)
+            return output.state, (output.hidden, output.gate_logits, core_cache, coda_cache)
 
         if self.compute.remat is Remat.LOOP:
             loop = nn.remat(loop, prevent_cse=False)
         scan = nn.scan(loop, variable_broadcast="params", split_rngs={"params": False}, length=loops)
-        _, (output, core_cache, coda_cache) = scan(self, self.initial_state(embedded), None)
+        _, (hidden, gate_logits, core_cache, coda_cache) = scan(self, self.initial_state(embedded), None)
         cache = ModelCache(core=core_cache, prelude=prelude_cache, coda=coda_cache) if return_cache else None
-        return LoopLMOutput(hidden=output.hidden, gate_logits=output.gate_logits), cache
+        return LoopLMOutput(hidden=hidden, gate_logits=gate_logits), cache
 
     def embed(
         self,
@@ -208,7 +209,8 @@ def init_params(model: LoopLM, key: PRNGKeyArray) -> Params:
 
 def boxed_params(model: LoopLM, key: PRNGKeyArray) -> PyTree:
     """Initial parameters, each boxed with the logical names of its axes."""
-    return model.init(key, jnp.zeros((1, 1), jnp.int32), loops=1)["params"]
+    plain = LoopLM(model.config)  # a rematted loop would hand back scalars as NumPy arrays
+    return plain.init(key, jnp.zeros((1, 1), jnp.int32), loops=1)["params"]
 
 
 def count_params(config: ModelConfig) -> int:
@@ -217,7 +219,7 @@ def count_params(config: ModelConfig) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
-def _starts_as_add(key: PRNGKeyArray, shape: tuple[int, int], dtype: jnp.dtype) -> Array:
+def _starts_as_add(key: PRNGKeyArray, shape: tuple[int, int], dtype: DTypeLike) -> Array:
     del key
     identity = jnp.eye(shape[1], dtype=dtype)
     return jnp.concatenate([identity, identity])

@@ -1,0 +1,47 @@
+# Everything a newcomer types. Each target sets up what it needs; the environment lies in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := JAX_PLATFORMS=cpu $(BIN)/python
+
+.PHONY: demo test test-slow lint types bench setup golden clean
+
+demo: $(VENV)/ready  ## the main job on two CPU cores: corpus, tokenizer, Stage I and II, evaluation, text
+	$(RUN) -m experiments.demo --out runs/demo
+
+test: $(VENV)/ready-dev  ## the default test suite, with coverage
+	$(RUN) -m pytest tests -m "not slow" --cov --cov-report=term:skip-covered
+
+test-slow: $(VENV)/ready-dev  ## the tests that take minutes
+	$(RUN) -m pytest tests -m slow
+
+lint: $(VENV)/ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/ready-dev
+	$(BIN)/mypy
+
+bench: $(VENV)/ready-torch  ## our train step beside a plain PyTorch twin
+	$(RUN) -m experiments.benchmarks.train_step
+
+setup: $(VENV)/ready
+
+$(VENV)/ready: requirements.txt setup.cfg
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "looplm_jax needs Python 3.11 or newer; try make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -r requirements.txt
+	$(BIN)/pip install --quiet --no-deps -e .
+	touch $@
+
+$(VENV)/ready-dev: $(VENV)/ready requirements-dev.txt
+	$(BIN)/pip install --quiet -r requirements-dev.txt
+	touch $@
+
+$(VENV)/ready-torch: $(VENV)/ready
+	$(BIN)/pip install --quiet torch==2.13.0
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,141 @@
+"""Recipes by name: whole runs that `looplm train --recipe NAME` starts."""
+
+import dataclasses
+from collections.abc import Callable
+
+from looplm_jax.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    Objective,
+    Recipe,
+    Schedule,
+    SourceConfig,
+    Stage,
+)
+from looplm_jax.errors import UserError, suggest
+from looplm_jax.models import presets
+
+
+def text_small() -> Recipe:
+    """Your own text on a laptop: 6.3M parameters, Stage I over 8M tokens, then Stage II for the gate."""
+    return Recipe(
+        name="text-small",
+        description=text_small.__doc__ or "",
+        model=presets.small(vocab_size=4096),
+        stages=(
+            Stage(
+                name="pretrain",
+                steps=4000,
+                batch_size=8,
+                sequence_length=256,
+                learning_rate=1e-3,
+                schedule=Schedule.WARMUP_STABLE_DECAY,
+                warmup_steps=100,
+                decay_steps=800,
+                final_learning_rate=1e-4,
+            ),
+            _gate_stage(steps=400, batch_size=8, sequence_length=256),
+        ),
+        evaluation=EvaluationConfig(every=500, sequences=128),
+    )
+
+
+def demo() -> Recipe:
+    """The main job in minutes on two cores: 1.9M parameters on the source of Python's standard library."""
+    return Recipe(
+        name="demo",
+        description=demo.__doc__ or "",
+        model=ModelConfig(
+            vocab_size=4096,
+            width=128,
+            mlp_width=352,
+            num_layers=4,
+            num_heads=4,
+            rope_theta=1e4,
+            max_positions=1024,
+        ),
+        stages=(
+            Stage(
+                name="pretrain",
+                steps=600,
+                batch_size=8,
+                sequence_length=128,
+                learning_rate=2e-3,
+                schedule=Schedule.WARMUP_STABLE_DECAY,
+                warmup_steps=40,
+                decay_steps=200,
+                final_learning_rate=2e-4,
+            ),
+            _gate_stage(steps=100, batch_size=8, sequence_length=128),
+        ),
+        checkpoint=CheckpointConfig(every=200, keep=2),
+        evaluation=EvaluationConfig(every=200, sequences=64),
+    )
+
+
+def mano_small() -> Recipe:
+    """Mano, modular arithmetic in prefix notation (paper, section 6.2), at a size for a laptop. Drawn online; needs no data."""
+    return Recipe(
+        name="mano-small",
+        description=mano_small.__doc__ or "",
+        model=ModelConfig(
+            vocab_size=16,  # modulus 7, lengths 1..4, three operators and the marks
+            width=128,
+            mlp_width=352,
+            num_layers=2,
+            num_heads=4,
+            rope_theta=1e4,
+            max_positions=1024,
+        ),
+        data=DataConfig(sources=(SourceConfig(path="mano:length=4,modulus=7"),)),
+        stages=(
+            Stage(
+                name="pretrain",
+                steps=2000,
+                batch_size=16,
+                sequence_length=256,
+                learning_rate=1e-3,
+                schedule=Schedule.COSINE,
+                warmup_steps=100,
+                final_learning_rate=1e-4,
+            ),
+        ),
+        evaluation=EvaluationConfig(every=500, sequences=64),
+    )
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {"text-small": text_small, "demo": demo, "mano-small": mano_small}
+
+
+def named_recipe(name: str) -> Recipe:
+    """The recipe of that name. Raises UserError with the list if there is none."""
+    if name not in RECIPES:
+        raise UserError(f"unknown recipe {name!r}{suggest(name, RECIPES)}, or give the path of a .json file")
+    return RECIPES[name]()
+
+
+def without_loops(recipe: Recipe) -> Recipe:
+    """The twin that applies its layers once: equal parameters and data, the pre-training stages only."""
+    stages = tuple(
+        dataclasses.replace(stage, loops=1, min_loops=0)
+        for stage in recipe.stages
+        if stage.objective is Objective.EXPECTED_LOSS
+    )
+    model = dataclasses.replace(recipe.model, loops=1)
+    return dataclasses.replace(recipe, name=f"{recipe.name}-1-loop", model=model, stages=stages)
+
+
+def _gate_stage(*, steps: int, batch_size: int, sequence_length: int) -> Stage:
+    """Stage II; its learning rate and length are not printed in the paper: these are ours."""
+    return Stage(
+        name="gate",
+        objective=Objective.GATE,
+        steps=steps,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        learning_rate=1e-2,
+        schedule=Schedule.COSINE,
+        warmup_steps=min(20, steps // 5),
+    )

@@ -1,0 +1,93 @@
+"""The mesh of devices, and which of its axes each logical axis of the model lies on. Nothing else knows mesh axis names."""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import flax.linen as nn
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+from looplm_jax.config import MeshConfig, ModelConfig
+from looplm_jax.errors import UserError
+
+# Axis of a parameter or an activation -> axis of the mesh. Parameters are spread over `fsdp` along the model width and over `tensor`
+# along heads, feed-forward width and vocabulary; activations follow the batch, and their width stays whole.
+LOGICAL_AXIS_RULES = (
+    ("batch", ("data", "fsdp")),
+    ("sequence", "context"),
+    ("embed", "fsdp"),
+    ("heads", "tensor"),
+    ("kv_heads", "tensor"),
+    ("mlp", "tensor"),
+    ("vocab", "tensor"),
+    ("head_dim", None),
+    ("layers", None),
+    ("norm", None),
+    ("embed_in", None),
+    ("embed_activation", None),
+)
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh that `config` describes, over all devices unless some are given.
+
+    Raises:
+      UserError: the sizes of the axes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = dataclasses.asdict(config)
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if -1 not in sizes.values() and fixed < len(devices):
+        devices = devices[:fixed]  # a smaller mesh is allowed where one process holds all devices
+    free = len(devices) // fixed
+    shape = tuple(free if size == -1 else size for size in sizes.values())
+    if math.prod(shape) != len(devices) or free < 1:
+        wanted = " x ".join(f"{name}={size}" for name, size in sizes.items() if size != 1) or "data=1"
+        raise UserError(f"a mesh of {wanted} does not fit {len(devices)} device(s); change mesh.* or set one axis to -1")
+    axis_types = (AxisType.Auto,) * len(shape)  # Linen's logical constraints do not work under Explicit axes
+    return jax.make_mesh(shape, tuple(sizes), axis_types=axis_types, devices=devices)
+
+
+def check_divides(mesh: Mesh, model: ModelConfig) -> None:
+    """Refuse a model whose axes do not divide over the mesh. Raises UserError."""
+    wanted = [("fsdp", "width", model.width)]
+    wanted += [("tensor", name, getattr(model, name)) for name in ("num_heads", "num_kv_heads", "mlp_width", "vocab_size")]
+    for axis, name, size in wanted:
+        if size % mesh.shape[axis]:
+            raise UserError(f"mesh.{axis}={mesh.shape[axis]} does not divide model.{name}={size}; change one of them")
+
+
+def check_batch(mesh: Mesh, batch_size: int, accumulation: int, where: str) -> None:
+    """Refuse a batch that does not divide over the devices that share it. Raises UserError."""
+    shares = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size // accumulation % shares:
+        raise UserError(
+            f"{where}.batch_size={batch_size} in {accumulation} part(s) does not divide over "
+            f"mesh.data x mesh.fsdp = {shares} devices; use a multiple of {shares * accumulation}"
+        )
+
+
+@contextlib.contextmanager
+def use_mesh(mesh: Mesh) -> Iterator[None]:
+    """Make logical constraints of the model mean this mesh, in this thread, while tracing and running."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(LOGICAL_AXIS_RULES):
+        yield
+
+
+def abstract(make: Callable[[], PyTree], mesh: Mesh) -> PyTree:
+    """Shapes, types and shardings of what `make()` returns, its parameters boxed with logical axis names, without making it."""
+    boxed = jax.eval_shape(make)
+    placed = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, LOGICAL_AXIS_RULES)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        nn.meta.unbox(boxed),
+        placed,
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of a batch `[accumulation, sequences, positions]`."""
+    return NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp"), "context"))

@@ -1,0 +1,59 @@
+"""AdamW, and the learning rate of a stage."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, PyTree
+
+from looplm_jax.config import OptimizerConfig, Schedule, Stage
+
+_NOT_DECAYED = ("scale", "bias")
+
+
+def adamw(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Clip by global norm, then AdamW without its learning rate: the train step multiplies by `-learning_rate`."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask=decayed),
+    )
+
+
+def direction(
+    config: OptimizerConfig, gradients: PyTree, state: optax.OptState, params: PyTree
+) -> tuple[PyTree, optax.OptState]:
+    """AdamW's updates before the learning rate, and its next state."""
+    with jax.numpy_dtype_promotion("standard"):  # Optax raises a float to an integer power, which strict promotion refuses
+        return adamw(config).update(gradients, state, params)
+
+
+def decayed(params: PyTree) -> PyTree:
+    """True for the leaves that weight decay applies to: all but the scales of norms and biases, told by their names."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: _leaf_name(path) not in _NOT_DECAYED, params)
+
+
+def learning_rate(stage: Stage, step: Int[Array, ""]) -> Float[Array, ""]:
+    """The rate of a stage's step (counted from 0): linear warm-up to the peak, then the stage's schedule."""
+    step = step.astype(jnp.float32)
+    warmup = jnp.minimum(1.0, (step + 1.0) / max(stage.warmup_steps, 1))
+    final = stage.final_learning_rate / stage.learning_rate
+    match stage.schedule:
+        case Schedule.CONSTANT:
+            factor = jnp.ones_like(step)
+        case Schedule.COSINE:
+            done = _fraction(step - stage.warmup_steps, stage.steps - stage.warmup_steps)
+            factor = final + (1.0 - final) * 0.5 * (1.0 + jnp.cos(jnp.pi * done))
+        case Schedule.WARMUP_STABLE_DECAY:
+            done = _fraction(step - (stage.steps - stage.decay_steps), stage.decay_steps)
+            factor = 1.0 + (final - 1.0) * done
+    return stage.learning_rate * warmup * factor
+
+
+def _fraction(step: Float[Array, ""], steps: int) -> Float[Array, ""]:
+    return jnp.clip(step / max(steps, 1), 0.0, 1.0)
+
+
+def _leaf_name(path: tuple) -> str:
+    # Inside a box with axis names the last key is the box's own field; the name is the last key of a dictionary.
+    names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+    return str(names[-1]) if names else ""

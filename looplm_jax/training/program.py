@@ -1,0 +1,74 @@
+"""The compiled programs of a stage, and batches on their way to the devices."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, UInt32
+
+from looplm_jax.config import Recipe, Stage
+from looplm_jax.data.packing import Batch
+from looplm_jax.models.looplm import LoopLM
+from looplm_jax.sharding import batch_sharding, use_mesh
+from looplm_jax.training.state import TrainState, abstract_state
+from looplm_jax.training.step import DeviceBatch, StepMetrics, make_train_step
+
+
+class StagePrograms:
+    """One compiled train step for each number of loops that a stage uses; one in all unless loops are drawn at random."""
+
+    def __init__(self, recipe: Recipe, model: LoopLM, stage: Stage, mesh: Mesh, *, first_step: int):
+        self._recipe, self._model, self._stage, self._mesh = recipe, model, stage, mesh
+        self._first_step = first_step
+        self._programs: dict[int, Any] = {}
+
+    def compiled(self, loops: int) -> bool:
+        """Whether the program for this number of loops is ready."""
+        return loops in self._programs
+
+    def compile(self, loops: int) -> None:
+        """Trace and compile. The state is donated: it is updated where it lies."""
+        state = abstract_state(self._recipe, self._model, self._stage, self._mesh)
+        step = make_train_step(self._recipe, self._model, self._stage, first_step=self._first_step, loops=loops)
+        placed = jax.tree.map(lambda leaf: leaf.sharding, state)
+        everywhere = NamedSharding(self._mesh, PartitionSpec())
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(placed, everywhere))
+        with use_mesh(self._mesh):
+            self._programs[loops] = jitted.lower(state, abstract_batch(self._stage, self._mesh)).compile()
+
+    def run(self, loops: int, state: TrainState, batch: DeviceBatch) -> tuple[TrainState, StepMetrics]:
+        """One step. `state` is used up."""
+        return self._programs[loops](state, batch)
+
+
+def abstract_batch(stage: Stage, mesh: Mesh) -> DeviceBatch:
+    """Shapes, types and shardings of a stage's batches."""
+    shape = (stage.accumulation, stage.batch_size // stage.accumulation, stage.sequence_length)
+    sharding = batch_sharding(mesh)
+    integers = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+    mask = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+    return DeviceBatch(
+        tokens=integers, targets=integers, segment_ids=integers, positions=integers, loss_mask=mask
+    )
+
+
+def place(batch: Batch, stage: Stage, mesh: Mesh) -> DeviceBatch:
+    """This process's rows, put on its devices as its share of the global batch."""
+    sharding = batch_sharding(mesh)
+
+    def put(rows: np.ndarray) -> Array:
+        parts = rows.reshape(stage.accumulation, -1, rows.shape[-1])
+        return jax.make_array_from_process_local_data(sharding, parts)
+
+    return DeviceBatch(**{field.name: put(getattr(batch, field.name)) for field in dataclasses.fields(batch)})
+
+
+def draw_loops(stage: Stage, key: UInt32[Array, "2"], step: int) -> int:
+    """The loops of one step: the stage's own number, or one drawn uniformly from `min_loops..loops`, the same on every process."""
+    if not stage.min_loops:
+        return stage.loops
+    at_step = jax.random.fold_in(jax.random.wrap_key_data(key), step)
+    return int(jax.random.randint(at_step, (), stage.min_loops, stage.loops + 1))

@@ -1,0 +1,62 @@
+"""What a person watching a run sees: a bar with rate and time left on a terminal, a line now and then elsewhere."""
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+_SECONDS_BETWEEN_LINES = 15.0
+
+
+class TrainingProgress:
+    """Progress over all steps of a run."""
+
+    def __init__(self, console: Console, *, total_steps: int, step: int):
+        self._console = console
+        self._total = total_steps
+        self._started, self._first = time.monotonic(), step
+        self._last_line = -_SECONDS_BETWEEN_LINES
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._task = self._bar.add_task("", total=total_steps, completed=step, status="")
+
+    def __enter__(self) -> "TrainingProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self._console.print(text, highlight=False, soft_wrap=True)
+
+    def update(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
+        """The newest metrics, `step` steps into the run."""
+        status = (
+            f"loss {values['loss']:.3f}  exits at {values['mean_exit_loop']:.2f} loops  "
+            f"{values['tokens_per_second']:,.0f} tokens/s"
+        )
+        self._bar.update(self._task, completed=step, description=stage, status=status)
+        now = time.monotonic()
+        if not self._console.is_terminal and (now - self._last_line >= _SECONDS_BETWEEN_LINES or step == self._total):
+            self._last_line = now
+            self.say(f"{stage}  step {step}/{self._total}  {status}  {self._time_left(step)} left")
+
+    def _time_left(self, step: int) -> str:
+        rate = (time.monotonic() - self._started) / max(step - self._first, 1)
+        minutes, seconds = divmod(round(rate * (self._total - step)), 60)
+        return f"{minutes}:{seconds:02d}"

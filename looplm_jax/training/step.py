@@ -1,0 +1,149 @@
+"""One train step: gradients of the stage's objective, accumulated, clipped, guarded and applied. One program per stage."""
+
+from collections.abc import Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from looplm_jax.config import Objective, PriorKind, Recipe, Stage
+from looplm_jax.halting.priors import log_prior
+from looplm_jax.losses import Stage1Metrics, stage1, stage1_from_hidden, stage2, token_losses
+from looplm_jax.models.looplm import LoopLM, LoopLMOutput, Params, head_matrix
+from looplm_jax.training.guard import is_sound, update_guard
+from looplm_jax.training.optimizer import direction, learning_rate
+from looplm_jax.training.state import TrainState, split_params
+
+
+@flax.struct.dataclass
+class DeviceBatch:
+    """A batch on the devices: `A` parts that are accumulated, of `B` sequences each."""
+
+    tokens: Int[Array, "A B S"]
+    targets: Int[Array, "A B S"]
+    segment_ids: Int[Array, "A B S"]
+    positions: Int[Array, "A B S"]
+    loss_mask: Float[Array, "A B S"]
+
+
+@flax.struct.dataclass
+class StepMetrics:
+    """What a step reports; means over the batch's unmasked tokens."""
+
+    loss: Float[Array, ""]
+    exits: Stage1Metrics
+    gradient_norm: Float[Array, ""]
+    learning_rate: Float[Array, ""]
+    tokens: Int[Array, ""]
+    skipped: Int[Array, ""]
+    skipped_in_a_row: Int[Array, ""]
+
+
+TrainStep = Callable[[TrainState, DeviceBatch], tuple[TrainState, StepMetrics]]
+
+
+def make_train_step(recipe: Recipe, model: LoopLM, stage: Stage, *, first_step: int, loops: int) -> TrainStep:
+    """The step of a stage that begins at `first_step` of the run, at a number of loops. To be jitted with its state donated."""
+
+    def train_step(state: TrainState, batch: DeviceBatch) -> tuple[TrainState, StepMetrics]:
+        moving, frozen = split_params(state.params, stage.trainable)
+        loss, exits, gradients = _accumulate(model, stage, loops, moving, frozen, batch)
+        norm = optax.tree.norm(gradients)
+        rate = learning_rate(stage, state.step - first_step)
+        updates, optimizer_state = direction(recipe.optimizer, gradients, state.optimizer, moving)
+        updated = jax.tree.map(lambda weight, update: weight - rate * update, moving, updates)
+        sound = is_sound(recipe.guard, state.guard, loss, norm)
+        guard = update_guard(state.guard, loss, sound)
+        next_state = state.replace(
+            step=state.step + 1,
+            params={**frozen, **_choose(sound, updated, moving)},
+            optimizer=_choose(sound, optimizer_state, state.optimizer),
+            guard=guard,
+        )
+        return next_state, StepMetrics(
+            loss=loss,
+            exits=exits,
+            gradient_norm=norm,
+            learning_rate=rate,
+            tokens=jnp.sum(batch.loss_mask, dtype=jnp.int32),
+            skipped=guard.skipped,
+            skipped_in_a_row=guard.skipped_in_a_row,
+        )
+
+    return train_step
+
+
+def _accumulate(
+    model: LoopLM, stage: Stage, loops: int, moving: Params, frozen: Params, batch: DeviceBatch
+) -> tuple[Float[Array, ""], Stage1Metrics, Params]:
+    """Loss, metrics and gradients over all parts of a batch, each part counting by its unmasked tokens."""
+
+    def objective(moving: Params, part: DeviceBatch) -> tuple[Array, Stage1Metrics]:
+        return _OBJECTIVES[stage.objective](model, stage, loops, {**frozen, **moving}, part)
+
+    def over_part(part: DeviceBatch) -> PyTree:
+        (loss, exits), gradients = jax.value_and_grad(objective, has_aux=True)(moving, part)
+        return loss, exits, gradients
+
+    if stage.accumulation == 1:
+        return over_part(jax.tree.map(lambda x: x[0], batch))
+    counts = jnp.sum(batch.loss_mask, axis=(1, 2), dtype=jnp.float32)
+    shares = counts / jnp.maximum(jnp.sum(counts), 1.0)
+
+    def add(total: PyTree, part_and_share: tuple[DeviceBatch, Array]) -> tuple[PyTree, None]:
+        part, share = part_and_share
+        return jax.tree.map(lambda a, b: a + share * b, total, over_part(part)), None
+
+    shapes = jax.eval_shape(over_part, jax.tree.map(lambda x: x[0], batch))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return jax.lax.scan(add, zeros, (batch, shares))[0]
+
+
+def _expected_loss(
+    model: LoopLM, stage: Stage, loops: int, params: Params, part: DeviceBatch
+) -> tuple[Float[Array, ""], Stage1Metrics]:
+    output = _apply(model, params, part, loops)
+    prior = None if stage.prior.kind is PriorKind.UNIFORM else log_prior(stage.prior, loops)
+    return stage1_from_hidden(
+        output.hidden,
+        head_matrix(params, model.config),
+        part.targets,
+        output.gate_logits,
+        beta=stage.beta,
+        mask=part.loss_mask,
+        log_prior=prior,
+        chunk=model.compute.loss_chunk,
+    )
+
+
+def _gate_loss(
+    model: LoopLM, stage: Stage, loops: int, params: Params, part: DeviceBatch
+) -> tuple[Float[Array, ""], Stage1Metrics]:
+    output = _apply(model, params, part, loops)
+    head = head_matrix(params, model.config)
+    losses = jax.lax.stop_gradient(token_losses(output.hidden, head, part.targets, chunk=model.compute.loss_chunk))
+    loss, _ = stage2(
+        losses,
+        output.gate_logits,
+        k=stage.gain_slope,
+        gamma=stage.gain_threshold,
+        mask=part.loss_mask,
+        target=stage.gate_target,
+    )
+    _, exits = stage1(losses, jax.lax.stop_gradient(output.gate_logits), beta=0.0, mask=part.loss_mask)
+    return loss, exits
+
+
+_OBJECTIVES = {Objective.EXPECTED_LOSS: _expected_loss, Objective.GATE: _gate_loss}
+
+
+def _apply(model: LoopLM, params: Params, part: DeviceBatch, loops: int) -> LoopLMOutput:
+    return model.apply(
+        {"params": params}, part.tokens, loops=loops, positions=part.positions, segment_ids=part.segment_ids
+    )
+
+
+def _choose(condition: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)

@@ -1,0 +1,29 @@
+"""The tokeniser of a run: the one it was given, its task's own, or one trained on its data."""
+
+from rich.console import Console
+
+from looplm_jax import data
+from looplm_jax.config import Recipe
+from looplm_jax.data.corpus import Corpus
+from looplm_jax.data.tokenizers import Tokenizer
+from looplm_jax.training.run_folder import RunFolder, write_atomically
+
+
+def run_tokenizer(recipe: Recipe, corpus: Corpus, folder: RunFolder, console: Console) -> Tokenizer:
+    """The tokeniser that a run uses from its first step to its last; one that was trained lies in the run folder.
+
+    Raises:
+      UserError: its vocabulary is not the model's, or the data is too little to train one.
+    """
+    tokenizer = corpus.own_tokenizer
+    if tokenizer is None and recipe.data.tokenizer:
+        tokenizer = data.load_tokenizer(recipe.data.tokenizer)
+    if tokenizer is None:
+        trained = folder.path / "tokenizer.model"
+        if not trained.exists():
+            console.print(f"training a tokenizer of {recipe.model.vocab_size} pieces", highlight=False)
+            texts = data.training_texts(corpus, seed=recipe.data.seed)
+            write_atomically(trained, data.train_sentencepiece(texts, recipe.model.vocab_size).serialize())
+        tokenizer = data.load_tokenizer(str(trained))
+    data.check_vocab(tokenizer, recipe.model.vocab_size)
+    return tokenizer
