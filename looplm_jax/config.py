@@ -163,7 +163,9 @@ class MeshConfig:
     def __post_init__(self) -> None:
         sizes = dataclasses.asdict(self)
         for name, size in sizes.items():
-            _require(size == -1 or size >= 1, f"mesh.{name} must be at least 1, or -1 for all that are left, not {size}")
+            _require(
+                size == -1 or size >= 1, f"mesh.{name} must be at least 1, or -1 for all that are left, not {size}"
+            )
         _require(list(sizes.values()).count(-1) <= 1, "only one axis of mesh may be -1")
         _require(self.context == 1, f"mesh.context must be 1: sequences are not sharded yet, not {self.context}")
 
@@ -246,7 +248,9 @@ class Stage:
     gate_target: GateTarget = _field("which gain trains the gate", GateTarget.AS_PRINTED)
     gain_slope: float = _field("k in Eq. 6", 50.0)
     gain_threshold: float = _field("gamma in Eq. 6, nats", 0.005)
-    trainable: tuple[str, ...] = _field("parameter groups that move; empty: all, or the gate where it is the objective", ())
+    trainable: tuple[str, ...] = _field(
+        "parameter groups that move; empty: all, or the gate where it is the objective", ()
+    )
     learning_rate: float = _field("peak learning rate", 3e-4)
     schedule: Schedule = _field("learning rate after warm-up", Schedule.CONSTANT)
     warmup_steps: int = _field("steps of linear warm-up", 0)

@@ -1,10 +1,14 @@
 """What a checkpoint holds, and whether it is sound: every step is read and checked against its digests.
 
-    looplm inspect runs/text-small
+looplm inspect runs/text-small
 """
 
 import argparse
 import json
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from looplm_jax.checkpoints import StepReport
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -25,3 +29,23 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         _print(arguments.checkpoint, reports)
     return 2 if damaged else 0
+
+
+def _print(path: str, reports: "list[StepReport]") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("step", "stage", "parameters", "bytes", "kept", "state")
+    for report in reversed(reports):
+        stage = report.metadata.extra.get("stage", "") if report.metadata else ""
+        kept = "always" if report.permanent else "while new"
+        state = f"[red]damaged: {report.damage}" if report.damage else "[green]sound"
+        table.add_row(str(report.step), stage, f"{report.parameters:,}", f"{report.bytes:,}", kept, state)
+    console = Console(highlight=False)
+    console.print(table)
+    newest = next((report.metadata for report in reports if report.metadata), None)
+    if newest is not None:
+        model = ", ".join(f"{name}={value}" for name, value in newest.config["model"].items())
+        console.print(f"recipe {newest.config['name']}: {model}")
+        console.print(f"tokenizer {newest.tokenizer_kind}, sha256 {newest.tokenizer_fingerprint[:16]}…")
+    console.print(f"next: looplm evaluate {path}")

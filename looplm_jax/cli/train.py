@@ -30,7 +30,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="files to train on: a glob, a folder or an fsspec URL of .txt, .jsonl, .parquet; or a task such as "
         "mano:length=4,modulus=7; may be repeated",
     )
-    parser.add_argument("--tokenizer", help="a SentencePiece .model or a tokenizer.json; default: train one on the data")
+    parser.add_argument(
+        "--tokenizer", help="a SentencePiece .model or a tokenizer.json; default: train one on the data"
+    )
     parser.add_argument(
         "--on-bad-record",
         choices=[choice.value for choice in OnBadRecord],

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from looplm_jax.config import Recipe
-from looplm_jax.evaluation.held_out import evaluate_held_out
+from looplm_jax.evaluation.during_training import evaluate_held_out
 from looplm_jax.evaluation.run_report import write_run_report
 from looplm_jax.models.looplm import count_params
 from looplm_jax.training.run import Outcome, train
@@ -20,9 +20,9 @@ def run_training(recipe: Recipe, out: Path) -> int:
     outcome = train(recipe, out, evaluate=evaluate_held_out, console=console)
     if outcome.stopped_by is not None:
         return _stopped(outcome, console)
-    report = write_run_report(outcome.folder.path, recipe)
+    reports = ", ".join(write_run_report(outcome.folder.path, recipe))
     skipped = f", {outcome.skipped} steps skipped" if outcome.skipped else ""
-    print(f"trained {outcome.step} steps{skipped}; wrote {out}/checkpoints, metrics.jsonl, tensorboard and {report}")
+    print(f"trained {outcome.step} steps{skipped}; wrote checkpoints, metrics.jsonl, tensorboard, {reports} to {out}")
     print(f"next: looplm evaluate {out}")
     return 0
 
@@ -35,7 +35,9 @@ def _announcement(recipe: Recipe, out: Path) -> str:
 
 def _stopped(outcome: Outcome, console: Console) -> int:
     name = outcome.stopped_by.name if outcome.stopped_by else ""
-    console.print(f"stopped by {name} at step {outcome.step}; saved. The same command goes on from here.", highlight=False)
+    console.print(
+        f"stopped by {name} at step {outcome.step}; saved. The same command goes on from here.", highlight=False
+    )
     sys.stdout.flush()
     sys.stderr.flush()
     status = 128 + int(outcome.stopped_by or 0)

@@ -13,6 +13,10 @@ from looplm_jax.data.examples import Example, chunks
 # Rows that are filled side by side. More rows waste fewer positions and cost memory and time to restore.
 _OPEN_ROWS = 64
 
+# A resumed stream reads its window again: at most a few seconds at this size.
+_SHUFFLED_PIECES = 2**12
+_SHUFFLED_TOKENS = 2**21
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Batch:
@@ -37,15 +41,23 @@ class _Chunks(grain.experimental.FlatMapTransform):
         return chunks(element, self._length)
 
 
-def pack(examples: grain.IterDataset, sequence_length: int, *, shuffle_seed: int | None) -> grain.IterDataset:
-    """Rows of `sequence_length`, packed first-fit; longer examples are cut. A seed shuffles neighbouring rows."""
+def pack(examples: grain.IterDataset, sequence_length: int, *, shuffle_seed: int) -> grain.IterDataset:
+    """Rows of `sequence_length`, packed first-fit; longer examples are cut.
+
+    The pieces of one long document would fill whole batches, so pieces are shuffled within a window of many documents first.
+    """
     features = ("tokens", "targets", "loss_mask")
-    return grain.experimental.FirstFitPackIterDataset(
+    pieces = grain.experimental.WindowShuffleIterDataset(
         grain.experimental.FlatMapIterDataset(examples, _Chunks(sequence_length)),
+        window_size=min(_SHUFFLED_PIECES, max(_SHUFFLED_TOKENS // sequence_length, _OPEN_ROWS)),
+        seed=shuffle_seed,
+    )
+    return grain.experimental.FirstFitPackIterDataset(
+        pieces,
         length_struct=dict.fromkeys(features, sequence_length),
         num_packing_bins=_OPEN_ROWS,
-        seed=shuffle_seed or 0,
-        shuffle_bins=shuffle_seed is not None,
+        seed=shuffle_seed,
+        shuffle_bins=True,
     )
 
 

@@ -19,6 +19,10 @@ from looplm_jax.data.tokenizers.base import Tokenizer
 from looplm_jax.errors import UserError
 
 
+# The order is fixed, and mixed, so that the first sequences come from many documents.
+_ORDER = 0
+
+
 @dataclasses.dataclass(frozen=True)
 class ValidationBatches:
     """Rows, for one process, of the held-out batches; can be gone through again and again."""
@@ -74,7 +78,7 @@ def _sequences(
 ) -> list[Mapping[str, np.ndarray]]:
     records = grain.MapDataset.source(_Interleaved([part.validation() for part in corpus.parts]))
     examples = records.map(functools.partial(to_example, tokenizer=tokenizer)).to_iter_dataset(READING)
-    rows = iter(pack(examples, sequence_length, shuffle_seed=None))
+    rows = iter(pack(examples, sequence_length, shuffle_seed=_ORDER))
     sequences = list(itertools.islice(rows, most))
     rows.close()
     return sequences

@@ -1,10 +1,13 @@
 """Prefill and decode: pure, compiled programs over a cache (paper v4, sections 3.2 and 5.4.2).
 
-A prompt runs through all T loops at once. A new token runs loop after loop, each reading the plane of its own depth, until
-the exit policy lets it go; the planes below its last loop take that loop's keys and values ("last exited").
+A prompt runs through all T loops at once. A new token runs loop after loop, each reading the plane of its own depth,
+until the exit policy lets it go; the planes below its last loop take that loop's keys and values ("last exited").
 """
 
+import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import flax.struct
 import jax
@@ -14,7 +17,6 @@ from jaxtyping import Array, Bool, Float, Int
 from looplm_jax.halting import ExitPolicy
 from looplm_jax.inference.cache import Cache, from_prefill, plane
 from looplm_jax.inference.traced import Traced
-from looplm_jax.models.blocks import KeyValues
 from looplm_jax.models.looplm import LoopLM, LoopOutput, ModelCache, Params, head_matrix
 
 
@@ -42,13 +44,16 @@ def prefill(
     """Run prompts through all `loops` loops; the policy chooses the loop that each one's last token is read at.
 
     Args:
+      model: the network.
+      params: its parameters.
       tokens: prompts, padded on the right to one length; what stands in the padding has no influence.
       lengths: tokens of each prompt, at least 1.
+      policy: as `Traced.of` makes it.
       loops: planes of the cache, T: the most loops that any token will take.
       capacity: positions of the cache, C.
     """
     segment_ids = (jnp.arange(tokens.shape[1]) < lengths[:, None]).astype(jnp.int32)
-    output, planes = model.apply({"params": params}, tokens, loops=loops, segment_ids=segment_ids, method="prefill")
+    output, planes = _bound(model, params)(tokens, loops=loops, segment_ids=segment_ids, method="prefill")
     rows, last = jnp.arange(tokens.shape[0]), lengths - 1
     exit_loops = _exit_loops(policy.settings(), output.gate_logits[:, rows, last])
     hidden = output.hidden[exit_loops - 1, rows, last]
@@ -73,7 +78,7 @@ def decode_step(
 ) -> Decoded:
     """Append one token to each row. The loops run until every row has left. The cache is donated: updated in place."""
     context = cache.context(model.config)
-    apply = functools.partial(model.apply, {"params": params})
+    apply = _bound(model, params)
     embedded, prelude = apply(tokens[:, None], context, cache.planes.prelude, True, method="embed")
 
     def body(carry: _Loops) -> _Loops:
@@ -85,7 +90,7 @@ def decode_step(
         return jnp.any(~carry.exited)
 
     carry = jax.lax.while_loop(running, body, _first_loop(apply(embedded, method="initial_state"), cache))
-    own = carry.planes.replace(prelude=prelude)
+    own = dataclasses.replace(carry.planes, prelude=prelude)
     return Decoded(
         cache=cache.append(own),
         logits=_logits(model, params, carry.hidden[:, 0]),
@@ -116,7 +121,7 @@ def _first_loop(state: Float[Array, "B 1 D"], cache: Cache) -> _Loops:
         loop=jnp.int32(0),
         state=state,
         hidden=jnp.zeros_like(state),
-        planes=jax.tree.map(of_one_token, cache.planes.replace(prelude=None)),
+        planes=jax.tree.map(of_one_token, dataclasses.replace(cache.planes, prelude=None)),
         log_survival=jnp.zeros(rows, jnp.float32),
         exited=jnp.zeros(rows, bool),
         exit_loops=jnp.zeros(rows, jnp.int32),
@@ -143,6 +148,10 @@ def _advance(carry: _Loops, output: LoopOutput, own: ModelCache, policy: ExitPol
         exited=carry.exited | policy.exits(log_survival, loop) | (loop >= deepest),
         exit_loops=jnp.where(active, loop, carry.exit_loops),
     )
+
+
+def _bound(model: LoopLM, params: Params) -> Callable[..., Any]:
+    return functools.partial(model.apply, {"params": params})
 
 
 def _logits(model: LoopLM, params: Params, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:

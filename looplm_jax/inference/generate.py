@@ -69,6 +69,8 @@ def generate(
     nothing, unless they ask for more loops than `config.loops`.
 
     Args:
+      model: the network.
+      params: its parameters.
       prompt_ids: at least one token.
       max_new_tokens: at least 1; fewer come where a stop token does.
       policy: the loop at which each token leaves; may ask for more loops than the model was trained with.
@@ -110,9 +112,7 @@ def _stream(
             decoded = decode_step(model, params, decoded.cache, choice.tokens, traced_policy)
 
 
-def _prefill_one(
-    model: LoopLM, params: Params, prompt_ids: Sequence[int], count: int, policy: ExitPolicy
-) -> Decoded:
+def _prefill_one(model: LoopLM, params: Params, prompt_ids: Sequence[int], count: int, policy: ExitPolicy) -> Decoded:
     longest, size = model.config.max_positions, len(prompt_ids)
     tokens = np.zeros((1, bucket(size, longest)), np.int32)
     tokens[0, :size] = prompt_ids

@@ -37,14 +37,14 @@ class Sampling:
 
 @flax.struct.dataclass
 class Shortlist:
-    """Tokens from the most to the least probable, with their logits over the temperature; minus infinity is left out."""
+    """Tokens from the most to the least probable, and their logits over the temperature: minus infinity if left out."""
 
     tokens: Int[Array, "V"]
     logits: Float[Array, "V"]
 
 
 def token_key(sampling: Sampling, number: int | Int[Array, ""]) -> PRNGKeyArray:
-    """The key of the n-th new token. It depends on the seed and on n only, so a continuation can be taken up anywhere."""
+    """The key of the n-th new token, which depends on the seed and on n alone."""
     return jax.random.fold_in(jax.random.key(sampling.seed), number)
 
 

@@ -12,7 +12,7 @@ S = TypeVar("S")
 
 @flax.struct.dataclass
 class Traced(Generic[S]):
-    """A frozen dataclass of numbers, such as an exit policy. Its class belongs to the program, its numbers are arrays."""
+    """A frozen dataclass of numbers, such as an exit policy: its class is part of the program, its numbers are not."""
 
     kind: type[S] = flax.struct.field(pytree_node=False)
     numbers: dict[str, Array]

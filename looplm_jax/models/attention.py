@@ -52,9 +52,7 @@ def attend(
     batch, length, num_heads, head_dim = queries.shape
     num_kv_heads = keys[0].shape[2]
     grouped = (queries * head_dim**-0.5).reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    scores = jnp.concatenate(
-        [_scores(grouped, block, mask) for block, mask in zip(keys, masks, strict=True)], axis=-1
-    )
+    scores = jnp.concatenate([_scores(grouped, block, mask) for block, mask in zip(keys, masks, strict=True)], axis=-1)
     weights = jax.nn.softmax(scores, axis=-1).astype(queries.dtype)
     sizes = [block.shape[1] for block in values]
     starts = [sum(sizes[:index]) for index in range(1, len(sizes))]

@@ -46,7 +46,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     shape = tuple(free if size == -1 else size for size in sizes.values())
     if math.prod(shape) != len(devices) or free < 1:
         wanted = " x ".join(f"{name}={size}" for name, size in sizes.items() if size != 1) or "data=1"
-        raise UserError(f"a mesh of {wanted} does not fit {len(devices)} device(s); change mesh.* or set one axis to -1")
+        raise UserError(
+            f"a mesh of {wanted} does not fit {len(devices)} device(s); change mesh.* or set one axis to -1"
+        )
     axis_types = (AxisType.Auto,) * len(shape)  # Linen's logical constraints do not work under Explicit axes
     return jax.make_mesh(shape, tuple(sizes), axis_types=axis_types, devices=devices)
 
@@ -54,7 +56,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 def check_divides(mesh: Mesh, model: ModelConfig) -> None:
     """Refuse a model whose axes do not divide over the mesh. Raises UserError."""
     wanted = [("fsdp", "width", model.width)]
-    wanted += [("tensor", name, getattr(model, name)) for name in ("num_heads", "num_kv_heads", "mlp_width", "vocab_size")]
+    wanted += [
+        ("tensor", name, getattr(model, name)) for name in ("num_heads", "num_kv_heads", "mlp_width", "vocab_size")
+    ]
     for axis, name, size in wanted:
         if size % mesh.shape[axis]:
             raise UserError(f"mesh.{axis}={mesh.shape[axis]} does not divide model.{name}={size}; change one of them")

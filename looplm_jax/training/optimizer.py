@@ -23,7 +23,9 @@ def direction(
     config: OptimizerConfig, gradients: PyTree, state: optax.OptState, params: PyTree
 ) -> tuple[PyTree, optax.OptState]:
     """AdamW's updates before the learning rate, and its next state."""
-    with jax.numpy_dtype_promotion("standard"):  # Optax raises a float to an integer power, which strict promotion refuses
+    with jax.numpy_dtype_promotion(
+        "standard"
+    ):  # Optax raises a float to an integer power, which strict promotion refuses
         return adamw(config).update(gradients, state, params)
 
 

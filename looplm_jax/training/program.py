@@ -50,9 +50,7 @@ def abstract_batch(stage: Stage, mesh: Mesh) -> DeviceBatch:
     sharding = batch_sharding(mesh)
     integers = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
     mask = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
-    return DeviceBatch(
-        tokens=integers, targets=integers, segment_ids=integers, positions=integers, loss_mask=mask
-    )
+    return DeviceBatch(tokens=integers, targets=integers, segment_ids=integers, positions=integers, loss_mask=mask)
 
 
 def place(batch: Batch, stage: Stage, mesh: Mesh) -> DeviceBatch:

@@ -117,5 +117,7 @@ def test_a_model_that_does_not_divide_is_refused(recipe):
 
 def test_a_batch_that_does_not_divide_is_refused():
     mesh = make_mesh(MeshConfig(data=8))
-    with pytest.raises(UserError, match=r"stages.x.batch_size=12 in 1 part\(s\) does not divide .* use a multiple of 8"):
+    with pytest.raises(
+        UserError, match=r"stages.x.batch_size=12 in 1 part\(s\) does not divide .* use a multiple of 8"
+    ):
         check_batch(mesh, 12, 1, "stages.x")

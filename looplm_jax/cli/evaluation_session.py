@@ -1,0 +1,97 @@
+"""What `looplm evaluate` does once its arguments are read: load, measure, print and write."""
+
+import argparse
+import dataclasses
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from looplm_jax import codec
+from looplm_jax.config import DataConfig, SourceConfig
+from looplm_jax.data import ValidationBatches, validation_batches
+from looplm_jax.errors import UserError
+from looplm_jax.evaluation.evaluate import Evaluation, evaluate
+from looplm_jax.evaluation.plots import plot_depths, plot_exits
+from looplm_jax.evaluation.tables import depth_table, exit_table
+from looplm_jax.loading import Loaded, load
+
+
+def run_evaluation(arguments: argparse.Namespace) -> int:
+    """Evaluate as the arguments of `looplm evaluate` say. Returns the exit status."""
+    loaded = load(arguments.checkpoint, step=arguments.step)
+    for warning in loaded.warnings:
+        print(f"looplm: {warning}", file=sys.stderr)
+    out = Path(arguments.out) if arguments.out else _default_out(arguments.checkpoint, loaded.step)
+    data = _data(loaded.recipe.data, arguments)
+    batches = _batches(loaded, data, arguments.sequences or loaded.recipe.evaluation.sequences)
+    evaluation = _measure(loaded, batches, arguments.max_loops)
+    console = Console(highlight=False)
+    console.print(depth_table(evaluation.depths).rich())
+    console.print(exit_table(evaluation.exits).rich())
+    about = {"step": loaded.step, "data": codec.to_dict(data), "sequences": batches.num_sequences}
+    written = _write(out, evaluation, about)
+    print(f"wrote {', '.join(written)} to {out}")
+    best = evaluation.depths.best_loops
+    print(f"next: looplm generate {shlex.quote(arguments.checkpoint)} --prompt 'Once' --exit loops={best}")
+    return 0
+
+
+def _default_out(checkpoint: str, step: int) -> Path:
+    if "://" in checkpoint:
+        raise UserError(f"say with --out where to write the evaluation of {checkpoint}")
+    path = Path(checkpoint)
+    run = next((folder.parent for folder in (path, path.parent) if folder.name == "checkpoints"), path)
+    return run / "evaluation" / f"step_{step}"
+
+
+def _data(data: DataConfig, arguments: argparse.Namespace) -> DataConfig:
+    changes: dict[str, Any] = {}
+    if arguments.data is not None:
+        changes["sources"] = (SourceConfig(path=arguments.data),)
+    if arguments.validation_fraction is not None:
+        changes["validation_fraction"] = arguments.validation_fraction
+    return dataclasses.replace(data, **changes)
+
+
+def _batches(loaded: Loaded, data: DataConfig, sequences: int) -> ValidationBatches:
+    """Held-out sequences of the length that was trained last, as many at one time as one part of a training batch."""
+    stage = loaded.recipe.stages[-1]
+    return validation_batches(
+        data,
+        loaded.tokenizer,
+        batch_size=min(stage.batch_size // stage.accumulation, sequences),
+        sequence_length=stage.sequence_length,
+        max_sequences=sequences,
+    )
+
+
+def _measure(loaded: Loaded, batches: ValidationBatches, max_loops: int | None) -> Evaluation:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(f"evaluating step {loaded.step}", total=len(batches))
+        return evaluate(
+            loaded.model,
+            loaded.params,
+            batches,
+            max_loops=max_loops,
+            on_batch=lambda: progress.advance(task),
+        )
+
+
+def _write(out: Path, evaluation: Evaluation, about: dict[str, Any]) -> list[str]:
+    """Numbers always; figures where matplotlib is installed."""
+    out.mkdir(parents=True, exist_ok=True)
+    content = json.dumps({**about, **evaluation.to_json()}, indent=2)
+    (out / "evaluation.json").write_text(content + "\n", encoding="utf-8")
+    try:
+        plot_depths({"this model": evaluation.depths}, out / "depth.png")
+        plot_exits({"fixed depth": evaluation.exits.fixed, "Q-exit": evaluation.exits.q_exit}, out / "exit.png")
+    except UserError as error:
+        print(f"looplm: {error}", file=sys.stderr)
+        return ["evaluation.json"]
+    return ["evaluation.json", "depth.png", "exit.png"]

@@ -1,0 +1,56 @@
+"""Loss and accuracy at every depth, from fewer loops than were trained to twice as many."""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+from looplm_jax.data.packing import Batch
+from looplm_jax.evaluation.curves import Curve
+from looplm_jax.evaluation.masked_mean import masked_means
+from looplm_jax.evaluation.scores import PerDepth, scorer
+from looplm_jax.models.looplm import LoopLM, Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DepthSweep:
+    """Every token stopped at loop 1, at loop 2, and so on."""
+
+    curve: Curve
+    trained_loops: int
+    tokens: int  # that the means are over
+
+    @property
+    def best_loops(self) -> int:
+        """The depth with the least loss."""
+        return int(self.curve.loops[int(np.argmin(self.curve.loss))])
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"trained_loops": self.trained_loops, "tokens": self.tokens, **self.curve.to_json()}
+
+
+def depth_sweep(
+    model: LoopLM,
+    params: Params,
+    batches: Iterable[Batch],
+    *,
+    max_loops: int | None = None,
+    on_batch: Callable[[], None] | None = None,
+) -> DepthSweep:
+    """Mean loss and accuracy at loops 1..`max_loops` (default: twice those the model is meant for), from one pass.
+
+    Raises:
+      UserError: fewer than one loop, or no token to evaluate.
+    """
+    trained = model.config.loops
+    score = scorer(model, params, loops=2 * trained if max_loops is None else max_loops, exit_loops=1, q_grid=(1.0,))
+    means = masked_means(lambda batch: score(batch).depths, batches, on_batch)
+    return summarise_depths(means.values, trained, means.tokens)
+
+
+def summarise_depths(means: PerDepth, trained_loops: int, tokens: int) -> DepthSweep:
+    """The sweep from means over tokens."""
+    curve = Curve.of(range(1, len(means.loss) + 1), means.loss, means.correct)
+    return DepthSweep(curve=curve, trained_loops=trained_loops, tokens=tokens)

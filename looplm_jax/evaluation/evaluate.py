@@ -1,0 +1,47 @@
+"""Depth sweep and exit curve of a model on one set of batches, from one forward pass each."""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from looplm_jax.data.packing import Batch
+from looplm_jax.evaluation.depth_sweep import DepthSweep, summarise_depths
+from looplm_jax.evaluation.exit_curve import Q_GRID, ExitCurve, summarise_exits
+from looplm_jax.evaluation.masked_mean import masked_means
+from looplm_jax.evaluation.scores import scorer
+from looplm_jax.models.looplm import LoopLM, Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What `looplm evaluate` reports."""
+
+    depths: DepthSweep
+    exits: ExitCurve
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"depths": self.depths.to_json(), "exits": self.exits.to_json()}
+
+
+def evaluate(
+    model: LoopLM,
+    params: Params,
+    batches: Iterable[Batch],
+    *,
+    max_loops: int | None = None,
+    on_batch: Callable[[], None] | None = None,
+) -> Evaluation:
+    """Every depth 1..`max_loops` (default: twice the trained depth), and exits within the trained depth.
+
+    Raises:
+      UserError: fewer than one loop, or no token to evaluate.
+    """
+    trained = model.config.loops
+    loops = 2 * trained if max_loops is None else max_loops
+    score = scorer(model, params, loops=loops, exit_loops=min(trained, loops), q_grid=Q_GRID)
+    means = masked_means(score, batches, on_batch)
+    return Evaluation(
+        depths=summarise_depths(means.values.depths, trained, means.tokens),
+        exits=summarise_exits(means.values, Q_GRID, means.tokens),
+    )

@@ -1,0 +1,73 @@
+"""Loss and accuracy against mean loops: what early exit costs and what it saves (paper v4, Figure 5)."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from looplm_jax.data.packing import Batch
+from looplm_jax.evaluation.curves import Curve
+from looplm_jax.evaluation.masked_mean import masked_means
+from looplm_jax.evaluation.scores import Scores, scorer
+from looplm_jax.models.looplm import LoopLM, Params
+
+Q_GRID = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExitCurve:
+    """Exits at fixed depths 1..T, and by Q-exit for a rising grid of q: both go from one loop to T."""
+
+    fixed: Curve
+    q_exit: Curve
+    q_grid: tuple[float, ...]
+    exit_pdf: tuple[float, ...]  # mean exit distribution over loops 1..T
+    expected_loss: float  # mean of sum_t p_t L_t, nats a token
+    mean_exit_loop: float  # mean of sum_t t p_t
+    tokens: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "tokens": self.tokens,
+            "fixed": self.fixed.to_json(),
+            "q_exit": {"q": list(self.q_grid), **self.q_exit.to_json()},
+            "exit_pdf": list(self.exit_pdf),
+            "expected_loss": self.expected_loss,
+            "mean_exit_loop": self.mean_exit_loop,
+        }
+
+
+def exit_curve(
+    model: LoopLM,
+    params: Params,
+    batches: Iterable[Batch],
+    *,
+    q_grid: Sequence[float] = Q_GRID,
+    on_batch: Callable[[], None] | None = None,
+) -> ExitCurve:
+    """Fixed depth against Q-exit, at rising values of q, within the loops the model is meant for.
+
+    Raises:
+      UserError: no token to evaluate.
+    """
+    loops = model.config.loops
+    score = scorer(model, params, loops=loops, exit_loops=loops, q_grid=q_grid)
+    means = masked_means(score, batches, on_batch)
+    return summarise_exits(means.values, q_grid, means.tokens)
+
+
+def summarise_exits(means: Scores, q_grid: Sequence[float], tokens: int) -> ExitCurve:
+    """The curves from means over tokens; fixed depths as far as the exit distribution goes."""
+    exits, depths = means.exits, means.depths
+    fixed = np.arange(1, len(exits.pdf) + 1)
+    return ExitCurve(
+        fixed=Curve.of(fixed, depths.loss[: fixed.size], depths.correct[: fixed.size]),
+        q_exit=Curve.of(exits.loops, exits.loss, exits.correct),
+        q_grid=tuple(float(q) for q in q_grid),
+        exit_pdf=tuple(float(p) for p in exits.pdf),
+        expected_loss=float(exits.expected_loss),
+        mean_exit_loop=float(np.dot(fixed, exits.pdf)),
+        tokens=tokens,
+    )

@@ -1,0 +1,160 @@
+"""Figures as PNG, through the optional matplotlib: depth sweeps, exit curves and the course of a training."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from looplm_jax.errors import UserError
+from looplm_jax.evaluation.curves import Curve
+from looplm_jax.evaluation.depth_sweep import DepthSweep
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_COLOURS = ("#1f5fa8", "#d1495b", "#2e8b57", "#8e5ea2", "#c77d0a", "#3a3a3a")
+_GREY = "#777777"
+_MARKERS = "osD^vP"
+_DPI = 150
+
+
+def plot_depths(sweeps: Mapping[str, DepthSweep], path: Path) -> None:
+    """Loss and accuracy against loops, for one or more labelled models; the depth that was trained is marked.
+
+    Raises:
+      UserError: matplotlib is not installed.
+    """
+    figure, (left, right) = _figure(columns=2)
+    _curves(left, {label: sweep.curve for label, sweep in sweeps.items()}, "loss")
+    _curves(right, {label: sweep.curve for label, sweep in sweeps.items()}, "accuracy")
+    for axes in (left, right):
+        axes.set_xlabel("loops, T")
+        for trained in {sweep.trained_loops for sweep in sweeps.values()}:
+            _mark(axes, trained, f"trained: {trained}", height=0.95 if axes is left else 0.05)
+    figure.suptitle("Quality at every depth, held-out text")
+    figure.savefig(path, dpi=_DPI)
+
+
+def plot_exits(curves: Mapping[str, Curve], path: Path) -> None:
+    """Loss and accuracy against mean loops a token, for labelled ways to stop: further left and lower loss is better.
+
+    Raises:
+      UserError: matplotlib is not installed.
+    """
+    figure, (left, right) = _figure(columns=2)
+    _curves(left, curves, "loss")
+    _curves(right, curves, "accuracy")
+    for axes in (left, right):
+        axes.set_xlabel("mean loops per token")
+    figure.suptitle("Early exit: quality against compute, held-out text")
+    figure.savefig(path, dpi=_DPI)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Panel:
+    """A metric of training: its name in the rows and on the axis. Lists are drawn as one line for each loop."""
+
+    metric: str
+    label: str
+    log: bool = False
+
+
+_PANELS = (
+    _Panel(metric="loss_per_loop", label="loss (nats/token)"),
+    _Panel(metric="mean_exit_loop", label="mean exit loop"),
+    _Panel(metric="gradient_norm", label="gradient norm", log=True),
+    _Panel(metric="learning_rate", label="learning rate"),
+)
+
+
+def plot_training(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Loss of every loop, mean exit loop, gradient norm and learning rate against steps, from rows of `metrics.jsonl`.
+
+    Rows of a kind other than `train` are left out, and so are metrics that no row has.
+
+    Raises:
+      UserError: matplotlib is not installed.
+    """
+    training = [row for row in rows if row.get("kind", "train") == "train"]
+    panels = [panel for panel in _PANELS if any(panel.metric in row for row in training)]
+    figure, grid = _figure(columns=2, rows=max(1, -(-len(panels) // 2)))
+    for axes, panel in zip(grid, panels, strict=False):
+        _training_panel(axes, panel, [row for row in training if panel.metric in row])
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
+    figure.suptitle("Training")
+    figure.savefig(path, dpi=_DPI)
+
+
+def _training_panel(axes: "Axes", panel: _Panel, rows: Sequence[Mapping[str, Any]]) -> None:
+    values = [np.atleast_1d(row[panel.metric]) for row in rows]
+    loops = max(len(value) for value in values)
+    for loop in range(loops):
+        points = [(row["step"], value[loop]) for row, value in zip(rows, values, strict=True) if len(value) > loop]
+        steps, heights = zip(*points, strict=True)
+        colour = _COLOURS[0] if loops == 1 else _shade(loop, loops)
+        axes.plot(steps, heights, color=colour, linewidth=1.3, label=f"loop {loop + 1}" if loops > 1 else None)
+    axes.set_xlabel("step")
+    axes.set_ylabel(panel.label)
+    if panel.log:
+        axes.set_yscale("log")
+    if loops > 1:
+        axes.legend(frameon=False)
+
+
+def _shade(loop: int, loops: int) -> Any:
+    """From light to dark with depth."""
+    import matplotlib
+
+    return matplotlib.colormaps["viridis"](0.85 * (1 - loop / max(1, loops - 1)))
+
+
+def _curves(axes: "Axes", curves: Mapping[str, Curve], quantity: str) -> None:
+    scale = 100.0 if quantity == "accuracy" else 1.0
+    for index, (label, curve) in enumerate(curves.items()):
+        axes.plot(
+            curve.loops,
+            np.multiply(getattr(curve, quantity), scale),
+            color=_COLOURS[index % len(_COLOURS)],
+            marker=_MARKERS[index % len(_MARKERS)],
+            markersize=4.5,
+            linewidth=1.6,
+            label=label,
+        )
+    axes.set_ylabel("accuracy (% of tokens)" if quantity == "accuracy" else "loss (nats/token)")
+    if len(curves) > 1:
+        axes.legend(frameon=False)
+
+
+def _mark(axes: "Axes", loops: int, text: str, *, height: float) -> None:
+    axes.axvline(loops, color=_GREY, linestyle="--", linewidth=1.0, zorder=0)
+    axes.annotate(
+        text,
+        xy=(loops, height),
+        xycoords=("data", "axes fraction"),
+        xytext=(4, 0),
+        textcoords="offset points",
+        color=_GREY,
+        fontsize=9,
+        verticalalignment="center",
+    )
+
+
+def _figure(*, columns: int, rows: int = 1) -> "tuple[Figure, list[Axes]]":
+    """A figure without pyplot: nothing global changes, and no display is needed."""
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ImportError:
+        raise UserError("figures need matplotlib; pip install 'looplm_jax[plot]'") from None
+    figure = Figure(figsize=(4.8 * columns, 3.6 * rows), layout="constrained")
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in grid:
+        axes.grid(True, color="#e4e4e4", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure, grid

@@ -1,0 +1,58 @@
+"""The report of a training run: what was trained, how the losses went, and what to type next."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from looplm_jax.config import Recipe, Stage
+from looplm_jax.errors import UserError
+from looplm_jax.evaluation.plots import plot_training
+from looplm_jax.evaluation.tables import Table
+from looplm_jax.models.looplm import count_params
+from looplm_jax.training.metrics import read_metrics
+
+
+def write_run_report(folder: Path, recipe: Recipe) -> list[str]:
+    """Write `report.md`, and `training.png` where matplotlib is installed, from the metrics of a run. Returns their names."""
+    rows = read_metrics(folder)
+    written = ["report.md"]
+    lines = [f"# {recipe.name}", "", f"{count_params(recipe.model):,} parameters. {recipe.description}", ""]
+    lines += ["## Stages", "", _stage_table(recipe, rows).markdown()]
+    try:
+        plot_training(rows, folder / "training.png")
+        lines += ["![training](training.png)", ""]
+        written.append("training.png")
+    except UserError:
+        lines += ["Figures need matplotlib: `pip install 'looplm_jax[plot]'`.", ""]
+    evaluations = [row for row in rows if row["kind"] == "evaluation"]
+    if evaluations:
+        lines += ["## Held-out loss during training (nats/token)", "", _evaluation_table(evaluations).markdown()]
+    lines += ["## Next", "", "```", f"looplm evaluate {folder}", f"looplm generate {folder} --prompt 'Once'", "```", ""]
+    (folder / "report.md").write_text("\n".join(lines), encoding="utf-8")
+    return written
+
+
+def _stage_table(recipe: Recipe, rows: list[dict[str, Any]]) -> Table:
+    columns = ("stage", "objective", "loops", "steps", "tokens", "last loss", "mean exit loop", "tokens/s", "skipped")
+    return Table(title="stages", columns=columns, rows=[_stage_row(stage, rows) for stage in recipe.stages])
+
+
+def _stage_row(stage: Stage, rows: list[dict[str, Any]]) -> list[str]:
+    own = [row for row in rows if row["kind"] == "train" and row["stage"] == stage.name]
+    tokens = stage.steps * stage.batch_size * stage.sequence_length
+    about = [stage.name, stage.objective.value, str(stage.loops), str(stage.steps), f"{tokens:,}"]
+    if not own:
+        return [*about, "", "", "", ""]
+    last = own[-1]
+    rates = sorted(row["tokens_per_second"] for row in own)
+    numbers = [f"{last['loss']:.4f}", f"{last['mean_exit_loop']:.2f}", f"{rates[len(rates) // 2]:,.0f}"]
+    return [*about, *numbers, str(last["skipped"])]
+
+
+def _evaluation_table(rows: list[Mapping[str, Any]]) -> Table:
+    loops = max(len(row["loss_per_loop"]) for row in rows)
+    return Table(
+        title="held-out loss",
+        columns=("step", *(f"loop {loop}" for loop in range(1, loops + 1))),
+        rows=[[str(row["step"]), *(f"{loss:.4f}" for loss in row["loss_per_loop"])] for row in rows],
+    )

@@ -1,0 +1,89 @@
+"""One forward pass that serves every depth: the state after loop t does not depend on the loops after it."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from looplm_jax.data.packing import Batch
+from looplm_jax.halting import exit_distribution, q_exit
+from looplm_jax.losses import token_scores
+from looplm_jax.models.looplm import LoopLM, Params, head_matrix
+
+
+@flax.struct.dataclass
+class PerDepth:
+    """Of each token (or, after averaging, of all): loss in nats and correctness at loops 1..T."""
+
+    loss: Float[Array, "T *BS"]
+    correct: Bool[Array, "T *BS"]
+
+
+@flax.struct.dataclass
+class PerExit:
+    """The same under exits: at the Q-exit loop for each q of a grid, and on average over the exit distribution."""
+
+    loss: Float[Array, "Q *BS"]
+    correct: Bool[Array, "Q *BS"]
+    loops: Int[Array, "Q *BS"]
+    pdf: Float[Array, "E *BS"]  # E loops of the exit distribution
+    expected_loss: Float[Array, "*BS"]
+
+
+@flax.struct.dataclass
+class Scores:
+    """All that is measured of a batch."""
+
+    depths: PerDepth
+    exits: PerExit
+
+
+def scorer(
+    model: LoopLM, params: Params, *, loops: int, exit_loops: int, q_grid: Sequence[float]
+) -> Callable[[Batch], Scores]:
+    """A function that scores batches at depths 1..`loops`, with exits among the first `exit_loops` of them."""
+    grid = jnp.asarray(q_grid, jnp.float32)
+
+    def score(batch: Batch) -> Scores:
+        arrays = batch.tokens, batch.targets, batch.positions, batch.segment_ids
+        return score_tokens(model, params, *arrays, grid, loops=loops, exit_loops=exit_loops)
+
+    return score
+
+
+@functools.partial(jax.jit, static_argnames=("model", "loops", "exit_loops"))
+def score_tokens(
+    model: LoopLM,
+    params: Params,
+    tokens: Int[Array, "B S"],
+    targets: Int[Array, "B S"],
+    positions: Int[Array, "B S"],
+    segment_ids: Int[Array, "B S"],
+    q_grid: Float[Array, "Q"],
+    *,
+    loops: int,
+    exit_loops: int,
+) -> Scores:
+    """Score one batch. Compiled once for all batches of a shape, and for all grids of a length."""
+    output: Any = model.apply({"params": params}, tokens, loops=loops, positions=positions, segment_ids=segment_ids)
+    head = head_matrix(params, model.config)
+    scored = token_scores(output.hidden, head, targets, chunk=model.compute.loss_chunk)
+    depths = PerDepth(loss=scored.loss, correct=scored.correct)
+    return Scores(depths=depths, exits=score_exits(depths, output.gate_logits[:exit_loops], q_grid))
+
+
+def score_exits(depths: PerDepth, gate_logits: Float[Array, "E *BS"], q_grid: Float[Array, "Q"]) -> PerExit:
+    """What the exits that gates ask for would score, given the scores of every depth (at least the E of the gates)."""
+    pdf = exit_distribution(gate_logits)
+    loops = jax.vmap(functools.partial(q_exit, pdf))(q_grid)
+    return PerExit(
+        loss=jnp.take_along_axis(depths.loss, loops - 1, axis=0),
+        correct=jnp.take_along_axis(depths.correct, loops - 1, axis=0),
+        loops=loops,
+        pdf=pdf,
+        expected_loss=jnp.sum(pdf * depths.loss[: pdf.shape[0]], axis=0),
+    )

@@ -1,0 +1,78 @@
+"""Evaluations as tables, for a terminal and for Markdown."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from rich.table import Table as RichTable
+
+from looplm_jax.evaluation.depth_sweep import DepthSweep
+from looplm_jax.evaluation.exit_curve import ExitCurve
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Table:
+    """A title, the heads of the columns, and rows of text; one row may be marked."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    marked: int | None = None
+
+    def rich(self) -> RichTable:
+        """For a terminal; the marked row is bold."""
+        table = RichTable(title=self.title, title_justify="left")
+        for column in self.columns:
+            table.add_column(column, justify="right")
+        for index, row in enumerate(self.rows):
+            table.add_row(*row, style="bold" if index == self.marked else None)
+        return table
+
+    def markdown(self) -> str:
+        """For a report, without the title; the marked row is bold."""
+        rows = [
+            [f"**{cell}**" if cell and index == self.marked else cell for cell in row]
+            for index, row in enumerate(self.rows)
+        ]
+        lines = [self.columns, ["---:"] * len(self.columns), *rows]
+        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def depth_table(sweep: DepthSweep) -> Table:
+    """One row for each depth; the depth the model is meant for is marked."""
+    curve = sweep.curve
+    rows = [
+        [str(int(loops)), f"{loss:.4f}", f"{accuracy:.2%}", _note(int(loops), sweep)]
+        for loops, loss, accuracy in zip(curve.loops, curve.loss, curve.accuracy, strict=True)
+    ]
+    marked = sweep.trained_loops - 1 if sweep.trained_loops <= len(rows) else None
+    return Table(
+        title=f"every depth, {sweep.tokens:,} held-out tokens",
+        columns=("loops", "loss (nats/token)", "accuracy", ""),
+        rows=rows,
+        marked=marked,
+    )
+
+
+def _note(loops: int, sweep: DepthSweep) -> str:
+    notes = {sweep.best_loops: ["best"]}
+    notes.setdefault(sweep.trained_loops, []).insert(0, "trained")
+    return ", ".join(notes.get(loops, []))
+
+
+def exit_table(exits: ExitCurve) -> Table:
+    """One row for each fixed depth, then one for each q."""
+    labels = [f"loops={int(loops)}" for loops in exits.fixed.loops] + [f"q={q:g}" for q in exits.q_grid]
+    points = [
+        point
+        for curve in (exits.fixed, exits.q_exit)
+        for point in zip(curve.loops, curve.loss, curve.accuracy, strict=True)
+    ]
+    rows = [
+        [label, f"{loops:.2f}", f"{loss:.4f}", f"{accuracy:.2%}"]
+        for label, (loops, loss, accuracy) in zip(labels, points, strict=True)
+    ]
+    return Table(
+        title=f"early exit; mean loss over budgets: fixed {exits.fixed.area:.4f}, Q-exit {exits.q_exit.area:.4f}",
+        columns=("--exit", "mean loops", "loss (nats/token)", "accuracy"),
+        rows=rows,
+    )
