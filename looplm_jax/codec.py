@@ -31,7 +31,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     return {field.name: _encode(getattr(config, field.name)) for field in dataclasses.fields(config)}
 
 
-def from_dict(kind: type[C], values: Mapping[str, Any], where: str = "") -> C:
+def from_dict(kind: type[C], values: Any, where: str = "") -> C:
     """The inverse of `to_dict`.
 
     Raises:

@@ -75,6 +75,11 @@ def demo() -> Recipe:
     )
 
 
+def demo_one_loop() -> Recipe:
+    """The layers of `demo` applied once: the same parameters and tokens, no loops."""
+    return dataclasses.replace(without_loops(demo()), name="demo-one-loop", description=demo_one_loop.__doc__ or "")
+
+
 def mano_small() -> Recipe:
     """Mano, modular arithmetic in prefix notation (paper, section 6.2), at a size for a laptop. Drawn online; needs no data."""
     return Recipe(
@@ -106,7 +111,12 @@ def mano_small() -> Recipe:
     )
 
 
-RECIPES: dict[str, Callable[[], Recipe]] = {"text-small": text_small, "demo": demo, "mano-small": mano_small}
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    "text-small": text_small,
+    "demo": demo,
+    "demo-one-loop": demo_one_loop,
+    "mano-small": mano_small,
+}
 
 
 def named_recipe(name: str) -> Recipe:

@@ -44,10 +44,9 @@ def depth_sweep(
     Raises:
       UserError: fewer than one loop, or no token to evaluate.
     """
-    trained = model.config.loops
-    score = scorer(model, params, loops=2 * trained if max_loops is None else max_loops, exit_loops=1, q_grid=(1.0,))
+    score = scorer(model, params, loops=max_loops)
     means = masked_means(lambda batch: score(batch).depths, batches, on_batch)
-    return summarise_depths(means.values, trained, means.tokens)
+    return summarise_depths(means.values, model.config.loops, means.tokens)
 
 
 def summarise_depths(means: PerDepth, trained_loops: int, tokens: int) -> DepthSweep:

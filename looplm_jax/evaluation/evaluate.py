@@ -6,9 +6,9 @@ from typing import Any
 
 from looplm_jax.data.packing import Batch
 from looplm_jax.evaluation.depth_sweep import DepthSweep, summarise_depths
-from looplm_jax.evaluation.exit_curve import Q_GRID, ExitCurve, summarise_exits
+from looplm_jax.evaluation.exit_curve import ExitCurve, summarise_exits
 from looplm_jax.evaluation.masked_mean import masked_means
-from looplm_jax.evaluation.scores import scorer
+from looplm_jax.evaluation.scores import Q_GRID, scorer
 from looplm_jax.models.looplm import LoopLM, Params
 
 
@@ -37,11 +37,8 @@ def evaluate(
     Raises:
       UserError: fewer than one loop, or no token to evaluate.
     """
-    trained = model.config.loops
-    loops = 2 * trained if max_loops is None else max_loops
-    score = scorer(model, params, loops=loops, exit_loops=min(trained, loops), q_grid=Q_GRID)
-    means = masked_means(score, batches, on_batch)
+    means = masked_means(scorer(model, params, loops=max_loops), batches, on_batch)
     return Evaluation(
-        depths=summarise_depths(means.values.depths, trained, means.tokens),
+        depths=summarise_depths(means.values.depths, model.config.loops, means.tokens),
         exits=summarise_exits(means.values, Q_GRID, means.tokens),
     )

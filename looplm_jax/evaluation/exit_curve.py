@@ -9,10 +9,8 @@ import numpy as np
 from looplm_jax.data.packing import Batch
 from looplm_jax.evaluation.curves import Curve
 from looplm_jax.evaluation.masked_mean import masked_means
-from looplm_jax.evaluation.scores import Scores, scorer
+from looplm_jax.evaluation.scores import Q_GRID, Scores, scorer
 from looplm_jax.models.looplm import LoopLM, Params
-
-Q_GRID = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,8 +50,7 @@ def exit_curve(
     Raises:
       UserError: no token to evaluate.
     """
-    loops = model.config.loops
-    score = scorer(model, params, loops=loops, exit_loops=loops, q_grid=q_grid)
+    score = scorer(model, params, loops=model.config.loops, q_grid=q_grid)
     means = masked_means(score, batches, on_batch)
     return summarise_exits(means.values, q_grid, means.tokens)
 

@@ -14,6 +14,8 @@ from looplm_jax.halting import exit_distribution, q_exit
 from looplm_jax.losses import token_scores
 from looplm_jax.models.looplm import LoopLM, Params, head_matrix
 
+Q_GRID = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
+
 
 @flax.struct.dataclass
 class PerDepth:
@@ -43,9 +45,11 @@ class Scores:
 
 
 def scorer(
-    model: LoopLM, params: Params, *, loops: int, exit_loops: int, q_grid: Sequence[float]
+    model: LoopLM, params: Params, *, loops: int | None = None, q_grid: Sequence[float] = Q_GRID
 ) -> Callable[[Batch], Scores]:
-    """A function that scores batches at depths 1..`loops`, with exits among the first `exit_loops` of them."""
+    """A function that scores batches at loops 1..`loops` (default: twice those trained), exits at those trained."""
+    loops = 2 * model.config.loops if loops is None else loops
+    exit_loops = min(model.config.loops, loops)
     grid = jnp.asarray(q_grid, jnp.float32)
 
     def score(batch: Batch) -> Scores:

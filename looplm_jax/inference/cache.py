@@ -23,11 +23,6 @@ class Cache:
     lengths: Int[Array, "B"]
 
     @property
-    def loops(self) -> int:
-        """Planes of the core: the most loops a token can take."""
-        return self.planes.core.keys.shape[0]
-
-    @property
     def capacity(self) -> int:
         """Positions of a row, C."""
         return self.planes.core.keys.shape[3]

@@ -43,6 +43,10 @@ class StagePrograms:
         """One step. `state` is used up."""
         return self._programs[loops](state, batch)
 
+    def text(self, loops: int) -> str:
+        """The compiled program, as text."""
+        return self._programs[loops].as_text()
+
 
 def abstract_batch(stage: Stage, mesh: Mesh) -> DeviceBatch:
     """Shapes, types and shardings of a stage's batches."""
