@@ -2,12 +2,13 @@
 
     python -m experiments.demo --out runs/demo
 
-Collects the source of the local Python's standard library, trains a tokeniser, pre-trains a small looped model with Stage I, trains its
-gate with Stage II, pre-trains the same layers without loops on the same tokens, evaluates every depth from 1 to twice the trained one,
-draws the exit curves before and after Stage II, and generates text with Q-exit.
+Collects the source of the local Python's standard library, trains a tokeniser, pre-trains a small looped model with
+Stage I, trains its gate with Stage II, pre-trains the same layers without loops on the same tokens, evaluates every
+depth from 1 to twice the trained one, draws the exit curves before and after Stage II, and generates text with
+Q-exit.
 
-Every part is a `looplm` command, which `report.md` names with the time it took. A part that is done is not done again: stopped at any
-moment, the same command goes on.
+Every part is a `looplm` command, which `report.md` names with the time it took. A part that is done is not done
+again: stopped at any moment, the same command goes on.
 """
 
 import argparse

@@ -79,10 +79,13 @@ def _verdict(looped: Mapping[str, Any], one_loop: Mapping[str, Any]) -> str:
     trained = looped["trained_loops"]
     first, deep, plain = looped["loss"][0], looped["loss"][trained - 1], one_loop["loss"][0]
     return (
-        f"At T = {trained} the loss is {abs(first - deep):.4f} nats {'below' if deep < first else 'above'} that at T = 1, and "
-        f"{abs(plain - deep):.4f} nats {'below' if deep < plain else 'above'} that of the same layers trained without loops "
-        "(equal parameters, equal tokens)."
+        f"At T = {trained} the loss is {_against(deep, first)} that at T = 1, and {_against(deep, plain)} that of the "
+        "same layers trained without loops (equal parameters, equal tokens)."
     )
+
+
+def _against(loss: float, other: float) -> str:
+    return f"{abs(loss - other):.4f} nats {'below' if loss < other else 'above'}"
 
 
 def _exits(evaluations: Mapping[str, Any]) -> str:
@@ -101,7 +104,8 @@ def _exits(evaluations: Mapping[str, Any]) -> str:
     columns = ("exit", "mean loops, Stage I", "loss, Stage I", "mean loops, Stage II", "loss, Stage II")
     table = Table(title="exits", columns=columns, rows=rows).markdown()
     areas = (
-        f"Mean loss over all budgets (area under the curve divided by its span): fixed depth {after['fixed']['area']:.4f}, "
+        "Mean loss over all budgets (area under the curve divided by its span): "
+        f"fixed depth {after['fixed']['area']:.4f}, "
         f"Stage I gate {before['q_exit']['area']:.4f}, Stage II gate {after['q_exit']['area']:.4f}. Lower is better."
     )
     return f"## Early exit before and after Stage II\n\n{table}\n{areas}\n"

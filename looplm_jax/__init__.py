@@ -1,4 +1,4 @@
-"""Looped language models in JAX: one stack of layers applied T times, supervised at every loop, with a learned gate to stop."""
+"""Looped language models in JAX: shared layers applied T times, supervised at every loop, with a gate to stop."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -1,7 +1,7 @@
 """Configuration: frozen, keyword-only dataclasses, one source for Python, commands, `--help` and checkpoints.
 
-Every class validates itself when it is made. `codec.py` turns them into JSON and back and applies overrides; the help text
-beside each field is what `looplm train --help` prints.
+Every class validates itself when it is made. `codec.py` turns them into JSON and back and applies overrides; the
+help text beside each field is what `looplm train --help` prints.
 """
 
 import dataclasses
@@ -272,7 +272,7 @@ class Stage:
         _require(self.beta >= 0, f"{where}.beta must not be negative, not {self.beta}")
         _require(self.learning_rate > 0, f"{where}.learning_rate must be positive, not {self.learning_rate}")
         _require(
-            0 <= self.warmup_steps and 0 <= self.decay_steps and self.warmup_steps + self.decay_steps <= self.steps,
+            self.warmup_steps >= 0 and self.decay_steps >= 0 and self.warmup_steps + self.decay_steps <= self.steps,
             f"{where}: warmup_steps and decay_steps must fit in steps={self.steps}",
         )
         if self.objective is Objective.GATE:

@@ -81,7 +81,10 @@ def demo_one_loop() -> Recipe:
 
 
 def mano_small() -> Recipe:
-    """Mano, modular arithmetic in prefix notation (paper, section 6.2), at a size for a laptop. Drawn online; needs no data."""
+    """Mano, modular arithmetic in prefix notation (paper, section 6.2), at a size for a laptop.
+
+    Drawn online; needs no data.
+    """
     return Recipe(
         name="mano-small",
         description=mano_small.__doc__ or "",

@@ -2,8 +2,8 @@
 
     python -m experiments.benchmarks.compile_time
 
-Compiles the whole train step (width 256, 8,192 tokens in the vocabulary, 8 sequences of 256) at 2 layers x 2 loops and at 24 x 8, in
-turn, and prints medians and their ratio.
+Compiles the whole train step (width 256, 8,192 tokens in the vocabulary, 8 sequences of 256) at 2 layers x 2 loops
+and at 24 x 8, in turn, and prints medians and their ratio.
 """
 
 import argparse

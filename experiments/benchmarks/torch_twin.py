@@ -1,4 +1,4 @@
-"""The same model and Stage I loss in plain PyTorch, as one would write them: what our train step is measured against."""
+"""The same model and Stage I loss in plain PyTorch, to measure our train step against."""
 
 import dataclasses
 

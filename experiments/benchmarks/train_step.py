@@ -1,10 +1,12 @@
-"""Tokens per second of our train step, and of a plain PyTorch twin of the same model and loss, measured in turn in one run.
+"""Tokens per second of our train step, and of a plain PyTorch twin of the same model and loss, measured in turn in
+one run.
 
     make bench                                             # or: python -m experiments.benchmarks.train_step
 
-Both do one whole optimiser step of Eq. 4 with AdamW: width 256, feed-forward 704, 4 layers, 4 loops, 8,192 tokens in the
-vocabulary, 8 sequences of 256, float32. They take turns, step by step, so that a machine whose speed drifts treats them alike; the
-ratio is the median of the pairs. The twin is eager PyTorch with fused attention; `--compile` puts it through `torch.compile`.
+Both do one whole optimiser step of Eq. 4 with AdamW: width 256, feed-forward 704, 4 layers, 4 loops, 8,192 tokens
+in the vocabulary, 8 sequences of 256, float32. They take turns, step by step, so that a machine whose speed drifts
+treats them alike; the ratio is the median of the pairs. The twin is eager PyTorch with fused attention; `--compile`
+puts it through `torch.compile`.
 """
 
 import argparse

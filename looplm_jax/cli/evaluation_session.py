@@ -33,6 +33,8 @@ def run_evaluation(arguments: argparse.Namespace) -> int:
     console = Console(highlight=False)
     console.print(depth_table(evaluation.depths).rich())
     console.print(exit_table(evaluation.exits).rich())
+    fixed, q_exit = evaluation.exits.fixed, evaluation.exits.q_exit
+    print(f"mean loss over all budgets of loops: fixed depth {fixed.area:.4f}, Q-exit {q_exit.area:.4f} nats/token")
     about = {"step": loaded.step, "data": codec.to_dict(data), "sequences": batches.num_sequences}
     written = _write(out, evaluation, about)
     print(f"wrote {', '.join(written)} to {out}")

@@ -19,7 +19,10 @@ _COMMANDS = {
 
 
 class Command(Protocol):
-    """What a command's module offers. One that defines `OVERRIDES = True` finds the flags it did not configure in `overrides`."""
+    """What a command's module offers.
+
+    One that defines `OVERRIDES = True` finds the flags it did not configure in `overrides`.
+    """
 
     def configure(self, parser: argparse.ArgumentParser) -> None:
         """Add the command's arguments."""
@@ -75,7 +78,7 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     if name not in _COMMANDS:
         raise UserError(f"unknown command {name!r}{suggest(name, _COMMANDS)}")
-    command: Command = importlib.import_module(f"looplm_jax.cli.{name}")  # type: ignore[assignment]
+    command: Command = importlib.import_module(f"looplm_jax.cli.{name}")
     parser = Parser(
         prog=f"looplm {name}",
         description=command.__doc__,
@@ -85,8 +88,8 @@ def _dispatch(arguments: list[str]) -> int:
     command.configure(parser)
     if not getattr(command, "OVERRIDES", False):
         return command.run(parser.parse_args(arguments[1:]))
-    namespace, namespace.overrides = parser.parse_known_args(arguments[1:])
-    namespace.flags = parser.known_flags()
+    namespace, overrides = parser.parse_known_args(arguments[1:])
+    namespace.overrides, namespace.flags = overrides, parser.known_flags()
     return command.run(namespace)
 
 

@@ -2,8 +2,8 @@
 
     looplm train --recipe text-small --data 'mine/*.jsonl'
 
-Any field of the recipe is a flag: `--model.width 128`, `--stages.pretrain.steps 500`, `--stage.beta 0.1` (of every stage).
-The same command again goes on where it stopped.
+Any field of the recipe is a flag: `--model.width 128`, `--stages.pretrain.steps 500`, `--stage.beta 0.1` (of every
+stage). The same command again goes on where it stopped.
 """
 
 import argparse

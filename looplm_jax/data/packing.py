@@ -44,7 +44,8 @@ class _Chunks(grain.experimental.FlatMapTransform):
 def pack(examples: grain.IterDataset, sequence_length: int, *, shuffle_seed: int) -> grain.IterDataset:
     """Rows of `sequence_length`, packed first-fit; longer examples are cut.
 
-    The pieces of one long document would fill whole batches, so pieces are shuffled within a window of many documents first.
+    The pieces of one long document would fill whole batches, so pieces are shuffled within a window of many
+    documents first.
     """
     features = ("tokens", "targets", "loss_mask")
     pieces = grain.experimental.WindowShuffleIterDataset(

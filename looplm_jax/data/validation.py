@@ -18,7 +18,6 @@ from looplm_jax.data.pipeline import READING, as_corpus, check_fit
 from looplm_jax.data.tokenizers.base import Tokenizer
 from looplm_jax.errors import UserError
 
-
 # The order is fixed, and mixed, so that the first sequences come from many documents.
 _ORDER = 0
 

@@ -1,6 +1,6 @@
 """The report of a training run: what was trained, how the losses went, and what to type next."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,10 @@ from looplm_jax.training.metrics import read_metrics
 
 
 def write_run_report(folder: Path, recipe: Recipe) -> list[str]:
-    """Write `report.md`, and `training.png` where matplotlib is installed, from the metrics of a run. Returns their names."""
+    """Write `report.md`, and `training.png` where matplotlib is installed, from the metrics of a run.
+
+    Returns their names.
+    """
     rows = read_metrics(folder)
     written = ["report.md"]
     lines = [f"# {recipe.name}", "", f"{count_params(recipe.model):,} parameters. {recipe.description}", ""]
@@ -49,7 +52,7 @@ def _stage_row(stage: Stage, rows: list[dict[str, Any]]) -> list[str]:
     return [*about, *numbers, str(last["skipped"])]
 
 
-def _evaluation_table(rows: list[Mapping[str, Any]]) -> Table:
+def _evaluation_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     loops = max(len(row["loss_per_loop"]) for row in rows)
     return Table(
         title="held-out loss",

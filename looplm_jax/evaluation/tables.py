@@ -72,7 +72,7 @@ def exit_table(exits: ExitCurve) -> Table:
         for label, (loops, loss, accuracy) in zip(labels, points, strict=True)
     ]
     return Table(
-        title=f"early exit; mean loss over budgets: fixed {exits.fixed.area:.4f}, Q-exit {exits.q_exit.area:.4f}",
+        title="early exit",
         columns=("--exit", "mean loops", "loss (nats/token)", "accuracy"),
         rows=rows,
     )

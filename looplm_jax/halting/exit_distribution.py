@@ -3,7 +3,8 @@
     lambda_t = sigmoid(gate_t),  S_t = prod_{j<=t} (1 - lambda_j),  S_0 = 1
     p_t = lambda_t S_{t-1} for t < T,  p_T = S_{T-1}   (the last gate is not used)
 
-Loops are the leading axis, T. Log space keeps saturated gates exact: `log sigmoid` is finite where a sigmoid rounds to 0 or 1.
+Loops are the leading axis, T. Log space keeps saturated gates exact: `log sigmoid` is finite where a sigmoid rounds
+to 0 or 1.
 """
 
 import jax
@@ -48,8 +49,8 @@ def mean_exit_loop(exit_pdf: Float[Array, "T *B"]) -> Float[Array, "*B"]:
 def q_exit(exit_pdf: Float[Array, "T *B"], q: float | Float[Array, ""]) -> Int[Array, "*B"]:
     """Q-exit: `min { m : CDF(m) >= q }`, in 1..T, for q in [0, 1].
 
-    Asked as `S_m <= 1 - q`, because 1 - S_m rounds to one long before S_m is zero. q = 0 is loop 1. q = 1 is loop T even
-    where the survival underflows.
+    Asked as `S_m <= 1 - q`, because 1 - S_m rounds to one long before S_m is zero. q = 0 is loop 1. q = 1 is loop T
+    even where the survival underflows.
     """
     q = jnp.asarray(q, jnp.float32)
     exited = (_tail(exit_pdf) <= 1.0 - q) & (q < 1.0)

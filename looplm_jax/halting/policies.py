@@ -43,7 +43,10 @@ class FixedLoops:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QExit:
-    """Leave at the first loop with `CDF >= q` (paper v4, section 3.2): `log S <= log(1 - q)`; q = 1 never leaves early."""
+    """Leave at the first loop with `CDF >= q`, asked as `log S <= log(1 - q)` (paper v4, section 3.2).
+
+    q = 1 never leaves early.
+    """
 
     q: float
 

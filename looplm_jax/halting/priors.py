@@ -21,10 +21,11 @@ def geometric(loops: int, rate: float) -> Float[Array, "T"]:
 
 
 def poisson_log_normal(loops: int, mean: float, sigma: float) -> Float[Array, "T"]:
-    """`1 + Poisson(rate)` with `log rate ~ Normal(log(mean - 1) - sigma^2 / 2, sigma)`, truncated at T and renormalised (Huginn).
+    """`1 + Poisson(rate)` with `log rate ~ Normal(log(mean - 1) - sigma^2 / 2, sigma)`, truncated at T and
+    renormalised (Huginn).
 
-    `mean` is the mean number of loops before truncation and must exceed 1. The integral over the rate is a Gauss-Hermite
-    quadrature.
+    `mean` is the mean number of loops before truncation and must exceed 1. The integral over the rate is a
+    Gauss-Hermite quadrature.
     """
     nodes, weights = _hermite(_HERMITE_NODES)
     log_rate = jnp.log(jnp.float32(mean - 1.0)) - sigma**2 / 2 + sigma * nodes

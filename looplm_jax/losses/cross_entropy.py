@@ -64,8 +64,8 @@ def weighted_token_losses(
 ) -> tuple[Float[Array, ""], Float[Array, "T B S"]]:
     """`sum(weights * token_losses)`, and the token losses themselves as a constant.
 
-    Differentiable in `hidden`, `head` and `weights`. Because the weights are known before the logits, the forward pass makes the
-    gradient of each chunk while its logits exist, and nothing is computed twice.
+    Differentiable in `hidden`, `head` and `weights`. Because the weights are known before the logits, the forward
+    pass makes the gradient of each chunk while its logits exist, and nothing is computed twice.
     """
     total, losses = _weighted(hidden, head, targets, weights, chunk)
     return total, jax.lax.stop_gradient(losses)

@@ -2,8 +2,8 @@
 
     loss_i = sum_t p_t L_i^(t) - beta H(p),   averaged over unmasked tokens
 
-With another prior than the uniform one the second term is `beta KL(p || prior)`; for the uniform prior the two differ by the
-constant `beta log T`.
+With another prior than the uniform one the second term is `beta KL(p || prior)`; for the uniform prior the two
+differ by the constant `beta log T`.
 """
 
 import flax.struct
@@ -62,8 +62,9 @@ def stage1_from_hidden(
 ) -> tuple[Float[Array, ""], Stage1Metrics]:
     """The same from hidden states, in one pass over the logits.
 
-    The weights `p_t` of the losses do not depend on the logits, so the gradient of the weighted sum is made while each chunk of
-    logits is at hand: three matrix products a chunk, where recomputing the logits in the backward pass takes four.
+    The weights `p_t` of the losses do not depend on the logits, so the gradient of the weighted sum is made while
+    each chunk of logits is at hand: three matrix products a chunk, where recomputing the logits in the backward
+    pass takes four.
     """
     log_pdf = log_exit_distribution(gate_logits)
     weights = _mean_weights(mask, gate_logits)
@@ -87,10 +88,7 @@ def _finish(
 ) -> tuple[Float[Array, ""], Stage1Metrics]:
     pdf = jnp.exp(log_pdf)
     mean_entropy = jnp.sum(entropy(log_pdf) * weights)
-    if log_prior is None:
-        regulariser = -mean_entropy
-    else:
-        regulariser = jnp.sum(kl_divergence(log_pdf, log_prior) * weights)
+    regulariser = -mean_entropy if log_prior is None else jnp.sum(kl_divergence(log_pdf, log_prior) * weights)
     over_tokens = tuple(range(1, token_losses.ndim))
     metrics = Stage1Metrics(
         loss_per_loop=jnp.sum(token_losses * weights, axis=over_tokens),

@@ -5,8 +5,8 @@
     L_adaptive^(t) = -mean_i [ w log(1 - lambda^(t)) + (1 - w) log lambda^(t) ]   Eq. 6
     loss = (1/T) sum_{t=2..T} L_adaptive^(t)
 
-As printed, lambda^(t) is trained on the gain just made, t-1 -> t: lambda^(1) has no target, and lambda^(T) has one though no exit
-reads it. `GateTarget.LOOK_AHEAD` trains lambda^(t) on the gain t -> t+1, for t = 1..T-1.
+As printed, lambda^(t) is trained on the gain just made, t-1 -> t: lambda^(1) has no target, and lambda^(T) has one
+though no exit reads it. `GateTarget.LOOK_AHEAD` trains lambda^(t) on the gain t -> t+1, for t = 1..T-1.
 """
 
 import flax.struct

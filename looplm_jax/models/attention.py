@@ -1,5 +1,7 @@
 """Attention: rotary positions, masks and the softmax, as pure functions on arrays."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -47,7 +49,8 @@ def attend(
 ) -> Float[Array, "B Q H Dh"]:
     """Grouped-query softmax attention over several blocks of keys, such as a cache and the tokens at hand.
 
-    One softmax runs over all blocks, in float32, with scores scaled by `Dh ** -0.5`. The blocks are never copied together.
+    One softmax runs over all blocks, in float32, with scores scaled by `Dh ** -0.5`. The blocks are never copied
+    together.
     """
     batch, length, num_heads, head_dim = queries.shape
     num_kv_heads = keys[0].shape[2]
@@ -56,11 +59,9 @@ def attend(
     weights = jax.nn.softmax(scores, axis=-1).astype(queries.dtype)
     sizes = [block.shape[1] for block in values]
     starts = [sum(sizes[:index]) for index in range(1, len(sizes))]
-    mixed = sum(
-        jnp.einsum("bkgqc,bckd->bqkgd", part, block)
-        for part, block in zip(jnp.split(weights, starts, axis=-1), values, strict=True)
-    )
-    return mixed.reshape(queries.shape)
+    parts = jnp.split(weights, starts, axis=-1)
+    mixed = [jnp.einsum("bkgqc,bckd->bqkgd", part, block) for part, block in zip(parts, values, strict=True)]
+    return functools.reduce(jnp.add, mixed).reshape(queries.shape)
 
 
 def _scores(

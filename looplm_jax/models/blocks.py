@@ -1,5 +1,7 @@
 """The sandwich block and a stack of them: `nn.scan` over layers, so that the program does not grow with L."""
 
+from typing import cast
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -47,6 +49,18 @@ def make_context(
     return Context(cos=cos, sin=sin, mask=mask, past_mask=past_mask)
 
 
+def parameter(
+    module: nn.Module,
+    name: str,
+    initializer: nn.initializers.Initializer,
+    axes: tuple[str, ...],
+    shape: tuple[int, ...],
+) -> Array:
+    """A float32 parameter of `module`, with the logical names of its axes."""
+    boxed = nn.with_logical_partitioning(initializer, axes)
+    return cast(Array, module.param(name, boxed, shape, jnp.float32))  # Linen hands it out unboxed
+
+
 class RMSNorm(nn.Module):
     """`x * rsqrt(mean(x^2) + eps)` in float32, cast back, then times a weight (not one plus it)."""
 
@@ -54,8 +68,8 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        ones = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
-        scale = self.param("scale", ones, (x.shape[-1],), jnp.float32)
+        """Normalise along the last axis."""
+        scale = parameter(self, "scale", nn.initializers.ones, ("norm",), (x.shape[-1],))
         wide = x.astype(jnp.float32)
         normal = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
         return normal.astype(x.dtype) * scale.astype(x.dtype)
@@ -71,8 +85,9 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B S ..."]) -> Float[Array, "B S ..."]:
-        normal = nn.with_logical_partitioning(nn.initializers.normal(self.init_std), self.axes)
-        kernel = self.param("kernel", normal, (*x.shape[-self.contracted :], *self.features), jnp.float32)
+        """Multiply the `contracted` trailing axes away."""
+        shape = (*x.shape[-self.contracted :], *self.features)
+        kernel = parameter(self, "kernel", nn.initializers.normal(self.init_std), self.axes, shape)
         return jnp.tensordot(x, kernel.astype(x.dtype), axes=self.contracted)
 
 
@@ -85,6 +100,7 @@ class Attention(nn.Module):
     def __call__(
         self, x: Float[Array, "B S D"], context: Context, past: KeyValues | None = None
     ) -> tuple[Float[Array, "B S D"], KeyValues]:
+        """Output, and this call's own keys and values."""
         config, std = self.config, self.config.init_std
         kv_shape = (config.num_kv_heads, config.head_dim)
         query_shape = (config.num_heads, config.head_dim)
@@ -110,6 +126,7 @@ class SwiGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        """Both projections, the product, and back to the model width."""
         config, std = self.config, self.config.init_std
         gate = Projection((config.mlp_width,), ("embed", "mlp"), std, name="gate")(x)
         up = Projection((config.mlp_width,), ("embed", "mlp"), std, name="up")(x)
@@ -126,6 +143,7 @@ class Block(nn.Module):
     def __call__(
         self, x: Float[Array, "B S D"], past: KeyValues | None, context: Context
     ) -> tuple[Float[Array, "B S D"], KeyValues | None]:
+        """Output, and keys and values when `return_cache`."""
         mixed, own = Attention(self.config, name="attention")(self._norm("attention_norm", x), context, past)
         x = x + self._post_norm("attention_post_norm", mixed)
         x = x + self._post_norm("mlp_post_norm", SwiGLU(self.config, name="mlp")(self._norm("mlp_norm", x)))
@@ -150,6 +168,7 @@ class Stack(nn.Module):
     def __call__(
         self, x: Float[Array, "B S D"], context: Context, past: KeyValues | None = None, return_cache: bool = False
     ) -> tuple[Float[Array, "B S D"], KeyValues | None]:
+        """All layers in a row; `past` and what comes back have a leading layer axis."""
         layers = nn.scan(
             _rematted(self.remat),
             variable_axes={"params": 0},

@@ -1,4 +1,5 @@
-"""LoopLM: embed, then one shared stack applied T times, with a head and an exit gate after every loop (paper, section 3.1).
+"""LoopLM: embed, then one shared stack applied T times, with a head and an exit gate after every loop (paper,
+section 3.1).
 
     h = E[tokens]
     for t in 1..T:  h = RMS(stack(h));  hidden[t] = h;  gate[t] = h . w + b
@@ -6,6 +7,8 @@
 The final norm is inside the loop: its output feeds the head, the gate and the next loop. A prelude runs once before the
 loops. A coda runs on the way from every loop's state to its head and gate; the next loop does not see it.
 """
+
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -16,9 +19,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from looplm_jax.config import ComputeConfig, Dtype, Injection, ModelConfig, Remat
 from looplm_jax.errors import UserError
-from looplm_jax.models.blocks import Context, KeyValues, RMSNorm, Stack, make_context
+from looplm_jax.models.blocks import Context, KeyValues, RMSNorm, Stack, make_context, parameter
 
-Params = PyTree[Float[Array, "..."]]
+Params = dict[str, Any]  # nested, by the names of modules; leaves are arrays
 
 
 @flax.struct.dataclass
@@ -54,32 +57,23 @@ class LoopLM(nn.Module):
     compute: ComputeConfig = ComputeConfig()
 
     def setup(self) -> None:
+        """Declare the parameters."""
         config, remat = self.config, self.compute.remat
         normal = nn.initializers.normal(config.init_std)
-        self.embedding = self.param(
-            "embedding",
-            nn.with_logical_partitioning(normal, ("vocab", "embed")),
-            (config.vocab_size, config.width),
-            jnp.float32,
-        )
+        self.embedding = parameter(self, "embedding", normal, ("vocab", "embed"), (config.vocab_size, config.width))
         if config.prelude_layers:
             self.prelude = Stack(config, config.prelude_layers, remat)
         self.core = Stack(config, config.num_layers, remat)
         self.norm = RMSNorm(config.norm_eps)
         if config.injection is Injection.LINEAR:
-            self.injection = self.param(
-                "injection",
-                nn.with_logical_partitioning(_starts_as_add, ("embed_in", "embed")),
-                (2 * config.width, config.width),
-                jnp.float32,
-            )
+            shape = (2 * config.width, config.width)
+            self.injection = parameter(self, "injection", _starts_as_add, ("embed_in", "embed"), shape)
         if config.coda_layers:
             self.coda = Stack(config, config.coda_layers, remat)
             self.coda_norm = RMSNorm(config.norm_eps)
         self.gate = ExitGate(config.init_std)
         if not config.tied_head:
-            axes = nn.with_logical_partitioning(normal, ("embed", "vocab"))
-            self.head = self.param("head", axes, (config.width, config.vocab_size), jnp.float32)
+            self.head = parameter(self, "head", normal, ("embed", "vocab"), (config.width, config.vocab_size))
 
     def __call__(
         self,
@@ -184,9 +178,10 @@ class ExitGate(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B"]:
-        normal = nn.with_logical_partitioning(nn.initializers.normal(self.init_std), ("embed_in",))
-        weight = self.param("kernel", normal, (hidden.shape[-1],), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (), jnp.float32)
+        """Gate logits of every token."""
+        normal = nn.initializers.normal(self.init_std)
+        weight = parameter(self, "kernel", normal, ("embed_in",), (hidden.shape[-1],))
+        bias = parameter(self, "bias", nn.initializers.zeros, (), ())
         return hidden.astype(jnp.float32) @ weight + bias
 
 

@@ -1,4 +1,7 @@
-"""The mesh of devices, and which of its axes each logical axis of the model lies on. Nothing else knows mesh axis names."""
+"""The mesh of devices, and which of its axes each logical axis of the model lies on.
+
+Nothing else knows mesh axis names.
+"""
 
 import contextlib
 import dataclasses
@@ -13,8 +16,9 @@ from jaxtyping import PyTree
 from looplm_jax.config import MeshConfig, ModelConfig
 from looplm_jax.errors import UserError
 
-# Axis of a parameter or an activation -> axis of the mesh. Parameters are spread over `fsdp` along the model width and over `tensor`
-# along heads, feed-forward width and vocabulary; activations follow the batch, and their width stays whole.
+# Axis of a parameter or an activation -> axis of the mesh. Parameters are spread over `fsdp` along the model width
+# and over `tensor` along heads, feed-forward width and vocabulary; activations follow the batch, and their width
+# stays whole.
 LOGICAL_AXIS_RULES = (
     ("batch", ("data", "fsdp")),
     ("sequence", "context"),
@@ -82,7 +86,9 @@ def use_mesh(mesh: Mesh) -> Iterator[None]:
 
 
 def abstract(make: Callable[[], PyTree], mesh: Mesh) -> PyTree:
-    """Shapes, types and shardings of what `make()` returns, its parameters boxed with logical axis names, without making it."""
+    """Shapes, types and shardings of what `make()` returns, its parameters boxed with logical axis names,
+    without making it.
+    """
     boxed = jax.eval_shape(make)
     placed = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, LOGICAL_AXIS_RULES)
     return jax.tree.map(

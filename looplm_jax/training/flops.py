@@ -4,10 +4,11 @@ from looplm_jax.config import ModelConfig
 
 
 def forward_flops_per_token(config: ModelConfig, *, loops: int, sequence_length: int) -> int:
-    """Operations of one token's forward pass through all loops and the head of each: two for each multiply-add of a matrix product.
+    """Operations of one token's forward pass through all loops and the head of each: two for each multiply-add of a
+    matrix product.
 
-    Attention counts the causal half, `(S + 1) / 2` keys a query. Norms, rotary embedding, softmax and the embedding lookup are
-    left out, as is usual for model FLOP/s.
+    Attention counts the causal half, `(S + 1) / 2` keys a query. Norms, rotary embedding, softmax and the embedding
+    lookup are left out, as is usual for model FLOP/s.
     """
     inner, kv_inner = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     projections = config.width * (2 * inner + 2 * kv_inner) + 3 * config.width * config.mlp_width
@@ -20,7 +21,8 @@ def forward_flops_per_token(config: ModelConfig, *, loops: int, sequence_length:
 
 
 def train_flops_per_token(config: ModelConfig, *, loops: int, sequence_length: int, gate_only: bool = False) -> int:
-    """Operations of one token's train step: the backward pass costs twice the forward pass, or nothing where only the gate learns.
+    """Operations of one token's train step: the backward pass costs twice the forward pass, or nothing where only
+    the gate learns.
 
     What rematerialisation computes again is not counted: these are the model's operations, not the hardware's.
     """

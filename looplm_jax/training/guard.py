@@ -1,5 +1,7 @@
 """The guard: a step whose loss or gradient is not finite, or whose loss is a spike, changes nothing."""
 
+import dataclasses
+
 import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -9,7 +11,10 @@ from looplm_jax.config import GuardConfig
 
 @flax.struct.dataclass
 class GuardState:
-    """The last losses that were accepted, and what was skipped. Lives in the train state, so a resumed run goes on with it."""
+    """The last losses that were accepted, and what was skipped.
+
+    Lives in the train state, so a resumed run goes on with it.
+    """
 
     losses: Float[Array, "W"]
     accepted: Int[Array, ""]
@@ -28,7 +33,7 @@ def initial_guard(config: GuardConfig) -> GuardState:
 def next_stage_guard(state: GuardState) -> GuardState:
     """Forget the losses, which another objective would make meaningless; keep the counts."""
     zeros = jnp.zeros_like(state.losses)
-    return state.replace(losses=zeros, accepted=jnp.zeros_like(state.accepted))
+    return dataclasses.replace(state, losses=zeros, accepted=jnp.zeros_like(state.accepted))
 
 
 def is_sound(

@@ -15,7 +15,10 @@ from looplm_jax.training.step import StepMetrics
 
 
 class MetricsLog:
-    """Appends to `metrics.jsonl` and `tensorboard/`. Opened at a step, it forgets the lines after it: they will be written again."""
+    """Appends to `metrics.jsonl` and `tensorboard/`.
+
+    Opened at a step, it forgets the lines after it: they will be written again.
+    """
 
     def __init__(self, folder: Path, *, step: int):
         self._path = folder / "metrics.jsonl"

@@ -18,7 +18,9 @@ from looplm_jax.training.step import DeviceBatch, StepMetrics, make_train_step
 
 
 class StagePrograms:
-    """One compiled train step for each number of loops that a stage uses; one in all unless loops are drawn at random."""
+    """One compiled train step for each number of loops that a stage uses; one in all unless loops are drawn at
+    random.
+    """
 
     def __init__(self, recipe: Recipe, model: LoopLM, stage: Stage, mesh: Mesh, *, first_step: int):
         self._recipe, self._model, self._stage, self._mesh = recipe, model, stage, mesh
@@ -52,13 +54,13 @@ def abstract_batch(stage: Stage, mesh: Mesh) -> DeviceBatch:
     """Shapes, types and shardings of a stage's batches."""
     shape = (stage.accumulation, stage.batch_size // stage.accumulation, stage.sequence_length)
     sharding = batch_sharding(mesh)
-    integers = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
-    mask = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+    integers: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+    mask: Any = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
     return DeviceBatch(tokens=integers, targets=integers, segment_ids=integers, positions=integers, loss_mask=mask)
 
 
 def place(batch: Batch, stage: Stage, mesh: Mesh) -> DeviceBatch:
-    """This process's rows, put on its devices as its share of the global batch."""
+    """The rows of this process, put on its devices as its share of the global batch."""
     sharding = batch_sharding(mesh)
 
     def put(rows: np.ndarray) -> Array:
@@ -69,7 +71,10 @@ def place(batch: Batch, stage: Stage, mesh: Mesh) -> DeviceBatch:
 
 
 def draw_loops(stage: Stage, key: UInt32[Array, "2"], step: int) -> int:
-    """The loops of one step: the stage's own number, or one drawn uniformly from `min_loops..loops`, the same on every process."""
+    """The stage's own number of loops, or for each step one drawn uniformly from `min_loops..loops`.
+
+    Every process draws the same.
+    """
     if not stage.min_loops:
         return stage.loops
     at_step = jax.random.fold_in(jax.random.wrap_key_data(key), step)

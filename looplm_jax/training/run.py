@@ -1,10 +1,11 @@
 """A training run, from a recipe to its last checkpoint: the story that `looplm train` tells.
 
-A run is a folder. Started again with the same recipe it goes on from its newest good checkpoint, bit for bit as if it had never
-stopped: parameters, optimiser, guard, random key, place in the data and metrics.
+A run is a folder. Started again with the same recipe it goes on from its newest good checkpoint, bit for bit as if
+it had never stopped: parameters, optimiser, guard, random key, place in the data and metrics.
 """
 
 import dataclasses
+import functools
 import os
 import signal
 import time
@@ -77,7 +78,8 @@ def train(
       console: where progress is shown; default: standard error.
 
     Raises:
-      UserError: bad data, a folder of another run, shapes that do not fit the devices, no space on the disk, or too many skipped
+      UserError: bad data, a folder of another run, shapes that do not fit the devices, no space on the disk, or too
+      many skipped
         steps in a row. What was saved before stays.
     """
     console = console or Console(stderr=True)
@@ -97,8 +99,8 @@ def train(
         log = MetricsLog(folder.path, step=step)
         progress = TrainingProgress(console, total_steps=recipe.total_steps, step=step)
         run = _Run(
-            recipe=recipe, folder=folder, model=model, mesh=mesh, corpus=corpus, tokenizer=tokenizer, store=store, log=log,
-            stop=stop, progress=progress, evaluate=evaluate,
+            recipe=recipe, folder=folder, model=model, mesh=mesh, corpus=corpus, tokenizer=tokenizer, store=store,
+            log=log, stop=stop, progress=progress, evaluate=evaluate,
         )  # fmt: skip
         stopped_by = None
         try:
@@ -137,7 +139,7 @@ def _train_stage(run: _Run, index: int, state: TrainState, data_state: Mapping[s
             loops = draw_loops(stage, state.key, done)
             if not programs.compiled(loops):
                 run.progress.say(f"compiling stage {stage.name} for {loops} loops")
-                run.stop.run(lambda loops=loops: programs.compile(loops))
+                run.stop.run(functools.partial(programs.compile, loops))
                 reporter.restart_clock()
             state, metrics = programs.run(loops, state, place(next(batches), stage, run.mesh))
             reporter.add(done + 1, loops, metrics)
@@ -205,8 +207,9 @@ class _Reporter:
     def _give_up_if_hopeless(self, skipped_in_a_row: int, step: int) -> None:
         if skipped_in_a_row >= self._run.recipe.guard.patience:
             raise UserError(
-                f"gave up at step {step}: {skipped_in_a_row} steps in a row had a loss or gradient that was not finite, or a spike; "
-                f"lower stage.learning_rate or look at the data, then start again from {self._run.folder.path}"
+                f"gave up at step {step}: {skipped_in_a_row} steps in a row had a loss or gradient that was not "
+                f"finite, or a spike; lower stage.learning_rate or look at the data, then go on from "
+                f"{self._run.folder.path}"
             )
 
 

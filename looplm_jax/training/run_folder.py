@@ -13,7 +13,9 @@ from looplm_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunFolder:
-    """`config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `tokenizer.*`, plots and `report.md` of one run."""
+    """`config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `tokenizer.*`, plots and `report.md` of
+    one run.
+    """
 
     path: Path
 

@@ -21,7 +21,8 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """While entered, the first SIGTERM or Ctrl-C is remembered instead of ending the process; a second Ctrl-C ends it at once.
+    """While entered, the first SIGTERM or Ctrl-C is remembered instead of ending the process; a second Ctrl-C ends
+    it at once.
 
     Signals reach only the main thread of Python; elsewhere nothing is installed and no request ever comes.
     """
@@ -47,8 +48,8 @@ class StopRequest:
     def run(self, function: Callable[[], R]) -> R:
         """`function()` in a thread of its own, so that a signal is noticed while it compiles or computes.
 
-        Where one comes, raises `Stopped` at once and leaves the thread behind: its result is not wanted any more. Whoever ends the
-        process then must not wait for it.
+        Where one comes, raises `Stopped` at once and leaves the thread behind: its result is not wanted any more.
+        Whoever ends the process then must not wait for it.
         """
         job = _Job(function)
         thread = threading.Thread(target=job.run, daemon=True)

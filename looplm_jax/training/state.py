@@ -1,5 +1,6 @@
 """What a run is made of at one step, and how it passes from one stage to the next."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -22,8 +23,9 @@ from looplm_jax.training.optimizer import adamw
 class TrainState:
     """Everything that a step changes; a checkpoint holds it whole.
 
-    `step` counts steps over all stages, skipped ones included. `optimizer` belongs to the trainable parameters of the stage.
-    `key` is the raw key that random choices of the training, such as a random number of loops, are drawn from.
+    `step` counts steps over all stages, skipped ones included. `optimizer` belongs to the trainable parameters of
+    the stage. `key` is the raw key that random choices of the training, such as a random number of loops, are drawn
+    from.
     """
 
     step: Int[Array, ""]
@@ -34,7 +36,9 @@ class TrainState:
 
 
 def split_params(params: Params, trainable: Sequence[str]) -> tuple[Params, Params]:
-    """The parameters that a stage trains and those it leaves alone, by top-level group; all are trained if none is named."""
+    """The parameters that a stage trains and those it leaves alone, by top-level group; all are trained if none
+    is named.
+    """
     unknown = [group for group in trainable if group not in params]
     if unknown:
         raise UserError(f"no parameter group {unknown[0]!r} to train{suggest(unknown[0], params)}")
@@ -70,13 +74,16 @@ def initial_state(recipe: Recipe, model: LoopLM, stage: Stage, mesh: Mesh) -> Tr
 
 
 def enter_stage(state: TrainState, recipe: Recipe, model: LoopLM, index: int, mesh: Mesh) -> TrainState:
-    """The end of stage `index - 1` as the start of stage `index`: its optimiser goes on where the same parameters are trained, and
-    is fresh otherwise; the guard forgets the losses of another objective.
+    """The end of stage `index - 1` as the start of stage `index`.
+
+    The optimiser goes on where the same parameters are trained, and is fresh otherwise; the guard forgets the losses
+    of another objective.
     """
     before, stage = recipe.stages[index - 1], recipe.stages[index]
     guard = next_stage_guard(state.guard)
     if set(before.trainable) == set(stage.trainable):
-        return state.replace(guard=guard)
+        return dataclasses.replace(state, guard=guard)
     placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(recipe, model, stage, mesh).optimizer)
     moving, _ = split_params(state.params, stage.trainable)
-    return state.replace(guard=guard, optimizer=jax.jit(adamw(recipe.optimizer).init, out_shardings=placed)(moving))
+    optimizer = jax.jit(adamw(recipe.optimizer).init, out_shardings=placed)(moving)
+    return dataclasses.replace(state, guard=guard, optimizer=optimizer)

@@ -1,6 +1,8 @@
-"""One train step: gradients of the stage's objective, accumulated, clipped, guarded and applied. One program per stage."""
+"""One train step: gradients of the stage's objective, accumulated, clipped, guarded and applied."""
 
+import dataclasses
 from collections.abc import Callable
+from typing import cast
 
 import flax.struct
 import jax
@@ -45,7 +47,10 @@ TrainStep = Callable[[TrainState, DeviceBatch], tuple[TrainState, StepMetrics]]
 
 
 def make_train_step(recipe: Recipe, model: LoopLM, stage: Stage, *, first_step: int, loops: int) -> TrainStep:
-    """The step of a stage that begins at `first_step` of the run, at a number of loops. To be jitted with its state donated."""
+    """The step of a stage that begins at `first_step` of the run, at a number of loops.
+
+    To be jitted with its state donated.
+    """
 
     def train_step(state: TrainState, batch: DeviceBatch) -> tuple[TrainState, StepMetrics]:
         moving, frozen = split_params(state.params, stage.trainable)
@@ -56,7 +61,8 @@ def make_train_step(recipe: Recipe, model: LoopLM, stage: Stage, *, first_step: 
         updated = jax.tree.map(lambda weight, update: weight - rate * update, moving, updates)
         sound = is_sound(recipe.guard, state.guard, loss, norm)
         guard = update_guard(state.guard, loss, sound)
-        next_state = state.replace(
+        next_state = dataclasses.replace(
+            state,
             step=state.step + 1,
             params={**frozen, **_choose(sound, updated, moving)},
             optimizer=_choose(sound, optimizer_state, state.optimizer),
@@ -140,9 +146,10 @@ _OBJECTIVES = {Objective.EXPECTED_LOSS: _expected_loss, Objective.GATE: _gate_lo
 
 
 def _apply(model: LoopLM, params: Params, part: DeviceBatch, loops: int) -> LoopLMOutput:
-    return model.apply(
+    output = model.apply(
         {"params": params}, part.tokens, loops=loops, positions=part.positions, segment_ids=part.segment_ids
     )
+    return cast(LoopLMOutput, output)
 
 
 def _choose(condition: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
