@@ -1,0 +1,7 @@
+import pytest
+from evaluation_cases import make_loaded
+
+
+@pytest.fixture(scope="session")
+def loaded():
+    return make_loaded()

@@ -1,0 +1,21 @@
+import dataclasses
+
+import jax
+import numpy as np
+
+from looplm_jax.config import ComputeConfig, Dtype, Remat
+from looplm_jax.models.looplm import LoopLM, init_params
+from looplm_jax.models.presets import tiny
+
+
+def make_model(**changes):
+    """A random tiny model whose weights are large enough for its gates and predictions to vary.
+
+    Filled by NumPy: compiling the initialisation takes longer than everything that is tested here.
+    """
+    config = dataclasses.replace(tiny(), **changes)
+    model = LoopLM(config, ComputeConfig(dtype=Dtype.FLOAT32, remat=Remat.NONE))
+    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    generator = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: generator.normal(0, 0.3, leaf.shape).astype(np.float32), shapes)
+    return model, jax.device_put(params)
