@@ -123,20 +123,26 @@ class ModelConfig:
             _require(getattr(self, name) >= 0, f"model.{name} must not be negative, not {getattr(self, name)}")
         _require(self.loops >= 1, f"model.loops must be at least 1, not {self.loops}")
         _require(self.norm_eps > 0, f"model.norm_eps must be positive, not {self.norm_eps}")
-        if self.num_kv_heads == 0:
-            object.__setattr__(self, "num_kv_heads", self.num_heads)
-        if self.head_dim == 0:
-            _require(
-                self.width % self.num_heads == 0,
-                f"model.num_heads={self.num_heads} does not divide model.width={self.width}; "
-                "change one of them, or set model.head_dim",
-            )
-            object.__setattr__(self, "head_dim", self.width // self.num_heads)
-        _require(self.head_dim % 2 == 0, f"model.head_dim must be even for rotary embedding, not {self.head_dim}")
         _require(
-            self.num_heads % self.num_kv_heads == 0,
-            f"model.num_kv_heads={self.num_kv_heads} does not divide model.num_heads={self.num_heads}",
+            self.head_dim > 0 or self.width % self.num_heads == 0,
+            f"model.num_heads={self.num_heads} does not divide model.width={self.width}; "
+            "change one of them, or set model.head_dim",
         )
+        _require(self.head_width % 2 == 0, f"model.head_dim must be even for rotary embedding, not {self.head_width}")
+        _require(
+            self.num_heads % self.kv_heads == 0,
+            f"model.num_kv_heads={self.kv_heads} does not divide model.num_heads={self.num_heads}",
+        )
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads, K."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_width(self) -> int:
+        """Width of a head, Dh."""
+        return self.head_dim or self.width // self.num_heads
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -277,7 +283,11 @@ class Stage:
         )
         if self.objective is Objective.GATE:
             _require(self.loops >= 2, f"{where}: the gate has nothing to learn with one loop; set {where}.loops")
-            object.__setattr__(self, "trainable", self.trainable or ("gate",))
+
+    @property
+    def trained_groups(self) -> tuple[str, ...]:
+        """The parameter groups that move: those named, or else all, or the gate where it is the objective."""
+        return self.trainable or (("gate",) if self.objective is Objective.GATE else ())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,13 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
-import jax  # noqa: E402
-from hypothesis import settings  # noqa: E402
+import jax
+from hypothesis import settings
+from jaxtyping import install_import_hook
+
+# Arguments and results of every function are checked against the shapes that its signature names.
+CHECKED = ("models", "halting", "losses", "sharding", "training", "evaluation")
+install_import_hook([f"looplm_jax.{package}" for package in CHECKED], "shape_checks.checked")
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "allow")

@@ -10,13 +10,14 @@ from looplm_jax.config import Recipe
 from looplm_jax.evaluation.during_training import evaluate_held_out
 from looplm_jax.evaluation.run_report import write_run_report
 from looplm_jax.models.looplm import count_params
+from looplm_jax.training.progress import progress_console
 from looplm_jax.training.run import Outcome, train
 
 
 def run_training(recipe: Recipe, out: Path) -> int:
     """Train, write the report, and return the exit status: 0, or 128 + n where signal n stopped the run."""
-    console = Console(stderr=True)
-    console.print(_announcement(recipe, out), highlight=False)
+    console = progress_console()
+    console.print(_announcement(recipe, out))
     outcome = train(recipe, out, evaluate=evaluate_held_out, console=console)
     if outcome.stopped_by is not None:
         return _stopped(outcome, console)
@@ -35,9 +36,7 @@ def _announcement(recipe: Recipe, out: Path) -> str:
 
 def _stopped(outcome: Outcome, console: Console) -> int:
     name = outcome.stopped_by.name if outcome.stopped_by else ""
-    console.print(
-        f"stopped by {name} at step {outcome.step}; saved. The same command goes on from here.", highlight=False
-    )
+    console.print(f"looplm: stopped by {name} at step {outcome.step}; the same command goes on from there")
     sys.stdout.flush()
     sys.stderr.flush()
     status = 128 + int(outcome.stopped_by or 0)

@@ -41,7 +41,7 @@ def make_context(
     past_segment_ids: Int[Array, "B C"] | None = None,
 ) -> Context:
     """The context of tokens at `positions` of documents `segment_ids`, after a cache if there is one."""
-    cos, sin = attention.rotary_angles(positions, config.head_dim, config.rope_theta)
+    cos, sin = attention.rotary_angles(positions, config.head_width, config.rope_theta)
     mask = attention.visible(positions, segment_ids, positions, segment_ids)
     past_mask = None
     if past_positions is not None and past_segment_ids is not None:
@@ -102,8 +102,8 @@ class Attention(nn.Module):
     ) -> tuple[Float[Array, "B S D"], KeyValues]:
         """Output, and this call's own keys and values."""
         config, std = self.config, self.config.init_std
-        kv_shape = (config.num_kv_heads, config.head_dim)
-        query_shape = (config.num_heads, config.head_dim)
+        kv_shape = (config.kv_heads, config.head_width)
+        query_shape = (config.num_heads, config.head_width)
         queries = Projection(query_shape, ("embed", "heads", "head_dim"), std, name="query")(x)
         keys = Projection(kv_shape, ("embed", "kv_heads", "head_dim"), std, name="key")(x)
         values = Projection(kv_shape, ("embed", "kv_heads", "head_dim"), std, name="value")(x)

@@ -199,7 +199,7 @@ def head_matrix(params: Params, config: ModelConfig) -> Float[Array, "D V"]:
 
 def init_params(model: LoopLM, key: PRNGKeyArray) -> Params:
     """Initial float32 parameters as plain arrays (Normal(0, 0.02); ones for norms; zero for the gate's bias)."""
-    return nn.meta.unbox(boxed_params(model, key))
+    return jax.jit(lambda key: nn.meta.unbox(boxed_params(model, key)))(key)
 
 
 def boxed_params(model: LoopLM, key: PRNGKeyArray) -> PyTree:

@@ -59,10 +59,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 def check_divides(mesh: Mesh, model: ModelConfig) -> None:
     """Refuse a model whose axes do not divide over the mesh. Raises UserError."""
-    wanted = [("fsdp", "width", model.width)]
-    wanted += [
-        ("tensor", name, getattr(model, name)) for name in ("num_heads", "num_kv_heads", "mlp_width", "vocab_size")
-    ]
+    wanted = (
+        ("fsdp", "width", model.width),
+        ("tensor", "num_heads", model.num_heads),
+        ("tensor", "num_kv_heads", model.kv_heads),
+        ("tensor", "mlp_width", model.mlp_width),
+        ("tensor", "vocab_size", model.vocab_size),
+    )
     for axis, name, size in wanted:
         if size % mesh.shape[axis]:
             raise UserError(f"mesh.{axis}={mesh.shape[axis]} does not divide model.{name}={size}; change one of them")

@@ -10,7 +10,7 @@ def forward_flops_per_token(config: ModelConfig, *, loops: int, sequence_length:
     Attention counts the causal half, `(S + 1) / 2` keys a query. Norms, rotary embedding, softmax and the embedding
     lookup are left out, as is usual for model FLOP/s.
     """
-    inner, kv_inner = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    inner, kv_inner = config.num_heads * config.head_width, config.kv_heads * config.head_width
     projections = config.width * (2 * inner + 2 * kv_inner) + 3 * config.width * config.mlp_width
     attention = inner * (sequence_length + 1)  # scores and mixing, each over (S + 1) / 2 keys
     layer = 2 * projections + 2 * attention

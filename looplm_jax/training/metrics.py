@@ -1,17 +1,19 @@
 """Metrics of a run: one JSON object a line, and TensorBoard events beside it."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from looplm_jax.errors import UserError
+from looplm_jax.training.files import write_atomically, writing
 from looplm_jax.training.step import StepMetrics
+from looplm_jax.training.tensorboard import EventLog
+
+TRAIN, EVALUATION = "train", "evaluation"  # kinds of lines
 
 
 class MetricsLog:
@@ -23,27 +25,32 @@ class MetricsLog:
     def __init__(self, folder: Path, *, step: int):
         self._path = folder / "metrics.jsonl"
         kept = [row for row in read_metrics(folder) if row["step"] <= step]
-        temporary = self._path.with_suffix(".jsonl.new")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        os.replace(temporary, self._path)
-        self._file = self._path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1, write_to_disk=True)
+        write_atomically(self._path, "".join(map(_line, kept)).encode())
+        self._evaluated = {row["step"] for row in kept if row["kind"] == EVALUATION}
+        with writing(self._path):
+            self._file = self._path.open("a", encoding="utf-8")
+            self._events = EventLog(folder / "tensorboard", step=step)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """One line: `{"kind": kind, "step": step, **values}`; lists become one TensorBoard scalar for each loop."""
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            if isinstance(value, list):
-                for loop, part in enumerate(value, start=1):
-                    self._events.add_scalar(f"{kind}/{name}/{loop}", part, step)
-            elif isinstance(value, int | float):
-                self._events.add_scalar(f"{kind}/{name}", value, step)
+        """One line: `{"kind": kind, "step": step, **values}`; lists become one TensorBoard scalar for each loop.
+
+        Raises:
+          UserError: the disk refuses.
+        """
+        with writing(self._path):
+            self._file.write(_line({"kind": kind, "step": step, **values}))
+            self._file.flush()
+            self._events.write(step, _scalars(kind, values))
+
+    def evaluated(self, step: int) -> bool:
+        """Whether an earlier process wrote the evaluation at this step."""
+        return step in self._evaluated
 
     def close(self) -> None:
-        """Write what is buffered."""
-        self._file.close()
-        self._events.close()
+        """Close the files."""
+        with writing(self._path):
+            self._file.close()
+            self._events.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -80,6 +87,20 @@ def as_values(metrics: StepMetrics) -> dict[str, Any]:
         "tokens": int(host.tokens),
         "skipped": int(host.skipped),
     }
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row) + "\n"
+
+
+def _scalars(kind: str, values: Mapping[str, Any]) -> dict[str, float]:
+    scalars: dict[str, float] = {}
+    for name, value in values.items():
+        if isinstance(value, list):
+            scalars |= {f"{kind}/{name}/{loop}": part for loop, part in enumerate(value, start=1)}
+        elif isinstance(value, int | float):
+            scalars[f"{kind}/{name}"] = value
+    return scalars
 
 
 def _floats(values: np.ndarray) -> list[float]:

@@ -18,9 +18,7 @@ from looplm_jax.training.step import DeviceBatch, StepMetrics, make_train_step
 
 
 class StagePrograms:
-    """One compiled train step for each number of loops that a stage uses; one in all unless loops are drawn at
-    random.
-    """
+    """One compiled train step for each number of loops that a stage uses: one, unless loops are drawn at random."""
 
     def __init__(self, recipe: Recipe, model: LoopLM, stage: Stage, mesh: Mesh, *, first_step: int):
         self._recipe, self._model, self._stage, self._mesh = recipe, model, stage, mesh
@@ -70,12 +68,13 @@ def place(batch: Batch, stage: Stage, mesh: Mesh) -> DeviceBatch:
     return DeviceBatch(**{field.name: put(getattr(batch, field.name)) for field in dataclasses.fields(batch)})
 
 
-def draw_loops(stage: Stage, key: UInt32[Array, "2"], step: int) -> int:
-    """The stage's own number of loops, or for each step one drawn uniformly from `min_loops..loops`.
+def draw_loops(stage: Stage, key: UInt32[np.ndarray, "2"], step: int) -> int:
+    """The loops of one step: the stage's own number, or one drawn uniformly from `min_loops..loops`.
 
-    Every process draws the same.
+    It follows from `key` and `step` alone, the same on every process, and is drawn on the host: asking a device would
+    wait for the step that is running.
     """
     if not stage.min_loops:
         return stage.loops
-    at_step = jax.random.fold_in(jax.random.wrap_key_data(key), step)
-    return int(jax.random.randint(at_step, (), stage.min_loops, stage.loops + 1))
+    generator = np.random.default_rng([*key, step])
+    return int(generator.integers(stage.min_loops, stage.loops, endpoint=True))

@@ -11,6 +11,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 _SECONDS_BETWEEN_LINES = 15.0
 
 
+def progress_console() -> Console:
+    """Standard error, on which text appears as it is: no line is wrapped, and `[x]` in a path is no markup."""
+    return Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
+
+
 class TrainingProgress:
     """Progress over all steps of a run."""
 
@@ -42,7 +47,7 @@ class TrainingProgress:
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        self._console.print(text, highlight=False, soft_wrap=True)
+        self._console.print(text)
 
     def update(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
         """The newest metrics, `step` steps into the run."""

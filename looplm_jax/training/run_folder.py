@@ -9,13 +9,12 @@ from looplm_jax.checkpoints import check_same_run
 from looplm_jax.codec import from_dict, to_dict
 from looplm_jax.config import Recipe
 from looplm_jax.errors import UserError
+from looplm_jax.training.files import write_atomically, writing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunFolder:
-    """`config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `tokenizer.*`, plots and `report.md` of
-    one run.
-    """
+    """One run: recipe, tokeniser, checkpoints, metrics, TensorBoard events, plots and report."""
 
     path: Path
 
@@ -29,23 +28,49 @@ class RunFolder:
         """The recipe, as JSON."""
         return self.path / "config.json"
 
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line."""
+        return self.path / "metrics.jsonl"
 
-def open_run(path: str | os.PathLike[str], recipe: Recipe) -> RunFolder:
-    """The folder of this run: a new one, or the one that an earlier process of the same run left.
+    @property
+    def tokenizer(self) -> Path:
+        """The tokeniser, where the run trained one."""
+        return self.path / "tokenizer.model"
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything was trained: from then on the folder belongs to its recipe."""
+        return self.checkpoints.exists() or (self.metrics.exists() and self.metrics.stat().st_size > 0)
+
+
+def check_folder(path: str | os.PathLike[str], recipe: Recipe) -> RunFolder:
+    """The folder of this run: a new one, or the one that an earlier process of the same run left. Nothing is written.
 
     Raises:
-      UserError: the folder holds another run, or files that are no run. Nothing is overwritten.
+      UserError: the folder holds another run, or files that are no run.
     """
     folder = RunFolder(path=Path(path))
-    if folder.config.exists():
-        check_same_run(str(folder.path), to_dict(read_recipe(folder.config)), to_dict(recipe))
-    elif folder.path.is_dir() and any(folder.path.iterdir()):
-        raise UserError(f"{folder.path} is not empty and holds no run; choose another --out")
-    elif folder.path.exists() and not folder.path.is_dir():
+    if folder.path.exists() and not folder.path.is_dir():
         raise UserError(f"{folder.path} is a file; choose another --out")
-    folder.path.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder.config, (json.dumps(to_dict(recipe), indent=2) + "\n").encode())
+    if folder.begun and folder.config.exists():
+        check_same_run(str(folder.path), to_dict(read_recipe(folder.config)), to_dict(recipe))
+    elif not folder.config.exists() and _holds_files(folder):
+        raise UserError(f"{folder.path} is not empty and holds no run; choose another --out")
     return folder
+
+
+def claim_folder(folder: RunFolder, recipe: Recipe) -> None:
+    """Make the folder and write the recipe. What a command that failed before its first step left there gives way.
+
+    Raises:
+      UserError: the disk refuses.
+    """
+    with writing(folder.path):
+        folder.path.mkdir(parents=True, exist_ok=True)
+        if not folder.begun:
+            folder.tokenizer.unlink(missing_ok=True)
+    write_atomically(folder.config, (json.dumps(to_dict(recipe), indent=2) + "\n").encode())
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -59,8 +84,6 @@ def read_recipe(path: Path) -> Recipe:
     return from_dict(Recipe, values)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that is never seen half-written."""
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+def _holds_files(folder: RunFolder) -> bool:
+    unfinished = f"{folder.config.name}.new"  # of a process that was killed in its first moments
+    return folder.path.is_dir() and any(entry.name != unfinished for entry in folder.path.iterdir())

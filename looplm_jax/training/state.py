@@ -51,7 +51,7 @@ def boxed_state(recipe: Recipe, model: LoopLM, stage: Stage) -> TrainState:
     """The first state of a run as `stage` needs it, parameters boxed with their logical axis names."""
     key = jax.random.key(recipe.seed)
     params = boxed_params(model, jax.random.fold_in(key, 0))
-    moving, _ = split_params(params, stage.trainable)
+    moving, _ = split_params(params, stage.trained_groups)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -81,9 +81,9 @@ def enter_stage(state: TrainState, recipe: Recipe, model: LoopLM, index: int, me
     """
     before, stage = recipe.stages[index - 1], recipe.stages[index]
     guard = next_stage_guard(state.guard)
-    if set(before.trainable) == set(stage.trainable):
+    if set(before.trained_groups) == set(stage.trained_groups):
         return dataclasses.replace(state, guard=guard)
     placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(recipe, model, stage, mesh).optimizer)
-    moving, _ = split_params(state.params, stage.trainable)
+    moving, _ = split_params(state.params, stage.trained_groups)
     optimizer = jax.jit(adamw(recipe.optimizer).init, out_shardings=placed)(moving)
     return dataclasses.replace(state, guard=guard, optimizer=optimizer)

@@ -53,7 +53,7 @@ def make_train_step(recipe: Recipe, model: LoopLM, stage: Stage, *, first_step: 
     """
 
     def train_step(state: TrainState, batch: DeviceBatch) -> tuple[TrainState, StepMetrics]:
-        moving, frozen = split_params(state.params, stage.trainable)
+        moving, frozen = split_params(state.params, stage.trained_groups)
         loss, exits, gradients = _accumulate(model, stage, loops, moving, frozen, batch)
         norm = optax.tree.norm(gradients)
         rate = learning_rate(stage, state.step - first_step)

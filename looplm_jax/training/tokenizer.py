@@ -6,7 +6,8 @@ from looplm_jax import data
 from looplm_jax.config import Recipe
 from looplm_jax.data.corpus import Corpus
 from looplm_jax.data.tokenizers import Tokenizer
-from looplm_jax.training.run_folder import RunFolder, write_atomically
+from looplm_jax.training.files import write_atomically
+from looplm_jax.training.run_folder import RunFolder
 
 
 def run_tokenizer(recipe: Recipe, corpus: Corpus, folder: RunFolder, console: Console) -> Tokenizer:
@@ -19,11 +20,10 @@ def run_tokenizer(recipe: Recipe, corpus: Corpus, folder: RunFolder, console: Co
     if tokenizer is None and recipe.data.tokenizer:
         tokenizer = data.load_tokenizer(recipe.data.tokenizer)
     if tokenizer is None:
-        trained = folder.path / "tokenizer.model"
-        if not trained.exists():
-            console.print(f"training a tokenizer of {recipe.model.vocab_size} pieces", highlight=False)
+        if not folder.tokenizer.exists():
+            console.print(f"training a tokenizer of {recipe.model.vocab_size} pieces")
             texts = data.training_texts(corpus, seed=recipe.data.seed)
-            write_atomically(trained, data.train_sentencepiece(texts, recipe.model.vocab_size).serialize())
-        tokenizer = data.load_tokenizer(str(trained))
+            write_atomically(folder.tokenizer, data.train_sentencepiece(texts, recipe.model.vocab_size).serialize())
+        tokenizer = data.load_tokenizer(str(folder.tokenizer))
     data.check_vocab(tokenizer, recipe.model.vocab_size)
     return tokenizer

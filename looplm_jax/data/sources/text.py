@@ -1,4 +1,4 @@
-"""Plain text: prose is cut at blank lines into documents, so that a single book can be shuffled and split; code is one."""
+"""Plain text: prose is cut at blank lines, so that a single book can be shuffled and split; code stays whole."""
 
 import dataclasses
 import re
@@ -47,30 +47,32 @@ def index_text(file: DataFile, bad: BadRecordPolicy) -> TextShard:
 
 
 def _document_ends(content: bytes) -> Iterator[int]:
-    """Where documents end: after blank lines, or within a paragraph that is far too long for one document."""
+    """Where documents end: at the first place to cut that makes them long enough."""
     least = min(max(len(content) // _DOCUMENTS, _DOCUMENT_BYTES.start), _DOCUMENT_BYTES.stop)
-    start = paragraph = 0
-    for end in _paragraph_ends(content):
-        for cut in _cuts_inside(content, paragraph, end) if end - paragraph > _LONGEST_PARAGRAPH else (end,):
-            if cut - start >= least or cut == len(content):
-                yield cut
-                start = cut
-        paragraph = end
+    start = 0
+    for end in _places_to_cut(content):
+        if end - start >= least or end == len(content):
+            yield end
+            start = end
 
 
-def _paragraph_ends(content: bytes) -> Iterator[int]:
-    yield from (match.end() for match in _BLANK_LINES.finditer(content) if match.end() < len(content))
-    if content:
-        yield len(content)
+def _places_to_cut(content: bytes) -> Iterator[int]:
+    """After blank lines, within a paragraph that is far too long for one document, and at the end."""
+    start = 0
+    for end in [*(match.end() for match in _BLANK_LINES.finditer(content)), len(content)]:
+        if end - start > _LONGEST_PARAGRAPH:
+            yield from _cuts_inside(content, start, end)
+        if end > start:
+            yield end
+        start = end
 
 
 def _cuts_inside(content: bytes, start: int, end: int) -> Iterator[int]:
-    """Cuts after a line or a word where there is one, else after a character; the last is `end`."""
+    """After a line or a word where there is one, else after a character."""
     while end - start > _DOCUMENT_BYTES.stop:
         limit = start + _DOCUMENT_BYTES.stop
         cut = 1 + max(content.rfind(space, start, limit) for space in (b"\n", b" "))
-        while not cut and limit < end and content[limit] & 0xC0 == 0x80:  # inside a character
+        while not cut and limit < end and content[limit] & 0xC0 == 0x80:  # in the middle of a character
             limit += 1
         start = cut or limit
         yield start
-    yield end

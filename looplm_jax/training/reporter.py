@@ -1,0 +1,64 @@
+"""Metrics of a stage on their way from the device to the log and the progress bar."""
+
+import time
+
+from looplm_jax.config import Objective, Recipe, Stage
+from looplm_jax.errors import UserError
+from looplm_jax.training.flops import train_flops_per_token
+from looplm_jax.training.metrics import TRAIN, MetricsLog, as_values
+from looplm_jax.training.progress import TrainingProgress
+from looplm_jax.training.step import StepMetrics
+
+
+class Reporter:
+    """Reports one step late: the metrics of step n are fetched while step n + 1 runs."""
+
+    def __init__(self, recipe: Recipe, stage: Stage, log: MetricsLog, progress: TrainingProgress):
+        self._recipe, self._stage = recipe, stage
+        self._log, self._progress = log, progress
+        self._pending: tuple[int, int, StepMetrics] | None = None
+        self.restart_clock()
+
+    def add(self, step: int, loops: int, metrics: StepMetrics) -> None:
+        """Report the step before, and keep this one.
+
+        Raises:
+          UserError: the guard skipped too many steps in a row, or the disk refuses.
+        """
+        self.flush()
+        self._pending = (step, loops, metrics)
+
+    def flush(self) -> None:
+        """Report the step that is kept. Raises what `add` raises."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._report(*pending)
+
+    def restart_clock(self) -> None:
+        """Leave out of the rate what was not training."""
+        self._clock, self._clock_tokens = time.monotonic(), 0
+
+    def _report(self, step: int, loops: int, metrics: StepMetrics) -> None:
+        values = as_values(metrics)
+        self._clock_tokens += values["tokens"]
+        rate = self._clock_tokens / max(time.monotonic() - self._clock, 1e-9)
+        values["tokens_per_second"] = rate
+        values["model_flops_per_second"] = rate * self._flops_per_token(loops)
+        if step % self._recipe.log_every == 0 or step == self._recipe.total_steps:
+            self._log.write(TRAIN, step, {"stage": self._stage.name, "loops": loops, **values})
+            self.restart_clock()
+        self._progress.update(self._stage.name, step, values)
+        self._give_up_if_hopeless(int(metrics.skipped_in_a_row), step)
+
+    def _flops_per_token(self, loops: int) -> int:
+        gate_only = self._stage.objective is Objective.GATE
+        length = self._stage.sequence_length
+        return train_flops_per_token(self._recipe.model, loops=loops, sequence_length=length, gate_only=gate_only)
+
+    def _give_up_if_hopeless(self, skipped_in_a_row: int, step: int) -> None:
+        if skipped_in_a_row >= self._recipe.guard.patience:
+            raise UserError(
+                f"gave up at step {step}: {skipped_in_a_row} steps in a row had a loss or gradient that was not "
+                "finite, or a spike; what was saved before stays; lower stage.learning_rate or look at the data, and "
+                "train with another --out"
+            )

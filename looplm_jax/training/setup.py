@@ -1,0 +1,102 @@
+"""From a recipe and a folder to everything that the first step needs: what the run is made of, and where it stands."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from jax.sharding import Mesh
+from rich.console import Console
+
+from looplm_jax.checkpoints import CheckpointStore, Metadata, check_same_run
+from looplm_jax.codec import to_dict
+from looplm_jax.config import Recipe
+from looplm_jax.data.corpus import Corpus, open_corpus
+from looplm_jax.data.tokenizers import Tokenizer
+from looplm_jax.models.looplm import LoopLM
+from looplm_jax.sharding import check_batch, check_divides, make_mesh
+from looplm_jax.training.run_folder import RunFolder, claim_folder
+from looplm_jax.training.state import TrainState, abstract_state, initial_state
+from looplm_jax.training.tokenizer import run_tokenizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Position:
+    """Where a run stands: its state, the stage that state belongs to, and the place in that stage's data.
+
+    `data_state` is None where the stage has not begun.
+    """
+
+    state: TrainState
+    stage: int
+    data_state: Mapping[str, Any] | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What stays the same from the first step to the last, and the position to go on from."""
+
+    recipe: Recipe
+    folder: RunFolder
+    mesh: Mesh
+    model: LoopLM
+    corpus: Corpus
+    tokenizer: Tokenizer
+    store: CheckpointStore
+    position: Position
+
+
+def prepare(recipe: Recipe, folder: RunFolder, console: Console) -> Setup:
+    """Check shapes and data, claim the folder, find or train the tokeniser, and restore or make the state.
+
+    Raises:
+      UserError: bad data, shapes that do not fit the devices, or a folder of another run.
+    """
+    mesh = make_mesh(recipe.mesh)
+    check_divides(mesh, recipe.model)
+    for stage in recipe.stages:
+        check_batch(mesh, stage.batch_size, stage.accumulation, f"stages.{stage.name}")
+    corpus = open_corpus(recipe.data)
+    claim_folder(folder, recipe)
+    tokenizer = run_tokenizer(recipe, corpus, folder, console)
+    model = LoopLM(recipe.model, recipe.compute)
+    store = CheckpointStore(folder.checkpoints, keep=recipe.checkpoint.keep)
+    if store.steps():
+        position = _restore(recipe, folder, model, mesh, store, tokenizer, console)
+    else:
+        position = Position(state=initial_state(recipe, model, recipe.stages[0], mesh), stage=0, data_state=None)
+    return Setup(
+        recipe=recipe,
+        folder=folder,
+        mesh=mesh,
+        model=model,
+        corpus=corpus,
+        tokenizer=tokenizer,
+        store=store,
+        position=position,
+    )
+
+
+def _restore(
+    recipe: Recipe,
+    folder: RunFolder,
+    model: LoopLM,
+    mesh: Mesh,
+    store: CheckpointStore,
+    tokenizer: Tokenizer,
+    console: Console,
+) -> Position:
+    """The newest good checkpoint, refused if another configuration or tokeniser made it."""
+    stages = [stage.name for stage in recipe.stages]
+    wanted = {**to_dict(recipe), "tokenizer": tokenizer.fingerprint}
+
+    def describe(metadata: Metadata) -> TrainState:
+        saved = {**metadata.config, "tokenizer": metadata.tokenizer_fingerprint}
+        check_same_run(str(folder.path), saved, wanted)
+        return abstract_state(recipe, model, recipe.stages[stages.index(metadata.extra["stage"])], mesh)
+
+    restored = store.restore(describe)
+    for damaged in restored.damaged:
+        console.print(f"warning: {damaged}; going back to step {restored.step}", style="yellow")
+    stage = stages.index(restored.metadata.extra["stage"])
+    console.print(f"going on from step {restored.step} of stage {stages[stage]}")
+    return Position(state=restored.state, stage=stage, data_state=restored.metadata.data_state)

@@ -1,0 +1,142 @@
+"""The chunked cross-entropy equals the naive one in value and gradient, without its memory."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from loss_cases import assert_trees_close, naive_losses, random_case
+from program_shapes import hlo_sizes, jaxpr_sizes
+
+from looplm_jax.losses import stage1_from_hidden, token_losses, token_scores, weighted_token_losses
+
+sizes = st.fixed_dictionaries(
+    {
+        "loops": st.sampled_from([1, 3]),
+        "batch": st.sampled_from([1, 2]),
+        "length": st.sampled_from([1, 5, 8]),
+        "vocab": st.sampled_from([2, 11]),
+    }
+)
+chunks = st.sampled_from([1, 3, 8, 128])
+
+
+@functools.partial(jax.jit, static_argnames="chunk")
+def three_ways(hidden, head, targets, weights, chunk):
+    """Value and gradients in hidden, head and weights: naive, rematted, and with the gradient made on the way."""
+
+    def naive(hidden, head, weights):
+        losses = naive_losses(hidden, head, targets)
+        return jnp.sum(weights * losses), losses
+
+    def rematted(hidden, head, weights):
+        losses = token_losses(hidden, head, targets, chunk=chunk)
+        return jnp.sum(weights * losses), losses
+
+    def weighted(hidden, head, weights):
+        return weighted_token_losses(hidden, head, targets, weights, chunk=chunk)
+
+    ways = (jax.value_and_grad(way, argnums=(0, 1, 2), has_aux=True) for way in (naive, rematted, weighted))
+    return [way(hidden, head, weights) for way in ways]
+
+
+@settings(max_examples=12)
+@given(sizes, chunks, st.integers(0, 99))
+def test_chunks_change_neither_value_nor_gradient(shape, chunk, seed):
+    case = random_case(**shape, seed=seed)
+    naive, rematted, weighted = three_ways(case.hidden, case.head, case.targets, case.gates, chunk)
+    assert_trees_close(rematted, naive)
+    assert_trees_close(weighted, naive)
+
+
+def test_weighted_losses_without_gradient_equal_those_with_it():
+    case = random_case()
+    plain = weighted_token_losses(case.hidden, case.head, case.targets, case.gates, chunk=4)
+    assert_trees_close(plain, three_ways(case.hidden, case.head, case.targets, case.gates, 4)[0][0])
+
+
+def test_gradients_are_scaled_by_what_the_sum_is_multiplied_with():
+    case = random_case()
+
+    def scaled(factor):
+        def loss(hidden, head, weights):
+            return factor * weighted_token_losses(hidden, head, case.targets, weights, chunk=4)[0]
+
+        return jax.grad(loss, argnums=(0, 1, 2))(case.hidden, case.head, case.gates)
+
+    assert_trees_close(scaled(-3.0), jax.tree.map(lambda x: -3.0 * x, scaled(1.0)))
+
+
+def test_the_losses_beside_the_weighted_sum_are_constants():
+    case = random_case()
+    gradient = jax.grad(lambda h: jnp.sum(weighted_token_losses(h, case.head, case.targets, case.gates)[1]))
+    np.testing.assert_array_equal(gradient(case.hidden), 0)
+
+
+def test_scores_tell_loss_and_correctness():
+    case = random_case()
+    scores = token_scores(case.hidden, case.head, case.targets, chunk=4)
+    assert_trees_close(scores.loss, naive_losses(case.hidden, case.head, case.targets))
+    np.testing.assert_array_equal(scores.correct, jnp.argmax(case.hidden @ case.head, axis=-1) == case.targets)
+
+
+@pytest.mark.parametrize("function", [token_losses, lambda *x: weighted_token_losses(*x, jnp.ones((3, 2, 6)))[1]])
+def test_bfloat16_states_give_float32_losses_close_to_those_of_the_same_states_in_float32(function):
+    """Products are summed in float32, so only the head's rounding to bfloat16 (2^-8 relative) is lost."""
+    case = random_case()
+    states = case.hidden.astype(jnp.bfloat16)
+    losses = function(states, case.head, case.targets)
+    assert losses.dtype == jnp.float32
+    exact = naive_losses(states, case.head, case.targets)
+    size = 2 * jnp.max(jnp.abs(states.astype(jnp.float32)) @ jnp.abs(case.head))
+    np.testing.assert_allclose(losses, exact, atol=float(size) * 2**-8)
+
+
+def test_bfloat16_gradients_keep_the_dtype_of_what_they_belong_to():
+    case = random_case()
+    states = case.hidden.astype(jnp.bfloat16)
+
+    def loss(hidden, head):
+        return weighted_token_losses(hidden, head, case.targets, case.gates)[0]
+
+    ours = jax.grad(loss, argnums=(0, 1))(states, case.head)
+    assert [g.dtype for g in ours] == [jnp.bfloat16, jnp.float32]
+    exact = jax.grad(loss, argnums=(0, 1))(states.astype(jnp.float32), case.head)
+    for a, b in zip(ours, exact, strict=True):
+        error = np.asarray(a, np.float32) - np.asarray(b)
+        assert np.linalg.norm(error) < 0.01 * np.linalg.norm(b)
+
+
+class TestMemory:
+    """With T=3, B=2, S=12, V=31 and chunks of 4, all logits are 2232 numbers and the logits of a chunk 248."""
+
+    case = random_case(loops=3, batch=2, length=12, vocab=31)
+    all_logits, largest_allowed = 3 * 2 * 12 * 31, 3 * 2 * 12 * 5  # the latter is `hidden` itself
+
+    def programs(self, loss):
+        step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
+        inputs = (self.case.hidden, self.case.head, self.case.gates)
+        return step.trace(*inputs).jaxpr.jaxpr, step.lower(*inputs).compile().as_text()
+
+    def chunked(self, hidden, head, gates):
+        return stage1_from_hidden(hidden, head, self.case.targets, gates, beta=0.1, mask=self.case.mask, chunk=4)[0]
+
+    def rematted(self, hidden, head, gates):
+        return jnp.sum(gates * token_losses(hidden, head, self.case.targets, chunk=4))
+
+    def naive(self, hidden, head, gates):
+        return jnp.sum(gates * naive_losses(hidden, head, self.case.targets))
+
+    @pytest.mark.parametrize("name", ["chunked", "rematted"])
+    def test_all_logits_never_exist_together(self, name):
+        jaxpr, hlo = self.programs(getattr(self, name))
+        assert max(jaxpr_sizes(jaxpr)) <= self.largest_allowed
+        assert max(hlo_sizes(hlo)) <= self.largest_allowed
+
+    def test_the_measure_finds_them_in_the_naive_form(self):
+        jaxpr, hlo = self.programs(self.naive)
+        assert max(jaxpr_sizes(jaxpr)) >= self.all_logits
+        assert max(hlo_sizes(hlo)) >= self.all_logits

@@ -1,0 +1,65 @@
+"""One tiny model for each option of the architecture, and its compiled forward pass."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from looplm_jax.config import ComputeConfig, Injection, ModelConfig, NormPlacement
+from looplm_jax.models.looplm import LoopLM, Params, init_params
+
+LENGTH = 6
+DEFAULT_COMPUTE = ComputeConfig()
+BASE = ModelConfig(vocab_size=29, width=16, mlp_width=24, num_layers=2, num_heads=4, loops=3, max_positions=32)
+OPTIONS = {
+    "ouro": {},
+    "grouped_tied": {"num_kv_heads": 2, "tied_head": True},
+    "pre_norm_one_kv_head": {"norm_placement": NormPlacement.PRE, "num_kv_heads": 1, "head_dim": 6},
+    "prelude_add": {"prelude_layers": 1, "injection": Injection.ADD},
+    "prelude_linear_coda": {"prelude_layers": 2, "injection": Injection.LINEAR, "coda_layers": 1, "num_kv_heads": 2},
+    "coda_pre_norm_tied": {"coda_layers": 2, "norm_placement": NormPlacement.PRE, "tied_head": True},
+}
+
+
+def tiny_config(option: str) -> ModelConfig:
+    return dataclasses.replace(BASE, rope_theta=100.0, **OPTIONS[option])
+
+
+def noisy_params(config: ModelConfig) -> Params:
+    """Parameters drawn by NumPy (nothing to compile), so that every norm, bias and matrix matters."""
+    random = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: init_params(LoopLM(config), jax.random.key(0)))
+    return jax.tree.map(lambda leaf: jnp.asarray(random.normal(0.1, 0.3, leaf.shape), jnp.float32), shapes)
+
+
+@functools.cache
+def tiny_model(option: str, compute: ComputeConfig = DEFAULT_COMPUTE) -> tuple[LoopLM, Params]:
+    config = tiny_config(option)
+    return LoopLM(config, compute), noisy_params(config)
+
+
+@functools.cache
+def compiled_forward(option: str) -> Callable:
+    """`forward(tokens, positions, segment_ids)` of [LENGTH, LENGTH] tokens: one compilation for many tests."""
+    model, params = tiny_model(option)
+
+    @jax.jit
+    def forward(tokens, positions, segment_ids):
+        return model.apply({"params": params}, tokens, positions=positions, segment_ids=segment_ids)
+
+    return forward
+
+
+def random_tokens(seed: int = 0) -> jax.Array:
+    return jax.random.randint(jax.random.key(seed), (LENGTH, LENGTH), 0, BASE.vocab_size)
+
+
+def plain_positions() -> jax.Array:
+    return jnp.broadcast_to(jnp.arange(LENGTH), (LENGTH, LENGTH))
+
+
+def one_segment() -> jax.Array:
+    return jnp.ones((LENGTH, LENGTH), jnp.int32)

@@ -1,0 +1,172 @@
+"""Every configuration validates itself, and says in one line what is wrong."""
+
+import dataclasses
+
+import pytest
+
+from looplm_jax.config import (
+    CheckpointConfig,
+    ComputeConfig,
+    DataConfig,
+    EvaluationConfig,
+    GuardConfig,
+    MeshConfig,
+    ModelConfig,
+    Objective,
+    OptimizerConfig,
+    PriorConfig,
+    Recipe,
+    SourceConfig,
+    Stage,
+    help_text,
+)
+from looplm_jax.errors import UserError, suggest
+
+REQUIRED = {
+    ModelConfig: {"vocab_size": 11, "width": 12, "mlp_width": 8, "num_layers": 1, "num_heads": 2},
+    Stage: {"name": "main", "steps": 10, "batch_size": 4, "sequence_length": 8},
+    SourceConfig: {"path": "x.txt"},
+}
+REQUIRED[Recipe] = {
+    "name": "r",
+    "model": ModelConfig(**REQUIRED[ModelConfig], max_positions=16),
+    "stages": (Stage(**REQUIRED[Stage]),),
+}
+ALL = [
+    *REQUIRED,
+    CheckpointConfig,
+    ComputeConfig,
+    DataConfig,
+    EvaluationConfig,
+    GuardConfig,
+    MeshConfig,
+    OptimizerConfig,
+    PriorConfig,
+]
+
+
+def make(kind, **changes):
+    return kind(**{**REQUIRED.get(kind, {}), **changes})
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_configurations_are_frozen_keyword_only_and_hashable(kind):
+    config = make(kind)
+    assert hash(config) == hash(make(kind))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(config, dataclasses.fields(kind)[0].name, 1)
+    with pytest.raises(TypeError):
+        kind(1)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_every_plain_field_says_what_it_is(kind):
+    for field in dataclasses.fields(kind):
+        nested = dataclasses.is_dataclass(getattr(make(kind), field.name)) or field.name == "stages"
+        assert nested or help_text(field), field.name
+
+
+WRONG = [
+    *((ModelConfig, {name: 0}, f"model.{name} must be at least 1, not 0") for name in REQUIRED[ModelConfig]),
+    (ModelConfig, {"max_positions": 0}, "model.max_positions must be at least 1, not 0"),
+    *(
+        (ModelConfig, {name: -1}, f"model.{name} must not be negative, not -1")
+        for name in ("num_kv_heads", "head_dim", "prelude_layers", "coda_layers")
+    ),
+    (ModelConfig, {"loops": 0}, "model.loops must be at least 1, not 0"),
+    (ModelConfig, {"norm_eps": 0.0}, "model.norm_eps must be positive, not 0.0"),
+    (
+        ModelConfig,
+        {"num_heads": 5},
+        "model.num_heads=5 does not divide model.width=12; change one of them, or set model.head_dim",
+    ),
+    (ModelConfig, {"num_heads": 4}, "model.head_dim must be even for rotary embedding, not 3"),
+    (ModelConfig, {"num_kv_heads": 4}, "model.num_kv_heads=4 does not divide model.num_heads=2"),
+    (ComputeConfig, {"loss_chunk": 0}, "compute.loss_chunk must be at least 1, not 0"),
+    (MeshConfig, {"fsdp": 0}, "mesh.fsdp must be at least 1, or -1 for all that are left, not 0"),
+    (MeshConfig, {"tensor": -2}, "mesh.tensor must be at least 1, or -1 for all that are left, not -2"),
+    (MeshConfig, {"fsdp": -1}, "only one axis of mesh may be -1"),
+    (MeshConfig, {"context": 2}, "mesh.context must be 1: sequences are not sharded yet, not 2"),
+    (OptimizerConfig, {"b1": 1.0}, "optimizer.b1 must be in [0, 1), not 1.0"),
+    (OptimizerConfig, {"b2": -0.1}, "optimizer.b2 must be in [0, 1), not -0.1"),
+    (OptimizerConfig, {"eps": 0.0}, "optimizer.eps must be positive, not 0.0"),
+    (OptimizerConfig, {"clip_norm": 0.0}, "optimizer.clip_norm must be positive, not 0.0"),
+    (OptimizerConfig, {"weight_decay": -1.0}, "optimizer.weight_decay must not be negative, not -1.0"),
+    (SourceConfig, {"path": ""}, "a data source needs a path"),
+    (SourceConfig, {"weight": 0.0}, "the weight of source 'x.txt' must be positive, not 0.0"),
+    (DataConfig, {"validation_fraction": 1.0}, "data.validation_fraction must be in [0, 1), not 1.0"),
+    (PriorConfig, {"rate": 1.0}, "prior.rate must be in (0, 1), not 1.0"),
+    (PriorConfig, {"mean": 1.0}, "prior.mean must exceed 1 loop, not 1.0"),
+    (PriorConfig, {"sigma": 0.0}, "prior.sigma must be positive, not 0.0"),
+    (Stage, {"name": ""}, "a stage needs a name without dots, not ''"),
+    (Stage, {"name": "a.b"}, "a stage needs a name without dots, not 'a.b'"),
+    *(
+        (Stage, {name: 0}, f"stages.main.{name} must be at least 1, not 0")
+        for name in ("steps", "batch_size", "sequence_length", "accumulation", "loops")
+    ),
+    (Stage, {"accumulation": 3}, "stages.main.accumulation=3 does not divide stages.main.batch_size=4"),
+    (Stage, {"min_loops": 5}, "stages.main.min_loops must be in 0..4, not 5"),
+    (Stage, {"min_loops": -1}, "stages.main.min_loops must be in 0..4, not -1"),
+    (Stage, {"beta": -0.1}, "stages.main.beta must not be negative, not -0.1"),
+    (Stage, {"learning_rate": 0.0}, "stages.main.learning_rate must be positive, not 0.0"),
+    (
+        Stage,
+        {"warmup_steps": 6, "decay_steps": 5},
+        "stages.main: warmup_steps and decay_steps must fit in steps=10",
+    ),
+    (Stage, {"warmup_steps": -1}, "stages.main: warmup_steps and decay_steps must fit in steps=10"),
+    (Stage, {"decay_steps": -1}, "stages.main: warmup_steps and decay_steps must fit in steps=10"),
+    (
+        Stage,
+        {"objective": Objective.GATE, "loops": 1},
+        "stages.main: the gate has nothing to learn with one loop; set stages.main.loops",
+    ),
+    (GuardConfig, {"window": 1}, "guard.window must be at least 2, not 1"),
+    (GuardConfig, {"sigma": 0.0}, "guard.sigma must be positive, not 0.0"),
+    (GuardConfig, {"patience": 0}, "guard.patience must be at least 1, not 0"),
+    (CheckpointConfig, {"every": 0}, "checkpoint.every must be at least 1, not 0"),
+    (CheckpointConfig, {"keep": 0}, "checkpoint.keep must be at least 1, not 0"),
+    (EvaluationConfig, {"every": -1}, "evaluation.every must not be negative, not -1"),
+    (EvaluationConfig, {"sequences": 0}, "evaluation.sequences must be at least 1, not 0"),
+    (Recipe, {"stages": ()}, "recipe 'r' needs at least one stage"),
+    (
+        Recipe,
+        {"stages": (make(Stage), make(Stage))},
+        "the stages of recipe 'r' need different names, not ['main', 'main']",
+    ),
+    (Recipe, {"log_every": 0}, "log_every must be at least 1, not 0"),
+    (
+        Recipe,
+        {"stages": (make(Stage, sequence_length=17),)},
+        "stages.main.sequence_length=17 is beyond model.max_positions=16",
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "changes", "message"), WRONG, ids=lambda value: str(value)[:60])
+def test_impossible_values_are_refused_in_one_line(kind, changes, message):
+    with pytest.raises(UserError) as error:
+        make(kind, **changes)
+    assert str(error.value) == message
+
+
+def test_heads_are_filled_in():
+    config = make(ModelConfig)
+    assert (config.kv_heads, config.head_width) == (2, 6)
+    assert make(ModelConfig, num_heads=5, head_dim=4).head_width == 4
+
+
+def test_filled_in_heads_follow_what_is_replaced():
+    config = dataclasses.replace(make(ModelConfig), width=24, num_heads=4)
+    assert (config.kv_heads, config.head_width) == (4, 6)
+    with pytest.raises(UserError, match="num_heads=5 does not divide"):
+        dataclasses.replace(config, num_heads=5)
+
+
+def test_total_steps_are_those_of_all_stages():
+    assert make(Recipe, stages=(make(Stage), make(Stage, name="gate", steps=7))).total_steps == 17
+
+
+def test_a_close_word_is_suggested_and_otherwise_all_are_listed():
+    assert suggest("widht", ["width", "loops"]) == "; did you mean 'width'?"
+    assert suggest("zzz", ["width", "loops"]) == "; known: loops, width"
