@@ -4,13 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := JAX_PLATFORMS=cpu $(BIN)/python
 
-.PHONY: demo test test-slow lint types bench setup golden clean
+.PHONY: demo test test-slow lint types bench setup torch clean
 
 demo: $(VENV)/ready  ## the main job on two CPU cores: corpus, tokenizer, Stage I and II, evaluation, text
 	$(RUN) -m experiments.demo --out runs/demo
 
 test: $(VENV)/ready-dev  ## the default test suite, with coverage
-	$(RUN) -m pytest tests -m "not slow" --cov --cov-report=term:skip-covered
+	$(RUN) -m pytest tests -m "not slow" --numprocesses 2 --dist loadfile --cov --cov-report=term:skip-covered
 
 test-slow: $(VENV)/ready-dev  ## the tests that take minutes
 	$(RUN) -m pytest tests -m slow
@@ -38,6 +38,8 @@ $(VENV)/ready: requirements.txt setup.cfg
 $(VENV)/ready-dev: $(VENV)/ready requirements-dev.txt
 	$(BIN)/pip install --quiet -r requirements-dev.txt
 	touch $@
+
+torch: $(VENV)/ready-torch  ## PyTorch, for the tests and benchmarks that compare with it; they are skipped without
 
 $(VENV)/ready-torch: $(VENV)/ready
 	$(BIN)/pip install --quiet torch==2.13.0

@@ -57,7 +57,7 @@ def _title(recipe: Recipe) -> str:
         for stage in recipe.stages
     )
     return (
-        f"# A looped language model, end to end\n\n{recipe.model.num_layers} layers of width {recipe.model.width}, "
+        f"# A looped language model, end to end\n\nLayers: {recipe.model.num_layers}, of width {recipe.model.width}; "
         f"{count_params(recipe.model):,} parameters, {recipe.model.vocab_size} tokens in the vocabulary. {stages}. "
         "All numbers are on held-out files of the standard library.\n"
     )
@@ -113,10 +113,8 @@ def _exits(evaluations: Mapping[str, Any]) -> str:
 
 def _figures(out: Path, evaluations: Mapping[str, Any]) -> list[str]:
     try:
-        plot_depths(
-            {"looped": _sweep(evaluations["stage2"]), "without loops": _sweep(evaluations["one-loop"])},
-            out / "depth.png",
-        )
+        one_loop = _sweep(evaluations["one-loop"], deepest=1)
+        plot_depths({"looped": _sweep(evaluations["stage2"]), "without loops": one_loop}, out / "depth.png")
         plot_exits(
             {
                 "fixed depth": _curve(evaluations["stage2"]["exits"]["fixed"]),
@@ -131,13 +129,14 @@ def _figures(out: Path, evaluations: Mapping[str, Any]) -> list[str]:
     return ["depth.png", "exit.png"]
 
 
-def _sweep(evaluation: Mapping[str, Any]) -> DepthSweep:
+def _sweep(evaluation: Mapping[str, Any], *, deepest: int | None = None) -> DepthSweep:
     depths = evaluation["depths"]
-    return DepthSweep(curve=_curve(depths), trained_loops=depths["trained_loops"], tokens=depths["tokens"])
+    curve = _curve(depths, deepest=deepest)
+    return DepthSweep(curve=curve, trained_loops=depths["trained_loops"], tokens=depths["tokens"])
 
 
-def _curve(values: Mapping[str, Any]) -> Curve:
-    return Curve.of(values["loops"], values["loss"], values["accuracy"])
+def _curve(values: Mapping[str, Any], *, deepest: int | None = None) -> Curve:
+    return Curve.of(*(values[name][:deepest] for name in ("loops", "loss", "accuracy")))
 
 
 def _generations(generated: Sequence[Generated]) -> str:

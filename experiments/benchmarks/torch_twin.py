@@ -27,8 +27,8 @@ class Layer(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.heads, self.head_dim = config.num_heads, config.head_dim
-        width, inner = config.width, config.num_heads * config.head_dim
+        self.heads, self.head_dim = config.num_heads, config.head_width
+        width, inner = config.width, config.num_heads * config.head_width
         self.query, self.key, self.value = (nn.Linear(width, inner, bias=False) for _ in range(3))
         self.out = nn.Linear(inner, width, bias=False)
         self.gate, self.up = (nn.Linear(width, config.mlp_width, bias=False) for _ in range(2))
@@ -117,7 +117,7 @@ def stage1(model: TorchLoopLM, tokens: Tensor, targets: Tensor, loops: int, beta
 
 
 def _angles(length: int, config: ModelConfig) -> tuple[Tensor, Tensor]:
-    frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
+    frequencies = config.rope_theta ** (-torch.arange(0, config.head_width, 2) / config.head_width)
     angles = torch.arange(length)[:, None] * frequencies
     return angles.cos(), angles.sin()
 
