@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -124,9 +125,9 @@ def _figures(out: Path, evaluations: Mapping[str, Any]) -> list[str]:
             out / "exit.png",
         )
     except UserError as error:
-        print(f"demo: {error}")
+        print(f"demo: {error}", file=sys.stderr)
         return []
-    return ["depth.png", "exit.png"]
+    return ["depth.png", "exit.png", "looped/training.png"]
 
 
 def _sweep(evaluation: Mapping[str, Any], *, deepest: int | None = None) -> DepthSweep:

@@ -66,13 +66,12 @@ def demo() -> Recipe:
                 steps=3000,
                 batch_size=4,
                 sequence_length=128,
-                # With the paper's 0.05 the gate of so short a run settles on loop 1, and deeper loops are not trained.
-                beta=0.2,
-                learning_rate=2e-3,
+                beta=0.1,  # the paper's value for its first stage
+                learning_rate=1.5e-3,
                 schedule=Schedule.WARMUP_STABLE_DECAY,
                 warmup_steps=40,
                 decay_steps=1000,
-                final_learning_rate=2e-4,
+                final_learning_rate=1.5e-4,
             ),
             _gate_stage(steps=200, batch_size=8, sequence_length=128),
         ),

@@ -5,6 +5,8 @@ looplm inspect runs/text-small
 
 import argparse
 import json
+import shlex
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,11 +25,13 @@ def run(arguments: argparse.Namespace) -> int:
     from looplm_jax.checkpoints import inspect_steps
 
     reports = inspect_steps(arguments.checkpoint, step=arguments.step)
-    damaged = [report for report in reports if report.damage]
     if arguments.json:
         print(json.dumps([report.to_json() for report in reports], indent=2))
     else:
         _print(arguments.checkpoint, reports)
+    damaged = [report for report in reports if report.damage]
+    for report in damaged:
+        print(f"looplm: step {report.step} is damaged: {report.damage}", file=sys.stderr)
     return 2 if damaged else 0
 
 
@@ -39,13 +43,12 @@ def _print(path: str, reports: "list[StepReport]") -> None:
     for report in reversed(reports):
         stage = report.metadata.extra.get("stage", "") if report.metadata else ""
         kept = "always" if report.permanent else "while new"
-        state = f"[red]damaged: {report.damage}" if report.damage else "[green]sound"
+        state = "[red]damaged" if report.damage else "[green]sound"
         table.add_row(str(report.step), stage, f"{report.parameters:,}", f"{report.bytes:,}", kept, state)
-    console = Console(highlight=False)
-    console.print(table)
+    Console(highlight=False).print(table)
     newest = next((report.metadata for report in reports if report.metadata), None)
     if newest is not None:
         model = ", ".join(f"{name}={value}" for name, value in newest.config["model"].items())
-        console.print(f"recipe {newest.config['name']}: {model}")
-        console.print(f"tokenizer {newest.tokenizer_kind}, sha256 {newest.tokenizer_fingerprint[:16]}…")
-    console.print(f"next: looplm evaluate {path}")
+        print(f"recipe {newest.config['name']}: {model}")
+        print(f"tokenizer {newest.tokenizer_kind}, sha256 {newest.tokenizer_fingerprint[:16]}…")
+    print(f"next: looplm evaluate {shlex.quote(path)}")

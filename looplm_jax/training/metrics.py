@@ -97,9 +97,9 @@ def _scalars(kind: str, values: Mapping[str, Any]) -> dict[str, float]:
     scalars: dict[str, float] = {}
     for name, value in values.items():
         if isinstance(value, list):
-            scalars |= {f"{kind}/{name}/{loop}": part for loop, part in enumerate(value, start=1)}
+            scalars |= {f"{kind}/{name}/{loop}": float(part) for loop, part in enumerate(value, start=1)}
         elif isinstance(value, int | float):
-            scalars[f"{kind}/{name}"] = value
+            scalars[f"{kind}/{name}"] = float(value)
     return scalars
 
 

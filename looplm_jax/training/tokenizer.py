@@ -6,6 +6,7 @@ from looplm_jax import data
 from looplm_jax.config import Recipe
 from looplm_jax.data.corpus import Corpus
 from looplm_jax.data.tokenizers import Tokenizer
+from looplm_jax.errors import UserError
 from looplm_jax.training.files import write_atomically
 from looplm_jax.training.run_folder import RunFolder
 
@@ -17,6 +18,8 @@ def run_tokenizer(recipe: Recipe, corpus: Corpus, folder: RunFolder, console: Co
       UserError: its vocabulary is not the model's, or the data is too little to train one.
     """
     tokenizer = corpus.own_tokenizer
+    if tokenizer is not None and recipe.data.tokenizer:
+        raise UserError(f"{corpus.tasks[0].config.path!r} has a vocabulary of its own; leave data.tokenizer empty")
     if tokenizer is None and recipe.data.tokenizer:
         tokenizer = data.load_tokenizer(recipe.data.tokenizer)
     if tokenizer is None:

@@ -5,6 +5,8 @@ import fsspec
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from looplm_jax.config import OnBadRecord
 from looplm_jax.data.sources import open_files
@@ -43,6 +45,62 @@ def test_text_files_in_sorted_order(tmp_path):
     assert repr(source) == f"FileSource({str(tmp_path)!r}, documents=3)"
     with pytest.raises(IndexError):
         source[3]
+
+
+def documents(name, text):
+    """What a text file of that name is cut into."""
+    fs = fsspec.filesystem("memory")
+    fs.pipe(f"/{name}", text.encode())
+    source = open_files(f"memory://{name}")
+    assert source.keys.tolist() == [document_key(document) for document in read_all(source)]
+    return read_all(source)
+
+
+def test_a_book_is_cut_at_blank_lines():
+    paragraphs = [f"Paragraph {n}.\n" + "a line of it\n" * (n % 30) + "\n" * (1 + n % 3) for n in range(12_000)]
+    book = "".join(paragraphs)
+    cut = documents("book.txt", book)
+    assert "".join(cut) == book
+    assert all(part.startswith("Paragraph ") and part.endswith("\n\n") for part in cut)
+    assert all(8192 <= len(part) < 9192 for part in cut[:-1])
+    assert documents("notes.md", book) == documents("notes.RST", book) == cut
+    assert documents("module.py", book) == [book]
+
+
+def test_a_short_text_gives_enough_documents_for_a_validation_split():
+    cut = documents("story.txt", "Some forty characters of a short story.\n\n" * 2500)
+    assert 90 <= len(cut) <= 110
+    assert all(len(part) >= 1024 for part in cut[:-1])
+
+
+@pytest.mark.parametrize(
+    ("paragraph", "last"),
+    [
+        ("A word. " * 10_000, " "),
+        ("line\n" * 20_000, "\n"),
+        ("\u5faa\u74b0" * 30_000, "\u5faa\u74b0"),
+        ("x" * 65_537, "x"),
+    ],
+)
+def test_only_a_very_long_paragraph_is_cut_inside(paragraph, last):
+    cut = documents("long.txt", "Before.\n\n" + paragraph + "\n\nAfter.")
+    assert "".join(cut) == "Before.\n\n" + paragraph + "\n\nAfter."
+    assert all(len(part.encode()) <= 8192 + 1024 and part[-1] in last + "\n" for part in cut[:-1])
+    long_but_whole = "x " * 32_768
+    assert documents("long.txt", long_but_whole) == [long_but_whole]
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["\n", " ", "\r\n", "\n\n", "word", "\u00e9", "\U0001f600"]), st.integers(1, 9000))
+    )
+)
+def test_the_documents_of_a_file_are_the_file(parts):
+    text = "".join(part * count for part, count in parts)
+    if text:
+        cut = documents("any.txt", text)
+        assert "".join(cut) == text
+        assert all(cut)
 
 
 def test_jsonl_by_glob(tmp_path):

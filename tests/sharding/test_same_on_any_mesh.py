@@ -1,18 +1,19 @@
 """One program on every mesh: the same losses and parameters within float32 rounding."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
 import pytest
 
-from looplm_jax.config import MeshConfig, ModelConfig, Recipe, Stage
+from looplm_jax.config import ComputeConfig, MeshConfig, ModelConfig, Recipe, Remat, Stage
 from looplm_jax.data.packing import Batch
 from looplm_jax.errors import UserError
 from looplm_jax.models.looplm import LoopLM
 from looplm_jax.sharding import check_batch, check_divides, make_mesh
 from looplm_jax.training.program import StagePrograms, place
-from looplm_jax.training.state import initial_state
+from looplm_jax.training.state import TrainState, abstract_state, initial_state
 
 ONE = MeshConfig(data=1)
 MESHES = {
@@ -20,23 +21,10 @@ MESHES = {
     "2x4x1": MeshConfig(data=2, fsdp=4),
     "2x2x2": MeshConfig(data=2, fsdp=2, tensor=2),
 }
-STEPS = 3
-
-
-@pytest.fixture(scope="module")
-def recipe() -> Recipe:
-    model = ModelConfig(
-        vocab_size=64, width=32, mlp_width=48, num_layers=2, num_heads=4, num_kv_heads=2, max_positions=64
-    )
-    stage = Stage(
-        name="pretrain", steps=STEPS, batch_size=16, accumulation=2, sequence_length=16, loops=3, learning_rate=1e-2
-    )
-    return Recipe(name="mesh", model=model, stages=(stage,))
-
-
-@pytest.fixture(scope="module")
-def batches() -> list[Batch]:
-    return [random_batch(np.random.default_rng(seed), rows=16, length=16) for seed in range(STEPS)]
+MODEL = ModelConfig(vocab_size=64, width=32, mlp_width=48, num_layers=1, num_heads=4, num_kv_heads=2, max_positions=64)
+COMPUTE = ComputeConfig(remat=Remat.NONE, loss_chunk=16)
+STAGE = Stage(name="pretrain", steps=3, batch_size=16, sequence_length=16, loops=2, learning_rate=1e-2)
+RECIPE = Recipe(name="mesh", model=MODEL, compute=COMPUTE, stages=(STAGE,))
 
 
 def random_batch(rng: np.random.Generator, *, rows: int, length: int) -> Batch:
@@ -53,47 +41,53 @@ def random_batch(rng: np.random.Generator, *, rows: int, length: int) -> Batch:
     )
 
 
-def run(recipe: Recipe, mesh_config: MeshConfig, batches: list[Batch]):
-    mesh = make_mesh(mesh_config)
-    model, stage = LoopLM(recipe.model, recipe.compute), recipe.stages[0]
-    state = initial_state(recipe, model, stage, mesh)
+@functools.cache
+def initial(mesh_config: MeshConfig) -> TrainState:
+    return jax.device_get(initial_state(RECIPE, LoopLM(MODEL, COMPUTE), STAGE, make_mesh(mesh_config)))
+
+
+@functools.cache
+def run(mesh_config: MeshConfig, accumulation: int):
+    """Losses and the last state of three steps."""
+    mesh, model = make_mesh(mesh_config), LoopLM(MODEL, COMPUTE)
+    stage = dataclasses.replace(STAGE, accumulation=accumulation)
+    recipe = dataclasses.replace(RECIPE, stages=(stage,))
+    wanted = abstract_state(recipe, model, stage, mesh)
+    state = jax.device_put(initial(ONE), jax.tree.map(lambda leaf: leaf.sharding, wanted))
     programs = StagePrograms(recipe, model, stage, mesh, first_step=0)
     programs.compile(stage.loops)
     losses = []
-    for batch in batches:
+    for seed in range(stage.steps):
+        batch = random_batch(np.random.default_rng(seed), rows=stage.batch_size, length=stage.sequence_length)
         state, metrics = programs.run(stage.loops, state, place(batch, stage, mesh))
         losses.append(float(metrics.loss))
     return losses, state
 
 
-@pytest.fixture(scope="module")
-def unsharded(recipe: Recipe, batches: list[Batch]):
-    return run(recipe, ONE, batches)
-
-
 @pytest.mark.parametrize("name", MESHES)
-def test_same_losses_and_parameters_on_every_mesh(name, recipe, batches, unsharded):
-    losses, state = run(recipe, MESHES[name], batches)
-    np.testing.assert_allclose(losses, unsharded[0], rtol=1e-5)
-    ours, theirs = jax.tree.leaves_with_path(state.params), jax.tree.leaves(unsharded[1].params)
-    for (path, leaf), reference in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose(leaf, reference, atol=2e-4, err_msg=jax.tree_util.keystr(path))
+def test_same_losses_and_parameters_on_every_mesh(name):
+    """Accumulated in two parts on the mesh, in one part on the single device."""
+    reference_losses, reference = run(ONE, accumulation=1)
+    losses, state = run(MESHES[name], accumulation=2)
+    np.testing.assert_allclose(losses, reference_losses, rtol=1e-5)
+    for (path, leaf), wanted in zip(
+        jax.tree.leaves_with_path(state.params), jax.tree.leaves(reference.params), strict=True
+    ):
+        np.testing.assert_allclose(leaf, wanted, atol=2e-4, err_msg=jax.tree_util.keystr(path))
 
 
-def test_the_parameters_are_really_spread(recipe, batches):
-    _, state = run(recipe, MESHES["2x2x2"], batches[:1])
-    kernel = state.params["core"]["layers"]["mlp"]["up"]["kernel"]
-    assert kernel.sharding.shard_shape(kernel.shape) == (2, 16, 24)
-    mean = state.optimizer[1].mu["core"]["layers"]["mlp"]["up"]["kernel"]
-    assert mean.sharding.shard_shape(mean.shape) == (2, 16, 24)
+def test_a_run_begins_with_the_same_parameters_on_every_mesh():
+    sharded = initial(MESHES["2x2x2"])
+    for leaf, wanted in zip(jax.tree.leaves(sharded), jax.tree.leaves(initial(ONE)), strict=True):
+        np.testing.assert_array_equal(leaf, wanted)
 
 
-def test_accumulation_changes_nothing(recipe, batches, unsharded):
-    stage = dataclasses.replace(recipe.stages[0], accumulation=1)
-    losses, state = run(dataclasses.replace(recipe, stages=(stage,)), ONE, batches)
-    np.testing.assert_allclose(losses, unsharded[0], rtol=1e-5)
-    for leaf, reference in zip(jax.tree.leaves(state.params), jax.tree.leaves(unsharded[1].params), strict=True):
-        np.testing.assert_allclose(leaf, reference, atol=2e-4)
+def test_the_parameters_are_really_spread():
+    _, state = run(MESHES["2x2x2"], accumulation=2)
+    for tree in (state.params, state.optimizer[1].mu):
+        kernel = tree["core"]["layers"]["mlp"]["up"]["kernel"]
+        assert kernel.sharding.shard_shape(kernel.shape) == (1, 16, 24)
+        assert tree["embedding"].sharding.shard_shape(tree["embedding"].shape) == (32, 16)
 
 
 @pytest.mark.parametrize(
@@ -109,10 +103,10 @@ def test_a_mesh_that_does_not_fit_is_refused(mesh, message):
         make_mesh(mesh)
 
 
-def test_a_model_that_does_not_divide_is_refused(recipe):
+def test_a_model_that_does_not_divide_is_refused():
     mesh = make_mesh(MeshConfig(data=2, tensor=4))
     with pytest.raises(UserError, match=r"mesh.tensor=4 does not divide model.num_kv_heads=2; change one of them"):
-        check_divides(mesh, recipe.model)
+        check_divides(mesh, MODEL)
 
 
 def test_a_batch_that_does_not_divide_is_refused():

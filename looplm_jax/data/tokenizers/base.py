@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 from looplm_jax.errors import UserError
 
@@ -11,6 +11,7 @@ IM_START = "<|im_start|>"
 IM_END = "<|im_end|>"
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """Text to ids in `[0, vocab_size)` and back. `kind` and `serialize()` rebuild it: see `deserialize`."""
 

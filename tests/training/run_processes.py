@@ -1,0 +1,94 @@
+"""`looplm train` as real processes, and what they leave behind."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+from training_cases import RECIPE
+
+from looplm_jax.checkpoints import CheckpointStore, inspect_steps
+from looplm_jax.codec import to_dict
+from looplm_jax.config import Recipe
+from looplm_jax.training.metrics import read_metrics
+
+PATIENCE = 240  # seconds, on a machine with much else to do
+RATES = ("tokens_per_second", "model_flops_per_second")
+ONE_DEVICE = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
+
+
+def write_recipe(path: Path, recipe: Recipe = RECIPE) -> Path:
+    path.write_text(json.dumps(to_dict(recipe)))
+    return path
+
+
+class Run:
+    """A process that trains in a run folder. Its standard error goes to a file, which `said` reads."""
+
+    def __init__(self, *arguments: str | Path, errors: Path, compiled: Path | None = None):
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ONE_DEVICE, "COLUMNS": "80"}
+        if compiled is not None:
+            environment |= {"JAX_COMPILATION_CACHE_DIR": str(compiled)}
+            environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        self._errors = errors
+        with errors.open("w") as stream:
+            command = [sys.executable, "-m", "looplm_jax.cli.main", "train", *map(str, arguments)]
+            self.process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=stream)
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+
+    @property
+    def said(self) -> str:
+        """What it wrote to standard error so far."""
+        return self._errors.read_text()
+
+    def wait_until(self, condition) -> None:
+        """Until `condition()`; fails if the process ends first."""
+        deadline = time.monotonic() + PATIENCE
+        while not condition():
+            assert self.process.poll() is None, self.said
+            assert time.monotonic() < deadline, self.said
+            time.sleep(0.01)
+
+    def finish(self) -> int:
+        """The exit status."""
+        return self.process.wait(timeout=PATIENCE)
+
+    def stop(self, number: int) -> float:
+        """Send a signal; the seconds until the process has ended."""
+        started = time.monotonic()
+        self.process.send_signal(number)
+        self.process.wait(timeout=PATIENCE)
+        return time.monotonic() - started
+
+
+def steps_logged(folder: Path) -> int:
+    """The newest step in the metrics, 0 before there is one."""
+    with contextlib.suppress(FileNotFoundError):
+        return max((row["step"] for row in read_metrics(folder)), default=0)
+    return 0
+
+
+def metrics(folder: Path, kinds: tuple[str, ...] = ("train", "evaluation")) -> list[dict]:
+    """Every line without what depends on the clock."""
+    rows = [row for row in read_metrics(folder) if row["kind"] in kinds]
+    return [{name: value for name, value in row.items() if name not in RATES} for row in rows]
+
+
+def newest(folder: Path) -> dict:
+    """The arrays of the newest step, read and verified, and the place in the data."""
+    report = inspect_steps(str(folder))[0]
+    assert report.damage is None
+    abstract = {name: jax.ShapeDtypeStruct(record.shape, record.dtype) for name, record in report.arrays.items()}
+    restored = CheckpointStore(folder / "checkpoints", keep=9).restore(abstract, report.step)
+    return {"step": report.step, "data": restored.metadata.data_state, "state": restored.state}

@@ -1,0 +1,156 @@
+"""Real processes, killed or stopped at any moment: the run ends bit for bit as one that nobody touched."""
+
+import dataclasses
+import random
+import signal
+import time
+
+import pytest
+from etils import epath
+from run_processes import Run, metrics, newest, steps_logged, write_recipe
+from training_cases import GATE, RECIPE, STAGE, assert_identical
+
+from looplm_jax.checkpoints.step import list_steps
+from looplm_jax.config import CheckpointConfig, EvaluationConfig
+
+KILLS = 10
+BEFORE_TRAINING = (3, 7)  # kills that fall while the process starts, compiles or restores
+LONG = dataclasses.replace(
+    RECIPE,
+    stages=(dataclasses.replace(STAGE, steps=200), dataclasses.replace(GATE, steps=60)),
+    checkpoint=CheckpointConfig(every=3, keep=2),
+    evaluation=EvaluationConfig(every=25, sequences=8),
+)
+TOTAL = sum(stage.steps for stage in LONG.stages)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    return write_recipe(tmp_path_factory.mktemp("recipe") / "long.json", LONG)
+
+
+@pytest.fixture(scope="module")
+def untouched(recipe, compiled_programs, tmp_path_factory):
+    """A run that was never stopped. It leaves its compiled programs to the others."""
+    folder = tmp_path_factory.mktemp("untouched") / "run"
+    with Run("--recipe", recipe, "--out", folder, errors=folder.with_name("errors"), compiled=compiled_programs) as run:
+        assert run.finish() == 0, run.said
+    return folder
+
+
+def assert_same_end(folder, untouched, kinds=("train", "evaluation")):
+    ours, wanted = newest(folder), newest(untouched)
+    assert ours["step"] == wanted["step"] == TOTAL
+    assert ours["data"] == wanted["data"]
+    assert_identical(ours["state"], wanted["state"])
+    assert metrics(folder, kinds) == metrics(untouched, kinds)
+    assert [row["step"] for row in metrics(folder, ("train",))] == list(range(1, TOTAL + 1))
+
+
+def unfinished_saves(folder):
+    """Saves that a kill cut short."""
+    return [step for step in list_steps(epath.Path(folder / "checkpoints")) if not step.committed]
+
+
+def wait_for_a_save(run, folder):
+    """Until the process has begun a save of its own; from then on it is nearly always in one."""
+    run.wait_until(lambda: "compiling" in run.said)  # by then the log ends at the step that was restored
+    restored = steps_logged(folder)
+    run.wait_until(lambda: steps_logged(folder) > restored + LONG.checkpoint.every)
+
+
+def assert_stopped(run, number, step):
+    assert run.finish() == 128 + number, run.said
+    last = run.said.splitlines()[-1]
+    assert last == f"looplm: stopped by {number.name} at step {step}; the same command goes on from there"
+    assert "Traceback" not in run.said
+
+
+def test_ten_kills_leave_no_trace(recipe, untouched, compiled_programs, tmp_path):
+    chance, folder, errors = random.Random(0), tmp_path / "run", tmp_path / "errors"
+    cut_short, reached = 0, [0]
+    for kill in range(KILLS):
+        with Run("--recipe", recipe, "--out", folder, errors=errors, compiled=compiled_programs) as run:
+            if kill in BEFORE_TRAINING:
+                time.sleep(chance.uniform(0, 6))
+            else:
+                wait_for_a_save(run, folder)
+                time.sleep(chance.uniform(0, 0.5))
+            run.process.kill()
+            assert run.finish() == -signal.SIGKILL, run.said
+            assert "Traceback" not in run.said
+        cut_short += bool(unfinished_saves(folder))
+        reached.append(steps_logged(folder))
+    assert cut_short >= 3
+    assert reached[-1] < TOTAL
+    with Run("--recipe", recipe, "--out", folder, errors=errors) as run:  # without the compiled programs
+        assert run.finish() == 0, run.said
+    assert_same_end(folder, untouched)
+
+
+def test_stopped_runs_end_alike(recipe, untouched, compiled_programs, tmp_path):
+    """Stopped in a compilation, in training and in an evaluation; each saves where it was, and says so in one line."""
+    folder, errors = tmp_path / "run", tmp_path / "errors"
+
+    def stopped_by(number, ready, *arguments, compiled=compiled_programs):
+        with Run("--recipe", recipe, "--out", folder, *arguments, errors=errors, compiled=compiled) as run:
+            run.wait_until(lambda: ready(run))
+            seconds = run.stop(number)
+            assert run.finish() == 128 + number, run.said
+        last = run.said.splitlines()[-1]
+        assert (
+            last
+            == f"looplm: stopped by {number.name} at step {newest(folder)['step']}; the same command goes on from there"
+        )
+        assert "Traceback" not in run.said
+        return seconds
+
+    # Nothing is compiled yet: this takes much longer than the process needs to end.
+    seconds = stopped_by(signal.SIGTERM, lambda run: "compiling" in run.said, compiled=None)
+    assert (newest(folder)["step"], steps_logged(folder)) == (0, 0)
+    assert seconds < 10
+
+    stopped_by(signal.SIGINT, lambda run: steps_logged(folder) >= 10)
+    assert newest(folder)["step"] == steps_logged(folder) >= 10
+
+    # Evaluated after every step, on so many sequences that it is nearly always at it.
+    often = ("--evaluation.every", "1", "--evaluation.sequences", "3000")
+    here = steps_logged(folder)
+    stopped_by(signal.SIGTERM, lambda run: steps_logged(folder) > here, *often)
+    step = newest(folder)["step"]
+    assert step == here + 1
+    assert all(row["step"] < step for row in metrics(folder, ("evaluation",)))
+
+    with Run("--recipe", recipe, "--out", folder, errors=errors, compiled=compiled_programs) as run:
+        assert run.finish() == 0, run.said
+    assert_same_end(folder, untouched, kinds=("train",))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_is_stopped_while_it_trains_its_tokenizer(number, tmp_path):
+    words = random.Random(0)
+    alphabet = "abcdefghijklmnopqrstuvwxyz"
+    vocabulary = ["".join(words.choices(alphabet, k=words.randint(2, 9))) for _ in range(50_000)]
+    (tmp_path / "book.txt").write_text("\n\n".join(" ".join(words.choices(vocabulary, k=200)) for _ in range(6000)))
+    arguments = ("--data", tmp_path / "book.txt", "--out", tmp_path / "run", "--model.vocab_size", "16384")
+    with Run(*arguments, errors=tmp_path / "errors") as run:
+        run.wait_until(lambda: "training a tokenizer" in run.said)
+        seconds = run.stop(number)
+        assert run.finish() == 128 + number, run.said
+    assert seconds < 5
+    assert (
+        run.said.splitlines()[-1] == f"looplm: stopped by {number.name} at step 0; the same command goes on from there"
+    )
+    assert "Traceback" not in run.said
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {"config.json"}
+
+
+def test_a_second_interrupt_ends_a_run_at_once(recipe, tmp_path):
+    with Run("--recipe", recipe, "--out", tmp_path / "run", errors=tmp_path / "errors") as run:
+        run.wait_until(lambda: "compiling" in run.said)
+        run.process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        assert run.stop(signal.SIGINT) < 10
+        assert run.finish() == 128 + signal.SIGINT, run.said
+    assert run.said.splitlines()[-1] == "looplm: interrupted"
+    assert "Traceback" not in run.said

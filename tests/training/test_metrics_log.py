@@ -1,0 +1,79 @@
+import json
+
+import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from looplm_jax.errors import UserError
+from looplm_jax.training.metrics import EVALUATION, TRAIN, MetricsLog, read_metrics
+
+
+def events(folder):
+    """The events of all files, in the order they were written: length, checksum, content, checksum."""
+    found = []
+    for path in sorted((folder / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns):
+        content = path.read_bytes()
+        while content:
+            length = int.from_bytes(content[:8], "little")
+            found.append(Event.FromString(content[12 : 12 + length]))
+            content = content[16 + length :]
+    return found
+
+
+def write_steps(folder, steps, *, resumed_at=0):
+    log = MetricsLog(folder, step=resumed_at)
+    for step in steps:
+        log.write(TRAIN, step, {"loss": 1 / step, "loss_per_loop": [0.5, 0.25], "stage": "pretrain"})
+    log.close()
+
+
+def test_lines_and_events(tmp_path):
+    write_steps(tmp_path, [1, 2])
+    wanted = {"kind": "train", "step": 1, "loss": 1.0, "loss_per_loop": [0.5, 0.25], "stage": "pretrain"}
+    assert read_metrics(tmp_path)[0] == wanted
+    scalars = [
+        {(event.step, value.tag): value.simple_value for value in event.summary.value}
+        for event in events(tmp_path)
+        if event.HasField("summary")
+    ]
+    assert scalars == [
+        {(step, "train/loss"): 1 / step, (step, "train/loss_per_loop/1"): 0.5, (step, "train/loss_per_loop/2"): 0.25}
+        for step in (1, 2)
+    ]
+
+
+def test_a_resumed_run_writes_again_what_came_after_its_checkpoint(tmp_path):
+    write_steps(tmp_path, range(1, 6))
+    write_steps(tmp_path, [4, 5], resumed_at=3)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
+    starts = [event.step for event in events(tmp_path) if event.session_log.status == SessionLog.START]
+    assert starts == [1, 4]
+
+
+def test_evaluations_before_the_checkpoint_are_known(tmp_path):
+    log = MetricsLog(tmp_path, step=0)
+    for step in (2, 4):
+        log.write(EVALUATION, step, {"loss_per_loop": [1.0]})
+    log.close()
+    log = MetricsLog(tmp_path, step=3)
+    assert [log.evaluated(step) for step in (1, 2, 3, 4)] == [False, True, False, False]
+    log.close()
+
+
+def test_a_line_that_a_killed_process_left_incomplete_is_forgotten(tmp_path):
+    write_steps(tmp_path, [1, 2])
+    with (tmp_path / "metrics.jsonl").open("a") as stream:
+        stream.write('{"kind": "train", "step": 3, "lo')
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
+    write_steps(tmp_path, [3], resumed_at=2)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\nnonsense\n{"kind": "train", "step": 3}\n')
+    with pytest.raises(UserError, match=r"metrics.jsonl:2: not JSON; remove the line"):
+        MetricsLog(tmp_path, step=3)
+
+
+def test_no_metrics_yet(tmp_path):
+    assert read_metrics(tmp_path) == []

@@ -1,0 +1,322 @@
+"""Whole runs in this process: what they leave, how they go on, and what they refuse."""
+
+import collections
+import dataclasses
+import functools
+import io
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+from training_cases import GATE, RECIPE, STAGE, assert_identical, one_stage
+
+from looplm_jax.checkpoints import CheckpointStore, inspect_steps, read_metadata
+from looplm_jax.codec import to_dict
+from looplm_jax.config import DataConfig, EvaluationConfig, GuardConfig, MeshConfig, SourceConfig
+from looplm_jax.data import validation_batches
+from looplm_jax.data.tokenizers.symbols import SymbolTokenizer
+from looplm_jax.errors import UserError
+from looplm_jax.evaluation.during_training import evaluate_held_out
+from looplm_jax.loading import load
+from looplm_jax.models.looplm import LoopLM
+from looplm_jax.sharding import make_mesh
+from looplm_jax.training import program, run, setup
+from looplm_jax.training.metrics import read_metrics
+from looplm_jax.training.run_folder import read_recipe
+from looplm_jax.training.state import abstract_state
+
+TOTAL = STAGE.steps + GATE.steps
+RATES = ("tokens_per_second", "model_flops_per_second")
+
+
+def evaluate(model, params, held_out):
+    """A cheap measure that tells any two sets of parameters apart."""
+    assert held_out.num_sequences == RECIPE.evaluation.sequences
+    return {"sum": float(sum(abs(np.asarray(leaf, np.float64)).sum() for leaf in jax.tree.leaves(params)))}
+
+
+def train(folder, recipe=RECIPE):
+    """The outcome, and what was said."""
+    said = io.StringIO()
+    outcome = run.train(recipe, folder, evaluate=evaluate, console=Console(file=said, soft_wrap=True))
+    return outcome, said.getvalue()
+
+
+def final_state(folder, recipe=RECIPE, step=None):
+    mesh, model = make_mesh(recipe.mesh), LoopLM(recipe.model, recipe.compute)
+    stages = {stage.name: stage for stage in recipe.stages}
+
+    def describe(metadata):
+        return abstract_state(recipe, model, stages[metadata.extra["stage"]], mesh)
+
+    return CheckpointStore(folder / "checkpoints", keep=9).restore(describe, step).state
+
+
+def metrics(folder):
+    """Every line without what depends on the clock."""
+    return [{name: value for name, value in row.items() if name not in RATES} for row in read_metrics(folder)]
+
+
+@pytest.fixture(scope="module")
+def traces():
+    return collections.Counter()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, traces):
+    """A run that was never stopped. Counts how often its programs are traced."""
+    make = program.make_train_step
+
+    def counting(recipe, model, stage, *, first_step, loops):
+        step = make(recipe, model, stage, first_step=first_step, loops=loops)
+
+        @functools.wraps(step)
+        def traced(state, batch):
+            traces[stage.name, loops] += 1
+            return step(state, batch)
+
+        return traced
+
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program, "make_train_step", counting)
+        outcome, said = train(folder)
+    assert (outcome.step, outcome.skipped, outcome.stopped_by) == (TOTAL, 0, None)
+    assert "compiling stage pretrain for" in said
+    return folder
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def test_each_program_is_traced_once(finished, traces):
+    assert traces == {("pretrain", 1): 1, ("pretrain", 2): 1, ("gate", 2): 1}
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    assert {path.name for path in finished.iterdir()} == {"config.json", "metrics.jsonl", "tensorboard", "checkpoints"}
+    assert read_recipe(finished / "config.json") == RECIPE
+    assert next((finished / "tensorboard").iterdir()).name.startswith("events.out.tfevents")
+    steps = {report.step: report for report in inspect_steps(str(finished))}
+    assert sorted(steps) == [STAGE.steps, TOTAL - 2, TOTAL]
+    assert [step for step, report in steps.items() if report.permanent] == [TOTAL, STAGE.steps]
+    assert not any(report.damage for report in steps.values())
+    metadata = read_metadata(str(finished))
+    assert metadata.config == to_dict(RECIPE)
+    assert (metadata.tokenizer_kind, metadata.extra) == ("symbols", {"stage": "gate"})
+
+
+def test_the_metrics_tell_every_step(finished):
+    rows = read_metrics(finished)
+    training = [row for row in rows if row["kind"] == "train"]
+    assert [row["step"] for row in training] == list(range(1, TOTAL + 1))
+    assert [row["stage"] for row in training] == ["pretrain"] * STAGE.steps + ["gate"] * GATE.steps
+    assert {row["loops"] for row in training if row["stage"] == "pretrain"} == {1, 2}
+    for row in training:
+        assert len(row["loss_per_loop"]) == len(row["exit_pdf"]) == row["loops"]
+        assert sum(row["exit_pdf"]) == pytest.approx(1, abs=1e-5)
+        assert all(row[name] > 0 for name in ("tokens", "gradient_norm", "learning_rate", *RATES))
+    # Every third step, and at the end of each stage.
+    assert [row["step"] for row in rows if row["kind"] == "evaluation"] == [3, 6, 9, 10]
+
+
+def test_stage_two_starts_from_the_parameters_of_stage_one(finished):
+    before, after = final_state(finished, step=STAGE.steps), final_state(finished)
+    assert int(after.optimizer[1].count) == GATE.steps
+    for group in set(before.params) - {"gate"}:
+        assert_identical(after.params[group], before.params[group])
+    assert not np.array_equal(after.params["gate"]["kernel"], before.params["gate"]["kernel"])
+
+
+def test_a_finished_run_started_again_does_nothing(copy):
+    def content():
+        return {
+            path: path.read_bytes() for path in copy.rglob("*") if path.is_file() and "tensorboard" not in str(path)
+        }
+
+    before = content()
+    outcome, said = train(copy)
+    assert (outcome.step, outcome.stopped_by) == (TOTAL, None)
+    assert said == f"going on from step {TOTAL} of stage gate\n"
+    assert content() == before
+
+
+def damage(folder, step):
+    """Flip a bit in the middle of the largest file of a step."""
+    largest = max((folder / "checkpoints" / str(step)).rglob("*"), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(copy, finished):
+    damage(copy, TOTAL)
+    _, said = train(copy)
+    warning, going_on, *_ = said.splitlines()
+    assert warning.startswith(f"warning: step {TOTAL} is damaged: ")
+    assert warning.endswith(f"; going back to step {TOTAL - 2}")
+    assert going_on == f"going on from step {TOTAL - 2} of stage gate"
+    assert_identical(final_state(copy), final_state(finished))
+    assert metrics(copy) == metrics(finished)
+
+
+def test_a_run_goes_on_from_the_end_of_an_earlier_stage(copy, finished):
+    for step in (TOTAL - 2, TOTAL):
+        shutil.rmtree(copy / "checkpoints" / str(step))
+    _, said = train(copy)
+    assert f"going on from step {STAGE.steps} of stage pretrain" in said
+    assert "compiling stage pretrain" not in said
+    assert_identical(final_state(copy), final_state(finished))
+    assert metrics(copy) == metrics(finished)
+
+
+def test_no_good_checkpoint_is_one_line(copy):
+    for step in (STAGE.steps, TOTAL - 2, TOTAL):
+        damage(copy, step)
+    with pytest.raises(UserError, match=rf"no good checkpoint in .*: step {TOTAL} is damaged: .*restore a copy"):
+        train(copy)
+
+
+def test_how_a_run_is_computed_and_saved_may_change(copy):
+    recipe = dataclasses.replace(
+        RECIPE, log_every=7, guard=GuardConfig(window=RECIPE.guard.window, patience=3), evaluation=EvaluationConfig()
+    )
+    assert train(copy, recipe)[0].step == TOTAL
+    assert read_recipe(copy / "config.json") == recipe
+
+
+def test_another_configuration_is_refused_with_what_differs(copy):
+    other = dataclasses.replace(RECIPE, seed=1, stages=(dataclasses.replace(STAGE, beta=0.5), GATE))
+    config = (copy / "config.json").read_bytes()
+    with pytest.raises(UserError, match=r"seed: 0, now 1; stages.pretrain.beta: 0.05, now 0.5\); use another --out"):
+        train(copy, other)
+    assert (copy / "config.json").read_bytes() == config
+
+
+def test_another_tokenizer_is_refused(copy, monkeypatch):
+    other = SymbolTokenizer([f"<{index}>" for index in range(RECIPE.model.vocab_size)])
+    monkeypatch.setattr(setup, "run_tokenizer", lambda *_: other)
+    with pytest.raises(UserError, match=r"was trained with another configuration \(tokenizer: .*, now .*\)"):
+        train(copy)
+
+
+def test_a_checkpoint_in_the_middle_of_other_data_is_refused(copy, monkeypatch):
+    shutil.rmtree(copy / "checkpoints" / str(TOTAL))
+    original = run.data.train_batches
+    monkeypatch.setattr(run.data, "train_batches", lambda *args, seed, **kwargs: original(*args, seed=9, **kwargs))
+    with pytest.raises(UserError, match=r"the saved place in the data belongs to another set-up \(seed: 1 then, 9 now"):
+        train(copy)
+
+
+def poisoned_from(step, monkeypatch):
+    """Batches whose mask is not a number, from a step on."""
+    place, count = run.place, iter(range(1000))
+
+    def poison(batch, stage, mesh):
+        if next(count) >= step:
+            batch = dataclasses.replace(batch, loss_mask=np.full_like(batch.loss_mask, np.nan))
+        return place(batch, stage, mesh)
+
+    monkeypatch.setattr(run, "place", poison)
+
+
+def test_a_run_gives_up_after_too_many_skipped_steps_in_a_row(tmp_path, monkeypatch):
+    poisoned_from(3, monkeypatch)
+    recipe = dataclasses.replace(RECIPE, guard=GuardConfig(patience=2))
+    with pytest.raises(UserError) as caught:
+        train(tmp_path / "run", recipe)
+    assert str(caught.value) == (
+        "gave up at step 5: 2 steps in a row had a loss or gradient that was not finite, or a spike; what was saved "
+        "before stays; lower stage.learning_rate or look at the data, and train with another --out"
+    )
+    assert [row["skipped"] for row in metrics(tmp_path / "run") if row["kind"] == "train"] == [0, 0, 0, 1, 2]
+    assert [report.step for report in inspect_steps(str(tmp_path / "run")) if not report.damage] == [4, 2]
+    parameters = jax.tree.leaves(final_state(tmp_path / "run", recipe).params)
+    assert all(np.isfinite(leaf).all() for leaf in parameters)
+
+
+def test_skipped_steps_are_counted_and_do_not_stop_a_run(tmp_path, monkeypatch):
+    place, count = run.place, iter(range(1000))
+
+    def poison_some(batch, stage, mesh):
+        mask = np.nan if next(count) in (1, 4) else 1.0
+        return place(dataclasses.replace(batch, loss_mask=np.full_like(batch.loss_mask, mask)), stage, mesh)
+
+    monkeypatch.setattr(run, "place", poison_some)
+    outcome, _ = train(tmp_path / "run")
+    assert (outcome.step, outcome.skipped) == (TOTAL, 2)
+
+
+def test_a_run_on_a_mesh_is_evaluated_saved_and_read_back_on_one_device(tmp_path):
+    stage = dataclasses.replace(STAGE, min_loops=0, steps=2, warmup_steps=0)
+    recipe = one_stage(stage, mesh=MeshConfig(data=2, fsdp=2))
+    outcome = run.train(recipe, tmp_path / "run", evaluate=evaluate_held_out, console=Console(file=io.StringIO()))
+    assert outcome.step == 2
+    loaded = load(tmp_path / "run")
+    (evaluation,) = (row for row in read_metrics(tmp_path / "run") if row["kind"] == "evaluation")
+    held_out = validation_batches(
+        recipe.data, loaded.tokenizer, batch_size=4, sequence_length=16, max_sequences=recipe.evaluation.sequences
+    )
+    here = evaluate_held_out(loaded.model, loaded.params, held_out)
+    np.testing.assert_allclose(evaluation["loss_per_loop"], here["loss_per_loop"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mesh": MeshConfig(data=16)}, "a mesh of data=16 does not fit 8 device"),
+        ({"mesh": MeshConfig(data=3)}, r"stages.pretrain.batch_size=4 .* use a multiple of 3"),
+        ({"mesh": MeshConfig(data=1, tensor=4)}, "mesh.tensor=4 does not divide model.num_heads=2"),
+        ({"data": DataConfig()}, "data.sources is empty"),
+        ({"data": DataConfig(sources=(SourceConfig(path="missing/*.txt"),))}, "no file matches 'missing/.*'"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(changes, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        train(tmp_path / "run", dataclasses.replace(RECIPE, **changes))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        (dataclasses.replace(STAGE, sequence_length=6), r"a problem of '.*' takes 8 positions, more than"),
+        (dataclasses.replace(STAGE, trainable=("gat",)), r"no parameter group 'gat' to train; did you mean 'gate'\?"),
+    ],
+)
+def test_a_command_that_failed_before_its_first_step_can_be_mended(stage, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        train(tmp_path / "run", one_stage(stage))
+    mended = one_stage(dataclasses.replace(STAGE, steps=2, min_loops=0, warmup_steps=0))
+    assert train(tmp_path / "run", mended)[0].step == 2
+
+
+def test_the_tokenizer_of_a_failed_command_gives_way(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps(to_dict(dataclasses.replace(RECIPE, seed=9))))
+    (tmp_path / "run" / "tokenizer.model").write_text("of another vocabulary")
+    train(tmp_path / "run", one_stage(dataclasses.replace(STAGE, steps=2, min_loops=0, warmup_steps=0)))
+    assert not (tmp_path / "run" / "tokenizer.model").exists()
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not empty and holds no run; choose another --out"):
+        train(tmp_path)
+    with pytest.raises(UserError, match=r"notes.txt is a file; choose another --out"):
+        train(tmp_path / "notes.txt")
+    with pytest.raises(UserError, match=r"notes.txt/run cannot be written \(Not a directory\)"):
+        train(tmp_path / "notes.txt" / "run")
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_process_killed_in_its_first_moments_is_no_hindrance(tmp_path):
+    (tmp_path / "config.json.new").write_text('{"name": "ti')
+    with pytest.raises(UserError, match="no file matches"):
+        train(tmp_path, dataclasses.replace(RECIPE, data=DataConfig(sources=(SourceConfig(path="missing.txt"),))))
