@@ -181,8 +181,8 @@ class ExitGate(nn.Module):
         """Gate logits of every token."""
         normal = nn.initializers.normal(self.init_std)
         weight = parameter(self, "kernel", normal, ("embed_in",), (hidden.shape[-1],))
-        bias = parameter(self, "bias", nn.initializers.zeros, (), ())
-        return hidden.astype(jnp.float32) @ weight + bias
+        bias = parameter(self, "bias", nn.initializers.zeros, ("norm",), (1,))
+        return hidden.astype(jnp.float32) @ weight + bias[0]
 
 
 def compute_dtype(compute: ComputeConfig) -> jnp.dtype:

@@ -27,7 +27,7 @@ def reference_forward(params, config: ModelConfig, loops, tokens, positions, seg
             seen = _stack(params["coda"], config.coda_layers, h, *shared)
             seen = _norm(seen, params["coda_norm"], config)
         states.append(seen)
-        gates.append(seen @ params["gate"]["kernel"] + params["gate"]["bias"])
+        gates.append(seen @ params["gate"]["kernel"] + params["gate"]["bias"][0])
     return jnp.stack(states), jnp.stack(gates)
 
 

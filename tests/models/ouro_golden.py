@@ -51,7 +51,7 @@ def golden_params() -> Params:
         "norm": {"scale": _weight("norm")},
         "gate": {
             "kernel": _weight("early_exit_gate")[0],
-            "bias": jnp.asarray(golden_arrays()["w/model.early_exit_gate.bias"][0]),
+            "bias": jnp.asarray(golden_arrays()["w/model.early_exit_gate.bias"]),
         },
         "core": {
             "layers": {

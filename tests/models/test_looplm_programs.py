@@ -124,14 +124,13 @@ def test_initialisation_is_normal_with_ones_for_norms_and_zero_for_the_gate_bias
             assert abs(float(leaf.mean())) < 0.02 * 4 / np.sqrt(leaf.size), name
 
 
-def test_every_parameter_but_the_gate_bias_names_its_axes():
+def test_every_parameter_names_its_axes():
     config = tiny_config("prelude_linear_coda")
     boxed = jax.eval_shape(lambda: boxed_params(LoopLM(config), jax.random.key(0)))
     assert boxed["core"]["layers"]["attention"]["query"]["kernel"].names == ("layers", "embed", "heads", "head_dim")
     assert boxed["embedding"].names == ("vocab", "embed")
     for path, box in jax.tree_util.tree_leaves_with_path(boxed, is_leaf=lambda x: hasattr(x, "names")):
-        if "bias" not in jax.tree_util.keystr(path):
-            assert len(box.names) == box.value.ndim, path
+        assert len(box.names) == box.value.ndim, path
 
 
 @pytest.mark.parametrize(

@@ -147,11 +147,11 @@ def test_a_finished_run_started_again_does_nothing(copy):
 
 
 def damage(folder, step):
-    """Flip a bit in the middle of the largest file of a step."""
-    largest = max((folder / "checkpoints" / str(step)).rglob("*"), key=lambda path: path.stat().st_size)
-    content = bytearray(largest.read_bytes())
-    content[len(content) // 2] ^= 1
-    largest.write_bytes(content)
+    """Flip a bit of its arrays."""
+    for path in (folder / "checkpoints" / str(step) / "state").rglob("d/*"):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(copy, finished):

@@ -1,0 +1,137 @@
+"""A disk that refuses: at every place where a run writes, one line, and what was there before is as it was."""
+
+import contextlib
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from looplm_jax.checkpoints import inspect_steps
+from looplm_jax.cli.main import main
+from looplm_jax.training.metrics import read_metrics
+
+
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """This process cannot write a longer file; Python ignores the signal, and gets an error."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture
+def refused(capsys):
+    """The line with which a command ends."""
+
+    def run(*arguments):
+        capsys.readouterr()
+        assert main(["train", *map(str, arguments)]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert lines[-1].startswith("looplm: ")
+        assert sum(line.startswith("looplm: ") for line in lines) == 1
+        assert not any("Traceback" in line for line in lines)
+        return lines[-1].removeprefix("looplm: ")
+
+    return run
+
+
+def test_the_recipe(recipe_file, tmp_path, refused):
+    run = tmp_path / "run"
+    with files_of_at_most(100):
+        line = refused("--recipe", recipe_file, "--out", run)
+    assert line == f"{run}/config.json cannot be written (File too large); mend that and run the same command again"
+    assert list(run.iterdir()) == []
+
+
+def test_the_recipe_of_a_run_that_goes_on(recipe_file, trained, tmp_path, refused):
+    run = shutil.copytree(trained, tmp_path / "run")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with files_of_at_most(100):
+        assert "config.json cannot be written" in refused("--recipe", recipe_file, "--out", run, "--log_every", "2")
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_the_tokenizer(tmp_path, refused):
+    (tmp_path / "book.txt").write_text("\n\n".join(f"Sentence {n} of a book." * 9 for n in range(400)))
+    run = tmp_path / "run"
+    arguments = ["--data", tmp_path / "book.txt", "--data.validation_fraction", "0.3", "--model.vocab_size", "300"]
+    with files_of_at_most(5000):
+        line = refused(*arguments, "--out", run)
+    assert line.startswith(f"{run}/tokenizer.model cannot be written (File too large); mend that")
+    assert [path.name for path in run.iterdir()] == ["config.json"]
+
+
+def test_the_metrics(recipe_file, trained, tmp_path, refused):
+    run = shutil.copytree(trained, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints" / "4")
+    rows = [row for row in read_metrics(run) if row["step"] <= 2]
+    rows.append({"kind": "note", "step": 2, "text": "x" * 5000})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with files_of_at_most((run / "metrics.jsonl").stat().st_size + 100):
+        line = refused("--recipe", recipe_file, "--out", run)
+    assert line == f"{run}/metrics.jsonl cannot be written (File too large); mend that and run the same command again"
+    assert [(report.step, report.damage) for report in inspect_steps(str(run))] == [(2, None)]
+    assert main(["train", "--recipe", str(recipe_file), "--out", str(run)]) == 0
+    assert read_metrics(run)[: len(rows)] == rows
+    assert (run / "checkpoints" / "4").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 64 KB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root may make a file system")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+LIMITED = """
+import resource, sys
+from looplm_jax.cli.main import main
+if (size := int(sys.argv[1])):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+sys.exit(main(["train", *sys.argv[2:]]))
+"""
+
+
+def fails_alone(*arguments, longest_file=0):
+    """The whole standard error of a process of its own: threads of a save that fails must not write there either."""
+    command = [sys.executable, "-c", LIMITED, str(longest_file), *map(str, arguments)]
+    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    lines = [line for line in done.stderr.splitlines() if not PROGRESS.match(line)]
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+PROGRESS = re.compile("command: .* writing to|compiling stage|going on from step|only  step ")
+
+
+def test_a_checkpoint(recipe_file, trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints" / "4")
+    line = fails_alone("--recipe", recipe_file, "--out", run, longest_file=12_000)
+    where = f"step 4 to {run}/checkpoints"
+    assert line == f"looplm: File too large while saving {where}: mend that and resume; step 2 is the newest good one"
+    assert [(report.step, report.damage) for report in inspect_steps(str(run))] == [(2, None)]
+
+
+def test_a_disk_that_is_full(recipe_file, small_disk, refused):
+    line = fails_alone("--recipe", recipe_file, "--out", small_disk / "run")
+    assert line.startswith("looplm: no space left on the disk while saving step ")
+    with contextlib.suppress(OSError), (small_disk / "filler").open("wb") as stream:
+        stream.write(bytes(65536))
+    line = refused("--recipe", recipe_file, "--out", small_disk / "other")
+    assert "cannot be written (no space left on the disk); mend that and run the same command again" in line
