@@ -45,11 +45,9 @@ class Writing:
     response: ocp.AsyncResponse[None]
 
     def result(self) -> None:
-        """Waits for the commit; raises what went wrong."""
-        try:
-            self.response.result()
-        finally:
-            logging.getLogger("absl").removeFilter(_is_no_echo)
+        """Waits for the commit; raises what went wrong, which other threads may echo for a while, unheard."""
+        self.response.result()
+        logging.getLogger("absl").removeFilter(_is_no_echo)
 
 
 def list_steps(folder: epath.Path) -> list[StepFolder]:

@@ -1,5 +1,6 @@
 """Metrics of a run: one JSON object a line, and TensorBoard events beside it."""
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,9 +49,8 @@ class MetricsLog:
 
     def close(self) -> None:
         """Close the files."""
-        with writing(self._path):
+        with writing(self._path), contextlib.closing(self._events):
             self._file.close()
-            self._events.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

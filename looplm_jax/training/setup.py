@@ -59,7 +59,7 @@ def prepare(recipe: Recipe, folder: RunFolder, console: Console) -> Setup:
     claim_folder(folder, recipe)
     tokenizer = run_tokenizer(recipe, corpus, folder, console)
     model = LoopLM(recipe.model, recipe.compute)
-    store = CheckpointStore(folder.checkpoints, keep=recipe.checkpoint.keep)
+    store = CheckpointStore(folder.checkpoints.absolute(), keep=recipe.checkpoint.keep)  # Orbax refuses others
     if store.steps():
         position = _restore(recipe, folder, model, mesh, store, tokenizer, console)
     else:

@@ -5,7 +5,10 @@ import dataclasses
 import functools
 import io
 import json
+import os
 import shutil
+import signal
+import threading
 
 import jax
 import numpy as np
@@ -173,6 +176,38 @@ def test_a_run_goes_on_from_the_end_of_an_earlier_stage(copy, finished):
     assert "compiling stage pretrain" not in said
     assert_identical(final_state(copy), final_state(finished))
     assert metrics(copy) == metrics(finished)
+
+
+def hang(model, params, held_out):
+    """An evaluation that is stopped."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    threading.Event().wait(5)
+
+
+def test_an_evaluation_that_a_signal_cut_short_is_made_up(tmp_path, finished):
+    folder = tmp_path / "run"
+    outcome = run.train(RECIPE, folder, evaluate=hang, console=Console(file=io.StringIO()))
+    assert (outcome.step, outcome.stopped_by) == (3, signal.SIGTERM)
+    assert [(report.step, report.permanent) for report in inspect_steps(str(folder))] == [(3, False), (2, False)]
+    train(folder)
+    assert_identical(final_state(folder), final_state(finished))
+    assert metrics(folder) == metrics(finished)
+
+
+def test_the_last_evaluation_of_a_stage_is_made_up_too(copy, finished):
+    for step in (TOTAL - 2, TOTAL):
+        shutil.rmtree(copy / "checkpoints" / str(step))
+    rows = [row for row in read_metrics(copy) if (row["kind"], row["step"]) != ("evaluation", STAGE.steps)]
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train(copy)
+    assert metrics(copy) == metrics(finished)
+
+
+def test_a_run_that_is_stopped_before_its_first_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "prepare", hang)
+    outcome, _ = train(tmp_path / "run")
+    assert (outcome.step, outcome.stopped_by) == (0, signal.SIGTERM)
+    assert not (tmp_path / "run").exists()
 
 
 def test_no_good_checkpoint_is_one_line(copy):
