@@ -3,7 +3,9 @@
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# The programs of the tests run for moments, so what counts is the time to compile them.
+FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 
 import jax
 from hypothesis import settings
@@ -18,3 +20,8 @@ jax.config.update("jax_numpy_rank_promotion", "allow")
 
 settings.register_profile("looplm", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("looplm")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file first: workers that share the files then end at about the same time."""
+    items.sort(key=lambda item: "test_killed_runs" not in item.nodeid)
