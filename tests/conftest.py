@@ -4,10 +4,12 @@ import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # The programs of the tests run for moments, so what counts is the time to compile them.
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+)
 
 import jax
+import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
