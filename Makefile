@@ -10,7 +10,7 @@ demo: $(VENV)/ready  ## the main job on two CPU cores: corpus, tokenizer, Stage 
 	$(RUN) -m experiments.demo --out runs/demo
 
 test: $(VENV)/ready-dev  ## the default test suite, with coverage
-	$(RUN) -m pytest tests -m "not slow" --numprocesses 2 --dist loadfile --cov --cov-report=term:skip-covered
+	$(RUN) -m pytest tests -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term:skip-covered
 
 test-slow: $(VENV)/ready-dev  ## the tests that take minutes
 	$(RUN) -m pytest tests -m slow

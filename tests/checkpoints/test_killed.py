@@ -15,7 +15,9 @@ from looplm_jax.checkpoints import CheckpointStore
 
 KILLS = 10
 PROGRAM = Path(__file__).with_name("saver_program.py")
-ENVIRONMENT = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1", "JAX_PLATFORMS": "cpu"}
+# Its numbers must be those of this process: the same compiler options, on one device.
+ONE_DEVICE = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
+ENVIRONMENT = {**os.environ, "XLA_FLAGS": ONE_DEVICE, "JAX_PLATFORMS": "cpu"}
 
 
 def start(folder, *arguments):
