@@ -19,7 +19,7 @@ from looplm_jax.models import presets
 
 
 def text_small() -> Recipe:
-    """Your own text on a laptop: 6.3M parameters, Stage I over 8M tokens, then Stage II for the gate."""
+    """Your own text on a laptop: 5.3M parameters, Stage I over 8M tokens, then Stage II for the gate."""
     return Recipe(
         name="text-small",
         description=text_small.__doc__ or "",
