@@ -189,8 +189,7 @@ def _expand(path: str, known: list[str]) -> list[str]:
 def _suggest_path(path: str, known: list[str]) -> str:
     if path.startswith("stage."):
         known = sorted({"stage." + full.split(".", 2)[2] for full in known if full.startswith("stages.")})
-    text = suggest(path, known)
-    return text if text.startswith("; did") else "; `--help` lists them"
+    return suggest(path, known, otherwise="; `--help` lists them")
 
 
 def _assign(tree: Any, path: list[str], value: Any) -> None:

@@ -15,6 +15,7 @@ _COMMANDS = {
     "evaluate": "loss and accuracy at every depth, and loss against mean loops",
     "generate": "continue a prompt, with as many loops as each token needs",
     "inspect": "what a checkpoint holds, and whether it is sound",
+    "convert": "Hugging Face and PyTorch weights in and out; deeper stacks; dense models",
 }
 
 
@@ -39,14 +40,16 @@ class Parser(argparse.ArgumentParser):
         prefix = "unrecognized arguments: "
         if message.startswith(prefix):
             flag = message.removeprefix(prefix).split()[0]
-            hint = suggest(flag.partition("=")[0], self.known_flags())
-            hint = hint if hint.startswith("; did") else f"; `{self.prog} --help` lists the flags"
+            otherwise = f"; `{self.prog} --help` lists the flags"
+            hint = suggest(flag.partition("=")[0], self.known_flags(), otherwise)
             raise UserError(f"unknown argument {flag!r}{hint}")
         raise UserError(f"{message}; see `{self.prog} --help`")
 
     def known_flags(self) -> list[str]:
-        """Every flag that was configured."""
-        return [option for action in self._actions for option in action.option_strings]
+        """Every flag that was configured, those of subcommands included."""
+        own = [option for action in self._actions for option in action.option_strings]
+        groups = [action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+        return own + [flag for group in groups for parser in group.values() for flag in parser.known_flags()]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

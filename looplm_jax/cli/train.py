@@ -87,8 +87,7 @@ def _refuse_unknown(recipe: Recipe, changes: dict[str, str], flags: list[str]) -
     for name in changes:
         if "." not in name and name not in top:
             known = [*flags, *(f"--{path}" for path in top)]
-            hint = suggest(f"--{name}", known)
-            hint = hint if hint.startswith("; did") else "; `looplm train --help` lists them"
+            hint = suggest(f"--{name}", known, otherwise="; `looplm train --help` lists them")
             raise UserError(f"unknown flag '--{name}'{hint}")
 
 

@@ -1,0 +1,83 @@
+"""Our parameters as a plain PyTorch state dict and back, without transformers."""
+
+from collections.abc import Mapping
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from looplm_jax.config import ModelConfig
+from looplm_jax.convert.layout import account, array_shapes, flat_arrays, torch_layout, unflat_arrays
+from looplm_jax.errors import UserError
+from looplm_jax.models.looplm import Params
+
+if TYPE_CHECKING:
+    import torch
+
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def to_torch_state_dict(params: Params) -> dict[str, "torch.Tensor"]:
+    """The tensors of a PyTorch Ouro model, on the CPU, in the dtype of `params`.
+
+    A model with a tied head has its embedding under both names, as the state dict of the PyTorch module does.
+
+    Raises:
+      UserError: PyTorch is not installed, or the model has a part that the PyTorch model lacks.
+    """
+    torch = _import_torch()
+    layout, arrays = list(torch_layout(params)), flat_arrays(params)
+    on_host = {path: np.asarray(array) for path, array in arrays.items()}
+    state = {}
+    for tensor in layout:
+        whole = on_host[tensor.path]
+        state[tensor.name] = _to_tensor(torch, tensor.to_torch(whole if tensor.layer is None else whole[tensor.layer]))
+    return state if _HEAD in state else {**state, _HEAD: state[_EMBEDDING]}
+
+
+def from_torch_state_dict(state: Mapping[str, "torch.Tensor"], config: ModelConfig) -> Params:
+    """Parameters of a model of shape `config` from the tensors of a PyTorch Ouro model, in their own dtype.
+
+    Raises:
+      UserError: a tensor is missing, surplus or of another shape, by name.
+    """
+    torch = _import_torch()
+    shapes = array_shapes(config)
+    wanted = {tensor.name: tensor for tensor in torch_layout(shapes)}
+    tensors = dict(state)
+    if config.tied_head and {_HEAD, _EMBEDDING} <= set(tensors) and torch.equal(tensors[_HEAD], tensors[_EMBEDDING]):
+        del tensors[_HEAD]
+    account({name: tuple(tensor.shape) for name, tensor in tensors.items()}, wanted, "state dict")
+    slices: dict[tuple[str, ...], list[np.ndarray]] = {}
+    for name, place in wanted.items():
+        slices.setdefault(place.path, []).append(place.to_ours(_to_numpy(torch, tensors[name])))
+    arrays = {
+        path: jnp.asarray(np.stack(slices[path]) if leaf.ndim > slices[path][0].ndim else slices[path][0])
+        for path, leaf in flat_arrays(shapes).items()
+    }
+    return unflat_arrays(arrays)
+
+
+def _to_tensor(torch: ModuleType, array: np.ndarray) -> "torch.Tensor":
+    """A copy; PyTorch takes NumPy's bfloat16 as bits only."""
+    array = np.array(array, order="C")
+    if array.dtype == jnp.bfloat16:
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def _to_numpy(torch: ModuleType, tensor: "torch.Tensor") -> np.ndarray:
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.uint16).numpy().view(jax.dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def _import_torch() -> ModuleType:
+    try:
+        import torch
+    except ImportError:
+        raise UserError("this needs PyTorch; pip install 'looplm_jax[torch]'") from None
+    return torch

@@ -1,0 +1,67 @@
+"""Plain PyTorch, without transformers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from looplm_jax.config import ModelConfig
+from looplm_jax.convert.state_dict import from_torch_state_dict, to_torch_state_dict
+from looplm_jax.errors import UserError
+from looplm_jax.models.looplm import LoopLM, init_params
+
+torch = pytest.importorskip("torch")
+
+
+def small(**changes):
+    config = ModelConfig(
+        **{"vocab_size": 13, "width": 8, "mlp_width": 12, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, **changes}
+    )
+    return config, init_params(LoopLM(config), jax.random.key(0))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_there_and_back_is_bit_identical(tied, dtype):
+    config, params = small(tied_head=tied)
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    back = from_torch_state_dict(to_torch_state_dict(params), config)
+    assert jax.tree.structure(back) == jax.tree.structure(params)
+    for ours, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(back), strict=True):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_tensors_are_copies_that_pytorch_may_change():
+    _, params = small()
+    state = to_torch_state_dict(params)
+    state["model.norm.weight"].zero_()
+    assert (params["norm"]["scale"] == 1).all()
+    assert all(tensor.is_contiguous() for tensor in state.values())
+
+
+def test_a_tied_head_is_one_tensor_under_both_names():
+    _, params = small(tied_head=True)
+    state = to_torch_state_dict(params)
+    assert state["lm_head.weight"] is state["model.embed_tokens.weight"]
+
+
+def test_a_tied_head_that_differs_is_refused():
+    config, params = small(tied_head=True)
+    state = to_torch_state_dict(params)
+    with pytest.raises(UserError, match=r"tensor lm_head.weight belongs to no part of the model"):
+        from_torch_state_dict({**state, "lm_head.weight": state["lm_head.weight"] + 1}, config)
+
+
+def test_a_missing_tensor_is_named():
+    config, params = small()
+    state = to_torch_state_dict(params)
+    del state["model.norm.weight"]
+    with pytest.raises(UserError, match=r"state dict: tensor model.norm.weight is missing"):
+        from_torch_state_dict(state, config)
+
+
+def test_without_pytorch(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torch", None)
+    with pytest.raises(UserError, match=r"pip install 'looplm_jax\[torch\]'"):
+        to_torch_state_dict(small()[1])
