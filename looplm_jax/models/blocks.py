@@ -1,6 +1,6 @@
 """The sandwich block and a stack of them: `nn.scan` over layers, so that the program does not grow with L."""
 
-from typing import cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import flax.linen as nn
 import flax.struct
@@ -18,6 +18,18 @@ class KeyValues:
 
     keys: Float[Array, "*L B C K Dh"]
     values: Float[Array, "*L B C K Dh"]
+
+    def layer(self, index: int | Int[Array, ""]) -> "KeyValues":
+        """Those of one layer."""
+        return jax.tree.map(lambda x: x[index], self)
+
+
+@runtime_checkable
+class Past(Protocol):
+    """Keys and values of earlier tokens, layer by layer: `KeyValues`, or a view of a cache."""
+
+    def layer(self, index: int | Int[Array, ""]) -> KeyValues:
+        """Those of one layer, `[B, C, K, Dh]`."""
 
 
 @flax.struct.dataclass
@@ -141,10 +153,11 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B S D"], past: KeyValues | None, context: Context
+        self, x: Float[Array, "B S D"], layer: int | Int[Array, ""] | None, past: Past | None, context: Context
     ) -> tuple[Float[Array, "B S D"], KeyValues | None]:
-        """Output, and keys and values when `return_cache`."""
-        mixed, own = Attention(self.config, name="attention")(self._norm("attention_norm", x), context, past)
+        """Output, and keys and values when `return_cache`. `layer` says which one of `past` is its own."""
+        earlier = past.layer(layer) if past is not None and layer is not None else None
+        mixed, own = Attention(self.config, name="attention")(self._norm("attention_norm", x), context, earlier)
         x = x + self._post_norm("attention_post_norm", mixed)
         x = x + self._post_norm("mlp_post_norm", SwiGLU(self.config, name="mlp")(self._norm("mlp_norm", x)))
         x = nn.with_logical_constraint(x, ("batch", "sequence", "embed_activation"))
@@ -158,26 +171,57 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """`length` blocks in a row, with their parameters stacked on a leading layer axis."""
+    """`length` blocks in a row.
+
+    Their parameters are stacked on a leading layer axis, unless the stack is `unrolled`: then each layer has its own
+    arrays (`unroll_layers`), which a decoder on a CPU reads without copying them first.
+    """
 
     config: ModelConfig
     length: int
     remat: Remat = Remat.NONE
+    unrolled: bool = False
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B S D"], context: Context, past: KeyValues | None = None, return_cache: bool = False
+        self, x: Float[Array, "B S D"], context: Context, past: Past | None = None, return_cache: bool = False
     ) -> tuple[Float[Array, "B S D"], KeyValues | None]:
-        """All layers in a row; `past` and what comes back have a leading layer axis."""
+        """All layers in a row; the keys and values that come back have a leading layer axis."""
+        if self.unrolled:
+            return self._one_by_one(x, context, past, return_cache)
         layers = nn.scan(
             _rematted(self.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast),
             length=self.length,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        return layers(self.config, return_cache, name="layers")(x, past, context)
+        numbers = None if past is None else jnp.arange(self.length)
+        return layers(self.config, return_cache, name="layers")(x, numbers, past, context)
+
+    def _one_by_one(
+        self, x: Float[Array, "B S D"], context: Context, past: Past | None, return_cache: bool
+    ) -> tuple[Float[Array, "B S D"], KeyValues | None]:
+        caches = []
+        for number in range(self.length):
+            x, own = Block(self.config, return_cache, name=f"layer_{number}")(x, number, past, context)
+            caches.append(own)
+        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches) if return_cache else None
+
+
+def unroll_layers(params: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of a model for `unrolled` stacks: an array for each layer instead of one for all."""
+    return {
+        name: _one_tree_a_layer(value["layers"]) if isinstance(value, dict) and "layers" in value else value
+        for name, value in params.items()
+    }
+
+
+@jax.jit
+def _one_tree_a_layer(stacked: dict[str, Any]) -> dict[str, Any]:
+    length = jax.tree.leaves(stacked)[0].shape[0]
+    return {f"layer_{number}": jax.tree.map(lambda x, at=number: x[at], stacked) for number in range(length)}
 
 
 def _rematted(remat: Remat) -> type[Block]:

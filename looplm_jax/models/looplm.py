@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from looplm_jax.config import ComputeConfig, Dtype, Injection, ModelConfig, Remat
 from looplm_jax.errors import UserError
-from looplm_jax.models.blocks import Context, KeyValues, RMSNorm, Stack, make_context, parameter
+from looplm_jax.models.blocks import Context, KeyValues, Past, RMSNorm, Stack, make_context, parameter
 
 Params = dict[str, Any]  # nested, by the names of modules; leaves are arrays
 
@@ -51,10 +51,14 @@ class LoopOutput:
 
 
 class LoopLM(nn.Module):
-    """A looped language model. `init_params` makes its parameters; `head_matrix` finds its head among them."""
+    """A looped language model. `init_params` makes its parameters; `head_matrix` finds its head among them.
+
+    `unrolled` runs on parameters that `unroll_layers` made.
+    """
 
     config: ModelConfig
     compute: ComputeConfig = ComputeConfig()
+    unrolled: bool = False
 
     def setup(self) -> None:
         """Declare the parameters."""
@@ -62,14 +66,14 @@ class LoopLM(nn.Module):
         normal = nn.initializers.normal(config.init_std)
         self.embedding = parameter(self, "embedding", normal, ("vocab", "embed"), (config.vocab_size, config.width))
         if config.prelude_layers:
-            self.prelude = Stack(config, config.prelude_layers, remat)
-        self.core = Stack(config, config.num_layers, remat)
+            self.prelude = Stack(config, config.prelude_layers, remat, self.unrolled)
+        self.core = Stack(config, config.num_layers, remat, self.unrolled)
         self.norm = RMSNorm(config.norm_eps)
         if config.injection is Injection.LINEAR:
             shape = (2 * config.width, config.width)
             self.injection = parameter(self, "injection", _starts_as_add, ("embed_in", "embed"), shape)
         if config.coda_layers:
-            self.coda = Stack(config, config.coda_layers, remat)
+            self.coda = Stack(config, config.coda_layers, remat, self.unrolled)
             self.coda_norm = RMSNorm(config.norm_eps)
         self.gate = ExitGate(config.init_std)
         if not config.tied_head:
@@ -128,7 +132,7 @@ class LoopLM(nn.Module):
         self,
         tokens: Int[Array, "B S"],
         context: Context,
-        past: KeyValues | None = None,
+        past: Past | None = None,
         return_cache: bool = False,
     ) -> tuple[Float[Array, "B S D"], KeyValues | None]:
         """Token embeddings, through the prelude if there is one."""
@@ -147,8 +151,8 @@ class LoopLM(nn.Module):
         state: Float[Array, "B S D"],
         embedded: Float[Array, "B S D"],
         context: Context,
-        core_past: KeyValues | None = None,
-        coda_past: KeyValues | None = None,
+        core_past: Past | None = None,
+        coda_past: Past | None = None,
         return_cache: bool = False,
     ) -> tuple[LoopOutput, KeyValues | None, KeyValues | None]:
         """One loop over the shared stack, with the keys and values of core and coda when `return_cache`."""
