@@ -4,7 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := JAX_PLATFORMS=cpu $(BIN)/python
 
-.PHONY: demo test test-slow lint types bench setup torch clean
+.PHONY: demo test test-slow test-transformers4 lint types bench setup torch clean
+
+# PyTorch and what runs our exported models. The older transformers lies beside the newer one, to be put before it.
+TORCH := torch==2.13.0 transformers==5.23.0 peft==0.21.2 accelerate==1.15.0
+TRANSFORMERS4 := transformers==4.57.6 huggingface-hub==0.36.0 tokenizers==0.22.1 requests==2.34.2 urllib3 certifi \
+	charset_normalizer idna
 
 demo: $(VENV)/ready  ## the main job on two CPU cores: corpus, tokenizer, Stage I and II, evaluation, text
 	$(RUN) -m experiments.demo --out runs/demo
@@ -14,6 +19,9 @@ test: $(VENV)/ready-dev  ## the default test suite, with coverage
 
 test-slow: $(VENV)/ready-dev  ## the tests that take minutes
 	$(RUN) -m pytest tests -m slow
+
+test-transformers4: $(VENV)/ready-dev $(VENV)/ready-torch  ## the tests that run transformers, on its version 4
+	PYTHONPATH=$(VENV)/transformers4 $(RUN) -m pytest tests -m transformers
 
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .
@@ -42,7 +50,8 @@ $(VENV)/ready-dev: $(VENV)/ready requirements-dev.txt
 torch: $(VENV)/ready-torch  ## PyTorch, for the tests and benchmarks that compare with it; they are skipped without
 
 $(VENV)/ready-torch: $(VENV)/ready
-	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/transformers4 $(TRANSFORMERS4)
 	touch $@
 
 clean:

@@ -329,6 +329,17 @@ class EvaluationConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class StartConfig:
+    """What a new run begins with, instead of initial parameters. A run that goes on does not look at it again."""
+
+    checkpoint: str = _field("a run folder, one of its steps, or a Hugging Face folder; empty: initial parameters", "")
+    optimizer: bool = _field("take the optimiser's state of that checkpoint too", False)
+
+    def __post_init__(self) -> None:
+        _require(bool(self.checkpoint) or not self.optimizer, "start.optimizer needs start.checkpoint; set both")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A whole run: the model, its data, and the stages it is trained through."""
 
@@ -341,6 +352,7 @@ class Recipe:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    start: StartConfig = dataclasses.field(default_factory=StartConfig)
     guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)

@@ -3,21 +3,31 @@
 import dataclasses
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from looplm_jax.checkpoints import read_metadata, restore_params
 from looplm_jax.codec import from_dict
 from looplm_jax.config import MeshConfig, Recipe
+from looplm_jax.convert.converted import converted_recipe
+from looplm_jax.convert.from_hf import load_hf
+from looplm_jax.convert.weight_files import has_weights
 from looplm_jax.data.tokenizers import Tokenizer, deserialize
+from looplm_jax.errors import UserError
 from looplm_jax.models.looplm import LoopLM, Params, boxed_params
 from looplm_jax.sharding import abstract, check_divides, make_mesh
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """A model with its parameters and all that a checkpoint says about it. `model, params = load(path)` works too."""
+    """A model with its parameters and all that a checkpoint says about it. `model, params = load(path)` works too.
+
+    A Hugging Face folder says nothing of how its model was trained: its recipe is one that stands for that.
+    """
 
     model: LoopLM
     params: Params
@@ -30,24 +40,38 @@ class Loaded:
         return iter((self.model, self.params))
 
 
-def load(path: str | os.PathLike[str], *, step: int | None = None, mesh: MeshConfig | None = None) -> Loaded:
-    """The model of a checkpoint, its parameters verified against their digests.
+def load(
+    path: str | os.PathLike[str],
+    *,
+    step: int | None = None,
+    mesh: MeshConfig | None = None,
+    dtype: DTypeLike | None = None,
+) -> Loaded:
+    """The model of a checkpoint, its parameters verified against their digests, or of a Hugging Face Ouro folder.
 
     Args:
-      path: a run folder, its `checkpoints` folder or one step.
+      path: a run folder, its `checkpoints` folder, one step, or a Hugging Face folder.
       step: which step; default: the newest good one.
       mesh: devices to spread the parameters over; default: the first device alone.
+      dtype: of the parameters; default: as they are stored.
 
     Raises:
-      UserError: not a checkpoint, no good step, or a mesh that does not fit.
+      UserError: not a checkpoint, no good step, a Hugging Face folder that `convert.from_hf.load_hf` refuses, or a mesh
+        that does not fit.
     """
-    metadata = read_metadata(os.fspath(path), step)
+    devices = make_mesh(mesh or MeshConfig(), jax.devices() if mesh else jax.local_devices()[:1])
+    if _is_hf_folder(Path(path)):
+        return _load_hf_folder(Path(path), step, devices, dtype)
+    return _load_checkpoint(os.fspath(path), step, devices, dtype)
+
+
+def _load_checkpoint(path: str, step: int | None, mesh: Mesh, dtype: DTypeLike | None) -> Loaded:
+    metadata = read_metadata(path, step)
     recipe = from_dict(Recipe, metadata.config)
     model = LoopLM(recipe.model, recipe.compute)
-    devices = make_mesh(mesh or MeshConfig(), jax.devices() if mesh else jax.local_devices()[:1])
-    check_divides(devices, recipe.model)
-    wanted = abstract(lambda: boxed_params(model, jax.random.key(0)), devices)
-    restored = restore_params(os.fspath(path), wanted, step=step)
+    check_divides(mesh, recipe.model)
+    wanted = abstract(lambda: boxed_params(model, jax.random.key(0)), mesh)
+    restored = restore_params(path, wanted, step=step, dtype=dtype)
     return Loaded(
         model=model,
         params=restored.state,
@@ -56,3 +80,23 @@ def load(path: str | os.PathLike[str], *, step: int | None = None, mesh: MeshCon
         step=restored.step,
         warnings=tuple(str(damaged) for damaged in restored.damaged),
     )
+
+
+def _load_hf_folder(path: Path, step: int | None, mesh: Mesh, dtype: DTypeLike | None) -> Loaded:
+    if step is not None:
+        raise UserError(f"{path} is a Hugging Face folder, which has no steps; leave step out")
+    found = load_hf(path, mesh=mesh, dtype=dtype)
+    recipe = converted_recipe(path, found.config)
+    return Loaded(
+        model=LoopLM(recipe.model, recipe.compute),
+        params=found.params,
+        tokenizer=found.tokenizer,
+        recipe=recipe,
+        step=0,
+        warnings=(),
+    )
+
+
+def _is_hf_folder(path: Path) -> bool:
+    """Our run folders have a config.json too, so the weights tell."""
+    return has_weights(path) and not (path / "checkpoints").is_dir()

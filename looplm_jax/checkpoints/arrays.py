@@ -4,8 +4,10 @@ Orbax itself reads through an event loop: a damaged array leaves the other reads
 print tracebacks from their threads. Here each read is a future of its own, and each error has a name.
 """
 
+import collections
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +17,8 @@ from etils import epath
 from jaxtyping import Array
 
 from looplm_jax.checkpoints.errors import DamagedError, brief
+
+_READ_AHEAD = 2**28  # bytes; the largest arrays come first, so that the rest of memory is still free
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,14 +44,22 @@ def load(folder: epath.Path, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[s
     """
     context = ts.Context()
     opened = {name: ts.open(_spec(folder, name), open=True, read=True, context=context) for name in targets}
-    reads, arrays = {}, {}
-    for name, target in targets.items():
-        with _naming(name):
-            reads[name] = _start(opened[name].result(), target)
-    for name, read in reads.items():
-        with _naming(name):
-            arrays[name] = read.result()
-    return arrays
+    waiting = collections.deque(sorted(targets, key=lambda name: _bytes(targets[name]), reverse=True))
+    reads: dict[str, _Read] = {}
+    arrays: dict[str, Array] = {}
+    while waiting or reads:
+        while waiting and (not reads or sum(_bytes(read.target) for read in reads.values()) < _READ_AHEAD):
+            with _naming(waiting[0]):
+                reads[waiting[0]] = _start(opened[waiting[0]].result(), targets[waiting[0]])
+            waiting.popleft()
+        first = next(iter(reads))
+        with _naming(first):
+            arrays[first] = reads.pop(first).result()  # and with it the parts that were read
+    return {name: arrays[name] for name in targets}
+
+
+def _bytes(target: jax.ShapeDtypeStruct) -> int:
+    return math.prod(target.shape) * target.dtype.itemsize
 
 
 def _spec(folder: epath.Path, name: str) -> dict[str, Any]:

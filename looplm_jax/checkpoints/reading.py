@@ -5,7 +5,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import jax
+import jax.numpy as jnp
 from etils import epath
+from jax.typing import DTypeLike
+from jaxtyping import Array
 
 from looplm_jax.checkpoints.errors import DamagedError
 from looplm_jax.checkpoints.metadata import ArrayRecord, Metadata, Sidecar
@@ -60,19 +63,33 @@ def read_metadata(path: str, step: int | None = None) -> Metadata:
     return newest_good(candidates(path, step), read_sidecar).value.metadata
 
 
-def restore_params(path: str, abstract_params: Any, *, step: int | None = None, prefix: str = "params") -> Restored:
+def restore_params(
+    path: str,
+    abstract_params: Any,
+    *,
+    step: int | None = None,
+    prefix: str = "params",
+    dtype: DTypeLike | None = None,
+) -> Restored:
     """One part of a saved state, `params` if not told otherwise; the rest is not read.
 
     Args:
       path: a run folder, its `checkpoints` folder, or the folder of one step.
-      abstract_params: the part as a tree of `jax.ShapeDtypeStruct` with shardings.
+      abstract_params: the part as a tree of `jax.ShapeDtypeStruct` with shardings; its dtypes do not matter.
       step: the step; None means the newest good one.
       prefix: the name of the part in the state.
+      dtype: what arrays of floating-point numbers are cast to; None: they stay as they are stored.
 
     Raises:
       UserError: `path` is not a checkpoint, no step is good, or the part has other arrays than asked for.
     """
-    return restore(candidates(path, step), lambda _: abstract_params, prefix=prefix)
+
+    def describe(sidecar: Sidecar) -> Any:
+        wanted = flatten(abstract_params, prefix)
+        stored = {name: _as_stored(target, sidecar.arrays.get(name)) for name, target in wanted.items()}
+        return unflatten(stored, abstract_params, prefix)
+
+    return restore(candidates(path, step), describe, prefix=prefix, dtype=dtype)
 
 
 def candidates(path: str, step: int | None = None) -> list[StepFolder]:
@@ -110,9 +127,16 @@ def newest_good(folders: Sequence[StepFolder], read: Callable[[StepFolder], T]) 
 
 
 def restore(
-    folders: Sequence[StepFolder], describe: Callable[[Metadata], Any], *, prefix: str = "", resume: bool = False
+    folders: Sequence[StepFolder],
+    describe: Callable[[Sidecar], Any],
+    *,
+    prefix: str = "",
+    resume: bool = False,
+    dtype: DTypeLike | None = None,
 ) -> Restored:
-    """The newest good state among `folders`, or its part `prefix`, as the tree that `describe` makes of the metadata.
+    """The newest good state among `folders`, or its part `prefix`, as the tree that `describe` makes of its sidecar.
+
+    Arrays of floating-point numbers are cast to `dtype` where one is given.
 
     Raises:
       UserError: no step is good, the state has other arrays, or, to `resume`, other processes saved it.
@@ -122,14 +146,28 @@ def restore(
         sidecar = read_sidecar(folder)
         if resume:
             _require_same_processes(folder, sidecar)
-        abstract = describe(sidecar.metadata)
+        abstract = describe(sidecar)
         targets, records = flatten(abstract, prefix), below(sidecar.arrays, prefix)
         _require_same_arrays(folder, records, targets)
-        state = unflatten(read_arrays(folder, targets, records), abstract, prefix)
+        arrays = read_arrays(folder, targets, records)
+        if dtype is not None:
+            _cast_each(arrays, dtype)
+        state = unflatten(arrays, abstract, prefix)
         return Restored(step=folder.step, state=state, metadata=sidecar.metadata, damaged=())
 
     found = newest_good(folders, read)
     return dataclasses.replace(found.value, damaged=found.damaged)
+
+
+def _as_stored(target: jax.ShapeDtypeStruct, record: ArrayRecord | None) -> jax.ShapeDtypeStruct:
+    return target if record is None else target.update(dtype=jnp.dtype(record.dtype))
+
+
+def _cast_each(arrays: dict[str, Array], dtype: DTypeLike) -> None:
+    """Casts in place of the dictionary's own values: each array is freed before the next is cast."""
+    for name in arrays:
+        if jnp.issubdtype(arrays[name].dtype, jnp.floating):
+            arrays[name] = arrays[name].astype(dtype)
 
 
 def _require_same_arrays(folder: StepFolder, saved: dict[str, ArrayRecord], wanted: dict[str, Any]) -> None:

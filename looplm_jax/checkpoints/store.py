@@ -107,7 +107,8 @@ class CheckpointStore:
           UserError: there is no good step, it holds other arrays, or another number of processes saved it.
         """
         describe = abstract_state if callable(abstract_state) else lambda _: abstract_state
-        restored = restore(candidates(os.fspath(self._folder), step), describe, resume=True)
+        folders = candidates(os.fspath(self._folder), step)
+        restored = restore(folders, lambda sidecar: describe(sidecar.metadata), resume=True)
         self._current = restored.step
         self._damaged = frozenset(damaged.step for damaged in restored.damaged)
         return restored

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from looplm_jax.cli.generation_views import ColourView, JsonView, PlainView, View
 from looplm_jax.halting import ExitPolicy, QExit, parse_exit_policy
-from looplm_jax.inference import Generation, NewToken, Sampling, generate
+from looplm_jax.inference import NewToken, Result, Sampling, generate
 from looplm_jax.inference.text_stream import TextStream
 from looplm_jax.loading import Loaded, load
 
@@ -34,7 +34,7 @@ def run_generation(prompt: str, arguments: argparse.Namespace) -> int:
 
 def _generate(
     loaded: Loaded, prompt_ids: list[int], count: int | None, policy: ExitPolicy, sampling: Sampling, view: View
-) -> Generation:
+) -> Result:
     """Generate into a view, with a sign of life on a terminal until the first token is there."""
     with Console(stderr=True).status("compiling for this length of prompt") as status:
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from looplm_jax.data.tokenizers import Tokenizer
-from looplm_jax.inference import Finish, Generation, NewToken
+from looplm_jax.inference import Finish, NewToken, Result
 from looplm_jax.inference.text_stream import TextStream
 
 # From few loops to many; legible on dark and on light terminals.
@@ -21,7 +21,7 @@ class View(Protocol):
     def show(self, new: NewToken) -> None:
         """One more token."""
 
-    def finish(self, generation: Generation) -> None:
+    def finish(self, result: Result) -> None:
         """All of them are there."""
 
 
@@ -64,11 +64,11 @@ class ColourView:
         self._stopwatch.tick()
         self._write(self._stream.push(new.token), loop_colour(new.exit_loop, self._max_loops))
 
-    def finish(self, generation: Generation) -> None:
+    def finish(self, result: Result) -> None:
         """Print the summary."""
         self._write(self._stream.close(), "dim")
         self._console.print()
-        self._console.print(summary(generation, self._stopwatch.rate))
+        self._console.print(summary(result, self._stopwatch.rate))
 
     def _write(self, text: str, style: str) -> None:
         self._console.print(Text(text, style=style), end="", soft_wrap=True)
@@ -85,12 +85,12 @@ class PlainView:
         self._stopwatch.tick()
         print(self._stream.push(new.token), end="", flush=True)
 
-    def finish(self, generation: Generation) -> None:
+    def finish(self, result: Result) -> None:
         """Print loops and summary."""
         print(self._stream.close())
-        separator = "" if max(generation.exit_loops) < 10 else " "
-        print(f"loops per token: {separator.join(map(str, generation.exit_loops))}")
-        print(summary(generation, self._stopwatch.rate))
+        separator = "" if max(result.exit_loops) < 10 else " "
+        print(f"loops per token: {separator.join(map(str, result.exit_loops))}")
+        print(summary(result, self._stopwatch.rate))
 
 
 class JsonView:
@@ -104,17 +104,17 @@ class JsonView:
         del new
         self._stopwatch.tick()
 
-    def finish(self, generation: Generation) -> None:
+    def finish(self, result: Result) -> None:
         """Print it."""
         values = {
-            "text": self._tokenizer.decode(generation.tokens),
-            "tokens": generation.tokens,
-            "pieces": [self._tokenizer.piece(token) for token in generation.tokens],
-            "exit_loops": generation.exit_loops,
-            "log_probs": generation.log_probs,
-            "prompt_tokens": generation.prompt_tokens,
-            "finished": generation.finished.value,
-            "mean_loops": generation.mean_loops,
+            "text": self._tokenizer.decode(result.tokens),
+            "tokens": result.tokens,
+            "pieces": [self._tokenizer.piece(token) for token in result.tokens],
+            "exit_loops": result.exit_loops,
+            "log_probs": result.log_probs,
+            "prompt_tokens": len(result.prompt_ids),
+            "finished": result.finish.value,
+            "mean_loops": result.mean_loops,
             "tokens_per_second": self._stopwatch.rate,
         }
         print(json.dumps(values))
@@ -132,8 +132,8 @@ def loop_colour(loops: int, max_loops: int) -> str:
     return _PALETTE[round(place * (len(_PALETTE) - 1))]
 
 
-def summary(generation: Generation, rate: float | None) -> str:
+def summary(result: Result, rate: float | None) -> str:
     """One line: how many tokens, at what cost, and why they end."""
-    end = "the text ended" if generation.finished is Finish.STOP else "length reached"
+    end = "the text ended" if result.finish is Finish.STOP else "length reached"
     speed = "" if rate is None else f", {rate:.1f} tokens/s"
-    return f"{len(generation.tokens)} tokens, {generation.mean_loops:.2f} loops per token on average{speed}; {end}"
+    return f"{len(result.tokens)} tokens, {result.mean_loops:.2f} loops per token on average{speed}; {end}"

@@ -1,6 +1,5 @@
 """The `config.json` of a Hugging Face folder to our ModelConfig and back. What we do not honour is refused by name."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -142,7 +141,7 @@ def to_ouro_config(config: ModelConfig, *, dtype: str) -> dict[str, Any]:
 def _model(values: Mapping[str, Any], model_type: str, norm_placement: NormPlacement) -> ModelConfig:
     if values.get("model_type") != model_type:
         raise UserError(
-            f"config.json: model_type is {values.get('model_type')!r}; only {model_type!r} can be read here"
+            f"config.json: model_type is {_brief(values.get('model_type'))}; only {model_type!r} can be read here"
         )
     _refuse_unknown(values)
     _refuse_other_values(values)
@@ -156,7 +155,7 @@ def _model(values: Mapping[str, Any], model_type: str, norm_placement: NormPlace
     _refuse_other_layers(values, fields["num_layers"])
     tied = values.get("tie_word_embeddings", False)
     if not isinstance(tied, bool):
-        raise UserError(f"config.json: tie_word_embeddings must be true or false, not {tied!r}")
+        raise UserError(f"config.json: tie_word_embeddings must be true or false, not {_brief(tied)}")
     try:
         return ModelConfig(**fields, tied_head=tied, norm_placement=norm_placement)
     except UserError as error:
@@ -167,7 +166,7 @@ def _number(name: str, value: Any, *, whole: bool) -> int | float:
     if value is None:
         raise UserError(f"config.json: field {name} is missing")
     kinds = (int,) if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value) or not 0 < value <= _LARGEST:
+    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value <= _LARGEST:  # NaN is not above 0
         wanted = "a whole number" if whole else "a number"
         raise UserError(f"config.json: {name} must be {wanted} from above 0 to {_LARGEST}, not {_brief(value)}")
     return value if whole else float(value)

@@ -1,7 +1,7 @@
 """ChatML, the chat format of Ouro: `<|im_start|>role\\n…<|im_end|>\\n` for every message."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from looplm_jax.data.examples import Example
 from looplm_jax.data.tokenizers.base import IM_END, IM_START, Tokenizer
@@ -26,7 +26,9 @@ def render(messages: Iterable[Message]) -> str:
 def tokens_and_mask(messages: Iterable[Message], tokenizer: Tokenizer) -> Example:
     """The chat as tokens. Targets are what an assistant says and the `<|im_end|>` that ends it.
 
-    Special tokens come from the structure alone: their names inside a message stay plain text.
+    Special tokens come from the structure alone: their names inside a message stay plain text. What is between them is
+    encoded as a whole, as Hugging Face's chat templates are, so a message that begins with white space may share its
+    first token with the line's end before it.
     Raises UserError when the tokeniser lacks them.
     """
     start, end = _special(tokenizer, IM_START), _special(tokenizer, IM_END)
@@ -34,11 +36,18 @@ def tokens_and_mask(messages: Iterable[Message], tokenizer: Tokenizer) -> Exampl
     tokens: list[int] = []
     mask: list[bool] = []
     for message in messages:
-        head = [start, *tokenizer.encode(f"{message.role}\n")]
-        said = [*tokenizer.encode(message.content), end]
-        tokens += [*head, *said, *newline]
-        mask += [False] * len(head) + [message.role == ASSISTANT] * len(said) + [False] * len(newline)
+        head = tokenizer.encode(f"{message.role}\n")
+        turn = tokenizer.encode(f"{message.role}\n{message.content}")
+        given = 1 + _shared(head, turn)
+        tokens += [start, *turn, end, *newline]
+        mask += [False] * given + [message.role == ASSISTANT] * (len(turn) + 2 - given) + [False] * len(newline)
     return Example.of(tokens, mask)
+
+
+def _shared(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    differs = (place for place, (one, other) in enumerate(zip(left, right)) if one != other)
+    return next(differs, min(len(left), len(right)))
 
 
 def _special(tokenizer: Tokenizer, name: str) -> int:

@@ -46,6 +46,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, *, max_bytes: int
             unk_id=3,
             unk_piece="<|unk|>",
             user_defined_symbols=["\n", "\t"],
+            required_chars=SPACE_MARK,
             num_threads=1,
             minloglevel=3,
         )

@@ -1,6 +1,25 @@
-"""Generation: sampling, a cache with a plane for each loop, and loops that stop where the exit policy says."""
+"""Generation: an engine whose passes serve tokens at any depth, with caches, sampling, streaming and early exit."""
 
-from looplm_jax.inference.generate import Finish, Generation, NewToken, generate
+from looplm_jax.inference.decoder import EngineConfig
+from looplm_jax.inference.engine import Engine, EngineStats
+from looplm_jax.inference.generate import generate
+from looplm_jax.inference.kv_cache import CacheStrategy, bytes_per_token
+from looplm_jax.inference.requests import NewToken, Request, Result
 from looplm_jax.inference.sampling import Sampling
+from looplm_jax.inference.stopping import Finish
+from looplm_jax.inference.ticket import Ticket
 
-__all__ = ["Finish", "Generation", "NewToken", "Sampling", "generate"]
+__all__ = [
+    "CacheStrategy",
+    "Engine",
+    "EngineConfig",
+    "EngineStats",
+    "Finish",
+    "NewToken",
+    "Request",
+    "Result",
+    "Sampling",
+    "Ticket",
+    "bytes_per_token",
+    "generate",
+]

@@ -1,74 +1,204 @@
-"""The next token from logits: greedy, or drawn at a temperature from the most probable ones."""
+"""The next token from logits: greedy, or drawn at a temperature from the most probable ones.
+
+Nothing is sorted: what `top_k` and `top_p` keep is found by bisection over the bits of the logits, 32 sums over the
+vocabulary for each, and only where a row asks for it.
+"""
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, UInt32
 
 from looplm_jax.errors import UserError
 
 _SEEDS = 2**31
+_SIGN_BIT = 31
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are drawn; greedy by default. `top_k` cuts first, `top_p` then counts what is left as the whole."""
+    """How tokens are drawn; greedy by default.
+
+    Applied in the order repetition penalty, temperature, `top_k`, `top_p`, `min_p`; each counts what the one before it
+    has left as the whole. Temperature 0 takes the most probable token after the penalty. Tokens exactly as probable as
+    the last one that a cut keeps are kept with it.
+    """
 
     temperature: float = 0.0  # logits are divided by it; 0 takes the most probable token
     top_k: int = 0  # only the k most probable tokens; 0: all
     top_p: float = 1.0  # only the fewest tokens whose probability reaches p; 1: all
+    min_p: float = 0.0  # only tokens at least min_p times as probable as the likeliest; 0: all
+    repetition_penalty: float = 1.0  # of tokens already there, positive logits are divided by it, others multiplied
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "temperature", float(self.temperature))
-        object.__setattr__(self, "top_p", float(self.top_p))
+        for field in dataclasses.fields(self):
+            if field.type is float:
+                object.__setattr__(self, field.name, float(getattr(self, field.name)))
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
             raise UserError(f"temperature must not be negative, not {self.temperature}; 0 takes the likeliest token")
         if not 0 <= self.top_k < _SEEDS:
             raise UserError(f"top_k must not be negative, not {self.top_k}; 0 keeps all tokens")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p must be in (0, 1], not {self.top_p}; 1 keeps all tokens")
+        if not 0 <= self.min_p <= 1:
+            raise UserError(f"min_p must be in [0, 1], not {self.min_p}; 0 keeps all tokens")
+        if not (self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty)):
+            raise UserError(f"repetition_penalty must be positive, not {self.repetition_penalty}; 1 changes nothing")
         if not 0 <= self.seed < _SEEDS:
             raise UserError(f"seed must be in 0..{_SEEDS - 1}, not {self.seed}")
 
 
 @flax.struct.dataclass
-class Shortlist:
-    """Tokens from the most to the least probable, and their logits over the temperature: minus infinity if left out."""
+class SamplingTable:
+    """The `Sampling` of every slot, as arrays: other numbers compile nothing. Fields are those of `Sampling`."""
 
-    tokens: Int[Array, "V"]
-    logits: Float[Array, "V"]
+    temperature: Float[Array, "*N"]
+    top_k: Int[Array, "*N"]
+    top_p: Float[Array, "*N"]
+    min_p: Float[Array, "*N"]
+    repetition_penalty: Float[Array, "*N"]
+    seed: Int[Array, "*N"]
+
+    @classmethod
+    def of(cls, sampling: Sampling) -> "SamplingTable":
+        """The numbers of one `Sampling`, without axes; they may be traced."""
+        dtypes = {"top_k": jnp.int32, "seed": jnp.int32}
+        names = [field.name for field in dataclasses.fields(Sampling)]
+        return cls(**{name: jnp.asarray(getattr(sampling, name), dtypes.get(name, jnp.float32)) for name in names})
+
+    @classmethod
+    def empty(cls, slots: int) -> "SamplingTable":
+        """Greedy slots."""
+        return jax.tree.map(lambda number: jnp.full(slots, number), cls.of(Sampling()))
+
+    def with_sampling(self, slot: int | Int[Array, ""], sampling: Sampling) -> "SamplingTable":
+        """The table with one slot's settings replaced."""
+        return _replace_row(self, slot, SamplingTable.of(sampling))
 
 
-def token_key(sampling: Sampling, number: int | Int[Array, ""]) -> PRNGKeyArray:
+@jax.jit
+def _replace_row(table: SamplingTable, slot: Int[Array, ""], row: SamplingTable) -> SamplingTable:
+    return jax.tree.map(lambda column, number: column.at[slot].set(number), table, row)
+
+
+@flax.struct.dataclass
+class Choice:
+    """Chosen tokens, and their log-probabilities at temperature 1 by the raw logits, before any penalty; nats."""
+
+    tokens: Int[Array, "N"]
+    log_probs: Float[Array, "N"]
+
+
+def sample_rows(
+    logits: Float[Array, "N V"],
+    table: SamplingTable,
+    counts: Int[Array, "N"],
+    seen: Bool[Array, "N V"] | None = None,
+) -> Choice:
+    """One token for each row, drawn from its `probabilities`. Where all rows are greedy, nothing is drawn or cut.
+
+    Args:
+      logits: float32, of each row's next token.
+      table: settings of each row.
+      counts: new tokens that each row has so far. With the seed they make the random key, so that a request's tokens
+        do not depend on its slot or its neighbours.
+      seen: tokens in the prompt or among the new tokens of each row; None where no row has a repetition penalty.
+    """
+    tokens = _draw(_penalised(logits, table, seen), table, jax.vmap(token_key)(table, counts))
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+    return Choice(tokens=tokens, log_probs=chosen - jax.nn.logsumexp(logits, axis=-1))
+
+
+def sample(
+    logits: Float[Array, "V"], sampling: Sampling, key: PRNGKeyArray, seen: Bool[Array, "V"] | None = None
+) -> Int[Array, ""]:
+    """One token of one row. Pure; the numbers of `sampling` may be traced."""
+    row = SamplingTable.of(sampling)
+    penalised = _penalised(logits, row, seen)[None]
+    return _draw(penalised, jax.tree.map(lambda number: number[None], row), key[None])[0]
+
+
+def token_key(sampling: Sampling | SamplingTable, number: int | Int[Array, ""]) -> PRNGKeyArray:
     """The key of the n-th new token, which depends on the seed and on n alone."""
     return jax.random.fold_in(jax.random.key(sampling.seed), number)
 
 
-def sample(logits: Float[Array, "V"], sampling: Sampling, key: PRNGKeyArray) -> Int[Array, ""]:
-    """One token. Pure; the numbers of `sampling` may be traced."""
+def probabilities(
+    logits: Float[Array, "*N V"], sampling: Sampling | SamplingTable, seen: Bool[Array, "*N V"] | None = None
+) -> Float[Array, "*N V"]:
+    """The distribution that tokens are drawn from, after penalty, temperature and cuts; greedy: all on one token.
 
-    def draw() -> Int[Array, ""]:
-        kept = shortlist(logits, sampling)
-        return kept.tokens[jax.random.categorical(key, kept.logits)]
-
-    def greedy() -> Int[Array, ""]:
-        return jnp.argmax(logits).astype(jnp.int32)
-
-    return jax.lax.cond(jnp.asarray(sampling.temperature) > 0, draw, greedy)
+    The numbers of `sampling` are broadcast against the leading axes of `logits`.
+    """
+    table = sampling if isinstance(sampling, SamplingTable) else SamplingTable.of(sampling)
+    table = jax.tree.map(lambda number: jnp.broadcast_to(number, logits.shape[:-1]), table)
+    return jax.nn.softmax(_cut(_penalised(logits, table, seen), table))
 
 
-def shortlist(logits: Float[Array, "V"], sampling: Sampling) -> Shortlist:
-    """What a positive temperature, `top_k` and `top_p` leave to draw from; the most probable token is always in it."""
-    tokens = jnp.argsort(-logits).astype(jnp.int32)
-    scaled = logits[tokens] / sampling.temperature
-    top_k, top_p = jnp.asarray(sampling.top_k), jnp.asarray(sampling.top_p, jnp.float32)
-    scaled = jnp.where((jnp.arange(scaled.size) < top_k) | (top_k == 0), scaled, -jnp.inf)
-    probabilities = jax.nn.softmax(scaled)
-    before = jnp.cumsum(probabilities) - probabilities
-    kept = (before < top_p) | (top_p >= 1)  # sums of float32 may pass 1 before the last token
-    kept = kept.at[0].set(True)  # for a p that vanishes beside rounding
-    return Shortlist(tokens=tokens, logits=jnp.where(kept, scaled, -jnp.inf))
+def _draw(logits: Float[Array, "N V"], table: SamplingTable, keys: Key[Array, "N"]) -> Int[Array, "N"]:
+    def greedy() -> Int[Array, "N"]:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def draw() -> Int[Array, "N"]:
+        return jax.vmap(jax.random.categorical)(keys, _cut(logits, table)).astype(jnp.int32)
+
+    return jax.lax.cond(jnp.any(table.temperature > 0), draw, greedy)
+
+
+def _penalised(
+    logits: Float[Array, "*N V"], table: SamplingTable, seen: Bool[Array, "*N V"] | None
+) -> Float[Array, "*N V"]:
+    """The repetition penalty of CTRL (arXiv 1909.05858, section 4.1), on logits as Hugging Face applies it."""
+    if seen is None:
+        return logits
+    penalty = table.repetition_penalty[..., None]
+    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def _cut(logits: Float[Array, "*N V"], table: SamplingTable) -> Float[Array, "*N V"]:
+    """Log weights to draw by, 0 for the most probable token; minus infinity for what is left out."""
+    scaled = _scaled(logits, table.temperature[..., None])
+    # A weight that is never reached keeps everything; so does p = 1, which sums of float32 may pass before the end.
+    count = jnp.where(table.top_k > 0, table.top_k.astype(jnp.float32), jnp.inf)
+    share = jnp.where(table.top_p < 1, jnp.maximum(table.top_p, jnp.finfo(jnp.float32).tiny), jnp.inf)
+    scaled = _heaviest(scaled, jnp.ones_like, count)
+    scaled = _heaviest(scaled, jax.nn.softmax, share)
+    return jnp.where(scaled >= jnp.log(table.min_p)[..., None], scaled, -jnp.inf)
+
+
+def _scaled(logits: Float[Array, "*N V"], temperature: Float[Array, "*N 1"]) -> Float[Array, "*N V"]:
+    best = jnp.argmax(logits, axis=-1, keepdims=True)
+    below = logits - jnp.take_along_axis(logits, best, axis=-1)  # at most 0: no temperature makes it overflow to inf
+    one_hot = jnp.where(jnp.arange(logits.shape[-1]) == best, 0.0, -jnp.inf)
+    return jnp.where(temperature > 0, below / temperature, one_hot)
+
+
+def _heaviest(
+    scaled: Float[Array, "*N V"], weigh: Callable[[Array], Array], wanted: Float[Array, "*N"]
+) -> Float[Array, "*N V"]:
+    """Leave out all but the fewest tokens, taken from the top, whose weights sum to `wanted`; infinity: keep all."""
+
+    def cut() -> Float[Array, "*N V"]:
+        weights, order = weigh(scaled), _ordered_bits(scaled)
+
+        def bit(place: Int[Array, ""], floor: UInt32[Array, "*N"]) -> UInt32[Array, "*N"]:
+            higher = floor | (jnp.uint32(1) << (_SIGN_BIT - place).astype(jnp.uint32))
+            weight = jnp.sum(jnp.where(order >= higher[..., None], weights, 0.0), axis=-1)
+            return jnp.where(weight >= wanted, higher, floor)
+
+        floor = jax.lax.fori_loop(0, _SIGN_BIT + 1, bit, jnp.zeros(wanted.shape, jnp.uint32))
+        return jnp.where(order >= floor[..., None], scaled, -jnp.inf)
+
+    return jax.lax.cond(jnp.any(jnp.isfinite(wanted)), cut, lambda: scaled)
+
+
+def _ordered_bits(numbers: Float[Array, "*N"]) -> UInt32[Array, "*N"]:
+    """Unsigned integers in the order of float32 numbers."""
+    bits = jax.lax.bitcast_convert_type(numbers, jnp.uint32)
+    sign = jnp.uint32(1 << _SIGN_BIT)
+    return jnp.where(bits >= sign, ~bits, bits | sign)

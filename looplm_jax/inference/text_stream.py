@@ -4,19 +4,20 @@ from collections.abc import Sequence
 
 from looplm_jax.data.tokenizers import Tokenizer
 
-_CONTEXT = 8  # tokens of the prompt that are enough to know whether a space stands before the first new one
 _INCOMPLETE = "\ufffd"
 
 
 class TextStream:
     """Decodes a growing list of tokens piece by piece. All pieces together are the text of the continuation.
 
-    A token's text depends on the one before it (spaces, bytes of one character): each is decoded behind the last piece.
+    A token's text depends on the one before it (spaces, bytes of one character): each is decoded behind the last piece,
+    the first behind the prompt. A part of the prompt would not do: where it cuts a character in two, `tokenizers` reads
+    no byte of the run that follows.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]):
         self._tokenizer = tokenizer
-        self._before = list(prompt_ids[-_CONTEXT:])
+        self._before = list(prompt_ids)
         self._waiting: list[int] = []
 
     def push(self, token: int) -> str:

@@ -186,7 +186,7 @@ class ExitGate(nn.Module):
         normal = nn.initializers.normal(self.init_std)
         weight = parameter(self, "kernel", normal, ("embed_in",), (hidden.shape[-1],))
         bias = parameter(self, "bias", nn.initializers.zeros, ("norm",), (1,))
-        return hidden.astype(jnp.float32) @ weight + bias[0]
+        return hidden.astype(jnp.float32) @ weight.astype(jnp.float32) + bias[0].astype(jnp.float32)
 
 
 def compute_dtype(compute: ComputeConfig) -> jnp.dtype:

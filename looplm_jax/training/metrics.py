@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from looplm_jax.errors import UserError
-from looplm_jax.training.files import write_atomically, writing
+from looplm_jax.files import write_atomically, writing
 from looplm_jax.training.step import StepMetrics
 from looplm_jax.training.tensorboard import EventLog
 

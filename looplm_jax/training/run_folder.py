@@ -9,7 +9,7 @@ from looplm_jax.checkpoints import check_same_run
 from looplm_jax.codec import from_dict, to_dict
 from looplm_jax.config import Recipe
 from looplm_jax.errors import UserError
-from looplm_jax.training.files import write_atomically, writing
+from looplm_jax.files import write_atomically, writing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,14 +7,15 @@ from typing import Any
 from jax.sharding import Mesh
 from rich.console import Console
 
-from looplm_jax.checkpoints import CheckpointStore, Metadata, check_same_run
-from looplm_jax.codec import to_dict
+from looplm_jax.checkpoints import CheckpointStore, Metadata, check_same_run, read_metadata
+from looplm_jax.codec import from_dict, to_dict
 from looplm_jax.config import Recipe
 from looplm_jax.data.corpus import Corpus, open_corpus
-from looplm_jax.data.tokenizers import Tokenizer
+from looplm_jax.data.tokenizers import Tokenizer, deserialize
 from looplm_jax.models.looplm import LoopLM
 from looplm_jax.sharding import check_batch, check_divides, make_mesh
 from looplm_jax.training.run_folder import RunFolder, claim_folder
+from looplm_jax.training.start import Start, describe_start, read_start, started_state
 from looplm_jax.training.state import TrainState, abstract_state, initial_state
 from looplm_jax.training.tokenizer import run_tokenizer
 
@@ -46,24 +47,27 @@ class Setup:
 
 
 def prepare(recipe: Recipe, folder: RunFolder, console: Console) -> Setup:
-    """Check shapes and data, claim the folder, find or train the tokeniser, and restore or make the state.
+    """Check shapes and data, claim the folder, find or train the tokeniser, and restore, take over or make the state.
 
     Raises:
-      UserError: bad data, shapes that do not fit the devices, or a folder of another run.
+      UserError: bad data, shapes that do not fit the devices, a folder of another run, or a checkpoint that the run
+        cannot start from.
     """
     mesh = make_mesh(recipe.mesh)
     check_divides(mesh, recipe.model)
     for stage in recipe.stages:
         check_batch(mesh, stage.batch_size, stage.accumulation, f"stages.{stage.name}")
     corpus = open_corpus(recipe.data)
-    claim_folder(folder, recipe)
-    tokenizer = run_tokenizer(recipe, corpus, folder, console)
     model = LoopLM(recipe.model, recipe.compute)
     store = CheckpointStore(folder.checkpoints.absolute(), keep=recipe.checkpoint.keep)  # Orbax refuses others
-    if store.steps():
+    goes_on = bool(store.steps())
+    start = read_start(recipe, model, mesh) if recipe.start.checkpoint and not goes_on else None
+    claim_folder(folder, recipe)
+    tokenizer = run_tokenizer(recipe, corpus, folder, console, _inherited(recipe, folder, start))
+    if goes_on:
         position = _restore(recipe, folder, model, mesh, store, tokenizer, console)
     else:
-        position = Position(state=initial_state(recipe, model, recipe.stages[0], mesh), stage=0, data_state=None)
+        position = Position(state=_first_state(recipe, model, mesh, start, console), stage=0, data_state=None)
     return Setup(
         recipe=recipe,
         folder=folder,
@@ -74,6 +78,25 @@ def prepare(recipe: Recipe, folder: RunFolder, console: Console) -> Setup:
         store=store,
         position=position,
     )
+
+
+def _inherited(recipe: Recipe, folder: RunFolder, start: Start | None) -> Tokenizer | None:
+    """The tokeniser of the checkpoint that the run started from: a run that goes on has it in its own checkpoints."""
+    if not recipe.start.checkpoint:
+        return None
+    if start is not None:
+        return start.tokenizer
+    metadata = read_metadata(str(folder.checkpoints))
+    return deserialize(metadata.tokenizer_kind, metadata.tokenizer)
+
+
+def _first_state(recipe: Recipe, model: LoopLM, mesh: Mesh, start: Start | None, console: Console) -> TrainState:
+    if start is None:
+        return initial_state(recipe, model, recipe.stages[0], mesh)
+    for damaged in start.damaged:
+        console.print(f"warning: {damaged}; passed over", style="yellow")
+    console.print(describe_start(start, recipe.model))
+    return started_state(start, recipe, model, mesh)
 
 
 def _restore(
@@ -90,7 +113,8 @@ def _restore(
     wanted = {**to_dict(recipe), "tokenizer": tokenizer.fingerprint}
 
     def describe(metadata: Metadata) -> TrainState:
-        saved = {**metadata.config, "tokenizer": metadata.tokenizer_fingerprint}
+        config = to_dict(from_dict(Recipe, metadata.config))  # with the defaults of fields that are newer than it
+        saved = {**config, "tokenizer": metadata.tokenizer_fingerprint}
         check_same_run(str(folder.path), saved, wanted)
         return abstract_state(recipe, model, recipe.stages[stages.index(metadata.extra["stage"])], mesh)
 

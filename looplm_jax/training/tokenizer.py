@@ -1,4 +1,4 @@
-"""The tokeniser of a run: the one it was given, its task's own, or one trained on its data."""
+"""The tokeniser of a run: the one it was given, its task's own, its checkpoint's, or one trained on its data."""
 
 from rich.console import Console
 
@@ -7,21 +7,28 @@ from looplm_jax.config import Recipe
 from looplm_jax.data.corpus import Corpus
 from looplm_jax.data.tokenizers import Tokenizer
 from looplm_jax.errors import UserError
-from looplm_jax.training.files import write_atomically
+from looplm_jax.files import write_atomically
 from looplm_jax.training.run_folder import RunFolder
 
 
-def run_tokenizer(recipe: Recipe, corpus: Corpus, folder: RunFolder, console: Console) -> Tokenizer:
+def run_tokenizer(
+    recipe: Recipe, corpus: Corpus, folder: RunFolder, console: Console, inherited: Tokenizer | None = None
+) -> Tokenizer:
     """The tokeniser that a run uses from its first step to its last; one that was trained lies in the run folder.
 
+    `inherited` is that of the checkpoint whose parameters the run started from.
+
     Raises:
-      UserError: its vocabulary is not the model's, or the data is too little to train one.
+      UserError: its vocabulary is not the model's, it is not the inherited one, or the data is too little to train one.
     """
     tokenizer = corpus.own_tokenizer
     if tokenizer is not None and recipe.data.tokenizer:
         raise UserError(f"{corpus.tasks[0].config.path!r} has a vocabulary of its own; leave data.tokenizer empty")
     if tokenizer is None and recipe.data.tokenizer:
         tokenizer = data.load_tokenizer(recipe.data.tokenizer)
+    if inherited is not None:
+        _check_inherited(recipe, corpus, tokenizer, inherited)
+        tokenizer = inherited
     if tokenizer is None:
         if not folder.tokenizer.exists():
             console.print(f"training a tokenizer of {recipe.model.vocab_size} pieces")
@@ -30,3 +37,15 @@ def run_tokenizer(recipe: Recipe, corpus: Corpus, folder: RunFolder, console: Co
         tokenizer = data.load_tokenizer(str(folder.tokenizer))
     data.check_vocab(tokenizer, recipe.model.vocab_size)
     return tokenizer
+
+
+def _check_inherited(recipe: Recipe, corpus: Corpus, tokenizer: Tokenizer | None, inherited: Tokenizer) -> None:
+    if tokenizer is None or tokenizer.fingerprint == inherited.fingerprint:
+        return
+    origin = recipe.start.checkpoint
+    if corpus.tasks:
+        task = corpus.tasks[0].config.path
+        raise UserError(f"{task!r} has another vocabulary than {origin}; start from a checkpoint of the same task")
+    raise UserError(
+        f"{recipe.data.tokenizer} is another tokenizer than that of {origin}; leave data.tokenizer empty to use that"
+    )

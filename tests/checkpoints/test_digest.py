@@ -75,6 +75,16 @@ def test_a_tree_is_digested_by_one_program_compiled_once():
     assert _digest_all._cache_size() == before
 
 
+@pytest.mark.parametrize("block", [1, 24, 100, 10**6])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8])
+@pytest.mark.parametrize("shape", [(17,), (7, 3), (1, 5, 4)])
+def test_the_digest_does_not_depend_on_the_size_of_blocks(monkeypatch, block, dtype, shape):
+    array = jnp.asarray(np.random.default_rng(0).integers(-99, 99, shape)).astype(dtype)
+    whole = digest(array)
+    monkeypatch.setattr("looplm_jax.checkpoints.digest._BLOCK_BYTES", block)
+    assert digest(array) == whole
+
+
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 def test_the_digest_does_not_depend_on_the_sharding():
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:8])

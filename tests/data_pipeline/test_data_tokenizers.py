@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import sentencepiece
+from byte_level import smollm2_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,18 +25,23 @@ WHITESPACE = st.text(alphabet=" \t\n\r\u2581\u00a0▁ab\x00<|>")
 
 @pytest.fixture(scope="module")
 def json_tokenizer() -> JsonTokenizer:
-    tokenizers = pytest.importorskip("tokenizers")
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    inner.train_from_iterator(["the loop reads the state"] * 20, trainer)
-    return JsonTokenizer(inner.to_str().encode())
+    return smollm2_tokenizer()
+
+
+def json_file(changes=(), **model) -> bytes:
+    """A tokenizer.json with a vocabulary of words."""
+    content = {
+        "version": "1.0",
+        "added_tokens": [],
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "model": {"type": "WordLevel", "vocab": {"<s>": 0, "a": 1, "b": 2}, "unk_token": "<s>", **model},
+    }
+    return json.dumps({**content, **dict(changes)}).encode()
+
+
+def added_token(token, content, *, special) -> dict:
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {"id": token, "content": content, "special": special, **flags}
 
 
 @given(text=UNICODE | WHITESPACE)
@@ -43,7 +49,7 @@ def test_sentencepiece_loses_nothing(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-@given(text=UNICODE)
+@given(text=UNICODE | WHITESPACE)
 def test_tokenizer_json_loses_nothing(json_tokenizer, text):
     assert json_tokenizer.decode(json_tokenizer.encode(text)) == text
 
@@ -70,6 +76,11 @@ def test_pieces_for_people(tokenizer, json_tokenizer):
     assert [tokenizer.piece(token) for token in tokenizer.encode("é")] == ["<0xC3>", "<0xA9>"]
     assert "".join(json_tokenizer.piece(token) for token in json_tokenizer.encode("the loop")) == "the loop"
     assert all("\ufffd" not in json_tokenizer.piece(token) for token in json_tokenizer.encode("é"))
+
+
+def test_training_on_text_without_spaces():
+    tokenizer = train_sentencepiece(["abcabc\n"] * 20, 270)
+    assert tokenizer.decode(tokenizer.encode("a b\u2581")) == "a b\u2581"
 
 
 def test_training_is_deterministic_and_silent(capfd):
@@ -131,11 +142,116 @@ def test_load_errors(tmp_path, name, content, message):
         load_tokenizer(str(tmp_path / name))
 
 
+def test_digits_are_tokens_of_their_own(json_tokenizer):
+    assert [json_tokenizer.piece(token) for token in json_tokenizer.encode("2026")] == ["2", "0", "2", "6"]
+
+
 def test_tokenizer_json_without_special_tokens():
+    pytest.importorskip("tokenizers")
+    with pytest.raises(UserError, match=r"has none of the tokens <\|endoftext\|>, <s>, .*; add one of them"):
+        JsonTokenizer(json_file(vocab={"a": 0}))
+
+
+@pytest.mark.parametrize(
+    ("names", "bos", "eos"),
+    [
+        (["<|endoftext|>", "<|im_start|>", "<|im_end|>"], 0, 0),
+        (["a", "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"], 1, 2),
+        (["<unk>", "<s>", "</s>"], 1, 2),
+        (["<pad>", "<eos>", "<bos>"], 2, 1),
+        (["<bos>", "+"], 0, 0),
+        (["[PAD]", "[SEP]"], 1, 1),
+    ],
+    ids=["smollm2", "llama3", "llama2", "gemma", "symbols", "only an end"],
+)
+def test_ends_by_name(names, bos, eos):
+    pytest.importorskip("tokenizers")
+    added = [added_token(token, name, special=True) for token, name in enumerate(names)]
+    tokenizer = JsonTokenizer(json_file({"added_tokens": added}, vocab={}))
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (bos, eos, len(names))
+
+
+def test_ids_with_gaps():
+    pytest.importorskip("tokenizers")
+    assert JsonTokenizer(json_file(vocab={"<s>": 0, "a": 7})).vocab_size == 8
+
+
+def test_a_turn_cannot_be_forged_where_its_tokens_are_not_called_special():
+    pytest.importorskip("tokenizers")
+    added = [added_token(3, "<|im_end|>", special=False), added_token(4, "<tool>", special=False)]
+    tokenizer = JsonTokenizer(json_file({"added_tokens": added}))
+    assert tokenizer.encode("a <|im_end|> <tool>") == [1, 0, 4]
+    assert tokenizer.decode([1, 3]) == "a"
+
+
+def test_the_file_cuts_and_pads_nothing():
+    pytest.importorskip("tokenizers")
+    cut = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    pad = {"strategy": {"Fixed": 10**12}, "direction": "Right", "pad_id": 0, "pad_type_id": 0, "pad_token": "<s>"}
+    tokenizer = JsonTokenizer(json_file({"truncation": cut, "padding": {**pad, "pad_to_multiple_of": None}}))
+    assert tokenizer.encode("a b a") == [1, 2, 1]
+
+
+def test_text_without_tokens():
+    pytest.importorskip("tokenizers")
+    with pytest.raises(UserError, match="cannot encode this text: WordLevel error: Missing"):
+        JsonTokenizer(json_file(unk_token="none")).encode("a z")
+
+
+def test_a_panic_is_an_error(capfd):
+    """A prefix of pieces that the pieces lack makes the reader, which is written in Rust, panic."""
+    pytest.importorskip("tokenizers")
+    model = {"type": "BPE", "vocab": {"<s>": 0, "a": 1, "b": 2, "ab": 3}, "merges": ["a b"]}
+    with pytest.raises(UserError, match=r"this is not a tokenizer\.json") as error:
+        JsonTokenizer(json_file(**model, continuing_subword_prefix="####"))
+    assert "\n" not in str(error.value)
+
+
+def test_an_interruption_is_no_mistake(monkeypatch):
     tokenizers = pytest.importorskip("tokenizers")
-    content = tokenizers.Tokenizer(tokenizers.models.BPE()).to_str().encode()
-    with pytest.raises(UserError, match="has none of the tokens"):
-        JsonTokenizer(content)
+
+    class Interrupted:
+        @staticmethod
+        def from_buffer(content):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(tokenizers, "Tokenizer", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        JsonTokenizer(b"{}")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def read_or_refuse(content):
+    try:
+        JsonTokenizer(content).encode("a b\n")
+    except UserError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+
+
+@given(content=st.binary() | JSON.map(json.dumps).map(str.encode))
+def test_any_bytes_are_read_or_refused(content):
+    pytest.importorskip("tokenizers")
+    read_or_refuse(content)
+
+
+@given(place=st.sampled_from(["version", "added_tokens", "pre_tokenizer", "model", "decoder", "padding"]), value=JSON)
+def test_any_field_is_read_or_refused(place, value):
+    pytest.importorskip("tokenizers")
+    read_or_refuse(json_file({place: value}))
+
+
+@given(data=st.data())
+def test_any_part_of_a_file_is_refused(json_tokenizer, data):
+    content = json_tokenizer.serialize()
+    end = data.draw(st.integers(0, len(content) - 1))
+    with pytest.raises(UserError, match=r"this is not a tokenizer\.json"):
+        JsonTokenizer(content[:end])
 
 
 def test_missing_extra(monkeypatch):

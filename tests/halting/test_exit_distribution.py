@@ -9,13 +9,21 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from looplm_jax import halting
-from looplm_jax.halting import QExit
+from looplm_jax.halting import QExit, Signals
 
 EXTREMES = [0.0, -80.0, 80.0, -1e4, 1e4, -1e30, 1e30]
 gate = st.floats(-100, 100, width=32) | st.sampled_from(EXTREMES)
 shapes = st.sampled_from([(1,), (2,), (4,), (8,), (4, 3), (4, 2, 3)])  # few, because each is compiled
 gates = shapes.flatmap(lambda shape: hnp.arrays(np.float32, shape, elements=gate))
 fraction = st.floats(0, 1, width=32)
+
+
+def leaves(policy, logits):
+    """Whether tokens leave at each loop by their gates; the last loop ends them whatever a policy says."""
+    survival = halting.log_survival(jnp.asarray(logits))
+    loops = np.broadcast_to(np.arange(1, len(logits) + 1).reshape(-1, *[1] * (logits.ndim - 1)), logits.shape)
+    signals = Signals(loop=jnp.asarray(loops, jnp.int32), gate_logits=jnp.asarray(logits), log_survival=survival)
+    return np.asarray(policy.exits(signals).at[-1].set(True))
 
 
 @given(gates)
@@ -85,7 +93,7 @@ def test_q_one_is_the_last_loop_though_the_sigmoid_is_saturated(logit, dtype):
     assert pdf.dtype == jnp.float32
     assert (halting.q_exit(pdf, 1.0) == 4).all()
     assert (halting.q_exit(pdf, 0.0) == 1).all()
-    assert not QExit(q=1.0).exits(halting.log_survival(jnp.full((4, 2), logit, dtype)), 3).any()
+    assert not leaves(QExit(q=1.0), jnp.full((4, 2), logit, dtype))[:-1].any()
 
 
 @given(gates, fraction)
@@ -111,9 +119,7 @@ def test_policy_on_survival_agrees_with_q_exit_on_the_distribution(logits, q):
     with np.errstate(divide="ignore"):
         threshold = np.log1p(-np.float32(q))
     assume(np.abs(survival[:-1] - threshold).min(initial=1.0) > 1e-4)
-    leaves = np.stack([QExit(q=q).exits(row, loop) for loop, row in enumerate(survival, start=1)])
-    leaves[-1] = True  # the engine stops at the last loop whatever the policy says
-    by_policy = np.argmax(leaves, axis=0) + 1
+    by_policy = np.argmax(leaves(QExit(q=q), logits), axis=0) + 1
     np.testing.assert_array_equal(halting.q_exit(halting.exit_distribution(jnp.asarray(logits)), q), by_policy)
 
 

@@ -10,7 +10,8 @@ from looplm_jax.config import Injection
 from looplm_jax.errors import UserError
 from looplm_jax.halting import FixedLoops, QExit, exit_distribution, q_exit
 from looplm_jax.inference import Finish, Sampling, generate
-from looplm_jax.inference.decode import decode_step, prefill
+from looplm_jax.inference.prefill import admit, prefill_chunk
+from looplm_jax.inference.tick import run_ticks
 from looplm_jax.models.looplm import head_matrix
 
 PROMPT = [3, 14, 15, 92, 65, 35]
@@ -92,12 +93,12 @@ def test_tokens_stream_in_order_and_stop(tiny_model):
     made = generate(
         model, params, PROMPT, max_new_tokens=10, policy=QExit(q=0.5), stop_ids={stop}, on_token=seen.append
     )
-    assert made.finished is Finish.STOP
+    assert made.finish is Finish.STOP
     assert made.tokens == whole.tokens[: whole.tokens.index(stop) + 1]
     assert [new.token for new in seen] == list(made.tokens)
     assert [new.exit_loop for new in seen] == list(made.exit_loops)
     assert [new.log_prob for new in seen] == list(made.log_probs)
-    assert (whole.finished, whole.prompt_tokens) == (Finish.LENGTH, len(PROMPT))
+    assert (whole.finish, whole.prompt_ids) == (Finish.LENGTH, tuple(PROMPT))
 
 
 def test_seeds_reproduce(tiny_model):
@@ -117,18 +118,21 @@ def test_seeds_reproduce(tiny_model):
 def test_one_program_for_a_bucket(tiny_model):
     model, params = tiny_model
 
+    def sizes():
+        return [program._cache_size() for program in (prefill_chunk, admit, run_ticks)]
+
     def make(prompt, count, q, temperature):
         sampling = Sampling(temperature=temperature, top_k=int(10 * temperature))
         generate(model, params, prompt, max_new_tokens=count, policy=QExit(q=q), sampling=sampling)
 
     make(PROMPT, 4, 0.5, 0.0)
-    before = prefill._cache_size(), decode_step._cache_size()
+    before = sizes()
     make([1], 1, 0.0, 1.0)
     make(PROMPT * 3, 7, 0.9, 0.5)
     make([7] * 60, 4, 1.0, 0.0)
-    assert (prefill._cache_size(), decode_step._cache_size()) == before
+    assert sizes() == before
     make([7] * 60, 5, 1.0, 0.0)  # 65 positions: the cache is of the next bucket, the prompt is not
-    assert (prefill._cache_size(), decode_step._cache_size()) == (before[0] + 1, before[1] + 1)
+    assert [after - count for after, count in zip(sizes(), before, strict=True)] == [0, 1, 1]
 
 
 def test_the_last_position_can_be_filled(tiny_model):

@@ -1,6 +1,11 @@
+import pytest
+from byte_level import smollm2_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
+from looplm_jax.convert.sentencepiece_json import sentencepiece_json
+from looplm_jax.data.tokenizer_training import train_sentencepiece
+from looplm_jax.data.tokenizers import JsonTokenizer
 from looplm_jax.inference.text_stream import TextStream
 
 
@@ -11,8 +16,18 @@ class ByteTokenizer:
         return bytes(token for token in ids if token < 256).decode(errors="replace")
 
 
-def stream(tokens, prompt=()):
-    text_stream = TextStream(ByteTokenizer(), prompt)
+UNICODE = st.text(st.characters(codec="utf-8"), max_size=20)
+
+
+@pytest.fixture(scope="module")
+def tokenizers():
+    """Those of our training and of Ouro, and ours as it is exported."""
+    ours = train_sentencepiece(["the loop reads the state\n"] * 50, 290)
+    return ours, smollm2_tokenizer(), JsonTokenizer(sentencepiece_json(ours.serialize()))
+
+
+def stream(tokens, prompt=(), tokenizer=None):
+    text_stream = TextStream(tokenizer or ByteTokenizer(), prompt)
     return [text_stream.push(token) for token in tokens] + [text_stream.close()]
 
 
@@ -31,3 +46,19 @@ def test_broken_bytes_come_at_the_end():
 
 def test_special_tokens_are_silent():
     assert stream([256, 0x41, 256]) == ["", "A", "", ""]
+
+
+@given(prompt=UNICODE, text=UNICODE)
+def test_real_tokenizers_split_no_character(tokenizers, prompt, text):
+    for tokenizer in tokenizers:
+        pieces = stream(tokenizer.encode(text), tokenizer.encode(prompt), tokenizer)
+        assert "".join(pieces) == text
+        assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
+
+
+@given(text=UNICODE)
+def test_a_turn_of_chat_is_its_text(tokenizers, text):
+    for tokenizer in tokenizers:
+        start, end = (tokenizer.token_id(name) for name in ("<|im_start|>", "<|im_end|>"))
+        prompt = [start, *tokenizer.encode("assistant\n")]
+        assert "".join(stream([*tokenizer.encode(text), end], prompt, tokenizer)) == text

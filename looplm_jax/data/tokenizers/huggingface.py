@@ -3,48 +3,58 @@
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from looplm_jax.data.tokenizers.base import END_OF_TEXT, Tokenizer, not_unicode
+from looplm_jax.data.tokenizers.base import END_OF_TEXT, IM_END, IM_START, Tokenizer, not_unicode
 from looplm_jax.data.tokenizers.sentencepiece import SPACE_MARK
 from looplm_jax.errors import UserError
 
 # A tokenizer.json does not say which tokens begin and end a document; these are the names in use, best first.
 _BOS_NAMES = (END_OF_TEXT, "<s>", "<bos>", "<|begin_of_text|>", "[CLS]")
 _EOS_NAMES = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "[SEP]")
+_STRUCTURE = frozenset((*_BOS_NAMES, *_EOS_NAMES, IM_START, IM_END))
 
 
 class JsonTokenizer(Tokenizer):
-    """A tokeniser given by the bytes of its `tokenizer.json`."""
+    """A tokeniser given by the bytes of its `tokenizer.json`. A length to cut or pad to in the file is not obeyed."""
 
     kind: ClassVar[str] = "tokenizer.json"
 
     def __init__(self, content: bytes):
         self._content = content
         self._tokenizer = _parse(content)
-        self._tokenizer.encode_special_tokens = True
-        self._bos_id = self._first_of(_BOS_NAMES)
-        self._eos_id = self._first_of(_EOS_NAMES)
+        self._vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
+        bos, eos = self._first_of(_BOS_NAMES), self._first_of(_EOS_NAMES)
+        ends = [token for token in (bos, eos) if token is not None]
+        if not ends:
+            names = ", ".join(dict.fromkeys(_BOS_NAMES + _EOS_NAMES))
+            raise UserError(f"the tokenizer.json has none of the tokens {names}; add one of them")
+        self._bos_id, self._eos_id = ends[0], ends[-1]
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, added tokens included."""
-        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+        """One more than the highest id, added tokens included."""
+        return self._vocab_size
 
     @property
     def bos_id(self) -> int:
-        """Id that stands before every document."""
+        """Id that stands before every document; the eos where the file has no token of such a name."""
         return self._bos_id
 
     @property
     def eos_id(self) -> int:
-        """Id that stands after every document."""
+        """Id that stands after every document; the bos where the file has no token of such a name."""
         return self._eos_id
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text, without the special tokens of the file's template. Raises UserError as SentencePiece's."""
+        """Ids of plain text, without the special tokens of the file's template.
+
+        Raises UserError for a lone surrogate, and for text that a vocabulary without an unknown token cannot express.
+        """
         try:
             return self._tokenizer.encode(text, add_special_tokens=False).ids
         except TypeError:
             raise not_unicode() from None
+        except BaseException as error:
+            raise _explain(error, "the tokenizer.json cannot encode this text") from None
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids. Special tokens are left out."""
@@ -66,12 +76,9 @@ class JsonTokenizer(Tokenizer):
         """The bytes of the `tokenizer.json`."""
         return self._content
 
-    def _first_of(self, names: Sequence[str]) -> int:
+    def _first_of(self, names: Sequence[str]) -> int | None:
         ids = (self._tokenizer.token_to_id(name) for name in names)
-        found = next((token for token in ids if token is not None), None)
-        if found is None:
-            raise UserError(f"the tokenizer.json has none of the tokens {', '.join(names)}; add one of them")
-        return found
+        return next((token for token in ids if token is not None), None)
 
 
 def _parse(content: bytes) -> Any:
@@ -80,6 +87,27 @@ def _parse(content: bytes) -> Any:
     except ImportError:
         raise UserError("a tokenizer.json needs another package; pip install 'looplm_jax[hf]'") from None
     try:
-        return tokenizers.Tokenizer.from_buffer(content)
-    except ValueError:
-        raise UserError("this is not a tokenizer.json; give the file that Hugging Face tokenizers save") from None
+        tokenizer = tokenizers.Tokenizer.from_buffer(content)
+    except BaseException as error:
+        raise _explain(error, "this is not a tokenizer.json that Hugging Face tokenizers save") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    _keep_structure_out_of_text(tokenizer)
+    return tokenizer
+
+
+def _keep_structure_out_of_text(tokenizer: Any) -> None:
+    """Names of special tokens in a text are text, also where the file has such a token without calling it special."""
+    added = tokenizer.get_added_tokens_decoder().values()
+    plain = [token for token in added if token.content in _STRUCTURE and not token.special]
+    for token in plain:
+        token.special = True
+    tokenizer.add_special_tokens(plain)
+    tokenizer.encode_special_tokens = True
+
+
+def _explain(error: BaseException, what: str) -> BaseException:
+    """The UserError for a failure of `tokenizers`: an exception, or a panic of its Rust, which is a BaseException."""
+    if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+        return UserError(f"{what}: {' '.join(str(error).split())}")
+    return error

@@ -1,0 +1,95 @@
+"""The report of `dense_start`: held-out loss against steps of every start, and when each is back at the dense loss."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from looplm_jax.evaluation.tables import Table
+
+_SHOWN_STEPS = (0, 25, 50, 100, 200, 400, 800)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Course:
+    """Held-out loss of every loop (nats a token) after some steps."""
+
+    name: str
+    steps: Sequence[int]
+    losses: Sequence[Sequence[float]]
+
+    def back(self, target: float, loop: int) -> int | None:
+        """The first measured step from which the loss of a loop is no more than `target`; None: not in this course."""
+        for step, losses in zip(self.steps, self.losses, strict=True):
+            if losses[min(loop, len(losses)) - 1] <= target:
+                return step
+        return None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Results:
+    """The loss of the dense model, and the courses beside it."""
+
+    dense_loss: float
+    loops: int
+    courses: Sequence[Course]
+
+
+def write_report(out: Path, results: Results) -> list[str]:
+    """Write `results.json`, `report.md` and, where matplotlib is installed, its figure; returns their names."""
+    (out / "results.json").write_text(json.dumps(dataclasses.asdict(results), indent=1) + "\n")
+    figures = _plot(results, out / "dense_start.png")
+    text = report(results)
+    (out / "report.md").write_text("\n".join([text, *(f"![{name}]({name})\n" for name in figures)]), encoding="utf-8")
+    print(text)
+    return ["results.json", "report.md", *figures]
+
+
+def report(results: Results) -> str:
+    """Tables in Markdown: loss of loop 1, loss of the last loop, and the steps until each is back."""
+    parts = [f"# A looped model from a dense one\n\nThe dense model: {results.dense_loss:.4f} nats/token, held out.\n"]
+    for loop in (1, results.loops):
+        parts.append(f"## Loss of loop {loop} after some steps\n\n{_losses(results, loop).markdown()}")
+    parts.append(f"## Steps until the loss is back at the dense model's\n\n{_returns(results).markdown()}")
+    return "\n".join(parts)
+
+
+def _losses(results: Results, loop: int) -> Table:
+    steps = [step for step in _SHOWN_STEPS if any(step in course.steps for course in results.courses)]
+    rows = [[course.name, *(_at(course, step, loop) for step in steps)] for course in results.courses]
+    return Table(title=f"loop {loop}", columns=("", *map(str, steps)), rows=rows)
+
+
+def _at(course: Course, step: int, loop: int) -> str:
+    losses = dict(zip(course.steps, course.losses, strict=True)).get(step)
+    return "" if losses is None else f"{losses[min(loop, len(losses)) - 1]:.3f}"
+
+
+def _returns(results: Results) -> Table:
+    rows = []
+    for course in results.courses:
+        found = [course.back(results.dense_loss, loop) for loop in (1, results.loops)]
+        rows.append([course.name, *(f"not in {course.steps[-1]}" if step is None else str(step) for step in found)])
+    return Table(title="back", columns=("", "loop 1", f"loop {results.loops}"), rows=rows)
+
+
+def _plot(results: Results, path: Path) -> list[str]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("dense_start: figures need matplotlib; pip install 'looplm_jax[plot]'", file=sys.stderr)
+        return []
+    figure = Figure(figsize=(9.6, 3.8), layout="constrained")
+    for axes, loop in zip(figure.subplots(1, 2, sharey=True), (1, results.loops), strict=True):
+        for course in results.courses:
+            heights = [losses[min(loop, len(losses)) - 1] for losses in course.losses]
+            axes.plot(course.steps, heights, linewidth=1.4, label=course.name)
+        axes.axhline(results.dense_loss, color="#777777", linestyle="--", linewidth=1.0)
+        axes.set_ylim(results.dense_loss - 0.2, results.dense_loss + 1.5)
+        axes.set_xlabel("training steps")
+        axes.set_title(f"loop {loop}")
+    figure.axes[0].set_ylabel("held-out loss (nats/token)")
+    figure.axes[0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+    return [path.name]

@@ -1,0 +1,219 @@
+"""Upcycling, measured: which order of the copied layers keeps the loss nearer, and which trains better from there.
+
+    python -m experiments.upcycling --out runs/upcycling
+
+Ouro-2.6B begins with the 24 layers of Ouro-1.4B, twice (paper, section 4.1), in an order that is not printed. Here a
+small looped model is trained on the source of the local Python's standard library, upcycled to twice its layers in
+either order, and trained on, with the state of the optimiser and with a fresh one, beside the base itself trained on.
+All of them see the same data, in an order that is new to them, at the same constant learning rate without a warm-up.
+
+What is done is not done again: stopped at any moment, the same command goes on.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.upcycling_report import Course, Results, write_results
+from looplm_jax.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    MeshConfig,
+    ModelConfig,
+    Recipe,
+    Schedule,
+    SourceConfig,
+    Stage,
+    StartConfig,
+)
+from looplm_jax.convert.upcycle import Order, upcycle
+from looplm_jax.data import collect_stdlib, validation_batches
+from looplm_jax.evaluation.during_training import evaluate_held_out
+from looplm_jax.loading import load
+from looplm_jax.training.metrics import EVALUATION, read_metrics
+from looplm_jax.training.run import train
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How large the comparison is: the base and its training, the steps after upcycling, and what is measured."""
+
+    model: ModelConfig
+    base_steps: int
+    warmup_steps: int
+    steps: int
+    measured_every: int
+    sequences: int
+    sequence_length: int
+    seeds: tuple[int, ...]
+
+
+_LAPTOP = Scale(
+    model=ModelConfig(
+        vocab_size=2048, width=192, mlp_width=512, num_layers=2, num_heads=4, rope_theta=1e4, max_positions=1024
+    ),
+    base_steps=1000,
+    warmup_steps=40,
+    steps=200,
+    measured_every=50,
+    sequences=256,
+    sequence_length=128,
+    seeds=(0, 1),
+)
+_SMOKE = dataclasses.replace(
+    _LAPTOP,
+    model=dataclasses.replace(_LAPTOP.model, vocab_size=384, width=32, mlp_width=48),
+    base_steps=4,
+    warmup_steps=0,
+    steps=4,
+    measured_every=2,
+    sequences=4,
+    sequence_length=64,
+    seeds=(0,),
+)
+_NEW_ORDER = 1000  # added to the seed of what is trained on: the data comes in another order than the base saw it in
+SCALES = {"laptop": _LAPTOP, "smoke": _SMOKE}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Variant:
+    """What is trained on: the base itself, or one that was upcycled from it."""
+
+    order: Order | None
+    optimizer: bool
+
+    @property
+    def name(self) -> str:
+        """In the results, and as the name of its folder."""
+        model = "base" if self.order is None else self.order.value
+        return model if self.optimizer else f"{model}-fresh-optimizer"
+
+
+VARIANTS = tuple(Variant(order=order, optimizer=on) for on in (True, False) for order in (None, *Order))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what is not done yet, write the results, and say where they are."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/upcycling"), help="folder (default: runs/upcycling)")
+    parser.add_argument("--scale", choices=SCALES, default="laptop", help="smoke: seconds, to see that it works")
+    arguments = parser.parse_args(argv)
+    out, scale = arguments.out, SCALES[arguments.scale]
+    corpus = out / "corpus.jsonl"
+    if not corpus.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        collect_stdlib(corpus)
+    courses = []
+    for seed in scale.seeds:
+        base = _train_base(out, scale, seed)
+        for variant in VARIANTS:
+            print(f"\n== seed {seed}: {variant.name}", flush=True)
+            courses.append(_train_on(out, scale, seed, variant, base))
+    results = Results(
+        command=f"python -m experiments.upcycling --scale {arguments.scale}",
+        scale=dataclasses.asdict(scale),
+        courses=tuple(courses),
+    )
+    written = write_results(out, results)
+    print(f"\nwrote {', '.join(written)} to {out}")
+    print(f"next: looplm convert upcycle {_base(out, scale.seeds[0])} deeper --layers {2 * scale.model.num_layers}")
+    return 0
+
+
+def _train_base(out: Path, scale: Scale, seed: int) -> Path:
+    """The run folder of the base. All seeds share the tokeniser of the first."""
+    folder, first = _base(out, seed), _base(out, scale.seeds[0])
+    print(f"\n== seed {seed}: base", flush=True)
+    recipe = _recipe(out, scale, seed, steps=scale.base_steps, warmup_steps=scale.warmup_steps)
+    if folder != first:
+        recipe = dataclasses.replace(
+            recipe, data=dataclasses.replace(recipe.data, tokenizer=str(first / "tokenizer.model"))
+        )
+    _train(recipe, folder)
+    return folder
+
+
+def _train_on(out: Path, scale: Scale, seed: int, variant: Variant, base: Path) -> Course:
+    """Upcycle, measure, train, and measure on the way."""
+    folder = out / f"seed-{seed}" / variant.name
+    start, model = base, scale.model
+    if variant.order is not None:
+        model = dataclasses.replace(model, num_layers=2 * model.num_layers)
+        start = folder / "start"
+        if not start.exists():
+            print(upcycle(base, start, layers=model.num_layers, order=variant.order))
+    recipe = dataclasses.replace(
+        _recipe(out, scale, seed + _NEW_ORDER, steps=scale.steps, measured_every=scale.measured_every),
+        model=model,
+        start=StartConfig(checkpoint=str(start), optimizer=variant.optimizer),
+    )
+    losses = {0: _loss_per_loop(start, recipe, folder / "at_start.json")}
+    _train(recipe, folder / "run")
+    rows = [row for row in read_metrics(folder / "run") if row["kind"] == EVALUATION]
+    losses |= {row["step"]: row["loss_per_loop"] for row in rows}
+    return Course(seed=seed, variant=variant.name, losses=losses)
+
+
+def _recipe(
+    out: Path, scale: Scale, seed: int, *, steps: int, warmup_steps: int = 0, measured_every: int = 0
+) -> Recipe:
+    stage = Stage(
+        name="pretrain",
+        steps=steps,
+        batch_size=4,
+        sequence_length=scale.sequence_length,
+        loops=scale.model.loops,
+        beta=0.1,
+        learning_rate=1.5e-3,
+        schedule=Schedule.CONSTANT,
+        warmup_steps=warmup_steps,
+    )
+    corpus = SourceConfig(path=str(out / "corpus.jsonl"))
+    return Recipe(
+        name="upcycling",
+        seed=seed,
+        model=scale.model,
+        stages=(stage,),
+        mesh=MeshConfig(data=1),
+        data=DataConfig(sources=(corpus,), validation_fraction=0.05, seed=seed),
+        checkpoint=CheckpointConfig(every=500, keep=1),
+        evaluation=EvaluationConfig(every=measured_every, sequences=scale.sequences),
+    )
+
+
+def _train(recipe: Recipe, folder: Path) -> None:
+    """Train, unless that is done; the last evaluation is written at the last step."""
+    if any((row["kind"], row["step"]) == (EVALUATION, recipe.total_steps) for row in read_metrics(folder)):
+        return
+    stopped_by = train(recipe, folder, evaluate=evaluate_held_out).stopped_by
+    if stopped_by is not None:
+        print("upcycling: stopped; the same command goes on from there", file=sys.stderr)
+        sys.exit(128 + stopped_by)
+
+
+def _loss_per_loop(checkpoint: Path, recipe: Recipe, memory: Path) -> list[float]:
+    """Held-out loss of a checkpoint after each loop, as training measures it; `memory` remembers it."""
+    if not memory.exists():
+        loaded, stage = load(checkpoint), recipe.stages[0]
+        held_out = validation_batches(
+            recipe.data,
+            loaded.tokenizer,
+            batch_size=stage.batch_size,
+            sequence_length=stage.sequence_length,
+            max_sequences=recipe.evaluation.sequences,
+        )
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        memory.write_text(json.dumps(evaluate_held_out(loaded.model, loaded.params, held_out)["loss_per_loop"]))
+    return json.loads(memory.read_text())
+
+
+def _base(out: Path, seed: int) -> Path:
+    return out / f"seed-{seed}" / "base-run"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

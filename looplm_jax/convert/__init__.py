@@ -1,0 +1,18 @@
+"""Weights in and out: Hugging Face folders, PyTorch state dicts, deeper stacks, dense models."""
+
+from looplm_jax.convert.dense import convert_from_dense
+from looplm_jax.convert.from_hf import convert_from_hf
+from looplm_jax.convert.state_dict import from_torch_state_dict, to_torch_state_dict
+from looplm_jax.convert.to_hf import convert_to_hf, parse_size
+from looplm_jax.convert.upcycle import Order, upcycle
+
+__all__ = [
+    "Order",
+    "convert_from_dense",
+    "convert_from_hf",
+    "convert_to_hf",
+    "from_torch_state_dict",
+    "parse_size",
+    "to_torch_state_dict",
+    "upcycle",
+]

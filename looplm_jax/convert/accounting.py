@@ -1,0 +1,77 @@
+"""Every tensor of the files has its place in the model, and every place its tensor, before the first one is read."""
+
+import re
+from collections.abc import Callable
+
+import numpy as np
+
+from looplm_jax.config import ModelConfig
+from looplm_jax.convert.layout import TorchTensor, account, array_shapes, torch_layout
+from looplm_jax.convert.weight_files import WeightFolder
+from looplm_jax.errors import UserError
+
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+
+
+def accounted(
+    weights: WeightFolder, config: ModelConfig, has: Callable[[TorchTensor], bool] = lambda _: True
+) -> list[TorchTensor]:
+    """The tensors of the model, when the files hold these, in these shapes, and no others.
+
+    Args:
+      weights: the files.
+      config: the model.
+      has: whether a model of the kind that the files hold has that tensor.
+
+    Raises:
+      UserError: a tensor that is missing, surplus or misshapen, by name.
+    """
+    _check_sizes(weights, config)
+    layout = [tensor for tensor in torch_layout(array_shapes(config)) if has(tensor)]
+    found = {name: stored.shape for name, stored in weights.tensors.items()}
+    head_too = config.tied_head and found.pop(_HEAD, None) is not None
+    account(found, {tensor.name: tensor for tensor in layout}, str(weights.path))
+    if head_too:
+        _check_tied(weights)
+    return layout
+
+
+def _check_sizes(weights: WeightFolder, config: ModelConfig) -> None:
+    """Refuses a config that does not fit the headers of the files, before anything of its size is made.
+
+    Headers are bound by the length of their files, so a config that agrees with them asks for no more than is there.
+
+    Raises:
+      UserError: what does not fit.
+    """
+    found = {match[1] for name in weights.tensors if (match := _LAYER.match(name))}
+    if len(found) != config.num_layers:
+        asked = f"num_hidden_layers={config.num_layers}"
+        raise UserError(f"{weights.path}: config.json says {asked}, but the files hold {len(found)} layers")
+    attention, mlp = "model.layers.0.self_attn", "model.layers.0.mlp"
+    needed = {
+        _EMBEDDING: (config.vocab_size, config.width),
+        f"{attention}.q_proj.weight": (config.num_heads * config.head_width, config.width),
+        f"{attention}.k_proj.weight": (config.kv_heads * config.head_width, config.width),
+        f"{mlp}.gate_proj.weight": (config.mlp_width, config.width),
+    }
+    for name, shape in needed.items():
+        if name not in weights.tensors:
+            raise UserError(f"{weights.path}: tensor {name} is missing")
+        if weights.tensors[name].shape != shape:
+            raise UserError(
+                f"{weights.path}: tensor {name} has shape {list(weights.tensors[name].shape)}, "
+                f"config.json asks for {list(shape)}"
+            )
+
+
+def _check_tied(weights: WeightFolder) -> None:
+    """Some write the head although it is the embedding; then it must be the same, to the last bit."""
+    head, embedding = weights.tensors[_HEAD], weights.tensors[_EMBEDDING]
+    same = (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
+    if not same or not np.array_equal(weights.read(_HEAD).view(np.uint8), weights.read(_EMBEDDING).view(np.uint8)):
+        raise UserError(
+            f"{weights.path}: {_HEAD} differs from {_EMBEDDING}, but config.json says tie_word_embeddings=true; "
+            "set it to false to keep both"
+        )

@@ -1,0 +1,160 @@
+"""A dense model of Llama's layout (SmolLM2, Llama 3, Mistral) as the start of a looped one.
+
+Its layers become the shared stack. With norm placement `pre` a loop is the dense model itself: hidden states and
+logits of loop 1 are the same numbers. `sandwich` adds a norm after each branch that no weight makes the identity, so
+loop 1 differs until training has won it back (docs/dense_start.md has the measurement). What a dense model lacks, the
+exit gate and those norms, starts at its initial value.
+"""
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+from looplm_jax.config import MeshConfig, ModelConfig, NormPlacement
+from looplm_jax.convert.converted import Converted, converted_recipe, summary, write_converted
+from looplm_jax.convert.from_hf import CONFIG, HfModel, accounted, naming, parameter_targets, read_hf_tokenizer
+from looplm_jax.convert.json_files import read_json_object
+from looplm_jax.convert.layout import Path as ArrayPath
+from looplm_jax.convert.layout import TorchTensor, flat_arrays, unflat_arrays
+from looplm_jax.convert.ouro_config import from_llama_config
+from looplm_jax.convert.output_folder import fresh_folder
+from looplm_jax.convert.placement import place_tensors
+from looplm_jax.convert.weight_files import WeightFolder
+from looplm_jax.errors import UserError
+from looplm_jax.models.looplm import LoopLM, boxed_params
+from looplm_jax.sharding import check_divides, make_mesh
+
+_DESCRIPTION = "starts from the weights of a dense model"
+_ONLY_LOOPED = re.compile(r"model\.early_exit_gate\.|.*layernorm_2\.")
+_DERIVED = ".rotary_emb.inv_freq"  # old files hold it; it follows from rope_theta
+
+# What transformers assumes where a config.json leaves a field out, and it is not what our reader assumes.
+_ASSUMED: dict[str, dict[str, Any]] = {
+    "llama": {"rope_theta": 1e4},
+    "mistral": {"rope_theta": 1e4, "num_key_value_heads": 8, "sliding_window": 4096},
+}
+
+
+def convert_from_dense(
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    loops: int = 4,
+    norm_placement: NormPlacement = NormPlacement.PRE,
+    dtype: DTypeLike | None = None,
+    seed: int = 0,
+) -> Converted:
+    """Writes a looped model that begins with the weights of a dense one, as the checkpoint `<out>/checkpoints/0`.
+
+    Args:
+      folder: config.json, safetensors and tokenizer.json of a model of Llama's layout.
+      out: a folder that does not exist, or is empty.
+      loops: T of the looped model.
+      norm_placement: `pre` keeps the dense model as loop 1; `sandwich` is Ouro's.
+      dtype: of the parameters; None: as the files have it.
+      seed: of the gate.
+
+    Raises:
+      UserError: as `load_dense`, or `out` is not empty, or the disk refuses. Nothing half-written remains.
+    """
+    mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
+    with fresh_folder(out) as staging:
+        model = load_dense(folder, mesh=mesh, loops=loops, norm_placement=norm_placement, dtype=dtype, seed=seed)
+        recipe = dataclasses.replace(converted_recipe(Path(folder), model.config), description=_DESCRIPTION)
+        write_converted(staging, recipe, model.params, model.tokenizer)
+    return summary(Path(out), model.config, model.params)
+
+
+def load_dense(
+    path: str | os.PathLike[str],
+    *,
+    mesh: Mesh,
+    loops: int = 4,
+    norm_placement: NormPlacement = NormPlacement.PRE,
+    dtype: DTypeLike | None = None,
+    seed: int = 0,
+) -> HfModel:
+    """A looped model with the weights of a dense one, read as `load_hf` reads; arguments as `convert_from_dense`.
+
+    Raises:
+      UserError: what `load_hf` refuses, and a model with biases (Qwen 2), a window (Mistral before 0.2) or scaled
+        rotary embedding (Llama 3.1), by name.
+    """
+    folder = Path(path)
+    weights = _without_derived(WeightFolder.open(folder))
+    config = read_dense_config(folder, weights, loops=loops, norm_placement=norm_placement)
+    check_divides(mesh, config)
+    layout = accounted(weights, config, _in_a_llama)
+    tokenizer = read_hf_tokenizer(folder, config.vocab_size)
+    dtype = dtype or weights.one_dtype(tensor.name for tensor in layout)
+    targets = parameter_targets(config, mesh, dtype)
+    arrays = place_tensors(weights, layout, targets)
+    missing = {path: target for path, target in targets.items() if path not in arrays}
+    params = unflat_arrays({**arrays, **_initial(config, missing, seed)})
+    return HfModel(config=config, params=params, tokenizer=tokenizer)
+
+
+def read_dense_config(folder: Path, weights: WeightFolder, *, loops: int, norm_placement: NormPlacement) -> ModelConfig:
+    """The looped model that the `config.json` of a dense one asks for.
+
+    Raises:
+      UserError: the file is missing or no JSON object, the model has biases or another layout than Llama's, or the
+        config has a field that we do not honour, by name.
+    """
+    if loops < 1:
+        raise UserError(f"loops must be at least 1, not {loops}")
+    values = read_json_object(folder / CONFIG)
+    _refuse_biases(weights, values)
+    try:
+        return from_llama_config(_as_llama(values), loops=loops, norm_placement=norm_placement)
+    except UserError as error:
+        raise naming(folder, error) from None
+
+
+def _as_llama(values: Mapping[str, Any]) -> dict[str, Any]:
+    """With the fields that were left out; a Mistral without a window is a Llama by another name."""
+    kind = values.get("model_type")
+    if kind not in ("llama", "mistral"):
+        return dict(values)
+    return {**_ASSUMED[kind], **values, "model_type": "llama"}
+
+
+def _in_a_llama(tensor: TorchTensor) -> bool:
+    return not _ONLY_LOOPED.match(tensor.name)
+
+
+def _refuse_biases(weights: WeightFolder, values: Mapping[str, Any]) -> None:
+    biases = [name for name in weights.tensors if name.endswith(".bias")]
+    if biases or values.get("model_type") == "qwen2":
+        example = biases[0] if biases else "self_attn.q_proj.bias, k_proj.bias and v_proj.bias of a Qwen 2"
+        raise UserError(
+            f"{weights.path}: a LoopLM has no biases, so {example} would be lost; take a model without, such as SmolLM2"
+        )
+
+
+def _without_derived(weights: WeightFolder) -> WeightFolder:
+    kept = {name: stored for name, stored in weights.tensors.items() if not name.endswith(_DERIVED)}
+    return WeightFolder(path=weights.path, tensors=kept)
+
+
+def _initial(
+    config: ModelConfig, targets: Mapping[ArrayPath, jax.ShapeDtypeStruct], seed: int
+) -> dict[ArrayPath, Array]:
+    """The initial values of some parameters; the compiler drops all the others, so these alone are made."""
+
+    def make(key: Array) -> dict[ArrayPath, Array]:
+        everything = flat_arrays(nn.meta.unbox(boxed_params(LoopLM(config), key)))
+        return {path: everything[path].astype(target.dtype) for path, target in targets.items()}
+
+    return jax.jit(make, out_shardings={path: target.sharding for path, target in targets.items()})(
+        jax.random.key(seed)
+    )

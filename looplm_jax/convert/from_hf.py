@@ -1,0 +1,125 @@
+"""A Hugging Face Ouro folder as parameters of ours, or as a checkpoint."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from looplm_jax.config import MeshConfig, ModelConfig
+from looplm_jax.convert.accounting import accounted
+from looplm_jax.convert.converted import Converted, converted_recipe, summary, write_converted
+from looplm_jax.convert.json_files import read_json_object
+from looplm_jax.convert.layout import Path as ArrayPath
+from looplm_jax.convert.layout import flat_arrays, unflat_arrays
+from looplm_jax.convert.ouro_config import from_ouro_config
+from looplm_jax.convert.output_folder import fresh_folder
+from looplm_jax.convert.placement import place_tensors
+from looplm_jax.convert.weight_files import WeightFolder
+from looplm_jax.data.tokenizers import Tokenizer, load_tokenizer
+from looplm_jax.errors import UserError
+from looplm_jax.models.looplm import LoopLM, Params, boxed_params
+from looplm_jax.sharding import abstract, check_divides, make_mesh
+
+CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HfModel:
+    """A model as its folder describes it."""
+
+    config: ModelConfig
+    params: Params
+    tokenizer: Tokenizer
+
+
+def load_hf(path: str | os.PathLike[str], *, mesh: Mesh, dtype: DTypeLike | None = None) -> HfModel:
+    """The model of a Hugging Face Ouro folder, tensor by tensor straight to where each part of it belongs.
+
+    Every tensor is accounted for before the first one is read.
+
+    Args:
+      path: the folder: config.json, safetensors, tokenizer.json.
+      mesh: the devices to spread the parameters over.
+      dtype: float32, bfloat16 or float16; None: as the files have it.
+
+    Raises:
+      UserError: a file is missing, damaged or pickled; a field of the config is not honoured; a tensor is missing,
+        surplus, misshapen or not finite; the tokeniser has another vocabulary; the mesh does not fit.
+    """
+    folder = Path(path)
+    weights = WeightFolder.open(folder)
+    config = read_hf_config(folder)
+    check_divides(mesh, config)
+    layout = accounted(weights, config)
+    tokenizer = read_hf_tokenizer(folder, config.vocab_size)
+    targets = parameter_targets(config, mesh, dtype or weights.one_dtype(tensor.name for tensor in layout))
+    params = unflat_arrays(place_tensors(weights, layout, targets))
+    return HfModel(config=config, params=params, tokenizer=tokenizer)
+
+
+def convert_from_hf(
+    folder: str | os.PathLike[str], out: str | os.PathLike[str], *, dtype: DTypeLike | None = None
+) -> Converted:
+    """Writes the model of a Hugging Face Ouro folder as the checkpoint `<out>/checkpoints/0`.
+
+    Args:
+      folder: config.json, safetensors, tokenizer.json.
+      out: a folder that does not exist, or is empty.
+      dtype: of the parameters; None: as the files have it.
+
+    Raises:
+      UserError: as `load_hf`, or `out` is not empty, or the disk refuses. Nothing half-written remains.
+    """
+    mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
+    with fresh_folder(out) as staging:
+        model = load_hf(folder, mesh=mesh, dtype=dtype)
+        write_converted(staging, converted_recipe(Path(folder), model.config), model.params, model.tokenizer)
+    return summary(Path(out), model.config, model.params)
+
+
+def read_hf_config(folder: Path) -> ModelConfig:
+    """The model that the `config.json` of an Ouro folder describes.
+
+    Raises:
+      UserError: the file is missing or no JSON object, or it has a field that we do not honour, by name.
+    """
+    try:
+        return from_ouro_config(read_json_object(folder / CONFIG))
+    except UserError as error:
+        raise naming(folder, error) from None
+
+
+def read_hf_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
+    """The tokeniser in the `tokenizer.json` of a folder.
+
+    Raises:
+      UserError: the file is missing or damaged, its package is not installed, or it has not `vocab_size` tokens.
+    """
+    file = folder / TOKENIZER
+    if not file.is_file():
+        raise UserError(f"{file} is missing; copy it from where the model comes from")
+    tokenizer = load_tokenizer(str(file))
+    if tokenizer.vocab_size != vocab_size:
+        raise UserError(
+            f"{file} has {tokenizer.vocab_size} tokens, but {CONFIG} says vocab_size={vocab_size}; "
+            "copy both from the same model"
+        )
+    return tokenizer
+
+
+def parameter_targets(config: ModelConfig, mesh: Mesh, dtype: DTypeLike) -> dict[ArrayPath, jax.ShapeDtypeStruct]:
+    """Shape, dtype and sharding of every parameter of such a model, without making any."""
+    wanted = flat_arrays(abstract(lambda: boxed_params(LoopLM(config), jax.random.key(0)), mesh))
+    return {
+        path: jax.ShapeDtypeStruct(leaf.shape, np.dtype(dtype), sharding=leaf.sharding) for path, leaf in wanted.items()
+    }
+
+
+def naming(folder: Path, error: UserError) -> UserError:
+    """The same mistake, with the folder in its line."""
+    text = str(error)
+    return error if str(folder) in text else UserError(f"{folder}: {text}")

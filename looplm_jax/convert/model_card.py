@@ -1,0 +1,206 @@
+"""The model card of an exported folder: what the model is, how it was trained, and how to run it.
+
+It says what the checkpoint and the run folder around it say, and nothing else.
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from looplm_jax.checkpoints import Restored
+from looplm_jax.checkpoints.reading import candidates
+from looplm_jax.codec import from_dict
+from looplm_jax.config import ModelConfig, Objective, Recipe, Stage
+from looplm_jax.models.looplm import count_params
+
+# No license: it is for the owner of the weights to say.
+_HEAD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- ouro
+- looped
+- looplm_jax
+- custom_code
+---
+"""
+_USE = """\
+## Use
+
+With transformers 4.57 or 5; the folder holds its own PyTorch model:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+batch = tokenizer(["Once"], return_tensors="pt")
+out = model(**batch, loops={loops}, output_hidden_states=True)  # `loops` may differ from call to call
+out.hidden_states      # the states after each loop
+out.exit_probabilities # of each loop, for each token
+model(**batch, exit_loop=1).logits         # at a fixed loop
+model(**batch, exit_threshold=0.5).logits  # at the first loop whose cumulative exit probability reaches 0.5
+model(**batch, exit_weighted=True).logits  # the mean over all loops, by their exit probabilities
+```
+
+The weights as a plain PyTorch state dict, without transformers:
+
+```python
+import looplm_jax
+from looplm_jax.convert import to_torch_state_dict
+
+state = to_torch_state_dict(looplm_jax.load(FOLDER).params)
+```
+
+And in JAX: `looplm_jax.load(FOLDER)`, or `looplm convert from-hf FOLDER OUT` for a checkpoint that can be trained on.
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingRecord:
+    """What is known of the model: its recipe, how far it came, and its last losses on held-out text."""
+
+    recipe: Recipe
+    step: int
+    evaluation: Mapping[str, Any] | None  # the last row of its kind in `metrics.jsonl` up to `step`
+
+
+def training_record(checkpoint: str, restored: Restored) -> TrainingRecord:
+    """The record of the step that was restored from `checkpoint`; metrics only where that is a folder of a run."""
+    steps = candidates(checkpoint, restored.step)[0].path.parent
+    run = steps.parent if steps.name == "checkpoints" else steps
+    evaluations = [row for row in _metrics(run) if row.get("kind") == "evaluation" and row["step"] <= restored.step]
+    return TrainingRecord(
+        recipe=from_dict(Recipe, restored.metadata.config),
+        step=restored.step,
+        evaluation=evaluations[-1] if evaluations else None,
+    )
+
+
+def model_card(record: TrainingRecord, *, dtype: str) -> str:
+    """The text of `README.md` for weights in `dtype`."""
+    recipe = record.recipe
+    parts = [
+        f"# {_line(recipe.name)}\n\n{_line(recipe.description)}".rstrip() + "\n",
+        _shape(recipe.model, dtype),
+        _training(record),
+        _evaluation(record),
+        _versions(),
+        _USE.format(loops=recipe.model.loops),
+    ]
+    return _HEAD + "\n" + "\n".join(part for part in parts if part)
+
+
+def _shape(model: ModelConfig, dtype: str) -> str:
+    rows = [
+        ("parameters", f"{count_params(model):,} ({dtype})"),
+        ("layers in the shared stack", model.num_layers),
+        ("loops", model.loops),
+        ("width, feed-forward width", f"{model.width}, {model.mlp_width}"),
+        ("query heads, key/value heads, head width", f"{model.num_heads}, {model.kv_heads}, {model.head_width}"),
+        ("vocabulary", f"{model.vocab_size:,}{', head tied to the embedding' if model.tied_head else ''}"),
+        ("longest sequence", f"{model.max_positions:,} (rotary base {model.rope_theta:g})"),
+    ]
+    about = (
+        "A looped language model (Ouro, arXiv 2510.25741): one stack of layers is applied several times with the same "
+        "weights, every loop can predict the next token, and a gate says after which loop to stop.\n"
+    )
+    return f"{about}\n{_table(('', ''), rows)}"
+
+
+def _training(record: TrainingRecord) -> str:
+    recipe = record.recipe
+    parts = ["## Training\n"]
+    if recipe.start.checkpoint:
+        parts.append(f"Began with the parameters of `{_line(recipe.start.checkpoint)}`.\n")
+    done = _steps_done(recipe.stages, record.step)
+    if not any(done):
+        return "\n".join([*parts, "No training step is recorded in this checkpoint.\n"])
+    columns = ("stage", "steps", "batch", "sequence length", "tokens", "loops", "objective", "learning rate")
+    rows = [_stage_row(stage, steps) for stage, steps in zip(recipe.stages, done, strict=True) if steps]
+    optimizer = recipe.optimizer
+    adamw = (
+        f"AdamW, b1 {optimizer.b1:g}, b2 {optimizer.b2:g}, weight decay {optimizer.weight_decay:g}, "
+        f"gradients clipped to a global norm of {optimizer.clip_norm:g}; seed {recipe.seed}.\n"
+    )
+    return "\n".join([*parts, _table(columns, rows), adamw, _data(recipe)])
+
+
+def _steps_done(stages: Sequence[Stage], step: int) -> list[int]:
+    """How many steps of each stage are behind a run at `step`."""
+    done = []
+    for stage in stages:
+        done.append(min(stage.steps, step))
+        step -= done[-1]
+    return done
+
+
+def _stage_row(stage: Stage, steps: int) -> tuple[Any, ...]:
+    of_all = "" if steps == stage.steps else f" of {stage.steps:,}"
+    tokens = steps * stage.batch_size * stage.sequence_length
+    loops = f"{stage.min_loops} to {stage.loops}" if stage.min_loops else stage.loops
+    if stage.objective is Objective.GATE:
+        objective = (
+            f"gate (Eq. 5, 6), {stage.gate_target.value}, k {stage.gain_slope:g}, gamma {stage.gain_threshold:g}"
+        )
+    else:
+        objective = f"expected loss (Eq. 4), beta {stage.beta:g}, {stage.prior.kind.value} prior"
+    rate = f"{stage.learning_rate:g}, {stage.schedule.value}, {stage.warmup_steps} warm-up steps"
+    return (
+        stage.name,
+        f"{steps:,}{of_all}",
+        stage.batch_size,
+        stage.sequence_length,
+        f"{tokens:,}",
+        loops,
+        objective,
+        rate,
+    )
+
+
+def _data(recipe: Recipe) -> str:
+    if not recipe.data.sources:
+        return ""
+    rows = [(f"`{source.path}`", f"{source.weight:g}") for source in recipe.data.sources]
+    held_out = f"{100 * recipe.data.validation_fraction:g} % of the documents were held out.\n"
+    return f"{_table(('data', 'weight'), rows)}\n{held_out}"
+
+
+def _evaluation(record: TrainingRecord) -> str:
+    if record.evaluation is None:
+        return ""
+    losses = record.evaluation["loss_per_loop"]
+    rows = [(loop, f"{loss:.4f}", f"{math.exp(loss):.2f}") for loop, loss in enumerate(losses, start=1)]
+    table = _table(("loop", "loss (nats/token)", "perplexity"), rows)
+    return f"## Held-out text, at step {record.evaluation['step']:,}\n\n{table}"
+
+
+def _versions() -> str:
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("looplm_jax", "jax"))
+    return f"Written by {versions}.\n"
+
+
+def _metrics(run: epath.Path) -> Iterator[dict[str, Any]]:
+    """The rows of `metrics.jsonl`; lines that a killed process left incomplete are passed over."""
+    path = run / "metrics.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            yield json.loads(line)
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join(
+        f"| {' | '.join(_line(str(cell)).replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines
+    )
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,80 @@
+"""A new folder that appears whole, or not at all."""
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from looplm_jax.errors import UserError
+from looplm_jax.files import writing
+
+
+@contextlib.contextmanager
+def fresh_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder to write in, which becomes `out` once the body ends well and is removed if it does not.
+
+    It stands beside `out`, on the same file system, so that its new name is one step of that system. What a killed
+    process left of an earlier attempt is removed first.
+
+    Raises:
+      UserError: `out` is there and is not an empty folder, another process writes it now, or the disk refuses.
+    """
+    out = Path(out)
+    with writing(out):
+        target = _absent_or_empty(out)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = target.with_name(f".{target.name}.partial")
+        with _only_writer(staging, out), _named_as(out, staging):
+            try:
+                _remove_contents(staging)
+                yield staging
+                staging.replace(target)
+            except BaseException:
+                shutil.rmtree(staging, ignore_errors=True)
+                raise
+
+
+def _absent_or_empty(out: Path) -> Path:
+    """Where `out` leads to, links followed."""
+    target = out.resolve()
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{out} is a file; choose another folder")
+    if target.is_dir() and any(target.iterdir()):
+        raise UserError(f"{out} is not empty; choose another folder")
+    if target == Path.cwd() or target.is_mount():
+        raise UserError(f"{out} is the current folder or a mount point; name a new folder inside it")
+    return target
+
+
+@contextlib.contextmanager
+def _only_writer(staging: Path, out: Path) -> Iterator[None]:
+    """The system drops the lock with the process, however it ends."""
+    staging.mkdir(exist_ok=True)
+    handle = os.open(staging, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{out} is being written by another process; choose another folder") from None
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _named_as(out: Path, staging: Path) -> Iterator[None]:
+    """Mistakes speak of the folder that the user named: the other one is gone by then."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace(str(staging), str(out))) from error
+
+
+def _remove_contents(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()

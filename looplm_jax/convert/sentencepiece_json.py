@@ -1,0 +1,164 @@
+"""A SentencePiece BPE model as a Hugging Face `tokenizer.json` that gives the same ids.
+
+SentencePiece merges any two neighbours whose text is a piece; Hugging Face merges listed pairs. One pair for each piece
+is enough: until a piece is made nothing inside it has merged with anything outside, so what happened inside is what
+happens when the piece is encoded alone, and its last merge is always the same (`_last_merge`). Equal neighbours are
+merged from the left in both.
+
+SentencePiece writes a space as U+2581; here it stays a space, which leaves U+2581 itself to the byte tokens, as in
+`SentencePieceTokenizer`. The texts of ids agree too, except for bytes that are not UTF-8, where the number of
+replacement characters differs, and for the unknown token, which no text gives and which is shown by its name.
+"""
+
+import collections
+import dataclasses
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from looplm_jax.convert.sentencepiece_model import Algorithm, Piece, PieceKind, Settings, read_model
+from looplm_jax.data.tokenizers.sentencepiece import SPACE_MARK
+from looplm_jax.errors import UserError
+
+_EXPRESSIBLE = Settings(
+    model_type=Algorithm.BPE,
+    byte_fallback=True,
+    normalization_rules=False,
+    add_dummy_prefix=False,
+    remove_extra_whitespaces=False,
+    escape_whitespaces=True,
+)
+# What the decoder of Hugging Face takes for a byte, whatever kind of piece it is.
+_LIKE_A_BYTE = re.compile("<0x[0-9A-Fa-f+][0-9A-Fa-f]>")
+
+
+def sentencepiece_json(content: bytes) -> bytes:
+    """The `tokenizer.json` of a `.model` file's bytes.
+
+    Raises UserError, by name, for settings and pieces that would give other ids: a model that is not BPE with byte
+    fallback, that changes the text before it encodes it, or with pieces of one score.
+    """
+    model = read_model(content)
+    _check_settings(model.settings)
+    pieces = [dataclasses.replace(piece, text=piece.text.replace(SPACE_MARK, " ")) for piece in model.pieces]
+    _check_pieces(pieces)
+    return json.dumps(_document(pieces), ensure_ascii=False).encode()
+
+
+def _document(pieces: Sequence[Piece]) -> dict[str, Any]:
+    """The format of the package `tokenizers`, every field that its own files have."""
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [_added_token(token, piece) for token, piece in enumerate(pieces) if _is_added(piece)],
+        "normalizer": None,
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": {"type": "ByteFallback"},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": {piece.text: token for token, piece in enumerate(pieces)},
+            "merges": _merges(pieces),
+        },
+    }
+
+
+def _is_added(piece: Piece) -> bool:
+    """Whether the token is found before merges: never in plain text (control), or always (user-defined).
+
+    A user-defined character needs no entry: no merge has a part in it.
+    """
+    return piece.kind is PieceKind.CONTROL or (piece.kind is PieceKind.USER_DEFINED and len(piece.text) > 1)
+
+
+def _added_token(token: int, piece: Piece) -> dict[str, Any]:
+    return {
+        "id": token,
+        "content": piece.text,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": piece.kind is PieceKind.CONTROL,
+    }
+
+
+def _merges(pieces: Sequence[Piece]) -> list[tuple[str, str]]:
+    """The pair that makes each piece, best first. Nothing is merged with a user-defined piece."""
+    fixed = [piece.text for piece in pieces if piece.kind is PieceKind.USER_DEFINED]
+    scores = {
+        piece.text: piece.score
+        for piece in pieces
+        if _is_merged(piece) and not any(text in piece.text for text in fixed)
+    }
+    merges = [_last_merge(text, scores) for text in sorted(scores, key=scores.__getitem__, reverse=True)]
+    return [pair for pair in merges if pair is not None]
+
+
+def _is_merged(piece: Piece) -> bool:
+    return piece.kind is PieceKind.NORMAL and len(piece.text) > 1
+
+
+def _last_merge(text: str, scores: Mapping[str, float]) -> tuple[str, str] | None:
+    """The two parts that are merged last when SentencePiece encodes `text` alone; None where they never meet."""
+    parts = list(text)
+    while len(parts) > 2:
+        joined = [left + right for left, right in itertools.pairwise(parts)]
+        best = max(range(len(joined)), key=lambda place: scores.get(joined[place], -float("inf")))
+        if joined[best] not in scores:
+            return None
+        parts[best : best + 2] = [joined[best]]
+    left, right = parts
+    return left, right
+
+
+def _check_settings(settings: Settings) -> None:
+    for name, wanted in dataclasses.asdict(_EXPRESSIBLE).items():
+        value = getattr(settings, name)
+        if value != wanted:
+            raise UserError(
+                f"the SentencePiece model has {name} {_shown(value)}, and only with {_shown(wanted)} can a "
+                "tokenizer.json give the same ids; train another tokenizer, or keep to its .model file"
+            )
+
+
+def _shown(value: bool | Algorithm) -> str:
+    return value.name.lower() if isinstance(value, Algorithm) else str(value).lower()
+
+
+def _check_pieces(pieces: Sequence[Piece]) -> None:
+    problem = next(_problems(pieces), None)
+    if problem:
+        raise UserError(
+            f"in the SentencePiece model {problem}, so no tokenizer.json gives the same ids; "
+            "train another tokenizer, or keep to its .model file"
+        )
+
+
+def _problems(pieces: Sequence[Piece]) -> Iterator[str]:
+    """What Hugging Face's BPE would read in another way."""
+    texts = collections.Counter(piece.text for piece in pieces)
+    scores = collections.Counter(piece.score for piece in pieces if _is_merged(piece))
+    if " " not in texts:
+        yield "there is no piece for the space"
+    for piece in pieces:
+        if piece.kind is PieceKind.UNUSED:
+            yield f"the piece {piece.text!r} is marked as unused"
+        if texts[piece.text] > 1:
+            yield f"the piece {piece.text!r} is there twice, with a space and with its mark"
+        if piece.kind is not PieceKind.BYTE and _LIKE_A_BYTE.fullmatch(piece.text):
+            yield f"the piece {piece.text!r} looks like a byte"
+        if _is_merged(piece) and scores[piece.score] > 1:
+            yield f"the piece {piece.text!r} has the score of another"
+        if _is_merged(piece) and not all(character in texts for character in piece.text):
+            yield f"the piece {piece.text!r} has a character that is no piece"

@@ -1,0 +1,123 @@
+"""Weights to safetensors files of bounded size, one tensor in memory at a time.
+
+The library `safetensors` writes a file from tensors that are all in memory; so the format is written here. It is eight
+bytes with the length of a JSON header, the header, and the tensors one after the other.
+"""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from looplm_jax.convert.layout import TorchTensor
+from looplm_jax.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+_DTYPE_CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_ALIGNMENT = 8  # of the tensors' bytes in the file, as in the library
+_UNITS = {"": 1, "B": 1} | {
+    f"{prefix}{binary}B": base**power
+    for power, prefix in enumerate("KMGT", start=1)
+    for binary, base in (("", 1000), ("i", 1024))
+}
+_SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,3})?)([A-Za-z]*)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WrittenWeights:
+    """Names of the files of weights in their order, and the bytes of all tensors."""
+
+    files: tuple[str, ...]
+    bytes: int
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as `500MB`, `5GB` (powers of 1000), `5GiB` (of 1024), or a plain number.
+
+    Raises:
+      UserError: `text` is no size, or less than a byte.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or match[2] not in _UNITS:
+        raise UserError(f"{text!r} is not a size; write 500MB, 5GB, 5GiB, or a number of bytes")
+    size = int(float(match[1]) * _UNITS[match[2]])
+    if size < 1:
+        raise UserError(f"a file cannot hold less than a byte, as {text!r} asks; write 500MB, 5GB, 5GiB, ...")
+    return size
+
+
+def write_weights(
+    folder: Path,
+    tensors: Sequence[TorchTensor],
+    read: Callable[[TorchTensor], np.ndarray],
+    *,
+    dtype: str,
+    max_bytes: int,
+) -> WrittenWeights:
+    """Writes `model.safetensors`, or shards and their index where it would be larger than `max_bytes`.
+
+    Args:
+      folder: where to.
+      tensors: what to write, in this order.
+      read: gives a tensor in its PyTorch shape and in `dtype`; called once for each.
+      dtype: float32, float16 or bfloat16.
+      max_bytes: the tensors of one file take no more, unless a single one does.
+    """
+    sizes = [math.prod(tensor.shape) * _item_size(dtype) for tensor in tensors]
+    shards = _cut(tensors, sizes, max_bytes)
+    names = _file_names(len(shards))
+    for name, shard in zip(names, shards, strict=True):
+        _write_file(folder / name, shard, read, dtype)
+    if len(shards) > 1:
+        places = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": places}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return WrittenWeights(files=names, bytes=sum(sizes))
+
+
+def _cut(tensors: Sequence[TorchTensor], sizes: Sequence[int], max_bytes: int) -> list[list[TorchTensor]]:
+    """In order, each file as full as it may be."""
+    shards: list[list[TorchTensor]] = [[]]
+    room = max_bytes
+    for tensor, size in zip(tensors, sizes, strict=True):
+        if size > room and shards[-1]:
+            shards.append([])
+            room = max_bytes
+        shards[-1].append(tensor)
+        room -= size
+    return shards
+
+
+def _file_names(count: int) -> tuple[str, ...]:
+    if count == 1:
+        return ("model.safetensors",)
+    return tuple(f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1))
+
+
+def _write_file(
+    path: Path, tensors: Sequence[TorchTensor], read: Callable[[TorchTensor], np.ndarray], dtype: str
+) -> None:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        start, end = end, end + math.prod(tensor.shape) * _item_size(dtype)
+        header[tensor.name] = {
+            "dtype": _DTYPE_CODES[dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % _ALIGNMENT)
+    with path.open("wb") as stream:
+        stream.write(len(encoded).to_bytes(8, "little"))
+        stream.write(encoded)
+        for tensor in tensors:
+            stream.write(np.ascontiguousarray(read(tensor)).view(np.uint8).data)
+
+
+def _item_size(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2

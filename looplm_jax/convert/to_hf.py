@@ -1,0 +1,137 @@
+"""A checkpoint to a Hugging Face folder: weights, configuration, tokeniser, PyTorch model and model card."""
+
+import dataclasses
+import functools
+import importlib.resources
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from looplm_jax.checkpoints import Restored, read_metadata, restore_params
+from looplm_jax.codec import from_dict
+from looplm_jax.config import Recipe
+from looplm_jax.convert.layout import Path as ArrayPath
+from looplm_jax.convert.layout import TorchTensor, array_shapes, flat_arrays, torch_layout
+from looplm_jax.convert.model_card import model_card, training_record
+from looplm_jax.convert.ouro_config import to_ouro_config
+from looplm_jax.convert.output_folder import fresh_folder
+from looplm_jax.convert.shard_files import WrittenWeights, write_weights
+from looplm_jax.convert.tokenizer_files import stop_ids, tokenizer_files
+from looplm_jax.data.tokenizers import Tokenizer, deserialize
+from looplm_jax.errors import UserError
+
+DEFAULT_SHARD_BYTES = 5 * 10**9
+_DTYPES = ("float32", "bfloat16")
+_TORCH_FILES = ("configuration_looplm.py", "modeling_looplm.py")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToHf:
+    """What was written, and warnings about newer steps that were passed over."""
+
+    out: Path
+    step: int
+    dtype: str
+    weights: WrittenWeights
+    files: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    def __str__(self) -> str:
+        size = f"{self.weights.bytes:,} bytes of {self.dtype} in {len(self.weights.files)} file(s)"
+        return "\n".join((*self.warnings, f"wrote step {self.step}, {size}, to {self.out}: {', '.join(self.files)}"))
+
+
+def convert_to_hf(
+    checkpoint: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    step: int | None = None,
+    dtype: str | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> ToHf:
+    """Writes a folder that transformers, vLLM and `looplm convert from-hf` read.
+
+    Args:
+      checkpoint: a run folder, its `checkpoints` folder, or one step.
+      out: a folder that does not exist, or is empty.
+      step: which step; None means the newest good one.
+      dtype: float32 or bfloat16; None: as stored.
+      max_shard_bytes: weights beyond this are cut into several files.
+
+    Raises:
+      UserError: not a checkpoint, no good step, an option that Hugging Face's Ouro cannot express, weights that are
+        not finite, `out` is not empty, or the disk refuses. Nothing half-written remains.
+    """
+    if dtype not in (None, *_DTYPES):
+        raise UserError(f"weights are written in {' or '.join(_DTYPES)}, not {dtype}")
+    source = os.fspath(checkpoint)
+    model = from_dict(Recipe, read_metadata(source, step).config).model
+    to_ouro_config(model, dtype="float32")  # refuses what it cannot express, before the weights are read
+    with fresh_folder(out) as folder:
+        restored = restore_params(source, array_shapes(model), step=step)
+        dtype = dtype or _widest(restored.state)
+        weights = _write_weights(folder, restored.state, dtype, max_shard_bytes)
+        _write_small_files(folder, source, restored, dtype)
+        files = tuple(sorted(path.name for path in folder.iterdir()))
+    return ToHf(
+        out=Path(out),
+        step=restored.step,
+        dtype=dtype,
+        weights=weights,
+        files=files,
+        warnings=tuple(str(damaged) for damaged in restored.damaged),
+    )
+
+
+def _widest(params: Any) -> str:
+    """The one dtype that holds every parameter without loss, for `config.json` names only one."""
+    stored = {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
+    return stored.pop() if len(stored) == 1 else "float32"
+
+
+def _write_weights(folder: Path, params: Any, dtype: str, max_bytes: int) -> WrittenWeights:
+    arrays = {path: np.asarray(array) for path, array in flat_arrays(params).items()}
+    read = functools.partial(_read, arrays, jnp.dtype(dtype))
+    return write_weights(folder, list(torch_layout(params)), read, dtype=dtype, max_bytes=max_bytes)
+
+
+def _read(arrays: dict[ArrayPath, np.ndarray], dtype: np.dtype, tensor: TorchTensor) -> np.ndarray:
+    """A tensor as PyTorch keeps it, as the bits of `dtype`, which NumPy transposes faster than its bfloat16."""
+    whole = arrays[tensor.path]
+    ours = (whole if tensor.layer is None else whole[tensor.layer]).astype(dtype, copy=False)
+    if not np.isfinite(ours).all():
+        raise UserError(f"tensor {tensor.name} has values that are not finite in {dtype}; convert an earlier step")
+    return tensor.to_torch(ours.view(f"u{dtype.itemsize}"))
+
+
+def _write_small_files(folder: Path, source: str, restored: Restored, dtype: str) -> None:
+    metadata = restored.metadata
+    recipe = from_dict(Recipe, metadata.config)
+    tokenizer = deserialize(metadata.tokenizer_kind, metadata.tokenizer)
+    special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    _write_json(folder / "config.json", {**to_ouro_config(recipe.model, dtype=dtype), **special})
+    _write_json(folder / "generation_config.json", _generation_config(tokenizer))
+    for name, content in tokenizer_files(tokenizer, max_positions=recipe.model.max_positions).items():
+        (folder / name).write_bytes(content)
+    code = importlib.resources.files("looplm_jax.convert.torch_model")
+    for name in _TORCH_FILES:
+        (folder / name).write_bytes((code / name).read_bytes())
+    (folder / "README.md").write_text(model_card(training_record(source, restored), dtype=dtype), encoding="utf-8")
+
+
+def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Generation ends at the end of a text and at the end of a turn of chat."""
+    return {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": stop_ids(tokenizer),
+        "pad_token_id": tokenizer.eos_id,
+    }
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,98 @@
+"""The tokeniser files of a Hugging Face folder."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from looplm_jax.convert.sentencepiece_json import sentencepiece_json
+from looplm_jax.data.tokenizers import IM_END, IM_START, JsonTokenizer, SentencePieceTokenizer, Tokenizer
+
+# The chat of `data/chat.py`.
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<|im_start|>assistant\\n' -}}
+{%- endif -%}
+"""
+
+# The name of the token for unknown words. No symbol holds a space, so there is no such token and the words are refused.
+_NO_SYMBOL = "no symbol"
+
+
+def tokenizer_files(tokenizer: Tokenizer, *, max_positions: int) -> dict[str, bytes]:
+    """Name and content of each tokeniser file that `transformers` 4.57 and 5 load, ChatML template included.
+
+    A `tokenizer.json` stays as it is, byte for byte; the other kinds of tokeniser become one that gives the same ids.
+    Batches are padded with the end of text, which is the only such token that every tokeniser has.
+
+    Raises UserError for a SentencePiece model that has no `tokenizer.json` with the same ids.
+    """
+    end = tokenizer.piece(tokenizer.eos_id)
+    special = {"bos_token": tokenizer.piece(tokenizer.bos_id), "eos_token": end, "pad_token": end}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": max_positions,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "clean_up_tokenization_spaces": False,
+        **special,
+    }
+    files = {
+        "tokenizer.json": _tokenizer_json(tokenizer),
+        "tokenizer_config.json": _json(settings),
+        "special_tokens_map.json": _json(special),
+    }
+    if _knows_chat(tokenizer):
+        files["chat_template.jinja"] = CHAT_TEMPLATE.encode()
+    return files
+
+
+def stop_ids(tokenizer: Tokenizer) -> list[int]:
+    """The tokens that end a text, ascending: of a document, and of a turn of chat where the tokeniser has it.
+
+    Ouro's are 0 and 2, though its published configuration names 0 alone (specification, section 1).
+    """
+    ends = (tokenizer.eos_id, tokenizer.token_id(IM_END))
+    return sorted({token for token in ends if token is not None})
+
+
+def _knows_chat(tokenizer: Tokenizer) -> bool:
+    return None not in (tokenizer.token_id(IM_START), tokenizer.token_id(IM_END))
+
+
+def _tokenizer_json(tokenizer: Tokenizer) -> bytes:
+    content = tokenizer.serialize()
+    if tokenizer.kind == JsonTokenizer.kind:
+        return content
+    if tokenizer.kind == SentencePieceTokenizer.kind:
+        return sentencepiece_json(content)
+    return _json(_symbols(json.loads(content)))
+
+
+def _symbols(symbols: Sequence[str]) -> dict[str, Any]:
+    """Words between white space, as `str.split` knows it: that of regular expressions, and four separators of ASCII."""
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "Split",
+            "pattern": {"Regex": r"[\s\x1c-\x1f]+"},
+            "behavior": "Removed",
+            "invert": False,
+        },
+        "post_processor": None,
+        "decoder": None,
+        "model": {
+            "type": "WordLevel",
+            "vocab": {symbol: token for token, symbol in enumerate(symbols)},
+            "unk_token": _NO_SYMBOL,
+        },
+    }
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,81 @@
+"""Exit policies as typed on a command line: `q=0.5`, `kl=1e-3,min=2,max=6`."""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+from looplm_jax.errors import UserError, suggest
+from looplm_jax.halting.policies import Bounded, ExitPolicy, FixedLoops, QExit
+from looplm_jax.halting.readouts import (
+    ArgmaxStable,
+    Confidence,
+    EntropyChange,
+    HiddenDifference,
+    KLDivergence,
+    Margin,
+    RelativeHiddenDifference,
+)
+
+# Each name with its policy, which has one number, and an example of that number.
+_RULES: dict[str, tuple[type[Any], str]] = {
+    "loops": (FixedLoops, "4"),
+    "q": (QExit, "0.5"),
+    "hidden": (HiddenDifference, "0.03"),
+    "relative": (RelativeHiddenDifference, "0.03"),
+    "kl": (KLDivergence, "1e-3"),
+    "entropy": (EntropyChange, "1e-3"),
+    "stable": (ArgmaxStable, "2"),
+    "confidence": (Confidence, "0.9"),
+    "margin": (Margin, "0.5"),
+}
+_BOUNDS = {"min": "min_loops", "max": "max_loops"}
+
+
+def parse_exit_policy(text: str) -> ExitPolicy:
+    """A rule and its number, then bounds on loops if any: `q=0.5`, `loops=4`, `kl=1e-3,min=2,max=6`.
+
+    The rules are loops, q, hidden, relative, kl, entropy, stable, confidence and margin.
+
+    Raises:
+      UserError: anything else, or a number that the policy does not allow.
+    """
+    rule, *bounds = text.split(",")
+    policy = _rule(text, rule)
+    return Bounded(policy, **_bounds(text, bounds)) if bounds else policy
+
+
+def _rule(text: str, part: str) -> ExitPolicy:
+    name, value = _split(part)
+    if name not in _RULES:
+        hint = "; the rule comes before min and max" if name in _BOUNDS else suggest(name, _RULES)
+        raise UserError(f"unknown exit policy {text!r}; write for example q=0.5{hint}")
+    policy, example = _RULES[name]
+    (field,) = dataclasses.fields(policy)
+    return policy(**{field.name: _number(text, value, field.type, f"{name}={example}")})
+
+
+def _bounds(text: str, parts: Iterable[str]) -> dict[str, int]:
+    bounds: dict[str, int] = {}
+    for name, value in map(_split, parts):
+        if name not in _BOUNDS:
+            raise UserError(
+                f"exit policy {text!r}: only min and max may follow the rule, not {name!r}; "
+                "write for example q=0.5,min=2,max=6"
+            )
+        if _BOUNDS[name] in bounds:
+            raise UserError(f"exit policy {text!r}: {name} is given twice; keep one")
+        bounds[_BOUNDS[name]] = _number(text, value, int, f"{name}=2")
+    return bounds
+
+
+def _split(part: str) -> tuple[str, str]:
+    name, _, value = part.partition("=")
+    return name.strip(), value.strip()
+
+
+def _number(text: str, value: str, kind: Any, example: str) -> Any:
+    try:
+        return kind(value)
+    except ValueError:
+        expected = "a whole number" if kind is int else "a number"
+        raise UserError(f"exit policy {text!r}: {value!r} is not {expected}; write for example {example}") from None

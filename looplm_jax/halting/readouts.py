@@ -1,0 +1,162 @@
+"""Exit policies that read states and predictions instead of the gate.
+
+Float32 and log space throughout. Policies that compare with the loop before leave no token at loop 1.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from looplm_jax.errors import UserError
+from looplm_jax.halting.policies import check_count, required
+from looplm_jax.halting.signals import Needs, Signals
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _SmallChange:
+    """Leave when the change since the loop before is below a threshold."""
+
+    threshold: float
+    needs: ClassVar[Needs]
+    max_loops: ClassVar[None] = None
+
+    def __post_init__(self) -> None:
+        if not (self.threshold > 0 and np.isfinite(self.threshold)):
+            raise UserError(f"the threshold of {type(self).__name__} must be positive, not {self.threshold}")
+        if not np.finfo(np.float32).tiny <= self.threshold <= np.finfo(np.float32).max:
+            raise UserError(f"the threshold of {type(self).__name__} is beyond float32: {self.threshold}")
+
+    def change(self, signals: Signals) -> Float[Array, "*B"]:
+        """Since the loop before; not used at loop 1."""
+        raise NotImplementedError
+
+    def exits(self, signals: Signals) -> Bool[Array, "*B"]:
+        """Tokens that changed less than the threshold."""
+        return (signals.loop > 1) & (self.change(signals) < self.threshold)
+
+
+class HiddenDifference(_SmallChange):
+    """`||h_t - h_{t-1}||_2 < threshold`."""
+
+    needs = Needs.HIDDEN
+
+    def change(self, signals: Signals) -> Float[Array, "*B"]:
+        """Length of the step."""
+        return _norm(_hidden(signals) - _previous_hidden(signals))
+
+
+class RelativeHiddenDifference(_SmallChange):
+    """`||h_t - h_{t-1}||_2 / ||h_t||_2 < threshold` (Huginn: 0.03)."""
+
+    needs = Needs.HIDDEN
+
+    def change(self, signals: Signals) -> Float[Array, "*B"]:
+        """Length of the step over the length of the state it led to."""
+        hidden = _hidden(signals)
+        return _norm(hidden - _previous_hidden(signals)) / jnp.maximum(_norm(hidden), jnp.finfo(jnp.float32).tiny)
+
+
+class KLDivergence(_SmallChange):
+    """`KL(p_t || p_{t-1}) < threshold`, nats, between successive predictions (Huginn: 5e-4 to 1e-3)."""
+
+    needs = Needs.LOGITS
+
+    def change(self, signals: Signals) -> Float[Array, "*B"]:
+        """The divergence."""
+        log_p, log_previous = _log_probs(signals), _previous_log_probs(signals)
+        return _expectation(log_p, log_p - log_previous)
+
+
+class EntropyChange(_SmallChange):
+    """`|H(p_t) - H(p_{t-1})| < threshold`, nats."""
+
+    needs = Needs.LOGITS
+
+    def change(self, signals: Signals) -> Float[Array, "*B"]:
+        """By how much the entropy went up or down."""
+        log_p, log_previous = _log_probs(signals), _previous_log_probs(signals)
+        return jnp.abs(_expectation(log_p, log_p) - _expectation(log_previous, log_previous))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ArgmaxStable:
+    """Leave when the most probable token was that of the loop before, so many times in a row."""
+
+    times: int
+    needs: ClassVar[Needs] = Needs.LOGITS
+    max_loops: ClassVar[None] = None
+
+    def __post_init__(self) -> None:
+        check_count("times", self.times)
+
+    def exits(self, signals: Signals) -> Bool[Array, "*B"]:
+        """Tokens whose prediction has stood for that long."""
+        return required(signals.unchanged, "the count of unchanged predictions") >= self.times
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Confidence:
+    """Leave when the most probable token has at least this probability."""
+
+    probability: float
+    needs: ClassVar[Needs] = Needs.LOGITS
+    max_loops: ClassVar[None] = None
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.probability <= 1.0:
+            raise UserError(f"probability must be in [0, 1], not {self.probability}")
+
+    def exits(self, signals: Signals) -> Bool[Array, "*B"]:
+        """Tokens that are as sure."""
+        return jnp.max(_log_probs(signals), axis=-1) >= jnp.log(jnp.asarray(self.probability, jnp.float32))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Margin:
+    """Leave when the most probable token is ahead of the second by at least this probability."""
+
+    margin: float
+    needs: ClassVar[Needs] = Needs.LOGITS
+    max_loops: ClassVar[None] = None
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.margin <= 1.0:
+            raise UserError(f"margin must be in [0, 1], not {self.margin}")
+
+    def exits(self, signals: Signals) -> Bool[Array, "*B"]:
+        """Tokens whose lead is as large."""
+        log_p = _log_probs(signals)
+        best = jnp.argmax(log_p, axis=-1, keepdims=True)
+        others = jnp.where(jnp.arange(log_p.shape[-1]) == best, -jnp.inf, log_p)
+        lead = jnp.exp(jnp.max(log_p, axis=-1)) - jnp.exp(jnp.max(others, axis=-1))
+        return lead >= self.margin
+
+
+def _hidden(signals: Signals) -> Float[Array, "*B D"]:
+    return required(signals.hidden, "hidden states").astype(jnp.float32)
+
+
+def _previous_hidden(signals: Signals) -> Float[Array, "*B D"]:
+    return required(signals.previous_hidden, "hidden states").astype(jnp.float32)
+
+
+def _log_probs(signals: Signals) -> Float[Array, "*B V"]:
+    return jax.nn.log_softmax(required(signals.logits, "logits").astype(jnp.float32))
+
+
+def _previous_log_probs(signals: Signals) -> Float[Array, "*B V"]:
+    return jax.nn.log_softmax(required(signals.previous_logits, "logits").astype(jnp.float32))
+
+
+def _norm(vector: Float[Array, "*B D"]) -> Float[Array, "*B"]:
+    return jnp.linalg.norm(vector, axis=-1)
+
+
+def _expectation(log_p: Float[Array, "*B V"], values: Float[Array, "*B V"]) -> Float[Array, "*B"]:
+    """`sum_v p_v value_v`; tokens that cannot be count nothing, though their value be infinite."""
+    p = jnp.exp(log_p)
+    return jnp.sum(jnp.where(p > 0, p * values, 0.0), axis=-1)

@@ -1,0 +1,203 @@
+"""What the engine keeps on the devices: parameters, slots, and the programs that change them."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
+
+from looplm_jax.halting import ExitPolicy, FixedLoops
+from looplm_jax.halting.policy_table import PolicyTable
+from looplm_jax.inference.kv_cache import Cache, CacheStrategy, bucket
+from looplm_jax.inference.prefill import LastToken, admit, empty_row, extract_row, prefill_chunk, widen_row
+from looplm_jax.inference.requests import Request
+from looplm_jax.inference.sampling import SamplingTable
+from looplm_jax.inference.slots import (
+    MOST_STOP_IDS,
+    NO_TOKEN,
+    Settings,
+    Slots,
+    empty_slots,
+    grow_policies,
+    release,
+    set_budget,
+)
+from looplm_jax.inference.tick import Ticked, run_ticks
+from looplm_jax.models.blocks import unroll_layers
+from looplm_jax.models.looplm import LoopLM, Params, compute_dtype
+from looplm_jax.sharding import use_mesh
+
+_LONGEST_ROW = 1 << 24
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """The size of an engine. Nothing here changes what a request is answered, save `cache`."""
+
+    slots: int = 8  # requests under way at one time
+    capacity: int = 2048  # tokens of a request, prompt and text together
+    loops: int | None = None  # the most loops of a token; None: those the model is meant for
+    cache: CacheStrategy = CacheStrategy.FULL
+    cache_dtype: DTypeLike | None = None  # None: the dtype of the matrix products
+    chunk: int = 256  # tokens of a prompt that are read between two ticks
+    ticks: int = 1  # passes of the stack between two looks at what came of them
+    queue: int = 1024  # requests that may wait
+    previews: bool = False  # whether every loop's likeliest token is wanted
+    unroll: bool | None = None  # a copy of the weights, an array for each layer; None: on a CPU, where it is faster
+
+
+@dataclasses.dataclass
+class Reading:
+    """A prompt on its way into a slot."""
+
+    request: Request
+    row: Cache
+    left: Sequence[int]
+    last: LastToken | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether all of it was read."""
+        return not self.left
+
+
+class Decoder:
+    """Slots on devices. Methods return at once, with results still being computed."""
+
+    def __init__(self, model: LoopLM, params: Params, config: EngineConfig, mesh: Mesh | None = None):
+        # A scan over layers copies each layer's weights, on a CPU, before it multiplies by them.
+        unrolled = jax.default_backend() == "cpu" if config.unroll is None else config.unroll
+        self.model = LoopLM(model.config, model.compute, unrolled=unrolled)
+        self.config = config
+        self.loops = config.loops or model.config.loops
+        self._params = unroll_layers(params) if unrolled else params
+        self._mesh = mesh
+        self._dtype = jnp.dtype(config.cache_dtype or compute_dtype(model.compute))
+        self._policies = PolicyTable.empty(config.slots)
+        self._remembers = False
+        self._slots = self._empty_slots()
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the cache of all slots."""
+        return self._slots.cache.nbytes
+
+    def read(self, request: Request) -> Reading:
+        """Begin with a prompt; call `read_chunk` until it is done."""
+        before = 0 if request.past is None else int(request.past.lengths[0])
+        chunk = self.config.chunk
+        whole, rest = divmod(len(request.prompt_ids), chunk)
+        capacity = bucket(before + whole * chunk + (bucket(rest, chunk) if rest else 0), _LONGEST_ROW)
+        with self._on_mesh():
+            if request.past is None:
+                row = self._empty_row(capacity)
+            else:
+                row = widen_row(request.past, capacity=max(capacity, request.past.capacity))
+        return Reading(request=request, row=row, left=request.prompt_ids)
+
+    def read_chunk(self, reading: Reading) -> None:
+        """One more chunk of a prompt."""
+        size = min(len(reading.left), self.config.chunk)
+        tokens = np.zeros(bucket(size, self.config.chunk), np.int32)
+        tokens[:size] = reading.left[:size]
+        with self._on_mesh():
+            reading.row, reading.last = prefill_chunk(self.model, self._params, reading.row, tokens, np.int32(size))
+        reading.left = reading.left[size:]
+
+    def admit(self, reading: Reading, slot: int) -> Ticked:
+        """Put a prompt that was read into a slot; its first token, as a tick would give it, without axes."""
+        assert reading.last is not None
+        request = reading.request
+        self._make_room(request)
+        seen = None
+        if self._remembers:
+            seen = np.zeros(self.model.config.vocab_size, bool)
+            seen[list(request.prompt_ids)] = True
+        settings = self._settings(request)
+        with self._on_mesh():
+            self._slots, first = admit(
+                self.model, self._params, self._slots, reading.row, reading.last, np.int32(slot), settings, seen
+            )
+        return first
+
+    def tick(self) -> Ticked:
+        """`config.ticks` passes of the stack; what each gave, with a leading axis of ticks and one of slots."""
+        config = self.config
+        with self._on_mesh():
+            self._slots, ticked = run_ticks(
+                self.model, self._params, self._slots, loops=self.loops, ticks=config.ticks, previews=config.previews
+            )
+        return ticked
+
+    def release(self, slot: int) -> None:
+        """Stop the request of a slot."""
+        self._slots = release(self._slots, np.int32(slot))
+
+    def set_budget(self, slot: int, loops_per_token: float) -> None:
+        """Another budget for the request of a slot."""
+        self._slots = set_budget(self._slots, np.int32(slot), np.float32(loops_per_token))
+
+    def keep(self, slot: int, tokens: int) -> Cache:
+        """A copy of the cache of a slot that holds `tokens` tokens."""
+        return extract_row(
+            self._slots.cache, np.int32(slot), loops=self.loops, capacity=bucket(tokens, self.config.capacity)
+        )
+
+    def _settings(self, request: Request) -> Settings:
+        stop_ids = np.full(MOST_STOP_IDS, NO_TOKEN, np.int32)
+        stop_ids[: len(request.stop_ids)] = request.stop_ids
+        return Settings(
+            policy=self._slots.settings.policy.row(self._policy(request)),
+            sampling=SamplingTable.of(request.sampling),
+            limit=jnp.int32(request.max_new_tokens),
+            budget=jnp.float32(request.loops_per_token),
+            stop_ids=jnp.asarray(stop_ids),
+        )
+
+    def _policy(self, request: Request) -> ExitPolicy:
+        return request.policy or FixedLoops(loops=self.loops)
+
+    def _make_room(self, request: Request) -> None:
+        """Whatever this request is the first to need; the programs are then compiled once more."""
+        if not self._slots.settings.policy.accepts(self._policy(request)):
+            self._slots = grow_policies(self.model, self._slots, self._policy(request))
+        if request.sampling.repetition_penalty != 1 and not self._remembers:
+            self._remembers = True
+            shape = (self.config.slots, self.model.config.vocab_size)
+            self._slots = self._slots.replace(seen=jnp.zeros(shape, bool))
+
+    def _empty_slots(self) -> Slots:
+        config = self.config
+
+        def make() -> Slots:
+            return empty_slots(
+                self.model,
+                config.cache,
+                rows=config.slots,
+                capacity=config.capacity,
+                loops=self.loops,
+                cache_dtype=self._dtype,
+                policies=self._policies,
+            )
+
+        return self._placed(make)
+
+    def _empty_row(self, capacity: int) -> Cache:
+        return self._placed(lambda: empty_row(self.model, capacity=capacity, loops=self.loops, dtype=self._dtype))
+
+    def _on_mesh(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._mesh is None else use_mesh(self._mesh)
+
+    def _placed(self, make: Callable[[], PyTree]) -> PyTree:
+        """Arrays where they belong: on a mesh, keys and values are spread over their heads."""
+        if self._mesh is None:
+            return make()
+        heads = NamedSharding(self._mesh, PartitionSpec(None, None, None, None, "tensor", None))
+        whole = NamedSharding(self._mesh, PartitionSpec())
+        placed = jax.tree.map(lambda leaf: heads if leaf.ndim == 6 else whole, jax.eval_shape(make))
+        return jax.jit(make, out_shardings=placed)()

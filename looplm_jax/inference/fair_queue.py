@@ -1,0 +1,52 @@
+"""A bounded queue whose clients take turns: one that asks for much does not keep the others waiting."""
+
+import collections
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class FairQueue(Generic[T]):
+    """First in, first out for each client; between clients in turn."""
+
+    def __init__(self, limit: int):
+        self._limit = limit
+        self._size = 0
+        self._waiting: collections.OrderedDict[str, collections.deque[T]] = collections.OrderedDict()
+
+    def __len__(self) -> int:
+        return self._size
+
+    @property
+    def full(self) -> bool:
+        """Whether `push` must wait."""
+        return self._size >= self._limit
+
+    def push(self, client: str, item: T) -> None:
+        """Add an item. Raises OverflowError when the queue is full."""
+        if self.full:
+            raise OverflowError(f"{self._limit} items are waiting")
+        self._waiting.setdefault(client, collections.deque()).append(item)
+        self._size += 1
+
+    def pop(self) -> T:
+        """The oldest item of the client whose turn it is. Raises IndexError when nothing waits."""
+        if not self._waiting:
+            raise IndexError("nothing waits")
+        client, items = self._waiting.popitem(last=False)
+        item = items.popleft()
+        self._size -= 1
+        if items:
+            self._waiting[client] = items  # behind the others
+        return item
+
+    def remove(self, client: str, item: T) -> bool:
+        """Take an item out before its turn; False if it does not wait."""
+        items = self._waiting.get(client, ())
+        if item not in items:
+            return False
+        items.remove(item)  # type: ignore[union-attr]
+        self._size -= 1
+        if not items:
+            del self._waiting[client]
+        return True

@@ -1,0 +1,215 @@
+"""The cache of a decoder: keys and values of N rows, with a plane for each loop or one plane for all (paper v4, 5.4.2).
+
+A prompt always runs through all T planes (`FULL`). A decoded token at loop t reads, of earlier positions, plane t of a
+full cache, or the one plane there is; of its own position, its own keys and values. What a position keeps:
+
+    FULL      plane t holds loop t; the planes below the exit take its last loop ("last exited")
+    LAST      its last loop
+    AVERAGE   the mean of its loops
+    FIRST     its first loop
+"""
+
+import dataclasses
+import enum
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from looplm_jax.config import ModelConfig
+from looplm_jax.models.blocks import Context, KeyValues, make_context
+from looplm_jax.models.looplm import ModelCache
+
+_SMALLEST_BUCKET = 64
+
+
+class CacheStrategy(enum.Enum):
+    """Which loops of a decoded token the cache keeps."""
+
+    FULL = "full"
+    LAST = "last"
+    AVERAGE = "average"
+    FIRST = "first"
+
+    @property
+    def shares(self) -> bool:
+        """Whether all loops read one plane."""
+        return self is not CacheStrategy.FULL
+
+
+@flax.struct.dataclass
+class PastView:
+    """What the rows of a cache read at the loops they are at, layer by layer, without a copy of the other planes."""
+
+    stacked: KeyValues  # [L, P, N, C, K, Dh]
+    planes: Int[Array, "N"]
+    dtype: DTypeLike = flax.struct.field(pytree_node=False)
+
+    def layer(self, index: int | Int[Array, ""]) -> KeyValues:
+        """Keys and values of one layer, `[N, C, K, Dh]`, each row from its own plane."""
+        rows = jnp.arange(self.planes.size)
+        return jax.tree.map(lambda x: x[index, self.planes, rows].astype(self.dtype), self.stacked)
+
+
+@flax.struct.dataclass
+class Cache:
+    """Row n holds tokens at positions `0 .. lengths[n] - 1`; what lies behind them is never looked at.
+
+    Keys and values are `[L, P, N, C, K, Dh]` for P planes and a capacity of C positions; a prelude has one plane.
+    """
+
+    planes: ModelCache
+    lengths: Int[Array, "N"]
+    strategy: CacheStrategy = flax.struct.field(pytree_node=False)
+
+    @property
+    def capacity(self) -> int:
+        """Positions of a row, C."""
+        return self.planes.core.keys.shape[3]
+
+    @property
+    def depth(self) -> int:
+        """Planes of the core, P: the loops of a full cache, or 1."""
+        return self.planes.core.keys.shape[1]
+
+    @property
+    def rows(self) -> int:
+        """Rows, N."""
+        return self.lengths.size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values: `rows * capacity * bytes_per_token(...)`."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.planes))
+
+    def context(self, config: ModelConfig, tokens: int = 1) -> Context:
+        """What the next `tokens` tokens of each row see: the tokens of the row, and those of them before."""
+        slots = jnp.broadcast_to(jnp.arange(self.capacity), (self.rows, self.capacity))
+        filled = (slots < self.lengths[:, None]).astype(jnp.int32)
+        positions = self.lengths[:, None] + jnp.arange(tokens)
+        return make_context(config, positions, jnp.ones_like(positions), slots, filled)
+
+    def past(self, stacked: KeyValues | None, loops_done: Int[Array, "N"], dtype: DTypeLike) -> PastView | None:
+        """What each row reads of core or coda, in the loop that follows `loops_done`."""
+        if stacked is None:
+            return None
+        planes = jnp.zeros_like(loops_done) if self.strategy.shares else jnp.minimum(loops_done, self.depth - 1)
+        return PastView(stacked=stacked, planes=planes, dtype=dtype)
+
+    def past_prelude(self, dtype: DTypeLike) -> PastView | None:
+        """What each row reads of the prelude."""
+        if self.planes.prelude is None:
+            return None
+        return PastView(stacked=self.planes.prelude, planes=jnp.zeros_like(self.lengths), dtype=dtype)
+
+    def write(self, own: ModelCache, loops_done: Int[Array, "N"], active: Bool[Array, "N"]) -> "Cache":
+        """The keys and values of the next position of each active row, `[L, N, 1, K, Dh]`, after one more loop.
+
+        Written again at each loop of the token, until `advance` makes the position part of the row.
+        """
+
+        def put(whole: Array, new: Array) -> Array:
+            return self._put(whole, new[:, :, 0], loops_done, active)
+
+        core = jax.tree.map(put, self.planes.core, own.core)
+        coda = None if own.coda is None else jax.tree.map(put, self.planes.coda, own.coda)
+        prelude = self.planes.prelude
+        if own.prelude is not None:
+            first = active & (loops_done == 0)
+            where = jnp.where(first, self.lengths, self.capacity)
+            rows = jnp.arange(self.rows)
+            prelude = jax.tree.map(
+                lambda whole, new: whole.at[:, 0, rows, where].set(new[:, :, 0].astype(whole.dtype), mode="drop"),
+                prelude,
+                own.prelude,
+            )
+        return dataclasses.replace(self, planes=ModelCache(core=core, prelude=prelude, coda=coda))
+
+    def advance(self, count: Int[Array, "N"]) -> "Cache":
+        """The cache with `count` more positions in each row."""
+        return dataclasses.replace(self, lengths=self.lengths + count)
+
+    def _put(
+        self,
+        whole: Float[Array, "L P N C K Dh"],
+        new: Float[Array, "L N K Dh"],
+        loops_done: Int[Array, "N"],
+        active: Bool[Array, "N"],
+    ) -> Float[Array, "L P N C K Dh"]:
+        if self.strategy is CacheStrategy.FIRST:
+            active = active & (loops_done == 0)
+        planes = jnp.arange(self.depth)[:, None]
+        rows = jnp.arange(self.rows)[None]
+        # Positions beyond the capacity are dropped: rows that do not write, and the planes above a row's loop.
+        written = active & (self.strategy.shares | (planes >= loops_done))
+        positions = jnp.where(written, self.lengths, self.capacity)
+        if self.strategy is CacheStrategy.AVERAGE:
+            before = whole.at[:, 0, rows[0], positions[0]].get(mode="fill", fill_value=0).astype(jnp.float32)
+            share = 1.0 / (loops_done + 1).astype(jnp.float32)
+            new = before + (new.astype(jnp.float32) - before) * share[:, None, None]
+        spread = jnp.broadcast_to(new[:, None], (new.shape[0], self.depth, *new.shape[1:])).astype(whole.dtype)
+        return whole.at[:, planes, rows, positions].set(spread, mode="drop")
+
+
+def empty_cache(
+    config: ModelConfig, strategy: CacheStrategy, *, rows: int, capacity: int, loops: int, dtype: DTypeLike
+) -> Cache:
+    """A cache of `rows` rows without tokens, for tokens of up to `loops` loops."""
+
+    def planes(layers: int, count: int) -> KeyValues | None:
+        shape = (layers, count, rows, capacity, config.kv_heads, config.head_width)
+        return KeyValues(keys=jnp.zeros(shape, dtype), values=jnp.zeros(shape, dtype)) if layers else None
+
+    depth = 1 if strategy.shares else loops
+    core = planes(config.num_layers, depth)
+    assert core is not None
+    return Cache(
+        planes=ModelCache(core=core, prelude=planes(config.prelude_layers, 1), coda=planes(config.coda_layers, depth)),
+        lengths=jnp.zeros(rows, jnp.int32),
+        strategy=strategy,
+    )
+
+
+def bytes_per_token(config: ModelConfig, strategy: CacheStrategy, *, loops: int, dtype: DTypeLike) -> int:
+    """Bytes that one position takes: `2 * planes * layers * K * Dh * itemsize`, and the prelude once."""
+    planes = 1 if strategy.shares else loops
+    layers = config.prelude_layers + planes * (config.num_layers + config.coda_layers)
+    return 2 * layers * config.kv_heads * config.head_width * jnp.dtype(dtype).itemsize
+
+
+def share(full: Cache, strategy: CacheStrategy) -> Cache:
+    """A full cache as `strategy` keeps it: the last plane, the mean of the planes, or the first one."""
+
+    def keep(stacked: Float[Array, "L P N C K Dh"]) -> Float[Array, "L p N C K Dh"]:
+        match strategy:
+            case CacheStrategy.FULL:
+                return stacked
+            case CacheStrategy.LAST:
+                return stacked[:, -1:]
+            case CacheStrategy.AVERAGE:
+                return jnp.mean(stacked, axis=1, keepdims=True, dtype=jnp.float32).astype(stacked.dtype)
+            case CacheStrategy.FIRST:
+                return stacked[:, :1]
+
+    core, coda = jax.tree.map(keep, (full.planes.core, full.planes.coda))
+    return Cache(planes=dataclasses.replace(full.planes, core=core, coda=coda), lengths=full.lengths, strategy=strategy)
+
+
+def unshare(shared: Cache, loops: int) -> Cache:
+    """A cache with a plane for each of `loops` loops, to prefill on: the one plane, as often as needed."""
+    if not shared.strategy.shares:
+        return shared
+
+    def repeat(stacked: Float[Array, "L p N C K Dh"]) -> Float[Array, "L P N C K Dh"]:
+        return jnp.repeat(stacked, loops, axis=1)
+
+    core, coda = jax.tree.map(repeat, (shared.planes.core, shared.planes.coda))
+    planes = dataclasses.replace(shared.planes, core=core, coda=coda)
+    return Cache(planes=planes, lengths=shared.lengths, strategy=CacheStrategy.FULL)
+
+
+def bucket(length: int, longest: int) -> int:
+    """The static size for `length` positions: a power of two from 64 up, or `longest` where that is less."""
+    return min(max(_SMALLEST_BUCKET, 1 << (length - 1).bit_length()), longest)

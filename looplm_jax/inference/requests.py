@@ -1,0 +1,78 @@
+"""What is asked of the engine, and what comes back."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+from looplm_jax.errors import UserError
+from looplm_jax.halting import ExitPolicy
+from looplm_jax.inference.kv_cache import Cache
+from looplm_jax.inference.sampling import Sampling
+from looplm_jax.inference.stopping import Finish
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NewToken:
+    """A token, the loop whose logits it was chosen from, and its log-probability there at temperature 1, nats.
+
+    `text` is what became certain with it; `previews` are the likeliest tokens after each of its loops, where asked for.
+    """
+
+    token: int
+    exit_loop: int
+    log_prob: float
+    text: str = ""
+    previews: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """One prompt and how to go on from it.
+
+    `past` is the kept cache of a request before, which `prompt_ids` go on from; its own tokens are then not repeated.
+    """
+
+    prompt_ids: tuple[int, ...]
+    max_new_tokens: int
+    policy: ExitPolicy | None = None  # None: the loops that the model is meant for
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    stop_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+    loops_per_token: float = math.inf  # budget: the mean over new tokens never exceeds it
+    milliseconds_per_token: float = math.inf  # budget: loops are given up to keep to it
+    client: str = ""  # clients take turns in the queue
+    keep_cache: bool = False
+    past: Cache | None = None
+    on_token: Callable[[NewToken], None] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.prompt_ids:
+            raise UserError("the prompt is empty; give at least one token")
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        if not self.loops_per_token >= 1:
+            raise UserError(f"loops_per_token must be at least 1, not {self.loops_per_token}")
+        if not self.milliseconds_per_token > 0:
+            raise UserError(f"milliseconds_per_token must be positive, not {self.milliseconds_per_token}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+    """The new tokens of a request, and enough to replay it: see `replay`. A stop token is the last one.
+
+    Fields that name tokens have one entry for each; names as in `NewToken`.
+    """
+
+    prompt_ids: tuple[int, ...]
+    tokens: tuple[int, ...]
+    exit_loops: tuple[int, ...]
+    log_probs: tuple[float, ...]
+    text: str
+    finish: Finish
+    error: str = ""
+    cache: Cache | None = None  # where it was to be kept; holds all tokens but the last
+
+    @property
+    def mean_loops(self) -> float:
+        """Loops a token; 0 where there is none."""
+        return sum(self.exit_loops) / len(self.exit_loops) if self.exit_loops else 0.0

@@ -1,0 +1,133 @@
+"""The slots of a decoder: each holds one request, at a position and at a loop of its own."""
+
+import dataclasses
+import functools
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from looplm_jax.halting import ExitPolicy
+from looplm_jax.halting.policy_table import PolicyTable
+from looplm_jax.halting.signals import LoopMemory
+from looplm_jax.inference.kv_cache import Cache, CacheStrategy, empty_cache
+from looplm_jax.inference.sampling import SamplingTable
+from looplm_jax.models.looplm import LoopLM, compute_dtype
+
+MOST_STOP_IDS = 8
+NO_TOKEN = -1
+_MOST_LOOPS = 2**20
+
+
+@flax.struct.dataclass
+class Settings:
+    """What a request asks for, of one slot or, with a leading axis N, of all. `stop_ids` is padded with -1."""
+
+    policy: PolicyTable
+    sampling: SamplingTable
+    limit: Int[Array, "*N"]  # new tokens at most
+    budget: Float[Array, "*N"]  # loops a token on average, at least 1; infinity: as many as the policy asks for
+    stop_ids: Int[Array, "*N W"]
+
+
+@flax.struct.dataclass
+class Slots:
+    """N requests under way. The token of a slot has done `memory.loop` loops and is not yet part of its cache."""
+
+    cache: Cache
+    tokens: Int[Array, "N"]
+    state: Float[Array, "N 1 D"]  # after the last loop that was done
+    embedded: Float[Array, "N 1 D"] | None  # the prelude's output, where there is one
+    memory: LoopMemory  # of the token: loops done, and what exit policies compare the next one with
+    made: Int[Array, "N"]  # new tokens, the one under way included
+    spent: Int[Array, "N"]  # loops that the new tokens before it took
+    active: Bool[Array, "N"]
+    settings: Settings
+    seen: Bool[Array, "N V"] | None  # tokens of prompt and text, where a request has a repetition penalty
+
+    @property
+    def ceiling(self) -> Int[Array, "N"]:
+        """Loops that the budget leaves for the token under way, at least 1; the mean never exceeds the budget."""
+        allowance = jnp.floor(self.settings.budget * self.made.astype(jnp.float32)) - self.spent.astype(jnp.float32)
+        return jnp.clip(allowance, 1, _MOST_LOOPS).astype(jnp.int32)
+
+    def replace(self, **changes: object) -> "Slots":
+        """A copy with fields replaced."""
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+
+def empty_slots(
+    model: LoopLM,
+    strategy: CacheStrategy,
+    *,
+    rows: int,
+    capacity: int,
+    loops: int,
+    cache_dtype: DTypeLike,
+    policies: PolicyTable,
+    remember_tokens: bool = False,
+) -> Slots:
+    """`rows` slots without requests, with room for `capacity` tokens of up to `loops` loops each."""
+    config, dtype = model.config, compute_dtype(model.compute)
+    state = jnp.zeros((rows, 1, config.width), dtype)
+    return Slots(
+        cache=empty_cache(config, strategy, rows=rows, capacity=capacity, loops=loops, dtype=cache_dtype),
+        tokens=jnp.zeros(rows, jnp.int32),
+        state=state,
+        embedded=jnp.zeros_like(state) if config.prelude_layers else None,
+        memory=fresh_memory(model, policies, rows),
+        made=jnp.zeros(rows, jnp.int32),
+        spent=jnp.zeros(rows, jnp.int32),
+        active=jnp.zeros(rows, bool),
+        settings=Settings(
+            policy=policies,
+            sampling=SamplingTable.empty(rows),
+            limit=jnp.zeros(rows, jnp.int32),
+            budget=jnp.full(rows, jnp.inf, jnp.float32),
+            stop_ids=jnp.full((rows, MOST_STOP_IDS), NO_TOKEN, jnp.int32),
+        ),
+        seen=jnp.zeros((rows, config.vocab_size), bool) if remember_tokens else None,
+    )
+
+
+def fresh_memory(model: LoopLM, policies: PolicyTable, rows: int) -> LoopMemory:
+    """Of tokens that have done no loop yet."""
+    config = model.config
+    return LoopMemory.before_loops(
+        policies.needs,
+        jax.ShapeDtypeStruct((rows, config.width), compute_dtype(model.compute)),
+        jax.ShapeDtypeStruct((rows, config.vocab_size), np.dtype(np.float32)),
+    )
+
+
+@functools.partial(jax.jit, donate_argnames=("slots",))
+def release(slots: Slots, slot: Int[Array, ""]) -> Slots:
+    """A slot whose request is over before its last token. The slots are donated."""
+    return slots.replace(active=slots.active.at[slot].set(False))
+
+
+@functools.partial(jax.jit, donate_argnames=("slots",))
+def set_budget(slots: Slots, slot: Int[Array, ""], loops_per_token: Float[Array, ""]) -> Slots:
+    """Another budget for what follows; what the request has saved or spent so far is forgotten. Slots are donated."""
+    settings = slots.settings
+    spent = jnp.floor(loops_per_token * (slots.made[slot] - 1).astype(jnp.float32))
+    return slots.replace(
+        settings=dataclasses.replace(settings, budget=settings.budget.at[slot].set(loops_per_token)),
+        spent=slots.spent.at[slot].set(jnp.clip(spent, 0, _MOST_LOOPS).astype(jnp.int32)),
+    )
+
+
+def grow_policies(model: LoopLM, slots: Slots, policy: ExitPolicy) -> Slots:
+    """Room for a policy of a new kind, and for what it compares. Programs over the slots are compiled once more."""
+    table = slots.settings.policy.with_kind(policy)
+    fresh = fresh_memory(model, table, slots.tokens.size)
+    kept = {
+        field.name: getattr(slots.memory, field.name)
+        for field in dataclasses.fields(slots.memory)
+        if getattr(slots.memory, field.name) is not None
+    }
+    settings = dataclasses.replace(slots.settings, policy=table)
+    return slots.replace(settings=settings, memory=dataclasses.replace(fresh, **kept))

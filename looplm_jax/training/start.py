@@ -1,0 +1,143 @@
+"""What a new run begins with where its recipe names a checkpoint: parameters, tokeniser and, if asked for, the
+optimiser's state, put straight where the run keeps them.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from looplm_jax import codec
+from looplm_jax.checkpoints import DamagedStep, read_metadata, restore_params
+from looplm_jax.checkpoints.whole import read_records
+from looplm_jax.config import ModelConfig, Recipe
+from looplm_jax.convert.from_hf import load_hf, read_hf_config
+from looplm_jax.convert.weight_files import has_weights
+from looplm_jax.data.tokenizers import Tokenizer, deserialize
+from looplm_jax.errors import UserError
+from looplm_jax.models.looplm import LoopLM, Params
+from looplm_jax.sharding import use_mesh
+from looplm_jax.training.state import TrainState, abstract_state, boxed_state
+
+_NO_SHAPE = ("loops", "rope_theta", "norm_eps", "max_positions", "init_std")
+_OPTIMIZER = "optimizer"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Start:
+    """The parameters of a checkpoint in float32, in the shardings of the run; `model` is that of the checkpoint.
+
+    `optimizer` is None where a fresh one was asked for.
+    """
+
+    origin: str
+    model: ModelConfig
+    params: Params
+    optimizer: optax.OptState | None
+    tokenizer: Tokenizer
+    damaged: tuple[DamagedStep, ...] = ()
+
+
+def read_start(recipe: Recipe, model: LoopLM, mesh: Mesh) -> Start:
+    """Reads `recipe.start.checkpoint`, array by array into the shardings of the run.
+
+    Raises:
+      UserError: no good checkpoint, a model of another shape, or no optimiser state that the first stage can use.
+    """
+    path = Path(recipe.start.checkpoint)
+    if has_weights(path) and not (path / "checkpoints").is_dir():
+        return _from_hf_folder(recipe, mesh)
+    return _from_checkpoint(recipe, model, mesh)
+
+
+def started_state(start: Start, recipe: Recipe, model: LoopLM, mesh: Mesh) -> TrainState:
+    """The first state of a run, as `training.state.initial_state`, with what `start` holds in the place of the same."""
+    given: dict[str, Any] = {"params": start.params}
+    if start.optimizer is not None:
+        given["optimizer"] = start.optimizer
+    nothing: dict[str, Any] = dict.fromkeys(given)  # what would be thrown away is never made
+
+    def rest(state: TrainState) -> TrainState:
+        return dataclasses.replace(state, **nothing)
+
+    stage = recipe.stages[0]
+    placed = jax.tree.map(lambda leaf: leaf.sharding, rest(abstract_state(recipe, model, stage, mesh)))
+    with use_mesh(mesh):
+        made = jax.jit(lambda: rest(nn.meta.unbox(boxed_state(recipe, model, stage))), out_shardings=placed)()
+    return dataclasses.replace(made, **given)
+
+
+def describe_start(start: Start, ours: ModelConfig) -> str:
+    """What the run starts from, and which settings of the model differ without changing its shape."""
+    what = "the parameters" if start.optimizer is None else "the parameters and the optimiser state"
+    differing = codec.differences(_filled_in(ours), _filled_in(start.model))
+    settings = f"; settings of the model that differ (here, there): {'; '.join(differing)}" if differing else ""
+    return f"starting from {what} of {start.origin}{settings}"
+
+
+def check_shape(origin: str, ours: ModelConfig, theirs: ModelConfig) -> None:
+    """Raises UserError, with the flags to type, where parameters of one model do not fit the other."""
+    free = {name: getattr(ours, name) for name in _NO_SHAPE}
+    here, there = _filled_in(ours), dataclasses.replace(_filled_in(theirs), **free)
+    differing = codec.differences(here, there)
+    if differing:
+        values = codec.to_dict(there)
+        names = [difference.split(":")[0] for difference in differing]
+        flags = " ".join(f"--model.{name} {str(values[name]).lower()}" for name in names)
+        raise UserError(
+            f"{origin} holds a model of another shape ({'; '.join(differing)} there); type {flags}, or start elsewhere"
+        )
+
+
+def _from_checkpoint(recipe: Recipe, model: LoopLM, mesh: Mesh) -> Start:
+    path = recipe.start.checkpoint
+    metadata = read_metadata(path)
+    theirs = codec.from_dict(Recipe, metadata.config).model
+    check_shape(path, recipe.model, theirs)
+    wanted = abstract_state(recipe, model, recipe.stages[0], mesh)
+    restored = restore_params(path, wanted.params, dtype=jnp.float32)
+    optimizer = _read_optimizer(recipe, wanted.optimizer, restored.step) if recipe.start.optimizer else None
+    return Start(
+        origin=f"{path}, step {restored.step}",
+        model=theirs,
+        params=restored.state,
+        optimizer=optimizer,
+        tokenizer=deserialize(metadata.tokenizer_kind, metadata.tokenizer),
+        damaged=restored.damaged,
+    )
+
+
+def _from_hf_folder(recipe: Recipe, mesh: Mesh) -> Start:
+    path = recipe.start.checkpoint
+    check_shape(path, recipe.model, read_hf_config(Path(path)))
+    if recipe.start.optimizer:
+        raise _without_optimizer(path)
+    found = load_hf(path, mesh=mesh, dtype=jnp.float32)
+    return Start(origin=path, model=found.config, params=found.params, optimizer=None, tokenizer=found.tokenizer)
+
+
+def _filled_in(model: ModelConfig) -> ModelConfig:
+    """The same model with nothing left to a default that follows from other fields."""
+    return dataclasses.replace(model, num_kv_heads=model.kv_heads, head_dim=model.head_width)
+
+
+def _read_optimizer(recipe: Recipe, wanted: optax.OptState, step: int) -> optax.OptState:
+    path, stage = recipe.start.checkpoint, recipe.stages[0].name
+    if not any(name.startswith(f"{_OPTIMIZER}.") for name in read_records(path, step=step)):
+        raise _without_optimizer(path)
+    try:
+        return restore_params(path, wanted, step=step, prefix=_OPTIMIZER).state
+    except UserError as error:
+        raise UserError(
+            f"stage {stage!r} cannot take over the optimiser state: {error}; set start.optimizer to false, or name a "
+            "step of a stage that trains the same parameters"
+        ) from None
+
+
+def _without_optimizer(path: str) -> UserError:
+    return UserError(f"{path} holds no optimiser state; set start.optimizer to false")

@@ -1,0 +1,172 @@
+"""A folder written whole or not at all: what remains after success, mistakes, interrupts, kills and full disks."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from looplm_jax.convert.output_folder import fresh_folder
+from looplm_jax.errors import UserError
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_it_appears_when_all_is_written(tmp_path):
+    out = tmp_path / "new" / "out"
+    with fresh_folder(out) as staging:
+        (staging / "a").write_text("all of it")
+        assert not out.exists()
+        assert staging.parent == out.parent
+    assert (out / "a").read_text() == "all of it"
+    assert names(out.parent) == ["out"]
+
+
+@pytest.mark.parametrize("make", [lambda out: None, lambda out: out.mkdir()])
+def test_an_absent_and_an_empty_folder_will_do(tmp_path, make):
+    out = tmp_path / "out"
+    make(out)
+    with fresh_folder(out) as staging:
+        (staging / "a").touch()
+    assert names(out) == ["a"]
+
+
+def test_a_link_to_an_empty_folder_is_followed(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    with fresh_folder(tmp_path / "out") as staging:
+        (staging / "a").touch()
+    assert names(tmp_path / "disk") == ["a"]
+    assert (tmp_path / "out").is_symlink()
+
+
+def test_relative_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with fresh_folder("out") as staging:
+        (staging / "a").touch()
+    assert names(tmp_path) == ["out"]
+
+
+def write_half(out, failure):
+    """An attempt that fails when half of it is written."""
+    with fresh_folder(out) as staging:
+        (staging / "folder").mkdir()
+        (staging / "folder" / "half").write_text("half")
+        raise failure
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, SystemExit, RuntimeError, UserError])
+def test_any_failure_leaves_nothing(tmp_path, failure):
+    with pytest.raises(failure):
+        write_half(tmp_path / "out", failure)
+    assert names(tmp_path) == []
+
+
+def refusal(out):
+    """The line with which a folder is refused, before its body runs."""
+    with pytest.raises(UserError) as raised, fresh_folder(out):
+        pytest.fail("the body ran")
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def test_a_folder_with_anything_in_it_is_refused(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".hidden").write_text("kept")
+    assert refusal(tmp_path / "out") == f"{tmp_path}/out is not empty; choose another folder"
+    assert (tmp_path / "out" / ".hidden").read_text() == "kept"
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_file_is_refused(tmp_path):
+    (tmp_path / "out").write_text("kept")
+    assert refusal(tmp_path / "out") == f"{tmp_path}/out is a file; choose another folder"
+    assert (tmp_path / "out").read_text() == "kept"
+
+
+def test_a_folder_that_cannot_be_replaced_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert refusal(".") == ". is the current folder or a mount point; name a new folder inside it"
+
+
+def test_a_folder_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    assert refusal(tmp_path / "file" / "out").startswith(f"{tmp_path}/file/out cannot be written (")
+
+
+def test_something_that_came_meanwhile_is_not_overwritten(tmp_path):
+    out = tmp_path / "out"
+
+    def write():
+        with fresh_folder(out) as staging:
+            (staging / "a").touch()
+            out.mkdir()
+            (out / "theirs").touch()
+
+    with pytest.raises(UserError, match="out cannot be written"):
+        write()
+    assert names(tmp_path) == ["out"]
+    assert names(out) == ["theirs"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_one_line(tmp_path, code):
+    with pytest.raises(UserError) as raised:
+        write_half(tmp_path / "out", OSError(code, os.strerror(code)))
+    assert str(raised.value) == (
+        f"{tmp_path}/out cannot be written (no space left on the disk); mend that and run the same command again"
+    )
+    assert names(tmp_path) == []
+
+
+def test_mistakes_name_the_folder_of_the_user(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^cannot write out/checkpoints/0$"), fresh_folder("out") as staging:
+        raise UserError(f"cannot write {staging}/checkpoints/0")
+
+
+HALF_WAY = """
+import sys, time
+from looplm_jax.convert.output_folder import fresh_folder
+with fresh_folder(sys.argv[1]) as staging:
+    (staging / "folder").mkdir()
+    (staging / "folder" / "half").write_text("half")
+    (staging / "link").symlink_to("/")
+    print("half", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def half_way(tmp_path):
+    """A process that is writing `out`."""
+    with subprocess.Popen([sys.executable, "-c", HALF_WAY, tmp_path / "out"], stdout=subprocess.PIPE, text=True) as it:
+        assert it.stdout.readline() == "half\n"
+        yield it
+        it.kill()
+
+
+def test_two_processes_do_not_write_one_folder(tmp_path, half_way):
+    line = refusal(tmp_path / "out")
+    assert line == f"{tmp_path}/out is being written by another process; choose another folder"
+    assert names(tmp_path / ".out.partial") == ["folder", "link"]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path, half_way):
+    half_way.send_signal(signal.SIGKILL)
+    half_way.wait()
+    assert names(tmp_path) == [".out.partial"]
+    with fresh_folder(tmp_path / "out") as staging:
+        (staging / "a").touch()
+    assert names(tmp_path) == ["out"]
+    assert names(tmp_path / "out") == ["a"]
+
+
+def test_an_interrupted_process_leaves_nothing(tmp_path, half_way):
+    half_way.send_signal(signal.SIGINT)
+    half_way.wait()
+    assert names(tmp_path) == []

@@ -1,0 +1,74 @@
+"""The upcycling experiment, whole, at a size for a test; and going on where it stopped."""
+
+import json
+from pathlib import Path
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from experiments import upcycling
+
+
+@pytest.fixture(scope="module")
+def programs_compiled_once(tmp_path_factory):
+    """Runs of the same shape have the same programs: they are kept on the disk."""
+    settings = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = [getattr(jax.config, name) for name in settings]
+    for name, value in zip(settings, (str(tmp_path_factory.mktemp("compiled")), 0.0)):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in zip(settings, before):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def folder(programs_compiled_once, tmp_path_factory):
+    """A folder whose corpus is there already, and small."""
+    out = tmp_path_factory.mktemp("upcycling")
+    sources = sorted(Path(json.__file__).parent.glob("*.py"))
+    lines = [{"text": part} for path in sources for part in path.read_text().split("\n\n") if part.strip()]
+    (out / "corpus.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert upcycling.main(["--out", str(out), "--scale", "smoke"]) == 0
+    return out
+
+
+def test_every_variant_is_measured_from_its_start_to_its_end(folder):
+    results = json.loads((folder / "results.json").read_text())
+    names = [course["variant"] for course in results["courses"]]
+    assert names == [
+        "base", "interleave", "stack",
+        "base-fresh-optimizer", "interleave-fresh-optimizer", "stack-fresh-optimizer",
+    ]  # fmt: skip
+    losses = {course["variant"]: course["losses"] for course in results["courses"]}
+    assert all(list(course) == ["0", "2", "4"] and len(course["4"]) == 4 for course in losses.values())
+    for name in ("base", "interleave", "stack"):  # the state of the optimiser has no part in what is measured at first
+        assert losses[name]["0"] == losses[f"{name}-fresh-optimizer"]["0"]
+        assert losses[name]["4"] != losses[f"{name}-fresh-optimizer"]["4"]
+    assert losses["interleave"]["0"] != losses["stack"]["0"] != losses["base"]["0"]
+
+
+def test_the_base_goes_on_from_what_it_ended_with(folder):
+    course = json.loads((folder / "results.json").read_text())["courses"][0]
+    rows = [json.loads(line) for line in (folder / "seed-0" / "base-run" / "metrics.jsonl").read_text().splitlines()]
+    ended = [row["loss_per_loop"] for row in rows if row["kind"] == "evaluation"][-1]
+    assert course["losses"]["0"] == pytest.approx(ended, rel=1e-5)
+
+
+def test_the_report_shows_what_was_measured(folder):
+    report = (folder / "report.md").read_text()
+    results = json.loads((folder / "results.json").read_text())
+    assert f"{results['courses'][1]['losses']['0'][-1]:.4f}" in report
+    assert "Interleave minus stack, seed by seed" in report
+    assert (folder / "upcycling.png").stat().st_size > 10_000
+
+
+def test_what_is_done_is_not_done_again(folder, monkeypatch, capsys):
+    before = (folder / "results.json").read_bytes()
+    for name in ("train", "upcycle", "load", "collect_stdlib"):
+        monkeypatch.delattr(upcycling, name)
+    assert upcycling.main(["--out", str(folder), "--scale", "smoke"]) == 0
+    assert (folder / "results.json").read_bytes() == before
+    assert capsys.readouterr().out.endswith("deeper --layers 4\n")

@@ -1,0 +1,115 @@
+"""From a path to a model: a checkpoint of ours or a Hugging Face folder, in any type, on any devices."""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hf_folders import GROUPED, write_hf_folder
+
+from looplm_jax.config import ComputeConfig, Dtype, MeshConfig
+from looplm_jax.convert.from_hf import convert_from_hf
+from looplm_jax.errors import UserError
+from looplm_jax.halting import FixedLoops
+from looplm_jax.inference import generate
+from looplm_jax.loading import load
+from looplm_jax.models.looplm import LoopLM
+
+pytest.importorskip("tokenizers")
+CUBE = MeshConfig(data=2, fsdp=2, tensor=2)
+
+
+@pytest.fixture(scope="module")
+def hf_folder(tmp_path_factory):
+    """A model in bfloat16."""
+    folder = tmp_path_factory.mktemp("hf") / "Ouro-tiny"
+    write_hf_folder(folder, GROUPED, dtype=jnp.bfloat16)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(hf_folder):
+    """The same model as a checkpoint of ours."""
+    convert_from_hf(hf_folder, hf_folder.parent / "converted")
+    return hf_folder.parent / "converted"
+
+
+def assert_same(actual, wanted):
+    assert jax.tree.structure(actual) == jax.tree.structure(wanted)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):
+        assert (a.dtype, np.asarray(a).tobytes()) == (b.dtype, np.asarray(b).tobytes())
+
+
+def test_a_hugging_face_folder_is_its_checkpoint(hf_folder, checkpoint):
+    theirs, ours = load(hf_folder), load(checkpoint)
+    assert_same(theirs.params, ours.params)
+    assert (theirs.recipe.model, theirs.recipe.stages) == (ours.recipe.model, ours.recipe.stages)
+    assert (theirs.recipe.name, theirs.step, theirs.warnings) == ("Ouro-tiny", 0, ())
+    assert theirs.tokenizer.serialize() == ours.tokenizer.serialize()
+    model, params = theirs
+    assert model.config == GROUPED
+    assert params is theirs.params
+
+
+@pytest.mark.parametrize("kind", ["hf_folder", "checkpoint"])
+@pytest.mark.parametrize("mesh", [None, CUBE], ids=["one device", "eight devices"])
+@pytest.mark.parametrize("dtype", [None, jnp.float32, "bfloat16"])
+def test_any_type_on_any_devices(request, kind, mesh, dtype):
+    path = request.getfixturevalue(kind)
+    stored = load(path).params
+    loaded = load(path, mesh=mesh, dtype=dtype).params
+    assert_same(loaded, jax.tree.map(lambda x: x.astype(dtype or jnp.bfloat16), stored))
+    kernel = loaded["core"]["layers"]["mlp"]["up"]["kernel"]
+    cut = 1 if mesh is None else 2
+    assert kernel.sharding.shard_shape(kernel.shape) == (3, 32 // cut, 48 // cut)
+
+
+@pytest.mark.parametrize("compute", [Dtype.FLOAT32, Dtype.BFLOAT16])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_a_model_runs_on_narrow_parameters(hf_folder, compute, dtype):
+    """Gate logits are float32 whatever the parameters are; the numbers are those of the same ones in float32."""
+    narrow = load(hf_folder, dtype=dtype)
+    model = LoopLM(narrow.model.config, ComputeConfig(dtype=compute))
+    tokens = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
+    out = model.apply({"params": narrow.params}, tokens)
+    wide = model.apply({"params": jax.tree.map(lambda x: x.astype(jnp.float32), narrow.params)}, tokens)
+    assert out.gate_logits.dtype == jnp.float32
+    assert out.hidden.dtype == jnp.dtype(compute.value)
+    np.testing.assert_array_equal(out.hidden, wide.hidden)
+    np.testing.assert_array_equal(out.gate_logits, wide.gate_logits)
+
+
+def test_a_loaded_model_generates(hf_folder):
+    loaded = load(hf_folder)
+    made = generate(*loaded, loaded.tokenizer.encode("to the"), max_new_tokens=3, policy=FixedLoops(loops=2))
+    assert len(made.tokens) == 3
+
+
+def test_a_run_folder_with_safetensors_in_it_is_still_a_run(hf_folder, checkpoint, tmp_path):
+    run = shutil.copytree(checkpoint, tmp_path / "run")
+    shutil.copy(hf_folder / "model.safetensors", run)
+    assert load(run).recipe.name == "Ouro-tiny"
+
+
+def test_a_hugging_face_folder_has_no_steps(hf_folder):
+    with pytest.raises(UserError, match="is a Hugging Face folder, which has no steps; leave step out"):
+        load(hf_folder, step=3)
+
+
+def test_a_folder_of_another_kind(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="is not a checkpoint: expected a run folder"):
+        load(tmp_path)
+
+
+def test_pickled_weights_are_refused_with_the_reason(tmp_path):
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(UserError, match="a pickled file is refused, since reading it runs whatever code its author"):
+        load(tmp_path)
+
+
+def test_a_mesh_that_does_not_fit(hf_folder, checkpoint):
+    for path in (hf_folder, checkpoint):
+        with pytest.raises(UserError, match=r"mesh\.tensor=8 does not divide model\.num_heads=4"):
+            load(path, mesh=MeshConfig(tensor=8))
