@@ -32,6 +32,7 @@ from looplm_jax.config import (
 )
 from looplm_jax.convert.upcycle import Order, upcycle
 from looplm_jax.data import collect_stdlib, validation_batches
+from looplm_jax.errors import UserError
 from looplm_jax.evaluation.during_training import evaluate_held_out
 from looplm_jax.loading import load
 from looplm_jax.training.metrics import EVALUATION, read_metrics
@@ -102,32 +103,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/upcycling"), help="folder (default: runs/upcycling)")
     parser.add_argument("--scale", choices=SCALES, default="laptop", help="smoke: seconds, to see that it works")
     arguments = parser.parse_args(argv)
-    out, scale = arguments.out, SCALES[arguments.scale]
+    scale = SCALES[arguments.scale]
+    try:
+        courses = _courses(arguments.out, scale)
+    except UserError as error:
+        print(f"upcycling: {error}", file=sys.stderr)
+        return 2
+    command = f"python -m experiments.upcycling --scale {arguments.scale}"
+    results = Results(command=command, scale=dataclasses.asdict(scale), courses=courses)
+    print(f"\nwrote {', '.join(write_results(arguments.out, results))} to {arguments.out}")
+    first = _base(arguments.out, scale.seeds[0])
+    print(f"next: looplm convert upcycle {first} deeper --layers {2 * scale.model.num_layers}")
+    return 0
+
+
+def _courses(out: Path, scale: Scale) -> list[Course]:
+    """Everything that is to be measured: for every seed a base, and every variant of it."""
     corpus = out / "corpus.jsonl"
     if not corpus.exists():
         out.mkdir(parents=True, exist_ok=True)
         collect_stdlib(corpus)
     courses = []
     for seed in scale.seeds:
+        print(f"\n== seed {seed}: base", flush=True)
         base = _train_base(out, scale, seed)
         for variant in VARIANTS:
             print(f"\n== seed {seed}: {variant.name}", flush=True)
             courses.append(_train_on(out, scale, seed, variant, base))
-    results = Results(
-        command=f"python -m experiments.upcycling --scale {arguments.scale}",
-        scale=dataclasses.asdict(scale),
-        courses=tuple(courses),
-    )
-    written = write_results(out, results)
-    print(f"\nwrote {', '.join(written)} to {out}")
-    print(f"next: looplm convert upcycle {_base(out, scale.seeds[0])} deeper --layers {2 * scale.model.num_layers}")
-    return 0
+    return courses
 
 
 def _train_base(out: Path, scale: Scale, seed: int) -> Path:
     """The run folder of the base. All seeds share the tokeniser of the first."""
     folder, first = _base(out, seed), _base(out, scale.seeds[0])
-    print(f"\n== seed {seed}: base", flush=True)
     recipe = _recipe(out, scale, seed, steps=scale.base_steps, warmup_steps=scale.warmup_steps)
     if folder != first:
         recipe = dataclasses.replace(

@@ -30,10 +30,10 @@ class _Read:
     parts: dict[str, Any]
 
     def result(self) -> Array:
-        """The array, once its parts are there."""
+        """The array, once its parts are there and on the devices."""
         return jax.make_array_from_callback(
             self.target.shape, self.sharding, lambda index: self.parts[repr(index)].result(), dtype=self.target.dtype
-        )
+        ).block_until_ready()
 
 
 def load(folder: epath.Path, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:

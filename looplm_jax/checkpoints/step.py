@@ -21,6 +21,7 @@ from looplm_jax.checkpoints.errors import DamagedError, brief
 from looplm_jax.checkpoints.metadata import ArrayRecord, Metadata, Sidecar, decode, encode
 
 NO_SPACE = "no space left on the disk"
+_SPARING_FILE_BYTES = 2**26
 _ARRAYS = "state"
 _SIDECAR = "sidecar"
 _SIDECAR_FILE = "data.json"
@@ -61,8 +62,13 @@ def list_steps(folder: epath.Path) -> list[StepFolder]:
     return sorted(steps, key=lambda step: (step.step, step.committed))
 
 
-def start_writing(path: epath.Path, arrays: dict[str, Array], metadata: Metadata, *, permanent: bool) -> Writing:
-    """Starts to write a step, in place of what may be at `path`; once this returns, the arrays may be donated."""
+def start_writing(
+    path: epath.Path, arrays: dict[str, Array], metadata: Metadata, *, permanent: bool, sparing: bool = False
+) -> Writing:
+    """Starts to write a step, in place of what may be at `path`; once this returns, the arrays may be donated.
+
+    Arrays are encoded side by side, which may take as much memory again; `sparing`: about one after the other.
+    """
     found = digests(arrays)
     records = {
         name: ArrayRecord(shape=array.shape, dtype=str(array.dtype), digest=found[name])
@@ -70,7 +76,11 @@ def start_writing(path: epath.Path, arrays: dict[str, Array], metadata: Metadata
     }
     sidecar = encode(metadata, records, permanent=permanent)
     logging.getLogger("absl").addFilter(_is_no_echo)
-    with _context():
+    context = _context()
+    if sparing:
+        context.array.saving.ocdbt_target_data_file_size = _SPARING_FILE_BYTES  # what is encoded waits for its file
+        context.memory.write_concurrent_bytes = 1 + max(array.nbytes for array in arrays.values())
+    with context:
         response = ocp.save_checkpointables_async(path, {_ARRAYS: arrays, _SIDECAR: sidecar}, overwrite=True)
     return Writing(response=response)
 

@@ -57,7 +57,7 @@ def write_whole(folder: Path, whole: WholeStep) -> None:
     """
     path = epath.Path(folder.absolute()) / "checkpoints" / str(whole.step)
     try:
-        start_writing(path, whole.arrays, whole.metadata, permanent=True).result()
+        start_writing(path, whole.arrays, whole.metadata, permanent=True, sparing=True).result()
     except Exception as error:
         remove_failed(path.parent)
         reason = write_failure(error)

@@ -2,8 +2,9 @@
 
 from looplm_jax.convert.dense import convert_from_dense
 from looplm_jax.convert.from_hf import convert_from_hf
+from looplm_jax.convert.shard_files import parse_size
 from looplm_jax.convert.state_dict import from_torch_state_dict, to_torch_state_dict
-from looplm_jax.convert.to_hf import convert_to_hf, parse_size
+from looplm_jax.convert.to_hf import convert_to_hf
 from looplm_jax.convert.upcycle import Order, upcycle
 
 __all__ = [

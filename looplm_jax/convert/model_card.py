@@ -39,7 +39,7 @@ With transformers 4.57 or 5; the folder holds its own PyTorch model:
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 batch = tokenizer(["Once"], return_tensors="pt")
 out = model(**batch, loops={loops}, output_hidden_states=True)  # `loops` may differ from call to call

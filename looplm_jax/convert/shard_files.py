@@ -19,6 +19,7 @@ from looplm_jax.errors import UserError
 INDEX = "model.safetensors.index.json"
 _DTYPE_CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _ALIGNMENT = 8  # of the tensors' bytes in the file, as in the library
+_ROWS = 64  # made contiguous together: a transposed copy of a whole head would take as much memory again
 _UNITS = {"": 1, "B": 1} | {
     f"{prefix}{binary}B": base**power
     for power, prefix in enumerate("KMGT", start=1)
@@ -116,7 +117,9 @@ def _write_file(
         stream.write(len(encoded).to_bytes(8, "little"))
         stream.write(encoded)
         for tensor in tensors:
-            stream.write(np.ascontiguousarray(read(tensor)).view(np.uint8).data)
+            values = read(tensor)
+            for start in range(0, len(values), _ROWS):
+                stream.write(np.ascontiguousarray(values[start : start + _ROWS]).view(np.uint8).data)
 
 
 def _item_size(dtype: str) -> int:

@@ -78,7 +78,6 @@ class Decoder:
         self._params = unroll_layers(params) if unrolled else params
         self._mesh = mesh
         self._dtype = jnp.dtype(config.cache_dtype or compute_dtype(model.compute))
-        self._policies = PolicyTable.empty(config.slots)
         self._remembers = False
         self._slots = self._empty_slots()
 
@@ -144,9 +143,10 @@ class Decoder:
 
     def keep(self, slot: int, tokens: int) -> Cache:
         """A copy of the cache of a slot that holds `tokens` tokens."""
-        return extract_row(
-            self._slots.cache, np.int32(slot), loops=self.loops, capacity=bucket(tokens, self.config.capacity)
-        )
+        capacity = bucket(tokens, self.config.capacity)
+        row = extract_row(self._slots.cache, np.int32(slot), loops=self.loops, capacity=capacity)
+        # A pass that began before the host knew of the end may have added tokens that nobody was given.
+        return dataclasses.replace(row, lengths=jnp.full(1, tokens, jnp.int32))
 
     def _settings(self, request: Request) -> Settings:
         stop_ids = np.full(MOST_STOP_IDS, NO_TOKEN, np.int32)
@@ -182,7 +182,7 @@ class Decoder:
                 capacity=config.capacity,
                 loops=self.loops,
                 cache_dtype=self._dtype,
-                policies=self._policies,
+                policies=PolicyTable.empty(config.slots),
             )
 
         return self._placed(make)

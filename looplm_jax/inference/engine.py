@@ -93,6 +93,11 @@ class Engine:
         """Bytes of the cache of all slots."""
         return self._decoder.cache_bytes
 
+    @property
+    def window(self) -> int:
+        """Tokens that a request may have, prompt and text together."""
+        return min(self.config.capacity, self._model_config.max_positions)
+
     def generate(self, prompts: Sequence[Prompt], **options: Any) -> list[Result]:
         """Answers to all prompts, in their order; any number of them, a queue's worth at a time.
 
@@ -149,6 +154,8 @@ class Engine:
                 self.stats.ticks += self.config.ticks
             while self._flying and (len(self._flying) > 1 or not any(self._slots)):
                 self._fetch(self._flying.popleft())
+            if not self._flying:
+                self._last_fetch = 0.0  # what passes until there is work again is not a tick's time
             return bool(self._flying or any(self._slots) or self._reading or len(self._queue))
 
     @contextlib.contextmanager
@@ -210,7 +217,8 @@ class Engine:
             self._deliver(tick.owners[tick.slot], tick.slot, found)
             return
         now = time.monotonic()
-        self.stats.timed((now - self._last_fetch) / self.config.ticks if self._last_fetch else 0.0)
+        if self._last_fetch:
+            self.stats.timed((now - self._last_fetch) / self.config.ticks)
         self._last_fetch = now
         for number in range(self.config.ticks):
             row = jax.tree.map(lambda x, number=number: x[number], found)

@@ -17,6 +17,12 @@ class Ticket:
         self._tokens: queue.SimpleQueue[NewToken | None] = queue.SimpleQueue()
         self._future: concurrent.futures.Future[Result] = concurrent.futures.Future()
         self._cancelled = False
+        self._provisional: int | None = None
+
+    @property
+    def provisional(self) -> int | None:
+        """The likeliest next token by the loops it has done so far, to be revised; None without previews."""
+        return self._provisional
 
     @property
     def done(self) -> bool:
@@ -57,8 +63,13 @@ class Ticket:
         """The result."""
         return asyncio.wrap_future(self._future).__await__()
 
+    def propose(self, token: int) -> None:
+        """For the engine: what the next token would be, were it to leave now."""
+        self._provisional = token
+
     def give(self, new: NewToken) -> None:
         """For the engine: one more token."""
+        self._provisional = None
         self._tokens.put(new)
 
     def finish(self, result: Result) -> None:

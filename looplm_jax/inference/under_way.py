@@ -35,6 +35,7 @@ class UnderWay:
     def preview(self, token: int) -> None:
         """The likeliest token after one more loop of the token under way."""
         self._previews.append(token)
+        self.ticket.propose(token)
 
     def push(self, token: int, exit_loop: int, log_prob: float) -> Finish | None:
         """One more token, given on to the owner; what it ends the request with, if it does."""

@@ -48,24 +48,25 @@ def folder():
 
 
 @pytest.fixture(autouse=True)
-def memory():
-    """No more memory than this, of what Python and NumPy allocate, in all the examples of a test."""
+def traced_memory():
+    """What Python and NumPy allocate is counted."""
     tracemalloc.start()
     yield
-    _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < MUCH_MEMORY
 
 
 def result_or_line(function, *arguments):
-    """The result, or None after a mistake in one line."""
+    """The result, or None after a mistake in one line; and not much memory on the way."""
+    tracemalloc.reset_peak()
+    before, _ = tracemalloc.get_traced_memory()
     try:
-        return function(*arguments)
+        result, lines = function(*arguments), [""]
     except UserError as error:
-        lines = str(error).splitlines()
+        result, lines = None, str(error).splitlines()
+    assert tracemalloc.get_traced_memory()[1] - before < MUCH_MEMORY
     assert len(lines) == 1
     assert len(lines[0]) < 1000
-    return None
+    return result
 
 
 def read_all(path):
@@ -201,7 +202,7 @@ def test_index_files(sharded_folder, content):
     raw = content if isinstance(content, bytes) else json.dumps(content).encode()
     (sharded_folder / INDEX).write_bytes(raw)
     tensors = result_or_line(read_all, sharded_folder)
-    assert tensors is None or tensors.keys() == SMALL.keys()
+    assert tensors is None or tensors.keys() <= SMALL.keys()
 
 
 HOSTILE = """

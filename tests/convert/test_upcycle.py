@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import resource
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,7 @@ from looplm_jax.config import (
 from looplm_jax.convert.upcycle import Order, source_layers, upcycle
 from looplm_jax.data import open_corpus
 from looplm_jax.errors import UserError
+from looplm_jax.models.blocks import Stack, make_context
 from looplm_jax.models.looplm import LoopLM, count_params, init_params
 from looplm_jax.training.optimizer import adamw
 from looplm_jax.training.run import train
@@ -164,16 +166,18 @@ def test_it_computes_what_the_repeated_layers_compute(base, deeper):
 
 def by_hand(single: LoopLM, original, chosen, tokens):
     """States of every loop, each layer applied by a stack of its own."""
-    from looplm_jax.models.blocks import Stack, make_context
-
     config = single.config
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     context = make_context(config, positions, jnp.ones_like(tokens))
 
+    @jax.jit
+    def layer(stack, index, state):
+        own = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, index, 1), stack)
+        return Stack(config, 1).apply({"params": own}, state, context)[0]
+
     def layers(name, state, indices):
         for index in indices:
-            own = jax.tree.map(lambda leaf, index=index: leaf[index : index + 1], original[name])
-            state, _ = Stack(config, 1).apply({"params": own}, state, context)
+            state = layer(original[name], index, state)
         return state
 
     def normalise(name, state):
@@ -243,8 +247,6 @@ def test_a_disk_that_refuses_leaves_nothing_behind(size, base, tmp_path):
 
 
 def test_a_newer_damaged_step_is_named(base, tmp_path):
-    import shutil
-
     source = shutil.copytree(base, tmp_path / "source")
     shutil.copytree(base / "checkpoints" / str(STEP), source / "checkpoints" / "9")
     for path in (source / "checkpoints" / "9" / "state").rglob("d/*"):

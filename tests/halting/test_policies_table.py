@@ -199,8 +199,8 @@ def test_a_class_that_is_not_made_of_numbers_is_refused():
 def test_kinds_do_not_grow_without_bound():
     table = PolicyTable.empty(2)
     message = "more than 32 kinds of exit policy at once; make each Custom policy once and use it again"
-    for _ in range(30):
-        table = table.with_kind(Custom(lambda t, hidden, gate, logits: t > 1, needs=Needs(0)))
+    ones_own = (Custom(lambda t, hidden, gate, logits: t > 1, needs=Needs(0)) for _ in range(30))
+    table = table.with_kinds((*table.kinds, *ones_own))
     with pytest.raises(UserError) as error:
         table.with_kind(Custom(open_gate, needs=Needs(0)))
     assert str(error.value) == message

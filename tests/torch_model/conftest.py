@@ -1,34 +1,3 @@
-"""What every test of the PyTorch model runs in."""
+from torch_fixtures import one_thread, own_copies_of_remote_code
 
-import sys
-
-import pytest
-
-
-@pytest.fixture(scope="package", autouse=True)
-def _one_thread():
-    """The tensors are too small to share."""
-    torch = pytest.importorskip("torch")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="package", autouse=True)
-def _own_copies_of_remote_code(tmp_path_factory):
-    """transformers imports the files of a folder from a copy; the user's copies are left alone."""
-    dynamic_module_utils = pytest.importorskip("transformers.dynamic_module_utils")
-    folder = tmp_path_factory.mktemp("remote_code")
-    (folder / "__init__.py").touch()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(folder))
-        patch.syspath_prepend(str(folder))
-        _forget_remote_code()
-        yield
-    _forget_remote_code()
-
-
-def _forget_remote_code():
-    for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
-        del sys.modules[name]
+__all__ = ["one_thread", "own_copies_of_remote_code"]

@@ -1,4 +1,4 @@
-"""Rows of a padded batch that leave at different loops: tokens, exits and probabilities are those of JAX, each alone."""
+"""Rows of a padded batch leave at different loops: tokens, exits and probabilities as JAX gives them one by one."""
 
 import numpy as np
 import pytest

@@ -110,6 +110,10 @@ def test_no_target_at_all_is_no_loss(model):
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+def test_a_row_of_one_token_has_no_target(model):
+    assert model(random_ids(1, 1), labels=random_ids(1, 1)).loss == 0
+
+
 def gradients(model, ids, mask):
     model.train()
     model.zero_grad()

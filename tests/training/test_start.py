@@ -15,7 +15,6 @@ from training_cases import GATE, MODEL, RECIPE, STAGE, assert_identical, one_sta
 
 from looplm_jax.checkpoints import read_metadata
 from looplm_jax.checkpoints.whole import read_whole, write_whole
-from looplm_jax.cli.main import main
 from looplm_jax.codec import from_dict, to_dict
 from looplm_jax.config import DataConfig, MeshConfig, ModelConfig, Recipe, Schedule, SourceConfig, StartConfig
 from looplm_jax.convert.to_hf import convert_to_hf
@@ -25,11 +24,12 @@ from looplm_jax.models.looplm import LoopLM
 from looplm_jax.sharding import make_mesh
 from looplm_jax.training import run
 from looplm_jax.training.metrics import read_metrics
+from looplm_jax.training.run_folder import RunFolder
+from looplm_jax.training.setup import prepare
 from looplm_jax.training.start import check_shape, describe_start, read_start, started_state
 from looplm_jax.training.state import abstract_state, initial_state
 
 SHORT = dataclasses.replace(STAGE, steps=2, min_loops=0, warmup_steps=0, schedule=Schedule.CONSTANT)
-ONE_STEP = dataclasses.replace(SHORT, steps=1)
 BASE = one_stage(SHORT)
 MESHES = [MeshConfig(data=1), MeshConfig(data=2, fsdp=2, tensor=2)]
 
@@ -50,6 +50,13 @@ def started(checkpoint, *, optimizer=False, **changes):
 def first_state(recipe):
     mesh, model = make_mesh(recipe.mesh), LoopLM(recipe.model, recipe.compute)
     return started_state(read_start(recipe, model, mesh), recipe, model, mesh)
+
+
+def prepared(folder, recipe):
+    """Where a run stands before its first step, and what was said."""
+    said = io.StringIO()
+    setup = prepare(recipe, RunFolder(path=folder), Console(file=said, soft_wrap=True))
+    return setup.position, said.getvalue()
 
 
 def arrays(tree):
@@ -94,34 +101,11 @@ def test_parameters_of_sixteen_bits_become_float32(base, tmp_path):
     assert_identical(arrays(state.params), wanted)
 
 
-def test_a_run_says_where_it_starts_and_begins_at_its_own_first_step(base, tmp_path):
-    said = train(tmp_path / "run", started(base))
-    assert said.splitlines()[0] == f"starting from the parameters of {base}, step 2"
-    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2]
-    assert from_dict(Recipe, read_metadata(str(tmp_path / "run")).config).start.checkpoint == str(base)
-
-
-def test_a_run_that_goes_on_does_not_need_the_checkpoint_any_more(base, tmp_path):
-    start = shutil.copytree(base, tmp_path / "start")
-    recipe = started(start, optimizer=True, stages=(dataclasses.replace(SHORT, steps=4),))
-    train(tmp_path / "run", recipe)
-    finished = read_whole(tmp_path / "run")
-    shutil.rmtree(start)
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
-    said = train(tmp_path / "run", recipe)
-    assert said.splitlines()[0] == "going on from step 2 of stage pretrain"
-    again = read_whole(tmp_path / "run")
-    assert again.step == finished.step == 4
-    assert_identical(again.arrays, finished.arrays)
-    assert again.metadata == finished.metadata
-
-
-def test_a_run_that_was_stopped_before_its_first_save_starts_from_the_checkpoint_again(base, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "_train_stage", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            train(tmp_path / "run", started(base))
-    assert "starting from the parameters of" in train(tmp_path / "run", started(base))
+def test_a_run_that_was_stopped_before_its_first_save_starts_from_the_checkpoint_again(base, tmp_path):
+    for _ in range(2):
+        position, said = prepared(tmp_path / "run", started(base))
+        assert (int(position.state.step), position.stage, position.data_state) == (0, 0, None)
+        assert said == f"starting from the parameters of {base}, step 2\n"
 
 
 def test_a_damaged_step_is_named_and_the_one_before_is_taken(base, tmp_path):
@@ -130,18 +114,11 @@ def test_a_damaged_step_is_named_and_the_one_before_is_taken(base, tmp_path):
     shutil.copytree(base / "checkpoints" / "2", start / "checkpoints" / "2")
     for path in (start / "checkpoints" / "2" / "state").rglob("d/*"):
         path.write_bytes(path.read_bytes()[:-9])
-    warning, origin, *_ = train(tmp_path / "run", started(start, optimizer=True)).splitlines()
+    _, said = prepared(tmp_path / "run", started(start, optimizer=True))
+    warning, origin = said.splitlines()
     assert warning.startswith("warning: step 2 is damaged: ")
     assert warning.endswith("; passed over")
     assert origin == f"starting from the parameters and the optimiser state of {start}, step 1"
-
-
-def test_the_command_line_names_the_checkpoint(base, tmp_path, capsys):
-    recipe = tmp_path / "recipe.json"
-    recipe.write_text(json.dumps(to_dict(BASE)))
-    words = ["train", "--recipe", recipe, "--out", tmp_path / "run", "--start.checkpoint", base / "checkpoints" / "2"]
-    assert main([*map(str, words), "--start.optimizer", "true"]) == 0
-    assert f"starting from the parameters and the optimiser state of {base}/checkpoints/2" in capsys.readouterr().err
 
 
 # The shape of the model.
@@ -249,21 +226,28 @@ def trained_on_text(texts, tmp_path_factory):
     return folder
 
 
-def test_the_tokenizer_of_the_checkpoint_is_used_and_goes_on_with_the_run(trained_on_text, texts, tmp_path):
+def test_a_run_that_goes_on_needs_the_checkpoint_no_more_not_even_for_its_tokenizer(trained_on_text, texts, tmp_path):
     start = shutil.copytree(trained_on_text, tmp_path / "start")
     recipe = on_text(texts / "second.txt", started(start, stages=(dataclasses.replace(SHORT, steps=4),)))
-    assert "training a tokenizer" not in train(tmp_path / "run", recipe)
-    wanted = read_metadata(str(trained_on_text))
+    said = train(tmp_path / "run", recipe)
+    assert said.splitlines()[0] == f"starting from the parameters of {start}, step 2"
+    assert "training a tokenizer" not in said
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3, 4]
+    finished = read_whole(tmp_path / "run")
+    assert finished.metadata.tokenizer == read_metadata(str(start)).tokenizer
+    assert from_dict(Recipe, finished.metadata.config).start.checkpoint == str(start)
+
     shutil.rmtree(start)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
-    assert "going on from step 2" in train(tmp_path / "run", recipe)
-    found = read_metadata(str(tmp_path / "run"))
-    assert (found.tokenizer_fingerprint, found.tokenizer) == (wanted.tokenizer_fingerprint, wanted.tokenizer)
+    assert train(tmp_path / "run", recipe).splitlines()[0] == "going on from step 2 of stage pretrain"
+    again = read_whole(tmp_path / "run")
+    assert (again.step, again.metadata) == (finished.step, finished.metadata)
+    assert_identical(again.arrays, finished.arrays)
 
 
 def test_the_same_tokenizer_may_be_given(trained_on_text, texts, tmp_path):
     given = str(trained_on_text / "tokenizer.model")
-    train(tmp_path / "run", on_text(texts / "second.txt", started(trained_on_text), tokenizer=given))
+    prepared(tmp_path / "run", on_text(texts / "second.txt", started(trained_on_text), tokenizer=given))
 
 
 def test_another_tokenizer_is_refused(trained_on_text, texts, tmp_path):
@@ -297,13 +281,12 @@ def exported(trained_on_text, tmp_path_factory):
 
 
 def test_a_run_starts_from_a_hugging_face_folder(exported, trained_on_text, texts, tmp_path):
-    recipe = on_text(texts / "second.txt", started(exported, mesh=MESHES[1], stages=(ONE_STEP,)))
-    said = train(tmp_path / "run", recipe)
-    assert said.splitlines()[0] == f"starting from the parameters of {exported}"
-    state, saved = first_state(recipe), read_whole(trained_on_text).arrays
+    recipe = on_text(texts / "second.txt", started(exported, mesh=MESHES[1]))
+    position, said = prepared(tmp_path / "run", recipe)
+    assert said == f"starting from the parameters of {exported}\n"
+    saved = read_whole(trained_on_text).arrays
     wanted = [saved[name].astype(jnp.bfloat16).astype(jnp.float32) for name in sorted(saved) if "params." in name]
-    assert_identical(arrays(state.params), wanted)
-    assert read_metadata(str(tmp_path / "run")).tokenizer == (exported / "tokenizer.json").read_bytes()
+    assert_identical(arrays(position.state.params), wanted)
 
 
 def test_a_hugging_face_folder_of_another_shape_or_with_an_optimizer_is_refused(exported, texts, tmp_path):

@@ -255,7 +255,8 @@ class ExitRule:
 
     def leaves(self, log_survival: Tensor, loop: int) -> Tensor:
         """Tokens that leave after `loop` if not before: `CDF >= q`, asked as `log S <= log(1 - q)`."""
-        return (log_survival <= torch.log1p(torch.tensor(-self.threshold))) | (loop >= self.latest)
+        reached = torch.log1p(torch.tensor(-self.threshold, dtype=torch.float32))
+        return (log_survival <= reached) | (loop >= self.latest)
 
 
 class Exits:
@@ -265,7 +266,7 @@ class Exits:
         self.rule = rule
         self.hidden = state  # [B, S, D], of each token's exit
         self.loops = torch.zeros(state.shape[:2], dtype=torch.long, device=state.device)  # [B, S]; 0 while running
-        self.log_survival = torch.zeros(state.shape[:2], device=state.device)
+        self.log_survival = torch.zeros(state.shape[:2], dtype=torch.float32, device=state.device)
         self.states: list[Tensor] = []
         self.gates: list[Tensor] = []
 
@@ -468,8 +469,8 @@ class OuroModel(OuroPreTrainedModel):
 
 def refuse_unknown(kwargs: dict[str, Any]) -> None:
     """Refuse arguments that would change something elsewhere; positions follow from the cache and the mask."""
-    without_effect = {"cache_position", "token_type_ids"}
-    unknown = [name for name in kwargs if name not in without_effect and kwargs[name] not in (None, False)]
+    asked = {name for name, value in kwargs.items() if value is not None and value is not False}
+    unknown = sorted(asked - {"cache_position", "token_type_ids"})
     if unknown:
         raise ValueError(f"this model does not know {', '.join(unknown)}; leave it out")
 
@@ -581,7 +582,8 @@ class OuroForCausalLM(OuroPreTrainedModel, GenerationMixin):
 
     def _token_losses(self, state: Tensor, targets: Tensor) -> Tensor:
         logits = self.lm_head(state).float().to(targets.device)
-        return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none", ignore_index=-100)
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=-100)
+        return losses.view_as(targets)
 
 
 # Folders saved with these classes get a copy of this file, so that they load with trust_remote_code.

@@ -1,0 +1,46 @@
+"""Flags that `looplm generate` and `looplm chat` share: how tokens are chosen, and what they may cost."""
+
+import argparse
+
+EXIT_RULES = """\
+exit rules, each optionally with bounds on loops, as in kl=1e-3,min=2,max=6:
+  loops=4        a fixed number of loops
+  q=0.5          the gate: the first loop where the probability of having left reaches q
+  hidden=0.03    the state changed by less than this
+  relative=0.03  likewise, as a share of its size
+  kl=1e-3        the prediction changed by less than this, in nats
+  entropy=1e-3   its entropy changed by less than this, in nats
+  stable=2       the likeliest token was the same in so many loops running
+  confidence=0.9 the likeliest token reached this probability
+  margin=0.5     its probability exceeds that of the next one by this
+"""
+
+
+def configure_generation(parser: argparse.ArgumentParser) -> None:
+    """Add them, and the exit rules below."""
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): the most probable token")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K most probable; 0: all")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest P; 1: all")
+    parser.add_argument(
+        "--min-p", type=float, default=0.0, metavar="P", help="draw from those P times as probable as the likeliest"
+    )
+    parser.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="R", help="make tokens already there less likely"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this; may be repeated")
+    parser.add_argument("--exit", default="q=0.5", metavar="RULE", help="see below (default: q=0.5)")
+    parser.add_argument(
+        "--loops-per-token", type=float, default=float("inf"), metavar="N", help="never more than this on average"
+    )
+    parser.add_argument(
+        "--ms-per-token", type=float, default=float("inf"), metavar="MS", help="give up loops to keep to this time"
+    )
+    parser.add_argument(
+        "--cache",
+        choices=["full", "last", "average", "first"],
+        default="full",
+        help="loops whose keys and values are kept of a new token (default: full)",
+    )
+    parser.add_argument("--step", type=int, help="which step (default: the newest good one)")
+    parser.epilog = EXIT_RULES

@@ -1,0 +1,124 @@
+"""A chat whose cache is kept between turns: of each turn, only what is new is read.
+
+    chat = Conversation(engine, tokenizer, system="Be brief.")
+    for new in chat.say("Why loops?", max_new_tokens=64):
+        print(new.text, end="")
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from looplm_jax.convert.tokenizer_files import stop_ids
+from looplm_jax.data.chat import ASSISTANT, Message, tokens_and_mask
+from looplm_jax.data.tokenizers import Tokenizer
+from looplm_jax.errors import UserError
+from looplm_jax.inference.engine import Engine
+from looplm_jax.inference.kv_cache import Cache
+from looplm_jax.inference.requests import NewToken, Request, Result
+from looplm_jax.inference.stopping import Finish
+from looplm_jax.inference.ticket import Ticket
+
+SYSTEM, USER = "system", "user"
+
+
+class Conversation:
+    """Turns of ChatML (`data/chat.py`), answered by an engine that nobody else steps.
+
+    Raises UserError for a tokeniser without the tokens of chat.
+    """
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, system: str | None = None):
+        self._engine, self._tokenizer = engine, tokenizer
+        self._system = [] if system is None else [Message(SYSTEM, system)]
+        self._opening, self._closing = _around_an_answer(tokenizer)
+        self._stop_ids = tuple(stop_ids(tokenizer))
+        self._ticket: Ticket | None = None
+        self.reset()
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """What was said so far, the system's message first."""
+        return tuple(self._messages)
+
+    @property
+    def result(self) -> Result | None:
+        """The last answer as the engine gave it; None before the first one."""
+        return self._result
+
+    def reset(self) -> None:
+        """Forget everything but the system's message."""
+        self._messages = list(self._system)
+        self._result: Result | None = None
+        self._past: Cache | None = None
+        self._read = 0  # tokens in the cache
+        self._unread = self._tokens(self._system)
+
+    def say(self, text: str, *, max_new_tokens: int | None = None, **options: Any) -> Iterator[NewToken]:
+        """The tokens of the answer as they come. Closing the iterator ends the answer; what came of it is kept.
+
+        Args:
+          text: what the user says.
+          max_new_tokens: at most so many, and never more than the window leaves; None: all that it leaves.
+          **options: further fields of `Request`. A repetition penalty looks at this turn alone.
+
+        Raises:
+          UserError: no room left in the engine's window, or a request that cannot be served or fails. The conversation
+            then stays as it was.
+        """
+        user = Message(USER, text)
+        prompt = [*self._unread, *self._tokens([user]), *self._opening]
+        room = self._room(len(prompt))
+        request = Request(
+            prompt_ids=tuple(prompt),
+            max_new_tokens=room if max_new_tokens is None else min(max_new_tokens, room),
+            past=self._past,
+            keep_cache=True,
+            **{"stop_ids": self._stop_ids, **options},
+        )
+        self._ticket = ticket = self._engine.submit(request)
+        try:
+            while not ticket.done:
+                self._engine.step()
+                yield from ticket.ready()
+        finally:
+            ticket.cancel()
+            while not ticket.done:
+                self._engine.step()
+            self._take(user, ticket.result())
+
+    def stop(self) -> None:
+        """End the answer that is under way early; from any thread, or a signal handler."""
+        if self._ticket is not None:
+            self._ticket.cancel()
+
+    def _take(self, user: Message, result: Result) -> None:
+        """Add a turn, unless nothing was read of it."""
+        if result.finish is Finish.FAILED:
+            raise UserError(result.error)
+        if result.cache is None:
+            return
+        self._messages += [user, Message(ASSISTANT, result.text)]
+        self._result, self._past = result, result.cache
+        self._read += len(result.prompt_ids) + max(len(result.tokens) - 1, 0)
+        # The cache lacks the last token. Where that ended the answer, the end of a turn takes its place.
+        last = [token for token in result.tokens[-1:] if token not in self._stop_ids]
+        self._unread = [*last, *self._closing]
+
+    def _room(self, prompt: int) -> int:
+        room = self._engine.window - self._read - prompt
+        if room < 1:
+            raise UserError(
+                f"the window of {self._engine.window} tokens is full: {self._read} of the conversation and {prompt} "
+                "of this message leave none for an answer; reset the conversation, or give it a larger window"
+            )
+        return room
+
+    def _tokens(self, messages: list[Message]) -> list[int]:
+        return tokens_and_mask(messages, self._tokenizer).tokens.tolist()
+
+
+def _around_an_answer(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """The tokens before and behind what an assistant says."""
+    empty = tokens_and_mask([Message(ASSISTANT, "")], tokenizer).tokens.tolist()
+    size = 1 + len(tokenizer.encode(f"{ASSISTANT}\n"))
+    return empty[:size], empty[size:]

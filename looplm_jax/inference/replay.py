@@ -1,0 +1,217 @@
+"""Replay: the log-probabilities of generated tokens once more, by a pass that is told the tokens and their exit loops.
+
+What a token saw of an earlier one at loop t depends on the cache it was generated with, and on the loop the earlier one
+left at. With a full cache that is the earlier one's own loop t, or its exit loop where it left before: all tokens can
+be computed at once, loop after loop. The other caches show loops that come later, such as the last one, so that token
+follows token as in generation.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from looplm_jax.config import Remat
+from looplm_jax.inference.kv_cache import Cache, CacheStrategy, empty_cache, share
+from looplm_jax.inference.requests import Result
+from looplm_jax.inference.rollouts import Rollouts
+from looplm_jax.inference.tick import bound
+from looplm_jax.losses.cross_entropy import token_losses
+from looplm_jax.models.blocks import Context, make_context
+from looplm_jax.models.looplm import LoopLM, ModelCache, Params, compute_dtype, head_matrix
+
+
+def replay(
+    model: LoopLM,
+    params: Params,
+    result: Result,
+    *,
+    strategy: CacheStrategy = CacheStrategy.FULL,
+    loops: int | None = None,
+) -> Float[np.ndarray, "N"]:
+    """`result.log_probs` once more. Programs are compiled for buckets of length.
+
+    Args:
+      model: the network.
+      params: its parameters.
+      result: of a request that did not go on from a kept cache.
+      strategy: the cache of the engine it comes from.
+      loops: the loops of that engine; default: those the model is meant for.
+
+    Raises:
+      UserError: a token was chosen at a loop beyond `loops`.
+    """
+    loops = model.config.loops if loops is None else loops
+    rollouts = Rollouts.of([result], loops=loops, longest=model.config.max_positions)
+    log_probs = replay_log_probs(model, params, rollouts, strategy=strategy, loops=loops)
+    return np.asarray(log_probs)[0, : len(result.tokens)]
+
+
+@functools.partial(jax.jit, static_argnames=("model", "strategy", "loops"))
+def replay_log_probs(
+    model: LoopLM, params: Params, rollouts: Rollouts, *, strategy: CacheStrategy, loops: int
+) -> Float[Array, "B N"]:
+    """Log-probability of every new token at its exit loop and temperature 1, nats; 0 in the padding.
+
+    Pure, and differentiable in `params`; exit loops are taken as given.
+
+    Args:
+      model: the network.
+      params: its parameters.
+      rollouts: what was generated.
+      strategy: the cache it was generated with.
+      loops: the most loops of a token, T, which prompts ran.
+    """
+    if strategy.shares:
+        hidden = states_in_turn(model, params, rollouts, strategy=strategy, loops=loops)
+    else:
+        hidden = states_at_once(model, params, rollouts, loops=loops)
+    losses = token_losses(hidden[None], head_matrix(params, model.config), rollouts.tokens)
+    return jnp.where(rollouts.mask, -losses[0], 0.0)
+
+
+def states_at_once(model: LoopLM, params: Params, rollouts: Rollouts, *, loops: int) -> Float[Array, "B N D"]:
+    """The state that each new token was chosen from, with a full cache: all tokens in parallel.
+
+    A token that has left goes on in the arrays, but nobody looks: the others see the keys and values it left with.
+    """
+    apply = bound(model, params)
+    tokens, depths = rollouts.joined(), rollouts.depths(loops)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    context = make_context(model.config, positions, jnp.ones_like(positions))
+    embedded, _ = apply(tokens, context, method="embed")
+
+    def loop(carry: PyTree, number: Int[Array, ""]) -> tuple[PyTree, None]:
+        state, kept, hidden = carry
+        left = depths < number
+        output, *own = apply(state, embedded, _of_two_ages(context, left), *kept, True, method="loop_step")
+        kept = jax.tree.map(lambda old, new: jnp.where(left[:, :, None, None], old, new), kept, own)
+        read = jnp.take_along_axis(output.hidden, rollouts.read_positions[..., None], axis=1)
+        hidden = jnp.where((rollouts.exit_loops == number)[..., None], read, hidden)
+        return (output.state, kept, hidden), None
+
+    state = apply(embedded, method="initial_state")
+    shapes = jax.eval_shape(lambda: apply(state, embedded, context, None, None, True, method="loop_step"))
+    kept = jax.tree.map(jnp.zeros_like, list(shapes[1:]))
+    hidden = jnp.zeros((*rollouts.tokens.shape, model.config.width), state.dtype)
+    if model.compute.remat is Remat.LOOP:
+        loop = jax.checkpoint(loop, prevent_cse=False)
+    (_, _, hidden), _ = jax.lax.scan(loop, (state, kept, hidden), jnp.arange(1, loops + 1))
+    return hidden
+
+
+def _of_two_ages(context: Context, left: Bool[Array, "B S"]) -> Context:
+    """Keys of tokens that have left are those kept in the past; of the others, those at hand."""
+    old = left[:, None]
+    return dataclasses.replace(context, mask=context.mask & ~old, past_mask=context.mask & old)
+
+
+def states_in_turn(
+    model: LoopLM, params: Params, rollouts: Rollouts, *, strategy: CacheStrategy, loops: int
+) -> Float[Array, "B N D"]:
+    """The state that each new token was chosen from, with any cache: prompts in parallel, then token after token."""
+    output, planes = bound(model, params)(rollouts.prompts, loops=loops, method="prefill")
+    exits, rows = rollouts.exit_loops, jnp.arange(rollouts.lengths.size)
+    first = output.hidden[exits[:, 0] - 1, rows, rollouts.prompt_lengths - 1]
+    cache = share(_full_cache(planes, rollouts), strategy)
+    rest = _decode(model, loops, params, cache, rollouts.tokens[:, :-1].T, exits[:, 1:].T)
+    return jnp.concatenate([first[:, None], jnp.swapaxes(rest, 0, 1)], axis=1)
+
+
+def _full_cache(planes: ModelCache, rollouts: Rollouts) -> Cache:
+    """Keys and values of the prompts, with room for the new tokens."""
+
+    def laid_out(stacked: Float[Array, "T L B P K Dh"]) -> Float[Array, "L T B C K Dh"]:
+        room = [(0, rollouts.tokens.shape[1]) if axis == 3 else (0, 0) for axis in range(6)]
+        return jnp.pad(jnp.swapaxes(stacked, 0, 1), room)
+
+    prelude = jax.tree.map(lambda x: x[None], planes.prelude)
+    return Cache(
+        planes=jax.tree.map(laid_out, dataclasses.replace(planes, prelude=prelude)),
+        lengths=jnp.asarray(rollouts.prompt_lengths),
+        strategy=CacheStrategy.FULL,
+    )
+
+
+# The plain derivative of a scan would save the cache of every step. One is enough: a position never changes once it is
+# written, so the last cache, seen as short as it then was, is the cache of any step before.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _decode(
+    model: LoopLM, loops: int, params: Params, cache: Cache, tokens: Int[Array, "N B"], exits: Int[Array, "N B"]
+) -> Float[Array, "N B D"]:
+    """States that tokens leave with, each after the one before it is in the cache."""
+    hidden, _ = _decode_forward(model, loops, params, cache, tokens, exits)
+    return hidden
+
+
+def _decode_forward(
+    model: LoopLM, loops: int, params: Params, cache: Cache, tokens: Int[Array, "N B"], exits: Int[Array, "N B"]
+) -> tuple[Float[Array, "N B D"], PyTree]:
+    def one(cache: Cache, token: tuple[Array, Array]) -> tuple[Cache, Array]:
+        own, hidden = _run_token(model, loops, params, cache, *token)
+        rows = jnp.arange(cache.rows)
+        planes = jax.tree.map(
+            lambda whole, new: whole.at[:, :, rows, cache.lengths].set(new[:, :, :, 0]), cache.planes, own
+        )
+        return dataclasses.replace(cache, planes=planes, lengths=cache.lengths + 1), hidden
+
+    cache, hidden = jax.lax.scan(one, cache, (tokens, exits))
+    return hidden, (params, cache, tokens, exits)
+
+
+def _decode_backward(model: LoopLM, loops: int, residuals: PyTree, d_hidden: Float[Array, "N B D"]) -> tuple[Any, ...]:
+    """Tokens in reverse: what the later ones ask of a token's keys and values is complete when its turn comes."""
+    params, last, tokens, exits = residuals
+    rows = jnp.arange(last.rows)
+
+    def one(carry: PyTree, token: PyTree) -> tuple[PyTree, None]:
+        d_params, d_planes, lengths = carry
+        *token_and_exit, d_state = token
+        lengths = lengths - 1
+
+        def again(params: Params, planes: ModelCache) -> tuple[ModelCache, Array]:
+            cache = dataclasses.replace(last, planes=planes, lengths=lengths)
+            return _run_token(model, loops, params, cache, *token_and_exit)
+
+        d_own = jax.tree.map(lambda whole: whole[:, :, rows, lengths][:, :, :, None], d_planes)
+        d_planes = jax.tree.map(lambda whole: whole.at[:, :, rows, lengths].set(0), d_planes)
+        _, pull = jax.vjp(again, params, last.planes)
+        sums = jax.tree.map(jnp.add, (d_params, d_planes), pull((d_own, d_state)))
+        return (*sums, lengths), None
+
+    zeros = jax.tree.map(jnp.zeros_like, (params, last.planes))
+    (d_params, d_planes, _), _ = jax.lax.scan(one, (*zeros, last.lengths), (tokens, exits, d_hidden), reverse=True)
+    return d_params, dataclasses.replace(last, planes=d_planes, lengths=None), None, None
+
+
+_decode.defvjp(_decode_forward, _decode_backward)
+
+
+def _run_token(
+    model: LoopLM, loops: int, params: Params, cache: Cache, tokens: Int[Array, "B"], exits: Int[Array, "B"]
+) -> tuple[ModelCache, Float[Array, "B D"]]:
+    """The next token of each row: the keys and values that a cache keeps of it, and the state it leaves with."""
+    apply, dtype, rows = bound(model, params), compute_dtype(model.compute), cache.rows
+    context = cache.context(model.config)
+    embedded, prelude = apply(tokens[:, None], context, cache.past_prelude(dtype), True, method="embed")
+
+    def loop(carry: PyTree, number: Int[Array, ""]) -> tuple[PyTree, None]:
+        state, hidden, own = carry
+        done = jnp.full(rows, number)
+        past = cache.past(cache.planes.core, done, dtype), cache.past(cache.planes.coda, done, dtype)
+        output, core, coda = apply(state, embedded, context, *past, True, method="loop_step")
+        own = own.write(ModelCache(core=core, prelude=prelude, coda=coda), done, done < exits)
+        hidden = jnp.where((done + 1 == exits)[:, None], output.hidden[:, 0], hidden)
+        return (output.state, hidden, own), None
+
+    own = empty_cache(model.config, cache.strategy, rows=rows, capacity=1, loops=loops, dtype=dtype)
+    state = apply(embedded, method="initial_state")
+    carry = (state, jnp.zeros_like(state[:, 0]), own)
+    (_, hidden, own), _ = jax.lax.scan(loop, carry, jnp.arange(loops))
+    return own.planes, hidden

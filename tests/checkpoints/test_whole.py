@@ -1,0 +1,74 @@
+"""Steps without a tree: read by name, written whole or not at all."""
+
+import dataclasses
+import resource
+
+import numpy as np
+import pytest
+from checkpoint_cases import make_metadata, make_state, step_folder
+
+from looplm_jax.checkpoints import CheckpointStore, whole
+from looplm_jax.checkpoints.tree import flatten
+from looplm_jax.checkpoints.whole import WholeStep, read_records, read_whole, write_whole
+from looplm_jax.errors import UserError
+
+WHOLE = WholeStep(step=3, arrays=flatten(make_state(3)), metadata=make_metadata(3))
+
+
+def assert_same_arrays(arrays, wanted):
+    assert list(arrays) == list(wanted)
+    for name, array in arrays.items():
+        assert (array.dtype, array.shape) == (wanted[name].dtype, wanted[name].shape)
+        assert np.asarray(array).tobytes() == np.asarray(wanted[name]).tobytes()
+
+
+def test_what_is_written_is_read_and_is_a_step_like_any_other(tmp_path):
+    write_whole(tmp_path, WHOLE)
+    read = read_whole(tmp_path)
+    assert (read.step, read.metadata, read.damaged) == (3, WHOLE.metadata, ())
+    assert_same_arrays(read.arrays, WHOLE.arrays)
+    records = read_records(tmp_path / "checkpoints" / "3")
+    assert {name: (record.shape, record.dtype) for name, record in records.items()} == {
+        name: (array.shape, str(array.dtype)) for name, array in WHOLE.arrays.items()
+    }
+    store = CheckpointStore(tmp_path / "checkpoints", keep=1)
+    for step in (4, 5):
+        store.save(step, make_state(step), make_metadata(step))
+    store.close()
+    assert store.steps() == [3, 5]  # it is permanent
+
+
+def test_a_damaged_step_is_passed_over_and_named(tmp_path):
+    write_whole(tmp_path, WHOLE)
+    write_whole(tmp_path, dataclasses.replace(WHOLE, step=4))
+    for path in (step_folder(tmp_path / "checkpoints", 4).path / "state").rglob("d/*"):
+        path.write_bytes(path.read_bytes()[:-9])
+    read = read_whole(tmp_path)
+    assert (read.step, [damaged.step for damaged in read.damaged]) == (3, [4])
+    assert read_whole(tmp_path, step=3).step == 3
+    with pytest.raises(UserError, match="step 4 is damaged"):
+        read_whole(tmp_path, step=4)
+
+
+def test_a_disk_that_refuses_is_one_line_and_leaves_nothing(tmp_path, capfd):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))  # no file may be longer
+    try:
+        with pytest.raises(UserError) as caught:
+            write_whole(tmp_path / "out", WHOLE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert str(caught.value) == (
+        f"File too large while writing {tmp_path}/out/checkpoints/3: mend that and run the same command again"
+    )
+    assert [path for path in (tmp_path / "out").iterdir()] == []
+    assert capfd.readouterr().err == ""
+
+
+def test_a_mistake_of_the_program_is_not_taken_for_a_full_disk(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise KeyError("a mistake")
+
+    monkeypatch.setattr(whole, "start_writing", fail)
+    with pytest.raises(KeyError, match="a mistake"):
+        write_whole(tmp_path, WHOLE)
