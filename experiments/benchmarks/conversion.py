@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ from looplm_jax.convert.weight_files import WeightFolder
 from looplm_jax.models import presets
 
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-_CONVERSIONS = {"from-hf": convert_from_hf, "to-hf": convert_to_hf}
+_CONVERSIONS: dict[str, Callable[[str, str], object]] = {"from-hf": convert_from_hf, "to-hf": convert_to_hf}
 _IMPORTS = "imports only"
 
 

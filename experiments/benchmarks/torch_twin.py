@@ -37,16 +37,23 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """One layer over [B, S, D]."""
-        batch, length, _ = x.shape
-        normal = self.norms[0](x)
-        query, key, value = (
-            project(normal).view(batch, length, self.heads, self.head_dim).transpose(1, 2)
-            for project in (self.query, self.key, self.value)
-        )
+        query, key, value = self.project(self.norms[0](x))
         mixed = functional.scaled_dot_product_attention(
-            _rotate(query, cos, sin), _rotate(key, cos, sin), value, is_causal=True
+            rotate(query, cos, sin), rotate(key, cos, sin), value, is_causal=True
         )
-        x = x + self.norms[1](self.out(mixed.transpose(1, 2).reshape(batch, length, -1)))
+        return self.finish(x, mixed)
+
+    def project(self, normal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [B, H, S, Dh], before rotary embedding."""
+        heads = [
+            project(normal).unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
+            for project in (self.query, self.key, self.value)
+        ]
+        return heads[0], heads[1], heads[2]
+
+    def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """The layer behind its attention, of `mixed` [B, H, S, Dh]."""
+        x = x + self.norms[1](self.out(mixed.transpose(1, 2).flatten(2)))
         normal = self.norms[2](x)
         return x + self.norms[3](self.down(functional.silu(self.gate(normal)) * self.up(normal)))
 
@@ -68,7 +75,7 @@ class TorchLoopLM(nn.Module):
 
     def forward(self, tokens: Tensor, loops: int) -> tuple[list[Tensor], Tensor]:
         """Hidden states of every loop, and gate logits [T, B, S]."""
-        cos, sin = _angles(tokens.shape[1], self.config)
+        cos, sin = rotary_tables(tokens.shape[1], self.config)
         x, hidden = self.embedding(tokens), []
         for _ in range(loops):
             for layer in self.layers:
@@ -116,12 +123,14 @@ def stage1(model: TorchLoopLM, tokens: Tensor, targets: Tensor, loops: int, beta
     return ((pdf * losses).sum(0) + beta * (pdf * log_pdf).sum(0)).mean()
 
 
-def _angles(length: int, config: ModelConfig) -> tuple[Tensor, Tensor]:
+def rotary_tables(length: int, config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of positions 0 .. length - 1, [S, Dh/2]."""
     frequencies = config.rope_theta ** (-torch.arange(0, config.head_width, 2) / config.head_width)
     angles = torch.arange(length)[:, None] * frequencies
     return angles.cos(), angles.sin()
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of split halves."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

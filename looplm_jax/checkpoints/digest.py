@@ -46,7 +46,7 @@ def _digest_in_blocks(array: Array) -> np.ndarray:
         np.asarray(_digest_block(array, np.uint32(start), rows=min(rows, total - start)))
         for start in range(0, total, rows)
     ]
-    return np.sum(blocks, axis=0, dtype=np.uint32)
+    return np.stack(blocks).sum(axis=0, dtype=np.uint32)
 
 
 @functools.partial(jax.jit, static_argnames="rows")

@@ -12,19 +12,29 @@ from typing import Any
 
 from etils import epath
 
+from looplm_jax.checkpoints.step import StepFolder, list_steps
+
 _LONGEST_SECONDS = 30.0
 _QUIET_SECONDS = 0.5
 
 
-def remove_failed(folder: epath.Path) -> None:
-    """Removes `folder`, and again what such threads make anew, until it stays away; half a minute at most."""
+def remove_failed(folder: epath.Path, step: int) -> None:
+    """Removes what `folder` holds of an unfinished `step`, and again what such threads make anew, until it stays away.
+
+    Half a minute at most.
+    """
     deadline = time.monotonic() + _LONGEST_SECONDS
-    gone = False
+    left = True
     with _unheard():
-        while not gone and time.monotonic() < deadline:
-            shutil.rmtree(folder, ignore_errors=True)
+        while left and time.monotonic() < deadline:
+            for unfinished in _unfinished(folder, step):
+                shutil.rmtree(unfinished.path, ignore_errors=True)
             time.sleep(_QUIET_SECONDS)
-            gone = not folder.exists()
+            left = bool(_unfinished(folder, step))
+
+
+def _unfinished(folder: epath.Path, step: int) -> list[StepFolder]:
+    return [found for found in list_steps(folder) if found.step == step and not found.committed]
 
 
 @contextlib.contextmanager

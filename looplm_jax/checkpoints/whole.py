@@ -59,7 +59,7 @@ def write_whole(folder: Path, whole: WholeStep) -> None:
     try:
         start_writing(path, whole.arrays, whole.metadata, permanent=True, sparing=True).result()
     except Exception as error:
-        remove_failed(path.parent)
+        remove_failed(path.parent, whole.step)
         reason = write_failure(error)
         if reason is None:
             raise

@@ -2,80 +2,105 @@
 
 import argparse
 import shlex
-import sys
+import signal
+from collections.abc import Sequence
 
 from rich.console import Console
 
-from looplm_jax.cli.generation_views import ColourView, JsonView, PlainView, View
-from looplm_jax.halting import ExitPolicy, QExit, parse_exit_policy
-from looplm_jax.inference import NewToken, Result, Sampling, generate
-from looplm_jax.inference.text_stream import TextStream
+from looplm_jax.cli.engine_session import make_engine, most_loops, request_options
+from looplm_jax.cli.generation_views import ColourView, JsonView, PlainView, Stopwatch, View, header
+from looplm_jax.cli.interrupts import interrupt_calls
+from looplm_jax.convert.tokenizer_files import stop_ids
+from looplm_jax.errors import UserError
+from looplm_jax.halting import ExitPolicy, QExit
+from looplm_jax.inference import Engine, Finish, Request, Result, Ticket
+from looplm_jax.inference.kv_cache import bucket
 from looplm_jax.loading import Loaded, load
 
 _NEW_TOKENS = 128
+_MOST_SLOTS = 8
 
 
-def run_generation(prompt: str, arguments: argparse.Namespace) -> int:
+def run_generation(prompts: Sequence[str], arguments: argparse.Namespace) -> int:
     """Generate as the arguments of `looplm generate` say. Returns the exit status."""
-    policy = parse_exit_policy(arguments.exit)
-    sampling = Sampling(
-        temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p, seed=arguments.seed
-    )
+    options = request_options(arguments)
     loaded = load(arguments.checkpoint, step=arguments.step)
-    for warning in loaded.warnings:
-        print(f"looplm: {warning}", file=sys.stderr)
-    prompt_ids = [loaded.tokenizer.bos_id, *loaded.tokenizer.encode(prompt)]
-    view = _view(arguments, loaded, prompt, prompt_ids, policy)
-    view.finish(_generate(loaded, prompt_ids, arguments.max_new_tokens, policy, sampling, view))
-    if not arguments.json:
-        print(f"next: {_next_command(arguments, policy, loaded)}")
-    return 0
+    count, stops = arguments.max_new_tokens, tuple(stop_ids(loaded.tokenizer))
+    clocks = [Stopwatch() for _ in prompts]
+    requests = [
+        _request(loaded, prompt, count, stop_ids=stops, on_token=clock.tick, **options)
+        for prompt, clock in zip(prompts, clocks, strict=True)
+    ]
+    engine = make_engine(
+        loaded,
+        arguments,
+        window=_window(loaded, requests),
+        slots=min(len(requests), _MOST_SLOTS),
+        queue=len(requests),
+        previews=arguments.revise,
+    )
+    tickets = [engine.submit(request) for request in requests]
+    with interrupt_calls(lambda: _cancel(tickets)):
+        for prompt, ticket, clock in zip(prompts, tickets, clocks, strict=True):
+            view = _view(arguments, loaded, prompt)
+            view.finish(_follow(engine, ticket, view), clock.rate)
+    status = _status([ticket.result() for ticket in tickets])
+    if status == 0 and not arguments.json:
+        print(f"next: {_next_command(arguments, options['policy'], loaded)}")
+    return status
 
 
-def _generate(
-    loaded: Loaded, prompt_ids: list[int], count: int | None, policy: ExitPolicy, sampling: Sampling, view: View
-) -> Result:
-    """Generate into a view, with a sign of life on a terminal until the first token is there."""
+def _request(loaded: Loaded, prompt: str, count: int | None, **options: object) -> Request:
+    prompt_ids = (loaded.tokenizer.bos_id, *loaded.tokenizer.encode(prompt))
+    if count is None:
+        room = loaded.model.config.max_positions - len(prompt_ids)
+        count = min(_NEW_TOKENS, room) if room > 0 else _NEW_TOKENS
+    return Request(prompt_ids=prompt_ids, max_new_tokens=count, **options)  # type: ignore[arg-type]
+
+
+def _window(loaded: Loaded, requests: Sequence[Request]) -> int:
+    longest = loaded.model.config.max_positions
+    wanted = max(len(request.prompt_ids) + request.max_new_tokens for request in requests)
+    return bucket(min(wanted, longest), longest)
+
+
+def _follow(engine: Engine, ticket: Ticket, view: View) -> Result:
+    """Show one answer as it comes, with a sign of life on a terminal until something of it is there."""
     with Console(stderr=True).status("compiling for this length of prompt") as status:
-
-        def show(new: NewToken) -> None:
-            status.stop()
-            view.show(new)
-
-        return generate(
-            loaded.model,
-            loaded.params,
-            prompt_ids,
-            max_new_tokens=_room(loaded, prompt_ids) if count is None else count,
-            policy=policy,
-            sampling=sampling,
-            stop_ids=_stop_ids(loaded),
-            on_token=show,
-        )
+        while not ticket.done:
+            engine.step()
+            for new in ticket.ready():
+                status.stop()
+                view.show(new)
+            if ticket.provisional is not None:
+                view.propose(ticket.provisional)
+    for new in ticket.ready():  # it was there before its turn came
+        view.show(new)
+    return ticket.result()
 
 
-def _view(
-    arguments: argparse.Namespace, loaded: Loaded, prompt: str, prompt_ids: list[int], policy: ExitPolicy
-) -> View:
+def _view(arguments: argparse.Namespace, loaded: Loaded, prompt: str) -> View:
     if arguments.json:
-        return JsonView(loaded.tokenizer)
-    stream = TextStream(loaded.tokenizer, prompt_ids)
+        return JsonView(loaded.tokenizer, prompt)
     console = Console(highlight=False)
     if console.is_terminal and not console.no_color:
-        return ColourView(console, stream, prompt, max_loops=policy.max_loops or loaded.model.config.loops)
-    return PlainView(stream)
+        loops = most_loops(loaded, arguments)
+        return ColourView(console, loaded.tokenizer, max_loops=loops, header=header(prompt, loops))
+    several = len(arguments.prompt or ()) > 1
+    return PlainView(header=f"prompt: {prompt}\n" if several else "")
 
 
-def _room(loaded: Loaded, prompt_ids: list[int]) -> int:
-    room = loaded.model.config.max_positions - len(prompt_ids)
-    return min(_NEW_TOKENS, room) if room > 0 else _NEW_TOKENS
+def _cancel(tickets: Sequence[Ticket]) -> None:
+    for ticket in tickets:
+        ticket.cancel()
 
 
-def _stop_ids(loaded: Loaded) -> set[int]:
-    """The end of a document, and of a turn where the tokeniser knows chat."""
-    from looplm_jax.data.tokenizers import IM_END
-
-    return {loaded.tokenizer.eos_id, loaded.tokenizer.token_id(IM_END)} - {None}  # type: ignore[return-value]
+def _status(results: Sequence[Result]) -> int:
+    """The exit status. Raises UserError where a request failed."""
+    for result in results:
+        if result.finish is Finish.FAILED:
+            raise UserError(result.error)
+    return 128 + signal.SIGINT if any(result.finish is Finish.CANCELLED for result in results) else 0
 
 
 def _next_command(arguments: argparse.Namespace, policy: ExitPolicy, loaded: Loaded) -> str:
@@ -84,5 +109,5 @@ def _next_command(arguments: argparse.Namespace, policy: ExitPolicy, loaded: Loa
     if arguments.prompt_file is not None:
         prompt = f"--prompt-file {shlex.quote(arguments.prompt_file)}"
     else:
-        prompt = f"--prompt {shlex.quote(arguments.prompt)}"
+        prompt = " ".join(f"--prompt {shlex.quote(text)}" for text in arguments.prompt)
     return f"looplm generate {shlex.quote(arguments.checkpoint)} {prompt} --exit {other}"

@@ -7,22 +7,32 @@ from typing import Protocol
 from rich.console import Console
 from rich.text import Text
 
+from looplm_jax.cli.revised_text import RevisedText
 from looplm_jax.data.tokenizers import Tokenizer
 from looplm_jax.inference import Finish, NewToken, Result
-from looplm_jax.inference.text_stream import TextStream
 
 # From few loops to many; legible on dark and on light terminals.
 _PALETTE = ("#3f8fd2", "#20a4b5", "#2f9e6e", "#7a9a2e", "#c48a16", "#d2691e", "#d1495b", "#b04bc0")
 
+_ENDS = {
+    Finish.STOP: "the text ended",
+    Finish.LENGTH: "length reached",
+    Finish.CANCELLED: "interrupted",
+    Finish.FAILED: "failed",
+}
+
 
 class View(Protocol):
-    """Where tokens are shown."""
+    """Where the tokens of one answer are shown."""
 
     def show(self, new: NewToken) -> None:
         """One more token."""
 
-    def finish(self, result: Result) -> None:
-        """All of them are there."""
+    def propose(self, token: int) -> None:
+        """What the next token may turn out to be."""
+
+    def finish(self, result: Result, rate: float | None) -> None:
+        """All of them are there, at so many a second."""
 
 
 class Stopwatch:
@@ -31,14 +41,10 @@ class Stopwatch:
     def __init__(self) -> None:
         self._times: list[float] = []
 
-    def tick(self) -> None:
+    def tick(self, new: NewToken) -> None:
         """A token has come."""
+        del new
         self._times.append(time.perf_counter())
-
-    @property
-    def started(self) -> bool:
-        """Whether a token has come."""
-        return bool(self._times)
 
     @property
     def rate(self) -> float | None:
@@ -49,65 +55,85 @@ class Stopwatch:
 
 
 class ColourView:
-    """A legend, the prompt dimmed, then the new text, each token in the colour of its loops."""
+    """A header, then the new text, each token in the colour of its loops."""
 
-    def __init__(self, console: Console, stream: TextStream, prompt: str, *, max_loops: int):
-        self._console, self._stream, self._prompt = console, stream, prompt
-        self._max_loops = max_loops
-        self._stopwatch = Stopwatch()
+    def __init__(self, console: Console, tokenizer: Tokenizer, *, max_loops: int, header: Text | None = None):
+        self._console, self._tokenizer, self._max_loops = console, tokenizer, max_loops
+        self._header = header
+        self._text = RevisedText(console)
+        self._shown = 0
 
     def show(self, new: NewToken) -> None:
-        """Print what the token adds, and before the first one the legend and the prompt."""
-        if not self._stopwatch.started:
-            self._console.print(legend(self._max_loops))
-            self._write(self._prompt, "dim")
-        self._stopwatch.tick()
-        self._write(self._stream.push(new.token), loop_colour(new.exit_loop, self._max_loops))
+        """Print what became certain with the token."""
+        self._begin()
+        self._text.write(Text(new.text, style=loop_colour(new.exit_loop, self._max_loops)))
+        self._shown += len(new.text)
 
-    def finish(self, result: Result) -> None:
-        """Print the summary."""
-        self._write(self._stream.close(), "dim")
+    def propose(self, token: int) -> None:
+        """Print it dimly, until something else takes its place."""
+        self._text.propose(self._tokenizer.piece(token))
+
+    def finish(self, result: Result, rate: float | None) -> None:
+        """Print what was held back, and the summary."""
+        self._begin()
+        self._text.write(Text(result.text[self._shown :], style="dim"))
         self._console.print()
-        self._console.print(summary(result, self._stopwatch.rate))
+        self._console.print(summary(result, rate), style="dim")
 
-    def _write(self, text: str, style: str) -> None:
-        self._console.print(Text(text, style=style), end="", soft_wrap=True)
+    def _begin(self) -> None:
+        if self._header is not None:
+            self._text.write(self._header)
+            self._header = None
 
 
 class PlainView:
     """The new text, then a line with the loops of every token."""
 
-    def __init__(self, stream: TextStream):
-        self._stream, self._stopwatch = stream, Stopwatch()
+    def __init__(self, header: str = ""):
+        self._header = header
+        self._shown = 0
 
     def show(self, new: NewToken) -> None:
-        """Print what the token adds."""
-        self._stopwatch.tick()
-        print(self._stream.push(new.token), end="", flush=True)
+        """Print what became certain with the token."""
+        self._begin()
+        print(new.text, end="", flush=True)
+        self._shown += len(new.text)
 
-    def finish(self, result: Result) -> None:
-        """Print loops and summary."""
-        print(self._stream.close())
-        separator = "" if max(result.exit_loops) < 10 else " "
+    def propose(self, token: int) -> None:
+        """What is printed cannot be taken back here."""
+
+    def finish(self, result: Result, rate: float | None) -> None:
+        """Print what was held back, loops and summary."""
+        self._begin()
+        print(result.text[self._shown :])
+        separator = "" if max(result.exit_loops, default=0) < 10 else " "
         print(f"loops per token: {separator.join(map(str, result.exit_loops))}")
-        print(summary(result, self._stopwatch.rate))
+        print(summary(result, rate))
+
+    def _begin(self) -> None:
+        print(self._header, end="")
+        self._header = ""
 
 
 class JsonView:
     """Nothing until the end, then one object."""
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer, self._stopwatch = tokenizer, Stopwatch()
+    def __init__(self, tokenizer: Tokenizer, prompt: str):
+        self._tokenizer, self._prompt = tokenizer, prompt
+        self._previews: list[list[str]] = []
 
     def show(self, new: NewToken) -> None:
-        """Wait."""
-        del new
-        self._stopwatch.tick()
+        """Remember what it was before its last loop."""
+        self._previews.append([self._tokenizer.piece(token) for token in new.previews])
 
-    def finish(self, result: Result) -> None:
+    def propose(self, token: int) -> None:
+        """Wait: the token brings it along."""
+
+    def finish(self, result: Result, rate: float | None) -> None:
         """Print it."""
         values = {
-            "text": self._tokenizer.decode(result.tokens),
+            "prompt": self._prompt,
+            "text": result.text,
             "tokens": result.tokens,
             "pieces": [self._tokenizer.piece(token) for token in result.tokens],
             "exit_loops": result.exit_loops,
@@ -115,9 +141,16 @@ class JsonView:
             "prompt_tokens": len(result.prompt_ids),
             "finished": result.finish.value,
             "mean_loops": result.mean_loops,
-            "tokens_per_second": self._stopwatch.rate,
+            "tokens_per_second": rate,
         }
+        if any(self._previews):
+            values["previews"] = self._previews
         print(json.dumps(values))
+
+
+def header(prompt: str, max_loops: int) -> Text:
+    """The legend, and the prompt that the text goes on from."""
+    return Text.assemble(legend(max_loops), "\n", (prompt, "dim"))
 
 
 def legend(max_loops: int) -> Text:
@@ -134,6 +167,6 @@ def loop_colour(loops: int, max_loops: int) -> str:
 
 def summary(result: Result, rate: float | None) -> str:
     """One line: how many tokens, at what cost, and why they end."""
-    end = "the text ended" if result.finish is Finish.STOP else "length reached"
+    end = _ENDS[result.finish]
     speed = "" if rate is None else f", {rate:.1f} tokens/s"
     return f"{len(result.tokens)} tokens, {result.mean_loops:.2f} loops per token on average{speed}; {end}"

@@ -14,6 +14,7 @@ _COMMANDS = {
     "train": "train a looped language model through the stages of a recipe",
     "evaluate": "loss and accuracy at every depth, and loss against mean loops",
     "generate": "continue a prompt, with as many loops as each token needs",
+    "chat": "talk with a model, whose cache is kept between turns",
     "inspect": "what a checkpoint holds, and whether it is sound",
     "convert": "Hugging Face and PyTorch weights in and out; deeper stacks; dense models",
 }

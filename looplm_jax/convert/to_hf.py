@@ -75,8 +75,8 @@ def convert_to_hf(
     with fresh_folder(out) as folder:
         restored = restore_params(source, array_shapes(model), step=step)
         dtype = dtype or _widest(restored.state)
+        _write_small_files(folder, source, restored, dtype)  # first, as a tokenizer may be refused
         weights = _write_weights(folder, restored.state, dtype, max_shard_bytes)
-        _write_small_files(folder, source, restored, dtype)
         files = tuple(sorted(path.name for path in folder.iterdir()))
     return ToHf(
         out=Path(out),
@@ -105,7 +105,7 @@ def _read(arrays: dict[ArrayPath, np.ndarray], dtype: np.dtype, tensor: TorchTen
     whole = arrays[tensor.path]
     ours = (whole if tensor.layer is None else whole[tensor.layer]).astype(dtype, copy=False)
     if not np.isfinite(ours).all():
-        raise UserError(f"tensor {tensor.name} has values that are not finite in {dtype}; convert an earlier step")
+        raise UserError(f"tensor {tensor.name} has values that are not finite in {dtype}; take another dtype or step")
     return tensor.to_torch(ours.view(f"u{dtype.itemsize}"))
 
 

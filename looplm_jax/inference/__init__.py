@@ -1,5 +1,6 @@
 """Generation: an engine whose passes serve tokens at any depth, with caches, sampling, streaming and early exit."""
 
+from looplm_jax.inference.conversation import Conversation
 from looplm_jax.inference.decoder import EngineConfig
 from looplm_jax.inference.engine import Engine, EngineStats
 from looplm_jax.inference.generate import generate
@@ -11,6 +12,7 @@ from looplm_jax.inference.ticket import Ticket
 
 __all__ = [
     "CacheStrategy",
+    "Conversation",
     "Engine",
     "EngineConfig",
     "EngineStats",

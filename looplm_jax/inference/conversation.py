@@ -3,6 +3,8 @@
     chat = Conversation(engine, tokenizer, system="Be brief.")
     for new in chat.say("Why loops?", max_new_tokens=64):
         print(new.text, end="")
+
+With a full cache and a fixed number of loops, the answers are those to one prompt with all the turns.
 """
 
 from collections.abc import Iterator
@@ -22,7 +24,7 @@ SYSTEM, USER = "system", "user"
 
 
 class Conversation:
-    """Turns of ChatML (`data/chat.py`), answered by an engine that nobody else steps.
+    """Turns of ChatML (`data/chat.py`), answered by an engine.
 
     Raises UserError for a tokeniser without the tokens of chat.
     """
@@ -80,6 +82,7 @@ class Conversation:
             while not ticket.done:
                 self._engine.step()
                 yield from ticket.ready()
+            yield from ticket.ready()
         finally:
             ticket.cancel()
             while not ticket.done:
@@ -95,10 +98,11 @@ class Conversation:
         """Add a turn, unless nothing was read of it."""
         if result.finish is Finish.FAILED:
             raise UserError(result.error)
+        self._result = result
         if result.cache is None:
             return
         self._messages += [user, Message(ASSISTANT, result.text)]
-        self._result, self._past = result, result.cache
+        self._past = result.cache
         self._read += len(result.prompt_ids) + max(len(result.tokens) - 1, 0)
         # The cache lacks the last token. Where that ended the answer, the end of a turn takes its place.
         last = [token for token in result.tokens[-1:] if token not in self._stop_ids]

@@ -108,8 +108,7 @@ class Engine:
         Raises:
           UserError: a prompt or an option that cannot be served; nothing was begun then.
         """
-        requests = [self._request(prompt, options) for prompt in prompts]
-        waiting, tickets = collections.deque(requests), list[Ticket]()
+        waiting, tickets = collections.deque(self.requests(prompts, **options)), list[Ticket]()
         while waiting or not all(ticket.done for ticket in tickets):
             while waiting and not self._queue.full:
                 tickets.append(self.submit(waiting.popleft()))
@@ -128,6 +127,10 @@ class Engine:
                 raise UserError(ticket.result().error)
         finally:
             ticket.cancel()
+
+    def requests(self, prompts: Sequence[Prompt], **options: Any) -> list[Request]:
+        """Requests for `submit`; arguments and errors as in `generate`."""
+        return [self._request(prompt, options) for prompt in prompts]
 
     def submit(self, request: Request) -> Ticket:
         """Put a request into the queue.

@@ -5,7 +5,7 @@ import resource
 
 import numpy as np
 import pytest
-from checkpoint_cases import make_metadata, make_state, step_folder
+from checkpoint_cases import make_metadata, make_state
 
 from looplm_jax.checkpoints import CheckpointStore, whole
 from looplm_jax.checkpoints.tree import flatten
@@ -41,7 +41,7 @@ def test_what_is_written_is_read_and_is_a_step_like_any_other(tmp_path):
 def test_a_damaged_step_is_passed_over_and_named(tmp_path):
     write_whole(tmp_path, WHOLE)
     write_whole(tmp_path, dataclasses.replace(WHOLE, step=4))
-    for path in (step_folder(tmp_path / "checkpoints", 4).path / "state").rglob("d/*"):
+    for path in (tmp_path / "checkpoints" / "4" / "state").rglob("d/*"):
         path.write_bytes(path.read_bytes()[:-9])
     read = read_whole(tmp_path)
     assert (read.step, [damaged.step for damaged in read.damaged]) == (3, [4])
@@ -51,17 +51,19 @@ def test_a_damaged_step_is_passed_over_and_named(tmp_path):
 
 
 def test_a_disk_that_refuses_is_one_line_and_leaves_nothing(tmp_path, capfd):
+    write_whole(tmp_path, dataclasses.replace(WHOLE, step=2))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))  # no file may be longer
     try:
         with pytest.raises(UserError) as caught:
-            write_whole(tmp_path / "out", WHOLE)
+            write_whole(tmp_path, WHOLE)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert str(caught.value) == (
-        f"File too large while writing {tmp_path}/out/checkpoints/3: mend that and run the same command again"
+        f"File too large while writing {tmp_path}/checkpoints/3: mend that and run the same command again"
     )
-    assert [path for path in (tmp_path / "out").iterdir()] == []
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
+    assert read_whole(tmp_path).step == 2
     assert capfd.readouterr().err == ""
 
 

@@ -8,7 +8,7 @@ import pytest
 from tiny_checkpoints import SYMBOLS, TINY, tiny_recipe, write_checkpoint
 
 from looplm_jax.checkpoints import Restored, restore_params
-from looplm_jax.config import DataConfig, SourceConfig, Stage, StartConfig
+from looplm_jax.config import DataConfig, Objective, SourceConfig, Stage, StartConfig
 from looplm_jax.convert import convert_to_hf
 from looplm_jax.convert.layout import array_shapes
 from looplm_jax.convert.model_card import TrainingRecord, model_card, training_record
@@ -56,17 +56,11 @@ def test_every_stage_that_was_trained_as_far_as_it_came():
 
 
 def test_the_gates_own_stage():
-    stage = {"name": "gate", "objective": "gate", "steps": 3, "batch_size": 2, "sequence_length": 8, "min_loops": 2}
-    text = card(stages=(Stage(**{**stage, "objective": tiny_objective("gate")}),))
+    stage = Stage(name="gate", objective=Objective.GATE, steps=3, batch_size=2, sequence_length=8, min_loops=2)
+    text = card(stages=(stage,))
     assert ["gate", "3", "2", "8", "48", "2 to 4", "gate (Eq. 5, 6), as_printed, k 50, gamma 0.005"] in [
         row[:-1] for row in rows(text)
     ]
-
-
-def tiny_objective(value):
-    from looplm_jax.config import Objective
-
-    return Objective(value)
 
 
 def test_a_model_that_was_not_trained_here():

@@ -190,7 +190,7 @@ def test_weights_that_are_not_finite(tmp_path):
     params = random_params(TINY)
     params["norm"]["scale"] = params["norm"]["scale"].at[3].set(jnp.nan)
     line = refusal(write_checkpoint(tmp_path / "run", params=params), tmp_path / "out")
-    assert line == ("tensor model.norm.weight has values that are not finite in float32; convert an earlier step")
+    assert line == ("tensor model.norm.weight has values that are not finite in float32; take another dtype or step")
 
 
 def test_weights_too_large_for_bfloat16(tmp_path):

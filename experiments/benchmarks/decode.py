@@ -1,0 +1,262 @@
+"""Tokens per second of the engine at fixed depth, with early exit and with self-speculation, against the time that
+the bytes and the operations of a tick need at least, and against a plain PyTorch twin with a cache.
+
+    python -m experiments.benchmarks.decode                          # two cores: 12 layers of width 1024, float32
+    python -m experiments.benchmarks.decode --shape ouro-1.4b        # an accelerator: the 1.4B shape, bfloat16
+
+Weights are random, with a gate that is wide enough for exits to differ from token to token. A tick reads the weights
+of the stack once, one plane of the cache of each slot, and, where a slot chooses a token, the head. The bandwidth and
+the operations a second that the floor is reckoned with are measured in the same run, by a sum over a large array and
+by a large matrix product.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from looplm_jax.config import ComputeConfig, Dtype, ModelConfig, Remat
+from looplm_jax.halting import ExitPolicy, FixedLoops, QExit
+from looplm_jax.inference import CacheStrategy, Engine, EngineConfig, bytes_per_token
+from looplm_jax.inference.prefill import admit, prefill_chunk
+from looplm_jax.inference.speculation import speculate
+from looplm_jax.inference.tick import run_ticks
+from looplm_jax.models import presets
+from looplm_jax.models.looplm import LoopLM, Params, init_params
+
+_GATE_SPREAD = 1.5  # standard deviation of the gate's logits
+_PROMPT = 32
+
+
+def _cpu_shape() -> ModelConfig:
+    return ModelConfig(
+        vocab_size=8192, width=1024, mlp_width=2816, num_layers=12, num_heads=16, max_positions=4096, loops=4
+    )
+
+
+SHAPES = {"cpu": (_cpu_shape, Dtype.FLOAT32), "ouro-1.4b": (presets.ouro_1_4b, Dtype.BFLOAT16)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ceiling:
+    """What the device was measured to do: bytes read and operations done in a second."""
+
+    bandwidth: float
+    flops: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Line:
+    """One way to decode at one batch size; tokens a second over all slots."""
+
+    name: str
+    batch: int
+    tokens_per_second: float
+    mean_loops: float
+    floor_share: float | None  # least possible time of a tick over its measured time
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What is decoded with."""
+
+    config: ModelConfig
+    dtype: Dtype
+    model: LoopLM
+    params: Params
+    tokens: int
+    ceiling: Ceiling
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print a table and write the JSON if asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=list(SHAPES), default="cpu")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--tokens", type=int, default=32, help="new tokens of each request (default: 32)")
+    parser.add_argument("--pairs", type=int, default=5, help="turns that we and the twin take (default: 5)")
+    parser.add_argument("--no-twin", action="store_true", help="leave out PyTorch")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    arguments = parser.parse_args(argv)
+    bench = _prepare(arguments.shape, arguments.tokens)
+    lines = [line for batch in arguments.batches for line in _measure(bench, batch)]
+    speedup = None if arguments.no_twin else _beside_the_twin(bench, arguments.pairs)
+    _print(bench, lines, speedup)
+    if arguments.json:
+        values = {"lines": [dataclasses.asdict(line) for line in lines], "speedup_over_twin": speedup}
+        arguments.json.write_text(json.dumps({**values, "ceiling": dataclasses.asdict(bench.ceiling)}, indent=2))
+        print(f"wrote {arguments.json}")
+
+
+def _prepare(shape: str, tokens: int) -> Bench:
+    make, dtype = SHAPES[shape]
+    config = make()
+    model = LoopLM(config, ComputeConfig(dtype=dtype, remat=Remat.NONE))
+    params = jax.jit(
+        lambda key: jax.tree.map(lambda leaf: leaf.astype(dtype.value), init_params(model, key)),
+    )(jax.random.key(0))
+    spread = _GATE_SPREAD / math.sqrt(config.width) / config.init_std
+    params["gate"]["kernel"] = params["gate"]["kernel"] * jnp.asarray(spread, dtype.value)
+    return Bench(config=config, dtype=dtype, model=model, params=params, tokens=tokens, ceiling=_measure_ceiling(dtype))
+
+
+def _measure_ceiling(dtype: Dtype) -> Ceiling:
+    """Bytes a second of a sum over 1 GiB, operations a second of a product of two square matrices."""
+    size = 2**30 // jnp.dtype(dtype.value).itemsize
+    long, side = jnp.ones(size, dtype.value), 4096 if jax.default_backend() == "cpu" else 16384
+    square = jnp.ones((side, side), dtype.value)
+    total = jax.jit(lambda x: jnp.sum(x, dtype=jnp.float32))
+    product = jax.jit(lambda x: x @ x)
+    read = _best_of(lambda: total(long).block_until_ready())
+    return Ceiling(bandwidth=2**30 / read, flops=2 * side**3 / _best_of(lambda: product(square).block_until_ready()))
+
+
+def _best_of(run: Callable[[], object], times: int = 5) -> float:
+    run()
+    return min(_seconds(run) for _ in range(times))
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _measure(bench: Bench, batch: int) -> list[Line]:
+    policies: dict[str, ExitPolicy] = {"fixed T = 4": FixedLoops(loops=4)}
+    policies |= {f"Q-exit, q = {q}": QExit(q=q) for q in (0.3, 0.5, 0.8)}
+    engine = _engine(bench, batch)
+    _run(engine, bench, batch, FixedLoops(loops=4))
+    compiled = _programs()
+    lines = [_engine_line(engine, bench, batch, name, policy) for name, policy in policies.items()]
+    if _programs() != compiled:
+        raise RuntimeError("a program was compiled after the warm-up")
+    return lines + [_speculation_line(bench, batch, draft_loops) for draft_loops in (1, 2)]
+
+
+def _engine(bench: Bench, batch: int) -> Engine:
+    capacity = 1 << (_PROMPT + bench.tokens - 1).bit_length()
+    return Engine(bench.model, bench.params, config=EngineConfig(slots=batch, capacity=capacity, chunk=_PROMPT))
+
+
+def _programs() -> list[int]:
+    return [program._cache_size() for program in (prefill_chunk, admit, run_ticks)]  # type: ignore[attr-defined]
+
+
+def _prompts(bench: Bench, count: int) -> list[list[int]]:
+    return np.random.default_rng(0).integers(0, bench.config.vocab_size, (count, _PROMPT)).tolist()
+
+
+def _run(engine: Engine, bench: Bench, batch: int, policy: ExitPolicy) -> tuple[float, float, float]:
+    """Seconds of decoding alone, tokens made in them, and their mean loops: two requests for each slot."""
+    tickets = [
+        engine.submit(request)
+        for request in engine.requests(_prompts(bench, 2 * batch), max_new_tokens=bench.tokens, policy=policy)
+    ]
+    seconds, tokens, before = 0.0, 0, engine.stats.tokens
+    while not all(ticket.done for ticket in tickets):
+        prompts = engine.stats.prompt_tokens
+        start = time.perf_counter()
+        engine.step()
+        if engine.stats.prompt_tokens == prompts:  # a step that read no prompt
+            seconds += time.perf_counter() - start
+            tokens += engine.stats.tokens - before
+        before = engine.stats.tokens
+    loops = [loop for ticket in tickets for loop in ticket.result().exit_loops[1:]]
+    return seconds, tokens, statistics.mean(loops)
+
+
+def _engine_line(engine: Engine, bench: Bench, batch: int, name: str, policy: ExitPolicy) -> Line:
+    seconds, tokens, mean_loops = _run(engine, bench, batch, policy)
+    rate = tokens / seconds
+    ticks_per_second = rate * mean_loops / batch
+    floor = _floor_seconds(bench, batch, engine.config.capacity, mean_loops)
+    return Line(
+        name=name,
+        batch=batch,
+        tokens_per_second=rate,
+        mean_loops=mean_loops,
+        floor_share=floor * ticks_per_second,
+    )
+
+
+def _floor_seconds(bench: Bench, batch: int, capacity: int, mean_loops: float) -> float:
+    """The least time of a tick: the slower of reading its bytes and doing its operations."""
+    config, itemsize = bench.config, jnp.dtype(bench.dtype.value).itemsize
+    stack = sum(leaf.size for leaf in jax.tree.leaves(bench.params["core"]))
+    head = config.width * config.vocab_size
+    choosing = 1 - (1 - 1 / mean_loops) ** batch  # share of ticks in which some slot chooses a token
+    plane = bytes_per_token(config, CacheStrategy.LAST, loops=1, dtype=bench.dtype.value) * capacity * batch
+    read = (stack + choosing * head) * itemsize + plane
+    operations = 2 * batch * (stack + choosing * head)
+    return max(read / bench.ceiling.bandwidth, operations / bench.ceiling.flops)
+
+
+def _speculation_line(bench: Bench, batch: int, draft_loops: int) -> Line:
+    prompts = _prompts(bench, batch)
+
+    def run() -> tuple[int, float]:
+        results = speculate(
+            bench.model, bench.params, prompts, draft_loops=draft_loops, drafts=4, max_new_tokens=bench.tokens
+        )
+        return sum(len(result.tokens) for result in results), statistics.mean(r.loops_per_token for r in results)
+
+    run()
+    start = time.perf_counter()
+    tokens, loops = run()
+    rate = tokens / (time.perf_counter() - start)
+    name = f"speculation, s = {draft_loops} (prompts included)"
+    return Line(name=name, batch=batch, tokens_per_second=rate, mean_loops=loops, floor_share=None)
+
+
+def _beside_the_twin(bench: Bench, pairs: int) -> float:
+    """Median over pairs of the twin's time for a token divided by ours: batch 1, fixed T, taking turns."""
+    import torch
+
+    from experiments.benchmarks.torch_decoder import TorchDecoder
+    from experiments.benchmarks.torch_twin import TorchLoopLM
+
+    engine, loops = _engine(bench, 1), bench.config.loops
+    model = TorchLoopLM(bench.config).to(getattr(torch, bench.dtype.value))
+    twin = TorchDecoder(model, batch=1, capacity=engine.config.capacity, loops=loops)
+    twin.fill(_PROMPT)
+
+    def decode_twin() -> float:
+        tokens = torch.zeros(1, dtype=torch.int64)
+        start = time.perf_counter()
+        for position in range(_PROMPT, _PROMPT + bench.tokens - 1):
+            tokens = twin.step(tokens, position)
+        return (time.perf_counter() - start) / (bench.tokens - 1)
+
+    def decode_ours() -> float:
+        seconds, tokens, _ = _run(engine, bench, 1, FixedLoops(loops=loops))
+        return seconds / tokens
+
+    decode_twin(), decode_ours()
+    return statistics.median(decode_twin() / decode_ours() for _ in range(pairs))
+
+
+def _print(bench: Bench, lines: Sequence[Line], speedup: float | None) -> None:
+    bandwidth, flops = bench.ceiling.bandwidth / 1e9, bench.ceiling.flops / 1e9
+    print(f"{jax.devices()[0].device_kind}: {bandwidth:.1f} GB/s, {flops:.0f} GFLOP/s measured")
+    print("| batch | | tokens/s | mean loops | of fixed T | share of the floor |\n|---|---|---|---|---|---|")
+    fixed = {line.batch: line.tokens_per_second for line in lines if line.name.startswith("fixed")}
+    for line in lines:
+        gain = line.tokens_per_second / fixed[line.batch]
+        share = "" if line.floor_share is None else f"{line.floor_share:.2f}"
+        rate = f"{line.tokens_per_second:.1f}"
+        print(f"| {line.batch} | {line.name} | {rate} | {line.mean_loops:.2f} | {gain:.2f}x | {share} |")
+    if speedup is not None:
+        print(f"batch 1, fixed T, beside the PyTorch twin with a cache, median of pairs: {speedup:.2f}x")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""What `looplm chat` does once its arguments are read: a line in, an answer out, commands in between."""
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rich.console import Console
+
+from looplm_jax.cli.engine_session import make_engine, most_loops, request_options
+from looplm_jax.cli.generation_views import ColourView, PlainView, Stopwatch, View, legend
+from looplm_jax.cli.interrupts import interrupt_calls
+from looplm_jax.data.tokenizers import Tokenizer
+from looplm_jax.errors import UserError, suggest
+from looplm_jax.halting import parse_exit_policy
+from looplm_jax.inference import Finish
+from looplm_jax.inference.conversation import Conversation
+from looplm_jax.loading import load
+
+_WINDOW = 4096
+_HELP = """\
+/reset           forget what was said
+/loops N         N loops for every token from here on
+/exit-rule RULE  another exit rule, as for --exit
+/exit            end; so does the end of the input
+/help            this list"""
+
+
+def run_chat(arguments: argparse.Namespace) -> int:
+    """Chat as the arguments of `looplm chat` say. Returns the exit status: 2 where a piped line was a mistake."""
+    options = {**request_options(arguments), "max_new_tokens": arguments.max_new_tokens}
+    loaded = load(arguments.checkpoint, step=arguments.step)
+    window = _window(arguments.window, loaded.model.config.max_positions)
+    engine = make_engine(loaded, arguments, window=window)
+    conversation = Conversation(engine, loaded.tokenizer, arguments.system)
+    return ChatSession(conversation, loaded.tokenizer, options, max_loops=most_loops(loaded, arguments)).run()
+
+
+class ChatSession:
+    """Reads lines and prints answers until there are no more."""
+
+    def __init__(self, conversation: Conversation, tokenizer: Tokenizer, options: dict[str, Any], *, max_loops: int):
+        self._conversation, self._tokenizer = conversation, tokenizer
+        self._options, self._max_loops = options, max_loops
+        self._console = Console(highlight=False)
+        self._by_hand = sys.stdin.isatty()
+        self._status: int | None = None  # set: the chat ends with it
+        self._mistakes = False
+        self._commands: dict[str, Callable[[str], None]] = {
+            "/reset": lambda _: conversation.reset(),
+            "/loops": lambda number: self._exit_rule(f"loops={number}"),
+            "/exit-rule": self._exit_rule,
+            "/exit": lambda _: self._end(0),
+            "/help": lambda _: print(_HELP),
+        }
+
+    def run(self) -> int:
+        """The exit status."""
+        if self._by_hand:
+            print("/help lists the commands, Ctrl-D ends")
+            if self._in_colour:
+                self._console.print(legend(self._max_loops))
+        for line in self._lines():
+            try:
+                self._obey(line)
+            except UserError as error:
+                self._mistakes = True
+                print(f"looplm: {error}", file=sys.stderr)
+            if self._status is not None:
+                return self._status
+        return 2 if self._mistakes and not self._by_hand else 0
+
+    @property
+    def _in_colour(self) -> bool:
+        return self._console.is_terminal and not self._console.no_color
+
+    def _lines(self) -> Iterator[str]:
+        """What the user says, empty lines left out."""
+        source = iter(lambda: input("> "), None) if self._by_hand else sys.stdin
+        try:
+            yield from filter(None, map(str.strip, source))
+        except EOFError:
+            print()
+        except UnicodeDecodeError:
+            raise UserError("the input is not UTF-8 text; convert it") from None
+
+    def _obey(self, line: str) -> None:
+        if not line.startswith("/"):
+            self._answer(line)
+            return
+        name, _, argument = line.partition(" ")
+        if name not in self._commands:
+            raise UserError(f"unknown command {name}{suggest(name, self._commands)}")
+        self._commands[name](argument.strip())
+
+    def _answer(self, line: str) -> None:
+        view, clock = self._view(), Stopwatch()
+        with interrupt_calls(self._conversation.stop):
+            for new in self._conversation.say(line, **self._options):
+                clock.tick(new)
+                view.show(new)
+        result = self._conversation.result
+        assert result is not None
+        view.finish(result, clock.rate)
+        if result.finish is Finish.CANCELLED and not self._by_hand:
+            self._end(128 + signal.SIGINT)
+
+    def _view(self) -> View:
+        if self._in_colour:
+            return ColourView(self._console, self._tokenizer, max_loops=self._max_loops)
+        return PlainView()
+
+    def _exit_rule(self, text: str) -> None:
+        policy = parse_exit_policy(text)
+        if (policy.max_loops or 0) > self._max_loops:
+            raise UserError(
+                f"{policy.max_loops} loops are more than the {self._max_loops} that this chat was started for; "
+                f"start it with --exit loops={policy.max_loops}"
+            )
+        self._options["policy"] = policy
+
+    def _end(self, status: int) -> None:
+        self._status = status
+
+
+def _window(wanted: int | None, positions: int) -> int:
+    if wanted is None:
+        return min(_WINDOW, positions)
+    if not 1 <= wanted <= positions:
+        raise UserError(f"--window must be in 1..{positions}, the positions of the model, not {wanted}")
+    return wanted

@@ -1,0 +1,82 @@
+"""Prompts of any lengths into the rows of one batch, all but the last token of each: the first round begins with it."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+from looplm_jax.inference.kv_cache import CacheStrategy, bucket, empty_cache
+from looplm_jax.inference.requests import Request
+from looplm_jax.inference.sampling import Sampling, SamplingTable
+from looplm_jax.inference.speculation.step import SpeculativeRows, read
+from looplm_jax.models.looplm import LoopLM, Params, compute_dtype
+
+_LONGEST_CHUNK = 128
+
+
+def begin(model: LoopLM, params: Params, requests: Sequence[Request], loops: int) -> SpeculativeRows:
+    """Rows with a full cache of `loops` planes that have read the prompts, chunk after chunk."""
+    rows = _empty(model, requests, loops)
+    prompts = [request.prompt_ids[:-1] for request in requests]
+    longest = max(len(prompt) for prompt in prompts)
+    size = bucket(max(longest, 1), _LONGEST_CHUNK)
+    for start in range(0, longest, size):
+        part = pad([prompt[start : start + size] for prompt in prompts], size)
+        rows = read(model, params, rows, part.tokens, part.counts)
+    return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Padded:
+    """Sequences of different lengths in one array; the first `counts[n]` of `tokens[n]` are tokens."""
+
+    tokens: Int[np.ndarray, "N S"]
+    counts: Int[np.ndarray, "N"]
+
+
+def pad(sequences: Sequence[Sequence[int]], size: int) -> Padded:
+    """Sequences of at most `size` tokens, padded on the right."""
+    tokens = np.zeros((len(sequences), size), np.int32)
+    for row, sequence in zip(tokens, sequences, strict=True):
+        row[: len(sequence)] = sequence
+    return Padded(tokens=tokens, counts=np.array([len(sequence) for sequence in sequences], np.int32))
+
+
+def _empty(model: LoopLM, requests: Sequence[Request], loops: int) -> SpeculativeRows:
+    longest = max(len(request.prompt_ids) + request.max_new_tokens for request in requests)
+    cache = empty_cache(
+        model.config,
+        CacheStrategy.FULL,
+        rows=len(requests),
+        capacity=bucket(longest, model.config.max_positions),
+        loops=loops,
+        dtype=compute_dtype(model.compute),
+    )
+    return SpeculativeRows(
+        cache=cache,
+        tokens=jnp.asarray([request.prompt_ids[-1] for request in requests], jnp.int32),
+        made=jnp.zeros(len(requests), jnp.int32),
+        sampling=_table([request.sampling for request in requests]),
+        seen=_seen(requests, model.config.vocab_size),
+    )
+
+
+def _table(samplings: Sequence[Sampling]) -> SamplingTable:
+    like = SamplingTable.of(Sampling())
+    columns = {
+        field.name: jnp.asarray([getattr(own, field.name) for own in samplings], getattr(like, field.name).dtype)
+        for field in dataclasses.fields(Sampling)
+    }
+    return SamplingTable(**columns)
+
+
+def _seen(requests: Sequence[Request], vocab_size: int) -> Bool[Array, "N V"] | None:
+    """Tokens of the prompts, if there is a row that they matter to."""
+    if all(request.sampling.repetition_penalty == 1 for request in requests):
+        return None
+    seen = np.zeros((len(requests), vocab_size), bool)
+    for row, request in zip(seen, requests, strict=True):
+        row[list(request.prompt_ids)] = True
+    return jnp.asarray(seen)

@@ -1,0 +1,78 @@
+"""Rounds of drafts and their verification over a batch, until all of its rows have ended."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jaxtyping import Bool
+
+from looplm_jax.inference.speculation.begin import pad
+from looplm_jax.inference.speculation.row import Row
+from looplm_jax.inference.speculation.screening import Screen
+from looplm_jax.inference.speculation.step import Draft, SpeculativeRows, Verified, draft, force, verify
+from looplm_jax.models.looplm import LoopLM, Params
+
+
+@dataclasses.dataclass(kw_only=True)
+class Rounds:
+    """A batch under way: its rows as the host sees them, and what they have on the device."""
+
+    model: LoopLM
+    params: Params
+    rows: Sequence[Row]
+    state: SpeculativeRows
+    draft_loops: int
+    drafts: int
+    screen: Screen | None
+
+    def run(self) -> None:
+        """Draft and verify until no row is under way; rows that have ended are idle meanwhile."""
+        while not all(row.done for row in self.rows):
+            drafted = self._draft()
+            forced = self._screen(drafted)
+            self._verify(drafted, [row for row in self.rows if not row.done and not forced[row.index]])
+            self._force(forced)
+
+    def _draft(self) -> Draft:
+        for row in self.rows:
+            row.passes += 0 if row.done else self.drafts * self.draft_loops
+        self.state, drafted = draft(self.model, self.params, self.state, loops=self.draft_loops, drafts=self.drafts)
+        return drafted
+
+    def _screen(self, drafted: Draft) -> list[tuple[int, ...]]:
+        """The tokens that the screen puts in the place of each row's drafts."""
+        if self.screen is None:
+            return [()] * len(self.rows)
+        drafts, vocab_size = jax.device_get(drafted.tokens).tolist(), self.model.config.vocab_size
+        return [() if row.done else row.screen(self.screen, drafts[row.index], vocab_size) for row in self.rows]
+
+    def _verify(self, drafted: Draft, rows: Sequence[Row]) -> None:
+        if not rows:
+            return
+        self.state, verified = verify(
+            self.model, self.params, self.state, drafted, self._mask(rows), draft_loops=self.draft_loops
+        )
+        found = jax.device_get(verified)
+        for row in rows:
+            row.passes += self.state.cache.depth - self.draft_loops
+            row.verify(_of(found, row))
+
+    def _force(self, forced: Sequence[tuple[int, ...]]) -> None:
+        for start in range(0, max(len(tokens) for tokens in forced), self.drafts):
+            part = pad([tokens[start : start + self.drafts] for tokens in forced], self.drafts)
+            self.state, made = force(self.model, self.params, self.state, part.tokens, part.counts)
+            found = jax.device_get(made)
+            for row in self.rows:
+                if part.counts[row.index]:
+                    row.passes += self.state.cache.depth
+                    row.extend(_of(found, row))
+
+    def _mask(self, rows: Sequence[Row]) -> Bool[np.ndarray, "N"]:
+        mask = np.zeros(len(self.rows), bool)
+        mask[[row.index for row in rows]] = True
+        return mask
+
+
+def _of(found: Verified, row: Row) -> Verified:
+    return jax.tree.map(lambda x: x[row.index], found)

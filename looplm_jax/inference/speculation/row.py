@@ -1,0 +1,93 @@
+"""A row of a speculative batch, as the host sees it."""
+
+from collections.abc import Sequence
+
+from looplm_jax.errors import UserError
+from looplm_jax.inference.requests import Request
+from looplm_jax.inference.speculation.result import SpeculativeResult
+from looplm_jax.inference.speculation.screening import Reroute, Screen, ScreenedRow, Screening
+from looplm_jax.inference.speculation.step import Verified
+from looplm_jax.inference.stopping import Finish, StopConditions, StopMatcher
+
+
+class Row:
+    """Takes what the rounds give, until the row ends; counts what it cost."""
+
+    def __init__(self, index: int, request: Request):
+        conditions = StopConditions(stop_ids=frozenset(request.stop_ids), max_new_tokens=request.max_new_tokens)
+        self.request = request
+        self.index = index
+        self.passes = 0
+        self._matcher = StopMatcher(conditions, None)
+        self._tokens: list[int] = []
+        self._log_probs: list[float] = []
+        self._drafted = self._accepted = 0
+        self._error = ""
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended."""
+        return self._matcher.finish is not None
+
+    @property
+    def left(self) -> int:
+        """Tokens that may yet come."""
+        return self.request.max_new_tokens - len(self._tokens)
+
+    def screen(self, screen: Screen, drafts: Sequence[int], vocab_size: int) -> tuple[int, ...]:
+        """What the screen puts in the place of the drafts, if anything; it may also end the row."""
+        row = ScreenedRow(index=self.index, prompt_ids=self.request.prompt_ids, tokens=tuple(self._tokens))
+        try:
+            verdict = screen(row, tuple(drafts[: self.left]))
+            if isinstance(verdict, Reroute):
+                return _checked(verdict.tokens, vocab_size)[: self.left]
+            if Screening(verdict) is Screening.STOP:
+                self._matcher.close(Finish.STOP)
+        except Exception as error:  # of this row's screen: the other rows go on
+            self._fail(f"screen raised {type(error).__name__}: {error}")
+        return ()
+
+    def verify(self, verified: Verified) -> None:
+        """What became of its drafts."""
+        self._drafted += min(verified.tokens.size, self.left)
+        before = len(self._tokens)
+        self.extend(verified)
+        self._accepted += min(int(verified.accepted), len(self._tokens) - before)
+
+    def extend(self, verified: Verified) -> None:
+        """More tokens, as far as the text goes on."""
+        count = int(verified.counts)
+        for token, log_prob in zip(verified.tokens[:count].tolist(), verified.log_probs[:count].tolist(), strict=True):
+            if self.done:
+                return
+            self._tokens.append(token)
+            self._log_probs.append(log_prob)
+            self._matcher.push(token)
+        if verified.failed and not self.done:
+            self._fail("logits were not finite; the parameters are damaged, or overflow")
+
+    def result(self, loops: int) -> SpeculativeResult:
+        """What came of the prompt with `loops` loops; only when it has ended."""
+        assert self._matcher.finish is not None
+        return SpeculativeResult(
+            prompt_ids=self.request.prompt_ids,
+            tokens=tuple(self._tokens),
+            log_probs=tuple(self._log_probs),
+            finish=self._matcher.finish,
+            error=self._error,
+            loops=loops,
+            drafted=self._drafted,
+            accepted=self._accepted,
+            passes=self.passes,
+        )
+
+    def _fail(self, error: str) -> None:
+        self._error = error
+        self._matcher.close(Finish.FAILED)
+
+
+def _checked(tokens: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
+    outside = [token for token in tokens if not 0 <= token < vocab_size]
+    if outside:
+        raise UserError(f"token {outside[0]} of the reroute is not in the vocabulary of {vocab_size} tokens")
+    return tokens

@@ -1,0 +1,97 @@
+"""Continue prompts by self-speculation.
+
+results = speculate(model, params, [[3, 14, 15], [92]], draft_loops=1, drafts=4, max_new_tokens=64)
+results[0].tokens, results[0].acceptance_rate, results[0].loops_per_token
+"""
+
+from collections.abc import Collection, Sequence
+
+from looplm_jax.errors import UserError
+from looplm_jax.inference.checks import check_request
+from looplm_jax.inference.decoder import EngineConfig
+from looplm_jax.inference.kv_cache import CacheStrategy
+from looplm_jax.inference.requests import Request
+from looplm_jax.inference.sampling import Sampling
+from looplm_jax.inference.speculation.begin import begin
+from looplm_jax.inference.speculation.result import SpeculativeResult
+from looplm_jax.inference.speculation.rounds import Rounds
+from looplm_jax.inference.speculation.row import Row
+from looplm_jax.inference.speculation.screening import Screen
+from looplm_jax.models.looplm import LoopLM, Params
+
+
+def speculate(
+    model: LoopLM,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    *,
+    draft_loops: int,
+    drafts: int,
+    max_new_tokens: int,
+    loops: int | None = None,
+    sampling: Sampling | Sequence[Sampling] | None = None,
+    stop_ids: Collection[int] = (),
+    screen: Screen | None = None,
+    cache: CacheStrategy = CacheStrategy.FULL,
+) -> list[SpeculativeResult]:
+    """Continue prompts of any lengths, all in one batch; no row has an influence on another.
+
+    Greedy tokens are those of `FixedLoops(T)`, unless rounding decides between two that are equally probable. Drawn
+    tokens are distributed as those of `FixedLoops(T)`, but for one seed they are others.
+
+    Args:
+      model: the network; on a CPU one with `unrolled`, and the parameters that go with it, is faster.
+      params: its parameters.
+      prompts: token ids, at least one each.
+      draft_loops: the loop s whose predictions are the drafts.
+      drafts: drafts before they are verified, k.
+      max_new_tokens: at least 1; fewer come where a stop token does.
+      loops: the loop T whose predictions count; default: the loops that the model is meant for.
+      sampling: greedy by default; one for all rows, or one for each. Random keys depend on seed and token alone.
+      stop_ids: tokens that end a row.
+      screen: is shown every row's drafts before any of them is given out. The corrected token that follows rejected
+        drafts is not among them. If it raises, that row fails and the others go on.
+      cache: must be full: loops s+1..T of a draft have keys and values of their own.
+
+    Raises:
+      UserError: a prompt that cannot be served, `draft_loops` outside 1..T-1, `drafts` below 1, or another cache.
+    """
+    loops = model.config.loops if loops is None else loops
+    _check(draft_loops, loops, drafts, cache)
+    rows = []
+    for index, (prompt, own) in enumerate(zip(prompts, _samplings(sampling, len(prompts)), strict=True)):
+        request = Request(
+            prompt_ids=tuple(prompt), max_new_tokens=max_new_tokens, sampling=own, stop_ids=tuple(stop_ids)
+        )
+        check_request(request, model.config, EngineConfig(capacity=model.config.max_positions, loops=loops), None)
+        rows.append(Row(index, request))
+    if rows:
+        Rounds(
+            model=model,
+            params=params,
+            rows=rows,
+            state=begin(model, params, [row.request for row in rows], loops),
+            draft_loops=draft_loops,
+            drafts=drafts,
+            screen=screen,
+        ).run()
+    return [row.result(loops) for row in rows]
+
+
+def _check(draft_loops: int, loops: int, drafts: int, cache: CacheStrategy) -> None:
+    if loops < 2:
+        raise UserError(f"self-speculation needs at least 2 loops, not {loops}; generate without it")
+    if not 1 <= draft_loops < loops:
+        raise UserError(f"draft_loops must be in 1..{loops - 1} to be verified by loop {loops}, not {draft_loops}")
+    if drafts < 1:
+        raise UserError(f"drafts must be at least 1, not {drafts}")
+    if cache is not CacheStrategy.FULL:
+        raise UserError(f"self-speculation needs CacheStrategy.FULL, not {cache}: each loop reads its own plane")
+
+
+def _samplings(sampling: Sampling | Sequence[Sampling] | None, rows: int) -> Sequence[Sampling]:
+    if sampling is None or isinstance(sampling, Sampling):
+        return [sampling or Sampling()] * rows
+    if len(sampling) != rows:
+        raise UserError(f"{len(sampling)} samplings for {rows} prompts; give one for all, or one for each")
+    return sampling

@@ -1,0 +1,234 @@
+"""One round of self-speculation: draft with loop s, verify with loop T (LoopSpec, arXiv 2609.17184).
+
+The last token of a row, x_0, is not yet part of its cache. A round with k drafts is
+
+    draft    k passes, one after another: x_j goes through loops 1..s, whose logits give the draft x_(j+1), j = 0..k-1
+    verify   x_0 .. x_(k-1) at once through loops s+1..T, from their states after loop s: loop T's x_1 .. x_k
+
+The first s loops of a draft are the first s loops of the verifier, so nothing is computed twice. The drafts that
+`accept` keeps become part of the row, and a corrected token after them; the cache then holds all tokens but the last,
+as before. What rejected drafts wrote behind these is never looked at, and is written over.
+"""
+
+import dataclasses
+import functools
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from looplm_jax.inference.kv_cache import Cache
+from looplm_jax.inference.sampling import SamplingTable, probabilities, sample_rows, token_key
+from looplm_jax.inference.speculation.acceptance import Acceptance, accept
+from looplm_jax.inference.tick import bound, logits_of
+from looplm_jax.models.blocks import KeyValues
+from looplm_jax.models.looplm import LoopLM, ModelCache, Params, compute_dtype
+
+
+@flax.struct.dataclass
+class SpeculativeRows:
+    """N texts under way, in a full cache. The last token of each is not yet part of it."""
+
+    cache: Cache
+    tokens: Int[Array, "N"]
+    made: Int[Array, "N"]  # new tokens
+    sampling: SamplingTable
+    seen: Bool[Array, "N V"] | None  # tokens of prompt and text, where a row has a repetition penalty
+
+    def extend(self, cache: Cache, tokens: Int[Array, "N S"], counts: Int[Array, "N"]) -> "SpeculativeRows":
+        """The rows with `counts[n]` of `tokens[n]` behind them, of which `cache` has read all but the last."""
+        rows = jnp.arange(counts.size)
+        new = jnp.arange(tokens.shape[1]) < counts[:, None]
+        seen = self.seen
+        if seen is not None:
+            seen = seen.at[rows[:, None], jnp.where(new, tokens, seen.shape[1])].set(True, mode="drop")
+        return SpeculativeRows(
+            cache=cache.advance(counts),
+            tokens=jnp.where(counts > 0, tokens[rows, jnp.maximum(counts - 1, 0)], self.tokens),
+            made=self.made + counts,
+            sampling=self.sampling,
+            seen=seen,
+        )
+
+
+@flax.struct.dataclass
+class Draft:
+    """k drafts of each row, and what verification goes on from; `states` are of the tokens that the drafts follow."""
+
+    tokens: Int[Array, "N k"]
+    logits: Float[Array, "N k V"]  # of loop s
+    states: Float[Array, "N k D"]  # after loop s
+    embedded: Float[Array, "N k D"]
+    seen: Bool[Array, "N k V"] | None  # tokens before each draft
+
+
+@flax.struct.dataclass
+class Verified:
+    """What became of the drafts of each row, as in `Acceptance`, with log-probabilities under loop T (raw logits)."""
+
+    tokens: Int[Array, "N k"]
+    log_probs: Float[Array, "N k"]
+    counts: Int[Array, "N"]
+    accepted: Int[Array, "N"]
+    failed: Bool[Array, "N"]  # logits were not finite after the tokens that are kept
+
+
+@functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("rows",))
+def read(
+    model: LoopLM, params: Params, rows: SpeculativeRows, tokens: Int[Array, "N S"], counts: Int[Array, "N"]
+) -> SpeculativeRows:
+    """Read the first `counts[n]` of `tokens[n]`, a part of the prompt, through all T loops. The rows are donated."""
+    done = _read(model, params, rows.cache, tokens, rows.cache.depth)
+    return dataclasses.replace(rows, cache=done.cache.advance(counts))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "loops", "drafts"), donate_argnames=("rows",))
+def draft(
+    model: LoopLM, params: Params, rows: SpeculativeRows, *, loops: int, drafts: int
+) -> tuple[SpeculativeRows, Draft]:
+    """`drafts` drafts of each row by loop `loops`; the cache has then read them in its first `loops` planes.
+
+    The rows are donated, and are as long as before.
+    """
+
+    def one(rows: SpeculativeRows, _: None) -> tuple[SpeculativeRows, Draft]:
+        done = _read(model, params, rows.cache, rows.tokens[:, None], loops)
+        logits = logits_of(model, params, done.hidden[:, 0])
+        tokens = sample_rows(logits, rows.sampling, rows.made, rows.seen).tokens
+        drafted = Draft(
+            tokens=tokens, logits=logits, states=done.state[:, 0], embedded=done.embedded[:, 0], seen=rows.seen
+        )
+        return rows.extend(done.cache, tokens[:, None], jnp.ones_like(tokens)), drafted
+
+    after, drafted = jax.lax.scan(one, rows, length=drafts)
+    cache = dataclasses.replace(after.cache, lengths=rows.cache.lengths)
+    return dataclasses.replace(rows, cache=cache), jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), drafted)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "draft_loops"), donate_argnames=("rows",))
+def verify(
+    model: LoopLM, params: Params, rows: SpeculativeRows, drafted: Draft, active: Bool[Array, "N"], *, draft_loops: int
+) -> tuple[SpeculativeRows, Verified]:
+    """Keep of the drafts what loop T would have said. The rows are donated; those not `active` remain as they are."""
+    loops = range(draft_loops, rows.cache.depth)
+    done = _go_on(model, params, rows.cache, drafted.states, drafted.embedded, loops)
+    logits = logits_of(model, params, done.hidden)
+    acceptance = _accept(rows, drafted, logits)
+    counts, failed = _before_failure(logits, acceptance.counts)
+    counts = jnp.where(active, counts, 0)
+    verified = Verified(
+        tokens=acceptance.tokens,
+        log_probs=_log_probs(logits, acceptance.tokens),
+        counts=counts,
+        accepted=jnp.minimum(acceptance.accepted, counts),
+        failed=failed & active,
+    )
+    return rows.extend(done.cache, acceptance.tokens, counts), verified
+
+
+@functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("rows",))
+def force(
+    model: LoopLM, params: Params, rows: SpeculativeRows, tokens: Int[Array, "N S"], counts: Int[Array, "N"]
+) -> tuple[SpeculativeRows, Verified]:
+    """Append the first `counts[n]` of `tokens[n]` as given, through all T loops. The rows are donated."""
+    before = jnp.concatenate([rows.tokens[:, None], tokens[:, :-1]], axis=1)
+    done = _read(model, params, rows.cache, before, rows.cache.depth)
+    logits = logits_of(model, params, done.hidden)
+    counts, failed = _before_failure(logits, counts)
+    forced = Verified(
+        tokens=tokens,
+        log_probs=_log_probs(logits, tokens),
+        counts=counts,
+        accepted=jnp.zeros_like(counts),
+        failed=failed,
+    )
+    return rows.extend(done.cache, tokens, counts), forced
+
+
+@flax.struct.dataclass
+class _Pass:
+    """What loops made of S tokens of each row; they stand in the cache, behind its `lengths`."""
+
+    cache: Cache
+    embedded: Float[Array, "N S D"]
+    state: Float[Array, "N S D"]
+    hidden: Float[Array, "N S D"]
+
+
+def _read(model: LoopLM, params: Params, cache: Cache, tokens: Int[Array, "N S"], loops: int) -> _Pass:
+    """Tokens after those of the cache, through loops 1 .. `loops`."""
+    apply = bound(model, params)
+    context = cache.context(model.config, tokens.shape[1])
+    past = cache.past_prelude(compute_dtype(model.compute))
+    embedded, prelude = apply(tokens, context, past, True, method="embed")
+    if prelude is not None:
+        own = jax.tree.map(lambda new: new[None], prelude)
+        planes = dataclasses.replace(cache.planes, prelude=_write(cache, cache.planes.prelude, own, range(1)))
+        cache = dataclasses.replace(cache, planes=planes)
+    return _go_on(model, params, cache, apply(embedded, method="initial_state"), embedded, range(loops))
+
+
+def _go_on(
+    model: LoopLM,
+    params: Params,
+    cache: Cache,
+    state: Float[Array, "N S D"],
+    embedded: Float[Array, "N S D"],
+    loops: range,
+) -> _Pass:
+    """Tokens after those of the cache that have done `loops.start` loops, through the others up to `loops.stop`."""
+    apply, dtype = bound(model, params), compute_dtype(model.compute)
+    context = cache.context(model.config, state.shape[1])
+
+    def loop(carry: tuple[Array, Array], done: Int[Array, ""]) -> tuple[tuple[Array, Array], ModelCache]:
+        planes = jnp.broadcast_to(done, cache.rows)
+        past = cache.past(cache.planes.core, planes, dtype), cache.past(cache.planes.coda, planes, dtype)
+        output, core, coda = apply(carry[0], embedded, context, *past, True, method="loop_step")
+        return (output.state, output.hidden), ModelCache(core=core, coda=coda)
+
+    (state, hidden), own = jax.lax.scan(loop, (state, state), jnp.arange(loops.start, loops.stop))
+    core = _write(cache, cache.planes.core, own.core, loops)
+    assert core is not None
+    coda = _write(cache, cache.planes.coda, own.coda, loops)
+    planes = dataclasses.replace(cache.planes, core=core, coda=coda)
+    return _Pass(cache=dataclasses.replace(cache, planes=planes), embedded=embedded, state=state, hidden=hidden)
+
+
+def _write(cache: Cache, stacked: KeyValues | None, own: KeyValues | None, planes: range) -> KeyValues | None:
+    """Put what S tokens of each row have in some planes behind the row; what exceeds the capacity is dropped."""
+
+    def put(whole: Float[Array, "L P N C K Dh"], new: Float[Array, "p L N S K Dh"]) -> Float[Array, "L P N C K Dh"]:
+        plane = jnp.arange(planes.start, planes.stop)[:, None, None]
+        row = jnp.arange(cache.rows)[:, None]
+        position = cache.lengths[:, None] + jnp.arange(new.shape[3])
+        return whole.at[:, plane, row, position].set(jnp.swapaxes(new, 0, 1).astype(whole.dtype), mode="drop")
+
+    return jax.tree.map(put, stacked, own)
+
+
+def _accept(rows: SpeculativeRows, drafted: Draft, logits: Float[Array, "N k V"]) -> Acceptance:
+    sampling = jax.tree.map(lambda number: number[:, None], rows.sampling)
+    numbers = rows.made[:, None] + jnp.arange(logits.shape[1])
+
+    def key(table: SamplingTable, number: Int[Array, ""]) -> Array:
+        return jax.random.fold_in(token_key(table, number), 1)  # the token's own key drew the draft
+
+    return accept(
+        drafted.tokens,
+        probabilities(logits, sampling, drafted.seen),
+        probabilities(drafted.logits, sampling, drafted.seen),
+        jax.vmap(jax.vmap(key, in_axes=(None, 0)))(rows.sampling, numbers),
+    )
+
+
+def _before_failure(logits: Float[Array, "N S V"], counts: Int[Array, "N"]) -> tuple[Int[Array, "N"], Bool[Array, "N"]]:
+    """As many of `counts` as come before the first logits that are not finite, and whether that is fewer."""
+    finite = jnp.isfinite(logits).all(axis=-1).astype(jnp.int32)
+    sound = jnp.sum(jnp.cumprod(finite, axis=1), axis=1)
+    return jnp.minimum(counts, sound), sound < counts
+
+
+def _log_probs(logits: Float[Array, "N S V"], tokens: Int[Array, "N S"]) -> Float[Array, "N S"]:
+    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)

@@ -1,0 +1,121 @@
+import jax
+import numpy as np
+import pytest
+from tiny_chat import TOKENIZER, WORDS, make_loaded
+
+from looplm_jax.data.chat import Message, tokens_and_mask
+from looplm_jax.data.tokenizers import SymbolTokenizer
+from looplm_jax.errors import UserError
+from looplm_jax.halting import FixedLoops
+from looplm_jax.inference import Conversation, Engine, EngineConfig, Finish, Sampling
+
+OPENING = [TOKENIZER.token_id("<|im_start|>"), TOKENIZER.token_id("assistant")]
+STOPS = (0, 2)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    loaded = make_loaded()
+    return Engine(*loaded, TOKENIZER, config=EngineConfig(slots=1, capacity=128, chunk=64))
+
+
+def spoken(generator, most=7):
+    return " ".join(generator.choice(WORDS, generator.integers(1, most)))
+
+
+def in_one_prompt(engine, messages, **options):
+    """The answer to a prompt with all turns in it."""
+    prompt = [*tokens_and_mask(messages, TOKENIZER).tokens.tolist(), *OPENING]
+    (result,) = engine.generate([prompt], stop_ids=STOPS, **options)
+    return result
+
+
+@pytest.mark.parametrize("system", [None, "word3 word1"])
+def test_answers_are_those_of_one_prompt_with_all_turns(engine, system):
+    generator, finishes = np.random.default_rng(0), set()
+    for seed in range(3):
+        chat = Conversation(engine, TOKENIZER, system)
+        for turn in range(3):
+            text, sampling = spoken(generator), Sampling(temperature=1.0, seed=seed + 10 * turn)
+            expected = in_one_prompt(
+                engine, [*chat.messages, Message("user", text)], max_new_tokens=12, sampling=sampling
+            )
+            made = tuple(chat.say(text, max_new_tokens=12, sampling=sampling))
+            assert tuple(new.token for new in made) == expected.tokens == chat.result.tokens
+            np.testing.assert_allclose([new.log_prob for new in made], expected.log_probs, atol=1e-4)
+            assert chat.messages[-2:] == (Message("user", text), Message("assistant", expected.text))
+            finishes.add(chat.result.finish)
+    assert finishes == {Finish.LENGTH, Finish.STOP}
+
+
+def test_only_what_is_new_is_read(engine):
+    chat = Conversation(engine, TOKENIZER)
+    list(chat.say("word1 word2", max_new_tokens=8))
+    before = engine.stats.prompt_tokens
+    list(chat.say("word3", max_new_tokens=2))
+    last_and_end_of_turn, turn, opening = 2, 4, 2
+    assert engine.stats.prompt_tokens - before <= last_and_end_of_turn + turn + opening
+
+
+@pytest.mark.parametrize("close", [True, False])
+def test_an_answer_that_is_cut_short_is_kept_as_far_as_it_came(engine, close):
+    one_loop = {"policy": FixedLoops(loops=1)}  # a token a tick, so that a token is under way at the end
+    chat = Conversation(engine, TOKENIZER)
+    answer = chat.say("word1", stop_ids=(), **one_loop)
+    made = [next(answer) for _ in range(3)]
+    if close:
+        answer.close()
+    else:
+        chat.stop()
+        made += answer
+    assert chat.result.finish is Finish.CANCELLED
+    assert chat.result.tokens == tuple(new.token for new in made)
+    assert chat.messages[-1] == Message("assistant", "".join(new.text for new in made))
+    turns = [*chat.messages, Message("user", "word2")]
+    expected = in_one_prompt(engine, turns, max_new_tokens=6, **one_loop)
+    answer = list(chat.say("word2", max_new_tokens=6, **one_loop))
+    assert tuple(new.token for new in answer) == expected.tokens
+    np.testing.assert_allclose([new.log_prob for new in answer], expected.log_probs, atol=1e-4)
+
+
+def test_a_window_that_is_full(engine):
+    chat = Conversation(engine, TOKENIZER, "word0")
+    list(chat.say("word1 " * 100, stop_ids=()))  # as long as there is room
+    assert chat.result.finish is Finish.LENGTH
+    said = chat.messages
+    with pytest.raises(UserError, match=r"^the window of 128 tokens is full: 127 of the conversation and 8 of this"):
+        next(chat.say("word2"))
+    assert chat.messages == said
+    chat.reset()
+    assert (chat.messages, chat.result) == ((Message("system", "word0"),), None)
+    first = in_one_prompt(engine, [*chat.messages, Message("user", "word2")], max_new_tokens=5)
+    assert tuple(new.token for new in chat.say("word2", max_new_tokens=5)) == first.tokens
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
+        ({"policy": FixedLoops(loops=4)}, "4 loops are more than the 3 of this engine"),
+    ],
+)
+def test_a_turn_that_cannot_be_served_changes_nothing(engine, options, message):
+    chat = Conversation(engine, TOKENIZER)
+    with pytest.raises(UserError, match=message):
+        next(chat.say("word1", **options))
+    assert chat.messages == ()
+
+
+def test_a_turn_that_fails_changes_nothing():
+    loaded = make_loaded()
+    broken = jax.tree.map(lambda leaf: np.full(leaf.shape, np.nan, np.float32), loaded.params)
+    engine = Engine(loaded.model, broken, TOKENIZER, config=EngineConfig(slots=1, capacity=128, chunk=64))
+    chat = Conversation(engine, TOKENIZER)
+    with pytest.raises(UserError, match="logits were not finite"):
+        list(chat.say("word1", max_new_tokens=4))
+    assert chat.messages == ()
+
+
+def test_a_tokenizer_without_chat(engine):
+    with pytest.raises(UserError, match=r"^the tokenizer has no token <\|im_start\|>, which the chat format needs"):
+        Conversation(engine, SymbolTokenizer(("<|endoftext|>", "word")))

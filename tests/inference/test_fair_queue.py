@@ -1,0 +1,60 @@
+import collections
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from looplm_jax.inference.fair_queue import FairQueue
+
+
+def drain(queue):
+    return [queue.pop() for _ in range(len(queue))]
+
+
+@given(st.lists(st.sampled_from("abc"), max_size=20))
+def test_clients_take_turns_and_each_is_served_in_order(clients):
+    queue = FairQueue(limit=20)
+    for number, client in enumerate(clients):
+        queue.push(client, (client, number))
+    served = drain(queue)
+    assert sorted(served) == sorted((client, number) for number, client in enumerate(clients))
+    rounds = collections.defaultdict(list)
+    turns = collections.Counter()
+    for client, number in served:
+        turns[client] += 1
+        rounds[client].append((turns[client], number))
+    assert all(numbers == sorted(numbers) for numbers in rounds.values())
+    order = [turn for client, number in served for turn, own in rounds[client] if own == number]
+    assert order == sorted(order)  # nobody has a second turn while another waits for the first
+
+
+def test_a_client_that_comes_later_waits_for_one_item_of_the_others_only():
+    queue = FairQueue(limit=10)
+    for number in range(5):
+        queue.push("busy", number)
+    queue.push("late", "x")
+    assert drain(queue) == [0, "x", 1, 2, 3, 4]
+
+
+def test_the_queue_is_bounded():
+    queue = FairQueue(limit=2)
+    queue.push("a", 1)
+    assert not queue.full
+    queue.push("b", 2)
+    assert queue.full
+    with pytest.raises(OverflowError, match="2 items are waiting"):
+        queue.push("c", 3)
+    assert drain(queue) == [1, 2]
+    with pytest.raises(IndexError, match="nothing waits"):
+        queue.pop()
+
+
+def test_an_item_can_be_taken_out_before_its_turn():
+    queue = FairQueue(limit=5)
+    for client, item in [("a", 1), ("a", 2), ("b", 3)]:
+        queue.push(client, item)
+    assert queue.remove("b", 3)
+    assert queue.remove("a", 1)
+    assert not queue.remove("a", 1)
+    assert not queue.remove("unknown", 1)
+    assert drain(queue) == [2]

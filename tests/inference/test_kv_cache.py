@@ -1,0 +1,118 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from inference_models import make_model
+from plain_decoder import SEEN
+
+from looplm_jax.inference.kv_cache import Cache, CacheStrategy, bucket, bytes_per_token, empty_cache, share, unshare
+from looplm_jax.models.blocks import KeyValues
+from looplm_jax.models.looplm import ModelCache
+
+LOOPS, ROWS, CAPACITY = 3, 2, 4
+CONFIG, _ = make_model(num_layers=1, prelude_layers=2, coda_layers=1)
+CONFIG = CONFIG.config
+
+
+def cache_shape(strategy, dtype=jnp.float32):
+    return jax.eval_shape(
+        lambda: empty_cache(CONFIG, strategy, rows=ROWS, capacity=CAPACITY, loops=LOOPS, dtype=dtype)
+    )
+
+
+def zeros(strategy):
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), cache_shape(strategy))
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(jnp.float32, 4), (jnp.bfloat16, 2)])
+@pytest.mark.parametrize("strategy", CacheStrategy)
+def test_bytes_are_those_of_the_formula(strategy, dtype, size):
+    leaves = jax.tree.leaves(cache_shape(strategy, dtype).planes)
+    taken = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    formula = bytes_per_token(CONFIG, strategy, loops=LOOPS, dtype=dtype)
+    planes = LOOPS if strategy is CacheStrategy.FULL else 1
+    assert taken == ROWS * CAPACITY * formula
+    assert formula == 2 * (2 + planes * (1 + 1)) * CONFIG.kv_heads * CONFIG.head_width * size
+
+
+def test_a_shared_cache_is_as_many_times_smaller_as_there_are_loops():
+    config, _ = make_model()
+    full, last = (
+        bytes_per_token(config.config, strategy, loops=4, dtype=jnp.bfloat16)
+        for strategy in (CacheStrategy.FULL, CacheStrategy.LAST)
+    )
+    assert full == 4 * last
+
+
+write = jax.jit(Cache.write)
+
+
+def own_keys_and_values(generator):
+    def new(layers):
+        shape = (layers, ROWS, 1, CONFIG.kv_heads, CONFIG.head_width)
+        return KeyValues(*(generator.normal(size=shape).astype(np.float32) for _ in range(2)))
+
+    return ModelCache(core=new(1), prelude=new(2), coda=new(1))
+
+
+@pytest.mark.parametrize("strategy", CacheStrategy)
+def test_a_position_keeps_what_its_strategy_says(strategy):
+    """Rows at different loops and positions, one of them idle at times; every plane against the definition."""
+    generator = np.random.default_rng(0)
+    cache = zeros(strategy)
+    exits = [[2, 3, 1], [3, 1, 2]]  # loops of each token of each row
+    kept = [[[] for _ in row] for row in exits]
+    done, place = np.zeros(ROWS, np.int32), np.zeros(ROWS, np.int32)
+    for number in range(20):
+        active = np.array([place[row] < 3 and (number + row) % 3 != 0 for row in range(ROWS)])
+        own = own_keys_and_values(generator)
+        cache = write(cache, own, done, active)
+        for row in np.flatnonzero(active):
+            kept[row][place[row]].append(own.core.keys[:, row, 0])
+            done[row] += 1
+            if done[row] == exits[row][place[row]]:
+                place[row], done[row] = place[row] + 1, 0
+        cache = cache.advance(place - np.asarray(cache.lengths))
+    assert [[len(loops) for loops in row] for row in kept] == exits
+    for row, token in np.ndindex(ROWS, 3):
+        for plane in range(cache.depth):
+            seen = SEEN[strategy](kept[row][token], plane + 1)
+            np.testing.assert_allclose(cache.planes.core.keys[:, plane, row, token], seen, atol=1e-6)
+    assert not np.asarray(cache.planes.core.keys)[:, :, :, 3].any()
+
+
+def test_the_prelude_is_written_once():
+    generator = np.random.default_rng(1)
+    first, second = own_keys_and_values(generator), own_keys_and_values(generator)
+    everyone = np.ones(ROWS, bool)
+    cache = write(zeros(CacheStrategy.FULL), first, np.zeros(ROWS, np.int32), everyone)
+    cache = write(cache, second, np.ones(ROWS, np.int32), everyone)
+    np.testing.assert_array_equal(cache.planes.prelude.keys[:, 0, :, 0], first.prelude.keys[:, :, 0])
+
+
+@pytest.mark.parametrize("strategy", CacheStrategy)
+def test_a_prompt_keeps_of_its_loops_what_a_token_keeps(strategy):
+    generator = np.random.default_rng(2)
+    full = jax.tree.map(
+        lambda leaf: generator.normal(size=leaf.shape).astype(leaf.dtype), cache_shape(CacheStrategy.FULL)
+    )
+    shared = jax.jit(functools.partial(share, strategy=strategy))(full)
+    planes = full.planes.core.values
+    for plane in range(shared.depth):
+        seen = SEEN[strategy]([planes[:, loop] for loop in range(LOOPS)], plane + 1)
+        np.testing.assert_allclose(shared.planes.core.values[:, plane], seen, atol=1e-6)
+    np.testing.assert_array_equal(shared.planes.prelude.keys, full.planes.prelude.keys)
+    again = unshare(shared, LOOPS)
+    assert again.depth == LOOPS
+    np.testing.assert_array_equal(again.planes.coda.keys[:, 0], shared.planes.coda.keys[:, 0])
+
+
+@given(st.integers(1, 5000), st.integers(64, 5000))
+def test_buckets_are_few_and_large_enough(length, longest):
+    size = bucket(length, longest)
+    assert size >= min(length, longest)
+    assert size == longest or (size >= 64 and size & (size - 1) == 0 and (size == 64 or size < 2 * length))

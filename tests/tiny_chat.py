@@ -1,0 +1,32 @@
+"""What `load` gives for a random tiny model that knows chat, with a tokeniser that needs no optional package."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from looplm_jax.config import ComputeConfig, Dtype, Recipe, Remat, Stage
+from looplm_jax.data.tokenizers import END_OF_TEXT, IM_END, IM_START, SymbolTokenizer
+from looplm_jax.loading import Loaded
+from looplm_jax.models.looplm import LoopLM, init_params
+from looplm_jax.models.presets import tiny
+
+WORDS = tuple(f"word{number}" for number in range(20))
+TOKENIZER = SymbolTokenizer((END_OF_TEXT, IM_START, IM_END, "user", "assistant", "system", *WORDS))
+
+
+def make_loaded(tokenizer=TOKENIZER, **changes):
+    """Weights are filled by NumPy, which compiles nothing, and are large enough for gates and predictions to vary."""
+    config = dataclasses.replace(tiny(tokenizer.vocab_size), num_layers=1, loops=3, **changes)
+    model = LoopLM(config, ComputeConfig(dtype=Dtype.FLOAT32, remat=Remat.NONE))
+    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    generator = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: generator.normal(0, 0.3, leaf.shape).astype(np.float32), shapes)
+    return Loaded(
+        model=model,
+        params=jax.device_put(params),
+        tokenizer=tokenizer,
+        recipe=Recipe(name="chat", model=config, stages=(Stage(name="only", steps=1, batch_size=1, sequence_length=8),)),
+        step=7,
+        warnings=("step 9 is bad",),
+    )
