@@ -1,8 +1,7 @@
-"""Cheap attempts to mend a sandwich that starts from a dense model: other initial weights of its second norms.
+"""A data-dependent start of a sandwich from a dense model: each branch adds as much as it does in that model.
 
-The second norm makes every branch output a vector of root mean square w, token by token, where the dense model's
-branches have whatever size they have. Initial weights of one are far from both tries: `matched_scales` gives each
-branch the size that it has in the dense model, and a small constant makes a loop nearly the identity.
+The second norm gives what a branch adds the root mean square of its weights, token by token. Here those weights are
+the mean of what the branch adds in the dense model, measured on a batch.
 """
 
 import dataclasses
@@ -27,13 +26,12 @@ _SECOND_NORMS = {
 }
 
 
-def with_second_norms(checkpoint: Path, out: Path, scales: float | dict[str, Float[Array, "L"]]) -> None:
+def with_second_norms(checkpoint: Path, out: Path, scales: dict[str, Float[Array, "L"]]) -> None:
     """A copy of the checkpoint of a sandwich with these weights in the norms after its branches, one for each layer."""
     whole = read_whole(checkpoint)
     arrays = dict(whole.arrays)
     for branch, name in _SECOND_NORMS.items():
-        scale = jnp.asarray(scales if isinstance(scales, float) else scales[branch][:, None], arrays[name].dtype)
-        arrays[name] = jnp.broadcast_to(scale, arrays[name].shape)
+        arrays[name] = jnp.broadcast_to(scales[branch][:, None], arrays[name].shape).astype(arrays[name].dtype)
     with fresh_folder(out) as folder:
         write_whole(folder, dataclasses.replace(whole, arrays=arrays))
 

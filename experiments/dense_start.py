@@ -4,7 +4,8 @@
 
 Trains a dense model on the source of the local Python's standard library, writes it as a Llama folder, converts that
 with norm placement `pre` and `sandwich` at T = 4, and trains each start with Stage I beside a looped model from
-scratch and the dense model trained on. Two more starts try to mend the sandwich: see `dense_norms`.
+scratch and the dense model trained on. Two more starts try to mend the sandwich by its second norms: small ones, which
+make a loop nearly the identity, and ones that match the dense model's branches (`dense_norms`).
 
 Every loss is on the same held-out text. A run that is finished is not run again: stopped at any moment, the same
 command goes on.
@@ -195,7 +196,13 @@ class _Experiment:
             if not (starts / placement.value).exists():
                 convert_from_dense(self._llama, starts / placement.value, loops=_LOOPS, norm_placement=placement)
         if not (starts / "small").exists():
-            with_second_norms(starts / "sandwich", starts / "small", _SMALL_NORM)
+            convert_from_dense(
+                self._llama,
+                starts / "small",
+                loops=_LOOPS,
+                norm_placement=NormPlacement.SANDWICH,
+                second_norm=_SMALL_NORM,
+            )
         if not (starts / "matched").exists():
             scales = matched_scales(starts / "pre", self._recipe(PRE))
             with_second_norms(starts / "sandwich", starts / "matched", scales)

@@ -20,11 +20,13 @@ class Course:
     losses: Sequence[Sequence[float]]
 
     def back(self, target: float, loop: int) -> int | None:
-        """The first measured step from which the loss of a loop is no more than `target`; None: not in this course."""
-        for step, losses in zip(self.steps, self.losses, strict=True):
-            if losses[min(loop, len(losses)) - 1] <= target:
-                return step
-        return None
+        """The first measured step from which on the loss of a loop stays at `target` or below; None: there is none."""
+        found = None
+        for step, losses in zip(reversed(self.steps), reversed(self.losses), strict=True):
+            if losses[min(loop, len(losses)) - 1] > target:
+                break
+            found = step
+        return found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,7 @@ def report(results: Results) -> str:
     parts = [f"# A looped model from a dense one\n\nThe dense model: {results.dense_loss:.4f} nats/token, held out.\n"]
     for loop in (1, results.loops):
         parts.append(f"## Loss of loop {loop} after some steps\n\n{_losses(results, loop).markdown()}")
-    parts.append(f"## Steps until the loss is back at the dense model's\n\n{_returns(results).markdown()}")
+    parts.append(f"## Steps until the loss is back at the dense model's, and stays\n\n{_returns(results).markdown()}")
     return "\n".join(parts)
 
 

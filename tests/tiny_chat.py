@@ -26,7 +26,9 @@ def make_loaded(tokenizer=TOKENIZER, **changes):
         model=model,
         params=jax.device_put(params),
         tokenizer=tokenizer,
-        recipe=Recipe(name="chat", model=config, stages=(Stage(name="only", steps=1, batch_size=1, sequence_length=8),)),
+        recipe=Recipe(
+            name="chat", model=config, stages=(Stage(name="only", steps=1, batch_size=1, sequence_length=8),)
+        ),
         step=7,
         warnings=("step 9 is bad",),
     )

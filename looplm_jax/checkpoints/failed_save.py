@@ -4,6 +4,7 @@ They go on writing for a moment, and each then finds the event loop of Orbax clo
 """
 
 import contextlib
+import gc
 import shutil
 import sys
 import time
@@ -18,27 +19,9 @@ _LONGEST_SECONDS = 30.0
 _QUIET_SECONDS = 0.5
 
 
-def remove_failed(folder: epath.Path, step: int) -> None:
-    """Removes what `folder` holds of an unfinished `step`, and again what such threads make anew, until it stays away.
-
-    Half a minute at most.
-    """
-    deadline = time.monotonic() + _LONGEST_SECONDS
-    left = True
-    with _unheard():
-        while left and time.monotonic() < deadline:
-            for unfinished in _unfinished(folder, step):
-                shutil.rmtree(unfinished.path, ignore_errors=True)
-            time.sleep(_QUIET_SECONDS)
-            left = bool(_unfinished(folder, step))
-
-
-def _unfinished(folder: epath.Path, step: int) -> list[StepFolder]:
-    return [found for found in list_steps(folder) if found.step == step and not found.committed]
-
-
 @contextlib.contextmanager
-def _unheard() -> Iterator[None]:
+def echoes_unheard() -> Iterator[None]:
+    """Around a save: what its threads and coroutines have to say after it failed is not printed."""
     previous = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
@@ -48,5 +31,24 @@ def _unheard() -> Iterator[None]:
     sys.unraisablehook = hook
     try:
         yield
+        gc.collect()  # a coroutine that was cut off speaks when it is freed
     finally:
         sys.unraisablehook = previous
+
+
+def remove_failed(folder: epath.Path, step: int) -> None:
+    """Removes what `folder` holds of an unfinished `step`, and again what such threads make anew, until it stays away.
+
+    Half a minute at most.
+    """
+    deadline = time.monotonic() + _LONGEST_SECONDS
+    left = True
+    while left and time.monotonic() < deadline:
+        for unfinished in _unfinished(folder, step):
+            shutil.rmtree(unfinished.path, ignore_errors=True)
+        time.sleep(_QUIET_SECONDS)
+        left = bool(_unfinished(folder, step))
+
+
+def _unfinished(folder: epath.Path, step: int) -> list[StepFolder]:
+    return [found for found in list_steps(folder) if found.step == step and not found.committed]

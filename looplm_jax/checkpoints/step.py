@@ -21,7 +21,6 @@ from looplm_jax.checkpoints.errors import DamagedError, brief
 from looplm_jax.checkpoints.metadata import ArrayRecord, Metadata, Sidecar, decode, encode
 
 NO_SPACE = "no space left on the disk"
-_SPARING_FILE_BYTES = 2**26
 _ARRAYS = "state"
 _SIDECAR = "sidecar"
 _SIDECAR_FILE = "data.json"
@@ -63,11 +62,11 @@ def list_steps(folder: epath.Path) -> list[StepFolder]:
 
 
 def start_writing(
-    path: epath.Path, arrays: dict[str, Array], metadata: Metadata, *, permanent: bool, sparing: bool = False
+    path: epath.Path, arrays: dict[str, Array], metadata: Metadata, *, permanent: bool, compressed: bool = True
 ) -> Writing:
     """Starts to write a step, in place of what may be at `path`; once this returns, the arrays may be donated.
 
-    Arrays are encoded side by side, which may take as much memory again; `sparing`: about one after the other.
+    Compression needs up to as much memory again as the arrays; without it they are written from where they are.
     """
     found = digests(arrays)
     records = {
@@ -76,11 +75,7 @@ def start_writing(
     }
     sidecar = encode(metadata, records, permanent=permanent)
     logging.getLogger("absl").addFilter(_is_no_echo)
-    context = _context()
-    if sparing:
-        context.array.saving.ocdbt_target_data_file_size = _SPARING_FILE_BYTES  # what is encoded waits for its file
-        context.memory.write_concurrent_bytes = 1 + max(array.nbytes for array in arrays.values())
-    with context:
+    with _context(compressed):
         response = ocp.save_checkpointables_async(path, {_ARRAYS: arrays, _SIDECAR: sidecar}, overwrite=True)
     return Writing(response=response)
 
@@ -138,7 +133,7 @@ def _is_no_echo(record: logging.LogRecord) -> bool:
     return "raised an exception" not in record.getMessage()
 
 
-def _context() -> ocp.Context:
+def _context(compressed: bool) -> ocp.Context:
     """Folders are made before anything waits for them: else a disk that refuses leaves threads waiting for minutes."""
     registry = ocp.handlers.local_registry()
     registry.add(ocp.handlers.JsonHandler, checkpointable_name=_SIDECAR)
@@ -146,4 +141,5 @@ def _context() -> ocp.Context:
     context.checkpointables.registry = registry
     context.async_options.create_directories_asynchronously = False
     context.array.saving.use_ocdbt = context.array.saving.use_zarr3 = True
+    context.array.saving.use_compression = compressed
     return context

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from etils import epath
 from jaxtyping import Array
 
-from looplm_jax.checkpoints.failed_save import remove_failed
+from looplm_jax.checkpoints.failed_save import echoes_unheard, remove_failed
 from looplm_jax.checkpoints.metadata import ArrayRecord, Metadata
 from looplm_jax.checkpoints.reading import DamagedStep, candidates, newest_good
 from looplm_jax.checkpoints.step import NO_SPACE, StepFolder, read_arrays, read_sidecar, start_writing, write_failure
@@ -56,15 +56,25 @@ def write_whole(folder: Path, whole: WholeStep) -> None:
       UserError: the disk refused it. Nothing of it remains.
     """
     path = epath.Path(folder.absolute()) / "checkpoints" / str(whole.step)
+    with echoes_unheard():
+        reason = _write(path, whole)
+        if reason is not None:
+            remove_failed(path.parent, whole.step)
+    if reason is not None:
+        remedy = "free space" if reason == NO_SPACE else "mend that"
+        raise UserError(f"{reason} while writing {path}: {remedy} and run the same command again")
+
+
+def _write(path: epath.Path, whole: WholeStep) -> str | None:
+    """Why the disk refused, or None where all is written; the exception, which keeps alive what failed, is gone."""
     try:
-        start_writing(path, whole.arrays, whole.metadata, permanent=True, sparing=True).result()
+        start_writing(path, whole.arrays, whole.metadata, permanent=True, compressed=False).result()
     except Exception as error:
-        remove_failed(path.parent, whole.step)
         reason = write_failure(error)
         if reason is None:
             raise
-        remedy = "free space" if reason == NO_SPACE else "mend that"
-        raise UserError(f"{reason} while writing {path}: {remedy} and run the same command again") from error
+        return reason
+    return None
 
 
 def _read(folder: StepFolder) -> WholeStep:

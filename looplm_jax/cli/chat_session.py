@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from looplm_jax.cli.engine_session import make_engine, most_loops, request_options
+from looplm_jax.cli.engine_session import make_engine, most_loops, request_options, sign_of_life
 from looplm_jax.cli.generation_views import ColourView, PlainView, Stopwatch, View, legend
 from looplm_jax.cli.interrupts import interrupt_calls
 from looplm_jax.data.tokenizers import Tokenizer
@@ -96,8 +96,9 @@ class ChatSession:
 
     def _answer(self, line: str) -> None:
         view, clock = self._view(), Stopwatch()
-        with interrupt_calls(self._conversation.stop):
+        with interrupt_calls(self._conversation.stop), sign_of_life() as status:
             for new in self._conversation.say(line, **self._options):
+                status.stop()
                 clock.tick(new)
                 view.show(new)
         result = self._conversation.result

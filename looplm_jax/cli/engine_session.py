@@ -4,6 +4,9 @@ import argparse
 import sys
 from typing import Any
 
+from rich.console import Console
+from rich.status import Status
+
 from looplm_jax.halting import parse_exit_policy
 from looplm_jax.inference import CacheStrategy, Engine, EngineConfig, Sampling
 from looplm_jax.loading import Loaded
@@ -27,6 +30,11 @@ def request_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "loops_per_token": arguments.loops_per_token,
         "milliseconds_per_token": arguments.ms_per_token,
     }
+
+
+def sign_of_life() -> Status:
+    """For a terminal, until the first token is there."""
+    return Console(stderr=True).status("compiling for this length of prompt")
 
 
 def most_loops(loaded: Loaded, arguments: argparse.Namespace) -> int:

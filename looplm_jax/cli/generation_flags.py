@@ -31,7 +31,11 @@ def configure_generation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this; may be repeated")
     parser.add_argument("--exit", default="q=0.5", metavar="RULE", help="see below (default: q=0.5)")
     parser.add_argument(
-        "--loops-per-token", type=float, default=float("inf"), metavar="N", help="never more than this on average"
+        "--loops-per-token",
+        type=float,
+        default=float("inf"),
+        metavar="N",
+        help="on average never more than this after the first",
     )
     parser.add_argument(
         "--ms-per-token", type=float, default=float("inf"), metavar="MS", help="give up loops to keep to this time"

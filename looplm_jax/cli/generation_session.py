@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from looplm_jax.cli.engine_session import make_engine, most_loops, request_options
+from looplm_jax.cli.engine_session import make_engine, most_loops, request_options, sign_of_life
 from looplm_jax.cli.generation_views import ColourView, JsonView, PlainView, Stopwatch, View, header
 from looplm_jax.cli.interrupts import interrupt_calls
 from looplm_jax.convert.tokenizer_files import stop_ids
@@ -65,8 +65,8 @@ def _window(loaded: Loaded, requests: Sequence[Request]) -> int:
 
 
 def _follow(engine: Engine, ticket: Ticket, view: View) -> Result:
-    """Show one answer as it comes, with a sign of life on a terminal until something of it is there."""
-    with Console(stderr=True).status("compiling for this length of prompt") as status:
+    """Show one answer as it comes."""
+    with sign_of_life() as status:
         while not ticket.done:
             engine.step()
             for new in ticket.ready():

@@ -2,11 +2,12 @@
 
 Its layers become the shared stack. With norm placement `pre` a loop is the dense model itself: hidden states and
 logits of loop 1 are the same numbers. `sandwich` adds a norm after each branch that no weight makes the identity, so
-loop 1 differs until training has won it back (docs/dense_start.md has the measurement). What a dense model lacks, the
-exit gate and those norms, starts at its initial value.
+loop 1 differs until training has won it back; small weights in these norms win it back sooner, at every loop
+(docs/dense_start.md has the measurement). The exit gate, which a dense model lacks, starts at its initial value.
 """
 
 import dataclasses
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -35,6 +36,7 @@ from looplm_jax.sharding import check_divides, make_mesh
 
 _DESCRIPTION = "starts from the weights of a dense model"
 _ONLY_LOOPED = re.compile(r"model\.early_exit_gate\.|.*layernorm_2\.")
+_SECOND_NORMS = {"attention_post_norm", "mlp_post_norm"}
 _DERIVED = ".rotary_emb.inv_freq"  # old files hold it; it follows from rope_theta
 
 # What transformers assumes where a config.json leaves a field out, and it is not what our reader assumes.
@@ -50,6 +52,7 @@ def convert_from_dense(
     *,
     loops: int = 4,
     norm_placement: NormPlacement = NormPlacement.PRE,
+    second_norm: float = 1.0,
     dtype: DTypeLike | None = None,
     seed: int = 0,
 ) -> Converted:
@@ -60,6 +63,7 @@ def convert_from_dense(
       out: a folder that does not exist, or is empty.
       loops: T of the looped model.
       norm_placement: `pre` keeps the dense model as loop 1; `sandwich` is Ouro's.
+      second_norm: the first weight of the norms after the branches of `sandwich`; below one, a loop changes less.
       dtype: of the parameters; None: as the files have it.
       seed: of the gate.
 
@@ -68,7 +72,15 @@ def convert_from_dense(
     """
     mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
     with fresh_folder(out) as staging:
-        model = load_dense(folder, mesh=mesh, loops=loops, norm_placement=norm_placement, dtype=dtype, seed=seed)
+        model = load_dense(
+            folder,
+            mesh=mesh,
+            loops=loops,
+            norm_placement=norm_placement,
+            second_norm=second_norm,
+            dtype=dtype,
+            seed=seed,
+        )
         recipe = dataclasses.replace(converted_recipe(Path(folder), model.config), description=_DESCRIPTION)
         write_converted(staging, recipe, model.params, model.tokenizer)
     return summary(Path(out), model.config, model.params)
@@ -80,6 +92,7 @@ def load_dense(
     mesh: Mesh,
     loops: int = 4,
     norm_placement: NormPlacement = NormPlacement.PRE,
+    second_norm: float = 1.0,
     dtype: DTypeLike | None = None,
     seed: int = 0,
 ) -> HfModel:
@@ -89,6 +102,7 @@ def load_dense(
       UserError: what `load_hf` refuses, and a model with biases (Qwen 2), a window (Mistral before 0.2) or scaled
         rotary embedding (Llama 3.1), by name.
     """
+    _check_second_norm(second_norm, norm_placement)
     folder = Path(path)
     weights = _without_derived(WeightFolder.open(folder))
     config = read_dense_config(folder, weights, loops=loops, norm_placement=norm_placement)
@@ -99,7 +113,7 @@ def load_dense(
     targets = parameter_targets(config, mesh, dtype)
     arrays = place_tensors(weights, layout, targets)
     missing = {path: target for path, target in targets.items() if path not in arrays}
-    params = unflat_arrays({**arrays, **_initial(config, missing, seed)})
+    params = unflat_arrays({**arrays, **_initial(config, missing, second_norm, seed)})
     return HfModel(config=config, params=params, tokenizer=tokenizer)
 
 
@@ -146,15 +160,22 @@ def _without_derived(weights: WeightFolder) -> WeightFolder:
     return WeightFolder(path=weights.path, tensors=kept)
 
 
+def _check_second_norm(value: float, norm_placement: NormPlacement) -> None:
+    if not 0 < value < math.inf:
+        raise UserError(f"second_norm must be a positive number, not {value}")
+    if value != 1 and norm_placement is NormPlacement.PRE:
+        raise UserError(f"second_norm={value} needs norm placement sandwich: pre has no second norms")
+
+
 def _initial(
-    config: ModelConfig, targets: Mapping[ArrayPath, jax.ShapeDtypeStruct], seed: int
+    config: ModelConfig, targets: Mapping[ArrayPath, jax.ShapeDtypeStruct], second_norm: float, seed: int
 ) -> dict[ArrayPath, Array]:
-    """The initial values of some parameters; the compiler drops all the others, so these alone are made."""
+    """The first values of some parameters; the compiler drops all the others, so these alone are made."""
 
     def make(key: Array) -> dict[ArrayPath, Array]:
         everything = flat_arrays(nn.meta.unbox(boxed_params(LoopLM(config), key)))
-        return {path: everything[path].astype(target.dtype) for path, target in targets.items()}
+        scales = {path: 1.0 if _SECOND_NORMS.isdisjoint(path) else second_norm for path in targets}
+        return {path: (scales[path] * everything[path]).astype(target.dtype) for path, target in targets.items()}
 
-    return jax.jit(make, out_shardings={path: target.sharding for path, target in targets.items()})(
-        jax.random.key(seed)
-    )
+    shardings = {path: target.sharding for path, target in targets.items()}
+    return jax.jit(make, out_shardings=shardings)(jax.random.key(seed))

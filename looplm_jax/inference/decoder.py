@@ -102,7 +102,7 @@ class Decoder:
     def read_chunk(self, reading: Reading) -> None:
         """One more chunk of a prompt."""
         size = min(len(reading.left), self.config.chunk)
-        tokens = np.zeros(bucket(size, self.config.chunk), np.int32)
+        tokens = np.full(bucket(size, self.config.chunk), reading.left[size - 1], np.int32)
         tokens[:size] = reading.left[:size]
         with self._on_mesh():
             reading.row, reading.last = prefill_chunk(self.model, self._params, reading.row, tokens, np.int32(size))

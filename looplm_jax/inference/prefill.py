@@ -123,7 +123,9 @@ def admit(
     first = choose(model, params, one, last.hidden[exits[0] - 1][None], None, one.active)
     first = dataclasses.replace(first, exit_loops=exits)
     one = receive(one, first)
-    cache = _insert(slots.cache, one.cache, slot)
+    # Whoever has the slot next must not find there what is not finite.
+    sound = jax.tree.map(lambda x: jnp.where(first.failed[0], 0, x), one.cache)
+    cache = _insert(slots.cache, sound, slot)
     rest = jax.tree.map(
         lambda whole, own: jax.lax.dynamic_update_index_in_dim(whole, own[0].astype(whole.dtype), slot, axis=0),
         slots.replace(cache=None),

@@ -8,7 +8,7 @@ from looplm_jax.errors import UserError
 from looplm_jax.halting import ExitPolicy
 from looplm_jax.inference.kv_cache import Cache
 from looplm_jax.inference.sampling import Sampling
-from looplm_jax.inference.stopping import Finish
+from looplm_jax.inference.stopping import Finish, StopConditions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class Request:
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     stop_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
-    loops_per_token: float = math.inf  # budget: the mean over new tokens never exceeds it
+    loops_per_token: float = math.inf  # budget: the mean over new tokens after the first, which the prompt pays for
     milliseconds_per_token: float = math.inf  # budget: loops are given up to keep to it
     client: str = ""  # clients take turns in the queue
     keep_cache: bool = False
@@ -48,12 +48,18 @@ class Request:
     def __post_init__(self) -> None:
         if not self.prompt_ids:
             raise UserError("the prompt is empty; give at least one token")
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        _ = self.stop_conditions  # refuses what cannot be
         if not self.loops_per_token >= 1:
             raise UserError(f"loops_per_token must be at least 1, not {self.loops_per_token}")
         if not self.milliseconds_per_token > 0:
             raise UserError(f"milliseconds_per_token must be positive, not {self.milliseconds_per_token}")
+
+    @property
+    def stop_conditions(self) -> StopConditions:
+        """What ends its text."""
+        return StopConditions(
+            stop_ids=frozenset(self.stop_ids), stop_strings=self.stop_strings, max_new_tokens=self.max_new_tokens
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +76,7 @@ class Result:
     text: str
     finish: Finish
     error: str = ""
-    cache: Cache | None = None  # where it was to be kept; holds all tokens but the last
+    cache: Cache | None = dataclasses.field(default=None, repr=False)  # if kept; holds all tokens but the last
 
     @property
     def mean_loops(self) -> float:

@@ -70,9 +70,12 @@ def tick(model: LoopLM, params: Params, slots: Slots, *, loops: int, previews: b
     state = jnp.where(first, apply(embedded, method="initial_state"), slots.state)
     past = cache.past(cache.planes.core, done, dtype), cache.past(cache.planes.coda, done, dtype)
     output, core, coda = apply(state, embedded, context, *past, True, method="loop_step")
-    cache = cache.write(ModelCache(core=core, prelude=prelude, coda=coda), done, slots.active)
-
     hidden = output.hidden[:, 0]
+    # What is not finite would harm the next request of the slot. That the write waits for the state, and so for all
+    # that was read of the cache, is also what lets XLA update the cache in place.
+    written = slots.active & jnp.isfinite(hidden).all(axis=-1)
+    cache = cache.write(ModelCache(core=core, prelude=prelude, coda=coda), done, written)
+
     policy = slots.settings.policy
     logits = logits_of(model, params, hidden) if previews or Needs.LOGITS in policy.needs else None
     signals = slots.memory.observe(output.gate_logits[:, 0], hidden, logits)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from looplm_jax.data.tokenizers import Tokenizer
 from looplm_jax.inference.kv_cache import Cache
 from looplm_jax.inference.requests import NewToken, Result
-from looplm_jax.inference.stopping import Finish, StopConditions, StopMatcher
+from looplm_jax.inference.stopping import Finish, StopMatcher
 from looplm_jax.inference.ticket import Ticket
 
 
@@ -14,13 +14,8 @@ class UnderWay:
 
     def __init__(self, ticket: Ticket, tokenizer: Tokenizer | None):
         request = ticket.request
-        conditions = StopConditions(
-            stop_ids=frozenset(request.stop_ids),
-            stop_strings=request.stop_strings,
-            max_new_tokens=request.max_new_tokens,
-        )
         self.ticket = ticket
-        self._matcher = StopMatcher(conditions, tokenizer, request.prompt_ids)
+        self._matcher = StopMatcher(request.stop_conditions, tokenizer, request.prompt_ids)
         self._made: list[NewToken] = []
         self._text: list[str] = []
         self._previews: list[int] = []

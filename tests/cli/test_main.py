@@ -12,7 +12,7 @@ from looplm_jax.cli.main import main
 def test_help_lists_the_commands(arguments, capsys):
     assert main(arguments) == 0
     printed = capsys.readouterr().out
-    assert all(f"\n  {name} " in printed for name in ("train", "evaluate", "generate", "inspect"))
+    assert all(f"\n  {name} " in printed for name in ("train", "evaluate", "generate", "chat", "inspect"))
 
 
 def test_version(capsys):
@@ -20,7 +20,7 @@ def test_version(capsys):
     assert capsys.readouterr().out.startswith("looplm_jax 0")
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "generate", "inspect"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "generate", "chat", "inspect"])
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])
@@ -34,7 +34,7 @@ def test_every_command_explains_itself(command, capsys):
     ("arguments", "message"),
     [
         (["trian"], "unknown command 'trian'; did you mean 'train'?"),
-        (["dance"], "unknown command 'dance'; known: evaluate, generate, inspect, train"),
+        (["dance"], "unknown command 'dance'; known: chat, convert, evaluate, generate, inspect, train"),
         (["inspect"], "the following arguments are required: checkpoint; see `looplm inspect --help`"),
         (["inspect", "x", "--jsn"], "unknown argument '--jsn'; did you mean '--json'?"),
         (["inspect", "x", "--colour=red"], "unknown argument '--colour=red'; `looplm inspect --help` lists the flags"),

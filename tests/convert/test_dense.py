@@ -150,6 +150,14 @@ def test_sandwich_changes_loop_one_and_keeps_every_dense_weight(folder):
     assert all(np.array_equal(array, theirs[name]) for name, array in flat_arrays(pre.params).items())
 
 
+def test_second_norms_start_where_they_are_told_and_nothing_else_does(folder):
+    options = {"mesh": one_device(), "norm_placement": NormPlacement.SANDWICH}
+    ones, small = (flat_arrays(load_dense(folder, second_norm=scale, **options).params) for scale in (1.0, 0.1))
+    for name, array in ones.items():
+        scale = 0.1 if "post_norm" in ".".join(name) else 1.0
+        np.testing.assert_array_equal(np.asarray(array) * np.float32(scale), small[name])
+
+
 def test_sharded_is_unsharded_bit_for_bit(folder):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     spread, whole = (flat_arrays(load_dense(folder, mesh=devices).params) for devices in (mesh, one_device()))
@@ -232,6 +240,16 @@ def test_tensors_that_are_not_a_llama_are_refused_by_name(folder, changes, messa
 
 def test_less_than_one_loop_is_refused(folder):
     assert refusal(folder, loops=0) == "loops must be at least 1, not 0"
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_second_norms_that_are_no_positive_number_are_refused(folder, value):
+    message = refusal(folder, norm_placement=NormPlacement.SANDWICH, second_norm=value)
+    assert message == f"second_norm must be a positive number, not {value}"
+
+
+def test_second_norms_of_a_model_without_them_are_refused(folder):
+    assert "needs norm placement sandwich" in refusal(folder, second_norm=0.1)
 
 
 def test_a_folder_that_is_refused_leaves_nothing(folder, tmp_path):

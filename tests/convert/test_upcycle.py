@@ -62,16 +62,13 @@ RECIPE = Recipe(
 
 
 def state() -> dict[str, jax.Array]:
-    """Arrays of a train state by name: parameters, an optimiser state that differs from layer to layer, and more."""
-    params = init_params(LoopLM(RECIPE.model), jax.random.key(0))
-    layers = jax.tree.map(
-        lambda leaf: leaf * jnp.arange(1.0, LAYERS + 1).reshape(-1, *[1] * (leaf.ndim - 1)), params["core"]
-    )
-    params = {**params, "core": layers}
-    optimizer = adamw(RECIPE.optimizer).init(params)
-    adam = optimizer[1]._replace(count=jnp.int32(5), mu=params, nu=jax.tree.map(jnp.square, params))
-    tree = {"step": jnp.int32(STEP), "params": params, "optimizer": (optimizer[0], adam, optimizer[2])}
-    return flatten({**tree, "guard": {"losses": jnp.arange(4.0)}, "key": jnp.arange(2, dtype=jnp.uint32)})
+    """Arrays of a train state by name, all of random numbers: parameters, their optimiser state, and more."""
+    random = np.random.default_rng(0)
+    params = jax.eval_shape(lambda: init_params(LoopLM(RECIPE.model), jax.random.key(0)))
+    optimizer = jax.eval_shape(adamw(RECIPE.optimizer).init, params)
+    guard = {"losses": jax.ShapeDtypeStruct((4,), jnp.float32), "skipped": jax.ShapeDtypeStruct((), jnp.int32)}
+    shapes = flatten({"params": params, "optimizer": optimizer, "guard": guard})
+    return {name: jnp.asarray(0.3 * random.standard_normal(x.shape), x.dtype) for name, x in shapes.items()}
 
 
 @pytest.fixture(scope="module")

@@ -89,7 +89,7 @@ def test_branch_sizes_are_what_the_branches_add():
 def test_the_report_says_when_a_loss_is_back():
     course = Course(name="pre", steps=[0, 25, 50], losses=[[2.0, 3.0], [2.1, 2.5], [1.9, 2.4]])
     text = report(Results(dense_loss=2.0, loops=2, courses=[course]))
-    assert "| pre | 0 | not in 50 |" in text
+    assert "| pre | 50 | not in 50 |" in text
     assert "| pre | 3.000 | 2.500 | 2.400 |" in text
 
 

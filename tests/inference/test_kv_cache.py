@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -6,22 +7,19 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from inference_models import make_model
 from plain_decoder import SEEN
 
 from looplm_jax.inference.kv_cache import Cache, CacheStrategy, bucket, bytes_per_token, empty_cache, share, unshare
 from looplm_jax.models.blocks import KeyValues
 from looplm_jax.models.looplm import ModelCache
+from looplm_jax.models.presets import tiny
 
 LOOPS, ROWS, CAPACITY = 3, 2, 4
-CONFIG, _ = make_model(num_layers=1, prelude_layers=2, coda_layers=1)
-CONFIG = CONFIG.config
+CONFIG = dataclasses.replace(tiny(), num_layers=1, prelude_layers=2, coda_layers=1)
 
 
 def cache_shape(strategy, dtype=jnp.float32):
-    return jax.eval_shape(
-        lambda: empty_cache(CONFIG, strategy, rows=ROWS, capacity=CAPACITY, loops=LOOPS, dtype=dtype)
-    )
+    return jax.eval_shape(lambda: empty_cache(CONFIG, strategy, rows=ROWS, capacity=CAPACITY, loops=LOOPS, dtype=dtype))
 
 
 def zeros(strategy):
@@ -40,9 +38,8 @@ def test_bytes_are_those_of_the_formula(strategy, dtype, size):
 
 
 def test_a_shared_cache_is_as_many_times_smaller_as_there_are_loops():
-    config, _ = make_model()
     full, last = (
-        bytes_per_token(config.config, strategy, loops=4, dtype=jnp.bfloat16)
+        bytes_per_token(tiny(), strategy, loops=4, dtype=jnp.bfloat16)
         for strategy in (CacheStrategy.FULL, CacheStrategy.LAST)
     )
     assert full == 4 * last

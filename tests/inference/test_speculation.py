@@ -1,4 +1,5 @@
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +20,8 @@ from looplm_jax.models.looplm import head_matrix
 
 LOOPS = 4
 PROMPTS = [[3, 14, 15, 92], [65], [35, 89, 79, 32, 38, 46, 26], [43, 38]]
-BATCH = 250
-SETTINGS = {"draft_loops": 3, "drafts": 3, "max_new_tokens": 8}
-DRAWN = {"draft_loops": 1, "drafts": 2, "max_new_tokens": 3}
+BATCH = 125
+SETTINGS = {"draft_loops": 3, "drafts": 3, "max_new_tokens": 6}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
@@ -36,7 +36,7 @@ def replayed(model, params, results, length):
     texts = np.zeros((len(results), length), np.int32)
     for text, result in zip(texts, results, strict=True):
         text[: len(result.prompt_ids) + len(result.tokens)] = result.prompt_ids + result.tokens
-    logits = np.asarray(forward(model, params, texts, results[0].loops))
+    logits = np.array(forward(model, params, texts, results[0].loops))
     return [
         own[len(result.prompt_ids) - 1 :][: len(result.tokens)] for own, result in zip(logits, results, strict=True)
     ]
@@ -49,40 +49,37 @@ def assert_greedy(model, params, results, length):
         np.testing.assert_allclose(result.log_probs, log_probs, atol=1e-4)
 
 
-def draws(seeds, temperature=1.5):
-    return [Sampling(temperature=temperature, top_k=4, seed=seed) for seed in seeds]
+@pytest.fixture(scope="module")
+def small_model():
+    """With room for the longest prompt and its answer."""
+    return make_model(max_positions=18)
 
 
 @pytest.fixture(scope="module")
 def prompts():
     """A thousand, of 1 to 12 tokens."""
     generator = np.random.default_rng(1)
-    return [generator.integers(0, 97, generator.integers(1, 13)).tolist() for _ in range(4 * BATCH)]
+    return [generator.integers(0, 97, generator.integers(1, 13)).tolist() for _ in range(8 * BATCH)]
 
 
 @pytest.fixture(scope="module")
-def greedy(tiny_model, prompts):
-    """All of them continued, in four batches."""
+def greedy(small_model, prompts):
+    """All of them continued, in eight batches."""
     batches = [prompts[start : start + BATCH] for start in range(0, len(prompts), BATCH)]
-    return [result for batch in batches for result in speculate(*tiny_model, batch, **SETTINGS)]
+    return [result for batch in batches for result in speculate(*small_model, batch, **SETTINGS)]
 
 
-@pytest.fixture(scope="module")
-def small_vocabulary():
-    return make_model(vocab_size=6, loops=3)
-
-
-def test_greedy_tokens_are_those_of_fixed_loops_on_a_thousand_prompts(tiny_model, greedy):
+def test_greedy_tokens_are_those_of_fixed_loops_on_a_thousand_prompts(small_model, greedy):
     for start in range(0, len(greedy), BATCH):
-        assert_greedy(*tiny_model, greedy[start : start + BATCH], 20)
-    assert {len(result.tokens) for result in greedy} == {8}
+        assert_greedy(*small_model, greedy[start : start + BATCH], 18)
+    assert {len(result.tokens) for result in greedy} == {6}
     assert {result.finish for result in greedy} == {Finish.LENGTH}
 
 
-def test_greedy_tokens_are_those_of_the_engine(tiny_model, prompts, greedy):
-    engine = Engine(*tiny_model, config=EngineConfig(slots=16, capacity=64, chunk=64))
-    expected = engine.generate(prompts[:32], max_new_tokens=8, policy=FixedLoops(loops=LOOPS))
-    assert [result.tokens for result in greedy[:32]] == [result.tokens for result in expected]
+def test_greedy_tokens_are_those_of_the_engine(small_model, prompts, greedy):
+    engine = Engine(*small_model, config=EngineConfig(slots=16, capacity=18, chunk=18))
+    expected = engine.generate(prompts[:16], max_new_tokens=6, policy=FixedLoops(loops=LOOPS))
+    assert [result.tokens for result in greedy[:16]] == [result.tokens for result in expected]
 
 
 def test_accepted_drafts_save_passes(greedy):
@@ -94,32 +91,27 @@ def test_accepted_drafts_save_passes(greedy):
     assert all(result.passes % round_passes == 0 for result in greedy)
 
 
-def test_every_part_of_the_model_takes_part():
-    model, params = make_model(prelude_layers=1, coda_layers=1, tied_head=True, injection=Injection.ADD, loops=3)
-    results = speculate(model, params, PROMPTS, draft_loops=1, drafts=2, max_new_tokens=6)
-    assert_greedy(model, params, results, 16)
-
-
-def test_a_row_does_not_depend_on_the_others(tiny_model, prompts, greedy):
+def test_a_row_does_not_depend_on_the_others(small_model, prompts, greedy):
     """Alone, or among others in another order; drawn or greedy."""
     order = np.random.default_rng(2).permutation(BATCH)
     samplings = [Sampling(temperature=1.0, seed=seed) if seed % 2 else Sampling() for seed in range(BATCH)]
-    first = speculate(*tiny_model, prompts[:BATCH], sampling=samplings, **SETTINGS)
+    first = speculate(*small_model, prompts[:BATCH], sampling=samplings, **SETTINGS)
     again = speculate(
-        *tiny_model, [prompts[row] for row in order], sampling=[samplings[row] for row in order], **SETTINGS
+        *small_model, [prompts[row] for row in order], sampling=[samplings[row] for row in order], **SETTINGS
     )
     assert [first[row].tokens for row in order] == [result.tokens for result in again]
     assert [result.tokens for result in first[::2]] == [result.tokens for result in greedy[:BATCH:2]]
-    (alone,) = speculate(*tiny_model, prompts[7:8], sampling=samplings[7], **SETTINGS)
-    assert alone.tokens == first[7].tokens
-    assert (alone.drafted, alone.accepted, alone.passes) == (first[7].drafted, first[7].accepted, first[7].passes)
+    row = next(row for row in range(1, BATCH, 2) if len(prompts[row]) == 1)
+    (alone,) = speculate(*small_model, [prompts[row]], sampling=samplings[row], **SETTINGS)
+    assert alone.tokens == first[row].tokens
+    assert (alone.drafted, alone.accepted, alone.passes) == (first[row].drafted, first[row].accepted, first[row].passes)
 
 
-def test_other_prompts_and_settings_compile_nothing(tiny_model, prompts, greedy):
+def test_other_prompts_and_settings_compile_nothing(small_model, prompts, greedy):
     programs = (read, draft, verify)
     before = [program._cache_size() for program in programs]
     speculate(
-        *tiny_model,
+        *small_model,
         prompts[-BATCH:],
         sampling=Sampling(temperature=0.7, top_p=0.9, min_p=0.01, seed=3),
         stop_ids=[5],
@@ -128,27 +120,213 @@ def test_other_prompts_and_settings_compile_nothing(tiny_model, prompts, greedy)
     assert [program._cache_size() for program in programs] == before
 
 
-@pytest.fixture(scope="module")
-def drawn(small_vocabulary):
-    """Three tokens after one prompt, drawn with 4096 seeds."""
-    model, params = small_vocabulary
-    return speculate(model, params, [[1, 4, 2]] * 4096, sampling=draws(range(4096)), **DRAWN)
-
-
-def joint(model, params, loops):
-    """Probabilities [V, V] of the two tokens after the prompt."""
-    size = model.config.vocab_size
-    texts = np.array([[1, 4, 2, token] for token in range(size)])
-    first, second = np.moveaxis(
-        np.asarray(probabilities(forward(model, params, texts, loops)[:, -2:], draws([0])[0])), 1, 0
-    )
-    return first[0][:, None] * second
-
-
-def unlikelihood(drawn, expected):
-    """The p-value of a chi-square test that the first two tokens are distributed so."""
-    observed = np.zeros_like(expected)
-    np.add.at(observed, tuple(np.array([result.tokens[:2] for result in drawn]).T), 1)
-    assert observed[expected == 0].sum() == 0 or expected is not None
+def p_value(observed, expected):
+    """Of a chi-square test; what is impossible must not have happened."""
     possible = expected > 0
-    return stats.chisquare(observed[possible], expected[possible] * len(drawn), sum_check=False).pvalue
+    assert observed[~possible].sum() == 0
+    return stats.chisquare(observed[possible], expected[possible] * observed.sum(), sum_check=False).pvalue
+
+
+def count(pairs, size):
+    observed = np.zeros((size, size))
+    np.add.at(observed, tuple(np.array(pairs).T), 1)
+    return observed
+
+
+def test_drawn_tokens_are_distributed_as_those_of_fixed_loops():
+    """The first two tokens after one prompt, jointly, for 16384 seeds; the second by a first or by a second round."""
+    model, params = make_model(vocab_size=6, loops=3, max_positions=6)
+    samplings = [Sampling(temperature=3.0, top_k=4, seed=seed) for seed in range(16384)]
+    results = speculate(
+        model, params, [[1, 4, 2]] * 16384, draft_loops=1, drafts=2, max_new_tokens=2, sampling=samplings
+    )
+
+    def joint(loops):
+        logits = forward(model, params, np.array([[1, 4, 2, token] for token in range(6)]), loops)
+        first, second = np.moveaxis(np.asarray(probabilities(logits[:, -2:], samplings[0])), 1, 0)
+        return first[0][:, None] * second
+
+    drafted, accepted = (sum(getattr(result, name) for result in results) for name in ("drafted", "accepted"))
+    assert 0.2 < accepted / drafted < 0.8
+    assert not np.array_equal(joint(1) > 0, joint(3) > 0)
+    assert p_value(count([result.tokens for result in results], 6), joint(3)) > 1e-3
+
+
+@jax.jit
+def accept_pairs(target, proposal, keys):
+    """Two drafts of each row by the rows of `proposal`, one for each token before, and the start last; verified."""
+
+    def pair(key):
+        first = jax.random.categorical(key, jnp.log(proposal[-1]))
+        second = jax.random.categorical(jax.random.fold_in(key, 1), jnp.log(proposal[first]))
+        return jnp.stack([first, second]).astype(jnp.int32)
+
+    drafts = jax.vmap(pair)(keys)
+    before = jnp.stack([jnp.full(keys.size, target.shape[1]), drafts[:, 0]], axis=1)
+    test_keys = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, 2)))(keys)
+    return drafts, accept(drafts, target[before], proposal[before], test_keys)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_the_test_keeps_is_distributed_as_the_target(seed):
+    generator = np.random.default_rng(seed)
+    target, proposal = generator.dirichlet(np.ones(5), (2, 6)).astype(np.float32)
+    drafts, kept = accept_pairs(target, proposal, jax.random.split(jax.random.key(seed), 20_000))
+    tokens, counts = np.asarray(kept.tokens), np.asarray(kept.counts)
+    first = np.bincount(tokens[:, 0], minlength=5)
+    assert p_value(first, target[5]) > 1e-3
+    whole = counts == 2
+    assert p_value(count(tokens[whole], 5).sum(0), (target[tokens[whole, 0]]).mean(0)) > 1e-3
+    assert np.array_equal(kept.accepted > 0, whole)
+    share = np.minimum(target[5], proposal[5]).sum()
+    assert whole.mean() == pytest.approx(share, abs=0.02)
+    same = np.arange(2) < np.asarray(kept.accepted)[:, None]
+    assert np.array_equal(tokens[same], np.asarray(drafts)[same])
+
+
+def test_greedy_verification_keeps_what_the_target_takes():
+    """One-hot distributions leave nothing to chance."""
+    generator = np.random.default_rng(0)
+    wanted, drafts = generator.integers(0, 3, (2, 200, 4)).astype(np.int32)
+    keys = jax.vmap(lambda key: jax.random.split(key, 4))(jax.random.split(jax.random.key(0), 200))
+    kept = jax.jit(accept)(drafts, np.eye(3, dtype=np.float32)[wanted], np.eye(3, dtype=np.float32)[drafts], keys)
+    agreeing = np.cumprod(wanted == drafts, axis=1).sum(axis=1)
+    assert np.array_equal(kept.accepted, agreeing)
+    assert np.array_equal(kept.counts, np.minimum(agreeing + 1, 4))
+    for tokens, own, size in zip(np.asarray(kept.tokens), wanted, np.asarray(kept.counts), strict=True):
+        assert np.array_equal(tokens[:size], own[:size])
+
+
+@pytest.fixture(scope="module")
+def whole_model():
+    """With every part that a model may have."""
+    return make_model(
+        prelude_layers=1, coda_layers=1, tied_head=True, injection=Injection.ADD, loops=3, max_positions=16
+    )
+
+
+def continued(model, params, **changes):
+    """Four prompts of different lengths; everything but the changes is the same in all tests, and compiled once."""
+    return speculate(model, params, PROMPTS, **{"draft_loops": 1, "drafts": 2, "max_new_tokens": 7} | changes)
+
+
+@pytest.fixture(scope="module")
+def plain(whole_model):
+    return continued(*whole_model)
+
+
+def test_every_part_of_the_model_takes_part(whole_model, plain):
+    assert_greedy(*whole_model, plain, 16)
+
+
+def test_stop_tokens_end_a_row(whole_model, plain):
+    stop = plain[2].tokens[3]
+    for before, result in zip(plain, continued(*whole_model, stop_ids=[stop]), strict=True):
+        end = before.tokens.index(stop) + 1 if stop in before.tokens else 7
+        assert result.tokens == before.tokens[:end]
+        assert result.finish is (Finish.STOP if stop in before.tokens else Finish.LENGTH)
+        assert result.accepted <= len(result.tokens)
+
+
+def test_drafts_are_screened_before_they_are_verified(whole_model, plain):
+    """One row goes on, one stops after its first round, one is sent elsewhere, one has a screen that raises."""
+    shown = {row: [] for row in range(4)}
+
+    def screen(row, drafts):
+        assert row.prompt_ids == tuple(PROMPTS[row.index])
+        shown[row.index].append((row.tokens, drafts))
+        if row.index == 1 and row.tokens:
+            return Screening.STOP
+        if row.index == 2 and not row.tokens:
+            return Reroute([7, 8, 9])
+        if row.index == 3 and len(row.tokens) > 2:
+            raise ValueError("not my day")
+        return Screening.CONTINUE
+
+    results = continued(*whole_model, screen=screen)
+    assert results[0] == plain[0]
+    assert results[1].finish is Finish.STOP
+    assert results[1].tokens == plain[1].tokens[: len(results[1].tokens)] != ()
+    assert results[2].tokens[:3] == (7, 8, 9)
+    assert results[3].finish is Finish.FAILED
+    assert results[3].error == "screen raised ValueError: not my day"
+    assert len(results[3].tokens) > 2
+    assert all(len(drafts) == min(2, 7 - len(tokens)) for calls in shown.values() for tokens, drafts in calls)
+    logits = replayed(*whole_model, results, 16)[2]
+    assert results[2].tokens[3:] == tuple(np.argmax(logits[3:], axis=-1))
+    expected = logits[np.arange(7), results[2].tokens] - np.logaddexp.reduce(logits, axis=-1)
+    np.testing.assert_allclose(results[2].log_probs, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "message"),
+    [
+        (lambda: Reroute(()), "UserError: a reroute needs at least one token; use Screening.STOP to end the row"),
+        (lambda: Reroute((97,)), "UserError: token 97 of the reroute is not in the vocabulary of 97 tokens"),
+        (lambda: "onwards", "ValueError: 'onwards' is not a valid Screening"),
+    ],
+)
+def test_a_verdict_that_makes_no_sense_fails_its_row_alone(whole_model, plain, verdict, message):
+    results = continued(*whole_model, screen=lambda row, _: verdict() if row.index == 1 else Screening.CONTINUE)
+    assert (results[1].tokens, results[1].error) == ((), f"screen raised {message}")
+    assert (results[1].acceptance_rate, results[1].loops_per_token) == (0, 0)
+    assert [results[row] for row in (0, 2, 3)] == [plain[row] for row in (0, 2, 3)]
+
+
+def test_logits_that_are_not_finite_fail_their_row_alone(small_model, prompts, greedy):
+    model, params = small_model
+    broken = prompts[0][0]
+    damaged = {**params, "embedding": params["embedding"].at[broken].set(jnp.inf)}
+    results = speculate(model, damaged, prompts[:BATCH], **SETTINGS)
+    failed = [result.finish is Finish.FAILED for result in results]
+    assert 0 < sum(failed) < BATCH / 2
+    for prompt, result, before in zip(prompts[:BATCH], results, greedy[:BATCH], strict=True):
+        if broken in prompt:
+            assert result.error == "logits were not finite; the parameters are damaged, or overflow"
+            assert result.tokens == ()
+        assert result.tokens == before.tokens[: len(result.tokens)]
+        assert result.finish is Finish.FAILED or result.tokens == before.tokens
+
+
+def test_repetition_penalty_counts_the_drafts_before(whole_model, plain):
+    results = continued(*whole_model, sampling=Sampling(repetition_penalty=5.0))
+    assert [result.tokens for result in results] != [result.tokens for result in plain]
+    for result, logits in zip(results, replayed(*whole_model, results, 16), strict=True):
+        for place, token in enumerate(result.tokens):
+            seen = list(result.prompt_ids + result.tokens[:place])
+            logits[place, seen] *= np.where(logits[place, seen] > 0, 0.2, 5.0)
+            assert token == np.argmax(logits[place])
+
+
+@pytest.mark.parametrize("draft_loops", [0, 4, -1])
+def test_drafts_come_from_a_loop_before_the_last(small_model, draft_loops):
+    with pytest.raises(UserError, match=rf"^draft_loops must be in 1..3 to be verified by loop 4, not {draft_loops}$"):
+        speculate(*small_model, PROMPTS, **SETTINGS | {"draft_loops": draft_loops})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"drafts": 0}, "drafts must be at least 1, not 0"),
+        ({"loops": 1, "draft_loops": 1}, "self-speculation needs at least 2 loops, not 1; generate without it"),
+        (
+            {"cache": CacheStrategy.LAST},
+            "self-speculation needs a full cache, not 'last': each loop reads keys and values of its own",
+        ),
+        ({"sampling": [Sampling()]}, "1 samplings for 4 prompts; give one for all, or one for each"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
+        ({"max_new_tokens": 16}, "4 tokens of prompt and 16 new ones are beyond model.max_positions=18"),
+    ],
+)
+def test_settings_that_cannot_be_served(small_model, changes, message):
+    with pytest.raises(UserError, match=re.escape(message)) as raised:
+        speculate(*small_model, PROMPTS, **SETTINGS | changes)
+    assert "\n" not in str(raised.value)
+
+
+def test_prompts_that_cannot_be_served(small_model):
+    with pytest.raises(UserError, match="the prompt is empty"):
+        speculate(*small_model, [[1], []], **SETTINGS)
+    with pytest.raises(UserError, match="token 97 of the prompt is not in the vocabulary of 97 tokens"):
+        speculate(*small_model, [[97]], **SETTINGS)
+    assert speculate(*small_model, [], **SETTINGS) == []

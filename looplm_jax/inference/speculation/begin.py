@@ -21,7 +21,7 @@ def begin(model: LoopLM, params: Params, requests: Sequence[Request], loops: int
     rows = _empty(model, requests, loops)
     prompts = [request.prompt_ids[:-1] for request in requests]
     longest = max(len(prompt) for prompt in prompts)
-    size = bucket(max(longest, 1), _LONGEST_CHUNK)
+    size = bucket(max(longest, 1), min(_LONGEST_CHUNK, rows.cache.capacity))
     for start in range(0, longest, size):
         part = pad([prompt[start : start + size] for prompt in prompts], size)
         rows = read(model, params, rows, part.tokens, part.counts)

@@ -86,7 +86,9 @@ def _check(draft_loops: int, loops: int, drafts: int, cache: CacheStrategy) -> N
     if drafts < 1:
         raise UserError(f"drafts must be at least 1, not {drafts}")
     if cache is not CacheStrategy.FULL:
-        raise UserError(f"self-speculation needs CacheStrategy.FULL, not {cache}: each loop reads its own plane")
+        raise UserError(
+            f"self-speculation needs a full cache, not {cache.value!r}: each loop reads keys and values of its own"
+        )
 
 
 def _samplings(sampling: Sampling | Sequence[Sampling] | None, rows: int) -> Sequence[Sampling]:

@@ -1,0 +1,39 @@
+"""One small engine for many tests: what has the same shapes is compiled once."""
+
+import dataclasses
+import functools
+
+from inference_models import make_model
+
+from looplm_jax.inference import Engine, EngineConfig
+
+LOOPS = 3
+CONFIG = EngineConfig(slots=3, capacity=128, chunk=16, unroll=False)
+
+
+class Letters:
+    """A tokenizer of one character for each token; the first is special."""
+
+    vocab_size, bos_id, eos_id = 97, 0, 0
+
+    def encode(self, text):
+        return [ord(character) - 31 for character in text]
+
+    def decode(self, ids):
+        return "".join(chr(token + 31) for token in ids if token)
+
+
+@functools.cache
+def small_model():
+    return make_model(num_layers=1, loops=LOOPS)
+
+
+def make_engine(**changes):
+    return Engine(*small_model(), Letters(), config=dataclasses.replace(CONFIG, **changes))
+
+
+def finish(engine, tickets):
+    """Results, once the engine has nothing left to do."""
+    while engine.step():
+        pass
+    return [ticket.result(timeout=0) for ticket in tickets]

@@ -1,0 +1,235 @@
+"""What goes wrong stays with the request that it went wrong for."""
+
+import dataclasses
+import re
+
+import jax
+import numpy as np
+import pytest
+from serving_models import CONFIG, LOOPS, finish, make_engine, small_model
+
+from looplm_jax.errors import UserError
+from looplm_jax.halting import Custom, FixedLoops, Needs, QExit
+from looplm_jax.inference import Engine, Finish, Request
+
+DAMAGED = 96
+SOUND = Request(prompt_ids=(1,), max_new_tokens=6, policy=QExit(q=0.5))
+LONG = Request(prompt_ids=(1, 2), max_new_tokens=100, policy=FixedLoops(loops=2))
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return make_engine(queue=3)
+
+
+@pytest.fixture(scope="module")
+def answer(engine):
+    return finish(engine, [engine.submit(SOUND)])[0].tokens
+
+
+REFUSALS = {
+    "the prompt is empty; give at least one token": {"prompt_ids": ()},
+    "token 97 of the prompt is not in the vocabulary of 97 tokens; use the tokenizer that the model was trained with": {
+        "prompt_ids": (1, 97)
+    },
+    "token -1 of the prompt is not in the vocabulary of 97 tokens; use the tokenizer that the model was trained with": {
+        "prompt_ids": (-1,)
+    },
+    "100 tokens of prompt and 29 new ones are beyond model.max_positions=128; shorten the prompt or ask for fewer": {
+        "prompt_ids": (1,) * 100,
+        "max_new_tokens": 29,
+    },
+    "4 loops are more than the 3 of this engine; use EngineConfig(loops=4)": {"policy": FixedLoops(loops=4)},
+    "at most 8 stop_ids, not 9; use stop_strings for more": {"stop_ids": tuple(range(9))},
+    "max_new_tokens must be at least 1, not 0": {"max_new_tokens": 0},
+    "loops_per_token must be at least 1, not 0.5": {"loops_per_token": 0.5},
+    "loops_per_token must be at least 1, not nan": {"loops_per_token": float("nan")},
+    "milliseconds_per_token must be positive, not 0": {"milliseconds_per_token": 0},
+    "a stop string is empty, so every text would end at once; leave it out": {"stop_strings": ("",)},
+    "stop id -2 is negative; ids of tokens count from 0": {"stop_ids": (3, -2)},
+}
+
+
+@pytest.mark.parametrize("message", REFUSALS)
+def test_what_can_never_be_served_is_refused_at_once(engine, answer, message):
+    options = {"prompt_ids": (1,), "max_new_tokens": 2} | REFUSALS[message]
+    prompt = options.pop("prompt_ids")
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        engine.generate([(1,), prompt], **options)
+    assert not engine.step()
+    assert finish(engine, [engine.submit(SOUND)])[0].tokens == answer
+
+
+def test_a_request_too_large_for_the_cache():
+    small = make_engine(capacity=64)
+    message = "40 tokens of prompt and 30 new ones do not fit a cache of 64; use EngineConfig(capacity=70)"
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        small.submit(Request(prompt_ids=(1,) * 40, max_new_tokens=30))
+
+
+def test_what_needs_a_tokenizer():
+    without = Engine(*small_model(), config=CONFIG)
+    with pytest.raises(UserError, match="^text needs a tokenizer: .*; or give token ids$"):
+        without.generate(["text"], max_new_tokens=1)
+    with pytest.raises(UserError, match="^stop strings need a tokenizer to find them by; give one, or use stop_ids$"):
+        without.generate([(1,)], max_new_tokens=1, stop_strings=("a",))
+
+
+def test_a_full_queue_says_so(engine, answer):
+    tickets = [engine.submit(SOUND) for _ in range(3)]
+    with pytest.raises(UserError, match="^3 requests are waiting; try again when some are answered$"):
+        engine.submit(SOUND)
+    assert [result.tokens for result in finish(engine, tickets)] == [answer] * 3
+
+
+def test_a_cancelled_request_leaves_its_slot_to_the_next(engine, answer):
+    tickets = []
+    while len(tickets) < CONFIG.slots:
+        tickets.append(engine.submit(LONG))
+        engine.step()
+    waiting = engine.submit(SOUND)
+    for _ in range(10):
+        engine.step()
+    assert not waiting.done
+    tickets[1].cancel()
+    while not waiting.done:
+        engine.step()
+    assert waiting.result().tokens == answer
+    assert not tickets[0].done
+    first, cancelled, third = finish(engine, tickets)
+    assert cancelled.finish is Finish.CANCELLED
+    assert 0 < len(cancelled.tokens) < 100
+    assert first.tokens == third.tokens
+    assert cancelled.tokens == first.tokens[: len(cancelled.tokens)]
+
+
+def test_a_request_can_be_cancelled_before_its_turn_and_while_its_prompt_is_read(engine, answer):
+    reading = engine.submit(Request(prompt_ids=(1,) * 60, max_new_tokens=2))
+    waiting, sound = engine.submit(SOUND), engine.submit(SOUND)
+    engine.step()
+    waiting.cancel()
+    reading.cancel()
+    results = finish(engine, [reading, waiting, sound])
+    assert [result.finish for result in results] == [Finish.CANCELLED, Finish.CANCELLED, Finish.LENGTH]
+    assert [len(result.tokens) for result in results[:2]] == [0, 0]
+    assert results[2].tokens == answer
+
+
+@pytest.fixture(scope="module")
+def damaged_engine():
+    """Of a model that has no number for one token."""
+    model, params = small_model()
+    embedding = np.array(params["embedding"])
+    embedding[DAMAGED] = np.nan
+    return Engine(model, {**params, "embedding": jax.device_put(embedding)}, config=CONFIG)
+
+
+def test_logits_that_are_not_finite_end_that_request_only(damaged_engine, answer):
+    bad = dataclasses.replace(SOUND, prompt_ids=(1, DAMAGED))
+    tickets = [damaged_engine.submit(request) for request in (SOUND, bad, SOUND)]
+    first, failed, third = finish(damaged_engine, tickets)
+    assert (failed.finish, failed.tokens) == (Finish.FAILED, ())
+    assert failed.error == "logits were not finite; the parameters are damaged, or overflow"
+    assert first.tokens == third.tokens == answer
+    with pytest.raises(UserError, match="^logits were not finite; "):
+        list(damaged_engine.stream((DAMAGED,), max_new_tokens=3))
+
+
+@pytest.mark.parametrize("where", ["prompt", "text"])
+def test_the_slot_of_a_request_that_failed_is_as_good_as_new(damaged_engine, answer, where):
+    """Though it held numbers that are not finite at positions which the next request never reaches."""
+    if where == "prompt":
+        bad = Request(prompt_ids=(*(2,) * 90, DAMAGED), max_new_tokens=3)
+    else:
+        damaged_engine._decoder._params["head"] = damaged_engine._decoder._params["head"].at[:, DAMAGED].set(0.0)
+        bad = Request(prompt_ids=(2,) * 90, max_new_tokens=3)
+    results = finish(damaged_engine, [damaged_engine.submit(bad) for _ in range(CONFIG.slots)])
+    assert {result.finish for result in results} == {Finish.FAILED}
+    results = finish(damaged_engine, [damaged_engine.submit(SOUND) for _ in range(CONFIG.slots)])
+    assert [result.tokens for result in results] == [answer] * CONFIG.slots
+
+
+def test_a_callback_that_raises_ends_its_own_request_only(engine, answer):
+    def broken(new):
+        if new.token == answer[2]:
+            raise KeyError("lost")
+
+    tickets = [engine.submit(request) for request in (SOUND, dataclasses.replace(SOUND, on_token=broken), SOUND)]
+    first, failed, third = finish(engine, tickets)
+    assert (failed.finish, failed.error) == (Finish.FAILED, "on_token raised KeyError: 'lost'")
+    assert failed.tokens == answer[:3]
+    assert first.tokens == third.tokens == answer
+
+
+@pytest.mark.parametrize("fails", ["always", "with several slots"])
+def test_a_policy_that_raises_ends_its_own_request_only(answer, fails):
+    def exits(t, hidden, gate, logits):
+        if fails == "always" or t.shape != (1,):
+            raise ZeroDivisionError("no policy")
+        return t > 1
+
+    fresh = make_engine()
+    bad = dataclasses.replace(SOUND, policy=Custom(exits, needs=Needs(0)))
+    tickets = [fresh.submit(request) for request in (SOUND, bad, SOUND)]
+    first, failed, third = finish(fresh, tickets)
+    assert (failed.finish, failed.error) == (Finish.FAILED, "the exit policy raised ZeroDivisionError: no policy")
+    assert first.tokens == third.tokens == answer
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_stream_leaves_its_text_and_a_usable_engine(engine, answer):
+    shown = []
+
+    def watch():
+        for new in engine.stream("abc", max_new_tokens=50):
+            shown.append(new.text)
+            if len(shown) == 4:
+                interrupt()
+
+    with pytest.raises(KeyboardInterrupt):
+        watch()
+    assert len("".join(shown)) == 4
+    assert not engine.step()
+    assert finish(engine, [engine.submit(SOUND)])[0].tokens == answer
+
+
+def test_an_interrupt_between_two_ticks_costs_the_others_no_token(engine, answer, monkeypatch):
+    """Ctrl-C comes while the host waits for a tick: that is where it spends its time."""
+    other, stream = engine.submit(SOUND), engine.stream("abc", max_new_tokens=50)
+    shown = [next(stream).text for _ in range(2)]
+    fetch, raised = jax.device_get, []
+
+    def interrupted_once(tree):
+        if not raised:
+            raised.append(True)
+            interrupt()
+        return fetch(tree)
+
+    monkeypatch.setattr(jax, "device_get", interrupted_once)
+    with pytest.raises(KeyboardInterrupt):
+        shown.append(next(stream).text)
+    assert finish(engine, [other])[0].tokens == answer
+    assert len("".join(shown)) == 2
+
+
+def test_an_interrupted_batch_is_given_up(engine, answer):
+    """Otherwise it would go on in the background of whatever comes next."""
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate([(1,)] * 7, max_new_tokens=100, on_token=lambda _: interrupt())
+    ticks = engine.stats.ticks
+    assert finish(engine, [engine.submit(SOUND)])[0].tokens == answer
+    assert engine.stats.ticks - ticks < 50
+
+
+def test_a_thread_that_serves_survives_bad_requests(engine, answer):
+    def broken(new):
+        raise ValueError("no")
+
+    with engine.serving():
+        failed = engine.submit(dataclasses.replace(SOUND, on_token=broken)).result(timeout=60)
+        assert failed.finish is Finish.FAILED
+        assert engine.submit(SOUND).result(timeout=60).tokens == answer
+    assert LOOPS >= max(failed.exit_loops)
