@@ -86,6 +86,13 @@ def _from_dense(parser: argparse.ArgumentParser) -> None:
         default=NormPlacement.PRE.value,
         help="pre: loop 1 is the dense model; sandwich: as in Ouro, which training must win back (default: pre)",
     )
+    parser.add_argument(
+        "--second-norm",
+        type=float,
+        default=1.0,
+        metavar="W",
+        help="sandwich: first weight of the norms after the branches; see docs/dense_start.md (default: 1)",
+    )
     parser.add_argument("--dtype", choices=_FLOATS, help="of the parameters (default: as in the files)")
     parser.add_argument("--seed", type=int, default=0, help="of the gate (default: 0)")
 
@@ -134,6 +141,7 @@ def _run_from_dense(arguments: argparse.Namespace) -> None:
         arguments.out,
         loops=arguments.loops,
         norm_placement=NormPlacement(arguments.norms),
+        second_norm=arguments.second_norm,
         dtype=arguments.dtype,
         seed=arguments.seed,
     )

@@ -127,6 +127,8 @@ def read_dense_config(folder: Path, weights: WeightFolder, *, loops: int, norm_p
     if loops < 1:
         raise UserError(f"loops must be at least 1, not {loops}")
     values = read_json_object(folder / CONFIG)
+    if values.get("model_type") == "ouro":
+        raise UserError(f"{folder} holds a looped model already; convert it as one: looplm convert from-hf")
     _refuse_biases(weights, values)
     try:
         return from_llama_config(_as_llama(values), loops=loops, norm_placement=norm_placement)

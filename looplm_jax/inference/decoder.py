@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
+from looplm_jax.errors import UserError
 from looplm_jax.halting import ExitPolicy, FixedLoops
 from looplm_jax.halting.policy_table import PolicyTable
 from looplm_jax.inference.kv_cache import Cache, CacheStrategy, bucket
@@ -49,6 +50,10 @@ class EngineConfig:
     queue: int = 1024  # requests that may wait
     previews: bool = False  # whether every loop's likeliest token is wanted
     unroll: bool | None = None  # a copy of the weights, an array for each layer; None: on a CPU, where it is faster
+
+
+class PolicyError(Exception):
+    """The exit policy of a request cannot be used. The slots are as they were."""
 
 
 @dataclasses.dataclass
@@ -109,7 +114,11 @@ class Decoder:
         reading.left = reading.left[size:]
 
     def admit(self, reading: Reading, slot: int) -> Ticked:
-        """Put a prompt that was read into a slot; its first token, as a tick would give it, without axes."""
+        """Put a prompt that was read into a slot; its first token, as a tick would give it, without axes.
+
+        Raises:
+          PolicyError: its policy is a function that raises, or a class that fits no table.
+        """
         assert reading.last is not None
         request = reading.request
         self._make_room(request)
@@ -165,7 +174,12 @@ class Decoder:
     def _make_room(self, request: Request) -> None:
         """Whatever this request is the first to need; the programs are then compiled once more."""
         if not self._slots.settings.policy.accepts(self._policy(request)):
-            self._slots = grow_policies(self.model, self._slots, self._policy(request))
+            try:
+                self._slots = grow_policies(self.model, self._slots, self._policy(request))
+            except UserError as error:
+                raise PolicyError(str(error)) from error
+            except Exception as error:
+                raise PolicyError(f"the exit policy raised {type(error).__name__}: {error}") from error
         if request.sampling.repetition_penalty != 1 and not self._remembers:
             self._remembers = True
             shape = (self.config.slots, self.model.config.vocab_size)

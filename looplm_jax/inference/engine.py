@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from looplm_jax.data.tokenizers import Tokenizer
 from looplm_jax.errors import UserError
 from looplm_jax.inference.checks import check_request
-from looplm_jax.inference.decoder import Decoder, EngineConfig, Reading
+from looplm_jax.inference.decoder import Decoder, EngineConfig, PolicyError, Reading
 from looplm_jax.inference.fair_queue import FairQueue
 from looplm_jax.inference.requests import NewToken, Request, Result
 from looplm_jax.inference.stopping import Finish
@@ -109,10 +109,14 @@ class Engine:
           UserError: a prompt or an option that cannot be served; nothing was begun then.
         """
         waiting, tickets = collections.deque(self.requests(prompts, **options)), list[Ticket]()
-        while waiting or not all(ticket.done for ticket in tickets):
-            while waiting and not self._queue.full:
-                tickets.append(self.submit(waiting.popleft()))
-            self.step()
+        try:
+            while waiting or not all(ticket.done for ticket in tickets):
+                while waiting and not self._queue.full:
+                    tickets.append(self.submit(waiting.popleft()))
+                self.step()
+        finally:
+            for ticket in tickets:  # after an interrupt nobody waits for the rest
+                ticket.cancel()
         return [ticket.result() for ticket in tickets]
 
     def stream(self, prompt: Prompt, **options: Any) -> Iterator[NewToken]:
@@ -156,7 +160,8 @@ class Engine:
                 self._flying.append(_Tick(self._decoder.tick(), tuple(self._slots)))
                 self.stats.ticks += self.config.ticks
             while self._flying and (len(self._flying) > 1 or not any(self._slots)):
-                self._fetch(self._flying.popleft())
+                found = jax.device_get(self._flying[0].ticked)  # an interrupt while it waits loses no tick
+                self._give_out(self._flying.popleft(), found)
             if not self._flying:
                 self._last_fetch = 0.0  # what passes until there is work again is not a tick's time
             return bool(self._flying or any(self._slots) or self._reading or len(self._queue))
@@ -208,14 +213,21 @@ class Engine:
         self.stats.prompt_tokens += before - len(reading.left)
         if reading.done:
             self._reading = None
-            slot = self._slots.index(None)
-            first = self._decoder.admit(reading, slot)
-            self._slots[slot] = UnderWay(ticket, self._tokenizer)
-            self._flying.append(_Tick(first, tuple(self._slots), slot))
+            self._admit(ticket, reading)
 
-    def _fetch(self, tick: _Tick) -> None:
-        """Give out what a tick gave, to those who were there when it began."""
-        found: Ticked = jax.device_get(tick.ticked)
+    def _admit(self, ticket: Ticket, reading: Reading) -> None:
+        """A prompt that was read gets a slot."""
+        slot, owner = self._slots.index(None), UnderWay(ticket, self._tokenizer)
+        try:
+            first = self._decoder.admit(reading, slot)
+        except PolicyError as error:
+            owner.end(Finish.FAILED, error=str(error))
+            return
+        self._slots[slot] = owner
+        self._flying.append(_Tick(first, tuple(self._slots), slot))
+
+    def _give_out(self, tick: _Tick, found: Ticked) -> None:
+        """What a tick gave, to those who were there when it began."""
         if tick.slot is not None:
             self._deliver(tick.owners[tick.slot], tick.slot, found)
             return

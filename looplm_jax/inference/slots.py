@@ -121,8 +121,13 @@ def set_budget(slots: Slots, slot: Int[Array, ""], loops_per_token: Float[Array,
 
 
 def grow_policies(model: LoopLM, slots: Slots, policy: ExitPolicy) -> Slots:
-    """Room for a policy of a new kind, and for what it compares. Programs over the slots are compiled once more."""
+    """Room for a policy of a new kind, and for what it compares. Programs over the slots are compiled once more.
+
+    Raises whatever the policy raises when it is traced, before it can spoil the programs of the others.
+    """
     table = slots.settings.policy.with_kind(policy)
+    for rows in (1, slots.tokens.size):
+        jax.eval_shape(lambda rows=rows: _ask(model, policy, table, rows))
     fresh = fresh_memory(model, table, slots.tokens.size)
     kept = {
         field.name: getattr(slots.memory, field.name)
@@ -131,3 +136,9 @@ def grow_policies(model: LoopLM, slots: Slots, policy: ExitPolicy) -> Slots:
     }
     settings = dataclasses.replace(slots.settings, policy=table)
     return slots.replace(settings=settings, memory=dataclasses.replace(fresh, **kept))
+
+
+def _ask(model: LoopLM, policy: ExitPolicy, table: PolicyTable, rows: int) -> Bool[Array, "N"]:
+    config, dtype = model.config, compute_dtype(model.compute)
+    hidden, logits = jnp.zeros((rows, config.width), dtype), jnp.zeros((rows, config.vocab_size))
+    return policy.exits(fresh_memory(model, table, rows).observe(jnp.zeros(rows), hidden, logits))

@@ -60,8 +60,11 @@ def test_upcycle(trained, tmp_path, capsys):
         (["to-hf", "{trained}", "out", "--max-shard-size", "lots"], "lots"),
         (["to-hf", "{trained}", "{trained}"], "is not empty"),
         (["upcycle", "{trained}", "out", "--layers", "1"], "cannot become 1"),
-        (["upcycle", "{trained}", "out", "--layer", "2"], "did you mean '--layers'"),
-        (["from-dense", "{exported}", "out"], "model_type is 'ouro'; only 'llama' can be read here"),
+        (["upcycle", "{trained}", "out", "--layers", "2", "--ordr", "stack"], "did you mean '--order'"),
+        (
+            ["from-dense", "{exported}", "out"],
+            "holds a looped model already; convert it as one: looplm convert from-hf",
+        ),
     ],
 )
 def test_mistakes_end_in_one_line(trained, exported, tmp_path, monkeypatch, capsys, arguments, message):

@@ -69,12 +69,28 @@ def test_other_requests_compile_nothing(engine, alone):
     assert [program._cache_size() for program in programs] == before
 
 
-@pytest.mark.parametrize("changes", [{"unroll": True}, {"ticks": 3, "slots": 1}], ids=["unrolled", "three ticks"])
-def test_how_an_engine_works_changes_no_answer(alone, changes):
-    other = make_engine(**changes)
+def test_an_array_for_each_layer_changes_no_answer(alone):
+    other = make_engine(unroll=True)
     results = finish(other, [other.submit(request) for request in REQUESTS])
     for result, expected in zip(results, alone):
         assert_same(result, expected, atol=1e-4)
+
+
+def test_three_ticks_at_a_time_and_previews_change_no_answer(alone):
+    """And a preview is what each loop would have said: that of the last loop is the token, where nothing is drawn."""
+    other = make_engine(ticks=3, previews=True)
+    given_out = [[] for _ in REQUESTS]
+    tickets = [
+        other.submit(dataclasses.replace(request, on_token=tokens.append))
+        for request, tokens in zip(REQUESTS, given_out)
+    ]
+    for result, expected in zip(finish(other, tickets), alone):
+        assert_same(result, expected)
+    for request, expected, (first, *rest) in zip(REQUESTS, alone, given_out):
+        assert first.previews == ()  # of a prompt all loops are there at once
+        assert tuple(len(new.previews) for new in rest) == expected.exit_loops[1:]
+        if request.sampling.temperature == 0:
+            assert tuple(new.previews[-1] for new in rest) == expected.tokens[1:]
 
 
 def test_keys_and_values_spread_over_a_mesh_change_no_answer(alone):
@@ -121,15 +137,6 @@ def test_what_no_slot_knew_is_made_room_for_while_others_are_under_way(engine, a
     assert min(last.exit_loops) >= 2
 
 
-def test_previews_are_what_every_loop_would_have_said(alone):
-    previewing = make_engine(previews=True)
-    for new, loops in zip(list(previewing.stream((1,), max_new_tokens=6, policy=QExit(q=0.5))), alone[0].exit_loops):
-        assert new.exit_loop == loops
-        if new is not None and new.previews:
-            assert len(new.previews) == loops
-            assert new.previews[-1] == new.token
-
-
 def test_few_loops_are_wasted_while_requests_wait(engine):
     """Passes times slots against the loops that tokens took."""
     busy = make_engine()
@@ -148,17 +155,26 @@ def test_few_loops_are_wasted_while_requests_wait(engine):
 
 
 def test_clients_take_turns(engine):
-    ended = []
+    """The one request of a client that comes last is begun before the second of a client with many."""
+    begun = []
 
-    def request(client, number):
-        return Request(
-            prompt_ids=(5,), max_new_tokens=2, client=client, on_token=lambda new: ended.append((client, number))
-        )
+    def request(client):
+        return Request(prompt_ids=(5,), max_new_tokens=1, client=client, on_token=lambda _: begun.append(client))
 
-    tickets = [engine.submit(request("busy", number)) for number in range(6)]
-    tickets.append(engine.submit(request("late", 0)))
+    tickets = [engine.submit(request("busy")) for _ in range(6)]
+    tickets.append(engine.submit(request("late")))
     finish(engine, tickets)
-    assert ended.index(("late", 0)) < ended.index(("busy", 1)) or ended.index(("late", 0)) <= 4
+    assert begun == ["busy", "late", *["busy"] * 5]
+
+
+def test_a_kept_cache_holds_the_tokens_of_the_result_only(engine):
+    """Though the slot has gone on before its text was seen to end."""
+    (whole,) = engine.generate(["abc"], max_new_tokens=10)
+    (cut,) = engine.generate(["abc"], max_new_tokens=10, stop_strings=(whole.text[3],), keep_cache=True)
+    assert len(cut.tokens) == 4
+    assert cut.cache.lengths.tolist() == [len(cut.prompt_ids) + len(cut.tokens) - 1]
+    (rest,) = engine.generate([cut.tokens[-1:]], max_new_tokens=6, past=cut.cache)
+    assert rest.tokens == whole.tokens[4:]
 
 
 def test_a_budget_of_loops_is_kept_after_every_token(engine):
@@ -240,16 +256,5 @@ def test_nothing_grows_with_the_number_of_requests(count):
         del tickets
     assert answered == count
     assert len(jax.live_arrays()) <= before + 2
-    assert not (
-        len(small._queue),
-        len(small._queue._waiting),
-        len(small._flying),
-        any(small._slots),
-        small._reading,
-    ) > (
-        0,
-        0,
-        0,
-        False,
-        None,
-    )
+    assert (len(small._queue), len(small._queue._waiting), len(small._flying), small._reading) == (0, 0, 0, None)
+    assert not any(small._slots)

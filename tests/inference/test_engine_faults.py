@@ -6,7 +6,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from serving_models import CONFIG, LOOPS, finish, make_engine, small_model
+from serving_models import CONFIG, finish, make_engine, small_model
 
 from looplm_jax.errors import UserError
 from looplm_jax.halting import Custom, FixedLoops, Needs, QExit
@@ -69,15 +69,15 @@ def test_a_request_too_large_for_the_cache():
 
 def test_what_needs_a_tokenizer():
     without = Engine(*small_model(), config=CONFIG)
-    with pytest.raises(UserError, match="^text needs a tokenizer: .*; or give token ids$"):
+    with pytest.raises(UserError, match=r"^text needs a tokenizer: .*; or give token ids$"):
         without.generate(["text"], max_new_tokens=1)
-    with pytest.raises(UserError, match="^stop strings need a tokenizer to find them by; give one, or use stop_ids$"):
+    with pytest.raises(UserError, match=r"^stop strings need a tokenizer to find them by; give one, or use stop_ids$"):
         without.generate([(1,)], max_new_tokens=1, stop_strings=("a",))
 
 
 def test_a_full_queue_says_so(engine, answer):
     tickets = [engine.submit(SOUND) for _ in range(3)]
-    with pytest.raises(UserError, match="^3 requests are waiting; try again when some are answered$"):
+    with pytest.raises(UserError, match=r"^3 requests are waiting; try again when some are answered$"):
         engine.submit(SOUND)
     assert [result.tokens for result in finish(engine, tickets)] == [answer] * 3
 
@@ -115,38 +115,43 @@ def test_a_request_can_be_cancelled_before_its_turn_and_while_its_prompt_is_read
     assert results[2].tokens == answer
 
 
-@pytest.fixture(scope="module")
-def damaged_engine():
+def make_damaged_engine(token):
     """Of a model that has no number for one token."""
     model, params = small_model()
     embedding = np.array(params["embedding"])
-    embedding[DAMAGED] = np.nan
+    embedding[token] = np.nan
     return Engine(model, {**params, "embedding": jax.device_put(embedding)}, config=CONFIG)
 
 
-def test_logits_that_are_not_finite_end_that_request_only(damaged_engine, answer):
+def test_logits_that_are_not_finite_end_that_request_only(answer):
+    damaged_engine = make_damaged_engine(DAMAGED)
     bad = dataclasses.replace(SOUND, prompt_ids=(1, DAMAGED))
     tickets = [damaged_engine.submit(request) for request in (SOUND, bad, SOUND)]
     first, failed, third = finish(damaged_engine, tickets)
     assert (failed.finish, failed.tokens) == (Finish.FAILED, ())
     assert failed.error == "logits were not finite; the parameters are damaged, or overflow"
     assert first.tokens == third.tokens == answer
-    with pytest.raises(UserError, match="^logits were not finite; "):
+    with pytest.raises(UserError, match=r"^logits were not finite; "):
         list(damaged_engine.stream((DAMAGED,), max_new_tokens=3))
 
 
 @pytest.mark.parametrize("where", ["prompt", "text"])
-def test_the_slot_of_a_request_that_failed_is_as_good_as_new(damaged_engine, answer, where):
+def test_the_slot_of_a_request_that_failed_is_as_good_as_new(engine, answer, where):
     """Though it held numbers that are not finite at positions which the next request never reaches."""
-    if where == "prompt":
-        bad = Request(prompt_ids=(*(2,) * 90, DAMAGED), max_new_tokens=3)
-    else:
-        damaged_engine._decoder._params["head"] = damaged_engine._decoder._params["head"].at[:, DAMAGED].set(0.0)
-        bad = Request(prompt_ids=(2,) * 90, max_new_tokens=3)
-    results = finish(damaged_engine, [damaged_engine.submit(bad) for _ in range(CONFIG.slots)])
-    assert {result.finish for result in results} == {Finish.FAILED}
-    results = finish(damaged_engine, [damaged_engine.submit(SOUND) for _ in range(CONFIG.slots)])
-    assert [result.tokens for result in results] == [answer] * CONFIG.slots
+    sound = {*SOUND.prompt_ids, *answer}
+    candidates = engine.generate([(token,) * 90 for token in range(2, 8)], max_new_tokens=1)
+    prompt, damaged = next(
+        (found.prompt_ids, found.tokens[0])
+        for found in candidates
+        if found.tokens[0] not in {*found.prompt_ids, *sound}
+    )
+    damaged_engine = make_damaged_engine(damaged)
+    prompts = [prompt if where == "text" else (*prompt, damaged)] * CONFIG.slots
+    failed = damaged_engine.generate(prompts, max_new_tokens=5)
+    assert {result.finish for result in failed} == {Finish.FAILED}
+    assert {result.tokens for result in failed} == {(damaged,) if where == "text" else ()}
+    after = damaged_engine.generate([SOUND.prompt_ids] * CONFIG.slots, max_new_tokens=6, policy=SOUND.policy)
+    assert [result.tokens for result in after] == [answer] * CONFIG.slots
 
 
 def test_a_callback_that_raises_ends_its_own_request_only(engine, answer):
@@ -232,4 +237,3 @@ def test_a_thread_that_serves_survives_bad_requests(engine, answer):
         failed = engine.submit(dataclasses.replace(SOUND, on_token=broken)).result(timeout=60)
         assert failed.finish is Finish.FAILED
         assert engine.submit(SOUND).result(timeout=60).tokens == answer
-    assert LOOPS >= max(failed.exit_loops)
