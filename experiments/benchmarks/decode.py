@@ -30,6 +30,7 @@ from looplm_jax.inference.prefill import admit, prefill_chunk
 from looplm_jax.inference.speculation import speculate
 from looplm_jax.inference.tick import run_ticks
 from looplm_jax.models import presets
+from looplm_jax.models.blocks import unroll_layers
 from looplm_jax.models.looplm import LoopLM, Params, init_params
 
 _GATE_SPREAD = 1.5  # standard deviation of the gate's logits
@@ -201,12 +202,12 @@ def _floor_seconds(bench: Bench, batch: int, capacity: int, mean_loops: float) -
 
 
 def _speculation_line(bench: Bench, batch: int, draft_loops: int) -> Line:
-    prompts = _prompts(bench, batch)
+    prompts, model, params = _prompts(bench, batch), bench.model, bench.params
+    if jax.default_backend() == "cpu":  # as the engine does
+        model, params = LoopLM(bench.config, model.compute, unrolled=True), unroll_layers(params)
 
     def run() -> tuple[int, float]:
-        results = speculate(
-            bench.model, bench.params, prompts, draft_loops=draft_loops, drafts=4, max_new_tokens=bench.tokens
-        )
+        results = speculate(model, params, prompts, draft_loops=draft_loops, drafts=4, max_new_tokens=bench.tokens)
         return sum(len(result.tokens) for result in results), statistics.mean(r.loops_per_token for r in results)
 
     run()

@@ -7,6 +7,7 @@ from looplm_jax.inference.generate import generate
 from looplm_jax.inference.kv_cache import CacheStrategy, bytes_per_token
 from looplm_jax.inference.requests import NewToken, Request, Result
 from looplm_jax.inference.sampling import Sampling
+from looplm_jax.inference.speculation import Reroute, Screening, SpeculativeResult, speculate
 from looplm_jax.inference.stopping import Finish
 from looplm_jax.inference.ticket import Ticket
 
@@ -19,9 +20,13 @@ __all__ = [
     "Finish",
     "NewToken",
     "Request",
+    "Reroute",
     "Result",
     "Sampling",
+    "Screening",
+    "SpeculativeResult",
     "Ticket",
     "bytes_per_token",
     "generate",
+    "speculate",
 ]
