@@ -5,7 +5,7 @@
 Ouro-2.6B begins with the 24 layers of Ouro-1.4B, twice (paper, section 4.1), in an order that is not printed. Here a
 small looped model is trained on the source of the local Python's standard library, upcycled to twice its layers in
 either order, and trained on, with the state of the optimiser and with a fresh one, beside the base itself trained on.
-All of them see the same data, in an order that is new to them, at the same constant learning rate without a warm-up.
+All of them see the same data, in an order that is new to them, at a third of the learning rate before.
 
 What is done is not done again: stopped at any moment, the same command goes on.
 """
@@ -16,6 +16,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from experiments.upcycling_report import Course, Results, write_results
 from looplm_jax.config import (
@@ -31,10 +32,11 @@ from looplm_jax.config import (
     StartConfig,
 )
 from looplm_jax.convert.upcycle import Order, upcycle
-from looplm_jax.data import collect_stdlib, validation_batches
+from looplm_jax.data import ValidationBatches, collect_stdlib, validation_batches
 from looplm_jax.errors import UserError
-from looplm_jax.evaluation.during_training import evaluate_held_out
+from looplm_jax.evaluation.exit_curve import exit_curve
 from looplm_jax.loading import load
+from looplm_jax.models.looplm import LoopLM, Params
 from looplm_jax.training.metrics import EVALUATION, read_metrics
 from looplm_jax.training.run import train
 
@@ -46,7 +48,9 @@ class Scale:
     model: ModelConfig
     base_steps: int
     warmup_steps: int
+    base_learning_rate: float
     steps: int
+    learning_rate: float
     measured_every: int
     sequences: int
     sequence_length: int
@@ -59,7 +63,9 @@ _LAPTOP = Scale(
     ),
     base_steps=1000,
     warmup_steps=40,
+    base_learning_rate=1.5e-3,
     steps=200,
+    learning_rate=5e-4,
     measured_every=50,
     sequences=256,
     sequence_length=128,
@@ -136,7 +142,8 @@ def _courses(out: Path, scale: Scale) -> list[Course]:
 def _train_base(out: Path, scale: Scale, seed: int) -> Path:
     """The run folder of the base. All seeds share the tokeniser of the first."""
     folder, first = _base(out, seed), _base(out, scale.seeds[0])
-    recipe = _recipe(out, scale, seed, steps=scale.base_steps, warmup_steps=scale.warmup_steps)
+    stage = _stage(scale, scale.base_steps, scale.base_learning_rate, warmup_steps=scale.warmup_steps)
+    recipe = _recipe(out, scale, seed, stage)
     if folder != first:
         recipe = dataclasses.replace(
             recipe, data=dataclasses.replace(recipe.data, tokenizer=str(first / "tokenizer.model"))
@@ -154,32 +161,39 @@ def _train_on(out: Path, scale: Scale, seed: int, variant: Variant, base: Path) 
         start = folder / "start"
         if not start.exists():
             print(upcycle(base, start, layers=model.num_layers, order=variant.order))
+    stage = _stage(scale, scale.steps, scale.learning_rate)
     recipe = dataclasses.replace(
-        _recipe(out, scale, seed + _NEW_ORDER, steps=scale.steps, measured_every=scale.measured_every),
+        _recipe(out, scale, seed + _NEW_ORDER, stage, measured_every=scale.measured_every),
         model=model,
         start=StartConfig(checkpoint=str(start), optimizer=variant.optimizer),
     )
-    losses = {0: _loss_per_loop(start, recipe, folder / "at_start.json")}
+    at_start = _measured_at_start(start, recipe, folder / "at_start.json")
     _train(recipe, folder / "run")
-    rows = [row for row in read_metrics(folder / "run") if row["kind"] == EVALUATION]
-    losses |= {row["step"]: row["loss_per_loop"] for row in rows}
-    return Course(seed=seed, variant=variant.name, losses=losses)
+    rows = [{"step": 0, **at_start}, *(row for row in read_metrics(folder / "run") if row["kind"] == EVALUATION)]
+    return Course(
+        seed=seed,
+        variant=variant.name,
+        steps=[row["step"] for row in rows],
+        loss_per_loop=[row["loss_per_loop"] for row in rows],
+        expected_loss=[row["expected_loss"] for row in rows],
+    )
 
 
-def _recipe(
-    out: Path, scale: Scale, seed: int, *, steps: int, warmup_steps: int = 0, measured_every: int = 0
-) -> Recipe:
-    stage = Stage(
+def _stage(scale: Scale, steps: int, learning_rate: float, *, warmup_steps: int = 0) -> Stage:
+    return Stage(
         name="pretrain",
         steps=steps,
         batch_size=4,
         sequence_length=scale.sequence_length,
         loops=scale.model.loops,
         beta=0.1,
-        learning_rate=1.5e-3,
+        learning_rate=learning_rate,
         schedule=Schedule.CONSTANT,
         warmup_steps=warmup_steps,
     )
+
+
+def _recipe(out: Path, scale: Scale, seed: int, stage: Stage, *, measured_every: int = 0) -> Recipe:
     corpus = SourceConfig(path=str(out / "corpus.jsonl"))
     return Recipe(
         name="upcycling",
@@ -197,14 +211,14 @@ def _train(recipe: Recipe, folder: Path) -> None:
     """Train, unless that is done; the last evaluation is written at the last step."""
     if any((row["kind"], row["step"]) == (EVALUATION, recipe.total_steps) for row in read_metrics(folder)):
         return
-    stopped_by = train(recipe, folder, evaluate=evaluate_held_out).stopped_by
+    stopped_by = train(recipe, folder, evaluate=_measure).stopped_by
     if stopped_by is not None:
         print("upcycling: stopped; the same command goes on from there", file=sys.stderr)
         sys.exit(128 + stopped_by)
 
 
-def _loss_per_loop(checkpoint: Path, recipe: Recipe, memory: Path) -> list[float]:
-    """Held-out loss of a checkpoint after each loop, as training measures it; `memory` remembers it."""
+def _measured_at_start(checkpoint: Path, recipe: Recipe, memory: Path) -> dict[str, Any]:
+    """What training measures, of a checkpoint; `memory` remembers it."""
     if not memory.exists():
         loaded, stage = load(checkpoint), recipe.stages[0]
         held_out = validation_batches(
@@ -215,8 +229,14 @@ def _loss_per_loop(checkpoint: Path, recipe: Recipe, memory: Path) -> list[float
             max_sequences=recipe.evaluation.sequences,
         )
         memory.parent.mkdir(parents=True, exist_ok=True)
-        memory.write_text(json.dumps(evaluate_held_out(loaded.model, loaded.params, held_out)["loss_per_loop"]))
+        memory.write_text(json.dumps(_measure(loaded.model, loaded.params, held_out)))
     return json.loads(memory.read_text())
+
+
+def _measure(model: LoopLM, params: Params, held_out: ValidationBatches) -> dict[str, Any]:
+    """Loss after each loop, and the expected loss over the exit distribution, which training lowers; nats a token."""
+    exits = exit_curve(model, params, held_out)
+    return {"loss_per_loop": list(exits.fixed.loss), "expected_loss": exits.expected_loss}
 
 
 def _base(out: Path, seed: int) -> Path:

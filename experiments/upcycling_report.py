@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,19 @@ import numpy as np
 
 from looplm_jax.evaluation.tables import Table
 
+_FRESH = "-fresh-optimizer"
 _COLOURS = {"base": "#3a3a3a", "interleave": "#1f5fa8", "stack": "#d1495b"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Course:
-    """Held-out loss after each loop (nats a token) of one variant, by steps since the start of its training."""
+    """Held-out losses (nats a token) of one variant, at `steps` since the start of its training."""
 
     seed: int
     variant: str
-    losses: dict[int, list[float]]
+    steps: Sequence[int]
+    loss_per_loop: Sequence[Sequence[float]]
+    expected_loss: Sequence[float]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,12 +42,23 @@ class Results:
     @property
     def steps(self) -> list[int]:
         """Where the loss was measured."""
-        return list(self.courses[0].losses)
+        return list(self.courses[0].steps)
 
-    def last_loop(self, variant: str) -> np.ndarray:
-        """Loss after the last loop, one row for each seed and one column for each of `steps`."""
-        own = [course.losses for course in self.courses if course.variant == variant]
-        return np.array([[losses[step][-1] for step in self.steps] for losses in own])
+    @property
+    def loops(self) -> int:
+        """The depth that is trained, T."""
+        return len(self.courses[0].loss_per_loop[0])
+
+    def expected(self, variant: str) -> np.ndarray:
+        """Expected loss over the exit distribution, one row for each seed and one column for each of `steps`."""
+        return np.array([course.expected_loss for course in self._of(variant)])
+
+    def after_loop(self, variant: str, loop: int) -> np.ndarray:
+        """Loss after a loop, from 1 to T; rows and columns as above."""
+        return np.array([course.loss_per_loop for course in self._of(variant)])[..., loop - 1]
+
+    def _of(self, variant: str) -> list[Course]:
+        return [course for course in self.courses if course.variant == variant]
 
 
 def write_results(out: Path, results: Results) -> list[str]:
@@ -53,13 +67,13 @@ def write_results(out: Path, results: Results) -> list[str]:
     Returns their names.
     """
     (out / "results.json").write_text(json.dumps(dataclasses.asdict(results), indent=1, default=str) + "\n")
-    table = _table(results).markdown()
-    print(f"\n{table}\n{_verdict(results)}")
+    tables = _tables(results)
+    print(f"\n{tables}\n\n{_verdict(results)}")
     figures = _plot(results, out / "upcycling.png")
     sections = [
         "# Upcycling: two orders of the copies",
         _setting(results),
-        table.rstrip("\n"),
+        tables,
         _verdict(results),
         *(f"![{name}]({name})" for name in figures),
         f"`{results.command}`",
@@ -73,27 +87,36 @@ def _setting(results: Results) -> str:
     layers = model["num_layers"]
     return (
         f"Base: {layers} layers of width {model['width']}, {model['loops']} loops, {scale['base_steps']} steps of 4 x "
-        f"{scale['sequence_length']} tokens; upcycled: {2 * layers} layers. Loss after the last loop on "
-        f"{scale['sequences']} held-out sequences, mean of {len(scale['seeds'])} seed(s), in nats a token; column 0 is "
-        "just after upcycling, before any step."
+        f"{scale['sequence_length']} tokens at a constant learning rate of {scale['base_learning_rate']:g}; upcycled: "
+        f"{2 * layers} layers, trained at {scale['learning_rate']:g}. Losses on {scale['sequences']} held-out sequences, "
+        f"mean of {len(scale['seeds'])} seed(s), in nats a token; at step 0, just after upcycling."
     )
 
 
-def _table(results: Results) -> Table:
-    columns = ("trained on", *(f"{step} steps" for step in results.steps))
-    rows = [[name, *(f"{loss:.4f}" for loss in results.last_loop(name).mean(axis=0))] for name in results.variants]
-    return Table(title="held-out loss", columns=columns, rows=rows)
+def _tables(results: Results) -> str:
+    measures: dict[str, Callable[[str], np.ndarray]] = {
+        "Expected loss over the exit distribution": results.expected,
+        "Loss after loop 1": lambda variant: results.after_loop(variant, 1),
+        f"Loss after loop {results.loops}": lambda variant: results.after_loop(variant, results.loops),
+    }
+    return "\n\n".join(f"{title}:\n\n{_table(results, measure)}" for title, measure in measures.items())
+
+
+def _table(results: Results, measure: Callable[[str], np.ndarray]) -> str:
+    columns = ("step", *(str(step) for step in results.steps))
+    rows = [[name, *(f"{loss:.3f}" for loss in measure(name).mean(axis=0))] for name in results.variants]
+    return Table(title="held-out loss", columns=columns, rows=rows).markdown().rstrip("\n")
 
 
 def _verdict(results: Results) -> str:
-    gap = results.last_loop("interleave") - results.last_loop("stack")
+    gap = results.expected("interleave") - results.expected("stack")
 
     def one(column: int) -> str:
-        return ", ".join(f"{value:+.4f}" for value in gap[:, column])
+        return ", ".join(f"{value:+.3f}" for value in gap[:, column])
 
     return (
-        f"Interleave minus stack, seed by seed: {one(0)} just after upcycling, {one(-1)} after {results.steps[-1]} "
-        "steps with the state of the optimiser."
+        f"Expected loss, interleave minus stack, seed by seed: {one(0)} just after upcycling; {one(-1)} after "
+        f"{results.steps[-1]} steps with the state of the optimiser."
     )
 
 
@@ -106,13 +129,12 @@ def _plot(results: Results, path: Path) -> list[str]:
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
     for name in results.variants:
-        fresh = name.endswith("-fresh-optimizer")
-        losses = results.last_loop(name)
-        colour, style = _COLOURS[name.removesuffix("-fresh-optimizer")], "--" if fresh else "-"
+        losses, style = results.expected(name), "--" if name.endswith(_FRESH) else "-"
+        colour = _COLOURS[name.removesuffix(_FRESH)]
         axes.plot(results.steps, losses.mean(axis=0), color=colour, linestyle=style, marker="o", label=name)
         axes.fill_between(results.steps, losses.min(axis=0), losses.max(axis=0), color=colour, alpha=0.12, linewidth=0)
     axes.set_xlabel("steps after upcycling")
-    axes.set_ylabel(f"loss after loop {results.scale['model']['loops']} (nats/token)")
+    axes.set_ylabel("expected loss (nats/token)")
     axes.set_title("Upcycling, held-out text; bands span the seeds")
     axes.grid(True, color="#e4e4e4")
     axes.legend(frameon=False)

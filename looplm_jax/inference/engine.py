@@ -84,6 +84,7 @@ class Engine:
         self._slots: list[UnderWay | None] = [None] * self.config.slots
         self._reading: tuple[Ticket, Reading] | None = None
         self._flying: collections.deque[_Tick] = collections.deque()
+        self._stopped = ""  # why it serves nobody any more
         self._lock = threading.RLock()
         self._work = threading.Condition(self._lock)
         self._last_fetch = 0.0
@@ -145,6 +146,8 @@ class Engine:
         check_request(request, self._model_config, self.config, self._tokenizer)
         ticket = Ticket(request)
         with self._work:
+            if self._stopped:
+                raise UserError(self._stopped)
             if self._queue.full:
                 raise UserError(f"{self.config.queue} requests are waiting; try again when some are answered")
             self._queue.push(request.client, ticket)
@@ -182,11 +185,14 @@ class Engine:
             self._cancel_all()
 
     def _serve(self, stopping: threading.Event) -> None:
-        while not stopping.is_set():
-            if not self.step():
-                with self._work:
-                    if not len(self._queue) and not stopping.is_set():
-                        self._work.wait()
+        try:
+            while not stopping.is_set():
+                if not self.step():
+                    with self._work:
+                        if not len(self._queue) and not stopping.is_set():
+                            self._work.wait()
+        except Exception as error:  # such as a device out of memory: nobody must wait for ever
+            self._fail_all(f"the engine has stopped ({type(error).__name__}: {error}); make a new one")
 
     def _request(self, prompt: Prompt, options: dict[str, Any]) -> Request:
         if isinstance(prompt, str):
@@ -278,6 +284,18 @@ class Engine:
         if self._reading is not None and self._reading[0].cancelled:
             UnderWay(self._reading[0], self._tokenizer).end(Finish.CANCELLED)
             self._reading = None
+
+    def _fail_all(self, error: str) -> None:
+        with self._lock:
+            self._stopped = error
+            owners = [owner for owner in self._slots if owner is not None]
+            waiting = [self._queue.pop() for _ in range(len(self._queue))]
+            waiting += [] if self._reading is None else [self._reading[0]]
+            for owner in owners + [UnderWay(ticket, self._tokenizer) for ticket in waiting]:
+                if not owner.ticket.done:
+                    owner.end(Finish.FAILED, error=error)
+            self._slots, self._reading = [None] * self.config.slots, None
+            self._flying.clear()
 
     def _cancel_all(self) -> None:
         with self._lock:

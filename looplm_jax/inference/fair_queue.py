@@ -39,14 +39,3 @@ class FairQueue(Generic[T]):
         if items:
             self._waiting[client] = items  # behind the others
         return item
-
-    def remove(self, client: str, item: T) -> bool:
-        """Take an item out before its turn; False if it does not wait."""
-        items = self._waiting.get(client, ())
-        if item not in items:
-            return False
-        items.remove(item)  # type: ignore[union-attr]
-        self._size -= 1
-        if not items:
-            del self._waiting[client]
-        return True

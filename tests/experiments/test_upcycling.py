@@ -42,26 +42,29 @@ def test_every_variant_is_measured_from_its_start_to_its_end(folder):
         "base", "interleave", "stack",
         "base-fresh-optimizer", "interleave-fresh-optimizer", "stack-fresh-optimizer",
     ]  # fmt: skip
-    losses = {course["variant"]: course["losses"] for course in results["courses"]}
-    assert all(list(course) == ["0", "2", "4"] and len(course["4"]) == 4 for course in losses.values())
+    courses = {course["variant"]: course for course in results["courses"]}
+    assert all(course["steps"] == [0, 2, 4] for course in courses.values())
+    assert all([len(losses) for losses in course["loss_per_loop"]] == [4, 4, 4] for course in courses.values())
+    losses = {name: course["expected_loss"] for name, course in courses.items()}
     for name in ("base", "interleave", "stack"):  # the state of the optimiser has no part in what is measured at first
-        assert losses[name]["0"] == losses[f"{name}-fresh-optimizer"]["0"]
-        assert losses[name]["4"] != losses[f"{name}-fresh-optimizer"]["4"]
-    assert losses["interleave"]["0"] != losses["stack"]["0"] != losses["base"]["0"]
+        assert losses[name][0] == losses[f"{name}-fresh-optimizer"][0]
+        assert losses[name][2] != losses[f"{name}-fresh-optimizer"][2]
+    assert losses["interleave"][0] != losses["stack"][0] != losses["base"][0]
 
 
 def test_the_base_goes_on_from_what_it_ended_with(folder):
     course = json.loads((folder / "results.json").read_text())["courses"][0]
     rows = [json.loads(line) for line in (folder / "seed-0" / "base-run" / "metrics.jsonl").read_text().splitlines()]
     ended = [row["loss_per_loop"] for row in rows if row["kind"] == "evaluation"][-1]
-    assert course["losses"]["0"] == pytest.approx(ended, rel=1e-5)
+    assert course["loss_per_loop"][0] == pytest.approx(ended, rel=1e-5)
 
 
 def test_the_report_shows_what_was_measured(folder):
     report = (folder / "report.md").read_text()
     results = json.loads((folder / "results.json").read_text())
-    assert f"{results['courses'][1]['losses']['0'][-1]:.4f}" in report
-    assert "Interleave minus stack, seed by seed" in report
+    for measured in (results["courses"][1]["expected_loss"][0], results["courses"][2]["loss_per_loop"][2][3]):
+        assert f"{measured:.3f}" in report
+    assert "interleave minus stack, seed by seed" in report
     assert (folder / "upcycling.png").stat().st_size > 10_000
 
 

@@ -237,3 +237,18 @@ def test_a_thread_that_serves_survives_bad_requests(engine, answer):
         failed = engine.submit(dataclasses.replace(SOUND, on_token=broken)).result(timeout=60)
         assert failed.finish is Finish.FAILED
         assert engine.submit(SOUND).result(timeout=60).tokens == answer
+
+
+def test_nobody_waits_for_an_engine_that_broke(monkeypatch):
+    broken = make_engine(slots=1, queue=3)
+
+    def no_memory():
+        raise MemoryError("out of memory")
+
+    monkeypatch.setattr(broken._decoder, "tick", no_memory)
+    with broken.serving():
+        results = [ticket.result(timeout=60) for ticket in [broken.submit(SOUND), broken.submit(LONG)]]
+        with pytest.raises(UserError, match=r"the engine has stopped \(MemoryError: out of memory\); make a new one"):
+            broken.submit(SOUND)
+    assert [result.finish for result in results] == [Finish.FAILED] * 2
+    assert "out of memory" in results[0].error

@@ -47,14 +47,3 @@ def test_the_queue_is_bounded():
     assert drain(queue) == [1, 2]
     with pytest.raises(IndexError, match="nothing waits"):
         queue.pop()
-
-
-def test_an_item_can_be_taken_out_before_its_turn():
-    queue = FairQueue(limit=5)
-    for client, item in [("a", 1), ("a", 2), ("b", 3)]:
-        queue.push(client, item)
-    assert queue.remove("b", 3)
-    assert queue.remove("a", 1)
-    assert not queue.remove("a", 1)
-    assert not queue.remove("unknown", 1)
-    assert drain(queue) == [2]
