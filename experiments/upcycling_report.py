@@ -88,8 +88,8 @@ def _setting(results: Results) -> str:
     return (
         f"Base: {layers} layers of width {model['width']}, {model['loops']} loops, {scale['base_steps']} steps of 4 x "
         f"{scale['sequence_length']} tokens at a constant learning rate of {scale['base_learning_rate']:g}; upcycled: "
-        f"{2 * layers} layers, trained at {scale['learning_rate']:g}. Losses on {scale['sequences']} held-out sequences, "
-        f"mean of {len(scale['seeds'])} seed(s), in nats a token; at step 0, just after upcycling."
+        f"{2 * layers} layers, trained at {scale['learning_rate']:g}. Losses on {scale['sequences']} held-out "
+        f"sequences, mean of {len(scale['seeds'])} seed(s), in nats a token; at step 0, just after upcycling."
     )
 
 

@@ -66,7 +66,6 @@ def weights(folder):
     [
         (TINY, "float32"),
         (TINY, "bfloat16"),
-        (changed(num_kv_heads=4), "bfloat16"),
         (changed(tied_head=True, num_layers=1), "float32"),
     ],
 )
