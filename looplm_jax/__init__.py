@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from looplm_jax.config import ComputeConfig, ModelConfig, Recipe
     from looplm_jax.errors import UserError
+    from looplm_jax.inference.decoder import EngineConfig
+    from looplm_jax.inference.engine import Engine
     from looplm_jax.inference.generate import generate
     from looplm_jax.loading import Loaded, load
     from looplm_jax.models.looplm import LoopLM, init_params
@@ -13,6 +15,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "ComputeConfig": "config",
+    "Engine": "inference.engine",
+    "EngineConfig": "inference.decoder",
     "Loaded": "loading",
     "LoopLM": "models.looplm",
     "ModelConfig": "config",
@@ -26,6 +30,8 @@ _HOMES = {
 
 __all__ = [
     "ComputeConfig",
+    "Engine",
+    "EngineConfig",
     "Loaded",
     "LoopLM",
     "ModelConfig",

@@ -5,6 +5,7 @@ from looplm_jax.inference.decoder import EngineConfig
 from looplm_jax.inference.engine import Engine, EngineStats
 from looplm_jax.inference.generate import generate
 from looplm_jax.inference.kv_cache import CacheStrategy, bytes_per_token
+from looplm_jax.inference.replay import replay, replay_log_probs
 from looplm_jax.inference.requests import NewToken, Request, Result
 from looplm_jax.inference.sampling import Sampling
 from looplm_jax.inference.speculation import Reroute, Screening, SpeculativeResult, speculate
@@ -28,5 +29,7 @@ __all__ = [
     "Ticket",
     "bytes_per_token",
     "generate",
+    "replay",
+    "replay_log_probs",
     "speculate",
 ]
