@@ -9,7 +9,6 @@ from scipy import stats
 from looplm_jax.errors import UserError
 from looplm_jax.inference import sampling as sampling_module
 from looplm_jax.inference.sampling import Sampling, SamplingTable, probabilities, sample, sample_rows, token_key
-from looplm_jax.inference.traced import Traced
 
 VOCABULARY = 11
 seeds = st.integers(0, 2**31 - 1)
@@ -28,8 +27,7 @@ distribution = jax.jit(probabilities)
 
 
 @jax.jit
-def many(logits, traced):
-    settings = traced.settings()
+def many(logits, settings):
     keys = jax.vmap(lambda number: token_key(settings, number))(jnp.arange(64))
     return jax.vmap(lambda key: sample(logits, settings, key))(keys)
 
@@ -109,7 +107,7 @@ def test_cuts_only_leave_out(seed, sampling):
 def test_only_kept_tokens_are_drawn(seed, sampling):
     logits = random_logits(seed)
     kept = np.flatnonzero(distribution(logits, SamplingTable.of(sampling)))
-    assert set(np.asarray(many(logits, Traced.of(sampling)))) <= set(kept)
+    assert set(np.asarray(many(logits, SamplingTable.of(sampling)))) <= set(kept)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +161,7 @@ def test_a_single_row_draws_as_one_of_many():
     draw = jax.jit(lambda number: sample(logits, settings, token_key(settings, number)))
     plain = [int(draw(number)) for number in range(8)]
     rows = choose(jnp.broadcast_to(logits, (8, VOCABULARY)), table_of(*[settings] * 8), jnp.arange(8))
-    np.testing.assert_array_equal(many(logits, Traced.of(settings))[:8], plain)
+    np.testing.assert_array_equal(many(logits, SamplingTable.of(settings))[:8], plain)
     np.testing.assert_array_equal(rows.tokens, plain)
 
 
@@ -177,7 +175,7 @@ def test_greedy_and_a_shortlist_of_one_are_the_arg_max(seed):
         Sampling(temperature=2, top_p=1e-12),
         Sampling(temperature=2, min_p=1),
     ):
-        assert set(np.asarray(many(logits, Traced.of(sampling)))) == {int(jnp.argmax(logits))}
+        assert set(np.asarray(many(logits, SamplingTable.of(sampling)))) == {int(jnp.argmax(logits))}
 
 
 def test_greedy_takes_the_likeliest_after_the_penalty():
@@ -209,7 +207,7 @@ def test_tokens_as_probable_as_the_last_one_kept_are_kept():
 
 def test_a_token_of_no_probability_is_never_drawn():
     logits = random_logits(0).at[jnp.arange(5)].set(-jnp.inf)
-    assert set(np.asarray(many(logits, Traced.of(Sampling(temperature=100.0))))) <= set(range(5, VOCABULARY))
+    assert set(np.asarray(many(logits, SamplingTable.of(Sampling(temperature=100.0))))) <= set(range(5, VOCABULARY))
 
 
 def test_cuts_in_a_large_vocabulary():
