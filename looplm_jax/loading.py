@@ -14,8 +14,7 @@ from looplm_jax.checkpoints import read_metadata, restore_params
 from looplm_jax.codec import from_dict
 from looplm_jax.config import MeshConfig, Recipe
 from looplm_jax.convert.converted import converted_recipe
-from looplm_jax.convert.from_hf import load_hf
-from looplm_jax.convert.weight_files import has_weights
+from looplm_jax.convert.from_hf import is_hf_folder, load_hf
 from looplm_jax.data.tokenizers import Tokenizer, deserialize
 from looplm_jax.errors import UserError
 from looplm_jax.models.looplm import LoopLM, Params, boxed_params
@@ -60,7 +59,7 @@ def load(
         that does not fit.
     """
     devices = make_mesh(mesh or MeshConfig(), jax.devices() if mesh else jax.local_devices()[:1])
-    if _is_hf_folder(Path(path)):
+    if is_hf_folder(Path(path)):
         return _load_hf_folder(Path(path), step, devices, dtype)
     return _load_checkpoint(os.fspath(path), step, devices, dtype)
 
@@ -95,8 +94,3 @@ def _load_hf_folder(path: Path, step: int | None, mesh: Mesh, dtype: DTypeLike |
         step=0,
         warnings=(),
     )
-
-
-def _is_hf_folder(path: Path) -> bool:
-    """Our run folders have a config.json too, so the weights tell."""
-    return has_weights(path) and not (path / "checkpoints").is_dir()

@@ -71,8 +71,8 @@ def _upcycle(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--order",
         choices=("interleave", "stack"),
-        default="interleave",
-        help="0 0 1 1 ... or 0 1 ... 0 1 ... (default: interleave)",
+        default="stack",
+        help="0 0 1 1 ... or 0 1 ... 0 1 ...; see docs/upcycling.md (default: stack)",
     )
 
 

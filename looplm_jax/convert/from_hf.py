@@ -18,7 +18,7 @@ from looplm_jax.convert.layout import flat_arrays, unflat_arrays
 from looplm_jax.convert.ouro_config import from_ouro_config
 from looplm_jax.convert.output_folder import fresh_folder
 from looplm_jax.convert.placement import place_tensors
-from looplm_jax.convert.weight_files import WeightFolder
+from looplm_jax.convert.weight_files import WeightFolder, has_weights
 from looplm_jax.data.tokenizers import Tokenizer, load_tokenizer
 from looplm_jax.errors import UserError
 from looplm_jax.models.looplm import LoopLM, Params, boxed_params
@@ -34,6 +34,11 @@ class HfModel:
     config: ModelConfig
     params: Params
     tokenizer: Tokenizer
+
+
+def is_hf_folder(path: Path) -> bool:
+    """Whether a folder holds weights of Hugging Face's; our run folders have a config.json too, so the weights tell."""
+    return has_weights(path) and not (path / "checkpoints").is_dir()
 
 
 def load_hf(path: str | os.PathLike[str], *, mesh: Mesh, dtype: DTypeLike | None = None) -> HfModel:

@@ -19,7 +19,8 @@ def write_run_report(folder: Path, recipe: Recipe) -> list[str]:
     """
     rows = read_metrics(folder)
     written = ["report.md"]
-    lines = [f"# {recipe.name}", "", f"{count_params(recipe.model):,} parameters. {recipe.description}", ""]
+    started = f" Started from {recipe.start.checkpoint}." if recipe.start.checkpoint else ""
+    lines = [f"# {recipe.name}", "", f"{count_params(recipe.model):,} parameters. {recipe.description}{started}", ""]
     lines += ["## Stages", "", _stage_table(recipe, rows).markdown()]
     try:
         plot_training(rows, folder / "training.png")

@@ -16,8 +16,7 @@ from looplm_jax import codec
 from looplm_jax.checkpoints import DamagedStep, read_metadata, restore_params
 from looplm_jax.checkpoints.whole import read_records
 from looplm_jax.config import ModelConfig, Recipe
-from looplm_jax.convert.from_hf import load_hf, read_hf_config
-from looplm_jax.convert.weight_files import has_weights
+from looplm_jax.convert.from_hf import is_hf_folder, load_hf, read_hf_config
 from looplm_jax.data.tokenizers import Tokenizer, deserialize
 from looplm_jax.errors import UserError
 from looplm_jax.models.looplm import LoopLM, Params
@@ -50,7 +49,7 @@ def read_start(recipe: Recipe, model: LoopLM, mesh: Mesh) -> Start:
       UserError: no good checkpoint, a model of another shape, or no optimiser state that the first stage can use.
     """
     path = Path(recipe.start.checkpoint)
-    if has_weights(path) and not (path / "checkpoints").is_dir():
+    if is_hf_folder(path):
         return _from_hf_folder(recipe, mesh)
     return _from_checkpoint(recipe, model, mesh)
 
