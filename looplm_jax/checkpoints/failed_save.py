@@ -8,6 +8,7 @@ import gc
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,8 +31,10 @@ def echoes_unheard() -> Iterator[None]:
 
     sys.unraisablehook = hook
     try:
-        yield
-        gc.collect()  # a coroutine that was cut off speaks when it is freed
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+            yield
+            gc.collect()  # a coroutine that was cut off speaks when it is freed
     finally:
         sys.unraisablehook = previous
 
