@@ -48,11 +48,14 @@ def test_the_newest_committed_step_survives_every_kill(tmp_path):
     for _ in range(KILLS):
         with start(tmp_path / "run") as process:
             assert process.stdout.readline()
+            assert (
+                process.stdout.readline()
+            )  # a save begins when the one before is committed: one step a round at least
             time.sleep(chance.uniform(0, 0.5))
             process.kill()
         reached.append(newest(tmp_path / "run"))
     assert reached == sorted(reached)
-    assert reached[-1] > reached[0]  # by how much depends on the load of the machine
+    assert reached[-1] >= KILLS
 
 
 def test_a_disk_that_refuses_to_write_ends_in_one_line(tmp_path):

@@ -152,6 +152,5 @@ def test_a_second_interrupt_ends_a_run_at_once(recipe, tmp_path):
         time.sleep(0.3)
         assert run.stop(signal.SIGINT) < 10
         assert run.finish() == 128 + signal.SIGINT, run.said
-    # On a slow machine the first one may have had its way before the second one came.
-    assert run.said.splitlines()[-1].startswith(("looplm: interrupted", "looplm: stopped by SIGINT at step 0"))
+    assert run.said.splitlines()[-1] == "looplm: interrupted"
     assert "Traceback" not in run.said
