@@ -135,17 +135,21 @@ def _measure(bench: Bench, batch: int) -> list[Line]:
     policies: dict[str, ExitPolicy] = {"fixed T = 4": FixedLoops(loops=4)}
     policies |= {f"Q-exit, q = {q}": QExit(q=q) for q in (0.3, 0.5, 0.8)}
     engine = _engine(bench, batch)
-    _run(engine, bench, batch, FixedLoops(loops=4))
+    _run(engine, bench, FixedLoops(loops=4))
     compiled = _programs()
-    lines = [_engine_line(engine, bench, batch, name, policy) for name, policy in policies.items()]
+    lines = [_engine_line(engine, bench, name, policy) for name, policy in policies.items()]
     if _programs() != compiled:
         raise RuntimeError("a program was compiled after the warm-up")
     return lines + [_speculation_line(bench, batch, draft_loops) for draft_loops in (1, 2)]
 
 
 def _engine(bench: Bench, batch: int) -> Engine:
-    capacity = 1 << (_PROMPT + bench.tokens - 1).bit_length()
+    capacity = 1 << (_PROMPT + _ticks(bench)).bit_length()  # were each pass a token
     return Engine(bench.model, bench.params, config=EngineConfig(slots=batch, capacity=capacity, chunk=_PROMPT))
+
+
+def _ticks(bench: Bench) -> int:
+    return bench.tokens * bench.config.loops
 
 
 def _programs() -> list[int]:
@@ -156,36 +160,41 @@ def _prompts(bench: Bench, count: int) -> list[list[int]]:
     return np.random.default_rng(0).integers(0, bench.config.vocab_size, (count, _PROMPT)).tolist()
 
 
-def _run(engine: Engine, bench: Bench, batch: int, policy: ExitPolicy) -> tuple[float, float, float]:
-    """Seconds of decoding alone, tokens made in them, and their mean loops: two requests for each slot."""
+def _run(engine: Engine, bench: Bench, policy: ExitPolicy) -> tuple[float, int, int]:
+    """Seconds, tokens and loops of `bench.tokens` times T ticks with a request in every slot, none ending in them."""
+    slots, ticks = engine.config.slots, _ticks(bench)
+    room = engine.config.capacity - _PROMPT
     tickets = [
         engine.submit(request)
-        for request in engine.requests(_prompts(bench, 2 * batch), max_new_tokens=bench.tokens, policy=policy)
+        for request in engine.requests(_prompts(bench, slots), max_new_tokens=room, policy=policy)
     ]
-    seconds, tokens, before = 0.0, 0, engine.stats.tokens
-    while not all(ticket.done for ticket in tickets):
-        prompts = engine.stats.prompt_tokens
-        start = time.perf_counter()
+    read = engine.stats.prompt_tokens + slots * _PROMPT
+    while engine.stats.prompt_tokens < read:
         engine.step()
-        if engine.stats.prompt_tokens == prompts:  # a step that read no prompt
-            seconds += time.perf_counter() - start
-            tokens += engine.stats.tokens - before
-        before = engine.stats.tokens
-    loops = [loop for ticket in tickets for loop in ticket.result().exit_loops[1:]]
-    return seconds, tokens, statistics.mean(loops)
+    engine.step()  # what it gives out is of a tick with all slots
+    tokens, loops, start = engine.stats.tokens, engine.stats.loops, time.perf_counter()
+    for _ in range(ticks):
+        engine.step()
+    seconds = time.perf_counter() - start
+    if any(ticket.done for ticket in tickets) or engine.stats.loops - loops != ticks * slots:
+        raise RuntimeError("a slot was not at work")
+    tokens, loops = engine.stats.tokens - tokens, engine.stats.loops - loops
+    for ticket in tickets:
+        ticket.cancel()
+    while engine.step():
+        pass
+    return seconds, tokens, loops
 
 
-def _engine_line(engine: Engine, bench: Bench, batch: int, name: str, policy: ExitPolicy) -> Line:
-    seconds, tokens, mean_loops = _run(engine, bench, batch, policy)
-    rate = tokens / seconds
-    ticks_per_second = rate * mean_loops / batch
-    floor = _floor_seconds(bench, batch, engine.config.capacity, mean_loops)
+def _engine_line(engine: Engine, bench: Bench, name: str, policy: ExitPolicy) -> Line:
+    seconds, tokens, loops = _run(engine, bench, policy)
+    floor = _floor_seconds(bench, engine.config.slots, engine.config.capacity, loops / tokens)
     return Line(
         name=name,
-        batch=batch,
-        tokens_per_second=rate,
-        mean_loops=mean_loops,
-        floor_share=floor * ticks_per_second,
+        batch=engine.config.slots,
+        tokens_per_second=tokens / seconds,
+        mean_loops=loops / tokens,
+        floor_share=floor * _ticks(bench) / seconds,
     )
 
 
@@ -238,7 +247,7 @@ def _beside_the_twin(bench: Bench, pairs: int) -> float:
         return (time.perf_counter() - start) / (bench.tokens - 1)
 
     def decode_ours() -> float:
-        seconds, tokens, _ = _run(engine, bench, 1, FixedLoops(loops=loops))
+        seconds, tokens, _ = _run(engine, bench, FixedLoops(loops=loops))
         return seconds / tokens
 
     decode_twin(), decode_ours()

@@ -5,8 +5,8 @@
     for new in engine.stream("Once", max_new_tokens=64):
         print(new.text, end="")
 
-A step reads at most one chunk of one prompt and then runs one tick, so that a long prompt holds up nobody. What a tick
-gave is fetched while the next one runs.
+A step reads about a chunk's worth of prompts and then runs one tick, so that a long prompt holds up nobody and short
+ones do not wait for one another. What a tick gave is fetched while the next one runs.
 """
 
 import collections
@@ -155,7 +155,7 @@ class Engine:
         return ticket
 
     def step(self) -> bool:
-        """One chunk of a prompt and one tick, as far as there is work; False when there is none left."""
+        """About a chunk of prompts and one tick, as far as there is work; False when there is none left."""
         with self._lock:
             self._drop_cancelled()
             self._read()
@@ -204,22 +204,29 @@ class Engine:
         return request
 
     def _read(self) -> None:
-        """One chunk of the prompt that is being read, or of the next one in the queue, if there is a slot for it."""
-        if self._reading is None:
-            if None not in self._slots or not len(self._queue):
-                return
+        """Prompts, or parts of them, for free slots: until a chunk's worth of tokens was read, less than two at most."""
+        left = self.config.chunk
+        while left > 0 and (self._reading is not None or self._begin_reading()):
+            assert self._reading is not None
+            ticket, reading = self._reading
+            before = len(reading.left)
+            self._decoder.read_chunk(reading)
+            count = before - len(reading.left)
+            self.stats.prompt_tokens += count
+            left -= count
+            if reading.done:
+                self._reading = None
+                self._admit(ticket, reading)
+
+    def _begin_reading(self) -> bool:
+        """Take the next prompt from the queue; False if there is none, or no slot for it."""
+        while None in self._slots and len(self._queue):
             ticket = self._queue.pop()
-            if ticket.cancelled:
-                UnderWay(ticket, self._tokenizer).end(Finish.CANCELLED)
-                return
-            self._reading = ticket, self._decoder.read(ticket.request)
-        ticket, reading = self._reading
-        before = len(reading.left)
-        self._decoder.read_chunk(reading)
-        self.stats.prompt_tokens += before - len(reading.left)
-        if reading.done:
-            self._reading = None
-            self._admit(ticket, reading)
+            if not ticket.cancelled:
+                self._reading = ticket, self._decoder.read(ticket.request)
+                return True
+            UnderWay(ticket, self._tokenizer).end(Finish.CANCELLED)
+        return False
 
     def _admit(self, ticket: Ticket, reading: Reading) -> None:
         """A prompt that was read gets a slot."""
