@@ -249,6 +249,8 @@ class Stage:
     accumulation: int = _field("parts that a batch is cut into to save memory", 1)
     loops: int = _field("loops, T", 4)
     min_loops: int = _field("if not 0, each step draws its loops uniformly from min_loops..loops", 0)
+    rope_theta: float = _field("base of the rotary embedding from this stage on; 0: as before", 0.0)
+    sources: tuple[SourceConfig, ...] = _field("the mixture of this stage; empty: data.sources", ())
     beta: float = _field("weight of the exit distribution's entropy (Eq. 4)", 0.05)
     prior: PriorConfig = dataclasses.field(default_factory=PriorConfig)
     gate_target: GateTarget = _field("which gain trains the gate", GateTarget.AS_PRINTED)
@@ -275,6 +277,7 @@ class Stage:
         _require(
             0 <= self.min_loops <= self.loops, f"{where}.min_loops must be in 0..{self.loops}, not {self.min_loops}"
         )
+        _require(self.rope_theta >= 0, f"{where}.rope_theta must not be negative, not {self.rope_theta}")
         _require(self.beta >= 0, f"{where}.beta must not be negative, not {self.beta}")
         _require(self.learning_rate > 0, f"{where}.learning_rate must be positive, not {self.learning_rate}")
         _require(
@@ -369,6 +372,16 @@ class Recipe:
                 f"stages.{stage.name}.sequence_length={stage.sequence_length} is beyond "
                 f"model.max_positions={self.model.max_positions}",
             )
+
+    def model_of(self, stage: Stage) -> ModelConfig:
+        """The model as it is in a stage: with the rotary base that this stage, or one before it, has set."""
+        known = self.stages[: self.stages.index(stage) + 1]
+        bases = [self.model.rope_theta, *(earlier.rope_theta for earlier in known if earlier.rope_theta)]
+        return dataclasses.replace(self.model, rope_theta=bases[-1])
+
+    def data_of(self, stage: Stage) -> DataConfig:
+        """What a stage is trained on: the mixture of its own, or else that of the recipe."""
+        return dataclasses.replace(self.data, sources=stage.sources or self.data.sources)
 
     @property
     def total_steps(self) -> int:

@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from looplm_jax.checkpoints import read_metadata, restore_params
-from looplm_jax.codec import from_dict
 from looplm_jax.config import MeshConfig, Recipe
 from looplm_jax.convert.converted import converted_recipe
 from looplm_jax.convert.from_hf import is_hf_folder, load_hf
@@ -66,7 +65,7 @@ def load(
 
 def _load_checkpoint(path: str, step: int | None, mesh: Mesh, dtype: DTypeLike | None) -> Loaded:
     metadata = read_metadata(path, step)
-    recipe = from_dict(Recipe, metadata.config)
+    recipe = metadata.recipe()
     model = LoopLM(recipe.model, recipe.compute)
     check_divides(mesh, recipe.model)
     wanted = abstract(lambda: boxed_params(model, jax.random.key(0)), mesh)

@@ -11,6 +11,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from looplm_jax.checkpoints.errors import DamagedError
+from looplm_jax.codec import from_dict
+from looplm_jax.config import Recipe
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,16 @@ class Metadata:
     tokenizer_fingerprint: str
     data_state: dict[str, Any]
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def recipe(self) -> Recipe:
+        """The recipe of the run, its model as it was in the stage of this checkpoint; a converted one is of no stage.
+
+        Raises:
+          UserError: the configuration is not one of this version.
+        """
+        recipe = from_dict(Recipe, self.config)
+        stages = [stage for stage in recipe.stages if stage.name == self.extra.get("stage")]
+        return dataclasses.replace(recipe, model=recipe.model_of(stages[0])) if stages else recipe
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         print(json.dumps(codec.to_dict(recipe), indent=2))
         return 0
-    if not recipe.data.sources:
+    if not all(recipe.data_of(stage).sources for stage in recipe.stages):
         raise UserError("there is nothing to train on; say --data 'mine/*.jsonl' (.txt, .jsonl, .parquet, or a folder)")
     from looplm_jax.cli.training_session import run_training
 

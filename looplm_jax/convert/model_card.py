@@ -15,7 +15,6 @@ from etils import epath
 
 from looplm_jax.checkpoints import Restored
 from looplm_jax.checkpoints.reading import candidates
-from looplm_jax.codec import from_dict
 from looplm_jax.config import ModelConfig, Objective, Recipe, Stage
 from looplm_jax.models.looplm import count_params
 
@@ -78,7 +77,7 @@ def training_record(checkpoint: str, restored: Restored) -> TrainingRecord:
     run = steps.parent if steps.name == "checkpoints" else steps
     evaluations = [row for row in _metrics(run) if row.get("kind") == "evaluation" and row["step"] <= restored.step]
     return TrainingRecord(
-        recipe=from_dict(Recipe, restored.metadata.config),
+        recipe=restored.metadata.recipe(),
         step=restored.step,
         evaluation=evaluations[-1] if evaluations else None,
     )

@@ -13,8 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from looplm_jax.checkpoints import Restored, read_metadata, restore_params
-from looplm_jax.codec import from_dict
-from looplm_jax.config import Recipe
 from looplm_jax.convert.layout import Path as ArrayPath
 from looplm_jax.convert.layout import TorchTensor, array_shapes, flat_arrays, torch_layout
 from looplm_jax.convert.model_card import model_card, training_record
@@ -70,7 +68,7 @@ def convert_to_hf(
     if dtype not in (None, *_DTYPES):
         raise UserError(f"weights are written in {' or '.join(_DTYPES)}, not {dtype}")
     source = os.fspath(checkpoint)
-    model = from_dict(Recipe, read_metadata(source, step).config).model
+    model = read_metadata(source, step).recipe().model
     to_ouro_config(model, dtype="float32")  # refuses what it cannot express, before the weights are read
     with fresh_folder(out) as folder:
         restored = restore_params(source, array_shapes(model), step=step)
@@ -111,7 +109,7 @@ def _read(arrays: dict[ArrayPath, np.ndarray], dtype: np.dtype, tensor: TorchTen
 
 def _write_small_files(folder: Path, source: str, restored: Restored, dtype: str) -> None:
     metadata = restored.metadata
-    recipe = from_dict(Recipe, metadata.config)
+    recipe = metadata.recipe()
     tokenizer = deserialize(metadata.tokenizer_kind, metadata.tokenizer)
     special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     _write_json(folder / "config.json", {**to_ouro_config(recipe.model, dtype=dtype), **special})

@@ -90,7 +90,7 @@ def train(
         run = _Run(setup=setup, log=log, progress=progress, stop=stop, evaluate=evaluate)
         end = _train_stage(run, position)
         while end.stopped_by is None and position.stage + 1 < len(recipe.stages):
-            state = enter_stage(end.state, recipe, setup.model, position.stage + 1, setup.mesh)
+            state = enter_stage(end.state, recipe, setup.models[position.stage + 1], position.stage + 1, setup.mesh)
             position = Position(state=state, stage=position.stage + 1, data_state=None)
             end = _train_stage(run, position)
     skipped = int(end.state.guard.skipped)
@@ -105,8 +105,9 @@ def _train_stage(run: _Run, position: Position) -> _StageEnd:
     last = first + stage.steps
     state, done = position.state, int(position.state.step)
     key = jax.device_get(state.key)
-    held_out = _held_out(run, stage)
-    programs = StagePrograms(recipe, run.setup.model, stage, mesh, first_step=first)
+    held_out = _held_out(run, position.stage)
+    model = run.setup.models[position.stage]
+    programs = StagePrograms(recipe, model, stage, mesh, first_step=first)
     reporter = Reporter(recipe, stage, run.log, run.progress)
     with contextlib.closing(_open_batches(run.setup, position)) as batches:
         try:
@@ -114,7 +115,7 @@ def _train_stage(run: _Run, position: Position) -> _StageEnd:
                 # What is due comes before the next step, so that a run that was stopped in an evaluation makes it up.
                 if first < done and _is_due(done, recipe.evaluation.every, last):
                     reporter.flush()
-                    _evaluate(run, state, done, held_out)
+                    _evaluate(run, model, state, done, held_out)
                     reporter.restart_clock()
                 if first < done and _is_due(done, recipe.checkpoint.every, last):
                     reporter.flush()
@@ -140,7 +141,7 @@ def _open_batches(setup: Setup, position: Position) -> BatchIterator:
     """The stage's own stream of batches, at the place where the run stopped if it stopped inside this stage."""
     stage = setup.recipe.stages[position.stage]
     batches = data.train_batches(
-        setup.corpus,
+        setup.corpora[position.stage],
         setup.tokenizer,
         batch_size=stage.batch_size,
         sequence_length=stage.sequence_length,
@@ -153,12 +154,13 @@ def _open_batches(setup: Setup, position: Position) -> BatchIterator:
     return batches
 
 
-def _held_out(run: _Run, stage: Stage) -> ValidationBatches | None:
-    """What the stage is evaluated on, if anyone asked for it and anything is held out."""
+def _held_out(run: _Run, index: int) -> ValidationBatches | None:
+    """What a stage is evaluated on, if anyone asked for it and anything is held out."""
+    stage = run.setup.recipe.stages[index]
     if run.evaluate is None or run.setup.recipe.data.validation_fraction == 0:
         return None
     return data.validation_batches(
-        run.setup.corpus,
+        run.setup.corpora[index],
         run.setup.tokenizer,
         batch_size=stage.batch_size // stage.accumulation,
         sequence_length=stage.sequence_length,
@@ -168,11 +170,11 @@ def _held_out(run: _Run, stage: Stage) -> ValidationBatches | None:
     )
 
 
-def _evaluate(run: _Run, state: TrainState, step: int, held_out: ValidationBatches | None) -> None:
+def _evaluate(run: _Run, model: LoopLM, state: TrainState, step: int, held_out: ValidationBatches | None) -> None:
     evaluate = run.evaluate
     if evaluate is None or held_out is None or run.log.evaluated(step):
         return
-    values = run.stop.run(lambda: evaluate(run.setup.model, state.params, held_out))
+    values = run.stop.run(lambda: evaluate(model, state.params, held_out))
     run.log.write(EVALUATION, step, values)
 
 

@@ -1,7 +1,7 @@
 """From a recipe and a folder to everything that the first step needs: what the run is made of, and where it stands."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
@@ -9,9 +9,10 @@ from rich.console import Console
 
 from looplm_jax.checkpoints import CheckpointStore, Metadata, check_same_run, read_metadata
 from looplm_jax.codec import from_dict, to_dict
-from looplm_jax.config import Recipe
+from looplm_jax.config import DataConfig, Recipe
 from looplm_jax.data.corpus import Corpus, open_corpus
 from looplm_jax.data.tokenizers import Tokenizer, deserialize
+from looplm_jax.errors import UserError
 from looplm_jax.models.looplm import LoopLM
 from looplm_jax.sharding import check_batch, check_divides, make_mesh
 from looplm_jax.training.run_folder import RunFolder, claim_folder
@@ -39,8 +40,8 @@ class Setup:
     recipe: Recipe
     folder: RunFolder
     mesh: Mesh
-    model: LoopLM
-    corpus: Corpus
+    models: tuple[LoopLM, ...]  # of each stage
+    corpora: tuple[Corpus, ...]  # of each stage
     tokenizer: Tokenizer
     store: CheckpointStore
     position: Position
@@ -57,27 +58,49 @@ def prepare(recipe: Recipe, folder: RunFolder, console: Console) -> Setup:
     check_divides(mesh, recipe.model)
     for stage in recipe.stages:
         check_batch(mesh, stage.batch_size, stage.accumulation, f"stages.{stage.name}")
-    corpus = open_corpus(recipe.data)
-    model = LoopLM(recipe.model, recipe.compute)
+    corpora = _open_corpora(recipe)
+    models = tuple(LoopLM(recipe.model_of(stage), recipe.compute) for stage in recipe.stages)
     store = CheckpointStore(folder.checkpoints.absolute(), keep=recipe.checkpoint.keep)  # Orbax refuses others
     goes_on = bool(store.steps())
-    start = read_start(recipe, model, mesh) if recipe.start.checkpoint and not goes_on else None
+    start = read_start(recipe, models[0], mesh) if recipe.start.checkpoint and not goes_on else None
     claim_folder(folder, recipe)
-    tokenizer = run_tokenizer(recipe, corpus, folder, console, _inherited(recipe, folder, start))
+    tokenizer = run_tokenizer(recipe, corpora[0], folder, console, _inherited(recipe, folder, start))
     if goes_on:
-        position = _restore(recipe, folder, model, mesh, store, tokenizer, console)
+        position = _restore(recipe, folder, models[0], mesh, store, tokenizer, console)
     else:
-        position = Position(state=_first_state(recipe, model, mesh, start, console), stage=0, data_state=None)
+        position = Position(state=_first_state(recipe, models[0], mesh, start, console), stage=0, data_state=None)
     return Setup(
         recipe=recipe,
         folder=folder,
         mesh=mesh,
-        model=model,
-        corpus=corpus,
+        models=models,
+        corpora=corpora,
         tokenizer=tokenizer,
         store=store,
         position=position,
     )
+
+
+def _open_corpora(recipe: Recipe) -> tuple[Corpus, ...]:
+    """What each stage is trained on. A mixture that several stages share is opened, and read, once."""
+    opened: dict[DataConfig, Corpus] = {}
+    for data in map(recipe.data_of, recipe.stages):
+        if data not in opened:
+            opened[data] = open_corpus(data)
+    corpora = tuple(opened[recipe.data_of(stage)] for stage in recipe.stages)
+    _check_same_vocabulary(recipe, corpora)
+    return corpora
+
+
+def _check_same_vocabulary(recipe: Recipe, corpora: Sequence[Corpus]) -> None:
+    """Raises UserError where a task of one stage does not speak the language of another stage."""
+    owned = [None if corpus.own_tokenizer is None else corpus.own_tokenizer.fingerprint for corpus in corpora]
+    for stage, fingerprint in zip(recipe.stages, owned, strict=True):
+        if fingerprint != owned[0]:
+            raise UserError(
+                f"stages.{stage.name}.sources and those of {recipe.stages[0].name} have different vocabularies; "
+                "a run has one tokenizer from its first stage to its last"
+            )
 
 
 def _inherited(recipe: Recipe, folder: RunFolder, start: Start | None) -> Tokenizer | None:

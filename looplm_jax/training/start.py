@@ -96,7 +96,7 @@ def check_shape(origin: str, ours: ModelConfig, theirs: ModelConfig) -> None:
 def _from_checkpoint(recipe: Recipe, model: LoopLM, mesh: Mesh) -> Start:
     path = recipe.start.checkpoint
     metadata = read_metadata(path)
-    theirs = codec.from_dict(Recipe, metadata.config).model
+    theirs = metadata.recipe().model
     check_shape(path, recipe.model, theirs)
     wanted = abstract_state(recipe, model, recipe.stages[0], mesh)
     restored = restore_params(path, wanted.params, dtype=jnp.float32)
