@@ -212,6 +212,7 @@ class DataConfig:
     """Where tokens come from."""
 
     sources: tuple[SourceConfig, ...] = _field("the mixture", ())
+    root: str = _field("folder or URL in which the relative paths of sources lie; empty: where you are", "")
     tokenizer: str = _field("a SentencePiece .model or a tokenizer.json; empty: train one on the data", "")
     validation_fraction: float = _field("share of documents held out, chosen by a hash of their text", 0.02)
     seed: int = _field("seed of the order of documents", 0)

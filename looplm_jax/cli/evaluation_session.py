@@ -26,8 +26,8 @@ def run_evaluation(arguments: argparse.Namespace) -> int:
     loaded = load(arguments.checkpoint, step=arguments.step)
     for warning in loaded.warnings:
         print(f"looplm: {warning}", file=sys.stderr)
-    out = Path(arguments.out) if arguments.out else _default_out(arguments.checkpoint, loaded.step)
-    data = _data(loaded.recipe.data, arguments)
+    out = Path(arguments.out) if arguments.out else default_out(arguments.checkpoint, loaded.step)
+    data = _data(loaded.recipe.data_of(loaded.recipe.stages[-1]), arguments)
     batches = _batches(loaded, data, arguments.sequences or loaded.recipe.evaluation.sequences)
     evaluation = _measure(loaded, batches, arguments.max_loops)
     console = Console(highlight=False)
@@ -43,7 +43,8 @@ def run_evaluation(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _default_out(checkpoint: str, step: int) -> Path:
+def default_out(checkpoint: str, step: int) -> Path:
+    """The folder of a run's evaluations. Raises UserError for a checkpoint that is not on this disk."""
     if "://" in checkpoint:
         raise UserError(f"say with --out where to write the evaluation of {checkpoint}")
     path = Path(checkpoint)

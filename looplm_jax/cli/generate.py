@@ -25,12 +25,25 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--revise", action="store_true", help="show each token as it stands after every loop, and revise it"
     )
+    parser.add_argument(
+        "--draft-loops",
+        type=int,
+        metavar="S",
+        help="self-speculation: drafts by loop S, verified by the loops of --exit loops=T; the text is that of T",
+    )
+    parser.add_argument(
+        "--drafts", type=int, default=4, metavar="K", help="drafts before they are verified (default: 4)"
+    )
     parser.add_argument("--json", action="store_true", help="print a JSON object a prompt: text, tokens, exit loops")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Generate, and say what it took."""
     prompts = _prompts(arguments)
+    if arguments.draft_loops is not None:
+        from looplm_jax.cli.speculation_session import run_speculation
+
+        return run_speculation(prompts, arguments)
     from looplm_jax.cli.generation_session import run_generation
 
     return run_generation(prompts, arguments)

@@ -42,9 +42,9 @@ def run_generation(prompts: Sequence[str], arguments: argparse.Namespace) -> int
     tickets = [engine.submit(request) for request in requests]
     with interrupt_calls(lambda: _cancel(tickets)):
         for prompt, ticket, clock in zip(prompts, tickets, clocks, strict=True):
-            view = _view(arguments, loaded, prompt)
+            view = view_of(arguments, loaded, prompt)
             view.finish(_follow(engine, ticket, view), clock.rate)
-    status = _status([ticket.result() for ticket in tickets])
+    status = exit_status([ticket.result() for ticket in tickets])
     if status == 0 and not arguments.json:
         print(f"next: {_next_command(arguments, options['policy'], loaded)}")
     return status
@@ -52,10 +52,16 @@ def run_generation(prompts: Sequence[str], arguments: argparse.Namespace) -> int
 
 def _request(loaded: Loaded, prompt: str, count: int | None, **options: object) -> Request:
     prompt_ids = (loaded.tokenizer.bos_id, *loaded.tokenizer.encode(prompt))
-    if count is None:
-        room = loaded.model.config.max_positions - len(prompt_ids)
-        count = min(_NEW_TOKENS, room) if room > 0 else _NEW_TOKENS
+    count = new_tokens(loaded, len(prompt_ids), count)
     return Request(prompt_ids=prompt_ids, max_new_tokens=count, **options)  # type: ignore[arg-type]
+
+
+def new_tokens(loaded: Loaded, prompt_tokens: int, wanted: int | None) -> int:
+    """New tokens at most: as many as are wanted, or else what the positions leave of 128."""
+    if wanted is not None:
+        return wanted
+    room = loaded.model.config.max_positions - prompt_tokens
+    return min(_NEW_TOKENS, room) if room > 0 else _NEW_TOKENS
 
 
 def _window(loaded: Loaded, requests: Sequence[Request]) -> int:
@@ -79,7 +85,8 @@ def _follow(engine: Engine, ticket: Ticket, view: View) -> Result:
     return ticket.result()
 
 
-def _view(arguments: argparse.Namespace, loaded: Loaded, prompt: str) -> View:
+def view_of(arguments: argparse.Namespace, loaded: Loaded, prompt: str) -> View:
+    """Where the text that follows a prompt is shown."""
     if arguments.json:
         return JsonView(loaded.tokenizer, prompt)
     console = Console(highlight=False)
@@ -95,7 +102,7 @@ def _cancel(tickets: Sequence[Ticket]) -> None:
         ticket.cancel()
 
 
-def _status(results: Sequence[Result]) -> int:
+def exit_status(results: Sequence[Result]) -> int:
     """The exit status. Raises UserError where a request failed."""
     for result in results:
         if result.finish is Finish.FAILED:

@@ -13,7 +13,7 @@ from pathlib import Path
 from looplm_jax import codec
 from looplm_jax.config import DataConfig, OnBadRecord, Recipe, SourceConfig
 from looplm_jax.errors import UserError, suggest
-from looplm_jax.recipes import RECIPES, named_recipe
+from looplm_jax.recipes import RECIPES, Scale, named_recipe, scaled
 
 OVERRIDES = True
 
@@ -37,6 +37,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--on-bad-record",
         choices=[choice.value for choice in OnBadRecord],
         help="what a record that cannot be read does (default: stop)",
+    )
+    parser.add_argument(
+        "--scale",
+        choices=[scale.value for scale in Scale],
+        default=Scale.FULL.value,
+        help="tiny: every stage of the recipe in a few steps, at a thousandth of the size (default: full)",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the recipe as JSON and stop")
     parser.epilog = "fields of the recipe (with the values of text-small):\n" + _field_list()
@@ -64,7 +70,12 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
         recipe = read_recipe(Path(arguments.recipe))
     else:
         recipe = named_recipe(arguments.recipe)
+    recipe = scaled(recipe, Scale(arguments.scale))
     recipe = dataclasses.replace(recipe, data=_data(recipe.data, arguments))
+    if arguments.data:
+        recipe = dataclasses.replace(
+            recipe, stages=tuple(dataclasses.replace(stage, sources=()) for stage in recipe.stages)
+        )
     changes = codec.parse_flags(arguments.overrides)
     _refuse_unknown(recipe, changes, arguments.flags)
     return codec.override(recipe, changes)

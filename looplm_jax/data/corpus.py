@@ -157,8 +157,16 @@ def open_corpus(data: DataConfig) -> Corpus:
     return Corpus(config=data, texts=texts, tasks=tasks)
 
 
+def locate(root: str, path: str) -> str:
+    """A source's path as it is opened: below `root`, unless it is absolute or a URL."""
+    if not root or "://" in path or path.startswith(("/", "~")):
+        return path
+    return f"{root.rstrip('/')}/{path}"
+
+
 def _open_text(data: DataConfig, config: SourceConfig) -> TextPart:
-    source = open_files(config.path, text_key=config.text_key, on_bad_record=data.on_bad_record)
+    path = locate(data.root, config.path)
+    source = open_files(path, text_key=config.text_key, on_bad_record=data.on_bad_record)
     split = split_documents(source.keys, data.validation_fraction)
     if len(split.train) == 0:
         raise UserError(

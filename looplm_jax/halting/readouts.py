@@ -63,7 +63,7 @@ class RelativeHiddenDifference(_SmallChange):
 class KLDivergence(_SmallChange):
     """`KL(p_t || p_{t-1}) < threshold`, nats, between successive predictions (Huginn: 5e-4 to 1e-3)."""
 
-    needs = Needs.LOGITS
+    needs = Needs.PREVIOUS_LOGITS
 
     def change(self, signals: Signals) -> Float[Array, "*B"]:
         """The divergence."""
@@ -74,7 +74,7 @@ class KLDivergence(_SmallChange):
 class EntropyChange(_SmallChange):
     """`|H(p_t) - H(p_{t-1})| < threshold`, nats."""
 
-    needs = Needs.LOGITS
+    needs = Needs.PREVIOUS_LOGITS
 
     def change(self, signals: Signals) -> Float[Array, "*B"]:
         """By how much the entropy went up or down."""

@@ -5,15 +5,16 @@ import enum
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 
 class Needs(enum.Flag):
     """What a policy reads besides the number of the loop. `Needs(0)` is nothing."""
 
-    GATE = enum.auto()  # gate logits and log survival
-    HIDDEN = enum.auto()  # states of this loop and of the one before
-    LOGITS = enum.auto()  # predictions of this loop and of the one before
+    GATE = 1  # gate logits and log survival
+    HIDDEN = 2  # states of this loop and of the one before
+    LOGITS = 4  # predictions of this loop
+    PREVIOUS_LOGITS = 8 | LOGITS  # of the loop before, too: an array [B, V] that is kept between loops
 
 
 @flax.struct.dataclass
@@ -30,6 +31,7 @@ class Signals:
     previous_hidden: Float[Array, "*B D"] | None = None
     logits: Float[Array, "*B V"] | None = None  # float32
     previous_logits: Float[Array, "*B V"] | None = None
+    prediction: Int[Array, "*B"] | None = None  # the most probable token
     unchanged: Int[Array, "*B"] | None = None  # loops in a row, up to this one, that predict as the loop before did
 
     def memory(self) -> "LoopMemory":
@@ -38,7 +40,8 @@ class Signals:
             loop=self.loop,
             log_survival=self.log_survival,
             hidden=self.hidden,
-            logits=self.logits,
+            logits=None if self.previous_logits is None else self.logits,
+            prediction=self.prediction,
             unchanged=self.unchanged,
         )
 
@@ -51,6 +54,7 @@ class LoopMemory:
     log_survival: Float[Array, "*B"]
     hidden: Float[Array, "*B D"] | None
     logits: Float[Array, "*B V"] | None
+    prediction: Int[Array, "*B"] | None
     unchanged: Int[Array, "*B"] | None
 
     @classmethod
@@ -60,11 +64,13 @@ class LoopMemory:
         """Zeros: no loop is done. Of `[*B, D]` and `[*B, V]` only what is needed is kept."""
         rows = hidden.shape[:-1]
         predictions = logits if Needs.LOGITS in needs else None
+        compared = logits if Needs.PREVIOUS_LOGITS in needs else None
         return cls(
             loop=jnp.zeros(rows, jnp.int32),
             log_survival=jnp.zeros(rows, jnp.float32),
             hidden=jnp.zeros(hidden.shape, hidden.dtype) if Needs.HIDDEN in needs else None,
-            logits=None if predictions is None else jnp.zeros(predictions.shape, jnp.float32),
+            logits=None if compared is None else jnp.zeros(compared.shape, jnp.float32),
+            prediction=None if predictions is None else jnp.zeros(rows, jnp.int32),
             unchanged=None if predictions is None else jnp.zeros(rows, jnp.int32),
         )
 
@@ -74,13 +80,14 @@ class LoopMemory:
         hidden: Float[Array, "*B D"] | None = None,
         logits: Float[Array, "*B V"] | None = None,
     ) -> Signals:
-        """The signals of one more loop. States and predictions that this memory does not keep are left out."""
+        """The signals of one more loop. States and predictions that nobody needs, by this memory, are left out."""
         loop, gate_logits = self.loop + 1, gate_logits.astype(jnp.float32)
-        if self.logits is None or self.unchanged is None or logits is None:
-            logits, unchanged = None, None
+        if self.prediction is None or self.unchanged is None or logits is None:
+            logits, prediction, unchanged = None, None, None
         else:
             logits = logits.astype(jnp.float32)
-            unchanged = jnp.where(_same_prediction(logits, self.logits) & (loop > 1), self.unchanged + 1, 0)
+            prediction = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+            unchanged = jnp.where((prediction == self.prediction) & (loop > 1), self.unchanged + 1, 0)
         return Signals(
             loop=loop,
             gate_logits=gate_logits,
@@ -89,9 +96,6 @@ class LoopMemory:
             previous_hidden=self.hidden,
             logits=logits,
             previous_logits=self.logits,
+            prediction=prediction,
             unchanged=unchanged,
         )
-
-
-def _same_prediction(logits: Float[Array, "*B V"], previous: Float[Array, "*B V"]) -> Bool[Array, "*B"]:
-    return jnp.argmax(logits, axis=-1) == jnp.argmax(previous, axis=-1)

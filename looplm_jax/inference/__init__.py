@@ -4,6 +4,7 @@ from looplm_jax.inference.conversation import Conversation
 from looplm_jax.inference.decoder import EngineConfig
 from looplm_jax.inference.engine import Engine, EngineStats
 from looplm_jax.inference.generate import generate
+from looplm_jax.inference.kept_cache import KeptCache, Turn
 from looplm_jax.inference.kv_cache import CacheStrategy, bytes_per_token
 from looplm_jax.inference.replay import replay, replay_log_probs
 from looplm_jax.inference.requests import NewToken, Request, Result
@@ -19,6 +20,7 @@ __all__ = [
     "EngineConfig",
     "EngineStats",
     "Finish",
+    "KeptCache",
     "NewToken",
     "Request",
     "Reroute",
@@ -27,6 +29,7 @@ __all__ = [
     "Screening",
     "SpeculativeResult",
     "Ticket",
+    "Turn",
     "bytes_per_token",
     "generate",
     "replay",

@@ -15,7 +15,7 @@ from looplm_jax.data.chat import ASSISTANT, Message, tokens_and_mask
 from looplm_jax.data.tokenizers import Tokenizer
 from looplm_jax.errors import UserError
 from looplm_jax.inference.engine import Engine
-from looplm_jax.inference.kv_cache import Cache
+from looplm_jax.inference.kept_cache import KeptCache
 from looplm_jax.inference.requests import NewToken, Request, Result
 from looplm_jax.inference.stopping import Finish
 from looplm_jax.inference.ticket import Ticket
@@ -51,7 +51,7 @@ class Conversation:
         """Forget everything but the system's message."""
         self._messages = list(self._system)
         self._result: Result | None = None
-        self._past: Cache | None = None
+        self._past: KeptCache | None = None
         self._read = 0  # tokens in the cache
         self._unread = self._tokens(self._system)
 
@@ -61,7 +61,7 @@ class Conversation:
         Args:
           text: what the user says.
           max_new_tokens: at most so many, and never more than the window leaves; None: all that it leaves.
-          **options: further fields of `Request`. A repetition penalty looks at this turn alone.
+          **options: further fields of `Request`. A repetition penalty looks at all turns.
 
         Raises:
           UserError: no room left in the engine's window, or a request that cannot be served or fails. The conversation

@@ -1,20 +1,19 @@
 """What the engine keeps on the devices: parameters, slots, and the programs that change them."""
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from jaxtyping import PyTree
 
 from looplm_jax.errors import UserError
 from looplm_jax.halting import ExitPolicy, FixedLoops
 from looplm_jax.halting.policy_table import PolicyTable
 from looplm_jax.inference.kv_cache import Cache, CacheStrategy, bucket
+from looplm_jax.inference.placing import on_mesh, placed
 from looplm_jax.inference.prefill import LastToken, admit, empty_row, extract_row, prefill_chunk, widen_row
 from looplm_jax.inference.requests import Request
 from looplm_jax.inference.sampling import SamplingTable
@@ -31,7 +30,6 @@ from looplm_jax.inference.slots import (
 from looplm_jax.inference.tick import Ticked, run_ticks
 from looplm_jax.models.blocks import unroll_layers
 from looplm_jax.models.looplm import LoopLM, Params, compute_dtype
-from looplm_jax.sharding import use_mesh
 
 _LONGEST_ROW = 1 << 24
 
@@ -45,7 +43,7 @@ class EngineConfig:
     loops: int | None = None  # the most loops of a token; None: those the model is meant for
     cache: CacheStrategy = CacheStrategy.FULL
     cache_dtype: DTypeLike | None = None  # None: the dtype of the matrix products
-    chunk: int = 256  # tokens of a prompt that are read between two ticks
+    chunk: int = 256  # tokens of prompts that are read between two ticks, about
     ticks: int = 1  # passes of the stack between two looks at what came of them
     queue: int = 1024  # requests that may wait
     previews: bool = False  # whether every loop's likeliest token is wanted
@@ -93,15 +91,15 @@ class Decoder:
 
     def read(self, request: Request) -> Reading:
         """Begin with a prompt; call `read_chunk` until it is done."""
-        before = 0 if request.past is None else int(request.past.lengths[0])
+        before = 0 if request.past is None else len(request.past)
         chunk = self.config.chunk
         whole, rest = divmod(len(request.prompt_ids), chunk)
         capacity = bucket(before + whole * chunk + (bucket(rest, chunk) if rest else 0), _LONGEST_ROW)
-        with self._on_mesh():
+        with on_mesh(self._mesh):
             if request.past is None:
                 row = self._empty_row(capacity)
             else:
-                row = widen_row(request.past, capacity=max(capacity, request.past.capacity))
+                row = widen_row(request.past.row, capacity=max(capacity, request.past.row.capacity))
         return Reading(request=request, row=row, left=request.prompt_ids)
 
     def read_chunk(self, reading: Reading) -> None:
@@ -109,7 +107,7 @@ class Decoder:
         size = min(len(reading.left), self.config.chunk)
         tokens = np.full(bucket(size, self.config.chunk), reading.left[size - 1], np.int32)
         tokens[:size] = reading.left[:size]
-        with self._on_mesh():
+        with on_mesh(self._mesh):
             reading.row, reading.last = prefill_chunk(self.model, self._params, reading.row, tokens, np.int32(size))
         reading.left = reading.left[size:]
 
@@ -125,9 +123,9 @@ class Decoder:
         seen = None
         if self._remembers:
             seen = np.zeros(self.model.config.vocab_size, bool)
-            seen[list(request.prompt_ids)] = True
+            seen[[*request.prompt_ids, *(request.past.tokens if request.past else ())]] = True
         settings = self._settings(request)
-        with self._on_mesh():
+        with on_mesh(self._mesh):
             self._slots, first = admit(
                 self.model, self._params, self._slots, reading.row, reading.last, np.int32(slot), settings, seen
             )
@@ -136,7 +134,7 @@ class Decoder:
     def tick(self) -> Ticked:
         """`config.ticks` passes of the stack; what each gave, with a leading axis of ticks and one of slots."""
         config = self.config
-        with self._on_mesh():
+        with on_mesh(self._mesh):
             self._slots, ticked = run_ticks(
                 self.model, self._params, self._slots, loops=self.loops, ticks=config.ticks, previews=config.previews
             )
@@ -199,19 +197,7 @@ class Decoder:
                 policies=PolicyTable.empty(config.slots),
             )
 
-        return self._placed(make)
+        return placed(make, self._mesh)
 
     def _empty_row(self, capacity: int) -> Cache:
-        return self._placed(lambda: empty_row(self.model, capacity=capacity, loops=self.loops, dtype=self._dtype))
-
-    def _on_mesh(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self._mesh is None else use_mesh(self._mesh)
-
-    def _placed(self, make: Callable[[], PyTree]) -> PyTree:
-        """Arrays where they belong: on a mesh, keys and values are spread over their heads."""
-        if self._mesh is None:
-            return make()
-        heads = NamedSharding(self._mesh, PartitionSpec(None, None, None, None, "tensor", None))
-        whole = NamedSharding(self._mesh, PartitionSpec())
-        placed = jax.tree.map(lambda leaf: heads if leaf.ndim == 6 else whole, jax.eval_shape(make))
-        return jax.jit(make, out_shardings=placed)()
+        return placed(lambda: empty_row(self.model, capacity=capacity, loops=self.loops, dtype=self._dtype), self._mesh)

@@ -149,6 +149,8 @@ class Engine:
             if self._stopped:
                 raise UserError(self._stopped)
             if self._queue.full:
+                self._drop_cancelled()
+            if self._queue.full:
                 raise UserError(f"{self.config.queue} requests are waiting; try again when some are answered")
             self._queue.push(request.client, ticket)
             self._work.notify()
@@ -204,7 +206,7 @@ class Engine:
         return request
 
     def _read(self) -> None:
-        """Prompts, or parts of them, for free slots: until a chunk's worth of tokens was read, less than two at most."""
+        """Prompts, or parts of them, for free slots, until a chunk's worth of tokens was read."""
         left = self.config.chunk
         while left > 0 and (self._reading is not None or self._begin_reading()):
             assert self._reading is not None
@@ -285,6 +287,8 @@ class Engine:
         owner.end(finish, lambda tokens: self._decoder.keep(slot, tokens), error)
 
     def _drop_cancelled(self) -> None:
+        for ticket in self._queue.remove(lambda ticket: ticket.cancelled):
+            UnderWay(ticket, self._tokenizer).end(Finish.CANCELLED)
         for slot, owner in enumerate(self._slots):
             if owner is not None and owner.ticket.cancelled:
                 self._end(slot, owner, Finish.CANCELLED)

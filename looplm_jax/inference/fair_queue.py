@@ -1,6 +1,7 @@
 """A bounded queue whose clients take turns: one that asks for much does not keep the others waiting."""
 
 import collections
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -39,3 +40,16 @@ class FairQueue(Generic[T]):
         if items:
             self._waiting[client] = items  # behind the others
         return item
+
+    def remove(self, unwanted: Callable[[T], bool]) -> list[T]:
+        """Take out all items of a kind, wherever they stand; the others keep their order."""
+        waiting, removed = self._waiting, list[T]()
+        self._waiting = collections.OrderedDict()
+        for client, items in waiting.items():
+            kept = collections.deque[T]()
+            for item in items:
+                (removed if unwanted(item) else kept).append(item)
+            if kept:
+                self._waiting[client] = kept
+        self._size -= len(removed)
+        return removed

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from looplm_jax.halting.first_exit import exit_loops
 from looplm_jax.inference.kv_cache import Cache, CacheStrategy, PastView, empty_cache, share, unshare
+from looplm_jax.inference.placing import settled
 from looplm_jax.inference.slots import Settings, Slots, fresh_memory
 from looplm_jax.inference.tick import Ticked, bound, choose, logits_of, receive
 from looplm_jax.models.blocks import KeyValues
@@ -63,7 +64,11 @@ def prefill_chunk(
 
     start = apply(embedded, method="initial_state")
     _, (last, core, coda) = jax.lax.scan(loop, start, jnp.arange(row.depth))
-    return _append(row, ModelCache(core=core, prelude=prelude, coda=coda), count), last
+    # Of a prompt that fails nothing is wanted. That the write waits for all loops, and so for all that was read of the
+    # prelude, is what lets XLA update it in place.
+    sound = jnp.isfinite(last.hidden).all()
+    prelude = jax.tree.map(lambda x: jnp.where(sound, x, 0), prelude)
+    return settled((_append(row, ModelCache(core=core, prelude=prelude, coda=coda), count), last))
 
 
 def _append(row: Cache, own: ModelCache, count: Int[Array, ""]) -> Cache:
@@ -131,7 +136,7 @@ def admit(
         slots.replace(cache=None),
         one.replace(cache=None),
     )
-    return rest.replace(cache=cache), jax.tree.map(lambda x: x[0], first)
+    return settled((rest.replace(cache=cache), jax.tree.map(lambda x: x[0], first)))
 
 
 def _insert(cache: Cache, row: Cache, slot: Int[Array, ""]) -> Cache:

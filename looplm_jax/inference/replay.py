@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from looplm_jax.config import Remat
 from looplm_jax.inference.kv_cache import Cache, CacheStrategy, empty_cache, share
 from looplm_jax.inference.requests import Result
-from looplm_jax.inference.rollouts import Rollouts
+from looplm_jax.inference.rollouts import Rollouts, Turns
 from looplm_jax.inference.tick import bound
 from looplm_jax.losses.cross_entropy import token_losses
 from looplm_jax.models.blocks import Context, make_context
@@ -38,7 +38,7 @@ def replay(
     Args:
       model: the network.
       params: its parameters.
-      result: of a request that did not go on from a kept cache.
+      result: of any request; what it went on from is replayed before it.
       strategy: the cache of the engine it comes from.
       loops: the loops of that engine; default: those the model is meant for.
 
@@ -114,27 +114,63 @@ def states_in_turn(
     model: LoopLM, params: Params, rollouts: Rollouts, *, strategy: CacheStrategy, loops: int
 ) -> Float[Array, "B N D"]:
     """The state that each new token was chosen from, with any cache: prompts in parallel, then token after token."""
-    output, planes = bound(model, params)(rollouts.prompts, loops=loops, method="prefill")
-    exits, rows = rollouts.exit_loops, jnp.arange(rollouts.lengths.size)
-    first = output.hidden[exits[:, 0] - 1, rows, rollouts.prompt_lengths - 1]
-    cache = share(_full_cache(planes, rollouts), strategy)
-    rest = _decode(model, loops, params, cache, rollouts.tokens[:, :-1].T, exits[:, 1:].T)
+    new, exits, rows = rollouts.tokens.shape[1], rollouts.exit_loops, jnp.arange(rollouts.lengths.size)
+    cache = empty_cache(
+        model.config,
+        strategy,
+        rows=rows.size,
+        capacity=rollouts.size + max(new, 0 if rollouts.history is None else rollouts.history.tokens.shape[2]),
+        loops=loops,
+        dtype=compute_dtype(model.compute),
+    )
+
+    def turn(cache: Cache, turn: Turns) -> tuple[Cache, None]:
+        cache, _ = _read_prompts(model, loops, params, cache, turn.prompts, turn.prompt_lengths)
+        planes, _ = _decode(model, loops, params, cache, turn.tokens.T, turn.depths.T)
+        return dataclasses.replace(cache, planes=planes, lengths=cache.lengths + turn.lengths), None
+
+    if rollouts.history is not None:
+        cache, _ = jax.lax.scan(turn, cache, rollouts.history)
+    cache, hidden = _read_prompts(model, loops, params, cache, rollouts.prompts, rollouts.prompt_lengths)
+    first = hidden[exits[:, 0] - 1, rows]
+    _, rest = _decode(model, loops, params, cache, rollouts.tokens[:, :-1].T, exits[:, 1:].T)
     return jnp.concatenate([first[:, None], jnp.swapaxes(rest, 0, 1)], axis=1)
 
 
-def _full_cache(planes: ModelCache, rollouts: Rollouts) -> Cache:
-    """Keys and values of the prompts, with room for the new tokens."""
+def _read_prompts(
+    model: LoopLM, loops: int, params: Params, cache: Cache, prompts: Int[Array, "B P"], lengths: Int[Array, "B"]
+) -> tuple[Cache, Float[Array, "T B D"]]:
+    """The cache with a prompt more in each row, and what every loop says of the last token of each.
 
-    def laid_out(stacked: Float[Array, "T L B P K Dh"]) -> Float[Array, "L T B C K Dh"]:
-        room = [(0, rollouts.tokens.shape[1]) if axis == 3 else (0, 0) for axis in range(6)]
-        return jnp.pad(jnp.swapaxes(stacked, 0, 1), room)
+    The tokens of a prompt see all loops of one another, and of what was before them what the cache keeps.
+    """
+    apply, dtype, rows = bound(model, params), compute_dtype(model.compute), jnp.arange(cache.rows)
+    context = cache.context(model.config, prompts.shape[1])
+    embedded, prelude = apply(prompts, context, cache.past_prelude(dtype), True, method="embed")
 
-    prelude = jax.tree.map(lambda x: x[None], planes.prelude)
-    return Cache(
-        planes=jax.tree.map(laid_out, dataclasses.replace(planes, prelude=prelude)),
-        lengths=jnp.asarray(rollouts.prompt_lengths),
-        strategy=CacheStrategy.FULL,
+    def loop(state: Float[Array, "B P D"], done: Int[Array, ""]) -> tuple[Array, PyTree]:
+        planes = jnp.broadcast_to(done, rows.shape)
+        past = cache.past(cache.planes.core, planes, dtype), cache.past(cache.planes.coda, planes, dtype)
+        output, core, coda = apply(state, embedded, context, *past, True, method="loop_step")
+        return output.state, (output.hidden[rows, lengths - 1], core, coda)
+
+    if model.compute.remat is Remat.LOOP:
+        loop = jax.checkpoint(loop, prevent_cse=False)
+    start = apply(embedded, method="initial_state")
+    _, (hidden, *own) = jax.lax.scan(loop, start, jnp.arange(loops))
+    core, coda = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), own)
+    planes = ModelCache(core=core, prelude=jax.tree.map(lambda x: x[:, None], prelude), coda=coda)
+    kept = share(Cache(planes=planes, lengths=lengths, strategy=CacheStrategy.FULL), cache.strategy)
+    return _append(cache, kept), hidden
+
+
+def _append(cache: Cache, new: Cache) -> Cache:
+    """Each row with those of `new` behind it."""
+    rows, places = jnp.arange(cache.rows)[:, None], cache.lengths[:, None] + jnp.arange(new.capacity)
+    planes = jax.tree.map(
+        lambda whole, own: whole.at[:, :, rows, places].set(own, mode="drop"), cache.planes, new.planes
     )
+    return dataclasses.replace(cache, planes=planes, lengths=cache.lengths + new.lengths)
 
 
 # The plain derivative of a scan would save the cache of every step. One is enough: a position never changes once it is
@@ -144,15 +180,15 @@ def _full_cache(planes: ModelCache, rollouts: Rollouts) -> Cache:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _decode(
     model: LoopLM, loops: int, params: Params, cache: Cache, tokens: Int[Array, "N B"], exits: Int[Array, "N B"]
-) -> Float[Array, "N B D"]:
-    """States that tokens leave with, each after the one before it is in the cache."""
-    hidden, _ = _decode_forward(model, loops, params, cache, tokens, exits)
-    return hidden
+) -> tuple[ModelCache, Float[Array, "N B D"]]:
+    """The cache's planes with N tokens more, and the states that these leave with, one after the other."""
+    result, _ = _decode_forward(model, loops, params, cache, tokens, exits)
+    return result
 
 
 def _decode_forward(
     model: LoopLM, loops: int, params: Params, cache: Cache, tokens: Int[Array, "N B"], exits: Int[Array, "N B"]
-) -> tuple[Float[Array, "N B D"], PyTree]:
+) -> tuple[tuple[ModelCache, Float[Array, "N B D"]], PyTree]:
     def one(cache: Cache, token: tuple[Array, Array]) -> tuple[Cache, Array]:
         own, hidden = _run_token(model, loops, params, cache, *token)
         rows = jnp.arange(cache.rows)
@@ -162,12 +198,15 @@ def _decode_forward(
         return dataclasses.replace(cache, planes=planes, lengths=cache.lengths + 1), hidden
 
     cache, hidden = jax.lax.scan(one, cache, (tokens, exits))
-    return hidden, (params, cache, tokens, exits)
+    return (cache.planes, hidden), (params, cache, tokens, exits)
 
 
-def _decode_backward(model: LoopLM, loops: int, residuals: PyTree, d_hidden: Float[Array, "N B D"]) -> tuple[Any, ...]:
+def _decode_backward(
+    model: LoopLM, loops: int, residuals: PyTree, cotangents: tuple[ModelCache, Float[Array, "N B D"]]
+) -> tuple[Any, ...]:
     """Tokens in reverse: what the later ones ask of a token's keys and values is complete when its turn comes."""
     params, last, tokens, exits = residuals
+    d_planes, d_hidden = cotangents
     rows = jnp.arange(last.rows)
 
     def one(carry: PyTree, token: PyTree) -> tuple[PyTree, None]:
@@ -185,8 +224,8 @@ def _decode_backward(model: LoopLM, loops: int, residuals: PyTree, d_hidden: Flo
         sums = jax.tree.map(jnp.add, (d_params, d_planes), pull((d_own, d_state)))
         return (*sums, lengths), None
 
-    zeros = jax.tree.map(jnp.zeros_like, (params, last.planes))
-    (d_params, d_planes, _), _ = jax.lax.scan(one, (*zeros, last.lengths), (tokens, exits, d_hidden), reverse=True)
+    carry = (jax.tree.map(jnp.zeros_like, params), d_planes, last.lengths)
+    (d_params, d_planes, _), _ = jax.lax.scan(one, carry, (tokens, exits, d_hidden), reverse=True)
     return d_params, dataclasses.replace(last, planes=d_planes, lengths=None), None, None
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from looplm_jax.errors import UserError
 from looplm_jax.halting import ExitPolicy
-from looplm_jax.inference.kv_cache import Cache
+from looplm_jax.inference.kept_cache import KeptCache, Turn
 from looplm_jax.inference.sampling import Sampling
 from looplm_jax.inference.stopping import Finish, StopConditions
 
@@ -42,7 +42,7 @@ class Request:
     milliseconds_per_token: float = math.inf  # budget: loops are given up to keep to it
     client: str = ""  # clients take turns in the queue
     keep_cache: bool = False
-    past: Cache | None = None
+    past: KeptCache | None = None
     on_token: Callable[[NewToken], None] | None = None
 
     def __post_init__(self) -> None:
@@ -76,7 +76,8 @@ class Result:
     text: str
     finish: Finish
     error: str = ""
-    cache: Cache | None = dataclasses.field(default=None, repr=False)  # if kept; holds all tokens but the last
+    history: tuple[Turn, ...] = ()  # what the request went on from
+    cache: KeptCache | None = dataclasses.field(default=None, repr=False)  # if kept; holds all tokens but the last
 
     @property
     def mean_loops(self) -> float:

@@ -1,15 +1,54 @@
 """Generated tokens of several requests as one batch of arrays: what a replay needs of them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from looplm_jax.errors import UserError
+from looplm_jax.inference.kept_cache import Turn
 from looplm_jax.inference.kv_cache import bucket
 from looplm_jax.inference.requests import Result
+
+_NO_TURN = Turn(prompt_ids=(), tokens=(), depths=())
+
+
+@flax.struct.dataclass
+class Turns:
+    """H turns of each row (see `Turn`), oldest first, padded on the right.
+
+    A row that has had fewer begins with turns of no tokens. What stands in the padding has no influence.
+    """
+
+    prompts: Int[Array, "H B P"]
+    prompt_lengths: Int[Array, "H B"]
+    tokens: Int[Array, "H B N"]
+    depths: Int[Array, "H B N"]
+    lengths: Int[Array, "H B"]
+
+    @classmethod
+    def of(cls, histories: Sequence[Sequence[Turn]], longest: int) -> "Turns":
+        """The turns of each row, padded to sizes of which there are few."""
+        most = max(map(len, histories))
+        turns = [[*[_NO_TURN] * (most - len(history)), *history] for history in histories]
+
+        def stacked(pick: Callable[[Turn], Sequence[int]]) -> tuple[Int[Array, "H B N"], Int[Array, "H B"]]:
+            rows = [pick(own[number]) for number in range(most) for own in turns]
+            padded = _padded(rows, 1, longest)
+            return padded.reshape(most, len(turns), -1), _lengths(rows).reshape(most, len(turns))
+
+        prompts, prompt_lengths = stacked(lambda turn: turn.prompt_ids)
+        tokens, lengths = stacked(lambda turn: turn.tokens)
+        depths, _ = stacked(lambda turn: turn.depths)
+        return cls(prompts=prompts, prompt_lengths=prompt_lengths, tokens=tokens, depths=depths, lengths=lengths)
+
+    @property
+    def total(self) -> Int[Array, "B"]:
+        """Tokens of all turns of each row."""
+        return jnp.sum(self.prompt_lengths + self.lengths, axis=0)
 
 
 @flax.struct.dataclass
@@ -24,13 +63,15 @@ class Rollouts:
     tokens: Int[Array, "B N"]
     exit_loops: Int[Array, "B N"]
     lengths: Int[Array, "B"]  # new tokens
+    history: Turns | None = None  # what the prompts go on from
+    room: int | None = flax.struct.field(pytree_node=False, default=None)  # tokens of the longest row, if less than all
 
     @classmethod
     def of(cls, results: Sequence[Result], *, loops: int, longest: int) -> "Rollouts":
-        """The tokens of results, padded to sizes of which there are few.
+        """The tokens of results, and of what these went on from, padded to sizes of which there are few.
 
         Args:
-          results: at least one; none of them goes on from a kept cache, whose tokens a result does not have.
+          results: at least one.
           loops: the most loops of a token in the engine that they come from.
           longest: positions of the model.
 
@@ -39,17 +80,19 @@ class Rollouts:
         """
         if not results:
             raise UserError("there is nothing to replay; give at least one result")
-        most = max((loop for result in results for loop in result.exit_loops), default=1)
-        if most > loops:
-            raise UserError(f"a token was chosen at loop {most}, beyond loops={loops}; use the loops of its engine")
+        _check_loops(results, loops)
         prompts = [result.prompt_ids for result in results]
         tokens = [result.tokens for result in results]
+        histories = [result.history for result in results]
+        totals = [sum(map(len, own.history)) + len(own.prompt_ids) + len(own.tokens) for own in results]
         return cls(
             prompts=_padded(prompts, 0, longest),
             prompt_lengths=_lengths(prompts),
             tokens=_padded(tokens, 0, longest),
             exit_loops=_padded([result.exit_loops for result in results], 1, longest),
             lengths=_lengths(tokens),
+            history=Turns.of(histories, longest) if any(histories) else None,
+            room=bucket(max(totals), longest),
         )
 
     @property
@@ -58,27 +101,59 @@ class Rollouts:
         return jnp.arange(self.tokens.shape[1]) < self.lengths[:, None]
 
     @property
+    def size(self) -> int:
+        """Positions that hold any row whole, S."""
+        together = self.prompts.shape[1] + self.tokens.shape[1]
+        if self.history is not None:
+            turns, _, of_prompt = self.history.prompts.shape
+            together += turns * (of_prompt + self.history.tokens.shape[2])
+        return together if self.room is None else min(self.room, together)
+
+    @property
     def read_positions(self) -> Int[Array, "B N"]:
         """The position whose state each new token was chosen from: that of the token before it."""
-        return self.prompt_lengths[:, None] - 1 + jnp.arange(self.tokens.shape[1])
+        before = self.prompt_lengths if self.history is None else self.prompt_lengths + self.history.total
+        return jnp.minimum(before[:, None] - 1 + jnp.arange(self.tokens.shape[1]), self.size - 1)
 
     def joined(self) -> Int[Array, "B S"]:
-        """Each prompt with its new tokens behind it, for S = P + N."""
-        number = self._number()
-        prompts = jnp.pad(self.prompts, ((0, 0), (0, self.tokens.shape[1])))
-        return jnp.where(number < 0, prompts, self._new(self.tokens, number))
+        """Each prompt with its new tokens behind it, and its history before it."""
+        return self._joined(lambda turns: (turns.prompts, turns.tokens))
 
     def depths(self, loops: int) -> Int[Array, "B S"]:
         """The loops that each token of `joined` ran itself: a prompt all of them, a new token until the next left."""
-        number = self._number()
-        return jnp.where(number < 0, jnp.int32(loops), self._new(self.exit_loops, number + 1))
+        return self._joined(lambda turns: (jnp.full_like(turns.prompts, loops), turns.depths))
 
-    def _number(self) -> Int[Array, "B S"]:
-        """Which new token stands at each position; negative in the prompt."""
-        return jnp.arange(self.prompts.shape[1] + self.tokens.shape[1]) - self.prompt_lengths[:, None]
+    def _joined(self, values: Callable[[Turns], tuple[Array, Array]]) -> Int[Array, "B S"]:
+        """Values of prompts and tokens in their order, without the padding between them."""
+        turns = [self._last_turn()] if self.history is None else [self.history, self._last_turn()]
+        joined = jnp.concatenate([_in_order(*values(own)) for own in turns], axis=1)
+        padding = jnp.concatenate([_in_order(*_padding(own)) for own in turns], axis=1)
+        order = jnp.argsort(padding, axis=1, stable=True)
+        return jnp.take_along_axis(joined, order[:, : self.size], axis=1)
 
-    def _new(self, values: Int[Array, "B N"], number: Int[Array, "B S"]) -> Int[Array, "B S"]:
-        return jnp.take_along_axis(values, jnp.clip(number, 0, values.shape[1] - 1), axis=1)
+    def _last_turn(self) -> Turns:
+        """Prompts and new tokens. Nobody looks at the last token's depth, which nothing tells."""
+        depths = jnp.roll(self.exit_loops, -1, axis=1)
+        turn = Turns(self.prompts, self.prompt_lengths, self.tokens, depths, self.lengths)
+        return jax.tree.map(lambda x: x[None], turn)
+
+
+def _in_order(of_prompts: Int[Array, "H B P"], of_tokens: Int[Array, "H B N"]) -> Int[Array, "B H*(P+N)"]:
+    turns = jnp.concatenate([of_prompts, of_tokens], axis=2)
+    return jnp.swapaxes(turns, 0, 1).reshape(turns.shape[1], -1)
+
+
+def _padding(turns: Turns) -> tuple[Bool[Array, "H B P"], Bool[Array, "H B N"]]:
+    prompts = jnp.arange(turns.prompts.shape[2]) >= turns.prompt_lengths[..., None]
+    return prompts, jnp.arange(turns.tokens.shape[2]) >= turns.lengths[..., None]
+
+
+def _check_loops(results: Sequence[Result], loops: int) -> None:
+    turns = [turn for result in results for turn in result.history]
+    exits = [*(result.exit_loops for result in results), *(turn.depths for turn in turns)]
+    most = max((max(own, default=1) for own in exits), default=1)
+    if most > loops:
+        raise UserError(f"a token was chosen at loop {most}, beyond loops={loops}; use the loops of its engine")
 
 
 def _padded(rows: Sequence[Sequence[int]], filler: int, longest: int) -> Int[Array, "B N"]:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from looplm_jax.halting.signals import Needs
+from looplm_jax.inference.placing import settled
 from looplm_jax.inference.sampling import Choice, sample_rows
 from looplm_jax.inference.slots import Slots
 from looplm_jax.models.blocks import Context, KeyValues
@@ -94,7 +95,7 @@ def tick(model: LoopLM, params: Params, slots: Slots, *, loops: int, previews: b
         memory=memory,
         spent=slots.spent + jnp.where(exited, signals.loop, 0),
     )
-    return receive(slots, ticked), ticked
+    return settled((receive(slots, ticked), ticked))
 
 
 def choose(

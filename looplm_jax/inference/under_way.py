@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from looplm_jax.data.tokenizers import Tokenizer
+from looplm_jax.inference.kept_cache import KeptCache, Turn
 from looplm_jax.inference.kv_cache import Cache
 from looplm_jax.inference.requests import NewToken, Result
 from looplm_jax.inference.stopping import Finish, StopMatcher
@@ -23,9 +24,7 @@ class UnderWay:
     @property
     def tokens_in_cache(self) -> int:
         """Tokens of the prompt (what it went on from included) and all new ones but the last."""
-        request = self.ticket.request
-        before = 0 if request.past is None else int(request.past.lengths[0])
-        return before + len(request.prompt_ids) + max(len(self._made) - 1, 0)
+        return sum(map(len, self._history)) + len(self._turn())
 
     def preview(self, token: int) -> None:
         """The likeliest token after one more loop of the token under way."""
@@ -48,7 +47,9 @@ class UnderWay:
         """The result. `keep` makes the cache to be kept, of so many tokens."""
         self._text.append(self._matcher.close(finish))
         request = self.ticket.request
-        wanted = request.keep_cache and keep is not None and finish is not Finish.FAILED
+        cache = None
+        if request.keep_cache and keep is not None and finish is not Finish.FAILED:
+            cache = KeptCache(row=keep(self.tokens_in_cache), turns=(*self._history, self._turn()))
         self.ticket.finish(
             Result(
                 prompt_ids=request.prompt_ids,
@@ -58,6 +59,20 @@ class UnderWay:
                 text="".join(self._text),
                 finish=finish,
                 error=error,
-                cache=keep(self.tokens_in_cache) if wanted and keep is not None else None,
+                history=self._history,
+                cache=cache,
             )
+        )
+
+    @property
+    def _history(self) -> tuple[Turn, ...]:
+        past = self.ticket.request.past
+        return () if past is None else past.turns
+
+    def _turn(self) -> Turn:
+        """What the request has added to the cache."""
+        return Turn(
+            prompt_ids=self.ticket.request.prompt_ids,
+            tokens=tuple(new.token for new in self._made[:-1]),
+            depths=tuple(new.exit_loop for new in self._made[1:]),
         )

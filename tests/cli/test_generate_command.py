@@ -16,6 +16,7 @@ from looplm_jax.halting import parse_exit_policy
 from looplm_jax.loading import load
 
 PROMPT = "word1 word2 word3"
+SAME = ("prompt", "text", "tokens", "exit_loops", "finished")
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +127,45 @@ def test_flags_reach_the_engine(common, flags, as_json):
     assert as_json(*common, *flags)["log_probs"] != as_json(*common)["log_probs"]
 
 
+def test_drafts_change_no_token(as_json, capsys):
+    """Greedy text is that of the loops that verify; so are its end and its stop strings."""
+    drafts = ["--exit", "loops=3", "--draft-loops", "2", "--drafts", "2"]
+    prompts = [PROMPT, "word4"]
+    expected = as_json("--exit", "loops=3", prompts=prompts)
+    for value, own in zip(as_json(*drafts, prompts=prompts), expected, strict=True):
+        assert [value[name] for name in SAME] == [own[name] for name in SAME]
+        np.testing.assert_allclose(value["log_probs"], own["log_probs"], atol=1e-4)
+    stop = expected[0]["pieces"][4]
+    cut = as_json(*drafts, "--stop", stop, prompts=prompts)[0]
+    assert (cut["text"], cut["finished"]) == (expected[0]["text"].split(stop)[0], "stop")
+    assert main(["generate", "run", "--prompt", PROMPT, "--prompt", "word4", "--max-new-tokens", "12", *drafts]) == 0
+    printed = capsys.readouterr()
+    assert re.search(
+        r"^\d+ of \d+ drafts accepted; \d\.\d\d passes of the stack a token instead of 3$", printed.out, re.M
+    )
+    assert printed.err == "looplm: step 9 is bad\n"
+
+
+def test_drafts_are_given_out_as_they_are_accepted(as_json, monkeypatch):
+    """Ctrl-C in between keeps what there is."""
+    drafts = ["--exit", "loops=3", "--draft-loops", "2", "--drafts", "2"]
+    prompts = [PROMPT, "word4"]
+    whole = as_json(*drafts, prompts=prompts)
+    told = []
+
+    def interrupt(*_):
+        told.append(True)
+        if len(told) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(generation_session.Stopwatch, "tick", interrupt)
+    values = as_json(*drafts, prompts=prompts, status=130)
+    assert [value["finished"] for value in values] == ["cancelled"] * 2
+    for value, own in zip(values, whole, strict=True):
+        assert 0 < len(value["tokens"]) <= 2
+        assert own["text"].startswith(value["text"])
+
+
 def test_previews_in_json(as_json):
     values = as_json("--revise", "--exit", "loops=3")
     assert values["tokens"] == as_json("--exit", "loops=3")["tokens"]
@@ -220,6 +260,19 @@ def test_every_exit_rule_of_the_help_is_one(capsys):
         (["--prompt", WORDS[0], "--ms-per-token", "0"], "milliseconds_per_token must be positive, not 0.0"),
         (["--prompt", WORDS[0], "--stop", ""], "a stop string is empty"),
         (["--prompt", WORDS[0], "--cache", "none"], "argument --cache: invalid choice: 'none'"),
+        (
+            ["--prompt", WORDS[0], "--draft-loops", "1"],
+            "--draft-loops drafts for a fixed number of loops; add for example --exit loops=4",
+        ),
+        (
+            ["--prompt", WORDS[0], "--exit", "loops=3", "--draft-loops", "1", "--revise"],
+            "--revise does not go with --draft-loops; leave one of them out",
+        ),
+        (
+            ["--prompt", WORDS[0], "--exit", "loops=3", "--draft-loops", "1", "--cache", "last"],
+            "--draft-loops needs --cache full: each loop reads keys and values of its own",
+        ),
+        (["--prompt", WORDS[0], "--exit", "loops=3", "--draft-loops", "3"], "draft_loops must be in 1..2"),
         (["--prompt", ""], "the prompt is empty; give --prompt TEXT or --prompt-file FILE"),
         (["--prompt", WORDS[0], "--prompt", ""], "the prompt is empty; give --prompt TEXT or --prompt-file FILE"),
         ([], "the prompt is empty; give --prompt TEXT or --prompt-file FILE"),

@@ -49,14 +49,14 @@ def never(t, hidden, gate, logits):
         (QExit(q=0.5), Needs.GATE, None),
         (HiddenDifference(threshold=0.1), Needs.HIDDEN, None),
         (RelativeHiddenDifference(threshold=0.1), Needs.HIDDEN, None),
-        (KLDivergence(threshold=0.1), Needs.LOGITS, None),
-        (EntropyChange(threshold=0.1), Needs.LOGITS, None),
+        (KLDivergence(threshold=0.1), Needs.PREVIOUS_LOGITS, None),
+        (EntropyChange(threshold=0.1), Needs.PREVIOUS_LOGITS, None),
         (ArgmaxStable(times=2), Needs.LOGITS, None),
         (Confidence(probability=0.9), Needs.LOGITS, None),
         (Margin(margin=0.5), Needs.LOGITS, None),
         (Custom(never, needs=Needs.GATE | Needs.HIDDEN), Needs.GATE | Needs.HIDDEN, None),
         (Bounded(QExit(q=0.5), max_loops=6), Needs.GATE, 6),
-        (Bounded(KLDivergence(threshold=0.1), min_loops=2), Needs.LOGITS, None),
+        (Bounded(KLDivergence(threshold=0.1), min_loops=2), Needs.PREVIOUS_LOGITS, None),
     ],
 )
 def test_every_policy_says_what_it_needs_and_asks_for(policy, needs, max_loops):

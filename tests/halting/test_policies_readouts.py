@@ -185,14 +185,15 @@ def exit_loops_with_head(policy, hidden, gates, head):
     [
         (Needs.GATE, set()),
         (Needs.HIDDEN, {"hidden", "previous_hidden"}),
-        (Needs.LOGITS, {"logits", "previous_logits", "unchanged"}),
+        (Needs.LOGITS, {"logits", "prediction", "unchanged"}),
+        (Needs.PREVIOUS_LOGITS, {"logits", "previous_logits", "prediction", "unchanged"}),
     ],
 )
 def test_only_what_is_needed_is_kept(needs, kept):
     hidden, logits = jnp.zeros((2, 3)), jnp.zeros((2, 6), jnp.bfloat16)
     memory = LoopMemory.before_loops(needs, jax.eval_shape(lambda: hidden), jax.eval_shape(lambda: logits))
     signals = memory.observe(jnp.zeros(2), hidden, logits)
-    optional = {"hidden", "previous_hidden", "logits", "previous_logits", "unchanged"}
+    optional = {"hidden", "previous_hidden", "logits", "previous_logits", "prediction", "unchanged"}
     assert {name for name in optional if getattr(signals, name) is not None} == kept
     assert jax.tree.structure(signals.memory()) == jax.tree.structure(memory)
     assert [leaf.dtype for leaf in jax.tree.leaves(signals.memory())] == [

@@ -14,6 +14,7 @@ from trajectories import KINDS, LOOPS, ROWS, exits_step_by_step, policies, traje
 from looplm_jax.errors import UserError
 from looplm_jax.halting import (
     Bounded,
+    Confidence,
     Custom,
     FixedLoops,
     HiddenDifference,
@@ -148,7 +149,8 @@ def test_needs_are_those_of_the_kinds():
     table = PolicyTable.empty(2)
     assert table.needs == Needs.GATE
     wider = table.with_kind(HiddenDifference(threshold=0.1)).with_kind(KLDivergence(threshold=0.1))
-    assert wider.needs == Needs.GATE | Needs.HIDDEN | Needs.LOGITS
+    assert wider.needs == Needs.GATE | Needs.HIDDEN | Needs.LOGITS | Needs.PREVIOUS_LOGITS
+    assert Needs.PREVIOUS_LOGITS not in table.with_kind(Confidence(probability=0.5)).needs
     assert wider.with_kinds((FixedLoops,)).needs == Needs(0)
     assert PolicyTable.empty(2, ()).needs == Needs(0)
 

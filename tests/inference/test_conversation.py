@@ -7,7 +7,7 @@ from looplm_jax.data.chat import Message, tokens_and_mask
 from looplm_jax.data.tokenizers import SymbolTokenizer
 from looplm_jax.errors import UserError
 from looplm_jax.halting import FixedLoops
-from looplm_jax.inference import Conversation, Engine, EngineConfig, Finish, Sampling
+from looplm_jax.inference import Conversation, Engine, EngineConfig, Finish, Sampling, replay
 
 OPENING = [TOKENIZER.token_id("<|im_start|>"), TOKENIZER.token_id("assistant")]
 STOPS = (0, 2)
@@ -76,6 +76,8 @@ def test_an_answer_that_is_cut_short_is_kept_as_far_as_it_came(engine, close):
     answer = list(chat.say("word2", max_new_tokens=6, **one_loop))
     assert tuple(new.token for new in answer) == expected.tokens
     np.testing.assert_allclose([new.log_prob for new in answer], expected.log_probs, atol=1e-4)
+    loaded = make_loaded()
+    np.testing.assert_allclose(replay(loaded.model, loaded.params, chat.result), chat.result.log_probs, atol=1e-4)
 
 
 def test_a_window_that_is_full(engine):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from inference_models import make_model
 from serving_models import CONFIG, LOOPS, Letters, finish, make_engine, small_model
 
 from looplm_jax.config import MeshConfig
@@ -16,7 +17,8 @@ from looplm_jax.inference import Engine, Finish, Request, Sampling, bytes_per_to
 from looplm_jax.inference import engine as engine_module
 from looplm_jax.inference.prefill import admit, prefill_chunk
 from looplm_jax.inference.tick import run_ticks
-from looplm_jax.sharding import make_mesh
+from looplm_jax.models.looplm import boxed_params
+from looplm_jax.sharding import abstract, make_mesh
 
 PROMPT = (3, 14, 15, 92, 65, 35)
 REQUESTS = [
@@ -104,6 +106,23 @@ def test_keys_and_values_spread_over_a_mesh_change_no_answer(alone):
         assert_same(result, expected, atol=1e-4)
 
 
+def test_parameters_spread_as_in_training_change_no_answer():
+    """Over data, width and heads at once; rows need not divide over them."""
+    model, params = make_model(num_layers=1, loops=LOOPS, vocab_size=96)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    wanted = abstract(lambda: boxed_params(model, jax.random.key(0)), mesh)
+    spread = jax.tree.map(lambda leaf, like: jax.device_put(np.asarray(leaf), like.sharding), params, wanted)
+    assert spread["embedding"].addressable_shards[0].data.shape == (48, model.config.width // 2)
+    single, sharded = Engine(model, params, config=CONFIG), Engine(model, spread, config=CONFIG, mesh=mesh)
+    expected = finish(single, [single.submit(request) for request in REQUESTS])
+    programs = (prefill_chunk, admit, run_ticks)
+    before = [program._cache_size() for program in programs]
+    results = finish(sharded, [sharded.submit(request) for request in REQUESTS])
+    for result, own in zip(results, expected, strict=True):
+        assert_same(result, own, atol=1e-4)
+    assert [program._cache_size() for program in programs] == [size + 1 for size in before]  # nothing moves about
+
+
 def test_a_bfloat16_cache_is_half_the_size_and_nearly_as_good(engine, alone):
     half = make_engine(cache_dtype=jax.numpy.bfloat16)
     assert half.cache_bytes * 2 == engine.cache_bytes
@@ -128,6 +147,7 @@ def test_what_no_slot_knew_is_made_room_for_while_others_are_under_way(engine, a
         max_new_tokens=20,
         policy=ArgmaxStable(times=1),
         sampling=Sampling(repetition_penalty=1e6),
+        keep_cache=True,
     )
     tickets.append(fresh.submit(penalised))
     *others, last = finish(fresh, tickets)
@@ -135,6 +155,10 @@ def test_what_no_slot_knew_is_made_room_for_while_others_are_under_way(engine, a
         assert_same(result, alone[number], atol=1e-4)
     assert len({*prompt, *last.tokens}) == len(prompt) + 20
     assert min(last.exit_loops) >= 2
+    (more,) = finish(
+        fresh, [fresh.submit(dataclasses.replace(penalised, prompt_ids=last.tokens[-1:], past=last.cache))]
+    )
+    assert len({*prompt, *last.tokens, *more.tokens}) == len(prompt) + 40  # what the kept cache holds counts, too
 
 
 def test_few_loops_are_wasted_while_requests_wait(engine):

@@ -9,7 +9,7 @@ import pytest
 from serving_models import CONFIG, finish, make_engine, small_model
 
 from looplm_jax.errors import UserError
-from looplm_jax.halting import Custom, FixedLoops, Needs, QExit
+from looplm_jax.halting import Bounded, Custom, FixedLoops, Needs, QExit
 from looplm_jax.inference import Engine, Finish, Request
 
 DAMAGED = 96
@@ -40,6 +40,12 @@ REFUSALS = {
         "max_new_tokens": 29,
     },
     "4 loops are more than the 3 of this engine; use EngineConfig(loops=4)": {"policy": FixedLoops(loops=4)},
+    "a floor of 4 loops is above the 3 of this engine; lower it, or use EngineConfig(loops=4)": {
+        "policy": Bounded(QExit(q=0.5), min_loops=4)
+    },
+    "5 loops are more than the 3 of this engine; use EngineConfig(loops=5)": {
+        "policy": Bounded(QExit(q=0.5), min_loops=4, max_loops=5)
+    },
     "at most 8 stop_ids, not 9; use stop_strings for more": {"stop_ids": tuple(range(9))},
     "max_new_tokens must be at least 1, not 0": {"max_new_tokens": 0},
     "loops_per_token must be at least 1, not 0.5": {"loops_per_token": 0.5},
@@ -80,6 +86,26 @@ def test_a_full_queue_says_so(engine, answer):
     with pytest.raises(UserError, match=r"^3 requests are waiting; try again when some are answered$"):
         engine.submit(SOUND)
     assert [result.tokens for result in finish(engine, tickets)] == [answer] * 3
+
+
+def test_a_cancelled_request_leaves_the_queue_at_once(engine, answer):
+    """Though all slots are taken: the next to come finds room, without a step in between."""
+    busy = [engine.submit(LONG)]
+    while len(busy) < CONFIG.slots:
+        engine.step()
+        busy.append(engine.submit(LONG))
+    while len(engine._queue):
+        engine.step()
+    waiting = [engine.submit(SOUND) for _ in range(3)]
+    waiting[1].cancel()
+    late = engine.submit(SOUND)
+    assert (waiting[1].result(timeout=0).finish, len(engine._queue)) == (Finish.CANCELLED, 3)
+    waiting[0].cancel()
+    engine.step()
+    assert (waiting[0].result(timeout=0).finish, len(engine._queue)) == (Finish.CANCELLED, 2)
+    for ticket in busy:
+        ticket.cancel()
+    assert [result.tokens for result in finish(engine, [waiting[2], late])] == [answer] * 2
 
 
 def test_a_cancelled_request_leaves_its_slot_to_the_next(engine, answer):

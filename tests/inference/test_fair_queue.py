@@ -1,4 +1,5 @@
 import collections
+import itertools
 
 import pytest
 from hypothesis import given
@@ -34,6 +35,24 @@ def test_a_client_that_comes_later_waits_for_one_item_of_the_others_only():
         queue.push("busy", number)
     queue.push("late", "x")
     assert drain(queue) == [0, "x", 1, 2, 3, 4]
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.booleans()), max_size=20))
+def test_what_is_removed_changes_nothing_for_the_others(items):
+    """Clients with something left take turns as before, each in order."""
+    queue = FairQueue(limit=20)
+    for number, (client, stays) in enumerate(items):
+        queue.push(client, (number, client, stays))
+    removed = queue.remove(lambda item: not item[2])
+    assert sorted(removed) == [(number, client, False) for number, (client, stays) in enumerate(items) if not stays]
+    order = dict.fromkeys(client for client, _ in items)
+    left = [
+        [(number, own, True) for number, (own, stays) in enumerate(items) if stays and own == client]
+        for client in order
+    ]
+    turns = itertools.zip_longest(*left)
+    assert len(queue) == sum(map(len, left))
+    assert drain(queue) == [item for turn in turns for item in turn if item is not None]
 
 
 def test_the_queue_is_bounded():

@@ -37,19 +37,45 @@ REQUESTS = [
 
 
 @functools.cache
-def generated(strategy):
-    """A model, its parameters, and what an engine with this cache answered the requests."""
+def make_engine(strategy):
+    """A model, its parameters, and an engine with this cache."""
     model, params = make_model(**SHAPES[strategy])
     config = EngineConfig(slots=3, capacity=64, chunk=64, cache=strategy, unroll=False)
-    engine = Engine(model, params, config=config)
+    return model, params, Engine(model, params, config=config)
+
+
+@functools.cache
+def generated(strategy):
+    """A model, its parameters, and what an engine with this cache answered the requests."""
+    model, params, engine = make_engine(strategy)
     tickets = [engine.submit(request) for request in REQUESTS]
     while engine.step():
         pass
     return model, params, [ticket.result() for ticket in tickets]
 
 
+@functools.cache
+def conversed(strategy):
+    """Two conversations of three turns each, in which tokens leave at all loops; every turn's result."""
+    engine, results = make_engine(strategy)[-1], []
+    for start, qs in ((11, (0.6, 1.0, 0.4)), (12, (0.35, 0.5, 0.6))):
+        past, unread = None, ()
+        for turn, (count, q) in enumerate(zip((5, 7, 6), qs)):
+            prompt = (*unread, *range(start, start + 3 * turn + 2))
+            (result,) = engine.generate([prompt], max_new_tokens=count, policy=QExit(q=q), past=past, keep_cache=True)
+            past, unread = result.cache, result.tokens[-1:]
+            results.append(result)
+    return results
+
+
 def batch_of(results):
     return Rollouts.of(results, loops=LOOPS, longest=LONGEST)
+
+
+def cut(rollouts, width=12):
+    """With less padding: a backward pass goes through all of it, token by token."""
+    assert max(rollouts.lengths.max(), rollouts.prompt_lengths.max()) <= width
+    return jax.tree.map(lambda x: x[..., :width] if x.shape[-1] == 64 else x, rollouts)
 
 
 @pytest.mark.parametrize("strategy", CacheStrategy)
@@ -71,6 +97,55 @@ def test_replay_gives_the_log_probabilities_of_generation(strategy):
         assert not row[len(result.tokens) :].any()
 
 
+@pytest.mark.parametrize("strategy", CacheStrategy)
+def test_a_turn_that_went_on_from_a_kept_cache_is_replayed_whole(strategy):
+    """In one batch, of turns with much, little and no history."""
+    model, params, _ = generated(strategy)
+    results = [*conversed(strategy), generated(strategy)[-1][0]]
+    assert len({loop for result in results for turn in result.history for loop in turn.depths}) == LOOPS
+    assert [len(result.history) for result in results] == [0, 1, 2, 0, 1, 2, 0]
+    log_probs = replay_log_probs(model, params, batch_of(results), strategy=strategy, loops=LOOPS)
+    for row, result in zip(np.asarray(log_probs), results):
+        np.testing.assert_allclose(row[: len(result.tokens)], result.log_probs, atol=1e-4)
+
+
+def test_history_says_what_the_cache_holds():
+    first, second, third = conversed(CacheStrategy.AVERAGE)[:3]
+    assert (first.history, second.history, third.history) == ((), first.cache.turns, second.cache.turns)
+    assert [turn.prompt_ids for turn in third.cache.turns] == [own.prompt_ids for own in (first, second, third)]
+    assert [turn.tokens for turn in third.history] == [own.tokens[:-1] for own in (first, second)]
+    assert [turn.depths for turn in third.history] == [own.exit_loops[1:] for own in (first, second)]
+    assert third.cache.lengths.tolist() == [len(third.cache)] == [len(third.cache.tokens)]
+
+
+@pytest.mark.parametrize("strategy", [CacheStrategy.LAST, CacheStrategy.AVERAGE, CacheStrategy.FIRST])
+def test_gradients_of_replay_are_slopes(strategy):
+    """Central differences of the log-probabilities, drawn weights on them, along the gradient and elsewhere."""
+    model, params, results = generated(CacheStrategy.LAST)
+    rollouts = cut(batch_of(results[2:]))
+    generator = np.random.default_rng(0)
+    weights = np.where(rollouts.mask, generator.normal(size=rollouts.tokens.shape), 0).astype(np.float32)
+    replayed = functools.partial(replay_log_probs, model, rollouts=rollouts, strategy=strategy, loops=LOOPS)
+    gradient = jax.device_get(jax.jit(jax.grad(lambda params: jnp.vdot(weights, replayed(params))))(params))
+    elsewhere = jax.tree.map(lambda leaf: generator.normal(size=leaf.shape).astype(np.float32), gradient)
+    for direction in (gradient, elsewhere):
+        unit = normalised(direction)
+        slope = sum(np.vdot(a, b) for a, b in zip(jax.tree.leaves(unit), jax.tree.leaves(gradient)))
+        values = [
+            np.vdot(weights, np.asarray(replayed(moved(params, step, unit)), np.float64)) for step in (1e-3, -1e-3)
+        ]
+        assert (values[0] - values[1]) / 2e-3 == pytest.approx(slope, rel=0.02, abs=0.02)
+
+
+def normalised(direction):
+    length = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(direction)))
+    return jax.tree.map(lambda leaf: leaf / length, direction)
+
+
+def moved(params, step, direction):
+    return jax.tree.map(lambda leaf, along: leaf + np.float32(step) * along, params, direction)
+
+
 def test_replay_of_one_result():
     model, params, results = generated(CacheStrategy.LAST)
     found = replay(model, params, results[2], strategy=CacheStrategy.LAST)
@@ -80,7 +155,7 @@ def test_replay_of_one_result():
 def test_in_turn_and_at_once_are_the_same_function():
     """Of a full cache: states, and gradients through them, one of which runs backward by a rule of its own."""
     model, params, results = generated(CacheStrategy.LAST)
-    rollouts = batch_of(results)
+    rollouts = cut(batch_of([*results[2:], *conversed(CacheStrategy.LAST)]))
     generator = np.random.default_rng(1)
     weights = jnp.asarray(generator.normal(size=(*rollouts.tokens.shape, model.config.width)).astype(np.float32))
     weights = jnp.where(rollouts.mask[..., None], weights, 0.0)

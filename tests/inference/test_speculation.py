@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from inference_models import make_model
 from scipy import stats
+from serving_models import Letters
 
-from looplm_jax.config import Injection
+from looplm_jax.config import Injection, MeshConfig
 from looplm_jax.errors import UserError
 from looplm_jax.halting import FixedLoops
 from looplm_jax.inference import CacheStrategy, Engine, EngineConfig, Finish, Sampling
@@ -16,7 +17,8 @@ from looplm_jax.inference.sampling import probabilities
 from looplm_jax.inference.speculation import Reroute, Screening, speculate
 from looplm_jax.inference.speculation.acceptance import accept
 from looplm_jax.inference.speculation.step import draft, read, verify
-from looplm_jax.models.looplm import head_matrix
+from looplm_jax.models.looplm import boxed_params, head_matrix
+from looplm_jax.sharding import abstract, make_mesh
 
 LOOPS = 4
 PROMPTS = [[3, 14, 15, 92], [65], [35, 89, 79, 32, 38, 46, 26], [43, 38]]
@@ -240,6 +242,64 @@ def test_stop_tokens_end_a_row(whole_model, plain):
         assert result.accepted <= len(result.tokens)
 
 
+def test_stop_strings_end_a_row_as_in_the_engine(whole_model, plain):
+    """Also where they begin in one round and end in the next; what may begin one is not told before."""
+    texts = [Letters().decode(result.tokens) for result in plain]
+    told = [[] for _ in plain]
+    stop = texts[0][2:5]
+    results = continued(
+        *whole_model, stop_strings=[stop], tokenizer=Letters(), on_token=lambda row, new: told[row].append(new)
+    )
+    for result, text, before, own in zip(results, texts, plain, told, strict=True):
+        assert result.text == text.split(stop)[0]
+        assert result.finish is (Finish.STOP if stop in text else Finish.LENGTH)
+        assert result.tokens == before.tokens[: len(result.tokens)]
+        assert tuple(new.token for new in own) == result.tokens
+        assert tuple(new.log_prob for new in own) == result.log_probs
+        assert result.text.startswith("".join(new.text for new in own))
+        assert {new.exit_loop for new in own} == {3}
+    assert results[0].finish is Finish.STOP
+
+
+def test_tokens_are_told_as_soon_as_they_are_accepted(whole_model, plain):
+    """Before the drafts that follow them are screened."""
+    told = [[] for _ in plain]
+
+    def screen(row, _):
+        assert row.tokens == tuple(told[row.index])
+        return Screening.CONTINUE
+
+    results = continued(*whole_model, screen=screen, on_token=lambda row, new: told[row].append(new.token))
+    assert results == plain
+    assert [tuple(own) for own in told] == [result.tokens for result in results]
+
+
+@pytest.mark.parametrize("place", [2, 6])
+def test_a_callback_that_raises_fails_its_row_alone(whole_model, plain, place):
+    told = []
+
+    def broken(row, new):
+        if row == 1:
+            told.append(new.token)
+            if len(told) == place + 1:
+                raise KeyError("lost")
+
+    results = continued(*whole_model, on_token=broken)
+    assert (results[1].finish, results[1].error) == (Finish.FAILED, "on_token raised KeyError: 'lost'")
+    assert results[1].tokens == plain[1].tokens[: place + 1]
+    assert [results[row] for row in (0, 2, 3)] == [plain[row] for row in (0, 2, 3)]
+
+
+def test_a_mesh_changes_no_token():
+    model, params = make_model(vocab_size=96, num_layers=1, loops=3, max_positions=16)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2))
+    wanted = abstract(lambda: boxed_params(model, jax.random.key(0)), mesh)
+    spread = jax.tree.map(lambda leaf, like: jax.device_put(np.asarray(leaf), like.sharding), params, wanted)
+    results = speculate(model, spread, PROMPTS, draft_loops=1, drafts=2, max_new_tokens=7, mesh=mesh)
+    for result, logits in zip(results, replayed(model, params, results, 16), strict=True):
+        assert result.tokens == tuple(np.argmax(logits, axis=-1))
+
+
 def test_drafts_are_screened_before_they_are_verified(whole_model, plain):
     """One row goes on, one stops after its first round, one is sent elsewhere, one has a screen that raises."""
     shown = {row: [] for row in range(4)}
@@ -258,6 +318,7 @@ def test_drafts_are_screened_before_they_are_verified(whole_model, plain):
     results = continued(*whole_model, screen=screen)
     assert results[0] == plain[0]
     assert results[1].finish is Finish.STOP
+    assert [result.screened for result in results] == [False, True, False, False]
     assert results[1].tokens == plain[1].tokens[: len(results[1].tokens)] != ()
     assert results[2].tokens[:3] == (7, 8, 9)
     assert results[3].finish is Finish.FAILED
@@ -324,6 +385,13 @@ def test_settings_that_cannot_be_served(small_model, changes, message):
     with pytest.raises(UserError, match=re.escape(message)) as raised:
         speculate(*small_model, PROMPTS, **SETTINGS | changes)
     assert "\n" not in str(raised.value)
+
+
+def test_stop_strings_that_cannot_be(small_model):
+    with pytest.raises(UserError, match=r"^stop strings need a tokenizer to find them by; give one, or use stop_ids$"):
+        speculate(*small_model, PROMPTS, stop_strings=["a"], **SETTINGS)
+    with pytest.raises(UserError, match=r"^stop_strings must be a list of strings; write \['a'\]$"):
+        speculate(*small_model, PROMPTS, stop_strings="a", tokenizer=Letters(), **SETTINGS)
 
 
 def test_prompts_that_cannot_be_served(small_model):

@@ -8,8 +8,9 @@ import pytest
 from inference_models import make_model
 from jax.extend.core import jaxprs_in_params
 
-from looplm_jax.halting import FixedLoops, KLDivergence, PolicyTable, QExit
+from looplm_jax.halting import Confidence, FixedLoops, KLDivergence, PolicyTable, QExit
 from looplm_jax.inference.kv_cache import CacheStrategy
+from looplm_jax.inference.prefill import LastToken, admit, empty_row, prefill_chunk
 from looplm_jax.inference.slots import empty_slots
 from looplm_jax.inference.tick import run_ticks, tick
 from looplm_jax.models.blocks import unroll_layers
@@ -37,21 +38,63 @@ def shape_of_slots(model, strategy=CacheStrategy.FULL, kinds=(FixedLoops, QExit)
     )
 
 
-@pytest.mark.parametrize(
+WITH_CACHES = pytest.mark.parametrize(
     ("strategy", "changes"),
     [(CacheStrategy.FULL, {"coda_layers": 1}), (CacheStrategy.AVERAGE, {"num_layers": 2, "prelude_layers": 1})],
 )
-def test_the_cache_is_updated_in_place(strategy, changes):
+
+
+def unrolled_model(changes):
     model, params = make_model(**{"num_layers": 1, "loops": LOOPS} | changes)
-    model, params = LoopLM(model.config, model.compute, unrolled=True), unroll_layers(params)
-    slots = shape_of_slots(model, strategy)
-    compiled = run_ticks.lower(model, params, slots, loops=LOOPS, ticks=2).compile()
-    planes = jax.tree.leaves(slots.cache.planes)
+    return LoopLM(model.config, model.compute, unrolled=True), unroll_layers(params)
+
+
+def assert_in_place(lowered, planes):
+    """The program returns these arrays where they were given to it, and copies none of them as a whole."""
+    compiled, planes = lowered.compile(), jax.tree.leaves(planes)
     assert compiled.memory_analysis().alias_size_in_bytes >= sum(leaf.size * leaf.dtype.itemsize for leaf in planes)
     shapes = {f"f32[{','.join(map(str, leaf.shape))}]" for leaf in planes}
     assert any(shape in compiled.as_text() for shape in shapes)
     copied = re.findall(r"= (\S+?)\{[^}]*\} copy\(", compiled.as_text())
     assert not shapes.intersection(copied)
+
+
+@WITH_CACHES
+def test_the_cache_is_updated_in_place(strategy, changes):
+    model, params = unrolled_model(changes)
+    slots = shape_of_slots(model, strategy)
+    assert_in_place(run_ticks.lower(model, params, slots, loops=LOOPS, ticks=2), slots.cache.planes)
+
+
+@WITH_CACHES
+def test_a_prompt_is_put_into_a_slot_in_place(strategy, changes):
+    model, params = unrolled_model(changes)
+    slots = shape_of_slots(model, strategy)
+    settings = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), slots.settings)
+    lowered = admit.lower(model, params, slots, shape_of_row(model), last_token(model), index(), settings, None)
+    assert_in_place(lowered, slots.cache.planes)
+
+
+def test_a_chunk_is_added_to_a_row_in_place():
+    model, params = unrolled_model({"prelude_layers": 1, "coda_layers": 1})
+    row = shape_of_row(model)
+    lowered = prefill_chunk.lower(model, params, row, jax.ShapeDtypeStruct((16,), jnp.int32), index())
+    assert_in_place(lowered, row.planes)
+
+
+def shape_of_row(model):
+    return jax.eval_shape(lambda: empty_row(model, capacity=CAPACITY, loops=LOOPS, dtype=jnp.float32))
+
+
+def last_token(model):
+    return LastToken(
+        hidden=jax.ShapeDtypeStruct((LOOPS, model.config.width), jnp.float32),
+        gate_logits=jax.ShapeDtypeStruct((LOOPS,), jnp.float32),
+    )
+
+
+def index():
+    return jax.ShapeDtypeStruct((), jnp.int32)
 
 
 def products(jaxpr, *, of_branches):
@@ -77,3 +120,12 @@ def test_the_head_is_computed_in_every_tick_only_for_policies_that_read_predicti
     assert (logits in products(program.jaxpr, of_branches=False)) is in_every_tick
     assert logits in products(program.jaxpr, of_branches=True)
     assert (slots.memory.logits is not None) is in_every_tick
+
+
+def test_what_a_loop_predicted_is_kept_only_for_policies_that_compare(model_and_params):
+    """An array [N, V]; who looks at one loop alone, or at the likeliest token, needs no such thing."""
+    model, _ = model_and_params
+    looking, comparing = (shape_of_slots(model, kinds=(FixedLoops, kind)) for kind in (Confidence, KLDivergence))
+    assert looking.memory.logits is None
+    assert comparing.memory.logits.shape == (ROWS, model.config.vocab_size)
+    assert not any(model.config.vocab_size in leaf.shape for leaf in jax.tree.leaves(looking))

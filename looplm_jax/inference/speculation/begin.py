@@ -5,9 +5,11 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int
 
-from looplm_jax.inference.kv_cache import CacheStrategy, bucket, empty_cache
+from looplm_jax.inference.kv_cache import Cache, CacheStrategy, bucket, empty_cache
+from looplm_jax.inference.placing import placed, put
 from looplm_jax.inference.requests import Request
 from looplm_jax.inference.sampling import Sampling, SamplingTable
 from looplm_jax.inference.speculation.step import SpeculativeRows, read
@@ -16,9 +18,11 @@ from looplm_jax.models.looplm import LoopLM, Params, compute_dtype
 _LONGEST_CHUNK = 128
 
 
-def begin(model: LoopLM, params: Params, requests: Sequence[Request], loops: int) -> SpeculativeRows:
+def begin(
+    model: LoopLM, params: Params, requests: Sequence[Request], loops: int, mesh: Mesh | None = None
+) -> SpeculativeRows:
     """Rows with a full cache of `loops` planes that have read the prompts, chunk after chunk."""
-    rows = _empty(model, requests, loops)
+    rows = _empty(model, requests, loops, mesh)
     prompts = [request.prompt_ids[:-1] for request in requests]
     longest = max(len(prompt) for prompt in prompts)
     size = bucket(max(longest, 1), min(_LONGEST_CHUNK, rows.cache.capacity))
@@ -44,23 +48,27 @@ def pad(sequences: Sequence[Sequence[int]], size: int) -> Padded:
     return Padded(tokens=tokens, counts=np.array([len(sequence) for sequence in sequences], np.int32))
 
 
-def _empty(model: LoopLM, requests: Sequence[Request], loops: int) -> SpeculativeRows:
+def _empty(model: LoopLM, requests: Sequence[Request], loops: int, mesh: Mesh | None) -> SpeculativeRows:
     longest = max(len(request.prompt_ids) + request.max_new_tokens for request in requests)
-    cache = empty_cache(
-        model.config,
-        CacheStrategy.FULL,
-        rows=len(requests),
-        capacity=bucket(longest, model.config.max_positions),
-        loops=loops,
-        dtype=compute_dtype(model.compute),
-    )
-    return SpeculativeRows(
-        cache=cache,
+
+    def make() -> Cache:
+        return empty_cache(
+            model.config,
+            CacheStrategy.FULL,
+            rows=len(requests),
+            capacity=bucket(longest, model.config.max_positions),
+            loops=loops,
+            dtype=compute_dtype(model.compute),
+        )
+
+    rows = SpeculativeRows(
+        cache=placed(make, mesh),
         tokens=jnp.asarray([request.prompt_ids[-1] for request in requests], jnp.int32),
         made=jnp.zeros(len(requests), jnp.int32),
         sampling=_table([request.sampling for request in requests]),
         seen=_seen(requests, model.config.vocab_size),
     )
+    return put(rows, mesh)
 
 
 def _table(samplings: Sequence[Sampling]) -> SamplingTable:

@@ -7,7 +7,8 @@ from looplm_jax.inference.stopping import Finish
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SpeculativeResult:
-    """The new tokens of a prompt; a stop token is the last one. `finish` is STOP where a screen ended it, too.
+    """The new tokens of a prompt; a stop token is the last one. `finish` is STOP where a screen ended it, too: see
+    `screened`.
 
     Log-probabilities are those of loop T at temperature 1 by the raw logits, nats.
     """
@@ -15,7 +16,9 @@ class SpeculativeResult:
     prompt_ids: tuple[int, ...]
     tokens: tuple[int, ...]
     log_probs: tuple[float, ...]
+    text: str  # without a stop string and what follows; empty without a tokenizer
     finish: Finish
+    screened: bool = False  # whether a screen ended it
     error: str = ""
     loops: int  # T
     drafted: int  # drafts that were verified; those beyond the last token that was asked for are left out

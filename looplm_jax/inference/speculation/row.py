@@ -2,27 +2,30 @@
 
 from collections.abc import Sequence
 
+from looplm_jax.data.tokenizers import Tokenizer
 from looplm_jax.errors import UserError
-from looplm_jax.inference.requests import Request
+from looplm_jax.inference.requests import NewToken, Request
 from looplm_jax.inference.speculation.result import SpeculativeResult
 from looplm_jax.inference.speculation.screening import Reroute, Screen, ScreenedRow, Screening
 from looplm_jax.inference.speculation.step import Verified
-from looplm_jax.inference.stopping import Finish, StopConditions, StopMatcher
+from looplm_jax.inference.stopping import Finish, StopMatcher
 
 
 class Row:
     """Takes what the rounds give, until the row ends; counts what it cost."""
 
-    def __init__(self, index: int, request: Request):
-        conditions = StopConditions(stop_ids=frozenset(request.stop_ids), max_new_tokens=request.max_new_tokens)
+    def __init__(self, index: int, request: Request, loops: int, tokenizer: Tokenizer | None = None):
         self.request = request
         self.index = index
         self.passes = 0
-        self._matcher = StopMatcher(conditions, None)
+        self._loops = loops
+        self._matcher = StopMatcher(request.stop_conditions, tokenizer, request.prompt_ids)
         self._tokens: list[int] = []
         self._log_probs: list[float] = []
         self._drafted = self._accepted = 0
+        self._text: list[str] = []
         self._error = ""
+        self._screened = False
 
     @property
     def done(self) -> bool:
@@ -42,7 +45,8 @@ class Row:
             if isinstance(verdict, Reroute):
                 return _checked(verdict.tokens, vocab_size)[: self.left]
             if Screening(verdict) is Screening.STOP:
-                self._matcher.close(Finish.STOP)
+                self._screened = True
+                self._text.append(self._matcher.close(Finish.STOP))
         except Exception as error:  # of this row's screen: the other rows go on
             self._fail(f"screen raised {type(error).__name__}: {error}")
         return ()
@@ -62,28 +66,39 @@ class Row:
                 return
             self._tokens.append(token)
             self._log_probs.append(log_prob)
-            self._matcher.push(token)
+            self._text.append(self._matcher.push(token))
+            self._tell(NewToken(token=token, exit_loop=self._loops, log_prob=log_prob, text=self._text[-1]))
         if verified.failed and not self.done:
             self._fail("logits were not finite; the parameters are damaged, or overflow")
 
-    def result(self, loops: int) -> SpeculativeResult:
-        """What came of the prompt with `loops` loops; only when it has ended."""
+    def result(self) -> SpeculativeResult:
+        """What came of the prompt; only when it has ended."""
         assert self._matcher.finish is not None
         return SpeculativeResult(
             prompt_ids=self.request.prompt_ids,
             tokens=tuple(self._tokens),
             log_probs=tuple(self._log_probs),
-            finish=self._matcher.finish,
+            text="".join(self._text),
+            finish=Finish.FAILED if self._error else self._matcher.finish,
+            screened=self._screened,
             error=self._error,
-            loops=loops,
+            loops=self._loops,
             drafted=self._drafted,
             accepted=self._accepted,
             passes=self.passes,
         )
 
+    def _tell(self, new: NewToken) -> None:
+        """Give a token on to the owner of the row."""
+        try:
+            if self.request.on_token is not None:
+                self.request.on_token(new)
+        except Exception as error:  # of this row's callback: the other rows go on
+            self._fail(f"on_token raised {type(error).__name__}: {error}")
+
     def _fail(self, error: str) -> None:
         self._error = error
-        self._matcher.close(Finish.FAILED)
+        self._text.append(self._matcher.close(Finish.FAILED))
 
 
 def _checked(tokens: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:

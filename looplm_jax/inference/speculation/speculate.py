@@ -2,15 +2,22 @@
 
 results = speculate(model, params, [[3, 14, 15], [92]], draft_loops=1, drafts=4, max_new_tokens=64)
 results[0].tokens, results[0].acceptance_rate, results[0].loops_per_token
+
+With `on_token`, tokens are given out as they are accepted.
 """
 
-from collections.abc import Collection, Sequence
+import functools
+from collections.abc import Callable, Collection, Sequence
 
+from jax.sharding import Mesh
+
+from looplm_jax.data.tokenizers import Tokenizer
 from looplm_jax.errors import UserError
 from looplm_jax.inference.checks import check_request
 from looplm_jax.inference.decoder import EngineConfig
 from looplm_jax.inference.kv_cache import CacheStrategy
-from looplm_jax.inference.requests import Request
+from looplm_jax.inference.placing import on_mesh
+from looplm_jax.inference.requests import NewToken, Request
 from looplm_jax.inference.sampling import Sampling
 from looplm_jax.inference.speculation.begin import begin
 from looplm_jax.inference.speculation.result import SpeculativeResult
@@ -31,8 +38,12 @@ def speculate(
     loops: int | None = None,
     sampling: Sampling | Sequence[Sampling] | None = None,
     stop_ids: Collection[int] = (),
+    stop_strings: Sequence[str] = (),
+    tokenizer: Tokenizer | None = None,
+    on_token: Callable[[int, NewToken], None] | None = None,
     screen: Screen | None = None,
     cache: CacheStrategy = CacheStrategy.FULL,
+    mesh: Mesh | None = None,
 ) -> list[SpeculativeResult]:
     """Continue prompts of any lengths, all in one batch; no row has an influence on another.
 
@@ -49,33 +60,46 @@ def speculate(
       loops: the loop T whose predictions count; default: the loops that the model is meant for.
       sampling: greedy by default; one for all rows, or one for each. Random keys depend on seed and token alone.
       stop_ids: tokens that end a row.
+      stop_strings: texts that end a row, and are not part of its text; they need a tokenizer.
+      tokenizer: for the text of rows; without one there is none.
+      on_token: is given the number of a row and a new token of it, as soon as that is certain: after each round those
+        that it has added, in order. If it raises, that row fails and the others go on.
       screen: is shown every row's drafts before any of them is given out. The corrected token that follows rejected
         drafts is not among them. If it raises, that row fails and the others go on.
       cache: must be full: loops s+1..T of a draft have keys and values of their own.
+      mesh: that the parameters lie on; keys and values are spread over their heads.
 
     Raises:
       UserError: a prompt that cannot be served, `draft_loops` outside 1..T-1, `drafts` below 1, or another cache.
     """
     loops = model.config.loops if loops is None else loops
     _check(draft_loops, loops, drafts, cache)
+    size = EngineConfig(capacity=model.config.max_positions, loops=loops)
     rows = []
     for index, (prompt, own) in enumerate(zip(prompts, _samplings(sampling, len(prompts)), strict=True)):
         request = Request(
-            prompt_ids=tuple(prompt), max_new_tokens=max_new_tokens, sampling=own, stop_ids=tuple(stop_ids)
+            prompt_ids=tuple(prompt),
+            max_new_tokens=max_new_tokens,
+            sampling=own,
+            stop_ids=tuple(stop_ids),
+            stop_strings=stop_strings,  # type: ignore[arg-type]  # a lone string is refused there
+            on_token=None if on_token is None else functools.partial(on_token, index),
         )
-        check_request(request, model.config, EngineConfig(capacity=model.config.max_positions, loops=loops), None)
-        rows.append(Row(index, request))
-    if rows:
-        Rounds(
-            model=model,
-            params=params,
-            rows=rows,
-            state=begin(model, params, [row.request for row in rows], loops),
-            draft_loops=draft_loops,
-            drafts=drafts,
-            screen=screen,
-        ).run()
-    return [row.result(loops) for row in rows]
+        check_request(request, model.config, size, tokenizer)
+        rows.append(Row(index, request, loops, tokenizer))
+    with on_mesh(mesh):
+        if rows:
+            state = begin(model, params, [row.request for row in rows], loops, mesh)
+            Rounds(
+                model=model,
+                params=params,
+                rows=rows,
+                state=state,
+                draft_loops=draft_loops,
+                drafts=drafts,
+                screen=screen,
+            ).run()
+    return [row.result() for row in rows]
 
 
 def _check(draft_loops: int, loops: int, drafts: int, cache: CacheStrategy) -> None:

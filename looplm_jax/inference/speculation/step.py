@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from looplm_jax.inference.kv_cache import Cache
+from looplm_jax.inference.placing import settled
 from looplm_jax.inference.sampling import SamplingTable, probabilities, sample_rows, token_key
 from looplm_jax.inference.speculation.acceptance import Acceptance, accept
 from looplm_jax.inference.tick import bound, logits_of
@@ -43,13 +44,14 @@ class SpeculativeRows:
         seen = self.seen
         if seen is not None:
             seen = seen.at[rows[:, None], jnp.where(new, tokens, seen.shape[1])].set(True, mode="drop")
-        return SpeculativeRows(
+        extended = SpeculativeRows(
             cache=cache.advance(counts),
             tokens=jnp.where(counts > 0, tokens[rows, jnp.maximum(counts - 1, 0)], self.tokens),
             made=self.made + counts,
             sampling=self.sampling,
             seen=seen,
         )
+        return settled(extended)
 
 
 @flax.struct.dataclass
@@ -80,7 +82,7 @@ def read(
 ) -> SpeculativeRows:
     """Read the first `counts[n]` of `tokens[n]`, a part of the prompt, through all T loops. The rows are donated."""
     done = _read(model, params, rows.cache, tokens, rows.cache.depth)
-    return dataclasses.replace(rows, cache=done.cache.advance(counts))
+    return settled(dataclasses.replace(rows, cache=done.cache.advance(counts)))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "loops", "drafts"), donate_argnames=("rows",))
@@ -103,7 +105,7 @@ def draft(
 
     after, drafted = jax.lax.scan(one, rows, length=drafts)
     cache = dataclasses.replace(after.cache, lengths=rows.cache.lengths)
-    return dataclasses.replace(rows, cache=cache), jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), drafted)
+    return settled((dataclasses.replace(rows, cache=cache), jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), drafted)))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "draft_loops"), donate_argnames=("rows",))

@@ -1,7 +1,6 @@
-"""Recipes by name: whole runs that `looplm train --recipe NAME` starts."""
+"""Recipes for a laptop."""
 
 import dataclasses
-from collections.abc import Callable
 
 from looplm_jax.config import (
     CheckpointConfig,
@@ -14,7 +13,6 @@ from looplm_jax.config import (
     SourceConfig,
     Stage,
 )
-from looplm_jax.errors import UserError, suggest
 from looplm_jax.models import presets
 
 
@@ -117,21 +115,6 @@ def mano_small() -> Recipe:
         ),
         evaluation=EvaluationConfig(every=500, sequences=64),
     )
-
-
-RECIPES: dict[str, Callable[[], Recipe]] = {
-    "text-small": text_small,
-    "demo": demo,
-    "demo-one-loop": demo_one_loop,
-    "mano-small": mano_small,
-}
-
-
-def named_recipe(name: str) -> Recipe:
-    """The recipe of that name. Raises UserError with the list if there is none."""
-    if name not in RECIPES:
-        raise UserError(f"unknown recipe {name!r}{suggest(name, RECIPES)}, or give the path of a .json file")
-    return RECIPES[name]()
 
 
 def without_loops(recipe: Recipe) -> Recipe:

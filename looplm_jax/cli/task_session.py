@@ -1,0 +1,132 @@
+"""What `looplm evaluate --tasks` does once its arguments are read: load, run the tasks, print and write."""
+
+import argparse
+import itertools
+import json
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.status import Status
+
+from looplm_jax.cli.evaluation_session import default_out
+from looplm_jax.errors import UserError
+from looplm_jax.evaluation.harness import require_lm_eval
+from looplm_jax.evaluation.harness.settings import Settings, exit_policy
+from looplm_jax.evaluation.tables import Table
+from looplm_jax.loading import Loaded, load
+
+_QUIET = {"TQDM_DISABLE": "1", "DISABLE_MULTIPROC": "1"}  # no bars of its own, and no fork of a process that runs JAX
+
+
+def run_task_evaluation(arguments: argparse.Namespace) -> int:
+    """Run tasks as the arguments of `looplm evaluate` say. Returns the exit status."""
+    settings = _settings(arguments)
+    names = _task_names(arguments)
+    _prepare_lm_eval()
+    loaded = load(arguments.checkpoint, step=arguments.step)
+    for warning in loaded.warnings:
+        print(f"looplm: {warning}", file=sys.stderr)
+    out = Path(arguments.out) if arguments.out else default_out(arguments.checkpoint, loaded.step)
+    with Console(stderr=True).status("finding the tasks") as status:
+        run = _sweep if arguments.depth_sweep else _evaluate
+        table, found = run(loaded, settings, names, arguments, status)
+    Console(highlight=False).print(table.rich())
+    if "mean_loops" in found:
+        print(f"mean loops of a token: {found['mean_loops']:.2f}")
+    about = {"step": loaded.step, "limit": arguments.limit, "num_fewshot": arguments.num_fewshot}
+    print(f"wrote {_write(out, {**about, **found})}")
+    print(f"next: {_next_command(arguments)}")
+    return 0
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    given = {name: getattr(arguments, name) for name in ("batch_size", "max_length", "add_bos_token")}
+    policy = exit_policy(loops=arguments.loops, rule=arguments.exit)
+    return Settings(policy=policy, **{name: value for name, value in given.items() if value is not None})
+
+
+def _task_names(arguments: argparse.Namespace) -> list[str]:
+    names = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
+    if not names:
+        raise UserError("--tasks names no task; give for example --tasks looplm_smoke")
+    if arguments.include_path is not None and not Path(arguments.include_path).is_dir():
+        raise UserError(f"--include-path {arguments.include_path} is not a folder")
+    return names
+
+
+def _prepare_lm_eval() -> None:
+    """Before it is imported, which is when it reads its environment."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    require_lm_eval()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+
+def _evaluate(
+    loaded: Loaded, settings: Settings, names: list[str], arguments: argparse.Namespace, status: Status
+) -> tuple[Table, dict[str, Any]]:
+    """At one number of loops, or under one exit policy."""
+    from looplm_jax.evaluation.harness.adapter import LoopLMAdapter
+    from looplm_jax.evaluation.harness.running import choose_tasks, run_tasks
+    from looplm_jax.evaluation.harness.tables import task_table
+
+    chosen = choose_tasks(names, include_path=arguments.include_path)
+    adapter = LoopLMAdapter(loaded, settings, on_requests=_counter(status))
+    run = run_tasks(adapter, chosen, limit=arguments.limit, num_fewshot=arguments.num_fewshot)
+    rule = arguments.exit or f"loops={arguments.loops or loaded.model.config.loops}"
+    table = task_table(run, f"tasks, --exit {rule}")
+    return table, {"exit": rule, "mean_loops": adapter.mean_loops, **run.results}
+
+
+def _sweep(
+    loaded: Loaded, settings: Settings, names: list[str], arguments: argparse.Namespace, status: Status
+) -> tuple[Table, dict[str, Any]]:
+    """At every number of loops."""
+    from looplm_jax.evaluation.harness.every_depth import EveryDepth
+    from looplm_jax.evaluation.harness.running import choose_tasks, sweep_tasks
+    from looplm_jax.evaluation.harness.tables import sweep_table
+
+    chosen = choose_tasks(names, include_path=arguments.include_path)
+    loops = arguments.max_loops or 2 * loaded.model.config.loops
+    adapter = EveryDepth(loaded, settings, loops=loops, on_requests=_counter(status))
+    runs = sweep_tasks(adapter, chosen, loops=loops, limit=arguments.limit, num_fewshot=arguments.num_fewshot)
+    trained = loaded.model.config.loops
+    return sweep_table(runs, trained_loops=trained), {
+        "trained_loops": trained,
+        "depths": {depth: run.results for depth, run in enumerate(runs, 1)},
+    }
+
+
+def _counter(status: Status) -> Callable[[int], None]:
+    """Shows how many requests were scored."""
+    scored = 0
+
+    def count(requests: int) -> None:
+        nonlocal scored
+        scored += requests
+        status.update(f"{scored:,} requests scored")
+
+    return count
+
+
+def _write(out: Path, content: dict[str, Any]) -> Path:
+    """A file of its own for every evaluation: tasks.json, tasks-2.json and so on."""
+    out.mkdir(parents=True, exist_ok=True)
+    paths = (out / f"tasks{f'-{number}' if number > 1 else ''}.json" for number in itertools.count(1))
+    path = next(path for path in paths if not path.exists())
+    path.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+    return path
+
+
+def _next_command(arguments: argparse.Namespace) -> str:
+    """The same tasks by the other kind of evaluation, to compare."""
+    words = ["looplm", "evaluate", arguments.checkpoint, "--tasks", arguments.tasks]
+    words += ["--include-path", arguments.include_path] if arguments.include_path else []
+    words += ["--limit", str(arguments.limit)] if arguments.limit else []
+    return shlex.join([*words, *(["--exit", "q=0.5"] if arguments.depth_sweep else ["--depth-sweep"])])

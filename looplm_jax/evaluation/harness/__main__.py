@@ -1,0 +1,46 @@
+"""The command line of lm-evaluation-harness, which knows the model `looplm` and the tasks of this package.
+
+    python -m looplm_jax.evaluation.harness run --model looplm --model_args checkpoint=runs/text-small exit=q=0.5 \\
+        --tasks looplm_smoke
+
+`--model_args` are checkpoint, step, loops or exit, max_length, add_bos_token (true or false) and cache. A rule with
+commas needs quotes of its own: exit="'kl=1e-3,max=6'".
+"""
+
+import sys
+
+from looplm_jax.errors import UserError
+from looplm_jax.evaluation.harness import TASKS, require_lm_eval
+
+_ADAPTER = "looplm_jax.evaluation.harness.adapter:LoopLMAdapter"
+
+
+def main() -> int:
+    """Do what `sys.argv` says. Returns 2 for a mistake of the user's."""
+    try:
+        require_lm_eval()
+        _run_harness()
+    except UserError as error:
+        print(f"looplm: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run_harness() -> None:
+    import lm_eval.models  # noqa: F401  (registers the harness's own models)
+    from lm_eval._cli import HarnessCLI
+    from lm_eval.api.registry import model_registry
+    from lm_eval.utils import setup_logging
+
+    setup_logging()
+    if "looplm" not in model_registry:
+        model_registry.register("looplm", target=_ADAPTER)
+    parser = HarnessCLI()
+    arguments = parser.parse_args()
+    if "include_path" in arguments and not (arguments.include_path or getattr(arguments, "config", None)):
+        arguments.include_path = str(TASKS)
+    parser.execute(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

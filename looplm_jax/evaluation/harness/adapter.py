@@ -1,0 +1,141 @@
+"""A looped model as lm-evaluation-harness sees models. This module alone needs `lm_eval` to be imported."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lm_eval.api.model import TemplateLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
+from tqdm import tqdm
+
+from looplm_jax.errors import UserError
+from looplm_jax.evaluation.harness.generation import generate_texts, generation_request
+from looplm_jax.evaluation.harness.scoring import WindowScorer
+from looplm_jax.evaluation.harness.settings import ModelArgs, Settings
+from looplm_jax.evaluation.harness.windows import Window
+from looplm_jax.halting import ExitPolicy, FixedLoops
+from looplm_jax.inference import Request
+from looplm_jax.loading import Loaded, load
+
+Answer = tuple[float, bool]  # a log-likelihood in nats, and whether greedy decoding gives that text
+
+
+class LoopLMAdapter(TemplateLM):
+    """Log-likelihoods from one forward pass, text from the engine; either at the loops of one policy."""
+
+    def __init__(self, loaded: Loaded, settings: Settings, *, on_requests: Callable[[int], None] | None = None):
+        super().__init__()
+        self.policy: ExitPolicy = settings.policy or FixedLoops(loops=loaded.model.config.loops)
+        self.loops = 0  # that the tokens counted below took
+        self.tokens = 0  # scored or generated so far
+        self._loaded = loaded
+        self._settings = settings
+        self._on_requests = on_requests
+        self._scorer = self._make_scorer(self.policy.max_loops or loaded.model.config.loops, self.policy)
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: Mapping[str, Any], additional_config: Mapping[str, Any] | None = None
+    ) -> "LoopLMAdapter":
+        """The model of `--model_args` and of the harness's own flags."""
+        given = ModelArgs.of({**(additional_config or {}), **arg_dict})
+        bar = tqdm(desc="requests scored", unit="")
+        return cls(load(given.checkpoint, step=given.step), given.settings, on_requests=bar.update)
+
+    @classmethod
+    def create_from_arg_string(
+        cls, arg_string: str, additional_config: Mapping[str, Any] | None = None
+    ) -> "LoopLMAdapter":
+        """The same, from `checkpoint=...,exit=...`; a rule with commas needs the command line, or a dictionary."""
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    @property
+    def eot_token_id(self) -> int:
+        """What ends a document."""
+        return self._loaded.tokenizer.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text that has no context."""
+        return self._loaded.tokenizer.bos_id
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that the model reads."""
+        longest = self._loaded.model.config.max_positions
+        return min(self._settings.max_length or longest, longest)
+
+    @property
+    def mean_loops(self) -> float:
+        """Loops a token, over those scored and those generated; 0 where there is none."""
+        return self.loops / self.tokens if self.tokens else 0.0
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Ids of a text, after a bos where the settings ask for it and the caller does not object."""
+        tokenizer = self._loaded.tokenizer
+        add_bos = self._settings.add_bos_token and add_special_tokens is not False
+        return [*([tokenizer.bos_id] if add_bos else []), *tokenizer.encode(string)]
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Raises UserError: a chat is tokens, and names of special tokens in a text are text to our tokenisers."""
+        raise UserError("chat templates are not supported; leave --apply_chat_template out")
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[Answer]:
+        """The log-likelihood of each text after its context, in nats, and whether greedy decoding gives it."""
+        return super().loglikelihood(list(requests), disable_tqdm=True)
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """The log-likelihood of whole texts, in windows that do not overlap in what they score."""
+        windows = [self._rolling(*request.args) for request in requests]
+        answers = iter(self.answers([window for parts in windows for window in parts]))
+        return [sum((next(answers)[0] for _ in parts), 0.0) for parts in windows]
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Texts that go on from contexts, up to a stop string, an end of text or a number of tokens."""
+        if not requests:
+            return []
+        results = generate_texts(
+            self._loaded,
+            [self._generation(*request.args) for request in requests],
+            slots=self._settings.batch_size,
+            loops=self._scorer.loops,
+            cache=self._settings.cache,
+        )
+        self.loops += sum(sum(result.exit_loops) for result in results)
+        self.tokens += sum(len(result.tokens) for result in results)
+        return [result.text for result in results]
+
+    def answers(self, windows: Sequence[Window]) -> list[Answer]:
+        """The answer to each window."""
+        found = self._scorer(windows)
+        self.loops += sum(likelihood.loops[0] for likelihood in found)
+        self.tokens += sum(window.scored for window in windows)
+        return [(likelihood.log_prob[0], likelihood.greedy[0]) for likelihood in found]
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, Sequence[int], Sequence[int]]], **_: Any
+    ) -> list[Answer]:
+        return self.answers([Window.of(context, text, self.max_length) for _, context, text in requests])
+
+    def _rolling(self, text: str) -> list[Window]:
+        tokens = self.tok_encode(text, add_special_tokens=False)
+        pairs = get_rolling_token_windows(
+            token_list=tokens, prefix_token=self.prefix_token_id, max_seq_len=self.max_length, context_len=1
+        )
+        disjoint = map(make_disjoint_window, pairs)
+        return [Window.of(context, scored, self.max_length) for context, scored in disjoint]
+
+    def _generation(self, context: str, generation_kwargs: Mapping[str, Any]) -> Request:
+        prompt_ids = self.tok_encode(context) or [self.prefix_token_id]
+        tokenizer, policy = self._loaded.tokenizer, self.policy
+        return generation_request(prompt_ids, generation_kwargs, tokenizer, policy=policy, longest=self.max_length)
+
+    def _make_scorer(self, loops: int, policy: ExitPolicy | None) -> WindowScorer:
+        return WindowScorer(
+            model=self._loaded.model,
+            params=self._loaded.params,
+            loops=loops,
+            policy=policy,
+            rows=self._settings.batch_size,
+            longest=self.max_length,
+            on_windows=self._on_requests,
+        )

@@ -1,0 +1,97 @@
+"""Requests for text as the harness words them, and as the engine does."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from looplm_jax.convert.tokenizer_files import stop_ids
+from looplm_jax.data.tokenizers import Tokenizer
+from looplm_jax.errors import UserError, suggest
+from looplm_jax.halting import ExitPolicy
+from looplm_jax.inference import CacheStrategy, Engine, EngineConfig, Finish, Request, Result, Sampling
+from looplm_jax.inference.kv_cache import bucket
+from looplm_jax.loading import Loaded
+
+NEW_TOKENS = 256  # where a task does not say, as for the harness's own models
+_LONGEST_CHUNK = 512
+_OF_LENGTH = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+_NEUTRAL = {"num_beams": 1, "num_return_sequences": 1}  # what tasks say of other engines
+
+
+def generation_request(
+    prompt_ids: Sequence[int],
+    generation_kwargs: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    *,
+    policy: ExitPolicy,
+    longest: int,
+) -> Request:
+    """A prompt cut on its left to leave room for the new tokens, as the harness's Hugging Face model does.
+
+    Args:
+      prompt_ids: at least one token.
+      generation_kwargs: of a task: `until`, `max_gen_toks` by any of its names, `do_sample`, and what `Sampling` has.
+      tokenizer: its ends of text end a generation too.
+      policy: the loop at which each token leaves.
+      longest: tokens that the model reads.
+
+    Raises:
+      UserError: an argument that is not known, or no room for a prompt.
+    """
+    given = {name: value for name, value in generation_kwargs.items() if value is not None}
+    _check_names(given)
+    lengths = [given[name] for name in _OF_LENGTH if name in given]
+    new_tokens = int(lengths[0]) if lengths else NEW_TOKENS
+    if new_tokens >= longest:
+        raise UserError(
+            f"{new_tokens} new tokens leave no room for a prompt in the {longest} that the model reads; "
+            "ask for fewer with generation_kwargs max_gen_toks"
+        )
+    until = given.get("until", [])
+    return Request(
+        prompt_ids=tuple(prompt_ids[-(longest - new_tokens) :]),
+        max_new_tokens=new_tokens,
+        policy=policy,
+        sampling=_sampling(given),
+        stop_ids=tuple(stop_ids(tokenizer)),
+        stop_strings=tuple(text for text in ([until] if isinstance(until, str) else until) if text),
+    )
+
+
+def generate_texts(
+    loaded: Loaded, requests: Sequence[Request], *, slots: int, loops: int, cache: CacheStrategy
+) -> list[Result]:
+    """What the engine makes of the requests, of which there is at least one. Raises UserError where one failed."""
+    longest = loaded.model.config.max_positions
+    window = bucket(max(len(request.prompt_ids) + request.max_new_tokens for request in requests), longest)
+    config = EngineConfig(
+        slots=min(slots, len(requests)),
+        capacity=window,
+        loops=loops,
+        cache=cache,
+        chunk=min(_LONGEST_CHUNK, window),
+        queue=len(requests),
+    )
+    engine = Engine(loaded.model, loaded.params, loaded.tokenizer, config=config)
+    tickets = [engine.submit(request) for request in requests]
+    while engine.step():
+        pass
+    results = [ticket.result() for ticket in tickets]
+    for result in results:
+        if result.finish is Finish.FAILED:
+            raise UserError(result.error)
+    return results
+
+
+def _check_names(given: Mapping[str, Any]) -> None:
+    known = ("until", "do_sample", *_OF_LENGTH, *_SAMPLING)
+    for name, value in given.items():
+        if name not in known and _NEUTRAL.get(name) != value:
+            raise UserError(f"generation_kwargs {name}={value!r} is not supported{suggest(name, known)}")
+
+
+def _sampling(given: Mapping[str, Any]) -> Sampling:
+    """Greedy unless sampling is asked for: `do_sample`, or a temperature where that is not said."""
+    settings = {name: given[name] for name in _SAMPLING if name in given}
+    temperature = settings.pop("temperature", 0.0)
+    return Sampling(temperature=temperature if given.get("do_sample", temperature > 0) else 0.0, **settings)

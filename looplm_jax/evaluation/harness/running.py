@@ -1,0 +1,132 @@
+"""Tasks of lm-evaluation-harness, run on one adapter or at every depth of one."""
+
+import dataclasses
+import fnmatch
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.tasks import TaskManager
+
+from looplm_jax.errors import UserError, suggest
+from looplm_jax.evaluation.harness import TASKS
+from looplm_jax.evaluation.harness.adapter import LoopLMAdapter
+from looplm_jax.evaluation.harness.every_depth import EveryDepth
+
+_BOOTSTRAPS = 1000  # resamples for the standard error of a metric that is no mean
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskScore:
+    """One number that a task reports; `stderr` is None where the harness knows none."""
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskRun:
+    """What the harness reports: its own dictionary, without samples."""
+
+    results: dict[str, Any]
+
+    @property
+    def scores(self) -> tuple[TaskScore, ...]:
+        """Every number, tasks and metrics in the harness's order."""
+        found = (
+            _score(task, key, metrics) for task, metrics in self.results["results"].items() for key in _metrics(metrics)
+        )
+        return tuple(found)
+
+
+class ChosenTasks(TaskManager):
+    """Tasks by name, loaded once however often they are run."""
+
+    def __init__(self, names: Sequence[str], **options: Any):
+        super().__init__(**options)
+        self.names = list(names)
+        self._tasks: Any = None
+
+    def load(self, task_list: Any) -> Any:
+        """All of them, whatever is asked for: the harness asks for `names`."""
+        if self._tasks is None:
+            self._tasks = super().load(task_list)
+        return self._tasks
+
+
+def choose_tasks(names: Sequence[str], *, include_path: str | None = None) -> ChosenTasks:
+    """Tasks and groups of tasks by name, or by patterns with `*`.
+
+    Args:
+      names: of tasks that come with this package, with `lm_eval`, or from `include_path`.
+      include_path: a folder with YAML files of other tasks.
+
+    Raises:
+      UserError: a name that is not known, or a task that cannot be loaded, such as one whose data cannot be fetched.
+    """
+    chosen = ChosenTasks(names, include_defaults=False, include_path=str(TASKS))
+    if include_path is not None or not all(map(chosen.match_tasks, ([name] for name in names))):
+        folders = [str(TASKS), *([] if include_path is None else [include_path])]
+        chosen = ChosenTasks(names, include_path=folders)
+    chosen.names = list(dict.fromkeys(found for name in names for found in _matches(name, chosen.all_tasks)))
+    try:
+        chosen.load(chosen.names)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"cannot load {', '.join(names)}: {type(error).__name__}: {reason}") from error
+    return chosen
+
+
+def run_tasks(
+    adapter: LoopLMAdapter, chosen: ChosenTasks, *, limit: int | None = None, num_fewshot: int | None = None
+) -> TaskRun:
+    """Run the tasks, on the first `limit` documents of each, or on all.
+
+    Raises:
+      UserError: a request that the model cannot serve.
+    """
+    results = simple_evaluate(
+        model=adapter,
+        tasks=chosen.names,
+        task_manager=chosen,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        bootstrap_iters=_BOOTSTRAPS,
+        log_samples=False,
+    )
+    return TaskRun(results={name: results[name] for name in ("results", "n-samples", "n-shot", "versions")})
+
+
+def sweep_tasks(
+    adapter: EveryDepth, chosen: ChosenTasks, *, loops: int, limit: int | None = None, num_fewshot: int | None = None
+) -> list[TaskRun]:
+    """The same at loops 1..`loops`; the same few-shot examples at each."""
+    runs = []
+    for depth in range(1, loops + 1):
+        adapter.depth = depth
+        runs.append(run_tasks(adapter, chosen, limit=limit, num_fewshot=num_fewshot))
+    return runs
+
+
+def _matches(name: str, known: Iterable[str]) -> list[str]:
+    found = fnmatch.filter(known, name)
+    if not found:
+        raise UserError(f"unknown task {name!r}{suggest(name, known, '; `lm_eval ls tasks` lists them')}")
+    return found
+
+
+def _metrics(metrics: dict[str, Any]) -> list[str]:
+    return [key for key in metrics if "," in key and "_stderr," not in key]
+
+
+def _score(task: str, key: str, metrics: dict[str, Any]) -> TaskScore:
+    metric, filter_name = key.split(",", 1)
+    stderr = metrics.get(f"{metric}_stderr,{filter_name}")
+    return TaskScore(
+        task=task,
+        metric=metric if filter_name == "none" else f"{metric} ({filter_name})",
+        value=float(metrics[key]),
+        stderr=float(stderr) if isinstance(stderr, int | float) else None,
+    )

@@ -1,0 +1,102 @@
+"""What the harness's `--model_args` may say."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from looplm_jax.errors import UserError, suggest
+from looplm_jax.halting import ExitPolicy, FixedLoops, parse_exit_policy
+from looplm_jax.inference import CacheStrategy
+
+# What the harness always passes, and what is meant for models of PyTorch.
+_IGNORED = ("device", "max_batch_size", "trust_remote_code")
+_EXAMPLE = "checkpoint=runs/text-small exit=q=0.5"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a model answers the harness."""
+
+    policy: ExitPolicy | None = None  # None: the loops that the model is meant for
+    batch_size: int = 8  # requests at one time
+    max_length: int | None = None  # tokens that the model reads; None: all its positions
+    add_bos_token: bool = False  # before every context; the harness's own models add none to ours either
+    cache: CacheStrategy = CacheStrategy.FULL  # of generated text
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("max_length", 2)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"{name} must be at least {least}, not {value}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelArgs:
+    """A checkpoint and the settings."""
+
+    checkpoint: str
+    step: int | None
+    settings: Settings
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> "ModelArgs":
+        """From names and values as the harness's command line reads them.
+
+        Raises:
+          UserError: no checkpoint, an unknown name, a value that cannot be, or both `loops` and `exit`.
+        """
+        rest = {name: value for name, value in given.items() if name not in _IGNORED and value is not None}
+        checkpoint = rest.pop("checkpoint", None)
+        if checkpoint is None:
+            raise UserError(f"say which model: --model_args {_EXAMPLE}")
+        step = _whole("step", rest.pop("step", None))
+        settings = Settings(
+            policy=exit_policy(loops=_whole("loops", rest.pop("loops", None)), rule=rest.pop("exit", None)),
+            batch_size=_batch_size(rest.pop("batch_size", "auto")),
+            max_length=_whole("max_length", rest.pop("max_length", None)),
+            add_bos_token=_truth("add_bos_token", rest.pop("add_bos_token", False)),
+            cache=_cache(rest.pop("cache", CacheStrategy.FULL.value)),
+        )
+        for name in rest:
+            known = ("checkpoint", "step", "loops", "exit", *(field.name for field in dataclasses.fields(Settings)[1:]))
+            raise UserError(f"unknown model argument {name!r}{suggest(name, known)}")
+        return cls(checkpoint=str(checkpoint), step=step, settings=settings)
+
+
+def exit_policy(*, loops: int | None, rule: str | None) -> ExitPolicy | None:
+    """The policy of a number of loops or of a rule as `parse_exit_policy` reads it. Raises UserError for both."""
+    if loops is not None and rule is not None:
+        raise UserError("loops and exit both say when to leave; keep one")
+    if loops is not None:
+        return FixedLoops(loops=loops)
+    return None if rule is None else parse_exit_policy(str(rule))
+
+
+def _whole(name: str, value: Any) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UserError(f"{name} must be a whole number, not {value!r}")
+    return value
+
+
+def _truth(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise UserError(f"{name} must be true or false, not {value!r}")
+    return value
+
+
+def _batch_size(value: Any) -> int:
+    """The harness passes text; `auto` and `auto:4` look for the largest batch that fits, which we do not."""
+    if str(value).startswith("auto"):
+        return Settings.batch_size
+    if not str(value).lstrip("-").isdigit():
+        raise UserError(f"batch_size must be a whole number or auto, not {value!r}")
+    return int(value)
+
+
+def _cache(value: Any) -> CacheStrategy:
+    names = [strategy.value for strategy in CacheStrategy]
+    if value not in names:
+        raise UserError(f"unknown cache {value!r}{suggest(str(value), names)}")
+    return CacheStrategy(value)

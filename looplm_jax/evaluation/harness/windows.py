@@ -1,0 +1,72 @@
+"""Log-likelihood requests as windows of tokens, and windows as batches of few shapes."""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from jaxtyping import Int
+
+from looplm_jax.errors import UserError
+from looplm_jax.inference.kv_cache import bucket
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """Tokens, the last `scored` of which are predicted, each from all before it."""
+
+    tokens: tuple[int, ...]
+    scored: int
+
+    @classmethod
+    def of(cls, context: Sequence[int], continuation: Sequence[int], longest: int) -> "Window":
+        """The continuation after as much of the end of the context as a model that reads `longest` tokens can see.
+
+        Raises:
+          UserError: the continuation alone is longer.
+        """
+        if len(continuation) > longest:
+            raise UserError(
+                f"a continuation of {len(continuation)} tokens does not fit the {longest} that the model reads; "
+                "give a larger max_length, or leave the task out"
+            )
+        return cls(tokens=(*context, *continuation)[-(longest + 1) :], scored=len(continuation))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WindowBatch:
+    """Windows side by side, padded on the right; a causal model sees nothing of that."""
+
+    indices: tuple[int, ...]  # of the windows, one for each row that counts
+    tokens: Int[np.ndarray, "B S"]
+    read_positions: Int[np.ndarray, "B P"]  # where the prediction of each scored token stands
+    targets: Int[np.ndarray, "B P"]
+
+
+def window_batches(windows: Sequence[Window], *, rows: int, longest: int) -> Iterator[WindowBatch]:
+    """Batches of `rows` windows whose lengths fall into the same buckets, the longest first.
+
+    Their shapes, and so the programs that are compiled for them, are as few as there are pairs of buckets. Windows
+    without a scored token are in none.
+    """
+    alike: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for index, window in enumerate(windows):
+        if window.scored:
+            alike[bucket(len(window.tokens) - 1, longest), bucket(window.scored, longest)].append(index)
+    for (length, scored), indices in sorted(alike.items(), reverse=True):
+        for start in range(0, len(indices), rows):
+            yield _batch(windows, indices[start : start + rows], (rows, length), (rows, scored))
+
+
+def _batch(
+    windows: Sequence[Window], indices: Sequence[int], shape: tuple[int, int], scored_shape: tuple[int, int]
+) -> WindowBatch:
+    tokens = np.zeros(shape, np.int32)
+    read_positions, targets = np.zeros((2, *scored_shape), np.int32)
+    for row, index in enumerate(indices):
+        *inputs, _ = window = windows[index].tokens
+        scored = windows[index].scored
+        tokens[row, : len(inputs)] = inputs
+        read_positions[row, :scored] = np.arange(len(inputs) - scored, len(inputs))
+        targets[row, :scored] = window[-scored:]
+    return WindowBatch(indices=tuple(indices), tokens=tokens, read_positions=read_positions, targets=targets)

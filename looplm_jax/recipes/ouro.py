@@ -1,0 +1,210 @@
+"""The training pipeline of Ouro (arXiv 2510.25741, section 4), stage after stage, at full size.
+
+    looplm train --recipe ouro-1.4b --data.root gs://mine/corpora --out gs://mine/ouro-1.4b
+    looplm convert upcycle gs://mine/ouro-1.4b/checkpoints/STEP mine/ouro-48 --layers 48    # the end of pretrain-2
+    looplm train --recipe ouro-2.6b --data.root gs://mine/corpora --start.checkpoint mine/ouro-48
+
+Not printed in the paper, and so ours: the steps of the warm-up (2,000), where in its first stage the batch doubles
+(half-way), AdamW's epsilon (1e-8), the length and rate of Stage II, and the tokens of an example of the fine-tuning.
+"""
+
+import dataclasses
+
+from looplm_jax.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    MeshConfig,
+    ModelConfig,
+    Objective,
+    Recipe,
+    Schedule,
+    SourceConfig,
+    Stage,
+)
+from looplm_jax.models import presets
+
+_M = 2**20
+_B, _T = 10**9, 10**12
+
+# Per cent of the tokens.
+_PRETRAIN = {
+    "nemotron-cc": 73.4,
+    "map-cc": 13.0,
+    "ultra-fineweb-zh": 2.0,
+    "opencoder-pretrain": 7.5,
+    "megamath-web": 4.1,
+}
+_ANNEAL = {
+    "nemotron-cc-hq": 66.5,
+    "nemotron-cc-math-v1": 15.0,
+    "megamath-hq": 4.6,
+    "opc-annealing": 0.5,
+    "nemotron-code": 3.8,
+    "sft-code": 3.4,
+    "sft-general": 6.2,
+}
+_LONG = {"prolong-64k": 100.0}
+_MID_TRAIN = (("sft-mix", 90), (_PRETRAIN, 30), (_ANNEAL, 180))  # billions of tokens
+_THINKING = {"thinking-math": 3500, "thinking-code": 3200, "thinking-science": 808, "thinking-chat": 767}  # thousands
+
+
+def ouro_1_4b() -> Recipe:
+    """Ouro-1.4B: 24 layers, from nothing through 7.7T tokens, then Stage II for the gate."""
+    return _recipe("ouro-1.4b", ouro_1_4b.__doc__, presets.ouro_1_4b(), (*_first_stages(), *_later_stages()))
+
+
+def ouro_2_6b() -> Recipe:
+    """Ouro-2.6B: 48 layers. Start it from Ouro-1.4B as it was after `pretrain-2`, its 24 layers doubled."""
+    return _recipe("ouro-2.6b", ouro_2_6b.__doc__, presets.ouro_2_6b(), _later_stages())
+
+
+def ouro_1_4b_thinking() -> Recipe:
+    """Ouro-1.4B-Thinking: fine-tuning on 8.3M chats. Start it from `ouro-1.4b`."""
+    return _recipe("ouro-1.4b-thinking", ouro_1_4b_thinking.__doc__, presets.ouro_1_4b(), (_fine_tuning(),))
+
+
+def ouro_2_6b_thinking() -> Recipe:
+    """Ouro-2.6B-Thinking: fine-tuning on 8.3M chats. Start it from `ouro-2.6b`."""
+    return _recipe("ouro-2.6b-thinking", ouro_2_6b_thinking.__doc__, presets.ouro_2_6b(), (_fine_tuning(),))
+
+
+def _recipe(name: str, description: str | None, model: ModelConfig, stages: tuple[Stage, ...]) -> Recipe:
+    return Recipe(
+        name=name,
+        description=description or "",
+        model=dataclasses.replace(model, rope_theta=1e4 if name == "ouro-1.4b" else 1e6),
+        stages=stages,
+        mesh=MeshConfig(data=1, fsdp=-1),
+        data=DataConfig(sources=_mixture(_PRETRAIN), validation_fraction=1e-5),
+        checkpoint=CheckpointConfig(every=1000, keep=3),
+        evaluation=EvaluationConfig(every=5000, sequences=512),
+    )
+
+
+def _first_stages() -> tuple[Stage, ...]:
+    """Stage 1a: eight loops; the batch doubles half-way."""
+    first = _stage(
+        "pretrain-1",
+        tokens=3 * _T // 2,
+        batch=4 * _M,
+        length=4096,
+        loops=8,
+        beta=0.1,
+        learning_rate=3e-4,
+        warmup_steps=2000,
+        rope_theta=1e4,
+        mixture=_PRETRAIN,
+    )
+    second = _stage(
+        "pretrain-2",
+        tokens=3 * _T // 2,
+        batch=8 * _M,
+        length=4096,
+        loops=8,
+        beta=0.1,
+        learning_rate=3e-4,
+        rope_theta=1e4,
+        mixture=_PRETRAIN,
+    )
+    return first, second
+
+
+def _later_stages() -> tuple[Stage, ...]:
+    """Stages 1b to 4, which both sizes go through after the fork, and Stage II."""
+    return (
+        _stage(
+            "pretrain-3",
+            tokens=3 * _T,
+            batch=8 * _M,
+            length=4096,
+            learning_rate=3e-4,
+            rope_theta=1e4,
+            mixture=_PRETRAIN,
+        ),
+        _stage(
+            "anneal",
+            tokens=14 * _T // 10,
+            batch=8 * _M,
+            length=16384,
+            learning_rate=3e-4,
+            schedule=Schedule.COSINE,
+            final_learning_rate=3e-5,
+            rope_theta=4e4,
+            mixture=_ANNEAL,
+        ),
+        _stage(
+            "long-context",
+            tokens=20 * _B,
+            batch=8 * _M,
+            length=65536,
+            learning_rate=3e-5,
+            rope_theta=1e6,
+            mixture=_LONG,
+        ),
+        _stage(
+            "mid-train",
+            tokens=300 * _B,
+            batch=8 * _M,
+            length=32768,
+            learning_rate=3e-5,
+            schedule=Schedule.COSINE,
+            final_learning_rate=1e-5,
+            rope_theta=1e6,
+            mixture=_mid_train_mixture(),
+        ),
+        _stage(
+            "gate",
+            objective=Objective.GATE,
+            tokens=2 * _B,
+            batch=_M,
+            length=4096,
+            learning_rate=1e-3,
+            schedule=Schedule.COSINE,
+            warmup_steps=100,
+            mixture=_ANNEAL,
+        ),
+    )
+
+
+def _fine_tuning() -> Stage:
+    """Two epochs of 8.3M chats, at a mean of 4,096 tokens each, which is ours."""
+    return _stage(
+        "sft",
+        tokens=2 * 8_300_000 * 4096,
+        batch=8 * _M,
+        length=32768,
+        learning_rate=2e-5,
+        schedule=Schedule.COSINE,
+        mixture=_THINKING,
+    )
+
+
+def _stage(
+    name: str, *, tokens: int, batch: int, length: int, mixture: dict[str, float] | dict[str, int], **settings: object
+) -> Stage:
+    """A stage of so many tokens, in batches of `batch` tokens; in parts of 256 sequences where there are more."""
+    sequences = batch // length
+    return Stage(
+        name=name,
+        steps=max(tokens // batch, 1),
+        batch_size=sequences,
+        sequence_length=length,
+        accumulation=max(sequences // 256, 1),
+        sources=_mixture(mixture),
+        **settings,  # type: ignore[arg-type]
+    )
+
+
+def _mixture(shares: dict[str, float] | dict[str, int]) -> tuple[SourceConfig, ...]:
+    """Folders below `data.root`, each with its share."""
+    return tuple(SourceConfig(path=name, weight=share) for name, share in shares.items())
+
+
+def _mid_train_mixture() -> dict[str, float]:
+    shares: dict[str, float] = {}
+    for part, amount in _MID_TRAIN:
+        of_part = {part: 100.0} if isinstance(part, str) else part
+        total = sum(of_part.values())
+        shares |= {name: amount * share / total for name, share in of_part.items()}
+    return shares

@@ -1,0 +1,61 @@
+"""A recipe at another scale: all of its stages, one after the other, at a size that two cores can do."""
+
+import dataclasses
+import enum
+
+from looplm_jax.config import CheckpointConfig, EvaluationConfig, MeshConfig, ModelConfig, Recipe, Stage
+
+_LONGEST, _SHORTEST = 256, 64  # tokens of a tiny sequence
+_STEPS, _SEQUENCES = 4, 4
+
+
+class Scale(enum.Enum):
+    """How much of a recipe is run: all of it, or about a thousandth of the parameters and a few steps of each stage."""
+
+    FULL = "full"
+    TINY = "tiny"
+
+
+def scaled(recipe: Recipe, scale: Scale) -> Recipe:
+    """The recipe at that scale. Losses, loops, schedules, mixtures and rotary bases stay as they are."""
+    if scale is Scale.FULL:
+        return recipe
+    return dataclasses.replace(
+        recipe,
+        name=f"{recipe.name}-tiny",
+        model=_tiny_model(recipe.model),
+        stages=tuple(map(_tiny_stage, recipe.stages)),
+        mesh=MeshConfig(data=1),
+        data=dataclasses.replace(recipe.data, validation_fraction=max(recipe.data.validation_fraction, 0.02)),
+        checkpoint=CheckpointConfig(every=2, keep=2),
+        evaluation=EvaluationConfig(every=0, sequences=_SEQUENCES),
+        log_every=1,
+    )
+
+
+def _tiny_model(model: ModelConfig) -> ModelConfig:
+    """An eighth of the layers at a sixteenth of the width: 1.4B parameters become 0.8M, 2.6B become 1.2M."""
+    return dataclasses.replace(
+        model,
+        vocab_size=min(model.vocab_size, 1024),
+        width=model.width // 16,
+        mlp_width=model.mlp_width // 16,
+        num_layers=max(model.num_layers // 8, 1),
+        num_heads=max(model.num_heads // 4, 1),
+        num_kv_heads=model.num_kv_heads // 4,
+        max_positions=_LONGEST,
+    )
+
+
+def _tiny_stage(stage: Stage) -> Stage:
+    """A few steps of a few sequences; a longer sequence stays longer."""
+    warmup = min(stage.warmup_steps, 2)
+    return dataclasses.replace(
+        stage,
+        steps=_STEPS,
+        batch_size=_SEQUENCES,
+        accumulation=min(stage.accumulation, 2),
+        sequence_length=max(stage.sequence_length // 256, _SHORTEST),
+        warmup_steps=warmup,
+        decay_steps=min(stage.decay_steps, _STEPS - warmup),
+    )
