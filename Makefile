@@ -26,6 +26,7 @@ test-transformers4: $(VENV)/ready-dev $(VENV)/ready-torch  ## the tests that run
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/shellcheck --external-sources --check-sourced tpu_setup/tpu tpu_setup/host/*.sh
 
 types: $(VENV)/ready-dev
 	$(BIN)/mypy

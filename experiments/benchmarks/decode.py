@@ -56,13 +56,28 @@ class Ceiling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Line:
-    """One way to decode at one batch size; tokens a second over all slots."""
+    """One way to decode at one batch size; tokens a second over all slots. Medians over rounds of turns."""
 
     name: str
     batch: int
     tokens_per_second: float
     mean_loops: float
+    gain: float  # tokens a second over those of fixed T in the same round
     floor_share: float | None  # least possible time of a tick over its measured time
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Decoded:
+    """What was decoded in one turn."""
+
+    seconds: float
+    tokens: int
+    mean_loops: float
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second."""
+        return self.tokens / self.seconds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,6 +89,7 @@ class Bench:
     model: LoopLM
     params: Params
     tokens: int
+    rounds: int
     ceiling: Ceiling
 
 
@@ -83,11 +99,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--shape", choices=list(SHAPES), default="cpu")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--tokens", type=int, default=32, help="new tokens of each request (default: 32)")
+    parser.add_argument("--rounds", type=int, default=3, help="turns that all ways to decode take (default: 3)")
     parser.add_argument("--pairs", type=int, default=5, help="turns that we and the twin take (default: 5)")
     parser.add_argument("--no-twin", action="store_true", help="leave out PyTorch")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args(argv)
-    bench = _prepare(arguments.shape, arguments.tokens)
+    bench = _prepare(arguments.shape, arguments.tokens, arguments.rounds)
     lines = [line for batch in arguments.batches for line in _measure(bench, batch)]
     speedup = None if arguments.no_twin else _beside_the_twin(bench, arguments.pairs)
     _print(bench, lines, speedup)
@@ -97,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"wrote {arguments.json}")
 
 
-def _prepare(shape: str, tokens: int) -> Bench:
+def _prepare(shape: str, tokens: int, rounds: int) -> Bench:
     make, dtype = SHAPES[shape]
     config = make()
     model = LoopLM(config, ComputeConfig(dtype=dtype, remat=Remat.NONE))
@@ -106,7 +123,15 @@ def _prepare(shape: str, tokens: int) -> Bench:
     )(jax.random.key(0))
     spread = _GATE_SPREAD / math.sqrt(config.width) / config.init_std
     params["gate"]["kernel"] = params["gate"]["kernel"] * jnp.asarray(spread, dtype.value)
-    return Bench(config=config, dtype=dtype, model=model, params=params, tokens=tokens, ceiling=_measure_ceiling(dtype))
+    return Bench(
+        config=config,
+        dtype=dtype,
+        model=model,
+        params=params,
+        tokens=tokens,
+        rounds=rounds,
+        ceiling=_measure_ceiling(dtype),
+    )
 
 
 def _measure_ceiling(dtype: Dtype) -> Ceiling:
@@ -135,16 +160,35 @@ def _measure(bench: Bench, batch: int) -> list[Line]:
     policies: dict[str, ExitPolicy] = {"fixed T = 4": FixedLoops(loops=4)}
     policies |= {f"Q-exit, q = {q}": QExit(q=q) for q in (0.3, 0.5, 0.8)}
     engine = _engine(bench, batch)
+    drafting = [_speculation(bench, batch, draft_loops) for draft_loops in (1, 2)]
     _run(engine, bench, FixedLoops(loops=4))
     compiled = _programs()
-    lines = [_engine_line(engine, bench, name, policy) for name, policy in policies.items()]
+    runs: list[dict[str, _Decoded]] = []
+    for _ in range(bench.rounds):
+        decoded = {name: _run(engine, bench, policy) for name, policy in policies.items()}
+        decoded |= {name: run() for name, run in drafting}
+        runs.append(decoded)
     if _programs() != compiled:
         raise RuntimeError("a program was compiled after the warm-up")
-    return lines + [_speculation_line(bench, batch, draft_loops) for draft_loops in (1, 2)]
+    return [_line(engine, bench, name, runs, by_ticks=name in policies) for name in runs[0]]
+
+
+def _line(engine: Engine, bench: Bench, name: str, runs: Sequence[dict[str, _Decoded]], *, by_ticks: bool) -> Line:
+    mean_loops = runs[0][name].mean_loops
+    floor = _floor_seconds(bench, engine.config.slots, engine.config.capacity, mean_loops) * _ticks(bench)
+    return Line(
+        name=name,
+        batch=engine.config.slots,
+        tokens_per_second=statistics.median(run[name].rate for run in runs),
+        mean_loops=mean_loops,
+        gain=statistics.median(run[name].rate / run["fixed T = 4"].rate for run in runs),
+        floor_share=statistics.median(floor / run[name].seconds for run in runs) if by_ticks else None,
+    )
 
 
 def _engine(bench: Bench, batch: int) -> Engine:
-    capacity = 1 << (_PROMPT + _ticks(bench)).bit_length()  # were each pass a token
+    most = _PROMPT + _ticks(bench) + batch + 2  # were each pass a token; slots fill one after the other
+    capacity = 1 << (most - 1).bit_length()
     return Engine(bench.model, bench.params, config=EngineConfig(slots=batch, capacity=capacity, chunk=_PROMPT))
 
 
@@ -160,8 +204,8 @@ def _prompts(bench: Bench, count: int) -> list[list[int]]:
     return np.random.default_rng(0).integers(0, bench.config.vocab_size, (count, _PROMPT)).tolist()
 
 
-def _run(engine: Engine, bench: Bench, policy: ExitPolicy) -> tuple[float, int, int]:
-    """Seconds, tokens and loops of `bench.tokens` times T ticks with a request in every slot, none ending in them."""
+def _run(engine: Engine, bench: Bench, policy: ExitPolicy) -> _Decoded:
+    """`bench.tokens` times T ticks with a request in every slot, none ending in them."""
     slots, ticks = engine.config.slots, _ticks(bench)
     room = engine.config.capacity - _PROMPT
     tickets = [
@@ -183,19 +227,7 @@ def _run(engine: Engine, bench: Bench, policy: ExitPolicy) -> tuple[float, int, 
         ticket.cancel()
     while engine.step():
         pass
-    return seconds, tokens, loops
-
-
-def _engine_line(engine: Engine, bench: Bench, name: str, policy: ExitPolicy) -> Line:
-    seconds, tokens, loops = _run(engine, bench, policy)
-    floor = _floor_seconds(bench, engine.config.slots, engine.config.capacity, loops / tokens)
-    return Line(
-        name=name,
-        batch=engine.config.slots,
-        tokens_per_second=tokens / seconds,
-        mean_loops=loops / tokens,
-        floor_share=floor * _ticks(bench) / seconds,
-    )
+    return _Decoded(seconds=seconds, tokens=tokens, mean_loops=loops / tokens)
 
 
 def _floor_seconds(bench: Bench, batch: int, capacity: int, mean_loops: float) -> float:
@@ -210,21 +242,23 @@ def _floor_seconds(bench: Bench, batch: int, capacity: int, mean_loops: float) -
     return max(read / bench.ceiling.bandwidth, operations / bench.ceiling.flops)
 
 
-def _speculation_line(bench: Bench, batch: int, draft_loops: int) -> Line:
+def _speculation(bench: Bench, batch: int, draft_loops: int) -> tuple[str, Callable[[], _Decoded]]:
+    """Its name, and what decodes once more; compiled."""
     prompts, model, params = _prompts(bench, batch), bench.model, bench.params
     if jax.default_backend() == "cpu":  # as the engine does
         model, params = LoopLM(bench.config, model.compute, unrolled=True), unroll_layers(params)
 
-    def run() -> tuple[int, float]:
+    def run() -> _Decoded:
+        start = time.perf_counter()
         results = speculate(model, params, prompts, draft_loops=draft_loops, drafts=4, max_new_tokens=bench.tokens)
-        return sum(len(result.tokens) for result in results), statistics.mean(r.loops_per_token for r in results)
+        return _Decoded(
+            seconds=time.perf_counter() - start,
+            tokens=sum(len(result.tokens) for result in results),
+            mean_loops=statistics.mean(result.loops_per_token for result in results),
+        )
 
     run()
-    start = time.perf_counter()
-    tokens, loops = run()
-    rate = tokens / (time.perf_counter() - start)
-    name = f"speculation, s = {draft_loops} (prompts included)"
-    return Line(name=name, batch=batch, tokens_per_second=rate, mean_loops=loops, floor_share=None)
+    return f"speculation, s = {draft_loops} (prompts included)", run
 
 
 def _beside_the_twin(bench: Bench, pairs: int) -> float:
@@ -247,8 +281,7 @@ def _beside_the_twin(bench: Bench, pairs: int) -> float:
         return (time.perf_counter() - start) / (bench.tokens - 1)
 
     def decode_ours() -> float:
-        seconds, tokens, _ = _run(engine, bench, FixedLoops(loops=loops))
-        return seconds / tokens
+        return 1 / _run(engine, bench, FixedLoops(loops=loops)).rate
 
     decode_twin(), decode_ours()
     return statistics.median(decode_twin() / decode_ours() for _ in range(pairs))
@@ -258,12 +291,10 @@ def _print(bench: Bench, lines: Sequence[Line], speedup: float | None) -> None:
     bandwidth, flops = bench.ceiling.bandwidth / 1e9, bench.ceiling.flops / 1e9
     print(f"{jax.devices()[0].device_kind}: {bandwidth:.1f} GB/s, {flops:.0f} GFLOP/s measured")
     print("| batch | | tokens/s | mean loops | of fixed T | share of the floor |\n|---|---|---|---|---|---|")
-    fixed = {line.batch: line.tokens_per_second for line in lines if line.name.startswith("fixed")}
     for line in lines:
-        gain = line.tokens_per_second / fixed[line.batch]
         share = "" if line.floor_share is None else f"{line.floor_share:.2f}"
         rate = f"{line.tokens_per_second:.1f}"
-        print(f"| {line.batch} | {line.name} | {rate} | {line.mean_loops:.2f} | {gain:.2f}x | {share} |")
+        print(f"| {line.batch} | {line.name} | {rate} | {line.mean_loops:.2f} | {line.gain:.2f}x | {share} |")
     if speedup is not None:
         print(f"batch 1, fixed T, beside the PyTorch twin with a cache, median of pairs: {speedup:.2f}x")
 

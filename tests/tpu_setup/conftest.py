@@ -1,0 +1,7 @@
+import pytest
+from fake_cloud import fake_cloud
+
+
+@pytest.fixture
+def cloud(tmp_path):
+    yield from fake_cloud(tmp_path / "cloud")

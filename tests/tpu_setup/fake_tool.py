@@ -1,0 +1,146 @@
+"""Stands for gcloud, xpk, kubectl and docker: records each call, fails where the test says so, and keeps a small cloud.
+
+The cloud is a folder: `calls.jsonl`, `cloud.json` (what exists, what fails), and `hosts/NODE-WORKER`, the home folder
+of each worker, in which the commands of `ssh` really run.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+FOLDER = Path(os.environ["FAKE_CLOUD"])
+STATE = FOLDER / "cloud.json"
+
+
+def main() -> int:
+    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    with _cloud() as cloud:
+        with (FOLDER / "calls.jsonl").open("a") as calls:
+            calls.write(json.dumps(words) + "\n")
+        failure = _failure(words, cloud)
+        if failure is not None and not failure["done"]:
+            return _error(failure["says"], failure["status"])
+        on_hosts = "tpu-vm" in words
+        status = 0 if on_hosts else _act(words[0], words[1:], cloud)
+    if on_hosts:
+        status = _on_hosts(words[4], words[1:], cloud["workers"])
+    return status if failure is None else _error(failure["says"], failure["status"])
+
+
+@contextmanager
+def _cloud() -> Iterator[dict]:
+    """The cloud, for one process at a time."""
+    with (FOLDER / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        cloud = json.loads(STATE.read_text())
+        yield cloud
+        STATE.write_text(json.dumps(cloud))
+
+
+def _failure(words: list[str], cloud: dict) -> dict | None:
+    """The failure that the test planned for this call; one that is due a number of times is counted down."""
+    line = " ".join(words)
+    for failure in cloud["failures"]:
+        if failure["at"] in line and failure["times"] > 0:
+            failure["after"] -= 1
+            if failure["after"] < 0:
+                failure["times"] -= 1
+                return failure
+    return None
+
+
+def _act(tool: str, rest: list[str], cloud: dict) -> int:
+    verb = " ".join(word for word in rest[:4] if not word.startswith("-"))
+    if tool == "gcloud" and "queued-resources" in verb:
+        return _queued_resource(rest[rest.index("queued-resources") + 1 :], cloud)
+    if tool == "gcloud" and "clusters describe" in verb and rest[3] not in cloud["clusters"]:
+        return _error(
+            f"ERROR: (gcloud.container.clusters.describe) ResponseError: code=404, message=Not found: {rest[3]}"
+        )
+    if tool == "xpk":
+        return _xpk(verb, rest, cloud)
+    if tool == "kubectl" and verb.startswith("get jobset") and rest[2] in cloud["workloads"]:
+        print(f"jobset.jobset.x-k8s.io/{rest[2]}")
+    return 0
+
+
+def _queued_resource(rest: list[str], cloud: dict) -> int:
+    verb, name = rest[0], rest[1]
+    existing = cloud["queued"].get(name)
+    if verb == "create":
+        if existing:
+            return _error(f"ERROR: (gcloud) ALREADY_EXISTS: Resource '{name}' already exists")
+        states = cloud["next_states"] or ["ACTIVE"]
+        cloud["queued"][name] = {"accelerator": _flag(rest, "accelerator-type"), "states": states}
+        shutil.rmtree(FOLDER / "hosts", ignore_errors=True)
+        return 0
+    if existing is None:
+        return _error(f"ERROR: (gcloud) NOT_FOUND: Resource '{name}' was not found")
+    if verb == "delete":
+        del cloud["queued"][name]
+    elif "failedData" in _flag(rest, "format"):
+        print("no capacity for you")
+    else:
+        state = existing["states"][0]
+        existing["states"] = existing["states"][1:] or [state]
+        print(f"{state}\t{existing['accelerator']}")
+    return 0
+
+
+def _on_hosts(verb: str, rest: list[str], workers: int) -> int:
+    if verb == "ssh":
+        return _ssh(_homes(rest[4], rest, workers), rest)
+    source, (node, _, path) = rest[4], rest[5].partition(":")
+    for home in _homes(node, rest, workers):
+        shutil.copy(source, home / path)
+    return 0
+
+
+def _homes(node: str, rest: list[str], workers: int) -> list[Path]:
+    asked = _flag(rest, "worker")
+    numbers = range(workers) if asked == "all" else [int(asked)]
+    homes = [FOLDER / "hosts" / f"{node}-{number}" for number in numbers]
+    for home in homes:
+        home.mkdir(parents=True, exist_ok=True)
+    return homes
+
+
+def _ssh(homes: list[Path], rest: list[str]) -> int:
+    worst = 0
+    for home in homes:
+        environment = os.environ | {"HOME": str(home), "FAKE_HOST": home.name}
+        done = subprocess.run(["bash", "-c", _flag(rest, "command")], cwd=home, env=environment)
+        worst = worst or done.returncode
+    return worst
+
+
+def _xpk(verb: str, rest: list[str], cloud: dict) -> int:
+    name = _flag(rest, "cluster")
+    if verb.startswith("cluster create"):
+        cloud["clusters"] = sorted({*cloud["clusters"], name})
+    elif verb.startswith("cluster delete"):
+        cloud["clusters"].remove(name)
+    elif verb.startswith("workload create"):
+        cloud["workloads"].append(_flag(rest, "workload"))
+    elif verb.startswith("workload delete"):
+        cloud["workloads"].remove(_flag(rest, "workload"))
+    return 0
+
+
+def _flag(words: list[str], name: str) -> str:
+    return next((word.partition("=")[2] for word in words if word.startswith(f"--{name}=")), "")
+
+
+def _error(message: str, status: int = 1) -> int:
+    print(message, file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
