@@ -48,13 +48,39 @@ class Dtype(enum.Enum):
     BFLOAT16 = "bfloat16"
 
 
+class AttentionKernel(enum.Enum):
+    """What computes self-attention: XLA, a TPU's splash kernel, or a GPU's cuDNN.
+
+    `auto` takes splash on TPU and cuDNN on GPU where shapes and dtype allow, and XLA elsewhere.
+    """
+
+    AUTO = "auto"
+    XLA = "xla"
+    SPLASH = "splash"
+    CUDNN = "cudnn"
+
+
 class Remat(enum.Enum):
-    """What the backward pass recomputes: nothing, all but the matmuls, each layer, or each whole loop."""
+    """What the backward pass recomputes: nothing, all but the matmuls, each layer, or each whole loop.
+
+    `offload` recomputes each layer from a start that waits in the memory of the host.
+    """
 
     NONE = "none"
     DOTS = "dots"
     LAYER = "layer"
     LOOP = "loop"
+    OFFLOAD = "offload"
+
+
+class Gather(enum.Enum):
+    """When parameters that are spread over devices are gathered: for each layer of each loop, or once a step.
+
+    All loops use the same weights: `per_step` divides what is sent by their number, and holds a whole copy meanwhile.
+    """
+
+    PER_LAYER = "per_layer"
+    PER_STEP = "per_step"
 
 
 class Objective(enum.Enum):
@@ -150,7 +176,9 @@ class ComputeConfig:
     """How the model is computed. Nothing here changes what a checkpoint holds."""
 
     dtype: Dtype = _field("type of the matrix products; parameters stay float32", Dtype.AUTO)
+    attention: AttentionKernel = _field("what computes self-attention", AttentionKernel.AUTO)
     remat: Remat = _field("what the backward pass recomputes", Remat.LAYER)
+    gather: Gather = _field("when parameters that are spread over devices are gathered", Gather.PER_LAYER)
     loss_chunk: int = _field("positions of a sequence whose logits exist at one time", 128)
 
     def __post_init__(self) -> None:
@@ -164,7 +192,7 @@ class MeshConfig:
     data: int = _field("copies of the model, each with its share of the batch", -1)
     fsdp: int = _field("shares of the parameters, each with its share of the batch", 1)
     tensor: int = _field("shares of heads, feed-forward width and vocabulary", 1)
-    context: int = _field("shares of the sequence; only 1 for now", 1)
+    context: int = _field("shares of each sequence, and shares of the parameters besides", 1)
 
     def __post_init__(self) -> None:
         sizes = dataclasses.asdict(self)
@@ -173,7 +201,26 @@ class MeshConfig:
                 size == -1 or size >= 1, f"mesh.{name} must be at least 1, or -1 for all that are left, not {size}"
             )
         _require(list(sizes.values()).count(-1) <= 1, "only one axis of mesh may be -1")
-        _require(self.context == 1, f"mesh.context must be 1: sequences are not sharded yet, not {self.context}")
+
+    def with_context(self, context: int) -> "MeshConfig":
+        """The same devices, `context` of them to a sequence.
+
+        They are taken from `fsdp`, or else from `data`; parameters are spread over fsdp and context alike, so where
+        they come from fsdp no parameter moves. An axis of -1 adapts by itself.
+
+        Raises:
+          UserError: neither axis has that many.
+        """
+        if -1 in dataclasses.asdict(self).values():
+            return dataclasses.replace(self, context=context)
+        for name in ("fsdp", "data"):
+            size = getattr(self, name) * self.context
+            if size % context == 0:
+                return dataclasses.replace(self, **{name: size // context}, context=context)
+        raise UserError(
+            f"{context} devices cannot share a sequence: neither mesh.fsdp={self.fsdp} nor mesh.data={self.data} "
+            "divides; change one of them, or the context of the stage"
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -248,6 +295,7 @@ class Stage:
     batch_size: int = _field("sequences in a step, over all devices and accumulation")
     sequence_length: int = _field("tokens in a sequence, S")
     accumulation: int = _field("parts that a batch is cut into to save memory", 1)
+    context: int = _field("devices that share a sequence; 0: as mesh.context", 0)
     loops: int = _field("loops, T", 4)
     min_loops: int = _field("if not 0, each step draws its loops uniformly from min_loops..loops", 0)
     rope_theta: float = _field("base of the rotary embedding from this stage on; 0: as before", 0.0)
@@ -278,6 +326,7 @@ class Stage:
         _require(
             0 <= self.min_loops <= self.loops, f"{where}.min_loops must be in 0..{self.loops}, not {self.min_loops}"
         )
+        _require(self.context >= 0, f"{where}.context must not be negative, not {self.context}")
         _require(self.rope_theta >= 0, f"{where}.rope_theta must not be negative, not {self.rope_theta}")
         _require(self.beta >= 0, f"{where}.beta must not be negative, not {self.beta}")
         _require(self.learning_rate > 0, f"{where}.learning_rate must be positive, not {self.learning_rate}")
@@ -383,6 +432,10 @@ class Recipe:
     def data_of(self, stage: Stage) -> DataConfig:
         """What a stage is trained on: the mixture of its own, or else that of the recipe."""
         return dataclasses.replace(self.data, sources=stage.sources or self.data.sources)
+
+    def mesh_of(self, stage: Stage) -> MeshConfig:
+        """The mesh of a stage: that of the recipe, with the stage's own number of devices to a sequence."""
+        return self.mesh.with_context(stage.context) if stage.context else self.mesh
 
     @property
     def total_steps(self) -> int:

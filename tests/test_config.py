@@ -86,7 +86,7 @@ WRONG = [
     (MeshConfig, {"fsdp": 0}, "mesh.fsdp must be at least 1, or -1 for all that are left, not 0"),
     (MeshConfig, {"tensor": -2}, "mesh.tensor must be at least 1, or -1 for all that are left, not -2"),
     (MeshConfig, {"fsdp": -1}, "only one axis of mesh may be -1"),
-    (MeshConfig, {"context": 2}, "mesh.context must be 1: sequences are not sharded yet, not 2"),
+    (MeshConfig, {"context": 0}, "mesh.context must be at least 1, or -1 for all that are left, not 0"),
     (OptimizerConfig, {"b1": 1.0}, "optimizer.b1 must be in [0, 1), not 1.0"),
     (OptimizerConfig, {"b2": -0.1}, "optimizer.b2 must be in [0, 1), not -0.1"),
     (OptimizerConfig, {"eps": 0.0}, "optimizer.eps must be positive, not 0.0"),
@@ -107,6 +107,7 @@ WRONG = [
     (Stage, {"accumulation": 3}, "stages.main.accumulation=3 does not divide stages.main.batch_size=4"),
     (Stage, {"min_loops": 5}, "stages.main.min_loops must be in 0..4, not 5"),
     (Stage, {"min_loops": -1}, "stages.main.min_loops must be in 0..4, not -1"),
+    (Stage, {"context": -1}, "stages.main.context must not be negative, not -1"),
     (Stage, {"beta": -0.1}, "stages.main.beta must not be negative, not -0.1"),
     (Stage, {"learning_rate": 0.0}, "stages.main.learning_rate must be positive, not 0.0"),
     (

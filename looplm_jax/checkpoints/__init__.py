@@ -1,6 +1,7 @@
 """Checkpoints that describe themselves: saved in the background, committed as a whole, verified when they are read."""
 
 from looplm_jax.checkpoints.digest import digests
+from looplm_jax.checkpoints.errors import SaveError
 from looplm_jax.checkpoints.inspecting import StepReport, inspect_steps
 from looplm_jax.checkpoints.metadata import Metadata
 from looplm_jax.checkpoints.reading import DamagedStep, Restored, read_metadata, restore_params
@@ -12,6 +13,7 @@ __all__ = [
     "DamagedStep",
     "Metadata",
     "Restored",
+    "SaveError",
     "StepReport",
     "check_same_run",
     "digests",

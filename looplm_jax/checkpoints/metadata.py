@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import functools
 import hashlib
 import json
 from typing import Any
@@ -19,8 +20,8 @@ from looplm_jax.config import Recipe
 class Metadata:
     """What makes a checkpoint self-describing. Everything but `tokenizer` is plain JSON.
 
-    `data_state` belongs to this process; each process keeps its own. It is empty when read by another number of
-    processes than saved it: nobody but a resumed run needs it, and `CheckpointStore.restore` refuses such a run.
+    Each process saves the part of `data_state` that it knows; read back, it is all parts together, on any number of
+    processes. What several of them know is saved by each alike.
     """
 
     config: dict[str, Any]
@@ -60,7 +61,6 @@ class Sidecar:
     metadata: Metadata
     arrays: dict[str, ArrayRecord]
     permanent: bool
-    processes: int
 
 
 def encode(metadata: Metadata, arrays: dict[str, ArrayRecord], *, permanent: bool) -> dict[str, str]:
@@ -86,17 +86,28 @@ def decode(value: Any) -> Sidecar:
         raise DamagedError("the checksum of its metadata differs")
     values = json.loads(value["body"])
     arrays, states, permanent = (values.pop(name) for name in ("arrays", "data_state", "permanent"))
-    own = states[jax.process_index()] if len(states) == jax.process_count() else {}
     return Sidecar(
-        metadata=Metadata(**{**values, "tokenizer": base64.b64decode(values["tokenizer"]), "data_state": own}),
+        metadata=Metadata(
+            **{
+                **values,
+                "tokenizer": base64.b64decode(values["tokenizer"]),
+                "data_state": functools.reduce(_joined, states),
+            }
+        ),
         arrays={name: ArrayRecord(**{**record, "shape": tuple(record["shape"])}) for name, record in arrays.items()},
         permanent=permanent,
-        processes=len(states),
     )
 
 
 def _checksum(body: str) -> str:
     return hashlib.sha256(body.encode(errors="surrogatepass")).hexdigest()
+
+
+def _joined(first: Any, second: Any) -> Any:
+    """Both, key by key; of values that are no dictionaries the second."""
+    if not isinstance(first, dict) or not isinstance(second, dict):
+        return second
+    return {key: _joined(first.get(key, {}), second.get(key, first.get(key))) for key in {**first, **second}}
 
 
 def _from_all_processes(value: Any) -> list[Any]:

@@ -131,7 +131,6 @@ def restore(
     describe: Callable[[Sidecar], Any],
     *,
     prefix: str = "",
-    resume: bool = False,
     dtype: DTypeLike | None = None,
 ) -> Restored:
     """The newest good state among `folders`, or its part `prefix`, as the tree that `describe` makes of its sidecar.
@@ -139,13 +138,11 @@ def restore(
     Arrays of floating-point numbers are cast to `dtype` where one is given.
 
     Raises:
-      UserError: no step is good, the state has other arrays, or, to `resume`, other processes saved it.
+      UserError: no step is good, or the state has other arrays.
     """
 
     def read(folder: StepFolder) -> Restored:
         sidecar = read_sidecar(folder)
-        if resume:
-            _require_same_processes(folder, sidecar)
         abstract = describe(sidecar)
         targets, records = flatten(abstract, prefix), below(sidecar.arrays, prefix)
         _require_same_arrays(folder, records, targets)
@@ -181,11 +178,3 @@ def _require_same_arrays(folder: StepFolder, saved: dict[str, ArrayRecord], want
     if differing:
         more = f"; and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
         raise UserError(f"{folder.path} holds another state: {'; '.join(differing[:_SHOWN])}{more}")
-
-
-def _require_same_processes(folder: StepFolder, sidecar: Sidecar) -> None:
-    if sidecar.processes != jax.process_count():
-        raise UserError(
-            f"{folder.path} was saved by {sidecar.processes} processes and each keeps its place in the data: "
-            f"resume with as many, not {jax.process_count()}"
-        )

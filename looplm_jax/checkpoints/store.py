@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from looplm_jax.checkpoints.errors import DamagedError
+from looplm_jax.checkpoints.errors import DamagedError, SaveError
 from looplm_jax.checkpoints.metadata import Metadata
 from looplm_jax.checkpoints.reading import Restored, candidates, restore
 from looplm_jax.checkpoints.step import (
@@ -59,7 +59,8 @@ class CheckpointStore:
           permanent: whether the step is kept when it is no longer among the newest.
 
         Raises:
-          UserError: the disk refused this save or the one before, or the folder holds a step as new.
+          SaveError: the disk refused this save or the one before.
+          UserError: the folder holds a step as new.
         """
         self.wait()
         if step == self._current:
@@ -77,7 +78,7 @@ class CheckpointStore:
         """Waits until the last save is committed, then deletes the steps that are not kept.
 
         Raises:
-          UserError: the disk refused the save.
+          SaveError: the disk refused the save.
         """
         if self._pending is None:
             return
@@ -104,11 +105,11 @@ class CheckpointStore:
           step: the step; None means the newest good one.
 
         Raises:
-          UserError: there is no good step, it holds other arrays, or another number of processes saved it.
+          UserError: there is no good step, or it holds other arrays.
         """
         describe = abstract_state if callable(abstract_state) else lambda _: abstract_state
         folders = candidates(os.fspath(self._folder), step)
-        restored = restore(folders, lambda sidecar: describe(sidecar.metadata), resume=True)
+        restored = restore(folders, lambda sidecar: describe(sidecar.metadata))
         self._current = restored.step
         self._damaged = frozenset(damaged.step for damaged in restored.damaged)
         return restored
@@ -151,7 +152,7 @@ class CheckpointStore:
                 raise
             with contextlib.suppress(OSError):
                 self._sweep()
-            raise UserError(self._failure(step, reason)) from error
+            raise SaveError(self._failure(step, reason)) from error
 
     def _failure(self, step: int, reason: str) -> str:
         good = self._good()

@@ -12,6 +12,7 @@ from looplm_jax.errors import UserError, suggest
 
 _COMMANDS = {
     "train": "train a looped language model through the stages of a recipe",
+    "plan": "compile a recipe for a TPU slice: does it fit, what does it send, how fast can it be",
     "evaluate": "loss and accuracy at every depth and against mean loops, or tasks of lm-evaluation-harness",
     "generate": "continue a prompt, with as many loops as each token needs",
     "chat": "talk with a model, whose cache is kept between turns",

@@ -4,6 +4,9 @@
 
 Any field of the recipe is a flag: `--model.width 128`, `--stages.pretrain.steps 500`, `--stage.beta 0.1` (of every
 stage). The same command again goes on where it stopped.
+
+On many hosts the same command runs on each: with --distributed on a TPU pod or under Slurm, elsewhere with
+--coordinator, --processes and --process. Without these flags a run is one process.
 """
 
 import argparse
@@ -11,9 +14,10 @@ import dataclasses
 from pathlib import Path
 
 from looplm_jax import codec
+from looplm_jax.cli.chosen_recipe import chosen_recipe, with_overrides
 from looplm_jax.config import DataConfig, OnBadRecord, Recipe, SourceConfig
-from looplm_jax.errors import UserError, suggest
-from looplm_jax.recipes import RECIPES, Scale, named_recipe, scaled
+from looplm_jax.errors import UserError
+from looplm_jax.recipes import RECIPES, Scale, named_recipe
 
 OVERRIDES = True
 
@@ -44,6 +48,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=Scale.FULL.value,
         help="tiny: every stage of the recipe in a few steps, at a thousandth of the size (default: full)",
     )
+    parser.add_argument(
+        "--profile-steps", metavar="FIRST:LAST", help="trace these steps into the run folder, for the profiler's viewer"
+    )
+    parser.add_argument("--wandb", metavar="PROJECT", help="show the metrics in a project of Weights & Biases too")
+    parser.add_argument(
+        "--distributed", action="store_true", help="find the other processes of a TPU pod or of a Slurm job"
+    )
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    parser.add_argument("--processes", type=int, metavar="N", help="how many processes there are")
+    parser.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
     parser.add_argument("--dry-run", action="store_true", help="print the recipe as JSON and stop")
     parser.epilog = "fields of the recipe (with the values of text-small):\n" + _field_list()
 
@@ -58,27 +72,29 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if not all(recipe.data_of(stage).sources for stage in recipe.stages):
         raise UserError("there is nothing to train on; say --data 'mine/*.jsonl' (.txt, .jsonl, .parquet, or a folder)")
-    from looplm_jax.cli.training_session import run_training
+    from looplm_jax.cli.training_session import Options, run_training
+    from looplm_jax.distributed import Join
+    from looplm_jax.training.profiling import ProfiledSteps
 
-    return run_training(recipe, Path(arguments.out or f"runs/{recipe.name}"))
+    told = Join(
+        automatic=arguments.distributed,
+        coordinator=arguments.coordinator,
+        processes=arguments.processes,
+        process=arguments.process,
+    )
+    profile = ProfiledSteps.parse(arguments.profile_steps) if arguments.profile_steps else None
+    options = Options(told=told, profile=profile, wandb_project=arguments.wandb)
+    return run_training(recipe, Path(arguments.out or f"runs/{recipe.name}"), options)
 
 
 def _recipe(arguments: argparse.Namespace) -> Recipe:
-    if arguments.recipe.endswith(".json"):
-        from looplm_jax.training.run_folder import read_recipe
-
-        recipe = read_recipe(Path(arguments.recipe))
-    else:
-        recipe = named_recipe(arguments.recipe)
-    recipe = scaled(recipe, Scale(arguments.scale))
+    recipe = chosen_recipe(arguments.recipe, arguments.scale)
     recipe = dataclasses.replace(recipe, data=_data(recipe.data, arguments))
     if arguments.data:
         recipe = dataclasses.replace(
             recipe, stages=tuple(dataclasses.replace(stage, sources=()) for stage in recipe.stages)
         )
-    changes = codec.parse_flags(arguments.overrides)
-    _refuse_unknown(recipe, changes, arguments.flags)
-    return codec.override(recipe, changes)
+    return with_overrides(recipe, arguments.overrides, arguments.flags, "train")
 
 
 def _data(data: DataConfig, arguments: argparse.Namespace) -> DataConfig:
@@ -90,16 +106,6 @@ def _data(data: DataConfig, arguments: argparse.Namespace) -> DataConfig:
     if arguments.on_bad_record:
         changes["on_bad_record"] = OnBadRecord(arguments.on_bad_record)
     return dataclasses.replace(data, **changes)  # type: ignore[arg-type]
-
-
-def _refuse_unknown(recipe: Recipe, changes: dict[str, str], flags: list[str]) -> None:
-    """A flag without a dot is a misspelt flag of the command, or a field at the top of the recipe."""
-    top = [leaf.path for leaf in codec.leaves(recipe) if "." not in leaf.path]
-    for name in changes:
-        if "." not in name and name not in top:
-            known = [*flags, *(f"--{path}" for path in top)]
-            hint = suggest(f"--{name}", known, otherwise="; `looplm train --help` lists them")
-            raise UserError(f"unknown flag '--{name}'{hint}")
 
 
 def _field_list() -> str:

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from looplm_jax.data.corpus import Corpus, open_corpus
     from looplm_jax.data.examples import Example
     from looplm_jax.data.iterator import BatchIterator
+    from looplm_jax.data.lanes import LaneBatches, lane_count
     from looplm_jax.data.packing import Batch
     from looplm_jax.data.pipeline import train_batches, training_texts
     from looplm_jax.data.stdlib_corpus import collect_stdlib
@@ -20,12 +21,14 @@ _HOMES = {
     "BatchIterator": "iterator",
     "Corpus": "corpus",
     "Example": "examples",
+    "LaneBatches": "lanes",
     "Message": "chat",
     "Tokenizer": "tokenizers",
     "ValidationBatches": "validation",
     "check_vocab": "tokenizers",
     "collect_stdlib": "stdlib_corpus",
     "deserialize": "tokenizers",
+    "lane_count": "lanes",
     "load_tokenizer": "tokenizers",
     "open_corpus": "corpus",
     "tokens_and_mask": "chat",
@@ -40,12 +43,14 @@ __all__ = [
     "BatchIterator",
     "Corpus",
     "Example",
+    "LaneBatches",
     "Message",
     "Tokenizer",
     "ValidationBatches",
     "check_vocab",
     "collect_stdlib",
     "deserialize",
+    "lane_count",
     "load_tokenizer",
     "open_corpus",
     "tokens_and_mask",

@@ -10,6 +10,7 @@ from jaxtyping import PyTree, Shaped
 
 from looplm_jax.data.packing import Batch
 from looplm_jax.errors import UserError
+from looplm_jax.sharding import to_host
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,7 @@ def masked_means(
     sums, tokens = None, 0
     for batch in batches:
         counted = np.asarray(batch.loss_mask) > 0
-        sums_here = jax.tree.map(lambda x, counted=counted: _sum(x, counted), jax.device_get(measure(batch)))
+        sums_here = jax.tree.map(lambda x, counted=counted: _sum(x, counted), to_host(measure(batch)))
         sums = sums_here if sums is None else jax.tree.map(np.add, sums, sums_here)
         tokens += int(counted.sum())
         if on_batch is not None:

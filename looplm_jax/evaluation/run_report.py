@@ -9,6 +9,7 @@ from looplm_jax.errors import UserError
 from looplm_jax.evaluation.plots import plot_training
 from looplm_jax.evaluation.tables import Table
 from looplm_jax.models.looplm import count_params
+from looplm_jax.training.goodput import summary, total_seconds, warnings
 from looplm_jax.training.metrics import read_metrics
 
 
@@ -31,6 +32,14 @@ def write_run_report(folder: Path, recipe: Recipe) -> list[str]:
     evaluations = [row for row in rows if row["kind"] == "evaluation"]
     if evaluations:
         lines += ["## Held-out loss during training (nats/token)", "", _evaluation_table(evaluations).markdown()]
+    lines += [
+        "## Time",
+        "",
+        summary(total_seconds(rows)),
+        "",
+        *(f"* {line}" for line in warnings(total_seconds(rows))),
+        "",
+    ]
     lines += ["## Next", "", "```", f"looplm evaluate {folder}", f"looplm generate {folder} --prompt 'Once'", "```", ""]
     (folder / "report.md").write_text("\n".join(lines), encoding="utf-8")
     return written

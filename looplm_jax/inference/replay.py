@@ -107,6 +107,7 @@ def states_at_once(model: LoopLM, params: Params, rollouts: Rollouts, *, loops: 
 def _of_two_ages(context: Context, left: Bool[Array, "B S"]) -> Context:
     """Keys of tokens that have left are those kept in the past; of the others, those at hand."""
     old = left[:, None]
+    assert context.mask is not None  # `make_context` was given no kernel
     return dataclasses.replace(context, mask=context.mask & ~old, past_mask=context.mask & old)
 
 

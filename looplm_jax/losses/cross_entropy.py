@@ -1,6 +1,7 @@
 """Cross-entropy of every token at every loop, in chunks of the sequence: `[T, B, S, V]` never exists.
 
-At one time there are the logits of one loop and `chunk` positions of each sequence, `[B, chunk, V]`, in float32.
+At one time there are the logits of one loop and `chunk` positions of each sequence, `[B, chunk, V]`, in float32. On a
+mesh every device goes through the chunks of its own tokens.
 """
 
 import functools
@@ -12,6 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from looplm_jax.sharding import on_own_tokens
+
+_STATES = (None, "batch", "sequence", None)  # logical axes [T, B, S, D]
 R = TypeVar("R")
 
 
@@ -36,10 +40,12 @@ def token_losses(
     """
 
     @jax.checkpoint
-    def losses_of(states: Float[Array, "B C D"], labels: Int[Array, "B C"]) -> Float[Array, "B C"]:
+    def losses_of(
+        states: Float[Array, "B C D"], head: Float[Array, "D V"], labels: Int[Array, "B C"]
+    ) -> Float[Array, "B C"]:
         return _cross_entropy(_logits(states, head), labels)
 
-    return _over_chunks(losses_of, hidden, targets, chunk)
+    return _over_chunks(losses_of, hidden, head, targets, chunk)
 
 
 def token_scores(
@@ -47,11 +53,11 @@ def token_scores(
 ) -> TokenScores:
     """Loss and correctness of each token at each loop, for evaluation. Arguments as in `token_losses`."""
 
-    def scores_of(states: Float[Array, "B C D"], labels: Int[Array, "B C"]) -> TokenScores:
+    def scores_of(states: Float[Array, "B C D"], head: Float[Array, "D V"], labels: Int[Array, "B C"]) -> TokenScores:
         logits = _logits(states, head)
         return TokenScores(loss=_cross_entropy(logits, labels), correct=jnp.argmax(logits, axis=-1) == labels)
 
-    return _over_chunks(scores_of, hidden, targets, chunk)
+    return _over_chunks(scores_of, hidden, head, targets, chunk)
 
 
 def weighted_token_losses(
@@ -78,24 +84,36 @@ def _weighted(hidden: Array, head: Array, targets: Array, weights: Array, chunk:
 
 
 def _weighted_forward(hidden: Array, head: Array, targets: Array, weights: Array, chunk: int) -> tuple[PyTree, PyTree]:
-    chunks = _split(hidden, targets, chunk, weights)
-    cast_head = head.astype(hidden.dtype)
+    make = on_own_tokens(
+        functools.partial(_losses_and_gradients, chunk=chunk),
+        inputs=(_STATES, (None, None), _STATES[1:3], _STATES[:3]),
+        outputs=_STATES[:3],
+    )
+    (losses, hidden_grad), head_grad = make(hidden, head.astype(hidden.dtype), targets, weights)
+    return (jnp.sum(weights * losses), losses), (hidden_grad, head_grad.astype(head.dtype), losses)
+
+
+def _losses_and_gradients(
+    hidden: Array, head: Array, targets: Array, weights: Array, *, chunk: int
+) -> tuple[tuple[Array, Array], Array]:
+    """Losses and gradients of states, of the tokens at hand; and the gradient of the head, a sum over them."""
 
     def step(head_grad: Array, part: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
         states, labels, weight = part
-        logits = _logits(states, cast_head)
+        logits = _logits(states, head)
         log_norm = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         is_target = _is_target(logits, labels)
         loss = log_norm[..., 0] - jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
         slope = (jnp.exp(logits - log_norm) - is_target.astype(jnp.float32)) * weight[..., None]
         slope = slope.astype(states.dtype)
-        states_grad = jnp.einsum("bcv,dv->bcd", slope, cast_head)
+        states_grad = jnp.einsum("bcv,dv->bcd", slope, head)
         head_grad += jnp.einsum("bcd,bcv->dv", states, slope, preferred_element_type=jnp.float32)
         return head_grad, (loss, states_grad)
 
+    chunks = _split(hidden, targets, chunk, weights)
     head_grad, (losses, hidden_grad) = jax.lax.scan(step, jnp.zeros(head.shape, jnp.float32), chunks)
     losses, hidden_grad = (_join(part, hidden.shape[:3]) for part in (losses, hidden_grad))
-    return (jnp.sum(weights * losses), losses), (hidden_grad, head_grad.astype(head.dtype), losses)
+    return (losses, hidden_grad), head_grad
 
 
 def _weighted_backward(chunk: int, saved: tuple[Array, Array, Array], cotangents: tuple[Array, Array]) -> PyTree:
@@ -122,10 +140,19 @@ def _cross_entropy(logits: Float[Array, "B C V"], labels: Int[Array, "B C"]) -> 
     return jax.nn.logsumexp(logits, axis=-1) - at_target
 
 
-def _over_chunks(function: Callable[[Array, Array], R], hidden: Array, targets: Array, chunk: int) -> R:
-    """`function(states [B, C, D], labels [B, C])` over every loop and chunk; its leaves come back as [T, B, S]."""
-    results = jax.lax.map(lambda part: function(*part), _split(hidden, targets, chunk))
-    return jax.tree.map(lambda leaf: _join(leaf, hidden.shape[:3]), results)
+def _over_chunks(
+    function: Callable[[Array, Array, Array], R], hidden: Array, head: Array, targets: Array, chunk: int
+) -> R:
+    """`function(states [B, C, D], head, labels [B, C])` over every loop and chunk; leaves come back as [T, B, S]."""
+
+    def of_own_tokens(hidden: Array, head: Array, targets: Array) -> tuple[R, tuple[()]]:
+        chunks = _split(hidden, targets, chunk)
+        results = jax.lax.map(lambda part: function(part[0], head, part[1]), chunks)
+        return jax.tree.map(lambda leaf: _join(leaf, hidden.shape[:3]), results), ()
+
+    inputs = _STATES, (None, None), _STATES[1:3]
+    results, _ = on_own_tokens(of_own_tokens, inputs, _STATES[:3])(hidden, head, targets)
+    return results
 
 
 def _split(hidden: Array, targets: Array, chunk: int, weights: Array | None = None) -> tuple[Array, ...]:

@@ -1,15 +1,21 @@
 """The sandwich block and a stack of them: `nn.scan` over layers, so that the program does not grow with L."""
 
+from collections.abc import Callable
 from typing import Any, Protocol, cast, runtime_checkable
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from looplm_jax.config import ModelConfig, NormPlacement, Remat
-from looplm_jax.models import attention
+from looplm_jax.config import AttentionKernel, ModelConfig, NormPlacement, Remat
+from looplm_jax.models import attention, gathered
+from looplm_jax.models.attention_kernels import self_attention
+from looplm_jax.sharding import target_platform
+
+_LAYER_INPUT = "layer_input"
 
 
 @flax.struct.dataclass
@@ -36,13 +42,17 @@ class Past(Protocol):
 class Context:
     """What every layer of every loop shares: rotary angles of the tokens at hand, and who sees whom.
 
-    `past_mask` is None when there is no cache.
+    Who sees whom among them is a `mask`, or else for `kernel` to tell from positions and segment ids. `past_mask` is
+    None when there is no cache.
     """
 
     cos: Float[Array, "B S 1 half"]
     sin: Float[Array, "B S 1 half"]
-    mask: Bool[Array, "B S S"]
+    positions: Int[Array, "B S"]
+    segment_ids: Int[Array, "B S"]
+    mask: Bool[Array, "B S S"] | None
     past_mask: Bool[Array, "B S C"] | None = None
+    kernel: AttentionKernel | None = flax.struct.field(pytree_node=False, default=None)
 
 
 def make_context(
@@ -51,14 +61,24 @@ def make_context(
     segment_ids: Int[Array, "B S"],
     past_positions: Int[Array, "B C"] | None = None,
     past_segment_ids: Int[Array, "B C"] | None = None,
+    *,
+    kernel: AttentionKernel | None = None,
 ) -> Context:
-    """The context of tokens at `positions` of documents `segment_ids`, after a cache if there is one."""
+    """The context of tokens at `positions` of documents `segment_ids`, after a cache if there is one.
+
+    With a `kernel` no mask of the tokens at hand is made; that is for calls without a cache.
+    """
     cos, sin = attention.rotary_angles(positions, config.head_width, config.rope_theta)
-    mask = attention.visible(positions, segment_ids, positions, segment_ids)
+    mask = None if kernel else attention.visible(positions, segment_ids, positions, segment_ids)
     past_mask = None
     if past_positions is not None and past_segment_ids is not None:
         past_mask = attention.visible(positions, segment_ids, past_positions, past_segment_ids)
-    return Context(cos=cos, sin=sin, mask=mask, past_mask=past_mask)
+    rows = (positions, segment_ids)
+    if kernel:  # once here, not in every layer: kernels work on whole sequences
+        rows = nn.with_logical_constraint(rows, (("batch", None), ("batch", None)))
+    return Context(
+        cos=cos, sin=sin, positions=rows[0], segment_ids=rows[1], mask=mask, past_mask=past_mask, kernel=kernel
+    )
 
 
 def parameter(
@@ -68,9 +88,12 @@ def parameter(
     axes: tuple[str, ...],
     shape: tuple[int, ...],
 ) -> Array:
-    """A float32 parameter of `module`, with the logical names of its axes."""
+    """A float32 parameter of `module`, with the logical names of its axes; or the gathered copy that came with it."""
     boxed = nn.with_logical_partitioning(initializer, axes)
-    return cast(Array, module.param(name, boxed, shape, jnp.float32))  # Linen hands it out unboxed
+    stored = cast(Array, module.param(name, boxed, shape, jnp.float32))  # Linen hands it out unboxed
+    if not module.has_variable(gathered.COLLECTION, name):
+        return stored
+    return gathered.use_copy(stored, cast(Array, module.get_variable(gathered.COLLECTION, name)), axes)
 
 
 class RMSNorm(nn.Module):
@@ -121,14 +144,21 @@ class Attention(nn.Module):
         values = Projection(kv_shape, ("embed", "kv_heads", "head_dim"), std, name="value")(x)
         queries = attention.rotate(queries, context.cos, context.sin)
         own = KeyValues(keys=attention.rotate(keys, context.cos, context.sin), values=values)
-        blocks, masks = [own], [context.mask]
-        if past is not None and context.past_mask is not None:
-            blocks, masks = [past, own], [context.past_mask, context.mask]
-        mixed = attention.attend(
-            queries, tuple(kv.keys for kv in blocks), tuple(kv.values for kv in blocks), tuple(masks)
-        )
+        mixed = _mix(queries, own, context, past)
         out = Projection((config.width,), ("heads", "head_dim", "embed"), std, contracted=2, name="out")(mixed)
         return out, own
+
+
+def _mix(
+    queries: Float[Array, "B S H Dh"], own: KeyValues, context: Context, past: KeyValues | None
+) -> Float[Array, "B S H Dh"]:
+    if context.kernel is not None:
+        return self_attention(context.kernel, queries, own.keys, own.values, context.positions, context.segment_ids)
+    assert context.mask is not None
+    if past is None or context.past_mask is None:
+        return attention.attend(queries, (own.keys,), (own.values,), (context.mask,))
+    masks = context.past_mask, context.mask
+    return attention.attend(queries, (past.keys, own.keys), (past.values, own.values), masks)
 
 
 class SwiGLU(nn.Module):
@@ -156,6 +186,7 @@ class Block(nn.Module):
         self, x: Float[Array, "B S D"], layer: int | Int[Array, ""] | None, past: Past | None, context: Context
     ) -> tuple[Float[Array, "B S D"], KeyValues | None]:
         """Output, and keys and values when `return_cache`. `layer` says which one of `past` is its own."""
+        x = checkpoint_name(x, _LAYER_INPUT)
         earlier = past.layer(layer) if past is not None and layer is not None else None
         mixed, own = Attention(self.config, name="attention")(self._norm("attention_norm", x), context, earlier)
         x = x + self._post_norm("attention_post_norm", mixed)
@@ -191,7 +222,7 @@ class Stack(nn.Module):
             return self._one_by_one(x, context, past, return_cache)
         layers = nn.scan(
             _rematted(self.remat),
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, gathered.COLLECTION: 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast),
             length=self.length,
@@ -230,4 +261,18 @@ def _rematted(remat: Remat) -> type[Block]:
     if remat is Remat.DOTS:
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         return nn.remat(Block, prevent_cse=False, policy=policy)
+    if remat is Remat.OFFLOAD:
+        return nn.remat(Block, prevent_cse=False, policy=_offloaded())
     return Block
+
+
+def _offloaded() -> Callable[..., Any] | None:
+    """Keeps what layers start from in the memory of the host; on a CPU, whose memory that is, where it lies."""
+    if target_platform() == "cpu":
+        return None
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[_LAYER_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    )

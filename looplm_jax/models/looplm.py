@@ -19,8 +19,12 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from looplm_jax.config import ComputeConfig, Dtype, Injection, ModelConfig, Remat
 from looplm_jax.errors import UserError
+from looplm_jax.models import gathered
+from looplm_jax.models.attention_kernels import choose_kernel
 from looplm_jax.models.blocks import Context, KeyValues, Past, RMSNorm, Stack, make_context, parameter
+from looplm_jax.sharding import target_platform
 
+_STACKS = ("prelude", "core", "coda")
 Params = dict[str, Any]  # nested, by the names of modules; leaves are arrays
 
 
@@ -114,7 +118,13 @@ class LoopLM(nn.Module):
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
-        context = make_context(self.config, positions, segment_ids)
+        kernel = choose_kernel(
+            self.compute,
+            length=tokens.shape[1],
+            head_width=self.config.head_width,
+            dtype=compute_dtype(self.compute),
+        )
+        context = make_context(self.config, positions, segment_ids, kernel=kernel)
         embedded, prelude_cache = self.embed(tokens, context, return_cache=return_cache)
 
         def loop(model: LoopLM, state: Array, _: None) -> tuple[Array, PyTree]:
@@ -123,7 +133,8 @@ class LoopLM(nn.Module):
 
         if self.compute.remat is Remat.LOOP:
             loop = nn.remat(loop, prevent_cse=False)
-        scan = nn.scan(loop, variable_broadcast="params", split_rngs={"params": False}, length=loops)
+        shared = ["params", gathered.COLLECTION]
+        scan = nn.scan(loop, variable_broadcast=shared, split_rngs={"params": False}, length=loops)
         _, (hidden, gate_logits, core_cache, coda_cache) = scan(self, self.initial_state(embedded), None)
         cache = ModelCache(core=core_cache, prelude=prelude_cache, coda=coda_cache) if return_cache else None
         return LoopLMOutput(hidden=hidden, gate_logits=gate_logits), cache
@@ -136,7 +147,9 @@ class LoopLM(nn.Module):
         return_cache: bool = False,
     ) -> tuple[Float[Array, "B S D"], KeyValues | None]:
         """Token embeddings, through the prelude if there is one."""
-        x = jnp.take(self.embedding, tokens, axis=0).astype(compute_dtype(self.compute))
+        # Whole rows of the table: from parts of rows the partitioner would gather parts of what no one wants.
+        table = nn.with_logical_constraint(self.embedding, ("vocab", "embed_activation"))
+        x = jnp.take(table, tokens, axis=0).astype(compute_dtype(self.compute))
         x = nn.with_logical_constraint(x, ("batch", "sequence", "embed_activation"))
         if not self.config.prelude_layers:
             return x, None
@@ -190,10 +203,21 @@ class ExitGate(nn.Module):
 
 
 def compute_dtype(compute: ComputeConfig) -> jnp.dtype:
-    """The type of the matrix products; `auto` asks which platform runs by default."""
+    """The type of the matrix products; `auto` asks what the program will run on."""
     if compute.dtype is Dtype.AUTO:
-        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+        return jnp.dtype(jnp.float32 if target_platform() == "cpu" else jnp.bfloat16)
     return jnp.dtype(compute.dtype.value)
+
+
+def gather_stacks(model: LoopLM, params: Params) -> Params:
+    """Copies of the parameters of all stacks in the type of the matrix products, whole but for `tensor`.
+
+    They go to `LoopLM.apply` as the collection `gathered`, for programs that run many loops on one set of parameters.
+    """
+    boxed = jax.eval_shape(lambda: boxed_params(model, jax.random.key(0)))
+    stacks = {name: value for name, value in params.items() if name in _STACKS}
+    axes = nn.get_partition_spec({name: boxed[name] for name in stacks})
+    return gathered.gather(stacks, axes, compute_dtype(model.compute))
 
 
 def head_matrix(params: Params, config: ModelConfig) -> Float[Array, "D V"]:

@@ -138,6 +138,7 @@ def _later_stages() -> tuple[Stage, ...]:
             tokens=20 * _B,
             batch=8 * _M,
             length=65536,
+            context=4,  # 128 sequences are fewer than the devices
             learning_rate=3e-5,
             rope_theta=1e6,
             mixture=_LONG,

@@ -55,6 +55,7 @@ def _tiny_stage(stage: Stage) -> Stage:
         steps=_STEPS,
         batch_size=_SEQUENCES,
         accumulation=min(stage.accumulation, 2),
+        context=0,
         sequence_length=max(stage.sequence_length // 256, _SHORTEST),
         warmup_steps=warmup,
         decay_steps=min(stage.decay_steps, _STEPS - warmup),

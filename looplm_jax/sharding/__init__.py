@@ -6,9 +6,16 @@ from looplm_jax.sharding.mesh import (
     batch_sharding,
     check_batch,
     check_divides,
+    check_sequence,
+    divides,
     make_mesh,
+    partition,
     use_mesh,
 )
+from looplm_jax.sharding.platform import target_kind, target_platform
+from looplm_jax.sharding.processes import place_rows, process_rows, to_host
+from looplm_jax.sharding.sequences import heads_from_devices, heads_to_devices, sequence_shards
+from looplm_jax.sharding.tokens import on_own_tokens
 
 __all__ = [
     "LOGICAL_AXIS_RULES",
@@ -16,6 +23,18 @@ __all__ = [
     "batch_sharding",
     "check_batch",
     "check_divides",
+    "check_sequence",
+    "divides",
+    "heads_from_devices",
+    "heads_to_devices",
     "make_mesh",
+    "on_own_tokens",
+    "partition",
+    "place_rows",
+    "process_rows",
+    "sequence_shards",
+    "target_kind",
+    "target_platform",
+    "to_host",
     "use_mesh",
 ]

@@ -15,14 +15,15 @@ from jaxtyping import PyTree
 
 from looplm_jax.config import MeshConfig, ModelConfig
 from looplm_jax.errors import UserError
+from looplm_jax.sharding.slices import arrange
 
-# Axis of a parameter or an activation -> axis of the mesh. Parameters are spread over `fsdp` along the model width
-# and over `tensor` along heads, feed-forward width and vocabulary; activations follow the batch, and their width
-# stays whole.
+# Axis of a parameter or an activation -> axis of the mesh. Parameters are spread over `fsdp` and `context` along the
+# model width and over `tensor` along heads, feed-forward width and vocabulary; activations follow the batch and the
+# sequence, and their width stays whole.
 LOGICAL_AXIS_RULES = (
     ("batch", ("data", "fsdp")),
     ("sequence", "context"),
-    ("embed", "fsdp"),
+    ("embed", ("fsdp", "context")),
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
     ("mlp", "tensor"),
@@ -44,7 +45,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     devices = list(jax.devices() if devices is None else devices)
     sizes = dataclasses.asdict(config)
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    if -1 not in sizes.values() and fixed < len(devices):
+    if -1 not in sizes.values() and fixed < len(devices) and jax.process_count() == 1:
         devices = devices[:fixed]  # a smaller mesh is allowed where one process holds all devices
     free = len(devices) // fixed
     shape = tuple(free if size == -1 else size for size in sizes.values())
@@ -54,21 +55,28 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"a mesh of {wanted} does not fit {len(devices)} device(s); change mesh.* or set one axis to -1"
         )
     axis_types = (AxisType.Auto,) * len(shape)  # Linen's logical constraints do not work under Explicit axes
+    grid = arrange(shape, devices)
+    if grid is not None:
+        return Mesh(grid, tuple(sizes), axis_types=axis_types)
     return jax.make_mesh(shape, tuple(sizes), axis_types=axis_types, devices=devices)
 
 
 def check_divides(mesh: Mesh, model: ModelConfig) -> None:
     """Refuse a model whose axes do not divide over the mesh. Raises UserError."""
     wanted = (
-        ("fsdp", "width", model.width),
-        ("tensor", "num_heads", model.num_heads),
-        ("tensor", "num_kv_heads", model.kv_heads),
-        ("tensor", "mlp_width", model.mlp_width),
-        ("tensor", "vocab_size", model.vocab_size),
+        (("fsdp", "context"), "width", model.width),
+        (("tensor",), "num_heads", model.num_heads),
+        (("tensor",), "num_kv_heads", model.kv_heads),
+        (("tensor",), "mlp_width", model.mlp_width),
+        (("tensor",), "vocab_size", model.vocab_size),
+        (("tensor", "context"), "num_heads", model.num_heads),
     )
-    for axis, name, size in wanted:
-        if size % mesh.shape[axis]:
-            raise UserError(f"mesh.{axis}={mesh.shape[axis]} does not divide model.{name}={size}; change one of them")
+    for axes, name, size in wanted:
+        used = [axis for axis in axes if mesh.shape[axis] > 1]
+        shares = math.prod(mesh.shape[axis] for axis in used)
+        if size % shares:
+            product = " x ".join(f"mesh.{axis}" for axis in used)
+            raise UserError(f"{product}={shares} does not divide model.{name}={size}; change one of them")
 
 
 def check_batch(mesh: Mesh, batch_size: int, accumulation: int, where: str) -> None:
@@ -78,6 +86,16 @@ def check_batch(mesh: Mesh, batch_size: int, accumulation: int, where: str) -> N
         raise UserError(
             f"{where}.batch_size={batch_size} in {accumulation} part(s) does not divide over "
             f"mesh.data x mesh.fsdp = {shares} devices; use a multiple of {shares * accumulation}"
+        )
+
+
+def check_sequence(mesh: Mesh, length: int, where: str) -> None:
+    """Refuse a sequence that does not divide over the devices that share it. Raises UserError."""
+    shares = mesh.shape["context"]
+    if length % shares:
+        raise UserError(
+            f"{where}.sequence_length={length} does not divide over {shares} devices; "
+            f"use a multiple of {shares}, or another {where}.context"
         )
 
 
@@ -103,4 +121,18 @@ def abstract(make: Callable[[], PyTree], mesh: Mesh) -> PyTree:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of a batch `[accumulation, sequences, positions]`."""
-    return NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp"), "context"))
+    return NamedSharding(mesh, partition(None, "batch", "sequence"))
+
+
+def partition(*axes: str | None) -> PartitionSpec:
+    """Where an array with these logical axes lies on a mesh; None is an axis that stays whole."""
+    spec = nn.logical_to_mesh_axes(axes, LOGICAL_AXIS_RULES)
+    return PartitionSpec() if spec is None else spec
+
+
+def divides(shape: Sequence[int], spec: PartitionSpec) -> bool:
+    """Whether an array of this shape can be cut so on the mesh in use."""
+    mesh = jax.sharding.get_abstract_mesh()
+    named = [() if entry is None else (entry,) if isinstance(entry, str) else entry for entry in spec]
+    shares = [math.prod(mesh.shape[name] for name in names) for names in named]
+    return all(size % count == 0 for size, count in zip(shape, shares, strict=False))

@@ -2,13 +2,14 @@
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 
+from looplm_jax.distributed import Cluster
 from looplm_jax.errors import UserError
 from looplm_jax.files import write_atomically, writing
 from looplm_jax.training.step import StepMetrics
@@ -17,13 +18,35 @@ from looplm_jax.training.tensorboard import EventLog
 TRAIN, EVALUATION = "train", "evaluation"  # kinds of lines
 
 
+@runtime_checkable
+class EventSink(Protocol):
+    """Where scalars go besides `metrics.jsonl`."""
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """All scalars of a line, under names such as `train/loss`."""
+
+    def close(self) -> None:
+        """No more will come."""
+
+
+@runtime_checkable
+class Log(Protocol):
+    """What a run writes its metrics to."""
+
+    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """One line."""
+
+    def evaluated(self, step: int) -> bool:
+        """Whether an earlier process wrote the evaluation at this step."""
+
+
 class MetricsLog:
-    """Appends to `metrics.jsonl` and `tensorboard/`.
+    """Appends to `metrics.jsonl` and `tensorboard/`, and gives the same scalars to `mirrors`.
 
     Opened at a step, it forgets the lines after it: they will be written again.
     """
 
-    def __init__(self, folder: Path, *, step: int):
+    def __init__(self, folder: Path, *, step: int, mirrors: Sequence[EventSink] = ()):
         self._path = folder / "metrics.jsonl"
         kept = [row for row in read_metrics(folder) if row["step"] <= step]
         write_atomically(self._path, "".join(map(_line, kept)).encode())
@@ -31,6 +54,7 @@ class MetricsLog:
         with writing(self._path):
             self._file = self._path.open("a", encoding="utf-8")
             self._events = EventLog(folder / "tensorboard", step=step)
+        self._mirrors = mirrors
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """One line: `{"kind": kind, "step": step, **values}`; lists become one TensorBoard scalar for each loop.
@@ -42,6 +66,13 @@ class MetricsLog:
             self._file.write(_line({"kind": kind, "step": step, **values}))
             self._file.flush()
             self._events.write(step, _scalars(kind, values))
+        for mirror in self._mirrors:
+            mirror.write(step, _scalars(kind, values))
+
+    @property
+    def evaluations(self) -> list[int]:
+        """The steps at which earlier processes wrote an evaluation."""
+        return sorted(self._evaluated)
 
     def evaluated(self, step: int) -> bool:
         """Whether an earlier process wrote the evaluation at this step."""
@@ -51,6 +82,33 @@ class MetricsLog:
         """Close the files."""
         with writing(self._path), contextlib.closing(self._events):
             self._file.close()
+        for mirror in self._mirrors:
+            mirror.close()
+
+
+class _Unwritten:
+    """What the other processes have in the place of a log: they know what is in it, and add nothing."""
+
+    def __init__(self, evaluations: Sequence[int]):
+        self._evaluations = frozenset(evaluations)
+
+    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        del kind, step, values
+
+    def evaluated(self, step: int) -> bool:
+        return step in self._evaluations
+
+
+@contextlib.contextmanager
+def open_log(folder: Path, step: int, cluster: Cluster, mirrors: Sequence[EventSink] = ()) -> Iterator[Log]:
+    """The log of a run at a step: process 0 writes it. All processes must call this together."""
+    log = MetricsLog(folder, step=step, mirrors=mirrors) if cluster.index == 0 else None
+    evaluations = cluster.gather("evaluations", log.evaluations if log else [])[0]
+    if log is None:
+        yield _Unwritten(evaluations)
+        return
+    with contextlib.closing(log):
+        yield log
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from jaxtyping import Array, UInt32
 from looplm_jax.config import Recipe, Stage
 from looplm_jax.data.packing import Batch
 from looplm_jax.models.looplm import LoopLM
-from looplm_jax.sharding import batch_sharding, use_mesh
+from looplm_jax.sharding import batch_sharding, place_rows, use_mesh
 from looplm_jax.training.state import TrainState, abstract_state
 from looplm_jax.training.step import DeviceBatch, StepMetrics, make_train_step
 
@@ -31,13 +31,10 @@ class StagePrograms:
 
     def compile(self, loops: int) -> None:
         """Trace and compile. The state is donated: it is updated where it lies."""
-        state = abstract_state(self._recipe, self._model, self._stage, self._mesh)
-        step = make_train_step(self._recipe, self._model, self._stage, first_step=self._first_step, loops=loops)
-        placed = jax.tree.map(lambda leaf: leaf.sharding, state)
-        everywhere = NamedSharding(self._mesh, PartitionSpec())
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=(placed, everywhere))
-        with use_mesh(self._mesh):
-            self._programs[loops] = jitted.lower(state, abstract_batch(self._stage, self._mesh)).compile()
+        lowered = lower_step(
+            self._recipe, self._model, self._stage, self._mesh, first_step=self._first_step, loops=loops
+        )
+        self._programs[loops] = lowered.compile()
 
     def run(self, loops: int, state: TrainState, batch: DeviceBatch) -> tuple[TrainState, StepMetrics]:
         """One step. `state` is used up."""
@@ -46,6 +43,18 @@ class StagePrograms:
     def text(self, loops: int) -> str:
         """The compiled program, as text."""
         return self._programs[loops].as_text()
+
+
+def lower_step(
+    recipe: Recipe, model: LoopLM, stage: Stage, mesh: Mesh, *, first_step: int, loops: int
+) -> jax.stages.Lowered:
+    """The train step of a stage, traced for the devices of `mesh`, which need not be here. Its state is donated."""
+    state = abstract_state(recipe, model, stage, mesh)
+    step = make_train_step(recipe, model, stage, first_step=first_step, loops=loops)
+    placed = jax.tree.map(lambda leaf: leaf.sharding, state)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(placed, NamedSharding(mesh, PartitionSpec())))
+    with use_mesh(mesh):
+        return jitted.lower(state, abstract_batch(stage, mesh))
 
 
 def abstract_batch(stage: Stage, mesh: Mesh) -> DeviceBatch:
@@ -59,11 +68,10 @@ def abstract_batch(stage: Stage, mesh: Mesh) -> DeviceBatch:
 
 def place(batch: Batch, stage: Stage, mesh: Mesh) -> DeviceBatch:
     """The rows of this process, put on its devices as its share of the global batch."""
-    sharding = batch_sharding(mesh)
+    rows = stage.batch_size // stage.accumulation
 
-    def put(rows: np.ndarray) -> Array:
-        parts = rows.reshape(stage.accumulation, -1, rows.shape[-1])
-        return jax.make_array_from_process_local_data(sharding, parts)
+    def put(own: np.ndarray) -> Array:
+        return place_rows(own.reshape(stage.accumulation, -1, own.shape[-1]), mesh, rows)
 
     return DeviceBatch(**{field.name: put(getattr(batch, field.name)) for field in dataclasses.fields(batch)})
 

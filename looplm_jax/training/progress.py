@@ -11,9 +11,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 _SECONDS_BETWEEN_LINES = 15.0
 
 
-def progress_console() -> Console:
-    """Standard error, on which text appears as it is: no line is wrapped, and `[x]` in a path is no markup."""
-    return Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
+def progress_console(*, quiet: bool = False) -> Console:
+    """Standard error, on which text appears as it is: no line is wrapped, and `[x]` in a path is no markup.
+
+    All but one of many processes are `quiet`.
+    """
+    return Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False, quiet=quiet)
 
 
 class TrainingProgress:
@@ -33,7 +36,7 @@ class TrainingProgress:
             TextColumn("left"),
             TimeRemainingColumn(),
             console=console,
-            disable=not console.is_terminal,
+            disable=console.quiet or not console.is_terminal,
             transient=True,
         )
         self._task = self._bar.add_task("", total=total_steps, completed=step, status="")
@@ -48,6 +51,10 @@ class TrainingProgress:
     def say(self, text: str) -> None:
         """A line that stays."""
         self._console.print(text)
+
+    def warn(self, text: str) -> None:
+        """A line that stays and is seen."""
+        self._console.print(text, style="yellow")
 
     def update(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
         """The newest metrics, `step` steps into the run."""

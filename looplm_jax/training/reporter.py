@@ -1,23 +1,36 @@
 """Metrics of a stage on their way from the device to the log and the progress bar."""
 
 import time
+from typing import Any, cast
+
+from jax.sharding import Mesh
 
 from looplm_jax.config import Objective, Recipe, Stage
 from looplm_jax.errors import UserError
 from looplm_jax.training.flops import train_flops_per_token
-from looplm_jax.training.metrics import TRAIN, MetricsLog, as_values
+from looplm_jax.training.goodput import Stopwatch
+from looplm_jax.training.metrics import TRAIN, Log, as_values
 from looplm_jax.training.progress import TrainingProgress
 from looplm_jax.training.step import StepMetrics
+from looplm_jax.training.utilisation import memory_use, model_flop_utilisation, peak_flops
 
 
 class Reporter:
     """Reports one step late: the metrics of step n are fetched while step n + 1 runs."""
 
-    def __init__(self, recipe: Recipe, stage: Stage, log: MetricsLog, progress: TrainingProgress):
+    def __init__(
+        self, recipe: Recipe, stage: Stage, mesh: Mesh, log: Log, progress: TrainingProgress, watch: Stopwatch
+    ):
         self._recipe, self._stage = recipe, stage
-        self._log, self._progress = log, progress
+        self._log, self._progress, self._watch = log, progress, watch
+        self._peak = peak_flops(mesh)
         self._pending: tuple[int, int, StepMetrics] | None = None
         self.restart_clock()
+
+    @property
+    def waiting(self) -> bool:
+        """Whether the devices are still at the step that is kept."""
+        return self._pending is not None and not cast(Any, self._pending[2].loss).is_ready()
 
     def add(self, step: int, loops: int, metrics: StepMetrics) -> None:
         """Report the step before, and keep this one.
@@ -44,8 +57,10 @@ class Reporter:
         rate = self._clock_tokens / max(time.monotonic() - self._clock, 1e-9)
         values["tokens_per_second"] = rate
         values["model_flops_per_second"] = rate * self._flops_per_token(loops)
+        values |= model_flop_utilisation(values["model_flops_per_second"], self._peak)
         if step % self._recipe.log_every == 0 or step == self._recipe.total_steps:
-            self._log.write(TRAIN, step, {"stage": self._stage.name, "loops": loops, **values})
+            measured = {**values, **memory_use(), **self._watch.read_out()}
+            self._log.write(TRAIN, step, {"stage": self._stage.name, "loops": loops, **measured})
             self.restart_clock()
         self._progress.update(self._stage.name, step, values)
         self._give_up_if_hopeless(int(metrics.skipped_in_a_row), step)

@@ -9,12 +9,14 @@ from rich.console import Console
 
 from looplm_jax.checkpoints import CheckpointStore, Metadata, check_same_run, read_metadata
 from looplm_jax.codec import from_dict, to_dict
-from looplm_jax.config import DataConfig, Recipe
+from looplm_jax.config import DataConfig, Recipe, Stage
 from looplm_jax.data.corpus import Corpus, open_corpus
 from looplm_jax.data.tokenizers import Tokenizer, deserialize
+from looplm_jax.distributed import ALONE, Cluster, first_on_process_0
 from looplm_jax.errors import UserError
 from looplm_jax.models.looplm import LoopLM
-from looplm_jax.sharding import check_batch, check_divides, make_mesh
+from looplm_jax.sharding import check_batch, check_divides, check_sequence, make_mesh
+from looplm_jax.training.goodput import Activity, Stopwatch
 from looplm_jax.training.run_folder import RunFolder, claim_folder
 from looplm_jax.training.start import Start, describe_start, read_start, started_state
 from looplm_jax.training.state import TrainState, abstract_state, initial_state
@@ -39,7 +41,7 @@ class Setup:
 
     recipe: Recipe
     folder: RunFolder
-    mesh: Mesh
+    meshes: tuple[Mesh, ...]  # of each stage
     models: tuple[LoopLM, ...]  # of each stage
     corpora: tuple[Corpus, ...]  # of each stage
     tokenizer: Tokenizer
@@ -47,38 +49,73 @@ class Setup:
     position: Position
 
 
-def prepare(recipe: Recipe, folder: RunFolder, console: Console) -> Setup:
+def prepare(
+    recipe: Recipe,
+    folder: RunFolder,
+    console: Console,
+    cluster: Cluster = ALONE,
+    watch: Stopwatch | None = None,
+) -> Setup:
     """Check shapes and data, claim the folder, find or train the tokeniser, and restore, take over or make the state.
+
+    Args:
+      recipe: what to do.
+      folder: where.
+      console: what is shown.
+      cluster: the processes of the run.
+      watch: what the time went to.
 
     Raises:
       UserError: bad data, shapes that do not fit the devices, a folder of another run, or a checkpoint that the run
         cannot start from.
     """
-    mesh = make_mesh(recipe.mesh)
-    check_divides(mesh, recipe.model)
-    for stage in recipe.stages:
-        check_batch(mesh, stage.batch_size, stage.accumulation, f"stages.{stage.name}")
+    watch = watch or Stopwatch()
+    meshes = tuple(_make_mesh(recipe, stage) for stage in recipe.stages)
     corpora = _open_corpora(recipe)
     models = tuple(LoopLM(recipe.model_of(stage), recipe.compute) for stage in recipe.stages)
     store = CheckpointStore(folder.checkpoints.absolute(), keep=recipe.checkpoint.keep)  # Orbax refuses others
     goes_on = bool(store.steps())
-    start = read_start(recipe, models[0], mesh) if recipe.start.checkpoint and not goes_on else None
-    claim_folder(folder, recipe)
-    tokenizer = run_tokenizer(recipe, corpora[0], folder, console, _inherited(recipe, folder, start))
+    start = read_start(recipe, models[0], meshes[0]) if recipe.start.checkpoint and not goes_on else None
+    inherited = _inherited(recipe, folder, start)
+
+    def own_folder() -> Tokenizer:
+        if cluster.index == 0:
+            claim_folder(folder, recipe)
+        return run_tokenizer(recipe, corpora[0], folder, console, inherited)
+
+    tokenizer = first_on_process_0(cluster, "folder", own_folder)
+    watch.charge(Activity.OTHER)
     if goes_on:
-        position = _restore(recipe, folder, models[0], mesh, store, tokenizer, console)
+        position = _restore(recipe, folder, models[0], meshes, store, tokenizer, console)
     else:
-        position = Position(state=_first_state(recipe, models[0], mesh, start, console), stage=0, data_state=None)
+        position = Position(state=_first_state(recipe, models[0], meshes[0], start, console), stage=0, data_state=None)
+    watch.charge(Activity.RESTORE)
     return Setup(
         recipe=recipe,
         folder=folder,
-        mesh=mesh,
+        meshes=meshes,
         models=models,
         corpora=corpora,
         tokenizer=tokenizer,
         store=store,
         position=position,
     )
+
+
+def identities(setup: Setup) -> dict[str, Any]:
+    """What must be the same on all processes: the documents of every stage, and the tokeniser."""
+    documents = {stage.name: corpus.digest for stage, corpus in zip(setup.recipe.stages, setup.corpora, strict=True)}
+    place = [int(setup.position.state.step), setup.position.stage]
+    return {"documents": documents, "tokenizer": setup.tokenizer.fingerprint, "position": place}
+
+
+def _make_mesh(recipe: Recipe, stage: Stage) -> Mesh:
+    """The mesh of a stage, refused if the model or the stage's batches do not divide over it."""
+    mesh, where = make_mesh(recipe.mesh_of(stage)), f"stages.{stage.name}"
+    check_divides(mesh, recipe.model)
+    check_batch(mesh, stage.batch_size, stage.accumulation, where)
+    check_sequence(mesh, stage.sequence_length, where)
+    return mesh
 
 
 def _open_corpora(recipe: Recipe) -> tuple[Corpus, ...]:
@@ -126,7 +163,7 @@ def _restore(
     recipe: Recipe,
     folder: RunFolder,
     model: LoopLM,
-    mesh: Mesh,
+    meshes: Sequence[Mesh],
     store: CheckpointStore,
     tokenizer: Tokenizer,
     console: Console,
@@ -139,7 +176,8 @@ def _restore(
         config = to_dict(from_dict(Recipe, metadata.config))  # with the defaults of fields that are newer than it
         saved = {**config, "tokenizer": metadata.tokenizer_fingerprint}
         check_same_run(str(folder.path), saved, wanted)
-        return abstract_state(recipe, model, recipe.stages[stages.index(metadata.extra["stage"])], mesh)
+        index = stages.index(metadata.extra["stage"])
+        return abstract_state(recipe, model, recipe.stages[index], meshes[index])
 
     restored = store.restore(describe)
     for damaged in restored.damaged:

@@ -40,6 +40,11 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    @property
+    def received(self) -> int | None:
+        """The signal that came."""
+        return self._received
+
     def check(self) -> None:
         """Raise `Stopped` if a signal came."""
         if self._received is not None:
@@ -51,11 +56,9 @@ class StopRequest:
         Where one comes, raises `Stopped` at once and leaves the thread behind: its result is not wanted any more.
         Whoever ends the process then must not wait for it.
         """
-        job = _Job(function)
-        thread = threading.Thread(target=job.run, daemon=True)
-        thread.start()
-        while thread.is_alive():
-            thread.join(_POLL_SECONDS)
+        job = Job(function)
+        while not job.ended:
+            job.wait(_POLL_SECONDS)
             self.check()
         return job.result()
 
@@ -66,19 +69,38 @@ class StopRequest:
         self._received = number
 
 
-class _Job(Generic[R]):
+class Job(Generic[R]):
+    """A function at work in a thread of its own, which ends with the process."""
+
     def __init__(self, function: Callable[[], R]):
         self._function = function
         self._value: list[R] = []
         self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
 
-    def run(self) -> None:
+    @property
+    def ended(self) -> bool:
+        """Whether there is a result."""
+        return not self._thread.is_alive()
+
+    @property
+    def failed(self) -> bool:
+        """Whether it has ended with an error."""
+        return self._error is not None
+
+    def wait(self, seconds: float) -> None:
+        """Until it has ended, or so long at most."""
+        self._thread.join(seconds)
+
+    def result(self) -> R:
+        """What the function returned; raises what it raised."""
+        if self._error is not None:
+            raise self._error
+        return self._value[0]
+
+    def _run(self) -> None:
         try:
             self._value.append(self._function())
         except BaseException as error:  # whatever it is, it is raised again where the result is asked for
             self._error = error
-
-    def result(self) -> R:
-        if self._error is not None:
-            raise self._error
-        return self._value[0]

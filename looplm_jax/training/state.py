@@ -74,16 +74,17 @@ def initial_state(recipe: Recipe, model: LoopLM, stage: Stage, mesh: Mesh) -> Tr
 
 
 def enter_stage(state: TrainState, recipe: Recipe, model: LoopLM, index: int, mesh: Mesh) -> TrainState:
-    """The end of stage `index - 1` as the start of stage `index`.
+    """The end of stage `index - 1` as the start of stage `index`, laid out on the mesh of that stage.
 
     The optimiser goes on where the same parameters are trained, and is fresh otherwise; the guard forgets the losses
     of another objective.
     """
     before, stage = recipe.stages[index - 1], recipe.stages[index]
-    guard = next_stage_guard(state.guard)
+    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(recipe, model, stage, mesh))
+    state = dataclasses.replace(state, guard=next_stage_guard(state.guard))
     if set(before.trained_groups) == set(stage.trained_groups):
-        return dataclasses.replace(state, guard=guard)
-    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(recipe, model, stage, mesh).optimizer)
-    moving, _ = split_params(state.params, stage.trained_groups)
-    optimizer = jax.jit(adamw(recipe.optimizer).init, out_shardings=placed)(moving)
-    return dataclasses.replace(state, guard=guard, optimizer=optimizer)
+        return jax.device_put(state, placed)
+    rest = jax.device_put(dataclasses.replace(state, optimizer=()), dataclasses.replace(placed, optimizer=()))
+    moving, _ = split_params(rest.params, stage.trained_groups)
+    optimizer = jax.jit(adamw(recipe.optimizer).init, out_shardings=placed.optimizer)(moving)
+    return dataclasses.replace(rest, optimizer=optimizer)

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from looplm_jax.config import Objective, PriorKind, Recipe, Stage
+from looplm_jax.config import Gather, Objective, PriorKind, Recipe, Stage
 from looplm_jax.halting.priors import log_prior
 from looplm_jax.losses import Stage1Metrics, stage1, stage1_from_hidden, stage2, token_losses
-from looplm_jax.models.looplm import LoopLM, LoopLMOutput, Params, head_matrix
+from looplm_jax.models.looplm import LoopLM, LoopLMOutput, Params, gather_stacks, head_matrix
 from looplm_jax.training.guard import is_sound, update_guard
 from looplm_jax.training.optimizer import direction, learning_rate
 from looplm_jax.training.state import TrainState, split_params
@@ -85,9 +85,11 @@ def _accumulate(
     model: LoopLM, stage: Stage, loops: int, moving: Params, frozen: Params, batch: DeviceBatch
 ) -> tuple[Float[Array, ""], Stage1Metrics, Params]:
     """Loss, metrics and gradients over all parts of a batch, each part counting by its unmasked tokens."""
+    copies = gather_stacks(model, {**frozen, **moving}) if model.compute.gather is Gather.PER_STEP else {}
 
     def objective(moving: Params, part: DeviceBatch) -> tuple[Array, Stage1Metrics]:
-        return _OBJECTIVES[stage.objective](model, stage, loops, {**frozen, **moving}, part)
+        variables = {"params": {**frozen, **moving}, "gathered": copies}
+        return _OBJECTIVES[stage.objective](model, stage, loops, variables, part)
 
     def over_part(part: DeviceBatch) -> PyTree:
         (loss, exits), gradients = jax.value_and_grad(objective, has_aux=True)(moving, part)
@@ -108,13 +110,13 @@ def _accumulate(
 
 
 def _expected_loss(
-    model: LoopLM, stage: Stage, loops: int, params: Params, part: DeviceBatch
+    model: LoopLM, stage: Stage, loops: int, variables: dict[str, Params], part: DeviceBatch
 ) -> tuple[Float[Array, ""], Stage1Metrics]:
-    output = _apply(model, params, part, loops)
+    output = _apply(model, variables, part, loops)
     prior = None if stage.prior.kind is PriorKind.UNIFORM else log_prior(stage.prior, loops)
     return stage1_from_hidden(
         output.hidden,
-        head_matrix(params, model.config),
+        head_matrix(variables["params"], model.config),
         part.targets,
         output.gate_logits,
         beta=stage.beta,
@@ -125,10 +127,10 @@ def _expected_loss(
 
 
 def _gate_loss(
-    model: LoopLM, stage: Stage, loops: int, params: Params, part: DeviceBatch
+    model: LoopLM, stage: Stage, loops: int, variables: dict[str, Params], part: DeviceBatch
 ) -> tuple[Float[Array, ""], Stage1Metrics]:
-    output = _apply(model, params, part, loops)
-    head = head_matrix(params, model.config)
+    output = _apply(model, variables, part, loops)
+    head = head_matrix(variables["params"], model.config)
     losses = jax.lax.stop_gradient(token_losses(output.hidden, head, part.targets, chunk=model.compute.loss_chunk))
     loss, _ = stage2(
         losses,
@@ -145,10 +147,8 @@ def _gate_loss(
 _OBJECTIVES = {Objective.EXPECTED_LOSS: _expected_loss, Objective.GATE: _gate_loss}
 
 
-def _apply(model: LoopLM, params: Params, part: DeviceBatch, loops: int) -> LoopLMOutput:
-    output = model.apply(
-        {"params": params}, part.tokens, loops=loops, positions=part.positions, segment_ids=part.segment_ids
-    )
+def _apply(model: LoopLM, variables: dict[str, Params], part: DeviceBatch, loops: int) -> LoopLMOutput:
+    output = model.apply(variables, part.tokens, loops=loops, positions=part.positions, segment_ids=part.segment_ids)
     return cast(LoopLMOutput, output)
 
 

@@ -54,7 +54,7 @@ def test_launch_submits_a_run_that_gets_signals_and_restarts(cluster, tmp_path):
     assert done.status == 0
     assert cluster.calls("get-credentials ouro --region=us-east5")
     (call,) = cluster.calls("workload create")
-    assert "--command=exec looplm train --out gs://bucket/run --data 'it'\\''s *.jsonl'" in call
+    assert "--command=exec looplm train --distributed --out gs://bucket/run --data 'it'\\''s *.jsonl'" in call
     assert {"--restart-on-exit-codes=1-1,3-126", "--max-restarts=1000", "--docker-image=registry/image:1"} <= set(call)
     assert {"--termination-grace-period-seconds=300", f"--env-file={tmp_path}/env"} <= set(call)
 

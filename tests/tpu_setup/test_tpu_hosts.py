@@ -116,7 +116,14 @@ def test_launch_runs_looplm_train_on_every_host_with_these_very_words(cloud):
     assert done.status == 0
     for home in cloud.hosts():
         command = (home / "looplm/run/command").read_text().split("\0")[:-1]
-        assert command == [f"{home}/looplm/venv/bin/looplm", "train", "--out", "gs://bucket/run", *words]
+        assert command == [
+            f"{home}/looplm/venv/bin/looplm",
+            "train",
+            "--distributed",
+            "--out",
+            "gs://bucket/run",
+            *words,
+        ]
 
 
 def test_launch_twice_starts_one_run_and_says_so(cloud):

@@ -82,7 +82,11 @@ def steps_logged(folder: Path) -> int:
 def metrics(folder: Path, kinds: tuple[str, ...] = ("train", "evaluation")) -> list[dict]:
     """Every line without what depends on the clock."""
     rows = [row for row in read_metrics(folder) if row["kind"] in kinds]
-    return [{name: value for name, value in row.items() if name not in RATES} for row in rows]
+    return [{name: value for name, value in row.items() if not _is_timed(name)} for row in rows]
+
+
+def _is_timed(name: str) -> bool:
+    return name in RATES or name.startswith("seconds_in_")
 
 
 def newest(folder: Path) -> dict:

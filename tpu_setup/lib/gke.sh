@@ -33,7 +33,7 @@ gke_launch() {
   need_run
   need accelerator image
   local command environment=()
-  command="exec $(quoted looplm train --out "${option[out]}" "${train_arguments[@]}")"
+  command="exec $(quoted looplm train --distributed --out "${option[out]}" "${train_arguments[@]}")"
   [[ $command != *$'\n'* ]] || mistake "an argument of looplm train holds a line break, which xpk cannot pass on"
   [[ -z ${option[host-env]} ]] || environment=(--env-file="${option[host-env]}")
   connect

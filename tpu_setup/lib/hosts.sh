@@ -81,7 +81,7 @@ launch_on_hosts() {
     to_hosts "${option[host-env]}" looplm/host.env || return 1
     environment="chmod 600 looplm/host.env"
   fi
-  on_hosts "$environment && bash $host_scripts/launch.sh $(quoted train --out "${option[out]}" "${train_arguments[@]}")"
+  on_hosts "$environment && bash $host_scripts/launch.sh $(quoted train --distributed --out "${option[out]}" "${train_arguments[@]}")"
 }
 
 # The node of each slice, as Google names them.

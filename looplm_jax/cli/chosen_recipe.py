@@ -1,0 +1,34 @@
+"""The recipe that a command was given: by name or file, at a scale, with the fields that flags override."""
+
+from pathlib import Path
+
+from looplm_jax import codec
+from looplm_jax.config import Recipe
+from looplm_jax.errors import UserError, suggest
+from looplm_jax.recipes import Scale, named_recipe, scaled
+
+
+def chosen_recipe(name: str, scale: str) -> Recipe:
+    """A recipe by its name or the path of its .json file. Raises UserError."""
+    if name.endswith(".json"):
+        from looplm_jax.training.run_folder import read_recipe
+
+        return scaled(read_recipe(Path(name)), Scale(scale))
+    return scaled(named_recipe(name), Scale(scale))
+
+
+def with_overrides(recipe: Recipe, overrides: list[str], flags: list[str], command: str) -> Recipe:
+    """The recipe with the fields that flags such as `--model.width 128` name. Raises UserError for unknown ones."""
+    changes = codec.parse_flags(overrides)
+    _refuse_unknown(recipe, changes, flags, command)
+    return codec.override(recipe, changes)
+
+
+def _refuse_unknown(recipe: Recipe, changes: dict[str, str], flags: list[str], command: str) -> None:
+    """A flag without a dot is a misspelt flag of the command, or a field at the top of the recipe."""
+    top = [leaf.path for leaf in codec.leaves(recipe) if "." not in leaf.path]
+    for name in changes:
+        if "." not in name and name not in top:
+            known = [*flags, *(f"--{path}" for path in top)]
+            hint = suggest(f"--{name}", known, otherwise=f"; `looplm {command} --help` lists them")
+            raise UserError(f"unknown flag '--{name}'{hint}")

@@ -1,0 +1,131 @@
+"""What `looplm plan` does around the planning itself: progress while programs compile, and what to type next."""
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from rich.console import Console
+
+from looplm_jax.cli.plan_tables import print_search, print_stage
+from looplm_jax.config import Recipe, Stage
+from looplm_jax.errors import UserError, suggest
+from looplm_jax.planning.search import Candidate, search
+from looplm_jax.planning.stage_plan import StagePlan, plan_stage, stage_mesh
+from looplm_jax.planning.targets import HERE, Target, find_target
+from looplm_jax.training.progress import progress_console
+from looplm_jax.training.signals import Stopped, StopRequest
+
+R = TypeVar("R")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanRequest:
+    """What the user asked for; `given` is the recipe as it was typed."""
+
+    recipe: Recipe
+    given: str
+    topology: str
+    slices: int = 1
+    stages: tuple[str, ...] = ()
+    out: Path | None = None
+    search: bool = False
+    limit: int = 8
+
+
+class _Progress:
+    """Says what is being compiled. A signal ends it at once, though a compilation cannot be stopped."""
+
+    def __init__(self, console: Console, stop: StopRequest):
+        self._console, self._stop = console, stop
+
+    def compile(self, what: str, function: Callable[[], R]) -> R:
+        """`function()`, with `what` on show and its seconds counted on a terminal."""
+        if not self._console.is_terminal:
+            self._console.print(f"compiling {what}")
+            return self._stop.run(function)
+        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+        with Progress(*columns, console=self._console, transient=True) as bar:
+            bar.add_task(f"compiling {what}")
+            return self._stop.run(function)
+
+
+def run_plan(request: PlanRequest) -> int:
+    """Plan every stage that was asked for. Returns 1 if one does not fit; a signal ends the process."""
+    _check_out(request.out)
+    stages = _chosen_stages(request)
+    target = find_target(request.topology, request.slices)
+    for stage in stages:
+        stage_mesh(request.recipe, stage, target)  # what does not divide is refused before anything is compiled
+    console, out = progress_console(), Console(highlight=False, soft_wrap=True)
+    with StopRequest() as stop:
+        try:
+            progress = _Progress(console, stop)
+            plan = _search_all if request.search else _plan_all
+            found, fits = plan(request, stages, target, progress, out)
+        except Stopped as stopped:
+            console.print(f"looplm: stopped by {stopped.signal.name}; nothing was written")
+            os._exit(128 + stopped.signal)
+    if request.out is not None:
+        request.out.write_text(json.dumps(found, indent=2) + "\n")
+        print(f"wrote {request.out}")
+    print(_next(request, fits))
+    return 0 if fits else 1
+
+
+def _plan_all(
+    request: PlanRequest, stages: Sequence[Stage], target: Target, progress: _Progress, out: Console
+) -> tuple[list[dict], bool]:
+    plans: list[StagePlan] = []
+    for number, stage in enumerate(stages, 1):
+        what = f"stage {stage.name} ({number} of {len(stages)}) for {target.name}"
+        plans.append(progress.compile(what, functools.partial(plan_stage, request.recipe, stage, target)))
+        print_stage(plans[-1], out)
+    return [dataclasses.asdict(plan) for plan in plans], all(plan.fits for plan in plans)
+
+
+def _search_all(
+    request: PlanRequest, stages: Sequence[Stage], target: Target, progress: _Progress, out: Console
+) -> tuple[list[dict], bool]:
+    found: list[dict] = []
+    fits = True
+    for stage in stages:
+
+        def compiled(candidate: Candidate, number: int, count: int, name: str = stage.name) -> StagePlan:
+            what = f"stage {name} with {candidate.flags} ({number} of {count}) for {target.name}"
+            return progress.compile(what, lambda: plan_stage(candidate.recipe, candidate.stage, target))
+
+        result = search(request.recipe, stage, target, compiled, limit=request.limit)
+        print_search(stage.name, result, out)
+        fits = fits and bool(result.best)
+        found += [{"flags": trial.candidate.flags, **dataclasses.asdict(trial.plan)} for trial in result.trials]
+    return found, fits
+
+
+def _chosen_stages(request: PlanRequest) -> list[Stage]:
+    names = [stage.name for stage in request.recipe.stages]
+    for name in request.stages:
+        if name not in names:
+            raise UserError(f"recipe {request.recipe.name!r} has no stage {name!r}{suggest(name, names)}")
+    return [stage for stage in request.recipe.stages if not request.stages or stage.name in request.stages]
+
+
+def _check_out(out: Path | None) -> None:
+    if out is not None and out.exists():
+        raise UserError(f"{out} exists already; name another file, or remove it")
+    if out is not None and not out.absolute().parent.is_dir():
+        raise UserError(f"there is no folder {out.parent} to write {out.name} to")
+
+
+def _next(request: PlanRequest, fits: bool) -> str:
+    if not fits:
+        return "next: the same command with one of the changes above, or --search"
+    if request.search:
+        return f"next: looplm plan {request.given} --topology {request.topology} with the flags you like best"
+    where = "" if request.topology == HERE else f" on {request.topology}"
+    return f"next: looplm train --recipe {request.given} --data.root YOUR_DATA{where}, with the same flags"

@@ -1,0 +1,117 @@
+"""Agreement between processes over TCP: process 0 holds a link to each of the others and passes on what they say.
+
+The device runtime has a coordination service too, but it offers no public interface to processes, takes its time to
+miss a process that was killed, and then aborts the others with a stack trace. A link breaks at once.
+"""
+
+import collections
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+from looplm_jax.distributed.cluster import LOST, end_process
+from looplm_jax.distributed.link import Link
+
+_LEAVE = "leave"
+_LAST_SECONDS = 5.0
+_GONE = "lost, killed or its machine gone; start all processes again, the run goes on from its newest checkpoint"
+
+End = Callable[[str, int], NoReturn]
+
+
+class Member:
+    """One of many processes. Where another one is lost, this one ends, with one line and the status `LOST`.
+
+    Args:
+      index: this process.
+      count: how many there are.
+      links: a link to each of the others on process 0; elsewhere a link to process 0.
+      end: ends the process; tests put something gentler in its place.
+    """
+
+    def __init__(self, index: int, count: int, links: Mapping[int, Link], end: End = end_process):
+        self.index, self.count = index, count
+        self._links, self._end_process = dict(links), end
+        self._changed = threading.Condition()
+        self._rounds: collections.Counter[str] = collections.Counter()
+        self._votes: dict[tuple[str, int], dict[int, Any]] = collections.defaultdict(dict)
+        self._results: dict[tuple[str, int], list[Any]] = {}
+        self._leaving = False
+        self._receivers = [
+            threading.Thread(target=self._receive, args=(peer,), daemon=True, name=f"process {peer}") for peer in links
+        ]
+        for receiver in self._receivers:
+            receiver.start()
+
+    def gather(self, name: str, value: Any) -> list[Any]:
+        """See `Cluster.gather`."""
+        with self._changed:
+            number = self._rounds[name]
+            self._rounds[name] += 1
+        if self.index == 0:
+            self._count(0, name, number, value)
+        else:
+            self._links[0].send(["vote", name, number, value])
+        with self._changed:
+            self._changed.wait_for(lambda: (name, number) in self._results)
+            return self._results.pop((name, number))
+
+    def leave(self) -> None:
+        """See `Cluster.leave`. Process 0 stays until the others have gone: the device runtime misses it."""
+        self.gather(_LEAVE, None)
+        if self.index == 0:
+            self._wait_for(self._links)
+        for link in self._links.values():
+            link.close()
+
+    def end(self, message: str, status: int) -> NoReturn:
+        """See `Cluster.end`."""
+        self._end(self.index, message, status)
+
+    def _receive(self, peer: int) -> None:
+        for kind, *content in self._links[peer].received():
+            if kind == "vote":
+                self._count(peer, *content)
+            elif kind == "result":
+                self._keep(*content)
+            else:
+                self._end(*content)
+        if not self._leaving:
+            self._end(peer, _GONE, LOST)
+
+    def _count(self, peer: int, name: str, number: int, value: Any) -> None:
+        """Process 0: one more value, and perhaps the last."""
+        with self._changed:
+            votes = self._votes[name, number]
+            votes[peer] = value
+            if len(votes) < self.count:
+                return
+            del self._votes[name, number]
+        values = [votes[index] for index in range(self.count)]
+        self._leaving |= name == _LEAVE
+        for link in self._links.values():
+            link.send(["result", name, number, values])
+        self._keep(name, number, values)
+
+    def _keep(self, name: str, number: int, values: list[Any]) -> None:
+        with self._changed:
+            self._leaving |= name == _LEAVE
+            self._results[name, number] = values
+            self._changed.notify_all()
+
+    def _end(self, origin: int, message: str, status: int) -> NoReturn:
+        """End, as process `origin` does or did; process 0 tells the others first, and waits until they have gone."""
+        self._leaving = True
+        others = {peer: link for peer, link in self._links.items() if peer != origin}
+        if self.index in (0, origin):
+            for link in others.values():
+                link.send(["end", origin, message, status])
+        if self.index == 0:
+            self._wait_for(others)
+        said = message if origin == self.index else f"process {origin}: {message}"
+        self._end_process(f"process {self.index}: {said}", status)
+
+    @staticmethod
+    def _wait_for(links: Mapping[int, Link]) -> None:
+        for link in links.values():
+            link.wait_closed(_LAST_SECONDS)

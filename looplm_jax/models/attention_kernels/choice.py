@@ -1,0 +1,45 @@
+"""Which kernel computes self-attention, decided by what the program will run on and by the shapes at hand."""
+
+import jax
+from jax.typing import DTypeLike
+
+from looplm_jax.config import AttentionKernel, ComputeConfig
+from looplm_jax.errors import UserError
+from looplm_jax.models.attention_kernels import cudnn, splash
+from looplm_jax.sharding import sequence_shards, target_platform
+
+_SHORT = 2048  # tokens in a row up to which a mask [B, S, S], made once for all layers, is the cheapest
+
+
+def choose_kernel(compute: ComputeConfig, *, length: int, head_width: int, dtype: DTypeLike) -> AttentionKernel | None:
+    """The kernel for sequences of `length` tokens, never `auto`; None: the masks of a `Context` serve as they are.
+
+    Raises:
+      UserError: the kernel that `compute` names cannot do it.
+    """
+    kernel = compute.attention
+    if kernel is AttentionKernel.AUTO:
+        kernel = _automatic(length, head_width, dtype)
+    elif kernel is AttentionKernel.SPLASH:
+        splash.check(length)
+    elif kernel is AttentionKernel.CUDNN:
+        _check_cudnn(length, head_width, dtype)
+    whole = sequence_shards() == 1 or length % sequence_shards() != 0
+    return None if kernel is AttentionKernel.XLA and whole and length <= _SHORT else kernel
+
+
+def _automatic(length: int, head_width: int, dtype: DTypeLike) -> AttentionKernel:
+    # The compiler cannot cut a TPU kernel over devices: a mesh in use says how, and one device needs no cutting.
+    cut = not jax.sharding.get_abstract_mesh().empty or jax.device_count() == 1
+    platform = target_platform()
+    if platform == "tpu" and splash.fits(length) and cut:
+        return AttentionKernel.SPLASH
+    if platform == "gpu" and cudnn.fits(length, head_width, dtype):
+        return AttentionKernel.CUDNN
+    return AttentionKernel.XLA
+
+
+def _check_cudnn(length: int, head_width: int, dtype: DTypeLike) -> None:
+    if target_platform() != "gpu":
+        raise UserError("compute.attention=cudnn needs a GPU; set compute.attention=auto")
+    cudnn.check(length, head_width, dtype)

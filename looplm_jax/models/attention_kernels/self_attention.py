@@ -1,0 +1,70 @@
+"""Self-attention on a mesh: each device computes it for its rows and heads, over whole sequences."""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from looplm_jax.config import AttentionKernel
+from looplm_jax.models.attention_kernels.cudnn import cudnn_attention
+from looplm_jax.models.attention_kernels.splash import splash_attention
+from looplm_jax.models.attention_kernels.xla import xla_attention
+from looplm_jax.sharding import divides, heads_from_devices, heads_to_devices, partition, sequence_shards
+
+_KERNELS = {
+    AttentionKernel.XLA: xla_attention,
+    AttentionKernel.SPLASH: splash_attention,
+    AttentionKernel.CUDNN: cudnn_attention,
+}
+
+
+def self_attention(
+    kernel: AttentionKernel,
+    queries: Float[Array, "B S H Dh"],
+    keys: Float[Array, "B S K Dh"],
+    values: Float[Array, "B S K Dh"],
+    positions: Int[Array, "B S"],
+    segment_ids: Int[Array, "B S"],
+) -> Float[Array, "B S H Dh"]:
+    """Grouped-query softmax attention of each token to its own document, up to its own position.
+
+    Scores are scaled by `Dh ** -0.5` and their softmax is in float32. Documents lie in columns one after another, and
+    positions grow along each.
+    """
+    arrays = queries, keys, values, positions, segment_ids
+    mesh, heads = jax.sharding.get_abstract_mesh(), partition("batch", "sequence", "heads", None)
+    if kernel is AttentionKernel.XLA and sequence_shards() == 1:
+        return xla_attention(*arrays)  # which the compiler cuts over the mesh by itself
+    if mesh.empty:
+        return _KERNELS[kernel](*arrays)
+    if not divides(queries.shape, heads):
+        return xla_attention(*arrays)
+    kv_heads, rows = partition("batch", "sequence", "kv_heads", None), partition("batch", None)
+    mapped = jax.shard_map(
+        functools.partial(_on_whole_sequences, _KERNELS[kernel]),
+        in_specs=(heads, kv_heads, kv_heads, rows, rows),
+        out_specs=heads,
+        check_vma=False,  # Pallas kernels do not tell along which axes their results vary
+    )
+    return mapped(*arrays)
+
+
+def _on_whole_sequences(
+    kernel: Callable[..., Array],
+    queries: Float[Array, "B s H Dh"],
+    keys: Float[Array, "B s K Dh"],
+    values: Float[Array, "B s K Dh"],
+    positions: Int[Array, "B S"],
+    segment_ids: Int[Array, "B S"],
+) -> Float[Array, "B s H Dh"]:
+    """On one device: its run of positions of all heads it has, traded for whole sequences of some of them, and back."""
+    shards = sequence_shards()
+    if shards == 1:
+        return kernel(queries, keys, values, positions, segment_ids)
+    copies = shards // math.gcd(shards, keys.shape[2])  # fewer heads of keys than devices
+    keys, values = (jnp.repeat(x, copies, axis=2) for x in (keys, values))
+    queries, keys, values = (heads_to_devices(x) for x in (queries, keys, values))
+    return heads_from_devices(kernel(queries, keys, values, positions, segment_ids))

@@ -1,0 +1,180 @@
+"""A compiled program as XLA prints it: which instructions run, how often in a step, and inside which loops."""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_END_OF_THREAD = "}, execution_thread="
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
+_OPCODE = re.compile(r" ([a-z][\w\-]*)\(")
+_CALLED = re.compile(r"(?:calls|body|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CONSTANT = re.compile(r"^s32\[\]\S* constant\((\d+)\)")
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+_ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
+_OPERAND = re.compile(r"%([\w.\-]+)")
+_BITS = {"pred": 8, "bf16": 16, "token": 0}
+_CALLS_OTHERS = ("fusion", "call", "conditional", "async-start")
+
+# How the scans of the train step are told apart: by the end of the name that JAX gives them.
+_LOOP_NAMES = (("LoopLM.prefill/while", "loops"), ("core/while", "layers"), ("jit(train_step)/while", "accumulation"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Instruction:
+    """One line: a name, the shape of its result, what it does, and the rest of the line."""
+
+    name: str
+    shape: str
+    opcode: str
+    rest: str
+
+    @property
+    def op_name(self) -> str:
+        """Where in the traced program it came from."""
+        found = _OP_NAME.search(self.rest)
+        return found[1] if found else ""
+
+    @property
+    def operands(self) -> list[str]:
+        """Names of its operands."""
+        return _OPERAND.findall(self.rest[: _closing(self.rest, 0)])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Computation:
+    """Instructions that run together; `fused` into one where the computation is the body of a fusion."""
+
+    name: str
+    instructions: tuple[Instruction, ...]
+
+    def shape_of(self, name: str) -> str:
+        """The shape of the instruction of that name, empty if there is none."""
+        return next((each.shape for each in self.instructions if each.name == name), "")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """An instruction as a step runs it: how many times, inside which loops (outermost first).
+
+    `region` is the body that it belongs to, through whatever fusions; `fused` says whether there is one.
+    """
+
+    instruction: Instruction
+    computation: Computation
+    times: int
+    loops: tuple[str, ...]
+    region: str
+    fused: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """All computations by name."""
+
+    entry: str
+    computations: dict[str, Computation]
+
+    def runs(self) -> Iterator[Run]:
+        """Every instruction that a step runs. Both sides of a condition count."""
+        yield from self._visit(self.entry, 1, (), self.entry, fused=False)
+
+    def _visit(self, name: str, times: int, loops: tuple[str, ...], region: str, *, fused: bool) -> Iterator[Run]:
+        computation = self.computations[name]
+        for each in computation.instructions:
+            yield Run(instruction=each, computation=computation, times=times, loops=loops, region=region, fused=fused)
+            if each.opcode == "while":
+                body = _CALLED.findall(each.rest)[0]
+                inner = (*loops, _loop_name(each.op_name))
+                yield from self._visit(body, times * self._trip_count(each), inner, body, fused=False)
+            elif each.opcode in _CALLS_OTHERS:
+                for called in self._called(each):
+                    yield from self._visit(called, times, loops, region, fused=fused or each.opcode == "fusion")
+
+    def _called(self, instruction: Instruction) -> list[str]:
+        branches = _BRANCHES.search(instruction.rest)
+        names = _CALLED.findall(instruction.rest) + (_OPERAND.findall(branches[1]) if branches else [])
+        return [name for name in names if name in self.computations]
+
+    def _trip_count(self, loop: Instruction) -> int:
+        """As XLA prints it, or else the constant that the loop's counter is compared with: scans count up from 0."""
+        known = _TRIP_COUNT.search(loop.rest)
+        if known:
+            return int(known[1])
+        condition = _CONDITION.search(loop.rest)
+        lines = self.computations[condition[1]].instructions if condition else ()
+        limits = [found for each in lines if (found := _CONSTANT.match(f"{each.shape} {each.opcode}({each.rest}"))]
+        return int(limits[0][1]) if len(limits) == 1 else 1
+
+
+def parse(text: str) -> Program:
+    """Reads what `compiled.as_text()` gives."""
+    computations: dict[str, Computation] = {}
+    entry, name = "", ""
+    lines: list[str] = []
+    for line in text.splitlines():
+        header = _COMPUTATION.match(line)
+        if header:
+            name, lines = header[2], []
+            entry = name if header[1] else entry
+        elif line == "}" or line.startswith(_END_OF_THREAD):
+            parsed = (_parse_instruction(each) for each in lines)
+            computations[name] = Computation(name=name, instructions=tuple(filter(None, parsed)))
+        elif _INSTRUCTION.match(line):
+            lines.append(line)
+        elif lines:
+            lines[-1] += line  # notes on a TPU's kernels go over several lines
+    return Program(entry=entry, computations=computations)
+
+
+def array_bytes(shape: str) -> list[int]:
+    """Bytes of each array in a shape: one, or those of a tuple."""
+    return [_elements(dims) * element_bits(dtype) // 8 for dtype, dims in _ARRAY.findall(shape)]
+
+
+def element_type(shape: str) -> str:
+    """The type of the elements of a shape's first array, such as `bf16`; empty if there is none."""
+    found = _ARRAY.search(shape)
+    return found[1] if found else ""
+
+
+def element_bits(dtype: str) -> int:
+    """Bits of one element of a type as XLA names it."""
+    digits = re.search(r"\d+", dtype)
+    return _BITS[dtype] if dtype in _BITS else int(digits[0]) if digits else 0
+
+
+def _parse_instruction(line: str) -> Instruction | None:
+    start = _INSTRUCTION.match(line)
+    if start is None:
+        return None
+    at = start.end()
+    shape_end = _closing(line, at + 1) + 1 if line[at] == "(" else at
+    opcode = _OPCODE.search(line, shape_end if shape_end > at else at)
+    if opcode is None:
+        return None
+    return Instruction(name=start[1], shape=line[at : opcode.start()], opcode=opcode[1], rest=line[opcode.end() :])
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the parenthesis that was opened just before `start` is closed."""
+    depth = 1
+    for at in range(start, len(text)):
+        depth += (text[at] == "(") - (text[at] == ")")
+        if depth == 0:
+            return at
+    return len(text)
+
+
+def _elements(dims: str) -> int:
+    product = 1
+    for size in dims.split(","):
+        product *= int(size) if size else 1
+    return product
+
+
+def _loop_name(op_name: str) -> str:
+    return next((name for end, name in _LOOP_NAMES if op_name.endswith(end)), "chunks")

@@ -1,0 +1,79 @@
+"""Bytes that a train step takes on each device, by what they hold."""
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import jax
+from jaxtyping import PyTree
+
+from looplm_jax.training.state import TrainState
+
+_USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", re.IGNORECASE)
+_TEMPORARIES = re.compile(r"temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)")
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_ALIAS = re.compile(r"\{[\d, ]*\}: \((\d+), \{[\d, ]*\}, (?:may|must)-alias\)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of one device. `other` is the batch, the guard, the program itself, and padding of arrays to tiles.
+
+    `capacity` is None where nobody knows it. `host` is what lies in the memory of the host meanwhile.
+    """
+
+    parameters: int
+    optimizer: int
+    activations: int
+    other: int
+    host: int = 0
+    capacity: int | None = None
+
+    @property
+    def total(self) -> int:
+        """All that the device must hold at the worst moment."""
+        return self.parameters + self.optimizer + self.activations + self.other
+
+
+def state_memory(state: TrainState, capacity: int | None) -> Memory:
+    """What the state alone takes, before anything is compiled."""
+    parameters, optimizer = shard_bytes(state.params), shard_bytes(state.optimizer)
+    other = shard_bytes(state) - parameters - optimizer
+    return Memory(parameters=parameters, optimizer=optimizer, activations=0, other=other, capacity=capacity)
+
+
+def compiled_memory(state: TrainState, analysis: Any, capacity: int | None) -> Memory:
+    """The compiler's account of a step, of which the state is a part."""
+    alone = state_memory(state, capacity)
+    outside = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    other = outside + analysis.generated_code_size_in_bytes - alone.parameters - alone.optimizer
+    return dataclasses.replace(
+        alone, activations=analysis.temp_size_in_bytes, other=other, host=analysis.host_temp_size_in_bytes
+    )
+
+
+def overfull_memory(state: TrainState, error: str, capacity: int | None) -> Memory | None:
+    """The account in the compiler's refusal of a step that does not fit; None if the error is of another kind."""
+    whole, temporaries = _USED.search(error), _TEMPORARIES.search(error)
+    found = whole or temporaries
+    if found is None:
+        return None
+    used, limit = (int(float(found[at]) * _UNITS[found[at + 1].upper()]) for at in (1, 3))
+    alone = state_memory(state, limit)
+    return dataclasses.replace(alone, activations=used - alone.total if whole else used)
+
+
+def shard_bytes(tree: PyTree) -> int:
+    """Bytes of one device's shares of abstract arrays."""
+    return sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def donated_arrays(text: str) -> int:
+    """How many arguments the program updates where they lie."""
+    header = text[: text.find("\n")]
+    return len({int(number) for number in _ALIAS.findall(header)})
+
+
+def _shard_bytes(leaf: Any) -> int:
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize

@@ -1,0 +1,176 @@
+"""Which settings of a stage are worth having: no other is both faster and smaller."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+
+from looplm_jax.config import Gather, MeshConfig, ModelConfig, Recipe, Remat, Stage
+from looplm_jax.errors import UserError
+from looplm_jax.models.looplm import LoopLM
+from looplm_jax.planning.memory import shard_bytes
+from looplm_jax.planning.stage_plan import StagePlan, stage_mesh
+from looplm_jax.planning.targets import Target
+from looplm_jax.planning.timing import recomputed_flops
+from looplm_jax.training.state import abstract_state
+
+_REMATS = (Remat.DOTS, Remat.LAYER, Remat.OFFLOAD, Remat.LOOP)
+_BYTES = 2  # of an element in bfloat16
+_SHARES = (1, 2, 4, 8)  # devices along tensor, context, and copies of the parameters
+_MOST_SEQUENCES = 8  # of a device at one time
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A stage with settings to try, and the flags that say so. `weight` is the promise: small is better."""
+
+    recipe: Recipe
+    stage: Stage
+    flags: str
+    weight: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A candidate and its compiled plan."""
+
+    candidate: Candidate
+    plan: StagePlan
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchResult:
+    """All that was compiled, fastest first; those that nothing beats; and how many were not compiled, and why."""
+
+    trials: tuple[Trial, ...]
+    best: tuple[Trial, ...]
+    cannot_fit: int
+    passed_over: int
+
+
+Compile = Callable[[Candidate, int, int], StagePlan]
+
+
+def search(recipe: Recipe, stage: Stage, target: Target, compile_plan: Compile, *, limit: int) -> SearchResult:
+    """Compile the `limit` most promising settings of a stage that can fit, by `compile_plan(candidate, number, count)`.
+
+    Raises:
+      UserError: no setting divides over the devices, or none can fit.
+    """
+    if limit < 1:
+        raise UserError(f"--limit must be at least 1, not {limit}")
+    everything = list(candidates(recipe, stage, target))
+    states = {each.recipe.mesh: each for each in everything}  # one of each mesh, on which alone the state depends
+    sizes = {mesh: _state_bytes(each, target) for mesh, each in states.items()}
+    possible = [each for each in everything if can_fit(each, target, sizes[each.recipe.mesh])]
+    if not possible:
+        raise UserError(f"no setting of stage {stage.name} fits {target.name}, by arithmetic alone; use more devices")
+    chosen = sorted(possible, key=lambda each: each.weight)[:limit]
+    trials = [
+        Trial(candidate=each, plan=compile_plan(each, number, len(chosen))) for number, each in enumerate(chosen, 1)
+    ]
+    trials.sort(key=lambda trial: (not trial.plan.fits, _time(trial), trial.plan.memory.total))
+    return SearchResult(
+        trials=tuple(trials),
+        best=pareto(trials),
+        cannot_fit=len(everything) - len(possible),
+        passed_over=len(possible) - len(chosen),
+    )
+
+
+def candidates(recipe: Recipe, stage: Stage, target: Target) -> Iterator[Candidate]:
+    """Every combination of mesh, accumulation, remat policy and gathering that divides over the devices."""
+    for mesh, remat, gather in itertools.product(_meshes(len(target.devices)), _REMATS, Gather):
+        compute = dataclasses.replace(recipe.compute, remat=remat, gather=gather)
+        shares = mesh.data * mesh.fsdp
+        for parts in _accumulations(stage, shares):
+            changed = dataclasses.replace(stage, accumulation=parts, context=0)
+            stages = tuple(changed if each is stage else each for each in recipe.stages)
+            tried = dataclasses.replace(recipe, stages=stages, compute=compute, mesh=mesh)
+            try:
+                stage_mesh(tried, changed, target)
+            except UserError:
+                continue
+            if gather is Gather.PER_STEP and mesh.fsdp * mesh.context == 1:
+                continue  # nothing is spread
+            yield Candidate(recipe=tried, stage=changed, flags=_flags(tried, changed), weight=_weight(tried, changed))
+
+
+def can_fit(candidate: Candidate, target: Target, state_bytes: int) -> bool:
+    """Whether the state, whole copies of the weights and what the backward pass starts from leave any room."""
+    if target.capacity is None:
+        return True
+    stage, mesh, compute = candidate.stage, candidate.recipe.mesh, candidate.recipe.compute
+    needed = state_bytes
+    if compute.gather is Gather.PER_STEP:
+        needed += _BYTES * stack_parameters(candidate.recipe.model) // mesh.tensor
+    sharing = mesh.data * mesh.fsdp * mesh.context
+    tokens = stage.batch_size * stage.sequence_length // stage.accumulation // sharing
+    return needed + tokens * _BYTES * stage.loops * _kept_widths(candidate) <= target.capacity
+
+
+def pareto(trials: Sequence[Trial]) -> tuple[Trial, ...]:
+    """Those that fit and that no other beats in both time and memory."""
+    fitting = [trial for trial in trials if trial.plan.fits]
+    return tuple(trial for trial in fitting if not any(_beats(other, trial) for other in fitting))
+
+
+def stack_parameters(model: ModelConfig) -> int:
+    """Parameters of the matrices that all loops use."""
+    inner, kv_inner = model.num_heads * model.head_width, model.kv_heads * model.head_width
+    layer = model.width * (2 * inner + 2 * kv_inner + 3 * model.mlp_width)
+    return (model.num_layers + model.coda_layers) * layer
+
+
+def _kept_widths(candidate: Candidate) -> int:
+    """Elements that a token keeps on the device for the backward pass in each loop, at least."""
+    model = candidate.recipe.model
+    if candidate.recipe.compute.remat is Remat.LAYER:
+        return model.num_layers * model.width
+    if candidate.recipe.compute.remat is Remat.DOTS:
+        heads = (model.num_heads + 2 * model.kv_heads) * model.head_width
+        return model.num_layers * (heads + 2 * model.width + 2 * model.mlp_width)
+    return model.width
+
+
+def _state_bytes(candidate: Candidate, target: Target) -> int:
+    recipe, stage = candidate.recipe, candidate.stage
+    model = LoopLM(recipe.model_of(stage), recipe.compute)
+    return shard_bytes(abstract_state(recipe, model, stage, stage_mesh(recipe, stage, target)))
+
+
+def _beats(one: Trial, other: Trial) -> bool:
+    ours, theirs = ((_time(each), each.plan.memory.total) for each in (one, other))
+    return ours != theirs and all(a <= b for a, b in zip(ours, theirs, strict=True))
+
+
+def _time(trial: Trial) -> float:
+    return trial.plan.timing.step if trial.plan.timing else 0.0
+
+
+def _meshes(devices: int) -> Iterator[MeshConfig]:
+    for copies, tensor, context in itertools.product(_SHARES, _SHARES, _SHARES):
+        others = copies * tensor * context
+        if devices % others == 0:
+            yield MeshConfig(data=copies, fsdp=devices // others, tensor=tensor, context=context)
+
+
+def _accumulations(stage: Stage, shares: int) -> Iterator[int]:
+    """Every number of parts that `shares` devices can share, with a few sequences to each device."""
+    for parts in range(1, stage.batch_size // shares + 1):
+        if stage.batch_size % (parts * shares) == 0 and stage.batch_size // parts <= _MOST_SEQUENCES * shares:
+            yield parts
+
+
+def _weight(recipe: Recipe, stage: Stage) -> tuple[float, ...]:
+    """Arithmetic that is done twice; devices that share heads or sequences; how often weights are sent; copies."""
+    mesh = recipe.mesh
+    again = recomputed_flops(recipe.model_of(stage), stage, recipe.compute.remat)
+    passes = 1 if recipe.compute.gather is Gather.PER_STEP else stage.loops * stage.accumulation
+    return again, mesh.tensor * mesh.context, passes, stage.accumulation, mesh.data
+
+
+def _flags(recipe: Recipe, stage: Stage) -> str:
+    sizes = {name: size for name, size in dataclasses.asdict(recipe.mesh).items() if size > 1 or name == "fsdp"}
+    mesh = " ".join(f"--mesh.{name} {size}" for name, size in ({"data": 1} | sizes).items())
+    compute = f"--compute.remat {recipe.compute.remat.value} --compute.gather {recipe.compute.gather.value}"
+    return f"--stages.{stage.name}.accumulation {stage.accumulation} {compute} {mesh}"

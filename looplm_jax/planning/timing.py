@@ -1,0 +1,80 @@
+"""The best possible time of a step: what arithmetic and links allow when nothing waits for the other."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from looplm_jax.config import ModelConfig, Objective, Remat, Stage
+from looplm_jax.planning.collectives import Collective
+from looplm_jax.planning.targets import Target
+from looplm_jax.training.flops import forward_flops_per_token, train_flops_per_token
+
+_SECONDS_A_DAY = 86400
+_RECOMPUTING = (Remat.LAYER, Remat.LOOP, Remat.OFFLOAD)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Seconds of one step on every device at its published peaks.
+
+    `compute` counts what rematerialisation does again; `links` and `network` are all exchanges at the full bandwidth of
+    every link. A step cannot be faster than the longest of them.
+    """
+
+    model_flops: float  # of one step, over all devices
+    peak: float  # seconds for model_flops alone
+    compute: float
+    links: float
+    network: float
+    tokens_per_second: float
+    days: float  # for all steps of the stage
+    model_flops_utilisation: float  # at best
+
+    @property
+    def step(self) -> float:
+        """The best possible time of a step."""
+        return max(self.compute, self.links, self.network)
+
+
+def step_flops(model: ModelConfig, stage: Stage) -> float:
+    """Operations of one step by formula, over all devices; nothing is counted twice."""
+    tokens = stage.batch_size * stage.sequence_length
+    gate_only = stage.objective is Objective.GATE
+    per_token = train_flops_per_token(
+        model, loops=stage.loops, sequence_length=stage.sequence_length, gate_only=gate_only
+    )
+    return float(per_token * tokens)
+
+
+def recomputed_flops(model: ModelConfig, stage: Stage, remat: Remat) -> float:
+    """Operations of one step that the backward pass does again: a forward pass without its heads."""
+    if remat not in _RECOMPUTING or stage.objective is Objective.GATE:
+        return 0.0
+    forward = forward_flops_per_token(model, loops=stage.loops, sequence_length=stage.sequence_length)
+    heads = stage.loops * 2 * model.width * model.vocab_size
+    return float((forward - heads) * stage.batch_size * stage.sequence_length)
+
+
+def estimate(
+    model: ModelConfig, stage: Stage, remat: Remat, target: Target, exchanges: Sequence[Collective], devices: int
+) -> Timing | None:
+    """The times of a step on `devices` devices of a target; None where the chip's peaks are not known."""
+    chip, bandwidth = target.chip, target.link_bandwidth
+    if chip is None or bandwidth is None:
+        return None
+    flops = step_flops(model, stage)
+    compute = (flops + recomputed_flops(model, stage, remat)) / devices / chip.peak_bf16_flops
+    beyond = sum(each.bytes for each in exchanges if each.between_slices)
+    inside = sum(each.bytes for each in exchanges if not each.between_slices)
+    links = inside / bandwidth if inside else 0.0
+    network = beyond / chip.network_bandwidth if beyond and chip.network_bandwidth else 0.0
+    step = max(compute, links, network)
+    return Timing(
+        model_flops=flops,
+        peak=flops / devices / chip.peak_bf16_flops,
+        compute=compute,
+        links=links,
+        network=network,
+        tokens_per_second=stage.batch_size * stage.sequence_length / step,
+        days=stage.steps * step / _SECONDS_A_DAY,
+        model_flops_utilisation=flops / devices / chip.peak_bf16_flops / step,
+    )

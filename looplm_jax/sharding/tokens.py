@@ -1,0 +1,54 @@
+"""Work that each device does on its own tokens, with sums over all devices at its end.
+
+Left to itself, the compiler adds up over the devices in every turn of a loop over tokens what is needed once, after it.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, PyTree
+
+from looplm_jax.sharding.mesh import divides, partition
+
+Axes = tuple[str | None, ...]  # logical axes of an array
+F = TypeVar("F", bound=Callable[..., tuple[PyTree, PyTree]])
+
+
+def on_own_tokens(function: F, inputs: tuple[Axes, ...], outputs: Axes) -> F:
+    """`function`, run by each device on its own tokens. It gives arrays of tokens, and arrays that are sums over them.
+
+    Args:
+      function: what to run; takes arrays.
+      inputs: axes of each argument: `batch` and `sequence` are those of tokens, None is any other.
+      outputs: the same of the arrays of tokens that it gives.
+
+    Returns:
+      A function of the whole arrays, its sums over all tokens. It is `function` itself where there is no mesh, or
+      tokens do not divide over it.
+    """
+
+    def whole(*arrays: Array) -> tuple[PyTree, PyTree]:
+        specs = tuple(partition(*axes) for axes in inputs)
+        if not all(divides(array.shape, spec) for array, spec in zip(arrays, specs, strict=True)):
+            return function(*arrays)
+        mapped = jax.shard_map(
+            local,
+            in_specs=specs,
+            out_specs=(partition(*outputs), PartitionSpec()),
+            axis_names=set(devices),
+            check_vma=False,
+        )
+        return mapped(*arrays)
+
+    def local(*arrays: Array) -> tuple[PyTree, PyTree]:
+        own, sums = function(*arrays)
+        return own, jax.lax.psum(sums, devices)
+
+    devices = _mesh_axes(partition("batch", "sequence"))
+    return function if jax.sharding.get_abstract_mesh().empty else whole  # type: ignore[return-value]
+
+
+def _mesh_axes(spec: PartitionSpec) -> tuple[str, ...]:
+    return tuple(name for entry in spec for name in ((entry,) if isinstance(entry, str) else entry))

@@ -1,0 +1,59 @@
+"""A trace of some steps, for the profiler's viewer."""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from looplm_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProfiledSteps:
+    """Steps `first..last` of a run, both included."""
+
+    first: int
+    last: int
+
+    @classmethod
+    def parse(cls, text: str) -> "ProfiledSteps":
+        """From `10:13`, or `10` for one step. Raises UserError where it is neither."""
+        match = re.fullmatch(r"(\d+)(?::(\d+))?", text)
+        first, last = (0, 0) if match is None else (int(match[1]), int(match[2] or match[1]))
+        if not 1 <= first <= last:
+            raise UserError(f"--profile-steps must be FIRST:LAST, such as 10:13, not {text!r}")
+        return cls(first=first, last=last)
+
+
+class Profiler:
+    """Traces the steps that were asked for into a folder, if any were."""
+
+    def __init__(self, folder: Path, steps: ProfiledSteps | None):
+        self._folder, self._steps = folder, steps
+        self._running = self.traced = False
+
+    def before(self, step: int) -> None:
+        """To be called before a step is started."""
+        if self._steps is not None and not self.traced and self._steps.first <= step <= self._steps.last:
+            self._running = self.traced = True
+            jax.profiler.start_trace(self._folder)
+
+    def after(self, step: int, results: Any) -> None:
+        """To be called after a step was started: the trace ends when the last of them has its `results`."""
+        if self._running and self._steps is not None and step >= self._steps.last:
+            jax.block_until_ready(results)
+            self.close()
+
+    def close(self) -> None:
+        """End the trace, also where the run stops inside it."""
+        if self._running:
+            self._running = False
+            jax.profiler.stop_trace()
+
+    def how_to_open(self) -> str | None:
+        """What to type to see the trace, if there is one."""
+        if not self.traced:
+            return None
+        return f"profile: pip install xprof, then `xprof --logdir {self._folder}`; or open a .trace.json.gz in Perfetto"

@@ -1,0 +1,95 @@
+"""The global batch is the same whatever the number of processes, and its place can be taken up by any number."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from looplm_jax.data.lanes import LaneBatches, lane_count
+from looplm_jax.data.packing import Batch
+from looplm_jax.data.pipeline import train_batches
+from looplm_jax.errors import UserError
+
+ROWS, LENGTH = 8, 32
+
+
+@pytest.fixture
+def stream(text_data, tokenizer):
+    """A function that makes the stream of one process of several, closed at the end of the test."""
+    opened = []
+
+    def make(process=0, processes=1, lanes=2, parts=1):
+        part_rows = ROWS // parts
+        share = part_rows // processes
+
+        def open_lane(lane):
+            geometry = {"batch_size": ROWS, "sequence_length": LENGTH, "process_index": lane, "process_count": lanes}
+            return train_batches(text_data, tokenizer, seed=0, **geometry)
+
+        rows = range(process * share, (process + 1) * share)
+        opened.append(LaneBatches(open_lane, lanes=lanes, rows=rows, part_rows=part_rows, parts=parts))
+        return opened[-1]
+
+    yield make
+    for batches in opened:
+        batches.close()
+
+
+def joined(shares, parts):
+    """The global batch `[parts, rows, positions]` of every field, from the shares of all processes."""
+    names = [field.name for field in dataclasses.fields(Batch)]
+    return {
+        name: np.concatenate([getattr(share, name).reshape(parts, -1, LENGTH) for share in shares], axis=1)
+        for name in names
+    }
+
+
+def merged(states):
+    """As checkpoints do it."""
+    return json.loads(json.dumps({"lanes": {name: lane for state in states for name, lane in state["lanes"].items()}}))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("lanes", [1, 2, 4])
+def test_any_number_of_processes_gives_the_same_batches_and_goes_on_from_any_other(stream, lanes, parts):
+    whole = stream(lanes=lanes, parts=parts)
+    wanted = [joined([next(whole)], parts) for _ in range(9)]
+    state, at = None, 0
+    for processes in (2, 1, 4):
+        shares = [stream(process, processes, lanes, parts) for process in range(processes)]
+        if state is not None:
+            for share in shares:
+                share.restore(state)
+        for step in range(at, at + 3):
+            np.testing.assert_equal(joined([next(share) for share in shares], parts), wanted[step])
+        state, at = merged([share.state() for share in shares]), at + 3
+
+
+def test_a_single_lane_is_the_plain_stream(stream, text_data, tokenizer):
+    ours = stream(lanes=1)
+    plain = train_batches(text_data, tokenizer, seed=0, batch_size=ROWS, sequence_length=LENGTH)
+    np.testing.assert_equal(dataclasses.asdict(next(ours)), dataclasses.asdict(next(plain)))
+    ours.restore(plain.state())  # as versions before lanes saved it
+    np.testing.assert_equal(dataclasses.asdict(next(ours)), dataclasses.asdict(next(plain)))
+    plain.close()
+
+
+def test_the_place_in_other_lanes_is_refused(stream):
+    with pytest.raises(UserError, match="process_count: 1 then, 2 now"):
+        stream(lanes=2).restore(stream(lanes=1).state())
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "length", "accumulation", "lanes"),
+    [
+        (8, 256, 1, 1),
+        (1024, 4096, 1, 32),
+        (2048, 4096, 1, 64),
+        (128, 65536, 1, 64),
+        (2048, 4096, 64, 32),
+        (96, 4096, 1, 2),
+    ],
+)
+def test_lanes_follow_from_the_shape_of_the_batch(batch_size, length, accumulation, lanes):
+    assert lane_count(batch_size, length, accumulation) == lanes

@@ -1,0 +1,135 @@
+"""Two real processes on one machine: one run, whatever happens to one of them."""
+
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+from many_processes import Processes, losses, write_recipe
+
+from looplm_jax.checkpoints import inspect_steps
+
+TWO = ([], [])
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, compiled):
+    """The run of a single process."""
+    folder = tmp_path_factory.mktemp("alone")
+    recipe = write_recipe(folder / "recipe.json")
+    with Processes(folder, [[]], "--recipe", recipe, "--out", folder / "run", compiled=compiled) as run:
+        assert run.finish() == [0], run.everything()
+    return folder / "run"
+
+
+def digests(folder, step):
+    """Of every array of a step."""
+    records = next(report.arrays for report in inspect_steps(str(folder)) if report.step == step)
+    return {name: record.digest for name, record in records.items()}
+
+
+def assert_same_losses(folder, wanted, kind="train"):
+    ours, theirs = losses(folder, kind), losses(wanted, kind)
+    assert list(ours) == list(theirs)
+    for step, values in ours.items():
+        np.testing.assert_allclose(values, theirs[step], rtol=1e-5, err_msg=f"step {step}")
+
+
+def test_two_processes_train_as_one(alone, compiled, tmp_path):
+    recipe, run = write_recipe(tmp_path / "recipe.json"), tmp_path / "run"
+    with Processes(tmp_path, TWO, "--recipe", recipe, "--out", run, compiled=compiled) as both:
+        assert both.finish() == [0, 0], both.everything()
+        assert "Traceback" not in both.everything()
+        assert "compiling" in both.said(0)
+        assert "compiling" not in both.said(1)
+    assert_same_losses(run, alone)
+    assert_same_losses(run, alone, "evaluation")
+    assert {report.step for report in inspect_steps(str(run)) if not report.damage} == {2, 4, 6}
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_bit_for_bit_and_on_another_number_of_processes(alone, compiled, tmp_path):
+    """Two processes, then two again, then one: what comes after step 4 is made anew each time."""
+    recipe, run = write_recipe(tmp_path / "recipe.json"), tmp_path / "run"
+    arguments = ("--recipe", recipe, "--out", run)
+    with Processes(tmp_path, TWO, *arguments, compiled=compiled) as both:
+        assert both.finish() == [0, 0], both.everything()
+    untouched = digests(run, 6)
+    shutil.rmtree(run / "checkpoints" / "6")
+    with Processes(tmp_path, TWO, *arguments, compiled=compiled) as both:
+        assert both.finish() == [0, 0], both.everything()
+        assert "going on from step 4" in both.said(0)
+    assert digests(run, 6) == untouched
+    shutil.rmtree(run / "checkpoints" / "6")
+    with Processes(tmp_path, [[]], *arguments, compiled=compiled) as one:
+        assert one.finish() == [0], one.everything()
+    assert_same_losses(run, alone)
+
+
+@pytest.mark.slow
+def test_two_then_one_then_four_processes(alone, compiled, tmp_path):
+    recipe, run = write_recipe(tmp_path / "recipe.json"), tmp_path / "run"
+    arguments = ("--recipe", recipe, "--out", run)
+    for count, lost in ((2, (4, 6)), (1, (6,)), (4, ())):
+        mesh = ("--mesh.fsdp", "2") if count == 4 else ()
+        with Processes(tmp_path, [[]] * count, *arguments, *mesh, compiled=compiled) as some:
+            assert some.finish() == [0] * count, some.everything()
+        assert_same_losses(run, alone)
+        for step in lost:
+            shutil.rmtree(run / "checkpoints" / str(step))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 3])
+def test_a_killed_process_of_four_ends_the_others(victim, compiled, tmp_path):
+    recipe, run = write_recipe(tmp_path / "recipe.json", steps=100_000), tmp_path / "run"
+    with Processes(tmp_path, [[]] * 4, "--recipe", recipe, "--out", run, compiled=compiled) as four:
+        four.wait_for_step(run, 3)
+        four.send(victim, signal.SIGKILL)
+        statuses = four.finish()
+        assert [status for index, status in enumerate(statuses) if index != victim] == [75] * 3, four.everything()
+
+
+def test_another_configuration_is_refused_by_all(compiled, tmp_path):
+    recipe, run = write_recipe(tmp_path / "recipe.json"), tmp_path / "run"
+    own = ([], ["--stages.pretrain.beta", "0.5"])
+    with Processes(tmp_path, own, "--recipe", recipe, "--out", run, compiled=compiled) as both:
+        assert both.finish() == [2, 2], both.everything()
+        for line in both.last_lines():
+            assert "process 1 was started with another configuration than process 0" in line
+            assert "stages.pretrain.beta: 0.05, there 0.5" in line
+    assert not run.exists()
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_other(victim, compiled, tmp_path):
+    recipe, run = write_recipe(tmp_path / "recipe.json", steps=100_000), tmp_path / "run"
+    with Processes(tmp_path, TWO, "--recipe", recipe, "--out", run, compiled=compiled) as both:
+        both.wait_for_step(run, 5)
+        started = time.monotonic()
+        both.send(victim, signal.SIGKILL)
+        statuses = both.finish()
+        assert time.monotonic() - started < 20
+        assert statuses[1 - victim] == 75, both.everything()
+        last = both.last_lines()[1 - victim]
+        assert last.startswith(f"looplm: process {1 - victim}: ")
+        assert f"process {victim}" in last
+
+
+def test_a_signal_to_one_stops_both_at_one_step(compiled, tmp_path):
+    recipe, run = write_recipe(tmp_path / "recipe.json", steps=100_000), tmp_path / "run"
+    with Processes(tmp_path, TWO, "--recipe", recipe, "--out", run, compiled=compiled) as both:
+        both.wait_for_step(run, 5)
+        both.send(1, signal.SIGTERM)
+        assert both.finish() == [143, 143], both.everything()
+        stopped = max(report.step for report in inspect_steps(str(run)) if not report.damage)
+        line = f"looplm: stopped by SIGTERM at step {stopped}; the same command goes on from there"
+        assert both.last_lines()[0] == line
+        assert "Traceback" not in both.everything()
+    assert max(losses(run)) == stopped

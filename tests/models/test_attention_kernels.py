@@ -1,0 +1,146 @@
+"""All kernels mean the same, on one device and on a mesh that shares rows, heads and sequences."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
+
+from looplm_jax.config import AttentionKernel, ComputeConfig, MeshConfig
+from looplm_jax.errors import UserError
+from looplm_jax.models.attention import attend, visible
+from looplm_jax.models.attention_kernels import choose_kernel, cudnn, self_attention, xla
+from looplm_jax.sharding import make_mesh, use_mesh
+
+LENGTH = 256
+KERNELS = [AttentionKernel.XLA, AttentionKernel.SPLASH]
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(xla, "_CHUNK", 96)  # which does not divide the length
+
+
+def packed_rows(rows):
+    """Positions and documents of rows that hold three documents each."""
+    random, columns = np.random.default_rng(0), np.arange(LENGTH)
+    cuts = np.sort(random.choice(np.arange(1, LENGTH), (rows, 2), replace=False), axis=1)
+    segments = 1 + (columns >= cuts[:, :1]).astype(np.int32) + (columns >= cuts[:, 1:])
+    starts = np.where(segments == 1, 0, np.where(segments == 2, cuts[:, :1], cuts[:, 1:]))
+    return jnp.asarray(columns - starts, jnp.int32), jnp.asarray(segments, jnp.int32)
+
+
+def arrays(rows=2, heads=4, kv_heads=2):
+    random = np.random.default_rng(1)
+    shapes = [(rows, LENGTH, count, 8) for count in (heads, kv_heads, kv_heads)]
+    return *(jnp.asarray(random.normal(size=shape), jnp.float32) for shape in shapes), *packed_rows(rows)
+
+
+def plain(queries, keys, values, positions, segments):
+    return attend(queries, (keys,), (values,), (visible(positions, segments, positions, segments),))
+
+
+@functools.partial(jax.jit, static_argnames="function")
+def mixed_and_gradients(function, queries, keys, values, positions, segments):
+    def total(queries, keys, values):
+        mixed = function(queries, keys, values, positions, segments)
+        return jnp.sum(
+            jnp.sin(mixed) * jnp.arange(mixed.size, dtype=jnp.float32).reshape(mixed.shape) / mixed.size
+        ), mixed
+
+    return jax.grad(total, argnums=(0, 1, 2), has_aux=True)(queries, keys, values)
+
+
+def assert_same(function, inputs):
+    ours, wanted = mixed_and_gradients(function, *inputs), mixed_and_gradients(plain, *inputs)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), ours, wanted)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_kernel_computes_plain_attention_and_its_gradients(kernel):
+    assert_same(functools.partial(self_attention, kernel), arrays())
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    ("mesh", "kv_heads"),
+    [
+        (MeshConfig(data=2, fsdp=2, tensor=2), 2),
+        (MeshConfig(data=2, context=4), 2),
+        (MeshConfig(tensor=2, context=4, data=1), 8),
+    ],
+)
+def test_a_mesh_changes_nothing(kernel, mesh, kv_heads):
+    """Four devices to a sequence, with fewer heads of keys than devices and with more."""
+    with use_mesh(make_mesh(mesh)):
+        assert_same(functools.partial(self_attention, kernel), arrays(rows=4, heads=8, kv_heads=kv_heads))
+
+
+def test_rows_that_do_not_divide_over_a_mesh_are_computed_all_the_same():
+    with use_mesh(make_mesh(MeshConfig(data=8))):
+        assert_same(functools.partial(self_attention, AttentionKernel.SPLASH), arrays(rows=2))
+
+
+def chosen(
+    platform, kind, *, length=4096, head_width=128, dtype=jnp.bfloat16, attention=AttentionKernel.AUTO, context=1
+):
+    """The kernel of a program for devices that need not be here."""
+    device = AbstractDevice(device_kind=kind, num_cores=1, platform=platform)
+    mesh = AbstractMesh((1, 1, 1, context), ("data", "fsdp", "tensor", "context"), abstract_device=device)
+    compute = ComputeConfig(attention=attention)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return choose_kernel(compute, length=length, head_width=head_width, dtype=dtype)
+
+
+def test_auto_takes_the_kernel_of_the_platform_that_the_program_is_for():
+    assert chosen("tpu", "TPU v5 lite") is AttentionKernel.SPLASH
+    assert chosen("gpu", "NVIDIA H200") is AttentionKernel.CUDNN
+    assert chosen("cpu", "cpu") is AttentionKernel.XLA
+
+
+def test_auto_takes_xla_where_a_kernel_does_not_fit():
+    assert chosen("tpu", "TPU v5 lite", length=4100) is AttentionKernel.XLA
+    assert chosen("gpu", "NVIDIA H200", dtype=jnp.float32) is AttentionKernel.XLA
+    assert chosen("gpu", "NVIDIA H200", head_width=100) is AttentionKernel.XLA
+    assert chosen("gpu", "NVIDIA H200", length=4097) is AttentionKernel.XLA
+
+
+def test_short_sequences_keep_their_mask_unless_devices_share_them():
+    assert chosen("cpu", "cpu", length=1024) is None
+    assert chosen("cpu", "cpu", length=1024, context=2) is AttentionKernel.XLA
+    assert chosen("tpu", "TPU v5 lite", length=1) is None
+
+
+@pytest.mark.parametrize(
+    ("platform", "options", "message"),
+    [
+        ("tpu", {"attention": AttentionKernel.SPLASH, "length": 100}, "a multiple of 128 tokens, not 100; change"),
+        (
+            "tpu",
+            {"attention": AttentionKernel.CUDNN},
+            "compute.attention=cudnn needs a GPU; set compute.attention=auto",
+        ),
+        ("gpu", {"attention": AttentionKernel.CUDNN, "dtype": jnp.float32}, "cudnn needs bfloat16, .* not float32"),
+    ],
+)
+def test_a_kernel_that_cannot_do_it_is_refused(platform, options, message):
+    with pytest.raises(UserError, match=message):
+        chosen(platform, "some chip", **options)
+
+
+def test_on_a_gpu_the_lowered_program_calls_cudnn_forward_and_backward(monkeypatch):
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    shape = jax.ShapeDtypeStruct((2, LENGTH, 4, 64), jnp.bfloat16)
+    rows = jax.ShapeDtypeStruct((2, LENGTH), jnp.int32)
+
+    def total(*inputs):
+        return jnp.sum(cudnn.cudnn_attention(*inputs), dtype=jnp.float32)
+
+    traced = jax.jit(jax.grad(total, argnums=(0, 1, 2))).trace(shape, shape, shape, rows, rows)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    for call in ("__cudnn$fmhaScaleBiasSoftmax", "__cudnn$fmhaScaleBiasSoftmaxBackward"):
+        assert f"@{call}(" in text

@@ -1,0 +1,136 @@
+"""Plans of programs that a compiler really made: for the CPU that is here, and for TPUs that are not."""
+
+import dataclasses
+
+import jax
+import pytest
+from plan_cases import GATE, STAGE, recipe_with, with_stage
+
+from looplm_jax.config import Gather, MeshConfig, Remat
+from looplm_jax.models.looplm import LoopLM
+from looplm_jax.planning.memory import overfull_memory, shard_bytes, state_memory
+from looplm_jax.planning.stage_plan import plan_stage, stage_mesh
+from looplm_jax.planning.targets import find_target
+from looplm_jax.training.program import lower_step
+from looplm_jax.training.state import abstract_state
+
+needs_compiler = pytest.mark.usefixtures("tpu_compiler")
+
+
+@pytest.fixture
+def tpu_compiler():
+    pytest.importorskip("libtpu", reason="the TPU compiler (libtpu) is not installed")
+
+
+def sent(plan, kind):
+    return sum(each.bytes for each in plan.inside.collectives if each.kind == kind and each.in_loop_over_t)
+
+
+@needs_compiler
+def test_a_small_step_for_v5e():
+    """Weights are gathered before the loops; attention is splash; every product is in bfloat16; all is donated."""
+    recipe = recipe_with(STAGE, gather=Gather.PER_STEP)
+    plan = plan_stage(recipe, STAGE, find_target("v5e:2x2"))
+    assert plan.fits
+    assert plan.advice == ()
+    assert (plan.devices, plan.mesh["fsdp"]) == (4, 4)
+    assert plan.inside.attention == "splash"
+    assert plan.inside.matmuls.by_type.keys() == {"bf16"}
+    assert plan.inside.matmuls.float32_at == ()
+    assert plan.inside.donated == plan.inside.state_arrays
+    assert sent(plan, "all-gather") == sent(plan, "collective-permute") == 0
+    assert sent(plan, "reduce-scatter") > 0
+    assert plan.timing.step == max(plan.timing.compute, plan.timing.links) > 0
+    assert plan.timing.peak < plan.timing.compute
+    assert 0 < plan.memory.parameters < plan.memory.optimizer < plan.memory.total < plan.memory.capacity == 16 * 2**30
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_gathering_once_a_step_saves_what_the_loops_would_send():
+    """Forward and backward of three loops and two parts: one gather instead of twelve."""
+    target = find_target("v5e:2x2")
+    plans = [plan_stage(recipe_with(STAGE, gather=each), STAGE, target) for each in Gather]
+    gathered = [
+        sum(each.bytes for each in plan.inside.collectives if each.kind in ("all-gather", "collective-permute"))
+        for plan in plans
+    ]
+    stack = dataclasses.replace(plans[0].memory, optimizer=0).parameters
+    assert sent(plans[1], "all-gather") == 0
+    assert gathered[0] - gathered[1] > 8 * stack
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_layers_may_start_from_the_memory_of_the_host():
+    stage = with_stage(accumulation=1, sequence_length=1024)
+    plans = [
+        plan_stage(recipe_with(stage, remat=remat), stage, find_target("v5e:2x2"))
+        for remat in (Remat.LAYER, Remat.OFFLOAD)
+    ]
+    assert plans[0].memory.host == 0 < plans[1].memory.host
+    assert plans[1].memory.activations < plans[0].memory.activations
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_stage_that_does_not_fit_says_what_to_change():
+    stage = with_stage(batch_size=1024, sequence_length=2**15, accumulation=1)
+    plan = plan_stage(recipe_with(stage), stage, find_target("v5e:2x2"))
+    assert not plan.fits
+    assert plan.inside is plan.timing is None
+    assert plan.memory.total > plan.memory.capacity
+    assert plan.advice == ("cut the batch into more parts: --stages.first.accumulation 2",)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_two_slices_keep_the_weights_within_each():
+    recipe = recipe_with(STAGE, mesh=MeshConfig(data=2, fsdp=-1))
+    plan = plan_stage(recipe, STAGE, find_target("v5e:2x2", slices=2))
+    crossing = {each.kind for each in plan.inside.collectives if each.between_slices}
+    assert plan.timing.network > 0
+    assert crossing == {"all-reduce"}
+
+
+@pytest.mark.parametrize("stage", [STAGE, GATE], ids=lambda stage: stage.name)
+def test_here_the_state_is_donated_whole(stage):
+    """The bytes that the compiled program updates in place are those of the state."""
+    recipe, target = recipe_with(stage), find_target("here")
+    mesh, model = stage_mesh(recipe, stage, target), LoopLM(recipe.model, recipe.compute)
+    program = lower_step(recipe, model, stage, mesh, first_step=0, loops=stage.loops).compile()
+    state = abstract_state(recipe, model, stage, mesh)
+    assert program.memory_analysis().alias_size_in_bytes == shard_bytes(state)
+    held = state_memory(state, None)
+    assert held.total == shard_bytes(state)
+    assert held.parameters == shard_bytes(state.params)
+
+
+def test_the_logits_stay_cut_along_the_vocabulary():
+    """Two devices share it: no array has all of it and positions, and none that is exchanged has it whole."""
+    stage = with_stage(batch_size=4, accumulation=1, sequence_length=32)
+    recipe = recipe_with(stage, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+    mesh = stage_mesh(recipe, stage, find_target("here"))
+    text = lower_step(recipe, LoopLM(recipe.model), stage, mesh, first_step=0, loops=3).compile().as_text()
+    assert f",{recipe.model.vocab_size // 2}]" in text
+    assert f",{recipe.model.vocab_size}]" not in text
+
+
+def test_the_compilers_refusal_is_an_account():
+    mesh = stage_mesh(recipe_with(STAGE, mesh=MeshConfig(data=4)), STAGE, find_target("here"))
+    state = abstract_state(recipe_with(STAGE), LoopLM(recipe_with().model), STAGE, mesh)
+    message = "RESOURCE_EXHAUSTED: XLA:TPU ... Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm."
+    memory = overfull_memory(state, message, None)
+    assert (memory.total, memory.capacity) == (int(20.5 * 2**30), int(15.75 * 2**30))
+    message = "RESOURCE_EXHAUSTED: total memory required for HLO temporaries (2.00G) exceeds available HBM (1.00G)."
+    assert overfull_memory(state, message, None).activations == 2 * 2**30
+    assert overfull_memory(state, "INTERNAL: something else", None) is None
+
+
+def test_on_an_unknown_chip_nothing_is_said_of_time():
+    assert jax.default_backend() == "cpu"
+    plan = plan_stage(recipe_with(GATE, mesh=MeshConfig(data=4)), GATE, find_target("here"))
+    assert plan.timing is None
+    assert plan.fits
+    assert plan.memory.capacity is None
+    assert plan.inside.attention == "xla"

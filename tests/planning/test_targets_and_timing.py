@@ -1,0 +1,145 @@
+"""What slices have, what steps need of it, and what to change: arithmetic that needs no compiler."""
+
+import dataclasses
+
+import jax
+import pytest
+from plan_cases import GATE, MODEL, STAGE, recipe_with, with_stage
+
+from looplm_jax.config import Gather, MeshConfig, Remat
+from looplm_jax.errors import UserError
+from looplm_jax.planning.advice import advice, next_accumulation
+from looplm_jax.planning.collectives import Collective
+from looplm_jax.planning.memory import Memory
+from looplm_jax.planning.search import Candidate, Trial, candidates, pareto, search
+from looplm_jax.planning.stage_plan import StagePlan
+from looplm_jax.planning.targets import Target, find_target, without_network
+from looplm_jax.planning.timing import estimate, recomputed_flops, step_flops
+from looplm_jax.sharding import make_mesh
+from looplm_jax.sharding.chips import CHIPS, known_chip
+
+V5E, V5P = known_chip("TPU v5 lite"), known_chip("TPU v5")
+
+
+def target(chip, shape):
+    return Target(name="x", devices=tuple(jax.devices()), chip=chip, shape=shape)
+
+
+@pytest.mark.parametrize(
+    ("chip", "shape", "share"),
+    [
+        (V5E, (16, 16), 1.0),
+        (V5E, (4, 4), 0.5),  # a part of a pod is open at its ends
+        (V5E, (1, 16), 0.5),
+        (V5P, (4, 4, 8), 1.0),
+        (V5P, (2, 2, 4), 4 / 6),
+    ],
+)
+def test_links_of_a_slice(chip, shape, share):
+    assert target(chip, shape).link_bandwidth == pytest.approx(share * chip.ici_bandwidth)
+
+
+def test_every_chip_has_peaks_of_one_name():
+    assert len({chip.name for chip in CHIPS}) == len(CHIPS)
+    for chip in CHIPS:
+        assert all(known_chip(kind) is chip for kind in chip.device_kinds)
+        assert chip.peak_bf16_flops > chip.hbm_bandwidth > chip.ici_bandwidth > 0
+    assert known_chip("abacus") is None
+
+
+def test_the_environment_is_as_before(monkeypatch):
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "mine")
+    monkeypatch.delenv("TPU_WORKER_HOSTNAMES", raising=False)
+    import os
+
+    before = dict(os.environ)
+    with without_network():
+        assert os.environ["TPU_SKIP_MDS_QUERY"] == "mine"
+        assert os.environ["TPU_WORKER_HOSTNAMES"] == "localhost"
+    assert dict(os.environ) == before
+
+
+def test_the_best_time_is_the_longest_of_what_a_step_needs():
+    sent = Collective(kind="all-reduce", loops=("loops",), devices=4, count=1, bytes=10**12)
+    timing = estimate(MODEL, STAGE, Remat.LAYER, target(V5E, (16, 16)), [sent], devices=4)
+    assert timing.step == timing.links == pytest.approx(10**12 / 200e9)
+    assert timing.days == pytest.approx(STAGE.steps * timing.step / 86400)
+    assert timing.tokens_per_second == pytest.approx(STAGE.batch_size * STAGE.sequence_length / timing.step)
+    beyond = dataclasses.replace(sent, between_slices=True)
+    assert estimate(MODEL, STAGE, Remat.LAYER, target(V5E, (16, 16)), [beyond], devices=4).network > timing.links
+    assert estimate(MODEL, STAGE, Remat.LAYER, target(None, ()), [sent], devices=4) is None
+
+
+def test_what_is_computed_again():
+    forward = step_flops(MODEL, STAGE) / 3
+    assert recomputed_flops(MODEL, STAGE, Remat.NONE) == 0
+    assert 0.5 * forward < recomputed_flops(MODEL, STAGE, Remat.LAYER) < forward
+    assert recomputed_flops(MODEL, GATE, Remat.LAYER) == 0
+
+
+def test_parts_of_a_batch():
+    assert next_accumulation(with_stage(batch_size=24, accumulation=1), 4) == 2
+    assert next_accumulation(with_stage(batch_size=24, accumulation=3), 4) == 6
+    assert next_accumulation(with_stage(batch_size=24, accumulation=6), 4) is None
+
+
+def advised(stage, mesh, memory, **compute):
+    recipe = recipe_with(stage, mesh=mesh, **compute)
+    return advice(recipe, stage, make_mesh(mesh), memory, (), fits=False)
+
+
+def test_what_to_change_depends_on_what_is_too_large():
+    spread, full = MeshConfig(data=1, fsdp=8), with_stage(accumulation=1)
+    large = Memory(parameters=4, optimizer=8, activations=10, other=0, capacity=16)
+    assert advised(full, spread, large) == ("cut the batch into more parts: --stages.first.accumulation 2",)
+    (first, *_) = advised(full, spread, large, gather=Gather.PER_STEP)
+    assert "--compute.gather per_layer" in first
+    assert "--compute.remat layer" in advised(full, spread, large, remat=Remat.DOTS)[0]
+    assert "--mesh.data 1 --mesh.fsdp -1" in advised(full, MeshConfig(data=8), large)[-1]
+    least = with_stage(accumulation=2)
+    assert [line.split(": ")[1] for line in advised(least, spread, large)] == [
+        "--compute.remat offload",
+        "--stages.first.context 2",
+    ]
+
+
+def trial(step, size, *, fits=True):
+    memory = Memory(parameters=0, optimizer=0, activations=size, other=0)
+    timing = dataclasses.replace(estimate(MODEL, STAGE, Remat.LAYER, target(V5E, (2, 2)), [], devices=4), compute=step)
+    plan = StagePlan(
+        stage="s",
+        target="x",
+        devices=4,
+        mesh={},
+        fits=fits,
+        memory=memory,
+        inside=None,
+        timing=dataclasses.replace(timing, links=0.0) if fits else None,
+        advice=(),
+        compile_seconds=0.0,
+    )
+    return Trial(candidate=Candidate(recipe=recipe_with(), stage=STAGE, flags="", weight=()), plan=plan)
+
+
+def test_what_nothing_beats():
+    fast, small, beaten, alike, broken = trial(1, 9), trial(3, 2), trial(3, 9), trial(1, 9), trial(0, 0, fits=False)
+    assert pareto([fast, small, beaten, alike, broken]) == (fast, small, alike)
+
+
+def test_candidates_divide_and_name_their_flags():
+    here = find_target("here")
+    tried = list(candidates(recipe_with(STAGE), STAGE, here))
+    assert len(tried) > 100
+    assert len({each.flags for each in tried}) == len(tried)
+    for each in tried:
+        sizes = dataclasses.astuple(each.recipe.mesh)
+        assert sizes[0] * sizes[1] * sizes[2] * sizes[3] == 8
+        assert each.stage.batch_size % (each.stage.accumulation * sizes[0] * sizes[1]) == 0
+        assert each.recipe.stages == (each.stage,)
+
+
+def test_what_cannot_fit_is_not_compiled():
+    tight = dataclasses.replace(V5E, hbm_bytes=1)
+    small = Target(name="tight", devices=tuple(jax.devices()), chip=tight, shape=(2, 4))
+    with pytest.raises(UserError, match="no setting of stage first fits tight, by arithmetic alone; use more devices"):
+        search(recipe_with(STAGE), STAGE, small, lambda *_: pytest.fail("compiled"), limit=3)

@@ -1,0 +1,79 @@
+"""The attention that a TPU would run, seen in compiled programs."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from tpu_programs import compiled_step, tpu_mesh
+
+from looplm_jax.config import AttentionKernel, MeshConfig, ModelConfig
+from looplm_jax.models.attention_kernels import self_attention
+from looplm_jax.sharding import partition, use_mesh
+
+KERNELS = {
+    "splash_mha_fwd_segmented_residuals",
+    "splash_mha_dq_segmented_no_residuals",
+    "splash_mha_dkv_segmented_no_residuals",
+}
+
+
+def kernel_calls(text: str) -> dict[str, str]:
+    """The Pallas kernels that a compiled program calls: a line of each, by name."""
+    calls = [line for line in text.splitlines() if 'custom_call_target="tpu_custom_call"' in line]
+    return {re.search(r"%(splash\w+)", call)[1]: call for call in calls}
+
+
+def collectives(text: str) -> list[str]:
+    """The operations of a compiled program that move data between devices, in order."""
+    return re.findall(r"\b(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", text)
+
+
+def compiled_attention(topology, mesh_config, *, rows, length, heads):
+    """Forward and backward, of rows and heads that lie as in the model."""
+    mesh = tpu_mesh(topology, mesh_config)
+    spread = NamedSharding(mesh, partition("batch", "sequence", "heads", None))
+    states = jax.ShapeDtypeStruct((rows, length, heads, 128), jnp.bfloat16, sharding=spread)
+    places = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=NamedSharding(mesh, partition("batch", None)))
+
+    def gradients(*inputs):
+        def total(*states):
+            return jnp.sum(self_attention(AttentionKernel.SPLASH, *states, *inputs[3:]), dtype=jnp.float32)
+
+        return jax.grad(total, argnums=(0, 1, 2))(*inputs[:3])
+
+    with use_mesh(mesh):
+        traced = jax.jit(gradients).trace(states, states, states, places, places)
+        return traced.lower(lowering_platforms=("tpu",)).compile()
+
+
+def test_the_train_step_for_v5e_runs_splash_attention_in_bfloat16():
+    """In scans over layers and loops, rematerialised, on a mesh of rows, parameters and heads."""
+    text = compiled_step(tpu_mesh("v5e:2x4", MeshConfig(data=2, fsdp=2, tensor=2))).as_text()
+    calls = kernel_calls(text)
+    assert calls.keys() == KERNELS
+    assert all("bf16[4,256,128]" in call for call in calls.values())  # half of the heads, of one row
+
+
+def test_devices_of_a_sequence_trade_heads_for_positions_and_nothing_else():
+    text = compiled_attention("v5e:2x4", MeshConfig(data=2, context=4), rows=2, length=1024, heads=4).as_text()
+    assert kernel_calls(text).keys() == KERNELS
+    assert collectives(text) == ["all-to-all"] * 6  # queries, keys and values, and their gradients
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize("length", [4096, 16384, 65536])
+def test_the_blocks_of_every_generation_compile(topology, length):
+    compiled = compiled_attention(topology, MeshConfig(data=-1), rows=4, length=length, heads=2)
+    assert kernel_calls(compiled.as_text()).keys() == KERNELS
+
+
+@pytest.mark.slow
+def test_64k_tokens_on_v5p_with_four_devices_to_a_sequence():
+    model = ModelConfig(vocab_size=4096, width=1024, mlp_width=2816, num_layers=4, num_heads=8)
+    mesh = tpu_mesh("v5p:2x2x2", MeshConfig(data=1, fsdp=2, context=4))
+    compiled = compiled_step(mesh, model=model, batch_size=2, sequence_length=65536, loops=4)
+    assert kernel_calls(compiled.as_text()).keys() == KERNELS
+    assert compiled.memory_analysis().temp_size_in_bytes < 16 * 2**30

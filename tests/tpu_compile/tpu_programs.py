@@ -1,0 +1,48 @@
+"""Programs compiled by the TPU compiler, for chips that need not be here."""
+
+import dataclasses
+import os
+from typing import Any
+
+import jax
+import pytest
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from looplm_jax.config import MeshConfig, ModelConfig, Recipe, Stage
+from looplm_jax.models.looplm import LoopLM
+from looplm_jax.sharding import make_mesh, use_mesh
+from looplm_jax.training.program import abstract_batch
+from looplm_jax.training.state import abstract_state
+from looplm_jax.training.step import make_train_step
+
+MODEL = ModelConfig(vocab_size=512, width=256, mlp_width=256, num_layers=2, num_heads=8, head_dim=128, loops=2)
+STAGE = Stage(name="s", steps=2, batch_size=4, sequence_length=256, loops=2)
+# The compiler asks no metadata server and lets other processes compile at the same time.
+_ALONE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+def tpu_mesh(topology: str, config: MeshConfig) -> Mesh:
+    """A mesh over a slice such as `v5e:2x2`; the test is skipped where there is no TPU compiler."""
+    pytest.importorskip("libtpu", reason="the TPU compiler (libtpu) is not installed")
+    os.environ.update(_ALONE)
+    return make_mesh(config, topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+
+
+def compiled_step(mesh: Mesh, *, model: ModelConfig = MODEL, **changes: Any) -> Any:
+    """The train step of a stage for a mesh of TPUs."""
+    stage, network = dataclasses.replace(STAGE, **changes), LoopLM(model)
+    recipe = Recipe(name="r", model=model, stages=(stage,))
+    state = abstract_state(recipe, network, stage, mesh)
+    placed = jax.tree.map(lambda leaf: leaf.sharding, state)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    step = make_train_step(recipe, network, stage, first_step=0, loops=stage.loops)
+    with use_mesh(mesh):
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(placed, everywhere))
+        traced = jitted.trace(state, abstract_batch(stage, mesh))
+        return traced.lower(lowering_platforms=("tpu",)).compile()
