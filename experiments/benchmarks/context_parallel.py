@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         mesh = make_mesh(MeshConfig(data=-1, context=context), find_target(args.topology).devices)
         for name, attention in (("all-to-all", _all_to_all), ("keys and values", _gathered)):
             compiled = compile_attention(attention, mesh, args.length)
-            exchanges = collectives(parse(compiled.as_text()), [0] * mesh.size)
+            exchanges = collectives(parse(compiled.as_text()), mesh.size)
             sent, needed = sum(each.bytes for each in exchanges), compiled.memory_analysis().temp_size_in_bytes
             print(f"{context:3} devices  {name:16} sends {sent / 2**20:7.0f} MiB, needs {needed / 2**20:7.0f} MiB")
 
