@@ -9,7 +9,7 @@ RUN := JAX_PLATFORMS=cpu $(BIN)/python
 # PyTorch and what runs our exported models. The older transformers lies beside the newer one, to be put before it.
 TORCH := torch==2.13.0 transformers==5.23.0 peft==0.21.2 accelerate==1.15.0
 TRANSFORMERS4 := transformers==4.57.6 huggingface-hub==0.36.0 tokenizers==0.22.1 datasets==4.8.5 requests==2.34.2 urllib3 certifi \
-	charset_normalizer idna
+	charset_normalizer idna httpx==0.28.1 httpcore==1.0.9 h11==0.16.0 anyio==4.16.0
 
 demo: $(VENV)/ready  ## the main job on two CPU cores: corpus, tokenizer, Stage I and II, evaluation, text
 	$(RUN) -m experiments.demo --out runs/demo
