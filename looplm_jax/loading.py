@@ -29,6 +29,7 @@ class Loaded:
 
     model: LoopLM
     params: Params
+    mesh: Mesh  # of the devices that hold the parameters
     tokenizer: Tokenizer
     recipe: Recipe
     step: int
@@ -73,6 +74,7 @@ def _load_checkpoint(path: str, step: int | None, mesh: Mesh, dtype: DTypeLike |
     return Loaded(
         model=model,
         params=restored.state,
+        mesh=mesh,
         tokenizer=deserialize(restored.metadata.tokenizer_kind, restored.metadata.tokenizer),
         recipe=recipe,
         step=restored.step,
@@ -88,6 +90,7 @@ def _load_hf_folder(path: Path, step: int | None, mesh: Mesh, dtype: DTypeLike |
     return Loaded(
         model=LoopLM(recipe.model, recipe.compute),
         params=found.params,
+        mesh=mesh,
         tokenizer=found.tokenizer,
         recipe=recipe,
         step=0,

@@ -5,11 +5,12 @@ import dataclasses
 import jax
 import numpy as np
 
-from looplm_jax.config import ComputeConfig, Dtype, Recipe, Remat, Stage
+from looplm_jax.config import ComputeConfig, Dtype, MeshConfig, Recipe, Remat, Stage
 from looplm_jax.data.tokenizers import END_OF_TEXT, IM_END, IM_START, SymbolTokenizer
 from looplm_jax.loading import Loaded
 from looplm_jax.models.looplm import LoopLM, init_params
 from looplm_jax.models.presets import tiny
+from looplm_jax.sharding import make_mesh
 
 WORDS = tuple(f"word{number}" for number in range(20))
 TOKENIZER = SymbolTokenizer((END_OF_TEXT, IM_START, IM_END, "user", "assistant", "system", *WORDS))
@@ -25,6 +26,7 @@ def make_loaded(tokenizer=TOKENIZER, **changes):
     return Loaded(
         model=model,
         params=jax.device_put(params),
+        mesh=make_mesh(MeshConfig(), jax.devices()[:1]),
         tokenizer=tokenizer,
         recipe=Recipe(
             name="chat", model=config, stages=(Stage(name="only", steps=1, batch_size=1, sequence_length=8),)

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.benchmarks.ceiling import Ceiling, measure_ceiling
 from looplm_jax.config import ComputeConfig, Dtype, ModelConfig, Remat
 from looplm_jax.halting import ExitPolicy, FixedLoops, QExit
 from looplm_jax.inference import CacheStrategy, Engine, EngineConfig, bytes_per_token
@@ -44,14 +45,6 @@ def _cpu_shape() -> ModelConfig:
 
 
 SHAPES = {"cpu": (_cpu_shape, Dtype.FLOAT32), "ouro-1.4b": (presets.ouro_1_4b, Dtype.BFLOAT16)}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Ceiling:
-    """What the device was measured to do: bytes read and operations done in a second."""
-
-    bandwidth: float
-    flops: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,30 +123,8 @@ def _prepare(shape: str, tokens: int, rounds: int) -> Bench:
         params=params,
         tokens=tokens,
         rounds=rounds,
-        ceiling=_measure_ceiling(dtype),
+        ceiling=measure_ceiling(dtype),
     )
-
-
-def _measure_ceiling(dtype: Dtype) -> Ceiling:
-    """Bytes a second of a sum over 1 GiB, operations a second of a product of two square matrices."""
-    size = 2**30 // jnp.dtype(dtype.value).itemsize
-    long, side = jnp.ones(size, dtype.value), 4096 if jax.default_backend() == "cpu" else 16384
-    square = jnp.ones((side, side), dtype.value)
-    total = jax.jit(lambda x: jnp.sum(x, dtype=jnp.float32))
-    product = jax.jit(lambda x: x @ x)
-    read = _best_of(lambda: total(long).block_until_ready())
-    return Ceiling(bandwidth=2**30 / read, flops=2 * side**3 / _best_of(lambda: product(square).block_until_ready()))
-
-
-def _best_of(run: Callable[[], object], times: int = 5) -> float:
-    run()
-    return min(_seconds(run) for _ in range(times))
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def _measure(bench: Bench, batch: int) -> list[Line]:

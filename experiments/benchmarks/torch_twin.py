@@ -1,10 +1,13 @@
 """The same model and Stage I loss in plain PyTorch, to measure our train step against."""
 
+import contextlib
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from looplm_jax.config import ModelConfig
 
@@ -59,11 +62,11 @@ class Layer(nn.Module):
 
 
 class TorchLoopLM(nn.Module):
-    """Embedding, shared stack, final norm, gate and head."""
+    """Embedding, shared stack, final norm, gate and head. `recompute`: the backward pass computes each layer again."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, recompute: bool = False) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.recompute = config, recompute
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
@@ -75,47 +78,61 @@ class TorchLoopLM(nn.Module):
 
     def forward(self, tokens: Tensor, loops: int) -> tuple[list[Tensor], Tensor]:
         """Hidden states of every loop, and gate logits [T, B, S]."""
-        cos, sin = rotary_tables(tokens.shape[1], self.config)
+        cos, sin = (table.to(tokens.device) for table in rotary_tables(tokens.shape[1], self.config))
         x, hidden = self.embedding(tokens), []
         for _ in range(loops):
             for layer in self.layers:
-                x = layer(x, cos, sin)
+                x = self.maybe_recomputed(layer, x, cos, sin)
             x = self.norm(x)
             hidden.append(x)
         return hidden, torch.stack([self.gate(h)[..., 0] for h in hidden])
 
+    def maybe_recomputed(self, function: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
+        """`function(*arguments)`; where `recompute` is set, nothing inside it is kept for the backward pass."""
+        return checkpoint(function, *arguments, use_reentrant=False) if self.recompute else function(*arguments)
+
 
 @dataclasses.dataclass
 class TorchTrainer:
-    """AdamW on Eq. 4."""
+    """AdamW on Eq. 4. `autocast`: the type of the matrix products, where it is not that of the parameters."""
 
     model: TorchLoopLM
     loops: int
     beta: float
     learning_rate: float = 3e-4
+    autocast: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.learning_rate, betas=(0.9, 0.95))
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=self.learning_rate, betas=(0.9, 0.95), fused=self.autocast is not None
+        )
 
     def step(self, tokens: Tensor, targets: Tensor) -> float:
         """One optimiser step; the loss before it."""
         self.optimizer.zero_grad(set_to_none=True)
-        loss = stage1(self.model, tokens, targets, self.loops, self.beta)
+        with self._types(tokens.device.type):
+            loss = stage1(self.model, tokens, targets, self.loops, self.beta)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         return loss.item()
 
+    def _types(self, device: str) -> contextlib.AbstractContextManager[object]:
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(device, dtype=self.autocast)
+
 
 def stage1(model: TorchLoopLM, tokens: Tensor, targets: Tensor, loops: int, beta: float) -> Tensor:
     """Eq. 4, a mean over tokens."""
+
+    def losses_of(hidden: Tensor) -> Tensor:
+        logits = model.head(hidden).flatten(0, 1)
+        return functional.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)
+
     hidden, gates = model(tokens, loops)
-    losses = torch.stack(
-        [
-            functional.cross_entropy(model.head(h).flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
-            for h in hidden
-        ]
-    )
+    gates = gates.float()
+    losses = torch.stack([model.maybe_recomputed(losses_of, h) for h in hidden])
     survival = functional.logsigmoid(-gates[:-1]).cumsum(0)
     reached = torch.cat([torch.zeros_like(gates[:1]), survival])
     log_pdf = reached + torch.cat([functional.logsigmoid(gates[:-1]), torch.zeros_like(gates[:1])])

@@ -19,6 +19,7 @@ from looplm_jax.evaluation.evaluate import Evaluation, evaluate
 from looplm_jax.evaluation.plots import plot_depths, plot_exits
 from looplm_jax.evaluation.tables import depth_table, exit_table
 from looplm_jax.loading import Loaded, load
+from looplm_jax.sharding import use_mesh
 
 
 def run_evaluation(arguments: argparse.Namespace) -> int:
@@ -75,7 +76,8 @@ def _batches(loaded: Loaded, data: DataConfig, sequences: int) -> ValidationBatc
 
 def _measure(loaded: Loaded, batches: ValidationBatches, max_loops: int | None) -> Evaluation:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    progress = Progress(*columns, console=Console(stderr=True), transient=True)
+    with progress, use_mesh(loaded.mesh):  # kernels of TPUs want to know what they run on
         task = progress.add_task(f"evaluating step {loaded.step}", total=len(batches))
         return evaluate(
             loaded.model,

@@ -14,8 +14,9 @@ from looplm_jax.cli.plan_tables import print_search, print_stage
 from looplm_jax.config import Recipe, Stage
 from looplm_jax.errors import UserError, suggest
 from looplm_jax.planning.search import Candidate, search
-from looplm_jax.planning.stage_plan import StagePlan, plan_stage, stage_mesh
+from looplm_jax.planning.stage_plan import StagePlan, plan_stage
 from looplm_jax.planning.targets import HERE, Target, find_target
+from looplm_jax.training.program import stage_mesh
 from looplm_jax.training.progress import progress_console
 from looplm_jax.training.signals import Stopped, StopRequest
 
@@ -61,7 +62,7 @@ def run_plan(request: PlanRequest) -> int:
     stages = _chosen_stages(request)
     target = find_target(request.topology, request.slices)
     for stage in stages:
-        stage_mesh(request.recipe, stage, target)  # what does not divide is refused before anything is compiled
+        stage_mesh(request.recipe, stage, target.devices)  # what does not divide is refused before compiling
     console, out = progress_console(), Console(highlight=False, soft_wrap=True)
     with StopRequest() as stop:
         try:

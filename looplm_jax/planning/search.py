@@ -8,9 +8,10 @@ from looplm_jax.config import Gather, MeshConfig, ModelConfig, Recipe, Remat, St
 from looplm_jax.errors import UserError
 from looplm_jax.models.looplm import LoopLM
 from looplm_jax.planning.memory import shard_bytes
-from looplm_jax.planning.stage_plan import StagePlan, stage_mesh
+from looplm_jax.planning.stage_plan import StagePlan
 from looplm_jax.planning.targets import Target
 from looplm_jax.planning.timing import recomputed_flops
+from looplm_jax.training.program import stage_mesh
 from looplm_jax.training.state import abstract_state
 
 _REMATS = (Remat.DOTS, Remat.LAYER, Remat.OFFLOAD, Remat.LOOP)
@@ -87,7 +88,7 @@ def candidates(recipe: Recipe, stage: Stage, target: Target) -> Iterator[Candida
             stages = tuple(changed if each is stage else each for each in recipe.stages)
             tried = dataclasses.replace(recipe, stages=stages, compute=compute, mesh=mesh)
             try:
-                stage_mesh(tried, changed, target)
+                stage_mesh(tried, changed, target.devices)
             except UserError:
                 continue
             if gather is Gather.PER_STEP and mesh.fsdp * mesh.context == 1:
@@ -135,7 +136,7 @@ def _kept_widths(candidate: Candidate) -> int:
 def _state_bytes(candidate: Candidate, target: Target) -> int:
     recipe, stage = candidate.recipe, candidate.stage
     model = LoopLM(recipe.model_of(stage), recipe.compute)
-    return shard_bytes(abstract_state(recipe, model, stage, stage_mesh(recipe, stage, target)))
+    return shard_bytes(abstract_state(recipe, model, stage, stage_mesh(recipe, stage, target.devices)))
 
 
 def _beats(one: Trial, other: Trial) -> bool:

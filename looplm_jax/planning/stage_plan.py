@@ -16,8 +16,8 @@ from looplm_jax.planning.kernels import Matmuls, attention_kernel, custom_calls,
 from looplm_jax.planning.memory import Memory, compiled_memory, donated_arrays, overfull_memory
 from looplm_jax.planning.targets import Target, without_network
 from looplm_jax.planning.timing import Timing, estimate
-from looplm_jax.sharding import check_batch, check_divides, check_sequence, make_mesh, use_mesh
-from looplm_jax.training.program import lower_step
+from looplm_jax.sharding import use_mesh
+from looplm_jax.training.program import lower_step, stage_mesh
 from looplm_jax.training.state import TrainState, abstract_state
 
 
@@ -49,22 +49,13 @@ class StagePlan:
     compile_seconds: float
 
 
-def stage_mesh(recipe: Recipe, stage: Stage, target: Target) -> Mesh:
-    """The mesh of a stage on a target. Raises UserError if the model or the batches do not divide over it."""
-    mesh, where = make_mesh(recipe.mesh_of(stage), target.devices), f"stages.{stage.name}"
-    check_divides(mesh, recipe.model)
-    check_batch(mesh, stage.batch_size, stage.accumulation, where)
-    check_sequence(mesh, stage.sequence_length, where)
-    return mesh
-
-
 def plan_stage(recipe: Recipe, stage: Stage, target: Target) -> StagePlan:
     """Compile the train step of a stage for a target, and read from the program what it needs and does.
 
     Raises:
       UserError: the model or the batches do not divide over the target's devices.
     """
-    mesh = stage_mesh(recipe, stage, target)
+    mesh = stage_mesh(recipe, stage, target.devices)
     model = LoopLM(recipe.model_of(stage), recipe.compute)
     state = abstract_state(recipe, model, stage, mesh)
     started = time.perf_counter()

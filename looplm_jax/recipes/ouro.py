@@ -12,8 +12,10 @@ import dataclasses
 
 from looplm_jax.config import (
     CheckpointConfig,
+    ComputeConfig,
     DataConfig,
     EvaluationConfig,
+    Gather,
     MeshConfig,
     ModelConfig,
     Objective,
@@ -76,6 +78,7 @@ def _recipe(name: str, description: str | None, model: ModelConfig, stages: tupl
         model=dataclasses.replace(model, rope_theta=1e4 if name == "ouro-1.4b" else 1e6),
         stages=stages,
         mesh=MeshConfig(data=1, fsdp=-1),
+        compute=ComputeConfig(gather=Gather.PER_STEP),
         data=DataConfig(sources=_mixture(_PRETRAIN), validation_fraction=1e-5),
         checkpoint=CheckpointConfig(every=1000, keep=3),
         evaluation=EvaluationConfig(every=5000, sequences=512),
@@ -127,6 +130,7 @@ def _later_stages() -> tuple[Stage, ...]:
             tokens=14 * _T // 10,
             batch=8 * _M,
             length=16384,
+            context=2,
             learning_rate=3e-4,
             schedule=Schedule.COSINE,
             final_learning_rate=3e-5,
@@ -138,7 +142,7 @@ def _later_stages() -> tuple[Stage, ...]:
             tokens=20 * _B,
             batch=8 * _M,
             length=65536,
-            context=4,  # 128 sequences are fewer than the devices
+            context=8,
             learning_rate=3e-5,
             rope_theta=1e6,
             mixture=_LONG,
@@ -148,6 +152,7 @@ def _later_stages() -> tuple[Stage, ...]:
             tokens=300 * _B,
             batch=8 * _M,
             length=32768,
+            context=4,
             learning_rate=3e-5,
             schedule=Schedule.COSINE,
             final_learning_rate=1e-5,
@@ -175,6 +180,7 @@ def _fine_tuning() -> Stage:
         tokens=2 * 8_300_000 * 4096,
         batch=8 * _M,
         length=32768,
+        context=4,
         learning_rate=2e-5,
         schedule=Schedule.COSINE,
         mixture=_THINKING,
@@ -182,16 +188,27 @@ def _fine_tuning() -> Stage:
 
 
 def _stage(
-    name: str, *, tokens: int, batch: int, length: int, mixture: dict[str, float] | dict[str, int], **settings: object
+    name: str,
+    *,
+    tokens: int,
+    batch: int,
+    length: int,
+    mixture: dict[str, float] | dict[str, int],
+    context: int = 1,
+    **settings: object,
 ) -> Stage:
-    """A stage of so many tokens, in batches of `batch` tokens; in parts of 256 sequences where there are more."""
+    """A stage of so many tokens, in batches of `batch` tokens.
+
+    256 devices take one sequence each at a time, or `context` of them share one: what a v5e holds of long ones.
+    """
     sequences = batch // length
     return Stage(
         name=name,
         steps=max(tokens // batch, 1),
         batch_size=sequences,
         sequence_length=length,
-        accumulation=max(sequences // 256, 1),
+        accumulation=max(sequences * context // 256, 1),
+        context=0 if context == 1 else context,
         sources=_mixture(mixture),
         **settings,  # type: ignore[arg-type]
     )

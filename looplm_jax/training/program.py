@@ -1,6 +1,7 @@
-"""The compiled programs of a stage, and batches on their way to the devices."""
+"""The mesh of a stage, its compiled programs, and batches on their way to the devices."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,9 +13,30 @@ from jaxtyping import Array, UInt32
 from looplm_jax.config import Recipe, Stage
 from looplm_jax.data.packing import Batch
 from looplm_jax.models.looplm import LoopLM
-from looplm_jax.sharding import batch_sharding, place_rows, use_mesh
+from looplm_jax.sharding import (
+    batch_sharding,
+    check_batch,
+    check_divides,
+    check_sequence,
+    make_mesh,
+    place_rows,
+    use_mesh,
+)
 from looplm_jax.training.state import TrainState, abstract_state
 from looplm_jax.training.step import DeviceBatch, StepMetrics, make_train_step
+
+
+def stage_mesh(recipe: Recipe, stage: Stage, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of a stage over `devices`, all attached ones by default.
+
+    Raises:
+      UserError: the model or the stage's batches do not divide over it.
+    """
+    mesh, where = make_mesh(recipe.mesh_of(stage), devices), f"stages.{stage.name}"
+    check_divides(mesh, recipe.model)
+    check_batch(mesh, stage.batch_size, stage.accumulation, where)
+    check_sequence(mesh, stage.sequence_length, where)
+    return mesh
 
 
 class StagePrograms:

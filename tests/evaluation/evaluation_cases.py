@@ -3,12 +3,13 @@ import dataclasses
 import jax
 import numpy as np
 
-from looplm_jax.config import ComputeConfig, DataConfig, Dtype, Recipe, Remat, SourceConfig, Stage
+from looplm_jax.config import ComputeConfig, DataConfig, Dtype, MeshConfig, Recipe, Remat, SourceConfig, Stage
 from looplm_jax.data.packing import Batch
 from looplm_jax.data.tasks.registry import make_task
 from looplm_jax.loading import Loaded
 from looplm_jax.models.looplm import LoopLM, init_params
 from looplm_jax.models.presets import tiny
+from looplm_jax.sharding import make_mesh
 
 TASK = "mano:length=2,modulus=5"
 
@@ -26,6 +27,7 @@ def make_loaded():
     return Loaded(
         model=model,
         params=jax.device_put(params),
+        mesh=make_mesh(MeshConfig(), jax.devices()[:1]),
         tokenizer=tokenizer,
         recipe=recipe,
         step=7,

@@ -9,9 +9,9 @@ from plan_cases import GATE, STAGE, recipe_with, with_stage
 from looplm_jax.config import Gather, MeshConfig, Remat
 from looplm_jax.models.looplm import LoopLM
 from looplm_jax.planning.memory import overfull_memory, shard_bytes, state_memory
-from looplm_jax.planning.stage_plan import plan_stage, stage_mesh
+from looplm_jax.planning.stage_plan import plan_stage
 from looplm_jax.planning.targets import find_target
-from looplm_jax.training.program import lower_step
+from looplm_jax.training.program import lower_step, stage_mesh
 from looplm_jax.training.state import abstract_state
 
 needs_compiler = pytest.mark.usefixtures("tpu_compiler")
@@ -97,7 +97,7 @@ def test_two_slices_keep_the_weights_within_each():
 def test_here_the_state_is_donated_whole(stage):
     """The bytes that the compiled program updates in place are those of the state."""
     recipe, target = recipe_with(stage), find_target("here")
-    mesh, model = stage_mesh(recipe, stage, target), LoopLM(recipe.model, recipe.compute)
+    mesh, model = stage_mesh(recipe, stage, target.devices), LoopLM(recipe.model, recipe.compute)
     program = lower_step(recipe, model, stage, mesh, first_step=0, loops=stage.loops).compile()
     state = abstract_state(recipe, model, stage, mesh)
     assert program.memory_analysis().alias_size_in_bytes == shard_bytes(state)
@@ -110,14 +110,14 @@ def test_the_logits_stay_cut_along_the_vocabulary():
     """Two devices share it: no array has all of it and positions, and none that is exchanged has it whole."""
     stage = with_stage(batch_size=4, accumulation=1, sequence_length=32)
     recipe = recipe_with(stage, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
-    mesh = stage_mesh(recipe, stage, find_target("here"))
+    mesh = stage_mesh(recipe, stage, find_target("here").devices)
     text = lower_step(recipe, LoopLM(recipe.model), stage, mesh, first_step=0, loops=3).compile().as_text()
     assert f",{recipe.model.vocab_size // 2}]" in text
     assert f",{recipe.model.vocab_size}]" not in text
 
 
 def test_the_compilers_refusal_is_an_account():
-    mesh = stage_mesh(recipe_with(STAGE, mesh=MeshConfig(data=4)), STAGE, find_target("here"))
+    mesh = stage_mesh(recipe_with(STAGE, mesh=MeshConfig(data=4)), STAGE, find_target("here").devices)
     state = abstract_state(recipe_with(STAGE), LoopLM(recipe_with().model), STAGE, mesh)
     message = "RESOURCE_EXHAUSTED: XLA:TPU ... Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm."
     memory = overfull_memory(state, message, None)

@@ -1,0 +1,228 @@
+"""The train step at the shape of Ouro-1.4B on one GPU: its share of what the GPU was measured to do in a matrix
+product, its memory, and a plain PyTorch twin under `torch.compile` beside it.
+
+    python -m experiments.benchmarks.train_step_gpu                  # 24 layers, T = 4, sequences of 4,096, bfloat16
+    python -m experiments.benchmarks.train_step_gpu --shape tiny     # whether it runs at all, on any machine
+
+Both do whole steps of Eq. 4 with AdamW: float32 parameters, bfloat16 matrix products, cross-entropy over all 49,152
+tokens of the vocabulary at every loop. Each layer of the twin is compiled, its attention is
+`scaled_dot_product_attention`, and it is measured with and without computing layers again in the backward pass; what
+fits and is faster counts. Each side has the GPU for itself, in a process of its own, several times in turn; times are
+medians over all steps, model FLOPs are by formula (`looplm_jax.training.flops`), and the ceiling is a product of two
+square matrices in bfloat16.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from looplm_jax.config import ComputeConfig, Dtype, MeshConfig, ModelConfig, Recipe, Remat, Stage
+from looplm_jax.data.packing import Batch
+from looplm_jax.models import presets
+from looplm_jax.training.flops import train_flops_per_token
+
+_BETA, _LEARNING_RATE, _WARM_UP = 0.05, 3e-4, 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A model, and how many tokens of it make a step."""
+
+    model: ModelConfig
+    length: int
+    loops: int = 4
+
+
+SHAPES = {
+    "ouro-1.4b": Shape(model=presets.ouro_1_4b(), length=4096),
+    "tiny": Shape(model=dataclasses.replace(presets.tiny(), num_kv_heads=4), length=64),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Side:
+    """What one process measured. `failed` says why there are no seconds."""
+
+    name: str
+    seconds: tuple[float, ...] = ()
+    loss: float | None = None
+    peak_bytes: int | None = None
+    ceiling_flops: float | None = None
+    failed: str = ""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure every side in turn, print a table and write the JSON if asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=list(SHAPES), default="ouro-1.4b")
+    parser.add_argument("--batch", type=int, default=4, help="sequences in a step (default: 4)")
+    parser.add_argument("--steps", type=int, default=8, help="counted steps of each turn (default: 8)")
+    parser.add_argument("--turns", type=int, default=2, help="turns of each side (default: 2)")
+    parser.add_argument("--remat", choices=[each.value for each in Remat], nargs="+", default=["layer", "dots"])
+    parser.add_argument("--no-twin", action="store_true", help="leave out PyTorch")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.side:
+        print(json.dumps(dataclasses.asdict(_side(arguments.side, arguments))))
+        return
+    names = [f"looplm_jax, remat {remat}" for remat in arguments.remat]
+    if not arguments.no_twin:
+        names += ["PyTorch twin, recomputing", "PyTorch twin"]
+    turns = [_in_own_process(name, arguments) for _ in range(arguments.turns) for name in names]
+    sides = [_together([turn for turn in turns if turn.name == name]) for name in names]
+    _print(SHAPES[arguments.shape], arguments.batch, sides)
+    if arguments.json:
+        arguments.json.write_text(json.dumps([dataclasses.asdict(side) for side in sides], indent=2))
+        print(f"wrote {arguments.json}")
+
+
+def _in_own_process(name: str, arguments: argparse.Namespace) -> Side:
+    command = [sys.executable, "-m", "experiments.benchmarks.train_step_gpu", "--side", name]
+    for flag in ("shape", "batch", "steps"):
+        command += [f"--{flag}", str(getattr(arguments, flag))]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        lines = [line for line in result.stderr.splitlines() if "memory" in line.lower()] or result.stderr.splitlines()
+        return Side(name=name, failed=lines[-1][:200] if lines else f"exit status {result.returncode}")
+    return Side(**json.loads(result.stdout.splitlines()[-1]))
+
+
+def _together(turns: Sequence[Side]) -> Side:
+    """The steps of all turns of a side; the best ceiling that was measured."""
+    worked = [turn for turn in turns if not turn.failed]
+    if not worked:
+        return turns[0]
+    return dataclasses.replace(
+        worked[-1],
+        seconds=tuple(second for turn in worked for second in turn.seconds),
+        ceiling_flops=max((turn.ceiling_flops for turn in worked if turn.ceiling_flops), default=None),
+    )
+
+
+def _side(name: str, arguments: argparse.Namespace) -> Side:
+    shape = SHAPES[arguments.shape]
+    batch = random_batch(shape, arguments.batch)
+    if name.startswith("looplm_jax"):
+        return _ours(name, Remat(name.split()[-1]), shape, batch, arguments.steps)
+    return _twin(name, "recomputing" in name, shape, batch, arguments.steps)
+
+
+def random_batch(shape: Shape, sequences: int) -> Batch:
+    """Sequences of random tokens, one segment each."""
+    tokens = np.random.default_rng(0).integers(0, shape.model.vocab_size, (sequences, shape.length + 1), dtype=np.int32)
+    size = (sequences, shape.length)
+    return Batch(
+        tokens=tokens[:, :-1],
+        targets=tokens[:, 1:],
+        segment_ids=np.ones(size, np.int32),
+        positions=np.broadcast_to(np.arange(shape.length, dtype=np.int32), size),
+        loss_mask=np.ones(size, np.float32),
+    )
+
+
+def _ours(name: str, remat: Remat, shape: Shape, batch: Batch, steps: int) -> Side:
+    import jax
+
+    from experiments.benchmarks.ceiling import measure_ceiling
+    from looplm_jax.models.looplm import LoopLM
+    from looplm_jax.sharding import make_mesh
+    from looplm_jax.training.program import StagePrograms, place
+    from looplm_jax.training.state import initial_state
+
+    stage = Stage(
+        name="bench",
+        steps=1000,
+        batch_size=len(batch.tokens),
+        sequence_length=shape.length,
+        loops=shape.loops,
+        beta=_BETA,
+        learning_rate=_LEARNING_RATE,
+    )
+    compute = ComputeConfig(dtype=Dtype.BFLOAT16, remat=remat)
+    recipe = Recipe(name="bench", model=shape.model, stages=(stage,), compute=compute)
+    model, mesh = LoopLM(shape.model, compute), make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    programs = StagePrograms(recipe, model, stage, mesh, first_step=0)
+    programs.compile(shape.loops)
+    state, on_device = initial_state(recipe, model, stage, mesh), place(batch, stage, mesh)
+
+    def step() -> float:
+        nonlocal state
+        state, metrics = programs.run(shape.loops, state, on_device)
+        return float(metrics.loss)
+
+    seconds, loss = _timed(step, steps)
+    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    del state
+    ceiling = measure_ceiling(Dtype.BFLOAT16).flops if jax.default_backend() == "gpu" else None
+    return Side(name=name, seconds=seconds, loss=loss, peak_bytes=peak, ceiling_flops=ceiling)
+
+
+def _twin(name: str, recompute: bool, shape: Shape, batch: Batch, steps: int) -> Side:
+    import torch
+
+    from experiments.benchmarks.torch_twin import TorchLoopLM, TorchTrainer
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = TorchLoopLM(shape.model, recompute=recompute).to(device)
+    for layer in model.layers:
+        layer.compile()  # one program for all layers and loops, where the whole model would be 96 of them
+    trainer = TorchTrainer(model, shape.loops, _BETA, _LEARNING_RATE, torch.bfloat16)
+    tokens, targets = (torch.tensor(part, dtype=torch.int64, device=device) for part in (batch.tokens, batch.targets))
+    seconds, loss = _timed(lambda: trainer.step(tokens, targets), steps)
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
+    return Side(name=name, seconds=seconds, loss=loss, peak_bytes=peak)
+
+
+def _timed(step: Callable[[], float], steps: int) -> tuple[tuple[float, ...], float]:
+    """Seconds of each counted step, and the last loss, which waits for the device."""
+    for _ in range(_WARM_UP):
+        step()
+    seconds, loss = [], 0.0
+    for _ in range(steps):
+        start = time.perf_counter()
+        loss = step()
+        seconds.append(time.perf_counter() - start)
+    return tuple(seconds), loss
+
+
+def _print(shape: Shape, batch: int, sides: Sequence[Side]) -> None:
+    tokens = batch * shape.length
+    flops = train_flops_per_token(shape.model, loops=shape.loops, sequence_length=shape.length)
+    ceiling = max((side.ceiling_flops for side in sides if side.ceiling_flops), default=None)
+    print(f"{batch} sequences of {shape.length} tokens, T = {shape.loops}; {tokens * flops:.3e} model FLOPs a step")
+    if ceiling:
+        print(f"ceiling: {ceiling / 1e12:.0f} TFLOP/s, a bfloat16 matrix product measured in this run")
+    print("| | tokens/s | model TFLOP/s | of the ceiling | peak GiB | last loss |\n|---|---|---|---|---|---|")
+    for side in sides:
+        print(f"| {side.name} | " + " | ".join(_cells(side, tokens, flops, ceiling)) + " |")
+    ours, twins = ([side for side in sides if side.seconds and ("twin" in side.name) is twin] for twin in (False, True))
+    if ours and twins:
+        fastest = [min(statistics.median(side.seconds) for side in group) for group in (ours, twins)]
+        print(f"the fastest of ours over the fastest twin: {fastest[1] / fastest[0]:.2f}x")
+
+
+def _cells(side: Side, tokens: int, flops: int, ceiling: float | None) -> list[Any]:
+    if side.failed:
+        return [side.failed, "", "", "", ""]
+    rate = tokens / statistics.median(side.seconds)
+    return [
+        f"{rate:.0f}",
+        f"{rate * flops / 1e12:.1f}",
+        f"{rate * flops / ceiling:.0%}" if ceiling else "not measured",
+        f"{side.peak_bytes / 2**30:.1f}" if side.peak_bytes else "not told",
+        f"{side.loss:.3f}",
+    ]
+
+
+if __name__ == "__main__":
+    main()
