@@ -6,6 +6,7 @@ help text beside each field is what `looplm train --help` prints.
 
 import dataclasses
 import enum
+from collections.abc import Iterable
 from typing import Any
 
 from looplm_jax.errors import UserError
@@ -111,6 +112,13 @@ class Schedule(enum.Enum):
     CONSTANT = "constant"
     COSINE = "cosine"
     WARMUP_STABLE_DECAY = "warmup_stable_decay"
+
+
+class RecordKind(enum.Enum):
+    """What a record of a source is: a text, or a chat, of which only the assistant's turns are learnt."""
+
+    TEXT = "text"
+    CHAT = "chat"
 
 
 class OnBadRecord(enum.Enum):
@@ -243,15 +251,32 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """One source of the mixture: text files, or a synthetic task such as `mano:length=10`."""
+    """One source of the mixture: files of documents, or a synthetic task such as `mano:length=10`."""
 
-    path: str = _field("files (a glob; local or any fsspec URL; .txt .jsonl .parquet), or `task:option=value,...`")
+    path: str = _field(
+        "files (a glob; local or any fsspec URL; .txt .jsonl .parquet .arrayrecord), "
+        "`huggingface:dataset,split=...`, or `task:option=value,...`"
+    )
     weight: float = _field("share of the documents drawn from this source", 1.0)
+    kind: RecordKind = _field("what a record is", RecordKind.TEXT)
     text_key: str = _field("field or column that holds the text", "text")
+    messages_key: str = _field("field or column that holds the messages of a chat", "messages")
 
     def __post_init__(self) -> None:
         _require(bool(self.path), "a data source needs a path")
         _require(self.weight > 0, f"the weight of source {self.path!r} must be positive, not {self.weight}")
+
+    @property
+    def key(self) -> str:
+        """The field or column that is read."""
+        return self.messages_key if self.kind is RecordKind.CHAT else self.text_key
+
+
+def sources_like(paths: Iterable[str], known: Iterable[SourceConfig]) -> tuple[SourceConfig, ...]:
+    """Sources of equal weight, read as the known ones are where those agree on kind and keys, else as texts."""
+    patterns = {dataclasses.replace(source, path="-", weight=1.0) for source in known}
+    pattern = patterns.pop() if len(patterns) == 1 else SourceConfig(path="-")
+    return tuple(dataclasses.replace(pattern, path=path) for path in paths)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,32 +1,126 @@
-"""Files that are written whole or not at all, and one line where the disk refuses."""
+"""Files that are written whole or not at all, on this disk or in a bucket, and one line where it refuses."""
 
 import contextlib
 import errno
+import importlib.util
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeAlias
+
+from etils import epath
+from etils.epath import backend
 
 from looplm_jax.errors import UserError
 
+NO_SPACE = "no space left on the disk"
+AnyPath: TypeAlias = Path | epath.Path  # on this disk, or in a bucket
+
+_BUCKET = "gs://"
+_LONGEST = 200
+
+
+def any_path(path: str | os.PathLike[str]) -> AnyPath:
+    """A path on this disk, or in a bucket where it begins with `gs://`.
+
+    Raises:
+      UserError: a URL of another kind, or gcsfs is not installed.
+    """
+    text = os.fspath(path)
+    if "://" not in text:
+        return Path(path)
+    if not text.startswith(_BUCKET):
+        raise UserError(f"{text}: a run lies on a disk or in a bucket; give a path, or gs://bucket/folder")
+    if importlib.util.find_spec("gcsfs") is None:
+        raise UserError(f"{text}: buckets need gcsfs; install it with `pip install 'looplm_jax[gcs]'`")
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what it logs it raises, too
+    return epath.Path(text)
+
+
+def in_bucket(path: AnyPath) -> bool:
+    """Whether it is an object, or the beginning of the names of objects, rather than a file or a folder."""
+    return os.fspath(path).startswith(_BUCKET)
+
+
+def absolute(path: AnyPath) -> AnyPath:
+    """The same place, whatever the current folder."""
+    return path.absolute() if isinstance(path, Path) else path
+
+
+def make_folder(path: AnyPath) -> None:
+    """With its parents; in a bucket there is nothing to make. Raises OSError."""
+    if isinstance(path, Path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def forget_listing(path: AnyPath) -> None:
+    """Clients of buckets keep lists of what they saw there, and others write as well."""
+    if in_bucket(path):
+        backend.fsspec_backend.fs(path).invalidate_cache()
+
+
+def refusal(error: Exception, path: AnyPath) -> str | None:
+    """Why the disk or the bucket refused `path`, or None if `error` is of another kind."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NO_SPACE
+    if in_bucket(path):
+        return _refusal_of_bucket(error)
+    return error.strerror if isinstance(error, OSError) else None
+
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Raises UserError, with the name of the file, where the disk refuses what is written inside."""
+def writing(path: AnyPath) -> Iterator[None]:
+    """Raises UserError, with the name of the file, where the disk or the bucket refuses what is written inside."""
+    with _naming(path, "written"):
+        yield
+
+
+@contextlib.contextmanager
+def reading(path: AnyPath) -> Iterator[None]:
+    """Raises UserError, with the name of the file, where the disk or the bucket refuses what is read inside."""
+    with _naming(path, "read"):
+        yield
+
+
+def write_atomically(path: AnyPath, content: bytes) -> None:
+    """Write a file that is never seen half-written. Raises UserError where the disk or the bucket refuses."""
+    with writing(path):
+        if isinstance(path, Path):
+            _replace(path, content)
+        else:
+            path.write_bytes(content)  # an object appears once all of it has arrived
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(path.name + ".new")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def _naming(path: AnyPath, done: str) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        reason = "no space left on the disk" if full else error.strerror
-        raise UserError(f"{path} cannot be written ({reason}); mend that and run the same command again") from None
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that is never seen half-written. Raises UserError where the disk refuses."""
-    temporary = path.with_name(path.name + ".new")
-    with writing(path):
-        try:
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
+    except UserError:
+        raise
+    except Exception as error:
+        reason = refusal(error, path)
+        if reason is None:
             raise
+        raise UserError(f"{path} cannot be {done} ({reason}); mend that and run the same command again") from None
+
+
+def _refusal_of_bucket(error: Exception) -> str | None:
+    """Clients of buckets raise errors of many kinds; those of TensorStore name the object."""
+    text = " ".join(str(error).split())
+    if isinstance(error, FileNotFoundError):
+        return "there is no such bucket"
+    known = isinstance(error, OSError) or type(error).__module__.startswith(("gcsfs.", "google.", "aiohttp."))
+    if not known and _BUCKET not in text:
+        return None
+    return f"{text[:_LONGEST]}{'…' if len(text) > _LONGEST else ''}" or type(error).__name__

@@ -7,7 +7,10 @@ permutation count.
 """
 
 import functools
+import math
 import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,48 +19,68 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, UInt32
 
 _LANES = 2
-_BLOCK_BYTES = 2**23
+_BLOCK_BYTES = 2**21
 
 
 def digests(arrays: dict[str, Array]) -> dict[str, str]:
     """The digest of each array, 16 hexadecimal digits: of its values, shape and dtype, and not of its sharding.
 
     Arrays are digested by one program, compiled once for each set of names, shapes and shardings; only large ones that
-    lie on one device are digested block after block, as not every compiler fuses the mixing into the sum. Only the
-    digests leave the devices. All processes must call this together.
+    lie on one device are digested block after block, as not every compiler fuses the mixing into the sum, and blocks
+    stay in caches. Only the digests leave the devices. All processes must call this together.
     """
     large = {name for name, array in arrays.items() if array.nbytes > _BLOCK_BYTES and len(array.devices()) == 1}
     small = sorted(set(arrays) - large)
+    pending = {
+        name: _digest_in_blocks(arrays[name], _BLOCK_BYTES) for name in large
+    }  # all are begun before any is waited for
     words = dict(zip(small, _on_host(_digest_all([arrays[name] for name in small])), strict=True)) if small else {}
-    words |= {name: _digest_in_blocks(arrays[name]) for name in large}
+    words |= {name: np.asarray(lanes) for name, lanes in pending.items()}
     return {name: "".join(f"{word:08x}" for word in words[name]) for name in sorted(words)}
 
 
 @jax.jit
 def _digest_all(arrays: list[Array]) -> UInt32[Array, "N lanes"]:
-    return jnp.stack([_digest(array, _words(array), np.uint32(0)) for array in arrays])
+    return jnp.stack([_digest(array, _words(array), ()) for array in arrays])
 
 
-def _digest_in_blocks(array: Array) -> np.ndarray:
-    """The digest of an array that lies on one device, a few rows of its first axis at a time."""
-    total = array.shape[0]
-    rows = max(1, _BLOCK_BYTES * total // array.nbytes)
-    blocks = [
-        np.asarray(_digest_block(array, np.uint32(start), rows=min(rows, total - start)))
-        for start in range(0, total, rows)
-    ]
-    return np.stack(blocks).sum(axis=0, dtype=np.uint32)
+@functools.partial(jax.jit, static_argnames="block_bytes")
+def _digest_in_blocks(array: Array, block_bytes: int) -> UInt32[Array, "lanes"]:
+    return _digest_part(array, (), block_bytes)
 
 
-@functools.partial(jax.jit, static_argnames="rows")
-def _digest_block(array: Array, start: UInt32[Array, ""], *, rows: int) -> UInt32[Array, "lanes"]:
-    return _digest(array, jax.lax.dynamic_slice_in_dim(_words(array), start, rows), start)
+def _digest_part(array: Array, outer: tuple[UInt32[Array, ""], ...], block_bytes: int) -> UInt32[Array, "lanes"]:
+    """Both lanes of `array[outer]`: a block of rows of its first axis at a time, or a row that is larger in parts."""
+    axis = len(outer)
+    rows_in_all = array.shape[axis]
+    row_bytes = math.prod(array.shape[axis + 1 :]) * array.dtype.itemsize
+    if row_bytes > block_bytes and axis + 1 < array.ndim:
+        return _sum(rows_in_all, lambda row: _digest_part(array, (*outer, row), block_bytes))
+    rows = min(rows_in_all, max(1, block_bytes // row_bytes))
+    rest = rows_in_all % rows
+
+    def block(start: UInt32[Array, ""], count: int) -> UInt32[Array, "lanes"]:
+        starts: list[Any] = [*outer, start, *(np.uint32(0) for _ in array.shape[axis + 1 :])]
+        sizes = (*(1 for _ in outer), count, *array.shape[axis + 1 :])
+        return _digest(array, _words(jax.lax.dynamic_slice(array, starts, sizes)), starts)
+
+    whole = _sum(rows_in_all // rows, lambda number: block(number * np.uint32(rows), rows))
+    return whole + block(jnp.uint32(rows_in_all - rest), rest) if rest else whole
 
 
-def _digest(array: Array, words: UInt32[Array, "..."], start: UInt32[Array, ""] | np.uint32) -> UInt32[Array, "lanes"]:
-    """Both lanes of the rows of `array` that begin at `start` and have these words."""
+def _sum(count: int, part: Callable[[UInt32[Array, ""]], UInt32[Array, "lanes"]]) -> UInt32[Array, "lanes"]:
+    """The sum of the lanes of parts 0 to count."""
+
+    def add(number: Array, lanes: UInt32[Array, "lanes"]) -> UInt32[Array, "lanes"]:
+        return lanes + part(number.astype(jnp.uint32))
+
+    return jax.lax.fori_loop(0, count, add, jnp.zeros(_LANES, jnp.uint32))
+
+
+def _digest(array: Array, words: UInt32[Array, "..."], starts: Sequence[Any]) -> UInt32[Array, "lanes"]:
+    """Both lanes of the part of `array` that begins at `starts` (one for each axis, or none) and has these words."""
     seeds = [np.uint32(zlib.crc32(f"{array.dtype}{array.shape}{lane}".encode())) for lane in range(_LANES)]
-    mixed = (_mix(words ^ _positions(words.shape, seed, start)) for seed in seeds)
+    mixed = (_mix(words ^ _positions(words.shape, seed, starts)) for seed in seeds)
     return jnp.stack([jnp.sum(lane, dtype=jnp.uint32) for lane in mixed])
 
 
@@ -69,15 +92,15 @@ def _words(array: Array) -> UInt32[Array, "..."]:
     return jax.lax.bitcast_convert_type(array, narrow).astype(jnp.uint32)
 
 
-def _positions(shape: tuple[int, ...], seed: np.uint32, start: UInt32[Array, ""] | np.uint32) -> UInt32[Array, "..."]:
-    """A hash of each multi-index, the first axis counted from `start`.
+def _positions(shape: tuple[int, ...], seed: np.uint32, starts: Sequence[Any]) -> UInt32[Array, "..."]:
+    """A hash of each multi-index, the leading axes counted from `starts`.
 
     It is the sum of a hash per axis, so that no flat index has to fit in 32 bits.
     """
     position = jnp.full(shape, seed)
     for axis, size in enumerate(shape):
         index = jax.lax.broadcasted_iota(jnp.uint32, [size if i == axis else 1 for i in range(len(shape))], axis)
-        index += start if axis == 0 else np.uint32(0)
+        index += starts[axis] if axis < len(starts) else np.uint32(0)
         position += _mix(index ^ _mix(jnp.uint32(seed) + jnp.uint32(axis + 1)))
     return position
 

@@ -15,6 +15,7 @@ from looplm_jax.checkpoints.metadata import ArrayRecord, Metadata, Sidecar
 from looplm_jax.checkpoints.step import StepFolder, list_steps, read_arrays, read_sidecar
 from looplm_jax.checkpoints.tree import below, flatten, unflatten
 from looplm_jax.errors import UserError
+from looplm_jax.files import any_path, reading
 
 _SHOWN = 3
 
@@ -98,9 +99,10 @@ def candidates(path: str, step: int | None = None) -> list[StepFolder]:
     Raises:
       UserError: there is none.
     """
-    given = epath.Path(path)
-    nested = list_steps(given / "checkpoints") or list_steps(given)
-    folders = nested or [found for found in list_steps(given.parent) if found.path == given]
+    given = epath.Path(any_path(path))
+    with reading(given):
+        nested = list_steps(given / "checkpoints") or list_steps(given)
+        folders = nested or [found for found in list_steps(given.parent) if found.path == given]
     if not folders:
         raise UserError(f"{path} is not a checkpoint: expected a run folder with checkpoints/<step>, or one such step")
     chosen = [found for found in reversed(folders) if step in (None, found.step)]

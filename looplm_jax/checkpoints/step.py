@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import time
 
 import jax
 from etils import epath
@@ -19,8 +20,8 @@ from looplm_jax.checkpoints.arrays import load
 from looplm_jax.checkpoints.digest import digests
 from looplm_jax.checkpoints.errors import DamagedError, brief
 from looplm_jax.checkpoints.metadata import ArrayRecord, Metadata, Sidecar, decode, encode
+from looplm_jax.files import NO_SPACE, forget_listing, refusal
 
-NO_SPACE = "no space left on the disk"
 _ARRAYS = "state"
 _SIDECAR = "sidecar"
 _SIDECAR_FILE = "data.json"
@@ -46,12 +47,27 @@ class Writing:
 
     def result(self) -> None:
         """Waits for the commit; raises what went wrong, which other threads may echo for a while, unheard."""
-        self.response.result()
+        self._result(None)
+
+    def ended(self, seconds: float) -> bool:
+        """Waits so many seconds at most; whether it is committed. Raises what `result` raises."""
+        started = time.monotonic()
+        try:
+            self._result(seconds)
+        except TimeoutError:
+            if time.monotonic() - started < seconds:  # an error of the save itself
+                raise
+            return False
+        return True
+
+    def _result(self, seconds: float | None) -> None:
+        self.response.result(timeout=seconds)
         logging.getLogger("absl").removeFilter(_is_no_echo)
 
 
 def list_steps(folder: epath.Path) -> list[StepFolder]:
-    """Every step folder below `folder`, oldest first, read from the disk at each call."""
+    """Every step folder below `folder`, oldest first, read from the disk or the bucket at each call."""
+    forget_listing(folder)
     found = [(entry, _STEP_NAME.fullmatch(entry.name)) for entry in folder.iterdir()] if folder.is_dir() else []
     steps = [
         StepFolder(step=int(match[1]), path=entry, committed=match[2] is None and (entry / _COMMITTED).exists())
@@ -119,13 +135,13 @@ def delete(folder: StepFolder) -> None:
     folder.path.rmtree(missing_ok=True)
 
 
-def write_failure(error: Exception) -> str | None:
-    """Why the disk refused a write, or None if `error` is of another kind."""
+def write_failure(error: Exception, path: epath.Path) -> str | None:
+    """Why the disk or the bucket refused a write, or None if `error` is of another kind."""
     in_text = _OS_ERROR.search(str(error))
     code = int(in_text[1]) if in_text else getattr(error, "errno", None)
     if code in (errno.ENOSPC, errno.EDQUOT):
         return NO_SPACE
-    return None if code is None else os.strerror(code)
+    return refusal(error, path) if code is None else os.strerror(code)
 
 
 def _is_no_echo(record: logging.LogRecord) -> bool:

@@ -13,7 +13,6 @@ from looplm_jax.checkpoints.errors import DamagedError, SaveError
 from looplm_jax.checkpoints.metadata import Metadata
 from looplm_jax.checkpoints.reading import Restored, candidates, restore
 from looplm_jax.checkpoints.step import (
-    NO_SPACE,
     StepFolder,
     Writing,
     delete,
@@ -24,6 +23,9 @@ from looplm_jax.checkpoints.step import (
 )
 from looplm_jax.checkpoints.tree import flatten
 from looplm_jax.errors import UserError
+from looplm_jax.files import NO_SPACE, refusal
+
+_LONG = 3600.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,9 +67,9 @@ class CheckpointStore:
         self.wait()
         if step == self._current:
             return
-        self._require_newest(step)
-        self._sweep()
         with self._naming_failed_writes(step):
+            self._require_newest(step)
+            self._sweep()
             path = self._folder / str(step)
             writing = start_writing(path, flatten(state), metadata, permanent=permanent)
         self._pending = _Pending(step=step, writing=writing)
@@ -80,13 +82,33 @@ class CheckpointStore:
         Raises:
           SaveError: the disk refused the save.
         """
+        while not self.ended(_LONG):
+            pass
+
+    def ended(self, seconds: float) -> bool:
+        """What `wait` does, for so many seconds at most: whether the last save is committed.
+
+        Raises:
+          SaveError: the disk refused the save.
+        """
         if self._pending is None:
-            return
+            return True
         pending, self._pending = self._pending, None
         with self._naming_failed_writes(pending.step):
-            pending.writing.result()
+            ended = pending.writing.ended(seconds)
+        if not ended:
+            self._pending = pending
+            return False
         self._current = pending.step
-        self._delete_old()
+        with contextlib.suppress(
+            OSError
+        ):  # what the disk or the bucket does not let go is tried again after the next save
+            self._delete_old()
+        return True
+
+    def abandon(self) -> None:
+        """Forget the last save, which cannot succeed: another process was refused, and Orbax waits for it for long."""
+        self._pending = None
 
     def close(self) -> None:
         """The same as `wait`: nothing else is held open."""
@@ -146,8 +168,10 @@ class CheckpointStore:
     def _naming_failed_writes(self, step: int) -> Iterator[None]:
         try:
             yield
+        except UserError:
+            raise
         except Exception as error:
-            reason = write_failure(error)
+            reason = write_failure(error, self._folder)
             if reason is None:
                 raise
             with contextlib.suppress(OSError):
@@ -155,10 +179,17 @@ class CheckpointStore:
             raise SaveError(self._failure(step, reason)) from error
 
     def _failure(self, step: int, reason: str) -> str:
-        good = self._good()
-        newest = f"step {good[-1].step} is the newest good one" if good else "no step was saved before"
         remedy = "free space" if reason == NO_SPACE else "mend that"
-        return f"{reason} while saving step {step} to {self._folder}: {remedy} and resume; {newest}"
+        return f"{reason} while saving step {step} to {self._folder}: {remedy} and resume; {self._newest()}"
+
+    def _newest(self) -> str:
+        try:
+            good = self._good()
+        except Exception as error:
+            if refusal(error, self._folder) is None:
+                raise
+            return "what was saved before cannot be listed now"
+        return f"step {good[-1].step} is the newest good one" if good else "no step was saved before"
 
 
 def _is_permanent(folder: StepFolder) -> bool:

@@ -12,8 +12,9 @@ from jaxtyping import Array
 from looplm_jax.checkpoints.failed_save import echoes_unheard, remove_failed
 from looplm_jax.checkpoints.metadata import ArrayRecord, Metadata
 from looplm_jax.checkpoints.reading import DamagedStep, candidates, newest_good
-from looplm_jax.checkpoints.step import NO_SPACE, StepFolder, read_arrays, read_sidecar, start_writing, write_failure
+from looplm_jax.checkpoints.step import StepFolder, read_arrays, read_sidecar, start_writing, write_failure
 from looplm_jax.errors import UserError
+from looplm_jax.files import NO_SPACE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +71,7 @@ def _write(path: epath.Path, whole: WholeStep) -> str | None:
     try:
         start_writing(path, whole.arrays, whole.metadata, permanent=True, compressed=False).result()
     except Exception as error:
-        reason = write_failure(error)
+        reason = write_failure(error, path)
         if reason is None:
             raise
         return reason

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from looplm_jax import codec
-from looplm_jax.config import DataConfig, SourceConfig
+from looplm_jax.config import DataConfig, sources_like
 from looplm_jax.data import ValidationBatches, validation_batches
 from looplm_jax.errors import UserError
 from looplm_jax.evaluation.evaluate import Evaluation, evaluate
@@ -56,7 +56,7 @@ def default_out(checkpoint: str, step: int) -> Path:
 def _data(data: DataConfig, arguments: argparse.Namespace) -> DataConfig:
     changes: dict[str, Any] = {}
     if arguments.data is not None:
-        changes["sources"] = (SourceConfig(path=arguments.data),)
+        changes["sources"] = sources_like([arguments.data], data.sources)
     if arguments.validation_fraction is not None:
         changes["validation_fraction"] = arguments.validation_fraction
     return dataclasses.replace(data, **changes)

@@ -1,5 +1,7 @@
 """What a checkpoint holds, and whether it is sound: every step is read and checked against its digests.
 
+Of a prepared corpus: how many rows, of what, and what was left out.
+
 looplm inspect runs/text-small
 """
 
@@ -15,13 +17,19 @@ if TYPE_CHECKING:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of `looplm inspect`."""
-    parser.add_argument("checkpoint", help="a run folder, its checkpoints folder, or one step")
+    parser.add_argument("checkpoint", help="a run folder, its checkpoints folder, one step, or a prepared corpus")
     parser.add_argument("--step", type=int, help="only this step")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the summary; status 2 if a step is damaged."""
+    from looplm_jax.data.prepared.folder import is_prepared
+
+    if is_prepared(arguments.checkpoint):
+        from looplm_jax.cli.prepared_view import show_prepared
+
+        return show_prepared(arguments.checkpoint, as_json=arguments.json)
     from looplm_jax.checkpoints import inspect_steps
 
     reports = inspect_steps(arguments.checkpoint, step=arguments.step)

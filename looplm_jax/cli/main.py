@@ -11,11 +11,13 @@ from typing import NoReturn, Protocol
 from looplm_jax.errors import UserError, suggest
 
 _COMMANDS = {
+    "tokenize": "prepare a corpus: tokenize and pack documents once, to be read at random",
     "train": "train a looped language model through the stages of a recipe",
     "plan": "compile a recipe for a TPU slice: does it fit, what does it send, how fast can it be",
     "evaluate": "loss and accuracy at every depth and against mean loops, or tasks of lm-evaluation-harness",
     "generate": "continue a prompt, with as many loops as each token needs",
     "chat": "talk with a model, whose cache is kept between turns",
+    "experiment": "run the experiments of the paper, and show what was found",
     "inspect": "what a checkpoint holds, and whether it is sound",
     "convert": "Hugging Face and PyTorch weights in and out; deeper stacks; dense models",
 }

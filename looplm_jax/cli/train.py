@@ -11,12 +11,12 @@ On many hosts the same command runs on each: with --distributed on a TPU pod or 
 
 import argparse
 import dataclasses
-from pathlib import Path
 
 from looplm_jax import codec
 from looplm_jax.cli.chosen_recipe import chosen_recipe, with_overrides
-from looplm_jax.config import DataConfig, OnBadRecord, Recipe, SourceConfig
+from looplm_jax.config import DataConfig, OnBadRecord, Recipe, RecordKind, SourceConfig, sources_like
 from looplm_jax.errors import UserError
+from looplm_jax.files import any_path
 from looplm_jax.recipes import RECIPES, Scale, named_recipe
 
 OVERRIDES = True
@@ -26,14 +26,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of `looplm train`; the fields of a recipe are listed below them."""
     names = ", ".join(RECIPES)
     parser.add_argument("--recipe", default="text-small", help=f"{names}, or a .json file (default: text-small)")
-    parser.add_argument("--out", help="run folder (default: runs/<recipe>); one that holds this run is continued")
+    parser.add_argument(
+        "--out", help="run folder, or gs://bucket/folder (default: runs/<recipe>); one that holds this run is continued"
+    )
     parser.add_argument(
         "--data",
         action="append",
         metavar="PATH",
-        help="files to train on: a glob, a folder or an fsspec URL of .txt, .jsonl, .parquet; or a task such as "
-        "mano:length=4,modulus=7; may be repeated",
+        help="files to train on: a glob, a folder or an fsspec URL of .txt, .jsonl(.gz, .zst), .parquet, .arrayrecord; "
+        "huggingface:dataset,split=train; or a task such as mano:length=4,modulus=7; may be repeated",
     )
+    parser.add_argument("--chat", action="store_true", help="the records of --data are chats, not texts")
     parser.add_argument(
         "--tokenizer", help="a SentencePiece .model or a tokenizer.json; default: train one on the data"
     )
@@ -84,12 +87,12 @@ def run(arguments: argparse.Namespace) -> int:
     )
     profile = ProfiledSteps.parse(arguments.profile_steps) if arguments.profile_steps else None
     options = Options(told=told, profile=profile, wandb_project=arguments.wandb)
-    return run_training(recipe, Path(arguments.out or f"runs/{recipe.name}"), options)
+    return run_training(recipe, any_path(arguments.out or f"runs/{recipe.name}"), options)
 
 
 def _recipe(arguments: argparse.Namespace) -> Recipe:
     recipe = chosen_recipe(arguments.recipe, arguments.scale)
-    recipe = dataclasses.replace(recipe, data=_data(recipe.data, arguments))
+    recipe = dataclasses.replace(recipe, data=_data(recipe, arguments))
     if arguments.data:
         recipe = dataclasses.replace(
             recipe, stages=tuple(dataclasses.replace(stage, sources=()) for stage in recipe.stages)
@@ -97,15 +100,21 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
     return with_overrides(recipe, arguments.overrides, arguments.flags, "train")
 
 
-def _data(data: DataConfig, arguments: argparse.Namespace) -> DataConfig:
+def _data(recipe: Recipe, arguments: argparse.Namespace) -> DataConfig:
     changes: dict[str, object] = {}
     if arguments.data:
-        changes["sources"] = tuple(SourceConfig(path=path) for path in arguments.data)
+        known = (source for stage in recipe.stages for source in recipe.data_of(stage).sources)
+        sources = sources_like(arguments.data, known)
+        changes["sources"] = tuple(map(_as_chats, sources)) if arguments.chat else sources
     if arguments.tokenizer:
         changes["tokenizer"] = arguments.tokenizer
     if arguments.on_bad_record:
         changes["on_bad_record"] = OnBadRecord(arguments.on_bad_record)
-    return dataclasses.replace(data, **changes)  # type: ignore[arg-type]
+    return dataclasses.replace(recipe.data, **changes)  # type: ignore[arg-type]
+
+
+def _as_chats(source: SourceConfig) -> SourceConfig:
+    return dataclasses.replace(source, kind=RecordKind.CHAT)
 
 
 def _field_list() -> str:

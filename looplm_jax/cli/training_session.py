@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 import time
-from pathlib import Path
 from typing import NoReturn
 
 import jax
@@ -16,7 +15,8 @@ from looplm_jax.config import Recipe
 from looplm_jax.distributed import Cluster, Join, check_alone, join
 from looplm_jax.errors import UserError
 from looplm_jax.evaluation.during_training import evaluate_held_out
-from looplm_jax.evaluation.run_report import write_run_report
+from looplm_jax.evaluation.run_report import evaluate_command, write_run_report
+from looplm_jax.files import AnyPath
 from looplm_jax.models.looplm import count_params
 from looplm_jax.training.metrics import EventSink
 from looplm_jax.training.profiling import ProfiledSteps
@@ -36,7 +36,7 @@ class Options:
     wandb_project: str | None = None
 
 
-def run_training(recipe: Recipe, out: Path, options: Options | None = None) -> int:
+def run_training(recipe: Recipe, out: AnyPath, options: Options | None = None) -> int:
     """Train, write the report, and return the exit status; a process that a signal stops ends here, with 128 + n.
 
     So do all of many processes where one of them cannot go on: with the status 2, or 75 where one was lost.
@@ -58,7 +58,7 @@ def run_training(recipe: Recipe, out: Path, options: Options | None = None) -> i
     return status
 
 
-def _run_training(recipe: Recipe, out: Path, options: Options, cluster: Cluster) -> int:
+def _run_training(recipe: Recipe, out: AnyPath, options: Options, cluster: Cluster) -> int:
     console = progress_console(quiet=cluster.index > 0)
     console.print(_announcement(recipe, out, cluster))
     try:
@@ -82,20 +82,20 @@ def _run_training(recipe: Recipe, out: Path, options: Options, cluster: Cluster)
     return 0
 
 
-def _report(recipe: Recipe, out: Path, outcome: Outcome) -> None:
+def _report(recipe: Recipe, out: AnyPath, outcome: Outcome) -> None:
     reports = ", ".join(write_run_report(outcome.folder.path, recipe))
     skipped = f", {outcome.skipped} steps skipped" if outcome.skipped else ""
     print(f"trained {outcome.step} steps{skipped}; wrote checkpoints, metrics.jsonl, tensorboard, {reports} to {out}")
-    print(f"next: looplm evaluate {out}")
+    print(f"next: {evaluate_command(out)}")
 
 
-def _mirrors(recipe: Recipe, out: Path, options: Options, cluster: Cluster) -> list[EventSink]:
+def _mirrors(recipe: Recipe, out: AnyPath, options: Options, cluster: Cluster) -> list[EventSink]:
     if options.wandb_project is None or cluster.index > 0:
         return []
     return [WandbLog(options.wandb_project, name=out.name, config=to_dict(recipe))]
 
 
-def _announcement(recipe: Recipe, out: Path, cluster: Cluster) -> str:
+def _announcement(recipe: Recipe, out: AnyPath, cluster: Cluster) -> str:
     tokens = sum(stage.steps * stage.batch_size * stage.sequence_length for stage in recipe.stages)
     stages = ", ".join(f"{stage.name} ({stage.steps} steps, {stage.loops} loops)" for stage in recipe.stages)
     many = f"{cluster.count} processes; " if cluster.count > 1 else ""

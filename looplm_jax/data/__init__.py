@@ -4,9 +4,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from looplm_jax.data.chat import Message, tokens_and_mask
+    from looplm_jax.data.chat import tokens_and_mask
     from looplm_jax.data.corpus import Corpus, open_corpus
-    from looplm_jax.data.examples import Example
+    from looplm_jax.data.documents import Example, Message
     from looplm_jax.data.iterator import BatchIterator
     from looplm_jax.data.lanes import LaneBatches, lane_count
     from looplm_jax.data.packing import Batch
@@ -20,9 +20,9 @@ _HOMES = {
     "Batch": "packing",
     "BatchIterator": "iterator",
     "Corpus": "corpus",
-    "Example": "examples",
+    "Example": "documents",
     "LaneBatches": "lanes",
-    "Message": "chat",
+    "Message": "documents",
     "Tokenizer": "tokenizers",
     "ValidationBatches": "validation",
     "check_vocab": "tokenizers",

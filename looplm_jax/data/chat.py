@@ -1,21 +1,12 @@
 """ChatML, the chat format of Ouro: `<|im_start|>role\\n…<|im_end|>\\n` for every message."""
 
-import dataclasses
 from collections.abc import Iterable, Sequence
 
-from looplm_jax.data.examples import Example
+from looplm_jax.data.documents import Example, Message
 from looplm_jax.data.tokenizers.base import IM_END, IM_START, Tokenizer
 from looplm_jax.errors import UserError
 
 ASSISTANT = "assistant"
-
-
-@dataclasses.dataclass(frozen=True)
-class Message:
-    """One turn of a chat."""
-
-    role: str
-    content: str
 
 
 def render(messages: Iterable[Message]) -> str:

@@ -1,105 +1,20 @@
 """The sources of a configuration, opened, checked and split."""
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Sequence
-from typing import Protocol
-
-import grain
-import numpy as np
-from jaxtyping import Int64
 
 from looplm_jax.config import DataConfig, SourceConfig
-from looplm_jax.data.examples import Example
-from looplm_jax.data.sources import FileSource, open_files
+from looplm_jax.data.parts import Part, PreparedPart, TaskPart, TextPart
+from looplm_jax.data.prepared.folder import is_prepared
+from looplm_jax.data.prepared.manifest import read_tokenizer
+from looplm_jax.data.prepared.reading import open_prepared
+from looplm_jax.data.sources import huggingface, open_files
 from looplm_jax.data.splits import split_documents
-from looplm_jax.data.tasks.base import Task, TrainStream, ValidationItems
 from looplm_jax.data.tasks.registry import is_task, make_task
 from looplm_jax.data.tokenizers.base import Tokenizer
 from looplm_jax.errors import UserError
-
-
-class Records(Protocol):
-    """Documents or examples by index."""
-
-    def __len__(self) -> int:
-        """Number of records."""
-
-    def __getitem__(self, index: int) -> str | Example:
-        """A record."""
-
-
-class Part(Protocol):
-    """One source of the mixture."""
-
-    @property
-    def config(self) -> SourceConfig:
-        """Where it comes from, and its weight."""
-
-    def train(self, seed: int) -> grain.MapDataset:
-        """Records to train on, shuffled anew in every epoch, without end."""
-
-    def validation(self) -> "Records":
-        """Held-out records, always in the same order."""
-
-    @property
-    def train_documents(self) -> int:
-        """Documents of one epoch; 0 where there are no epochs."""
-
-
-@dataclasses.dataclass(frozen=True)
-class TextPart:
-    """Documents in files."""
-
-    config: SourceConfig
-    source: FileSource
-    train_indices: Int64[np.ndarray, "train"]
-    validation_indices: Int64[np.ndarray, "validation"]
-
-    def train(self, seed: int) -> grain.MapDataset:
-        """The documents that are not held out."""
-        documents = Subset(self.source, self.train_indices)
-        return grain.MapDataset.source(documents).shuffle(seed).repeat()
-
-    def validation(self) -> "Subset":
-        """The documents that are held out."""
-        return Subset(self.source, self.validation_indices)
-
-    @property
-    def train_documents(self) -> int:
-        """Documents that are not held out."""
-        return len(self.train_indices)
-
-
-@dataclasses.dataclass(frozen=True)
-class TaskPart:
-    """Problems of a synthetic task, drawn when they are asked for."""
-
-    config: SourceConfig
-    task: Task
-    train_documents: int = 0
-
-    def train(self, seed: int) -> grain.MapDataset:
-        """The stream of a seed."""
-        return grain.MapDataset.source(TrainStream(self.task, seed))
-
-    def validation(self) -> ValidationItems:
-        """Problems that no training stream holds."""
-        return ValidationItems(self.task)
-
-
-@dataclasses.dataclass(frozen=True)
-class Subset:
-    """The documents of a source at some indices."""
-
-    source: FileSource
-    indices: Int64[np.ndarray, "N"]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> str:
-        return self.source[int(self.indices[index])]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,21 +24,23 @@ class Corpus:
     config: DataConfig
     texts: tuple[TextPart, ...]
     tasks: tuple[TaskPart, ...]
+    prepared: tuple[PreparedPart, ...] = ()
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """All parts."""
-        return self.texts + self.tasks
+        """All parts. Prepared ones are not mixed with others."""
+        return self.texts + self.tasks + self.prepared
 
     @property
     def train_documents(self) -> int:
         """Documents of text in one epoch."""
-        return sum(part.train_documents for part in self.texts)
+        return sum(part.train_documents for part in self.texts + self.prepared)
 
     @property
     def validation_documents(self) -> int:
         """Documents of text that are held out."""
-        return sum(len(part.validation_indices) for part in self.texts)
+        texts = sum(len(part.validation_indices) for part in self.texts)
+        return texts + sum(shard.documents for part in self.prepared for shard in part.manifest.validation)
 
     @property
     def skipped(self) -> int:
@@ -133,16 +50,21 @@ class Corpus:
     @property
     def digest(self) -> str:
         """Changes when any document of text changes, or their order."""
-        return hashlib.blake2b(b"".join(part.source.keys.tobytes() for part in self.texts), digest_size=8).hexdigest()
+        texts = [part.source.keys.tobytes() for part in self.texts]
+        prepared = [part.manifest.digest.encode() for part in self.prepared]
+        return hashlib.blake2b(b"".join(texts + prepared), digest_size=8).hexdigest()
 
-    @property
+    @functools.cached_property
     def own_tokenizer(self) -> Tokenizer | None:
-        """The vocabulary that the tasks come with; None for text, which takes any tokeniser."""
+        """The tokeniser that tasks or prepared rows come with; None for text, which takes any."""
+        if self.prepared:
+            return read_tokenizer(self.prepared[0].corpus.folder, self.prepared[0].manifest)
         return self.tasks[0].task.tokenizer if self.tasks else None
 
 
 def open_corpus(data: DataConfig) -> Corpus:
-    """Open every source of a configuration and split its documents. Every file is read once.
+    """Open every source of a configuration and split its documents. Every file is read once; of what is prepared, only
+    the manifest.
 
     Raises:
       UserError: no source, bad data (see `open_files`), an unknown task, an empty part of the split, or sources that
@@ -150,6 +72,9 @@ def open_corpus(data: DataConfig) -> Corpus:
     """
     if not data.sources:
         raise UserError("data.sources is empty; say what to train on, for example --data 'folder/*.jsonl'")
+    prepared = _open_prepared(data)
+    if prepared:
+        return Corpus(config=data, texts=(), tasks=(), prepared=prepared)
     texts = tuple(_open_text(data, source) for source in data.sources if not is_task(source.path))
     tasks = tuple(TaskPart(source, make_task(source.path)) for source in data.sources if is_task(source.path))
     _check_split(data, texts)
@@ -158,15 +83,15 @@ def open_corpus(data: DataConfig) -> Corpus:
 
 
 def locate(root: str, path: str) -> str:
-    """A source's path as it is opened: below `root`, unless it is absolute or a URL."""
-    if not root or "://" in path or path.startswith(("/", "~")):
+    """A source's path as it is opened: below `root`, unless it is absolute, a URL or a dataset of a hub."""
+    if not root or "://" in path or path.startswith(("/", "~", huggingface.PREFIX)):
         return path
     return f"{root.rstrip('/')}/{path}"
 
 
 def _open_text(data: DataConfig, config: SourceConfig) -> TextPart:
-    path = locate(data.root, config.path)
-    source = open_files(path, text_key=config.text_key, on_bad_record=data.on_bad_record)
+    located = dataclasses.replace(config, path=locate(data.root, config.path))
+    source = open_files(located, on_bad_record=data.on_bad_record)
     split = split_documents(source.keys, data.validation_fraction)
     if len(split.train) == 0:
         raise UserError(
@@ -174,6 +99,43 @@ def _open_text(data: DataConfig, config: SourceConfig) -> TextPart:
             "lower data.validation_fraction, or give more documents"
         )
     return TextPart(config, source, split.train, split.validation)
+
+
+def _open_prepared(data: DataConfig) -> tuple[PreparedPart, ...]:
+    """The sources if they are prepared. Raises UserError where some are, others not, or they do not fit together."""
+    places = [(source, locate(data.root, source.path)) for source in data.sources if not is_task(source.path)]
+    found = [(source, path) for source, path in places if is_prepared(path)]
+    if not found:
+        return ()
+    others = [source.path for source in data.sources if source not in [source for source, _ in found]]
+    if others:
+        raise UserError(
+            f"{found[0][0].path!r} is prepared and {others[0]!r} is not; a mixture is all prepared or none: "
+            "prepare the other with `looplm tokenize`"
+        )
+    parts = tuple(PreparedPart(source, open_prepared(path)) for source, path in found)
+    for part in parts[1:]:
+        _check_alike(parts[0], part)
+    if data.validation_fraction > 0 and not any(part.manifest.validation for part in parts):
+        raise UserError(
+            "no row of the prepared sources is held out; prepare one with --validation-fraction, or set "
+            "data.validation_fraction to 0"
+        )
+    return parts
+
+
+def _check_alike(first: PreparedPart, other: PreparedPart) -> None:
+    ours, theirs = first.manifest.plan, other.manifest.plan
+    if ours.tokenizer != theirs.tokenizer:
+        raise UserError(
+            f"{first.config.path!r} and {other.config.path!r} are prepared with different tokenizers; "
+            "prepare both with the same"
+        )
+    if ours.sequence_length != theirs.sequence_length:
+        raise UserError(
+            f"{first.config.path!r} is prepared in rows of {ours.sequence_length} and {other.config.path!r} of "
+            f"{theirs.sequence_length}; prepare both for the same --sequence-length"
+        )
 
 
 def _check_split(data: DataConfig, texts: Sequence[TextPart]) -> None:

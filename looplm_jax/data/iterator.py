@@ -4,9 +4,9 @@ import copy
 import dataclasses
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
-import grain
+import numpy as np
 
 from looplm_jax.codec import leaves
 from looplm_jax.data.corpus import Corpus
@@ -40,12 +40,28 @@ class Geometry:
         return self.batch_size // self.process_count
 
 
-class BatchIterator:
-    """An endless stream of batches, prefetched by a thread, that can be taken up again exactly where it was."""
+class Stream(Protocol):
+    """Features of batch after batch, as Grain gives them."""
 
-    def __init__(self, batches: grain.IterDataset, identity: Mapping[str, Any]):
+    def __next__(self) -> Mapping[str, np.ndarray]:
+        """Those of the next batch."""
+
+    def get_state(self) -> Any:
+        """The place after it, as plain JSON values."""
+
+    def set_state(self, state: Any) -> None:
+        """Continue there."""
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+
+
+class BatchIterator:
+    """An endless stream of batches, read ahead, that can be taken up again exactly where it was."""
+
+    def __init__(self, batches: Stream, identity: Mapping[str, Any]):
         self._identity = dict(identity)
-        self._held = [iter(batches)]
+        self._held = [batches]
         # Grain's threads must be gone before the interpreter takes its modules apart, also where nobody calls `close`.
         self._close = weakref.finalize(self, _close, self._held)
 
@@ -83,13 +99,17 @@ class BatchIterator:
         self._close()
 
 
-def _close(held: list[grain.DatasetIterator]) -> None:
+def _close(held: list[Stream]) -> None:
     held.pop().close()
 
 
 def stream_identity(corpus: Corpus, tokenizer: Tokenizer, geometry: Geometry, seed: int) -> dict[str, Any]:
     """Everything that fixes the order of tokens, as plain JSON values; two streams that share it are equal."""
-    config = {f"data.{leaf.path}": leaf.value for leaf in leaves(corpus.config) if leaf.path not in _IRRELEVANT}
+    config = {
+        f"data.{leaf.path}": getattr(leaf.value, "value", leaf.value)
+        for leaf in leaves(corpus.config)
+        if leaf.path not in _IRRELEVANT
+    }
     return {
         **config,
         "documents": [part.train_documents for part in corpus.parts],

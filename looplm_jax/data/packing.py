@@ -8,7 +8,8 @@ import grain.experimental
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from looplm_jax.data.examples import Example, chunks
+from looplm_jax.data.documents import Example
+from looplm_jax.data.examples import chunks
 
 # Rows that are filled side by side. More rows waste fewer positions and cost memory and time to restore.
 _OPEN_ROWS = 64

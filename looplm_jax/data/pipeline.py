@@ -9,9 +9,11 @@ import grain.experimental
 
 from looplm_jax.config import DataConfig
 from looplm_jax.data.corpus import Corpus, open_corpus
+from looplm_jax.data.documents import plain_text
 from looplm_jax.data.examples import to_example
 from looplm_jax.data.iterator import BatchIterator, Geometry, stream_identity
 from looplm_jax.data.packing import pack
+from looplm_jax.data.row_batches import RowBatches
 from looplm_jax.data.tokenizers.base import Tokenizer
 from looplm_jax.errors import UserError
 
@@ -48,12 +50,15 @@ def train_batches(
     )
     check_fit(corpus, tokenizer, sequence_length)
     records = mixture(corpus, seed, process_index, process_count)
+    identity = stream_identity(corpus, tokenizer, geometry, seed)
+    if corpus.prepared:
+        return BatchIterator(RowBatches(records, geometry.rows), identity)
     examples = records.map(functools.partial(to_example, tokenizer=tokenizer)).to_iter_dataset(READING)
     batches = pack(examples, sequence_length, shuffle_seed=_derived_seed(seed, "rows")).batch(
         geometry.rows, drop_remainder=True
     )
     prefetched = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=_BATCHES_AHEAD)
-    return BatchIterator(prefetched, stream_identity(corpus, tokenizer, geometry, seed))
+    return BatchIterator(iter(prefetched), identity)
 
 
 def mixture(corpus: Corpus, seed: int, process_index: int = 0, process_count: int = 1) -> grain.MapDataset:
@@ -72,9 +77,9 @@ def training_texts(data: DataConfig | Corpus, *, seed: int = 0) -> Iterator[str]
     """As many documents of the training mixture as an epoch has, to train a tokeniser on. None is held out."""
     corpus = as_corpus(data)
     if corpus.own_tokenizer is not None:
-        raise UserError(f"the task {corpus.tasks[0].config.path!r} has its own tokenizer; there is none to train")
+        raise UserError(f"{corpus.parts[0].config.path!r} has its own tokenizer; there is none to train")
     records = mixture(corpus, seed)
-    return (records[index] for index in range(corpus.train_documents))
+    return (plain_text(records[index]) for index in range(corpus.train_documents))
 
 
 def as_corpus(data: DataConfig | Corpus) -> Corpus:
@@ -83,7 +88,7 @@ def as_corpus(data: DataConfig | Corpus) -> Corpus:
 
 
 def check_fit(corpus: Corpus, tokenizer: Tokenizer, sequence_length: int) -> None:
-    """Raise UserError where a task comes with another tokeniser, or a problem does not fit a sequence."""
+    """Raise UserError where a task or prepared rows come with another tokeniser, or do not fit a sequence."""
     if sequence_length < 1:
         raise UserError(f"sequence_length must be at least 1, not {sequence_length}")
     for part in corpus.tasks:
@@ -93,6 +98,18 @@ def check_fit(corpus: Corpus, tokenizer: Tokenizer, sequence_length: int) -> Non
             raise UserError(
                 f"a problem of {part.config.path!r} takes {part.task.max_tokens - 1} positions, more than "
                 f"sequence_length={sequence_length}; raise sequence_length"
+            )
+    for prepared in corpus.prepared:
+        plan = prepared.manifest.plan
+        if plan.tokenizer != tokenizer.fingerprint:
+            raise UserError(
+                f"{prepared.config.path!r} is prepared with another tokenizer than that of the run; leave "
+                "data.tokenizer empty to use its own, or prepare it again"
+            )
+        if plan.sequence_length != sequence_length:
+            raise UserError(
+                f"{prepared.config.path!r} is prepared in rows of {plan.sequence_length}, and sequence_length is "
+                f"{sequence_length}; set it to {plan.sequence_length}, or prepare it again"
             )
 
 

@@ -2,18 +2,21 @@
 
 import dataclasses
 import functools
+import heapq
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import grain
 import numpy as np
 
 from looplm_jax.config import DataConfig
-from looplm_jax.data.corpus import Corpus, Records
-from looplm_jax.data.examples import Example, to_example
+from looplm_jax.data.corpus import Corpus
+from looplm_jax.data.documents import Document, Example
+from looplm_jax.data.examples import to_example
 from looplm_jax.data.iterator import Geometry
 from looplm_jax.data.packing import Batch, as_batch, pack
+from looplm_jax.data.parts import Records
 from looplm_jax.data.pipeline import READING, as_corpus, check_fit
 from looplm_jax.data.tokenizers.base import Tokenizer
 from looplm_jax.errors import UserError
@@ -75,6 +78,8 @@ def validation_batches(
 def _sequences(
     corpus: Corpus, tokenizer: Tokenizer, sequence_length: int, most: int | None
 ) -> list[Mapping[str, np.ndarray]]:
+    if corpus.prepared:
+        return _rows(corpus, most)
     records = grain.MapDataset.source(_Interleaved([part.validation() for part in corpus.parts]))
     examples = records.map(functools.partial(to_example, tokenizer=tokenizer)).to_iter_dataset(READING)
     rows = iter(pack(examples, sequence_length, shuffle_seed=_ORDER))
@@ -83,18 +88,32 @@ def _sequences(
     return sequences
 
 
+def _rows(corpus: Corpus, most: int | None) -> list[Mapping[str, np.ndarray]]:
+    """The first rows of all parts, each spread evenly from the first to the last."""
+    parts = [part.validation() for part in corpus.prepared]
+    return [parts[number][index] for _, number, index in itertools.islice(_evenly(parts), most)]
+
+
+def _evenly(parts: Sequence[Sized]) -> Iterator[tuple[float, int, int]]:
+    """All places of all parts: how far into the part, which part, which index. No list of them is made."""
+    return heapq.merge(*(_places(number, len(part)) for number, part in enumerate(parts)))
+
+
+def _places(part: int, length: int) -> Iterator[tuple[float, int, int]]:
+    return ((index / length, part, index) for index in range(length))
+
+
 class _Interleaved:
     """Records of many parts, each spread evenly from the first to the last, so that a beginning holds some of all."""
 
     def __init__(self, parts: Sequence[Records]):
         self._parts = parts
-        places = ((index / len(part), number, index) for number, part in enumerate(parts) for index in range(len(part)))
-        self._order = sorted(places)
+        self._order = list(_evenly(parts))
 
     def __len__(self) -> int:
         return len(self._order)
 
-    def __getitem__(self, index: int) -> str | Example:
+    def __getitem__(self, index: int) -> Document | Example:
         _, number, place = self._order[index]
         return self._parts[number][place]
 

@@ -1,6 +1,7 @@
 """Figures as PNG, through the optional matplotlib: depth sweeps, exit curves and the course of a training."""
 
 import dataclasses
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,7 +71,7 @@ _PANELS = (
 )
 
 
-def plot_training(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+def plot_training(rows: Sequence[Mapping[str, Any]], path: Path | io.BytesIO) -> None:
     """Loss of every loop, mean exit loop, gradient norm and learning rate against steps, from rows of `metrics.jsonl`.
 
     Rows of a kind other than `train` are left out, and so are metrics that no row has.

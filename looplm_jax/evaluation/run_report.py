@@ -1,34 +1,39 @@
 """The report of a training run: what was trained, how the losses went, and what to type next."""
 
+import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from looplm_jax.config import Recipe, Stage
 from looplm_jax.errors import UserError
 from looplm_jax.evaluation.plots import plot_training
 from looplm_jax.evaluation.tables import Table
+from looplm_jax.files import AnyPath, in_bucket, write_atomically
 from looplm_jax.models.looplm import count_params
 from looplm_jax.training.goodput import summary, total_seconds, warnings
 from looplm_jax.training.metrics import read_metrics
 
 
-def write_run_report(folder: Path, recipe: Recipe) -> list[str]:
+def write_run_report(folder: AnyPath, recipe: Recipe) -> list[str]:
     """Write `report.md`, and `training.png` where matplotlib is installed, from the metrics of a run.
 
     Returns their names.
+
+    Raises:
+      UserError: the disk or the bucket refuses them.
     """
     rows = read_metrics(folder)
     written = ["report.md"]
     started = f" Started from {recipe.start.checkpoint}." if recipe.start.checkpoint else ""
     lines = [f"# {recipe.name}", "", f"{count_params(recipe.model):,} parameters. {recipe.description}{started}", ""]
     lines += ["## Stages", "", _stage_table(recipe, rows).markdown()]
-    try:
-        plot_training(rows, folder / "training.png")
+    figure = _figure(rows)
+    if figure is None:
+        lines += ["Figures need matplotlib: `pip install 'looplm_jax[plot]'`.", ""]
+    else:
+        write_atomically(folder / "training.png", figure)
         lines += ["![training](training.png)", ""]
         written.append("training.png")
-    except UserError:
-        lines += ["Figures need matplotlib: `pip install 'looplm_jax[plot]'`.", ""]
     evaluations = [row for row in rows if row["kind"] == "evaluation"]
     if evaluations:
         lines += ["## Held-out loss during training (nats/token)", "", _evaluation_table(evaluations).markdown()]
@@ -40,9 +45,23 @@ def write_run_report(folder: Path, recipe: Recipe) -> list[str]:
         *(f"* {line}" for line in warnings(total_seconds(rows))),
         "",
     ]
-    lines += ["## Next", "", "```", f"looplm evaluate {folder}", f"looplm generate {folder} --prompt 'Once'", "```", ""]
-    (folder / "report.md").write_text("\n".join(lines), encoding="utf-8")
+    lines += ["## Next", "", "```", evaluate_command(folder), f"looplm generate {folder} --prompt 'Once'", "```", ""]
+    write_atomically(folder / "report.md", "\n".join(lines).encode())
     return written
+
+
+def evaluate_command(folder: AnyPath) -> str:
+    """What to type to evaluate a run; of one in a bucket, to a folder on this disk."""
+    return f"looplm evaluate {folder}" + (f" --out {folder.name}-evaluation" if in_bucket(folder) else "")
+
+
+def _figure(rows: Sequence[Mapping[str, Any]]) -> bytes | None:
+    figure = io.BytesIO()
+    try:
+        plot_training(rows, figure)
+    except UserError:
+        return None
+    return figure.getvalue()
 
 
 def _stage_table(recipe: Recipe, rows: list[dict[str, Any]]) -> Table:

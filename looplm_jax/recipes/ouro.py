@@ -20,6 +20,7 @@ from looplm_jax.config import (
     ModelConfig,
     Objective,
     Recipe,
+    RecordKind,
     Schedule,
     SourceConfig,
     Stage,
@@ -184,6 +185,7 @@ def _fine_tuning() -> Stage:
         learning_rate=2e-5,
         schedule=Schedule.COSINE,
         mixture=_THINKING,
+        kind=RecordKind.CHAT,
     )
 
 
@@ -194,6 +196,7 @@ def _stage(
     batch: int,
     length: int,
     mixture: dict[str, float] | dict[str, int],
+    kind: RecordKind = RecordKind.TEXT,
     context: int = 1,
     **settings: object,
 ) -> Stage:
@@ -209,14 +212,14 @@ def _stage(
         sequence_length=length,
         accumulation=max(sequences * context // 256, 1),
         context=0 if context == 1 else context,
-        sources=_mixture(mixture),
+        sources=_mixture(mixture, kind),
         **settings,  # type: ignore[arg-type]
     )
 
 
-def _mixture(shares: dict[str, float] | dict[str, int]) -> tuple[SourceConfig, ...]:
+def _mixture(shares: dict[str, float] | dict[str, int], kind: RecordKind = RecordKind.TEXT) -> tuple[SourceConfig, ...]:
     """Folders below `data.root`, each with its share."""
-    return tuple(SourceConfig(path=name, weight=share) for name, share in shares.items())
+    return tuple(SourceConfig(path=name, weight=share, kind=kind) for name, share in shares.items())
 
 
 def _mid_train_mixture() -> dict[str, float]:

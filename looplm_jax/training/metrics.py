@@ -1,9 +1,8 @@
-"""Metrics of a run: one JSON object a line, and TensorBoard events beside it."""
+"""Metrics of a run: one JSON object a line, and TensorBoard events beside it. No refusal of a disk ends a training."""
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -11,9 +10,10 @@ import numpy as np
 
 from looplm_jax.distributed import Cluster
 from looplm_jax.errors import UserError
-from looplm_jax.files import write_atomically, writing
+from looplm_jax.files import AnyPath, reading
+from looplm_jax.training.growing_file import grow
 from looplm_jax.training.step import StepMetrics
-from looplm_jax.training.tensorboard import EventLog
+from looplm_jax.training.tensorboard import open_events
 
 TRAIN, EVALUATION = "train", "evaluation"  # kinds of lines
 
@@ -36,6 +36,9 @@ class Log(Protocol):
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """One line."""
 
+    def flush(self) -> None:
+        """To be called before a save: a run that goes on from there needs the lines until there."""
+
     def evaluated(self, step: int) -> bool:
         """Whether an earlier process wrote the evaluation at this step."""
 
@@ -43,31 +46,42 @@ class Log(Protocol):
 class MetricsLog:
     """Appends to `metrics.jsonl` and `tensorboard/`, and gives the same scalars to `mirrors`.
 
-    Opened at a step, it forgets the lines after it: they will be written again.
+    Opened at a step, it forgets the lines after it: they will be written again. What is refused later
+    by the disk or the bucket is said to `warn`, kept, and tried again with the next line.
+
+    Raises:
+      UserError: it refuses already now, or a line that is there is damaged.
     """
 
-    def __init__(self, folder: Path, *, step: int, mirrors: Sequence[EventSink] = ()):
-        self._path = folder / "metrics.jsonl"
+    def __init__(
+        self,
+        folder: AnyPath,
+        *,
+        step: int,
+        mirrors: Sequence[EventSink] = (),
+        warn: Callable[[str], None] = lambda _: None,
+    ):
         kept = [row for row in read_metrics(folder) if row["step"] <= step]
-        write_atomically(self._path, "".join(map(_line, kept)).encode())
         self._evaluated = {row["step"] for row in kept if row["kind"] == EVALUATION}
-        with writing(self._path):
-            self._file = self._path.open("a", encoding="utf-8")
-            self._events = EventLog(folder / "tensorboard", step=step)
-        self._mirrors = mirrors
+        self._path = folder / "metrics.jsonl"
+        self._lines = grow(self._path, "".join(map(_line, kept)).encode())
+        self._events = open_events(folder / "tensorboard", step=step)
+        self._mirrors, self._warn = mirrors, warn
+        self._refused: str | None = None
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """One line: `{"kind": kind, "step": step, **values}`; lists become one TensorBoard scalar for each loop.
-
-        Raises:
-          UserError: the disk refuses.
-        """
-        with writing(self._path):
-            self._file.write(_line({"kind": kind, "step": step, **values}))
-            self._file.flush()
-            self._events.write(step, _scalars(kind, values))
+        """One line: `{"kind": kind, "step": step, **values}`; lists become one TensorBoard scalar for each loop."""
+        self._lines.append(_line({"kind": kind, "step": step, **values}).encode())
+        self._events.write(step, _scalars(kind, values))
+        self._tell("kept in memory, and tried again with the next line; training goes on")
         for mirror in self._mirrors:
             mirror.write(step, _scalars(kind, values))
+
+    def flush(self) -> None:
+        """See `Log.flush`."""
+        self._lines.flush()
+        self._events.file.flush()
+        self._tell("kept in memory, and tried again; training goes on")
 
     @property
     def evaluations(self) -> list[int]:
@@ -79,11 +93,22 @@ class MetricsLog:
         return step in self._evaluated
 
     def close(self) -> None:
-        """Close the files."""
-        with writing(self._path), contextlib.closing(self._events):
-            self._file.close()
+        """Close the files. Lines that are refused even now are lost."""
+        self._lines.close()
+        self._events.file.close()
+        self._refused = None
+        self._tell("the last lines are lost; mend that before the next run")
         for mirror in self._mirrors:
             mirror.close()
+
+    def _tell(self, what_then: str) -> None:
+        """Say where refusals begin, and where they end."""
+        refused = self._lines.refused or self._events.file.refused
+        if refused is not None and self._refused is None:
+            self._warn(f"NOT WRITTEN: {self._path} ({refused}): {what_then}")
+        elif refused is None and self._refused is not None:
+            self._warn(f"{self._path} is written again; nothing is missing")
+        self._refused = refused
 
 
 class _Unwritten:
@@ -95,14 +120,19 @@ class _Unwritten:
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         del kind, step, values
 
+    def flush(self) -> None:
+        pass
+
     def evaluated(self, step: int) -> bool:
         return step in self._evaluations
 
 
 @contextlib.contextmanager
-def open_log(folder: Path, step: int, cluster: Cluster, mirrors: Sequence[EventSink] = ()) -> Iterator[Log]:
+def open_log(
+    folder: AnyPath, step: int, cluster: Cluster, mirrors: Sequence[EventSink] = (), *, warn: Callable[[str], None]
+) -> Iterator[Log]:
     """The log of a run at a step: process 0 writes it. All processes must call this together."""
-    log = MetricsLog(folder, step=step, mirrors=mirrors) if cluster.index == 0 else None
+    log = MetricsLog(folder, step=step, mirrors=mirrors, warn=warn) if cluster.index == 0 else None
     evaluations = cluster.gather("evaluations", log.evaluations if log else [])[0]
     if log is None:
         yield _Unwritten(evaluations)
@@ -111,16 +141,17 @@ def open_log(folder: Path, step: int, cluster: Cluster, mirrors: Sequence[EventS
         yield log
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
+def read_metrics(folder: AnyPath) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl`, without a last one that a killed process left incomplete; none if there is no file.
 
     Raises:
-      UserError: a line that is not JSON before the last.
+      UserError: a line that is not JSON before the last, or the disk or the bucket refuses.
     """
     path = folder / "metrics.jsonl"
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    with reading(path):
+        if not path.exists():
+            return []
+        lines = path.read_bytes().decode("utf-8").split("\n")
     rows = []
     for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline was never finished
         try:

@@ -2,12 +2,14 @@
 
 import dataclasses
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from looplm_jax.errors import UserError
+from looplm_jax.files import AnyPath, write_atomically
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,17 +30,21 @@ class ProfiledSteps:
 
 
 class Profiler:
-    """Traces the steps that were asked for into a folder, if any were."""
+    """Traces the steps that were asked for into a folder, if any were; in a bucket the files appear at its end."""
 
-    def __init__(self, folder: Path, steps: ProfiledSteps | None):
+    def __init__(self, folder: AnyPath, steps: ProfiledSteps | None):
         self._folder, self._steps = folder, steps
+        self._refused: str | None = None
+        self._staging: tempfile.TemporaryDirectory[str] | None = None
         self._running = self.traced = False
 
     def before(self, step: int) -> None:
         """To be called before a step is started."""
         if self._steps is not None and not self.traced and self._steps.first <= step <= self._steps.last:
             self._running = self.traced = True
-            jax.profiler.start_trace(self._folder)
+            if not isinstance(self._folder, Path):
+                self._staging = tempfile.TemporaryDirectory()
+            jax.profiler.start_trace(self._folder if self._staging is None else self._staging.name)
 
     def after(self, step: int, results: Any) -> None:
         """To be called after a step was started: the trace ends when the last of them has its `results`."""
@@ -51,9 +57,22 @@ class Profiler:
         if self._running:
             self._running = False
             jax.profiler.stop_trace()
+            self._upload()
 
     def how_to_open(self) -> str | None:
         """What to type to see the trace, if there is one."""
         if not self.traced:
             return None
+        if self._refused is not None:
+            return f"no profile: {self._refused}"
         return f"profile: pip install xprof, then `xprof --logdir {self._folder}`; or open a .trace.json.gz in Perfetto"
+
+    def _upload(self) -> None:
+        if self._staging is None:
+            return
+        with self._staging as staging:
+            try:
+                for file in (path for path in Path(staging).rglob("*") if path.is_file()):
+                    write_atomically(self._folder / file.relative_to(staging).as_posix(), file.read_bytes())
+            except UserError as error:  # a training does not end for it
+                self._refused = str(error)

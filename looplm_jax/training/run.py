@@ -113,8 +113,8 @@ def train(
             closing.callback(setup.store.close)
         position = setup.position
         step = int(position.state.step)
-        log = closing.enter_context(open_log(folder.path, step, cluster, mirrors))
         progress = closing.enter_context(TrainingProgress(console, total_steps=recipe.total_steps, step=step))
+        log = closing.enter_context(open_log(folder.path, step, cluster, mirrors, warn=progress.warn))
         profiler = closing.enter_context(contextlib.closing(Profiler(folder.path / "profile", profile)))
         run = _Run(
             setup=setup,
@@ -133,6 +133,9 @@ def train(
             position = Position(state=state, stage=stage, data_state=None)
             end = _train_stage(run, position)
         saver.finish()
+        refused = saver.news()
+        if refused is not None:
+            progress.warn(f"NOT SAVED: {refused}; a later save succeeded")
         if int(end.state.step) > step:
             _sum_up(run)
     skipped = int(end.state.guard.skipped)
@@ -258,6 +261,7 @@ def _save(run: _Run, stage: Stage, state: TrainState, step: int, reader: Reader,
         extra={"stage": stage.name},
     )
     run.watch.charge(Activity.STEP)
+    run.log.flush()
     run.saver.save(step, state, metadata, permanent=permanent)
     run.watch.charge(Activity.SAVE)
 

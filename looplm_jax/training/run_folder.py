@@ -3,60 +3,57 @@
 import dataclasses
 import json
 import os
-from pathlib import Path
+
+from etils import epath
 
 from looplm_jax.checkpoints import check_same_run
 from looplm_jax.codec import from_dict, to_dict
 from looplm_jax.config import Recipe
 from looplm_jax.errors import UserError
-from looplm_jax.files import write_atomically, writing
+from looplm_jax.files import AnyPath, absolute, any_path, make_folder, reading, write_atomically, writing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunFolder:
     """One run: recipe, tokeniser, checkpoints, metrics, TensorBoard events, plots and report."""
 
-    path: Path
+    path: AnyPath
 
     @property
-    def checkpoints(self) -> Path:
-        """Where the steps are saved."""
-        return self.path / "checkpoints"
+    def checkpoints(self) -> AnyPath:
+        """Where the steps are saved; Orbax wants the whole path."""
+        return absolute(self.path) / "checkpoints"
 
     @property
-    def config(self) -> Path:
+    def config(self) -> AnyPath:
         """The recipe, as JSON."""
         return self.path / "config.json"
 
     @property
-    def metrics(self) -> Path:
+    def metrics(self) -> AnyPath:
         """One JSON object a line."""
         return self.path / "metrics.jsonl"
 
     @property
-    def tokenizer(self) -> Path:
+    def tokenizer(self) -> AnyPath:
         """The tokeniser, where the run trained one."""
         return self.path / "tokenizer.model"
 
     @property
     def begun(self) -> bool:
         """Whether anything was trained: from then on the folder belongs to its recipe."""
-        return self.checkpoints.exists() or (self.metrics.exists() and self.metrics.stat().st_size > 0)
+        return self.checkpoints.exists() or (self.metrics.exists() and epath.Path(self.metrics).stat().length > 0)
 
 
 def check_folder(path: str | os.PathLike[str], recipe: Recipe) -> RunFolder:
     """The folder of this run: a new one, or the one that an earlier process of the same run left. Nothing is written.
 
     Raises:
-      UserError: the folder holds another run, or files that are no run.
+      UserError: the folder holds another run, or files that are no run, or cannot be reached.
     """
-    folder = RunFolder(path=Path(path))
-    if folder.path.exists() and not folder.path.is_dir():
-        raise UserError(f"{folder.path} is a file; choose another --out")
-    if folder.begun and folder.config.exists():
-        check_same_run(str(folder.path), to_dict(read_recipe(folder.config)), to_dict(recipe))
-    elif not folder.config.exists() and _holds_files(folder):
-        raise UserError(f"{folder.path} is not empty and holds no run; choose another --out")
+    folder = RunFolder(path=any_path(path))
+    with reading(folder.path):
+        _check_folder(folder, recipe)
     return folder
 
 
@@ -67,13 +64,13 @@ def claim_folder(folder: RunFolder, recipe: Recipe) -> None:
       UserError: the disk refuses.
     """
     with writing(folder.path):
-        folder.path.mkdir(parents=True, exist_ok=True)
+        make_folder(folder.path)
         if not folder.begun:
             folder.tokenizer.unlink(missing_ok=True)
     write_atomically(folder.config, (json.dumps(to_dict(recipe), indent=2) + "\n").encode())
 
 
-def read_recipe(path: Path) -> Recipe:
+def read_recipe(path: AnyPath) -> Recipe:
     """A recipe from a JSON file. Raises UserError where it is not one."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -82,6 +79,15 @@ def read_recipe(path: Path) -> Recipe:
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path} is not JSON: {error}") from None
     return from_dict(Recipe, values)
+
+
+def _check_folder(folder: RunFolder, recipe: Recipe) -> None:
+    if folder.path.exists() and not folder.path.is_dir():
+        raise UserError(f"{folder.path} is a file; choose another --out")
+    if folder.begun and folder.config.exists():
+        check_same_run(str(folder.path), to_dict(read_recipe(folder.config)), to_dict(recipe))
+    elif not folder.config.exists() and _holds_files(folder):
+        raise UserError(f"{folder.path} is not empty and holds no run; choose another --out")
 
 
 def _holds_files(folder: RunFolder) -> bool:

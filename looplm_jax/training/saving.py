@@ -1,10 +1,14 @@
 """Saves of a run. A disk that refuses one does not stop the training: the next save may succeed, the last one must."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from looplm_jax.checkpoints import CheckpointStore, Metadata, SaveError
 from looplm_jax.distributed import Cluster
+
+R = TypeVar("R")
+
+_POLL_SECONDS = 0.2
 
 
 class Saver:
@@ -17,7 +21,7 @@ class Saver:
 
     def save(self, step: int, state: Any, metadata: Metadata, *, permanent: bool) -> None:
         """See `CheckpointStore.save`; a `SaveError` is kept."""
-        self._attempt(self._store.wait)
+        self._wait()
         self._refused = None
         self._attempt(lambda: self._store.save(step, state, metadata, permanent=permanent))
 
@@ -27,7 +31,7 @@ class Saver:
         Raises:
           SaveError: the disk refused it: the steps after the newest good one are lost.
         """
-        self._attempt(self._store.wait)
+        self._wait()
         if self._refused is not None:
             raise SaveError(self._refused)
 
@@ -36,12 +40,26 @@ class Saver:
         news, self._news = self._news, None
         return news
 
-    def _attempt(self, work: Callable[[], None]) -> None:
-        reason = None
+    def _wait(self) -> None:
+        """Until the newest save is committed on all processes, or the disk refused it to one of them."""
+        if self._cluster.count == 1:
+            self._attempt(self._store.wait)
+            return
+        ended = [False]
+        while not all(ended) and self._refused is None:
+            ended = self._attempt(lambda: self._store.ended(_POLL_SECONDS))
+        if self._refused is not None:
+            self._store.abandon()
+
+    def _attempt(self, work: Callable[[], R]) -> list[R | None]:
+        """The results of all processes; where the disk refused one of them, that is kept."""
+        result, reason = None, None
         try:
-            work()
+            result = work()
         except SaveError as error:
             reason = str(error)
-        reasons = [said for said in self._cluster.gather("save", reason) if said is not None]
+        said = self._cluster.gather("save", [result, reason])
+        reasons = [reason for _, reason in said if reason is not None]
         if reasons:
             self._refused = self._news = reasons[0]
+        return [result for result, _ in said]

@@ -9,14 +9,15 @@ from rich.console import Console
 
 from looplm_jax.checkpoints import CheckpointStore, Metadata, check_same_run, read_metadata
 from looplm_jax.codec import from_dict, to_dict
-from looplm_jax.config import DataConfig, Recipe, Stage
+from looplm_jax.config import DataConfig, Recipe
 from looplm_jax.data.corpus import Corpus, open_corpus
+from looplm_jax.data.pipeline import check_fit
 from looplm_jax.data.tokenizers import Tokenizer, deserialize
 from looplm_jax.distributed import ALONE, Cluster, first_on_process_0
 from looplm_jax.errors import UserError
 from looplm_jax.models.looplm import LoopLM
-from looplm_jax.sharding import check_batch, check_divides, check_sequence, make_mesh
 from looplm_jax.training.goodput import Activity, Stopwatch
+from looplm_jax.training.program import stage_mesh
 from looplm_jax.training.run_folder import RunFolder, claim_folder
 from looplm_jax.training.start import Start, describe_start, read_start, started_state
 from looplm_jax.training.state import TrainState, abstract_state, initial_state
@@ -70,10 +71,10 @@ def prepare(
         cannot start from.
     """
     watch = watch or Stopwatch()
-    meshes = tuple(_make_mesh(recipe, stage) for stage in recipe.stages)
+    meshes = tuple(stage_mesh(recipe, stage) for stage in recipe.stages)
     corpora = _open_corpora(recipe)
     models = tuple(LoopLM(recipe.model_of(stage), recipe.compute) for stage in recipe.stages)
-    store = CheckpointStore(folder.checkpoints.absolute(), keep=recipe.checkpoint.keep)  # Orbax refuses others
+    store = CheckpointStore(folder.checkpoints, keep=recipe.checkpoint.keep)
     goes_on = bool(store.steps())
     start = read_start(recipe, models[0], meshes[0]) if recipe.start.checkpoint and not goes_on else None
     inherited = _inherited(recipe, folder, start)
@@ -81,7 +82,7 @@ def prepare(
     def own_folder() -> Tokenizer:
         if cluster.index == 0:
             claim_folder(folder, recipe)
-        return run_tokenizer(recipe, corpora[0], folder, console, inherited)
+        return run_tokenizer(recipe, _speaking(corpora), folder, console, inherited)
 
     tokenizer = first_on_process_0(cluster, "folder", own_folder)
     watch.charge(Activity.OTHER)
@@ -109,15 +110,6 @@ def identities(setup: Setup) -> dict[str, Any]:
     return {"documents": documents, "tokenizer": setup.tokenizer.fingerprint, "position": place}
 
 
-def _make_mesh(recipe: Recipe, stage: Stage) -> Mesh:
-    """The mesh of a stage, refused if the model or the stage's batches do not divide over it."""
-    mesh, where = make_mesh(recipe.mesh_of(stage)), f"stages.{stage.name}"
-    check_divides(mesh, recipe.model)
-    check_batch(mesh, stage.batch_size, stage.accumulation, where)
-    check_sequence(mesh, stage.sequence_length, where)
-    return mesh
-
-
 def _open_corpora(recipe: Recipe) -> tuple[Corpus, ...]:
     """What each stage is trained on. A mixture that several stages share is opened, and read, once."""
     opened: dict[DataConfig, Corpus] = {}
@@ -125,19 +117,31 @@ def _open_corpora(recipe: Recipe) -> tuple[Corpus, ...]:
         if data not in opened:
             opened[data] = open_corpus(data)
     corpora = tuple(opened[recipe.data_of(stage)] for stage in recipe.stages)
+    for stage, corpus in zip(recipe.stages, corpora, strict=True):
+        if corpus.own_tokenizer is not None:
+            check_fit(corpus, corpus.own_tokenizer, stage.sequence_length)
     _check_same_vocabulary(recipe, corpora)
     return corpora
 
 
 def _check_same_vocabulary(recipe: Recipe, corpora: Sequence[Corpus]) -> None:
-    """Raises UserError where a task of one stage does not speak the language of another stage."""
-    owned = [None if corpus.own_tokenizer is None else corpus.own_tokenizer.fingerprint for corpus in corpora]
+    """Raises UserError where a stage does not speak the language of another; text speaks that of prepared rows."""
+    prepared = _speaking(corpora)
+    spoken = [
+        prepared.own_tokenizer if corpus.texts and prepared.prepared else corpus.own_tokenizer for corpus in corpora
+    ]
+    owned = [None if tokenizer is None else tokenizer.fingerprint for tokenizer in spoken]
     for stage, fingerprint in zip(recipe.stages, owned, strict=True):
         if fingerprint != owned[0]:
             raise UserError(
                 f"stages.{stage.name}.sources and those of {recipe.stages[0].name} have different vocabularies; "
                 "a run has one tokenizer from its first stage to its last"
             )
+
+
+def _speaking(corpora: Sequence[Corpus]) -> Corpus:
+    """The corpus that decides about the tokeniser: the first with prepared rows, or else the first."""
+    return next((corpus for corpus in corpora if corpus.prepared), corpora[0])
 
 
 def _inherited(recipe: Recipe, folder: RunFolder, start: Start | None) -> Tokenizer | None:

@@ -1,40 +1,51 @@
-"""TensorBoard events, written by the thread that asks for it.
+"""TensorBoard events, in the format of its files.
 
-The usual writer of tensorboardX hands them to a thread of its own: where the disk refuses, that thread dies with a
-traceback, and the run waits for it for ever.
+The writers of tensorboardX are not used. That for disks hands events to a thread, which dies with a traceback where the
+disk refuses, and the run waits for it for ever; that for buckets needs one more client.
 """
 
+import socket
+import struct
 import time
 from collections.abc import Mapping
-from pathlib import Path
 
-from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import masked_crc32c
 
-_SECONDS_BETWEEN_FLUSHES = 5.0
+from looplm_jax.files import AnyPath, make_folder, writing
+from looplm_jax.training.growing_file import GrowingFile, grow
+
+_FORMAT = "brain.Event:2"
+
+
+def open_events(folder: AnyPath, *, step: int) -> "EventLog":
+    """A new file of events in `folder`. Raises UserError where the disk or the bucket refuses it."""
+    name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.from-{step}"
+    with writing(folder):
+        make_folder(folder)
+    return EventLog(grow(folder / name), step=step)
 
 
 class EventLog:
-    """A new file of events in `folder`. TensorBoard then hides the events of earlier files after `step`."""
+    """Events from `step` on. TensorBoard then hides the events of earlier files after it."""
 
-    def __init__(self, folder: Path, *, step: int):
-        folder.mkdir(parents=True, exist_ok=True)
-        self._writer = EventsWriter(str(folder / "events"), filename_suffix=f".from-{step}")
-        self._next_flush = 0.0
-        self._write(step + 1, session_log=SessionLog(status=SessionLog.START))
+    def __init__(self, file: GrowingFile, *, step: int):
+        self.file = file
+        self._append(Event(wall_time=time.time(), file_version=_FORMAT))
+        self._append(Event(wall_time=time.time(), step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """One event with all `scalars`."""
         values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
-        self._write(step, summary=Summary(value=values))
+        self._append(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
 
-    def close(self) -> None:
-        """Close the file."""
-        self._writer.close()
+    def _append(self, event: Event) -> None:
+        """A record: length, its checksum, the event, its checksum."""
+        content = event.SerializeToString()
+        length = struct.pack("<Q", len(content))
+        self.file.append(length + _checksum(length) + content + _checksum(content))
 
-    def _write(self, step: int, **content: Summary | SessionLog) -> None:
-        self._writer.write_event(Event(wall_time=time.time(), step=step, **content))
-        if time.monotonic() >= self._next_flush:  # it waits for the disk, which may take longer than a small step
-            self._writer.flush()
-            self._next_flush = time.monotonic() + _SECONDS_BETWEEN_FLUSHES
+
+def _checksum(content: bytes) -> bytes:
+    return struct.pack("<I", masked_crc32c(content))

@@ -23,7 +23,7 @@ def run_tokenizer(
     """
     tokenizer = corpus.own_tokenizer
     if tokenizer is not None and recipe.data.tokenizer:
-        raise UserError(f"{corpus.tasks[0].config.path!r} has a vocabulary of its own; leave data.tokenizer empty")
+        _check_own(recipe, corpus, tokenizer)
     if tokenizer is None and recipe.data.tokenizer:
         tokenizer = data.load_tokenizer(recipe.data.tokenizer)
     if inherited is not None:
@@ -39,6 +39,17 @@ def run_tokenizer(
     return tokenizer
 
 
+def _check_own(recipe: Recipe, corpus: Corpus, own: Tokenizer) -> None:
+    """A task takes no other tokeniser; prepared rows take their own, wherever it lies."""
+    if corpus.tasks:
+        raise UserError(f"{corpus.tasks[0].config.path!r} has a vocabulary of its own; leave data.tokenizer empty")
+    if data.load_tokenizer(recipe.data.tokenizer).fingerprint != own.fingerprint:
+        raise UserError(
+            f"{corpus.prepared[0].config.path!r} is prepared with another tokenizer than {recipe.data.tokenizer}; "
+            "leave data.tokenizer empty to use its own, or prepare it again"
+        )
+
+
 def _check_inherited(recipe: Recipe, corpus: Corpus, tokenizer: Tokenizer | None, inherited: Tokenizer) -> None:
     if tokenizer is None or tokenizer.fingerprint == inherited.fingerprint:
         return
@@ -46,6 +57,9 @@ def _check_inherited(recipe: Recipe, corpus: Corpus, tokenizer: Tokenizer | None
     if corpus.tasks:
         task = corpus.tasks[0].config.path
         raise UserError(f"{task!r} has another vocabulary than {origin}; start from a checkpoint of the same task")
+    if corpus.prepared:
+        rows = corpus.prepared[0].config.path
+        raise UserError(f"{rows!r} is prepared with another tokenizer than that of {origin}; prepare it with that one")
     raise UserError(
         f"{recipe.data.tokenizer} is another tokenizer than that of {origin}; leave data.tokenizer empty to use that"
     )

@@ -13,7 +13,7 @@ import pytest
 
 from looplm_jax.checkpoints import inspect_steps
 from looplm_jax.cli.main import main
-from looplm_jax.training.metrics import read_metrics
+from looplm_jax.training.metrics import TRAIN, MetricsLog, read_metrics
 
 
 @contextlib.contextmanager
@@ -38,7 +38,8 @@ def refused(capsys):
     def run(*arguments):
         capsys.readouterr()
         assert main(["train", *map(str, arguments)]) == 2
-        lines = capsys.readouterr().err.splitlines()
+        run.said = capsys.readouterr().err
+        lines = run.said.splitlines()
         assert lines[-1].startswith("looplm: ")
         assert sum(line.startswith("looplm: ") for line in lines) == 1
         assert not any("Traceback" in line for line in lines)
@@ -79,13 +80,35 @@ def test_the_metrics(recipe_file, trained, tmp_path, refused):
     rows = [row for row in read_metrics(run) if row["step"] <= 2]
     rows.append({"kind": "note", "step": 2, "text": "x" * 5000})
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with files_of_at_most((run / "metrics.jsonl").stat().st_size + 100):
+    longest = (run / "metrics.jsonl").stat().st_size + 100
+    with files_of_at_most(longest):
         line = refused("--recipe", recipe_file, "--out", run)
-    assert line == f"{run}/metrics.jsonl cannot be written (File too large); mend that and run the same command again"
+    assert line.startswith(f"File too large while saving step 4 to {run}/checkpoints: mend that and resume; step 2 is")
+    said = refused.said
+    assert said.count("NOT WRITTEN") == 2
+    assert (
+        f"NOT WRITTEN: {run}/metrics.jsonl (File too large): kept in memory, and tried again with the next line" in said
+    )
+    assert f"NOT WRITTEN: {run}/metrics.jsonl (File too large): the last lines are lost; mend that before" in said
     assert good_steps(run) == [2]
     assert main(["train", "--recipe", str(recipe_file), "--out", str(run)]) == 0
     assert read_metrics(run)[: len(rows)] == rows
     assert (run / "checkpoints" / "4").exists()
+
+
+def test_metrics_that_a_disk_refuses_for_a_while_are_written_later(tmp_path):
+    said = []
+    log = MetricsLog(tmp_path, step=0, warn=said.append)
+    path = tmp_path / "metrics.jsonl"
+    for step in range(1, 4):
+        with files_of_at_most(path.stat().st_size + 9) if step == 2 else contextlib.nullcontext():
+            log.write(TRAIN, step, {"loss": 1 / step})
+    log.close()
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
+    assert said == [
+        f"NOT WRITTEN: {path} (File too large): kept in memory, and tried again with the next line; training goes on",
+        f"{path} is written again; nothing is missing",
+    ]
 
 
 @pytest.fixture

@@ -34,7 +34,11 @@ def test_every_command_explains_itself(command, capsys):
     ("arguments", "message"),
     [
         (["trian"], "unknown command 'trian'; did you mean 'train'?"),
-        (["dance"], "unknown command 'dance'; known: chat, convert, evaluate, generate, inspect, plan, train"),
+        (
+            ["dance"],
+            "unknown command 'dance'; "
+            "known: chat, convert, evaluate, experiment, generate, inspect, plan, tokenize, train",
+        ),
         (["inspect"], "the following arguments are required: checkpoint; see `looplm inspect --help`"),
         (["inspect", "x", "--jsn"], "unknown argument '--jsn'; did you mean '--json'?"),
         (["inspect", "x", "--colour=red"], "unknown argument '--colour=red'; `looplm inspect --help` lists the flags"),

@@ -1,8 +1,11 @@
 import pytest
 from data_helpers import make_texts, write_jsonl
+from gcs_emulator import bucket, gcs
 
 from looplm_jax.config import DataConfig, SourceConfig
 from looplm_jax.data.tokenizer_training import train_sentencepiece
+
+__all__ = ["bucket", "gcs"]
 
 
 @pytest.fixture(scope="session")

@@ -1,15 +1,19 @@
 import json
+import pathlib
 import pickle
+import tempfile
 
 import fsspec
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given
+from data_files import WRITERS, every_way, read_all
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from looplm_jax.config import OnBadRecord
-from looplm_jax.data.sources import open_files
+from looplm_jax.config import OnBadRecord, SourceConfig
+from looplm_jax.data import sources
+from looplm_jax.data.sources import BadRecordPolicy
 from looplm_jax.data.splits import document_key
 from looplm_jax.errors import UserError
 
@@ -26,8 +30,8 @@ def lines(*records):
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
-def read_all(source):
-    return [source[index] for index in range(len(source))]
+def open_files(path, *, on_bad_record=OnBadRecord.STOP, **fields):
+    return sources.open_files(SourceConfig(path=path, **fields), on_bad_record=on_bad_record)
 
 
 def fails(match, path, **options):
@@ -213,5 +217,94 @@ def test_file_that_vanishes(tmp_path):
         source[0]
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.parquet"])
+def test_a_file_that_changes_after_it_was_opened(tmp_path, name):
+    write_documents = WRITERS.get(name, lambda path, documents: path.write_text("\n\n".join(documents)))
+    write_documents(tmp_path / name, ["x" * 5000] * 9)
+    source = open_files(str(tmp_path / name))
+    write_documents(tmp_path / name, ["é" * 2400])
+    with pytest.raises(UserError, match=rf"{name}: changed since it was opened \(.*\); start again") as error:
+        source[len(source) - 1]
+    assert "\n" not in str(error.value)
+
+
 def test_unknown_protocol():
     fails("Protocol not known: nowhere", "nowhere://bucket/*.txt")
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@given(documents=st.lists(st.text(st.characters(codec="utf-8")) | st.sampled_from(["", "\n", "\r\n", "\u2028"])))
+@settings(max_examples=12)
+def test_every_format_gives_the_documents(name, documents):
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder, name)
+        WRITERS[name](path, documents)
+        assert every_way(path) == [document for document in documents if document]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.arrayrecord"])
+@given(place=st.floats(0, 1, exclude_max=True), damage=st.sampled_from(["cut", "zeros", "more"]))
+@settings(max_examples=40)
+def test_damage_is_named_in_one_line_or_does_no_harm(name, place, damage):
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder, name)
+        WRITERS[name](path, ["a document of some words " * (number % 7 + 1) for number in range(60)])
+        content = path.read_bytes()
+        at = int(place * len(content))
+        tails = {"cut": b"", "zeros": bytes(20) + content[at + 20 :], "more": b"surplus" + content[at:]}
+        path.write_bytes(content[:at] + tails[damage])
+        message = f"{path}: harmless"
+        try:
+            read_all(open_files(str(path)))
+        except UserError as error:
+            message = str(error)
+        assert message.startswith(str(path))
+        assert "\n" not in message
+
+
+@given(parts=st.lists(st.sampled_from(["\n\n", "word ", "\u00e9", "x" * 700, "\n", " \n\n\n"]), max_size=60))
+def test_prose_is_the_same_in_sections(parts):
+    text = "".join(parts)
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("looplm_jax.data.sources.text._SECTION_BYTES", 1500)
+        path = pathlib.Path(folder, "a.txt")
+        path.write_text(text, encoding="utf-8", newline="")
+        assert "".join(every_way(path, unit_bytes=(1, 3000, 10_000))) == text
+
+
+def test_a_long_text_is_cut_in_sections(tmp_path, monkeypatch):
+    monkeypatch.setattr("looplm_jax.data.sources.text._SECTION_BYTES", 2**20)
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"A paragraph of some words.\n\n" * 50_000)
+    [file] = sources.find_inputs(str(path))
+    assert [span.end - span.start for span in sources.spans(file, 1)] == [2**20, 50_000 * 28 - 2**20]
+    assert "".join(every_way(path)) == path.read_text()
+
+
+def test_lines_are_numbered_wherever_a_span_begins(tmp_path):
+    path = write(tmp_path / "a.jsonl", lines(*[{"text": "good"}] * 30) + "bad\n")
+    [file] = sources.find_inputs(path)
+    policy = BadRecordPolicy(OnBadRecord.STOP)
+    with pytest.raises(UserError, match=r"a.jsonl:31: not JSON"):
+        list(sources.scan(file, SourceConfig(path=path), policy, sources.spans(file, 100)[-1]))
+    policy = BadRecordPolicy(OnBadRecord.SKIP)
+    assert list(sources.scan(file, SourceConfig(path=path), policy)) == ["good"] * 30
+    assert (policy.skipped, policy.first) == (
+        1,
+        f"{path}:31: not JSON (Expecting value at column 1)",
+    )
+
+
+def test_a_file_that_is_written_anew(tmp_path):
+    for name in ("a.parquet", "a.arrayrecord"):
+        for documents in (["one", "two"], ["three", "four", "five"]):
+            WRITERS[name](tmp_path / name, documents)
+            assert every_way(tmp_path / name) == documents
+
+
+def test_a_folder_holds_files_of_all_kinds(tmp_path):
+    for name, write_documents in WRITERS.items():
+        write_documents(tmp_path / name, [name])
+    write(tmp_path / "config.json", "{}")
+    write(tmp_path / "archive.tar.gz", "nonsense")
+    assert sorted(every_way(tmp_path)) == sorted(name for name in WRITERS if name != "a.json")

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from looplm_jax.codec import to_dict
@@ -94,8 +94,12 @@ class Processes:
 
     def wait_for_step(self, folder: Path, step: int) -> None:
         """Until a step is in the metrics."""
+        self.wait_until(lambda: steps_logged(folder) >= step)
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Until `condition()`; fails if a process ends first."""
         deadline = time.monotonic() + PATIENCE
-        while steps_logged(folder) < step:
+        while not condition():
             assert all(process.poll() is None for process in self.processes), self.everything()
             assert time.monotonic() < deadline, self.everything()
             time.sleep(0.02)

@@ -1,12 +1,14 @@
 """Two real processes on one machine: one run, whatever happens to one of them."""
 
+import functools
+import resource
 import shutil
 import signal
 import time
 
 import numpy as np
 import pytest
-from many_processes import Processes, losses, write_recipe
+from many_processes import Processes, losses, steps_logged, write_recipe
 
 from looplm_jax.checkpoints import inspect_steps
 
@@ -133,3 +135,52 @@ def test_a_signal_to_one_stops_both_at_one_step(compiled, tmp_path):
         assert both.last_lines()[0] == line
         assert "Traceback" not in both.everything()
     assert max(losses(run)) == stopped
+
+
+def assert_stopped_at(step, both, run):
+    assert both.finish() == [143, 143], both.everything()
+    assert max(report.step for report in inspect_steps(str(run)) if not report.damage) == step
+    line = f"looplm: stopped by SIGTERM at step {step}; the same command goes on from there"
+    assert both.last_lines()[0] == line
+    assert "Traceback" not in both.everything()
+
+
+@pytest.mark.slow
+def test_a_signal_during_the_compilation_stops_both(tmp_path):
+    recipe, run = write_recipe(tmp_path / "recipe.json", steps=100_000), tmp_path / "run"
+    with Processes(tmp_path, TWO, "--recipe", recipe, "--out", run, compiled=tmp_path / "nothing yet") as both:
+        both.wait_until(lambda: "compiling" in both.said(0))
+        both.send(1, signal.SIGTERM)
+        assert_stopped_at(0, both, run)
+
+
+@pytest.mark.slow
+def test_a_signal_during_an_evaluation_stops_both(compiled, tmp_path):
+    """Evaluated after every step, on so many sequences that it is nearly always at it."""
+    recipe, run = write_recipe(tmp_path / "recipe.json", steps=100_000), tmp_path / "run"
+    often = ("--evaluation.every", "1", "--evaluation.sequences", "100000")
+    with Processes(tmp_path, TWO, "--recipe", recipe, "--out", run, *often, compiled=compiled) as both:
+        both.wait_for_step(run, 1)
+        both.send(1, signal.SIGTERM)
+        assert_stopped_at(1, both, run)
+    assert not losses(run, "evaluation")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_disk_that_refuses_one_process_holds_up_none(victim, compiled, tmp_path):
+    recipe, run = write_recipe(tmp_path / "recipe.json", steps=100_000), tmp_path / "run"
+    rarely = ("--checkpoint.every", "20")
+    with Processes(tmp_path, TWO, "--recipe", recipe, "--out", run, *rarely, compiled=compiled) as both:
+        both.wait_for_step(run, 21)
+        limit = functools.partial(resource.prlimit, both.processes[victim].pid, resource.RLIMIT_FSIZE)
+        limit((2000, resource.RLIM_INFINITY))
+        both.wait_until(lambda: both.said(0).count("NOT SAVED: File too large while saving") >= 2)
+        limit((resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        refused = both.said(0).count("NOT SAVED")
+        here = steps_logged(run)
+        both.wait_for_step(run, here + 41)
+        both.send(0, signal.SIGTERM)
+        assert both.finish() == [143, 143], both.everything()
+        assert both.said(0).count("NOT SAVED") <= refused + 1
+    assert max(report.step for report in inspect_steps(str(run)) if not report.damage) >= here + 41

@@ -27,16 +27,20 @@ def write_recipe(path: Path, recipe: Recipe = RECIPE) -> Path:
 
 
 class Run:
-    """A process that trains in a run folder. Its standard error goes to a file, which `said` reads."""
+    """A process that trains in a run folder. Its standard error goes to a file, which `said` reads.
 
-    def __init__(self, *arguments: str | Path, errors: Path, compiled: Path | None = None):
+    `program` is Python that changes something, and then runs the command line of `looplm` that it is given.
+    """
+
+    def __init__(self, *arguments: str | Path, errors: Path, compiled: Path | None = None, program: str = ""):
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ONE_DEVICE, "COLUMNS": "80"}
         if compiled is not None:
             environment |= {"JAX_COMPILATION_CACHE_DIR": str(compiled)}
             environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         self._errors = errors
         with errors.open("w") as stream:
-            command = [sys.executable, "-m", "looplm_jax.cli.main", "train", *map(str, arguments)]
+            start = ["-c", program] if program else ["-m", "looplm_jax.cli.main"]
+            command = [sys.executable, *start, "train", *map(str, arguments)]
             self.process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=stream)
 
     def __enter__(self) -> "Run":

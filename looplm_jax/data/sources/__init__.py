@@ -1,5 +1,21 @@
-"""Documents in files, by index: text, .jsonl and .parquet, local or at any fsspec URL."""
+"""Documents in files and datasets, streamed or by index; local or at any fsspec URL."""
 
-from looplm_jax.data.sources.source import FileSource, open_files
+from looplm_jax.data.documents import Document
+from looplm_jax.data.sources.bad_records import BadRecordPolicy
+from looplm_jax.data.sources.by_name import Input, find_inputs
+from looplm_jax.data.sources.files import DataFile
+from looplm_jax.data.sources.formats import Span
+from looplm_jax.data.sources.source import FileSource, open_files, scan, spans
 
-__all__ = ["FileSource", "open_files"]
+__all__ = [
+    "BadRecordPolicy",
+    "DataFile",
+    "Document",
+    "FileSource",
+    "Input",
+    "Span",
+    "find_inputs",
+    "open_files",
+    "scan",
+    "spans",
+]

@@ -1,67 +1,58 @@
 """JSON lines: one document a line, found again by its byte offsets."""
 
-import dataclasses
-import json
-from typing import Any
+from collections.abc import Iterator
+from typing import IO
 
-import numpy as np
-from jaxtyping import Int64, UInt64
-
+from looplm_jax.config import SourceConfig
+from looplm_jax.data.documents import Document
+from looplm_jax.data.sources.bad_records import BadRecord, BadRecordPolicy
 from looplm_jax.data.sources.files import DataFile
-from looplm_jax.data.sources.records import BadRecord, BadRecordPolicy, as_keys, checked_text
-from looplm_jax.data.splits import document_key
-from looplm_jax.errors import suggest
+from looplm_jax.data.sources.formats import WHOLE, Found, Span, ranges
+from looplm_jax.data.sources.records import load_json, record_document
+
+_BLOCK = 2**20
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class JsonlShard:
-    """The documents of a .jsonl file: line i is the bytes `starts[i]..ends[i]`."""
+class JsonLines:
+    """A line belongs to the span in which it begins. Blank lines are no documents."""
 
-    file: DataFile
-    text_key: str
-    starts: Int64[np.ndarray, "N"]
-    ends: Int64[np.ndarray, "N"]
-    keys: UInt64[np.ndarray, "N"]
+    def spans(self, file: DataFile, unit_bytes: int) -> tuple[Span, ...]:
+        """Ranges of bytes; a compressed file is one."""
+        return (WHOLE,) if file.compression else ranges(file.size, unit_bytes)
 
-    def read(self, index: int) -> str:
-        """The text of one line; nothing else of the file is read."""
-        line = self.file.read(int(self.starts[index]), int(self.ends[index]))
-        return _text(line, self.text_key)
+    def scan(self, file: DataFile, source: SourceConfig, bad: BadRecordPolicy, span: Span) -> Iterator[Found]:
+        """The documents of the lines that begin in a range of bytes."""
+        with file.open() as stream:
+            for start, line in _lines(stream, span):
+                try:
+                    document = record_document(load_json(line), source) if line.strip() else ""
+                except BadRecord as problem:
+                    bad.handle(lambda start=start: f"{file.name}:{_line_number(file, start)}", problem)  # type: ignore[misc]
+                    continue
+                if document:
+                    yield Found((start, start + len(line)), document)
+
+    def read(self, file: DataFile, source: SourceConfig, place: tuple[int, int]) -> Document:
+        """The document of one line; nothing else of the file is read."""
+        return record_document(load_json(file.read(*place)), source)
 
 
-def index_jsonl(file: DataFile, text_key: str, bad: BadRecordPolicy) -> JsonlShard:
-    """Read the file once, check every line, and note where the documents are. Blank lines and empty texts are none."""
-    spans, keys, end = [], [], 0
+def _lines(stream: IO[bytes], span: Span) -> Iterator[tuple[int, bytes]]:
+    """Lines that begin in the span, each with its place."""
+    place = span.start
+    if place:  # the line that is under way here belongs to the span before
+        stream.seek(place - 1)
+        place += len(stream.readline()) - 1
+    while place < span.end and (line := stream.readline()):
+        yield place, line
+        place += len(line)
+
+
+def _line_number(file: DataFile, place: int) -> int:
+    """The number, from 1, of the line that begins at a byte; only errors need it, so nothing counts before."""
+    number, left = 1, place
     with file.open() as stream:
-        for number, line in enumerate(stream, start=1):
-            start, end = end, end + len(line)
-            try:
-                text = _text(line, text_key) if line.strip() else ""
-            except BadRecord as problem:
-                bad.handle(f"{file.name}:{number}", problem)
-                continue
-            if text:
-                spans.append((start, end))
-                keys.append(document_key(text))
-    starts, ends = np.array(spans, dtype=np.int64).reshape(-1, 2).T
-    return JsonlShard(file, text_key, starts, ends, as_keys(keys))
-
-
-def _text(line: bytes, text_key: str) -> str:
-    record = _parse(line)
-    if not isinstance(record, dict):
-        raise BadRecord(f"not a JSON object but {type(record).__name__}")
-    if text_key not in record:
-        raise BadRecord(f"the record has no field {text_key!r}{suggest(text_key, record)}")
-    return checked_text(record[text_key])
-
-
-def _parse(line: bytes) -> Any:
-    try:
-        return json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise BadRecord(f"not UTF-8 at byte {error.start} of the line") from None
-    except json.JSONDecodeError as error:
-        raise BadRecord(f"not JSON ({error.msg} at column {error.colno})") from None
-    except (RecursionError, ValueError):
-        raise BadRecord("not JSON that can be read (nested too deep, or a number too long)") from None
+        while left and (block := stream.read(min(_BLOCK, left))):
+            number += block.count(b"\n")
+            left -= len(block)
+    return number

@@ -1,71 +1,98 @@
 """Parquet: one document a row, read by row groups."""
 
-import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-from jaxtyping import Int64, UInt64
-
+from looplm_jax.config import RecordKind, SourceConfig
+from looplm_jax.data.documents import Document
+from looplm_jax.data.sources.bad_records import BadRecord, BadRecordPolicy
 from looplm_jax.data.sources.files import DataFile
-from looplm_jax.data.sources.records import BadRecord, BadRecordPolicy, as_keys, checked_text
-from looplm_jax.data.splits import document_key
+from looplm_jax.data.sources.formats import Found, Span
+from looplm_jax.data.sources.records import value_document
 from looplm_jax.errors import UserError, suggest
 
 _ROW_GROUPS_IN_MEMORY = 8
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class ParquetShard:
-    """The documents of a .parquet file: document i is row `rows[i]` of row group `groups[i]`."""
+class Parquet:
+    """A place is a row group and a row of it."""
 
-    file: DataFile
-    column: str
-    groups: Int64[np.ndarray, "N"]
-    rows: Int64[np.ndarray, "N"]
-    keys: UInt64[np.ndarray, "N"]
+    def spans(self, file: DataFile, unit_bytes: int) -> tuple[Span, ...]:
+        """Row groups, as many together as hold the bytes of a unit before compression."""
+        with file.open() as stream:
+            metadata = _open(stream, file).metadata
+            sizes = [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
+        starts, filled = [0], 0
+        for group, size in enumerate(sizes):
+            if filled and filled + size > unit_bytes:
+                starts.append(group)
+                filled = 0
+            filled += size
+        return tuple(Span(start, end) for start, end in zip(starts, [*starts[1:], len(sizes)]))
 
-    def read(self, index: int) -> str:
-        """The text of one row. Its row group is read, and kept for a while."""
-        return _row_group(self, int(self.groups[index]))[int(self.rows[index])].as_py()
+    def scan(self, file: DataFile, source: SourceConfig, bad: BadRecordPolicy, span: Span) -> Iterator[Found]:
+        """The documents of a range of row groups; one of them is in memory at a time."""
+        with file.open() as stream:
+            table = _open_column(stream, file, source)
+            for group in range(span.start, min(span.end, table.num_row_groups)):
+                for row, value in enumerate(_column(file, table, source, group)):
+                    try:
+                        document = value_document(value.as_py(), source)
+                    except BadRecord as problem:
+                        bad.handle(lambda group=group, row=row: _where(file, table, group, row), problem)  # type: ignore[misc]
+                        continue
+                    if document:
+                        yield Found((group, row), document)
 
-
-def index_parquet(file: DataFile, column: str, bad: BadRecordPolicy) -> ParquetShard:
-    """Read the column once, check every row, and note where the documents are. Empty texts are none."""
-    places, keys, first_row = [], [], 0
-    with file.open() as stream:
-        table = _open(stream, file, column)
-        for group in range(table.num_row_groups):
-            values = table.read_row_group(group, columns=[column]).column(0)
-            for row, value in enumerate(values):
-                try:
-                    text = checked_text(value.as_py())
-                except BadRecord as problem:
-                    bad.handle(f"{file.name}: row {first_row + row}", problem)
-                    continue
-                if text:
-                    places.append((group, row))
-                    keys.append(document_key(text))
-            first_row += len(values)
-    groups, rows = np.array(places, dtype=np.int64).reshape(-1, 2).T
-    return ParquetShard(file, column, groups, rows, as_keys(keys))
+    def read(self, file: DataFile, source: SourceConfig, place: tuple[int, int]) -> Document:
+        """The document of one row. Its row group is read, and kept for a while."""
+        group, row = place
+        return value_document(_row_group(file, file.version, source, group)[row].as_py(), source)
 
 
 @functools.lru_cache(maxsize=_ROW_GROUPS_IN_MEMORY)
-def _row_group(shard: ParquetShard, group: int) -> Any:
-    with shard.file.open() as stream:
-        return _open(stream, shard.file, shard.column).read_row_group(group, columns=[shard.column]).column(0)
+def _row_group(file: DataFile, version: tuple[int, int], source: SourceConfig, group: int) -> Any:
+    with file.open() as stream:
+        table = _open_column(stream, file, source)
+        if group >= table.num_row_groups:
+            raise IndexError(f"there are {table.num_row_groups} row groups")
+        return _column(file, table, source, group)
 
 
-def _open(stream: Any, file: DataFile, column: str) -> Any:
+def _column(file: DataFile, table: Any, source: SourceConfig, group: int) -> Any:
+    import pyarrow
+
+    try:
+        return table.read_row_group(group, columns=[source.key]).column(0)
+    except pyarrow.ArrowException as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{file.name}: cannot be read as Parquet ({reason}); copy or make the file again") from None
+
+
+def _where(file: DataFile, table: Any, group: int, row: int) -> str:
+    before = sum(table.metadata.row_group(earlier).num_rows for earlier in range(group))
+    return f"{file.name}: row {before + row}"
+
+
+def _open_column(stream: Any, file: DataFile, source: SourceConfig) -> Any:
+    table = _open(stream, file)
+    names = table.schema_arrow.names
+    if source.key not in names:
+        setting = "messages_key" if source.kind is RecordKind.CHAT else "text_key"
+        raise UserError(
+            f"{file.name}: there is no column {source.key!r}{suggest(source.key, names)}; set {setting} to one"
+        )
+    return table
+
+
+def _open(stream: Any, file: DataFile) -> Any:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.ParquetFile(stream)
+        return pyarrow.parquet.ParquetFile(stream)
     except pyarrow.ArrowInvalid:
-        raise UserError(f"{file.name}: not a Parquet file; give it the ending of what it is, or remove it") from None
-    names = table.schema_arrow.names
-    if column not in names:
-        raise UserError(f"{file.name}: there is no column {column!r}{suggest(column, names)}; set text_key to one")
-    return table
+        raise UserError(
+            f"{file.name}: not a Parquet file, or cut off; copy it again, or give it the ending of what it is"
+        ) from None

@@ -1,54 +1,80 @@
-"""What is common to the file formats: a file's documents by index, and what happens to records that are none."""
+"""A record, of whatever format, as a document."""
 
-from typing import Any, Protocol
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import numpy as np
-from jaxtyping import UInt64
+from looplm_jax.config import RecordKind, SourceConfig
+from looplm_jax.data.documents import Document, Message
+from looplm_jax.data.sources.bad_records import BadRecord
+from looplm_jax.errors import suggest
 
-from looplm_jax.config import OnBadRecord
-from looplm_jax.errors import UserError
-
-
-class BadRecord(ValueError):
-    """Why a record is not a document."""
-
-
-class Shard(Protocol):
-    """The documents of one file."""
-
-    @property
-    def keys(self) -> UInt64[np.ndarray, "N"]:
-        """`splits.document_key` of every document."""
-
-    def read(self, index: int) -> str:
-        """The text of a document, read from the file."""
+ROLES = ("assistant", "developer", "system", "tool", "user")
+_TEACHER = "assistant"
 
 
-class BadRecordPolicy:
-    """Stops at the first bad record, or counts them."""
-
-    def __init__(self, on_bad_record: OnBadRecord):
-        self._on_bad_record = on_bad_record
-        self.skipped = 0
-
-    def handle(self, where: str, problem: object) -> None:
-        """Count the record, or raise UserError that names its place."""
-        if self._on_bad_record is OnBadRecord.STOP:
-            raise UserError(f"{where}: {problem}; mend it, or leave such records out with --on-bad-record skip")
-        self.skipped += 1
+def load_json(line: bytes) -> Any:
+    """The value that a line of JSON holds. Raises BadRecord."""
+    text = decode(line, "line", "utf-8-sig")
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BadRecord(f"not JSON ({error.msg} at column {error.colno})") from None
+    except (RecursionError, ValueError):
+        raise BadRecord("not JSON that can be read (nested too deep, or a number too long)") from None
 
 
-def checked_text(value: Any) -> str:
-    """`value` if it is Unicode text, else BadRecord. JSON can hold half a surrogate pair, which is not."""
+def decode(content: bytes, what: str, encoding: str = "utf-8") -> str:
+    """Bytes as text. Raises BadRecord."""
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise BadRecord(f"not UTF-8 at byte {error.start} of the {what}") from None
+
+
+def record_document(record: Any, source: SourceConfig) -> Document:
+    """The document of a record with named fields. Raises BadRecord."""
+    if not isinstance(record, Mapping):
+        raise BadRecord(f"not a JSON object but {type(record).__name__}")
+    if source.key not in record:
+        raise BadRecord(f"the record has no field {source.key!r}{suggest(source.key, record)}")
+    return value_document(record[source.key], source)
+
+
+def value_document(value: Any, source: SourceConfig) -> Document:
+    """The document that the field or column of a source holds; an empty text is none. Raises BadRecord."""
+    return _chat(value, source.messages_key) if source.kind is RecordKind.CHAT else _text(value, "the text")
+
+
+def _text(value: Any, what: str) -> str:
+    """`value` if it is Unicode text. JSON can hold half a surrogate pair, which is not."""
     if not isinstance(value, str):
-        raise BadRecord(f"the text is not a string but {type(value).__name__}")
+        raise BadRecord(f"{what} is not a string but {type(value).__name__}")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise BadRecord("the text holds half a surrogate pair, which is not Unicode") from None
+        raise BadRecord(f"{what} holds half a surrogate pair, which is not Unicode") from None
     return value
 
 
-def as_keys(keys: list[int]) -> UInt64[np.ndarray, "N"]:
-    """Document keys as an array."""
-    return np.array(keys, dtype=np.uint64)
+def _chat(value: Any, key: str) -> tuple[Message, ...]:
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise BadRecord(f"{key!r} is not a list of messages but {type(value).__name__}")
+    if not value:
+        raise BadRecord(f"{key!r} holds no message")
+    chat = tuple(_message(message, number) for number, message in enumerate(value))
+    if not any(message.role == _TEACHER and message.content for message in chat):
+        raise BadRecord("the assistant says nothing in this chat, so there is nothing to learn from it")
+    return chat
+
+
+def _message(value: Any, number: int) -> Message:
+    if not isinstance(value, Mapping):
+        raise BadRecord(f"message {number} is not an object with role and content but {type(value).__name__}")
+    for name in ("role", "content"):
+        if name not in value:
+            raise BadRecord(f"message {number} has no {name!r}{suggest(name, value)}")
+    role = _text(value["role"], f"the role of message {number}")
+    if role not in ROLES:
+        raise BadRecord(f"message {number} has the unknown role {role!r}{suggest(role, ROLES)}")
+    return Message(role, _text(value["content"], f"the content of message {number}"))

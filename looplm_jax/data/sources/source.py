@@ -1,17 +1,59 @@
-"""All documents of a set of files, by index."""
+"""Documents of files: streamed, or by index."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-from jaxtyping import UInt64
+from jaxtyping import Int64, UInt64
 
-from looplm_jax.config import OnBadRecord
-from looplm_jax.data.sources.files import DataFile, find_files
-from looplm_jax.data.sources.jsonl import index_jsonl
-from looplm_jax.data.sources.parquet import index_parquet
-from looplm_jax.data.sources.records import BadRecordPolicy, Shard
-from looplm_jax.data.sources.text import index_text
+from looplm_jax.config import OnBadRecord, SourceConfig
+from looplm_jax.data.documents import Document
+from looplm_jax.data.sources.bad_records import BadRecord, BadRecordPolicy
+from looplm_jax.data.sources.by_name import Input, find_inputs, format_of
+from looplm_jax.data.sources.formats import WHOLE, Span
+from looplm_jax.data.sources.spooled import seekable
+from looplm_jax.data.splits import document_key
 from looplm_jax.errors import UserError
+
+
+def scan(file: Input, source: SourceConfig, bad: BadRecordPolicy, span: Span | None = None) -> Iterator[Document]:
+    """Every document of a file, or of one span of it, in order: one pass, bounded memory.
+
+    Raises:
+      UserError: the file cannot be read, or holds a bad record (file and line named) where `bad` stops at it.
+    """
+    return (found.document for found in format_of(file).scan(file, source, bad, span or WHOLE))
+
+
+def spans(file: Input, unit_bytes: int) -> tuple[Span, ...]:
+    """Where a file can be cut into parts of about `unit_bytes`, which together give exactly its documents.
+
+    A compressed file is one span. The same file and size give the same spans.
+    """
+    return format_of(file).spans(file, unit_bytes)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Shard:
+    """The documents of one file, by index: where each of them lies, and its `splits.document_key`."""
+
+    file: Input
+    source: SourceConfig
+    places: Int64[np.ndarray, "N 2"]
+    keys: UInt64[np.ndarray, "N"]
+
+    def read(self, index: int) -> Document:
+        """A document, read from the file. Raises UserError where it is no longer there."""
+        first, second = map(int, self.places[index])
+        try:
+            if document := format_of(self.file).read(self.file, self.source, (first, second)):
+                return document
+            problem: Exception = BadRecord("the document is gone")
+        except UserError:
+            raise
+        except (ValueError, IndexError) as error:  # a bad record, or what pyarrow raises
+            problem = error
+        raise UserError(f"{self.file.name}: changed since it was opened ({problem}); start again")
 
 
 class FileSource:
@@ -26,7 +68,7 @@ class FileSource:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def __getitem__(self, index: int) -> str:
+    def __getitem__(self, index: int) -> Document:
         if not 0 <= index < len(self):
             raise IndexError(index)
         shard = int(np.searchsorted(self._ends, index, side="right"))
@@ -42,23 +84,26 @@ class FileSource:
         return f"FileSource({self._pattern!r}, documents={len(self)})"
 
 
-def open_files(pattern: str, *, text_key: str = "text", on_bad_record: OnBadRecord = OnBadRecord.STOP) -> FileSource:
-    """Index the documents of a path, glob, folder or fsspec URL. Every file is read once; texts are not kept.
+def open_files(source: SourceConfig, *, on_bad_record: OnBadRecord = OnBadRecord.STOP) -> FileSource:
+    """Index the documents of a path, glob, folder, fsspec URL or dataset. Every file is read once; no text is kept.
+
+    The content of compressed files goes to temporary files, to be read at random.
 
     Raises:
       UserError: nothing matches, a file cannot be read or holds a bad record (file and line named), or no text at all.
     """
-    files, bad = find_files(pattern), BadRecordPolicy(on_bad_record)
-    source = FileSource(pattern, [_index(file, text_key, bad) for file in files], bad.skipped)
-    if len(source) == 0:
+    files, bad = find_inputs(source.path), BadRecordPolicy(on_bad_record)
+    found = FileSource(source.path, [_index(file, source, bad) for file in files], bad.skipped)
+    if len(found) == 0:
         skipped = f" ({bad.skipped} bad records were left out)" if bad.skipped else ""
-        raise UserError(f"{pattern}: the {len(files)} files hold no text{skipped}; give files with text in them")
-    return source
+        raise UserError(f"{source.path}: the {len(files)} files hold no text{skipped}; give files with text in them")
+    return found
 
 
-def _index(file: DataFile, text_key: str, bad: BadRecordPolicy) -> Shard:
-    if file.suffix == ".jsonl":
-        return index_jsonl(file, text_key, bad)
-    if file.suffix == ".parquet":
-        return index_parquet(file, text_key, bad)
-    return index_text(file, bad)
+def _index(file: Input, source: SourceConfig, bad: BadRecordPolicy) -> Shard:
+    file = seekable(file)
+    places, keys = [], []
+    for found in format_of(file).scan(file, source, bad, WHOLE):
+        places.append(found.place)
+        keys.append(document_key(found.document))
+    return Shard(file, source, np.array(places, dtype=np.int64).reshape(-1, 2), np.array(keys, dtype=np.uint64))

@@ -1,15 +1,15 @@
 """Plain text: prose is cut at blank lines, so that a single book can be shuffled and split; code stays whole."""
 
-import dataclasses
 import re
 from collections.abc import Iterator
 
-import numpy as np
-from jaxtyping import Int64, UInt64
-
+from looplm_jax.config import SourceConfig
+from looplm_jax.data.documents import Document
+from looplm_jax.data.sources.bad_records import BadRecordPolicy
 from looplm_jax.data.sources.files import DataFile
-from looplm_jax.data.sources.records import BadRecordPolicy, as_keys
-from looplm_jax.data.splits import document_key
+from looplm_jax.data.sources.formats import WHOLE, Found, Span, ranges
+from looplm_jax.data.sources.records import decode
+from looplm_jax.data.sources.spooled import seekable
 
 _PROSE = (".md", ".rst", ".txt")
 _BLANK_LINES = re.compile(rb"\n(?:[ \t\r]*\n)+")
@@ -17,38 +17,62 @@ _DOCUMENT_BYTES = range(1024, 8192)
 _DOCUMENTS = 256  # enough for a validation split; a longer file has more of them, a shorter one fewer
 _LONGEST_PARAGRAPH = 65536
 
+# A long file is cut in sections first, each of which can be read without the others.
+_SECTION_BYTES = 2**24
+_ENDS_OF_SECTIONS = (_BLANK_LINES, re.compile(rb"\n"), re.compile(rb" "), re.compile(rb"(?=[\x00-\x7f\xc0-\xff])"))
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class TextShard:
-    """The documents of a file, which together are the file: document i is the bytes `starts[i]..ends[i]`."""
 
-    file: DataFile
-    starts: Int64[np.ndarray, "N"]
-    ends: Int64[np.ndarray, "N"]
-    keys: UInt64[np.ndarray, "N"]
+class Text:
+    """The documents of a file together are the file. An empty file has none."""
 
-    def read(self, index: int) -> str:
+    def spans(self, file: DataFile, unit_bytes: int) -> tuple[Span, ...]:
+        """Whole sections of prose, by the bytes near which they begin; a compressed file or code is one span."""
+        if file.compression or file.suffix not in _PROSE:
+            return (WHOLE,)
+        return ranges(file.size, max(unit_bytes // _SECTION_BYTES, 1) * _SECTION_BYTES)
+
+    def scan(self, file: DataFile, source: SourceConfig, bad: BadRecordPolicy, span: Span) -> Iterator[Found]:
+        """The documents of the sections that begin in a range of bytes. What is not UTF-8 is left out by sections."""
+        file = seekable(file)
+        size = file.size
+        for section in _sections(file, size, span):
+            content = file.read(section.start, section.end)
+            try:
+                content.decode()
+            except UnicodeDecodeError as error:
+                place = section.start + error.start
+                bad.handle(lambda: file.name, f"not UTF-8 at byte {place}")
+                continue
+            start = 0
+            for end in _document_ends(content, size) if file.suffix in _PROSE else [len(content)] * bool(content):
+                yield Found((section.start + start, section.start + end), content[start:end].decode())
+                start = end
+
+    def read(self, file: DataFile, source: SourceConfig, place: tuple[int, int]) -> Document:
         """The text of one document; nothing else of the file is read."""
-        return self.file.read(int(self.starts[index]), int(self.ends[index])).decode()
+        return decode(file.read(*place), "document")
 
 
-def index_text(file: DataFile, bad: BadRecordPolicy) -> TextShard:
-    """Read the file once, check that it is UTF-8, and note where its documents are. An empty file has none."""
-    content = file.read()
-    try:
-        content.decode()
-    except UnicodeDecodeError as error:
-        bad.handle(file.name, f"not UTF-8 at byte {error.start}")
-        content = b""
-    ends = list(_document_ends(content)) if file.suffix in _PROSE else [len(content)] * bool(content)
-    starts = [0, *ends][: len(ends)]
-    keys = [document_key(content[start:end].decode()) for start, end in zip(starts, ends)]
-    return TextShard(file, np.array(starts, np.int64), np.array(ends, np.int64), as_keys(keys))
+def _sections(file: DataFile, size: int, span: Span) -> Iterator[Span]:
+    if file.suffix not in _PROSE:
+        yield Span(0, size)
+        return
+    for near in range(span.start, min(span.end, size), _SECTION_BYTES):
+        yield Span(_section_start(file, size, near), _section_start(file, size, near + _SECTION_BYTES))
 
 
-def _document_ends(content: bytes) -> Iterator[int]:
-    """Where documents end: at the first place to cut that makes them long enough."""
-    least = min(max(len(content) // _DOCUMENTS, _DOCUMENT_BYTES.start), _DOCUMENT_BYTES.stop)
+def _section_start(file: DataFile, size: int, near: int) -> int:
+    """After the first blank lines from there on; where there are none for long, after a line, a word, a character."""
+    if near <= 0 or near >= size:
+        return min(near, size)
+    window = file.read(near, min(near + _LONGEST_PARAGRAPH, size))
+    found = filter(None, (pattern.search(window) for pattern in _ENDS_OF_SECTIONS))
+    return near + next((match.end() for match in found), 0)
+
+
+def _document_ends(content: bytes, size: int) -> Iterator[int]:
+    """Where documents end: at the first place to cut that makes them long enough for a file of that size."""
+    least = min(max(size // _DOCUMENTS, _DOCUMENT_BYTES.start), _DOCUMENT_BYTES.stop)
     start = 0
     for end in _places_to_cut(content):
         if end - start >= least or end == len(content):

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Protocol
 
-from looplm_jax.data.examples import Example
+from looplm_jax.data.documents import Example
 from looplm_jax.data.tokenizers.symbols import SymbolTokenizer
 
 _ENDLESS = 2**48

@@ -12,20 +12,16 @@ training.
 import dataclasses
 import enum
 import functools
-import hashlib
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
-from looplm_jax.data.examples import Example
-from looplm_jax.data.splits import is_validation
+from looplm_jax.data.documents import Example
+from looplm_jax.data.tasks.draws import first_draw, generator, is_held_out
 from looplm_jax.data.tokenizers.symbols import SymbolTokenizer
 from looplm_jax.errors import UserError
 
 OPERATORS = ("+", "-", "*")
-_HELD_OUT = 1 / 16
-_MOST_DRAWS = 1_000
 
 
 class Supervise(enum.Enum):
@@ -75,7 +71,7 @@ class Mano:
 
     def train_example(self, seed: int, index: int) -> Example:
         """Problem `index` of the training stream of a seed: length uniform in 1..L, never a held-out one."""
-        length = int(_generator("train", seed, index).integers(1, self.length + 1))
+        length = int(generator("train", seed, index).integers(1, self.length + 1))
         return self._example(length, self._draw("train", seed, index, length, held_out=False))
 
     def validation_example(self, index: int) -> Example:
@@ -84,19 +80,17 @@ class Mano:
 
     def _draw(self, stream: str, seed: int, index: int, length: int, *, held_out: bool) -> Expression:
         """The first expression of its own sequence of draws that is on the asked side of the split."""
-        for attempt in range(_MOST_DRAWS):
-            expression = draw_expression(_generator(stream, seed, index, attempt), length, self.modulus)
-            if self.is_held_out(expression) is held_out:
-                return expression
-        raise UserError(
-            f"mano:length={self.length},modulus={self.modulus} has too few problems to hold some out; "
-            "raise length or modulus"
-        )
+
+        def draw(attempt: int) -> Expression:
+            return draw_expression(generator(stream, seed, index, attempt), length, self.modulus)
+
+        name = f"mano:length={self.length},modulus={self.modulus}"
+        return first_draw(draw, lambda drawn: self.is_held_out(drawn) is held_out, name, "raise length or modulus")
 
     def is_held_out(self, expression: Expression) -> bool:
         """Whether the expression belongs to validation, whatever the seed."""
         at_full_length = len(expression.symbols) == 2 * self.length + 1
-        return at_full_length and is_validation(" ".join(expression.symbols), _HELD_OUT)
+        return at_full_length and is_held_out(" ".join(expression.symbols))
 
     def _example(self, length: int, expression: Expression) -> Example:
         text = f"<bos> <len_{length}> {' '.join(expression.symbols)} <ans> {expression.value}"
@@ -140,9 +134,3 @@ def _apply(operator: str, left: int, right: int) -> int:
     if operator == "+":
         return left + right
     return left - right if operator == "-" else left * right
-
-
-def _generator(*key: Any) -> np.random.Generator:
-    """An independent generator for each key."""
-    digest = hashlib.blake2b(":".join(map(str, key)).encode(), digest_size=16).digest()
-    return np.random.default_rng(int.from_bytes(digest, "big"))

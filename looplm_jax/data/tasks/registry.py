@@ -5,19 +5,26 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from looplm_jax.codec import from_dict
+from looplm_jax.data.sources import huggingface
+from looplm_jax.data.tasks.addition import Addition
 from looplm_jax.data.tasks.base import Task
 from looplm_jax.data.tasks.mano import Mano
+from looplm_jax.data.tasks.p_hop import PHop
+from looplm_jax.data.tasks.reachability import Reachability
+from looplm_jax.data.tasks.three_hop import ThreeHop
 from looplm_jax.errors import UserError, suggest
 
-TASKS: Mapping[str, type[Task]] = MappingProxyType({"mano": Mano})
+TASKS: Mapping[str, type[Task]] = MappingProxyType(
+    {"addition": Addition, "mano": Mano, "phop": PHop, "reachability": Reachability, "threehop": ThreeHop}
+)
 
 # `name:` and no `//` after it, which would be a URL.
 _SPEC = re.compile(r"(?P<name>[A-Za-z]\w+):(?!/)(?P<options>.*)")
 
 
 def is_task(path: str) -> bool:
-    """Whether the path of a source means a task and not files."""
-    return path in TASKS or _SPEC.fullmatch(path) is not None
+    """Whether the path of a source means a task, and neither files nor a dataset."""
+    return path in TASKS or (_SPEC.fullmatch(path) is not None and not path.startswith(huggingface.PREFIX))
 
 
 def make_task(spec: str) -> Task:

@@ -1,0 +1,283 @@
+"""Checkpoints on a local disk: how fast they are written and read, and what a save adds to a training step.
+
+    python -m experiments.benchmarks.checkpoints --folder runs/checkpoints
+
+Trains models whose whole state (parameters, moments of AdamW, guard) has about the wanted size, and saves and restores
+through what training itself uses. Beside it stands what the disk does with one plain file of the same size, written to
+the end (fsync), and read with nothing of it in the page cache; checkpoints are read so too. Every figure is the median
+of `--rounds`. Needs three times the largest state on the disk, and removes what it wrote.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from looplm_jax.checkpoints import CheckpointStore, Metadata
+from looplm_jax.codec import to_dict
+from looplm_jax.config import ComputeConfig, Dtype, MeshConfig, ModelConfig, Recipe, Stage
+from looplm_jax.data.packing import Batch
+from looplm_jax.distributed import ALONE
+from looplm_jax.models.looplm import LoopLM
+from looplm_jax.sharding import make_mesh
+from looplm_jax.training.program import StagePrograms, place
+from looplm_jax.training.saving import Saver
+from looplm_jax.training.state import abstract_state, initial_state
+
+_BYTES_PER_PARAMETER = 12  # float32 and two moments
+_LOOPS, _LENGTH, _VOCABULARY = 2, 128, 2048
+_STEPS = 8  # without a save, in each round
+_BLOCK = 2**23
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Round:
+    """Seconds of one round, and bytes of a step on the disk.
+
+    Attributes:
+      write: a plain file of the state's size.
+      read: that file.
+      step: a training step without saves (median).
+      save: a save from its beginning to its commit, with nothing else to do.
+      restore: reading it again, digests included.
+      call: beginning a save in the background, until training goes on.
+      first: the first step after that.
+      during: the steps after it until the save is committed (median; that of a step if there are none).
+      behind: steps that were taken until the commit.
+      stored: bytes of the step on the disk.
+    """
+
+    write: float
+    read: float
+    step: float
+    save: float
+    restore: float
+    call: float
+    first: float
+    during: float
+    behind: int
+    stored: int
+
+    @property
+    def stall(self) -> float:
+        """Seconds by which a save in the background delays training."""
+        return self.call + self.first - self.step + (self.behind - 1) * (self.during - self.step)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measured:
+    """The rounds for a state of so many bytes."""
+
+    state_bytes: int
+    rounds: tuple[Round, ...]
+
+    def median(self, name: str) -> float:
+        """The median of a figure over the rounds."""
+        return statistics.median(getattr(a_round, name) for a_round in self.rounds)
+
+
+class Trainer:
+    """A model whose state has about `state_bytes`, and its step."""
+
+    def __init__(self, state_bytes: int):
+        stage = Stage(
+            name="bench", steps=100_000, batch_size=1, sequence_length=_LENGTH, loops=_LOOPS, beta=0.05,
+            learning_rate=3e-4,
+        )  # fmt: skip
+        config = _model(state_bytes)
+        self.recipe = Recipe(name="bench", model=config, stages=(stage,), compute=ComputeConfig(dtype=Dtype.FLOAT32))
+        model, mesh = LoopLM(config, self.recipe.compute), make_mesh(MeshConfig(data=1), jax.devices()[:1])
+        self._programs = StagePrograms(self.recipe, model, stage, mesh, first_step=0)
+        self._programs.compile(_LOOPS)
+        self._batch = place(_batch(config), stage, mesh)
+        self.abstract = abstract_state(self.recipe, model, stage, mesh)
+        self.state = initial_state(self.recipe, model, stage, mesh)
+        self.done = 0
+
+    def step(self) -> None:
+        """One step, to its end."""
+        self.state, metrics = self._programs.run(_LOOPS, self.state, self._batch)
+        self.done += 1
+        float(metrics.loss)
+
+    def forget(self) -> None:
+        """Free the state, so that no more than one is in memory when it is restored."""
+        for leaf in jax.tree.leaves(self.state):
+            leaf.delete()
+
+    def save(self, saver: Saver) -> None:
+        """Begin a save, as training does."""
+        metadata = Metadata(
+            config=to_dict(self.recipe), tokenizer_kind="none", tokenizer=b"", tokenizer_fingerprint="", data_state={}
+        )
+        saver.save(self.done, self.state, metadata, permanent=False)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure and print Markdown tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="where to write; must not exist")
+    parser.add_argument("--megabytes", type=int, nargs="+", default=[100, 1000], help="sizes of the state")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args(argv)
+    if options.folder.exists():
+        parser.error("--folder must name a folder that does not exist")
+    measured = []
+    with contextlib.ExitStack() as closing:
+        options.folder.mkdir(parents=True)
+        closing.callback(shutil.rmtree, options.folder)
+        for megabytes in options.megabytes:
+            measured.append(measure(options.folder / str(megabytes), megabytes * 10**6, options.rounds))
+    print(bandwidth_table(measured))
+    print()
+    print(stall_table(measured))
+
+
+def measure(folder: Path, state_bytes: int, rounds: int) -> Measured:
+    """So many rounds with one state; the first save, which compiles the digests, is not counted."""
+    trainer = Trainer(state_bytes)
+    store = CheckpointStore(folder, keep=1)
+    saver = Saver(store, ALONE)
+    for _ in range(3):
+        trainer.step()
+    trainer.save(saver)
+    saver.finish()
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(trainer.state))
+    return Measured(state_bytes=size, rounds=tuple(_round(folder, trainer, store, saver, size) for _ in range(rounds)))
+
+
+def _round(folder: Path, trainer: Trainer, store: CheckpointStore, saver: Saver, size: int) -> Round:
+    plain = folder.with_suffix(".plain")
+    write = _seconds(lambda: _write(plain, size))
+    _forget(plain)
+    read = _seconds(lambda: _read(plain))
+    plain.unlink()
+    steps = [_seconds(trainer.step) for _ in range(_STEPS)]
+    saved = trainer.done
+    call, first = _seconds(lambda: trainer.save(saver)), _seconds(trainer.step)
+    during = list(_until_committed(trainer, store, saved))
+    saver.finish()
+    trainer.step()
+    save = _seconds(lambda: trainer.save(saver)) + _seconds(saver.finish)
+    _forget(folder)
+    trainer.forget()
+    restore = _seconds(lambda: _restore(trainer, store))
+    return Round(
+        write=write,
+        read=read,
+        step=statistics.median(steps),
+        save=save,
+        restore=restore,
+        call=call,
+        first=first,
+        during=statistics.median(during or steps),
+        behind=1 + len(during),
+        stored=sum(path.stat().st_size for path in (folder / str(trainer.done)).rglob("*") if path.is_file()),
+    )
+
+
+def bandwidth_table(measured: Sequence[Measured]) -> str:
+    """MB/s of the state's bytes."""
+    lines = [
+        "| state | on the disk | plain write | save | of plain | plain read | restore | of plain |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for one in measured:
+        write, save, read, restore = (
+            one.state_bytes / one.median(name) / 1e6 for name in ("write", "save", "read", "restore")
+        )
+        lines.append(
+            f"| {one.state_bytes / 1e6:,.0f} MB | {one.median('stored') / 1e6:,.0f} MB | {write:,.0f} MB/s "
+            f"| {save:,.0f} MB/s | {save / write:.2f} | {read:,.0f} MB/s | {restore:,.0f} MB/s | {restore / read:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def stall_table(measured: Sequence[Measured]) -> str:
+    """What a save adds to steps, in the background and while training waits."""
+    lines = [
+        "| state | step | save begun in | next step | later ones | steps until commit | stall in all | waited for |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for one in measured:
+        step, call, first, during, save = (one.median(name) for name in ("step", "call", "first", "during", "save"))
+        lines.append(
+            f"| {one.state_bytes / 1e6:,.0f} MB | {step:.2f} s | {call:.2f} s | {first:.2f} s | {during:.2f} s "
+            f"| {one.median('behind'):.0f} | {one.median('stall'):.2f} s | {save:.2f} s |"
+        )
+    return "\n".join(lines)
+
+
+def _model(state_bytes: int) -> ModelConfig:
+    """A model of four layers as wide as the size wants; a layer has 4 D^2 parameters and a feed-forward of 8 D^2."""
+    wanted = state_bytes / _BYTES_PER_PARAMETER
+    width = next(width for width in itertools.count(64, 64) if 48 * width**2 + 2 * _VOCABULARY * width >= wanted)
+    return ModelConfig(
+        vocab_size=_VOCABULARY, width=width, mlp_width=width * 8 // 3, num_layers=4, num_heads=width // 64,
+        max_positions=_LENGTH,
+    )  # fmt: skip
+
+
+def _batch(config: ModelConfig) -> Batch:
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (1, _LENGTH + 1), dtype=np.int32)
+    return Batch(
+        tokens=tokens[:, :-1],
+        targets=tokens[:, 1:],
+        segment_ids=np.ones((1, _LENGTH), np.int32),
+        positions=np.arange(_LENGTH, dtype=np.int32)[None],
+        loss_mask=np.ones((1, _LENGTH), np.float32),
+    )
+
+
+def _until_committed(trainer: Trainer, store: CheckpointStore, step: int) -> Iterator[float]:
+    """Seconds of the steps that are taken until that one is committed."""
+    while step not in store.steps():
+        yield _seconds(trainer.step)
+
+
+def _restore(trainer: Trainer, store: CheckpointStore) -> None:
+    trainer.state = jax.block_until_ready(store.restore(trainer.abstract).state)
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def _write(path: Path, size: int) -> None:
+    block = np.random.default_rng(0).bytes(min(size, _BLOCK))
+    with path.open("wb") as stream:
+        for start in range(0, size, len(block)):
+            stream.write(block[: size - start])
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _read(path: Path) -> None:
+    with path.open("rb", buffering=0) as stream:
+        block = bytearray(_BLOCK)
+        while stream.readinto(block):
+            pass
+
+
+def _forget(path: Path) -> None:
+    """Put what is written on the disk and out of the page cache."""
+    for file in [path] if path.is_file() else filter(Path.is_file, path.rglob("*")):
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+if __name__ == "__main__":
+    main()

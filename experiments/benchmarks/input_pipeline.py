@@ -1,0 +1,171 @@
+"""Does the input keep up? Tokens per second of three ways to read, and how long a real run waits for them.
+
+The text is the source of this Python's standard library. It is read (a) as JSONL, tokenised and packed on the fly, (b)
+as one prepared corpus, (c) as a mixture of 30 prepared corpora. A small recipe is then trained on each. The last
+column compares with what a host of ouro-1.4b on v5e:16x16 needs: 4,194,304 tokens a step for 64 hosts, at 8.037 s.
+
+    python -m experiments.benchmarks.input_pipeline
+"""
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from looplm_jax import data
+from looplm_jax.codec import to_dict
+from looplm_jax.config import DataConfig, EvaluationConfig, Recipe, SourceConfig
+from looplm_jax.data.prepared.plan import Order
+from looplm_jax.data.prepared.pool import Progress
+from looplm_jax.data.prepared.prepare import prepare
+from looplm_jax.data.tokenizers import Tokenizer
+from looplm_jax.recipes import named_recipe
+from looplm_jax.training.goodput import Activity, total_seconds
+from looplm_jax.training.metrics import read_metrics
+
+_SOURCES = 30
+_POD_TOKENS, _POD_HOSTS, _POD_SECONDS = 4_194_304, 64, 8.037  # ouro-1.4b on v5e:16x16, see docs/planning.md
+_LENGTHS = (256, 4096)
+_BATCH_TOKENS = 2**16
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """One way to read: its name, and the mixture for a length of rows."""
+
+    name: str
+    sources: dict[int, tuple[SourceConfig, ...]]
+
+
+class _Unwatched:
+    def begin(self, what: str, *, bytes: int, done: int) -> None:
+        """Nobody looks."""
+
+    def advance(self, progress: Progress) -> None:
+        """Nobody looks."""
+
+    def finish_unit(self, bytes: int) -> None:
+        """Nobody looks."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print a table in Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=10.0, help="how long each way is read")
+    parser.add_argument("--steps", type=int, default=30, help="steps of each small run; 0: none")
+    parser.add_argument("--workers", type=int, default=2, help="processes that prepare")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        tokenizer = _collect(root)
+        ways = _prepare_all(root, tokenizer, options.workers)
+        needed = _POD_TOKENS / _POD_HOSTS / _POD_SECONDS
+        print(f"| read | {' | '.join(f'tokens/s, rows of {length:,}' for length in _LENGTHS)} | of what a host needs |")
+        print("|---|---|---|---|")
+        for way in ways:
+            speeds = [_speed(sources, tokenizer, length, options.seconds) for length, sources in way.sources.items()]
+            cells = " | ".join(f"{speed:,.0f}" for speed in speeds)
+            print(f"| {way.name} | {cells} | {speeds[-1] / needed:,.1f} times {needed:,.0f} |", flush=True)
+        if options.steps:
+            print("\n| a small run on | tokens/s | waits for input |\n|---|---|---|")
+            for way in ways:
+                print(f"| {way.name} | {_train(way, root, options.steps)} |", flush=True)
+
+
+def _collect(root: Path) -> Tokenizer:
+    """The text as one file and as 30, and a tokeniser for it."""
+    data.collect_stdlib(root / "all.jsonl")
+    lines = (root / "all.jsonl").read_text().splitlines(keepends=True)
+    for number in range(_SOURCES):
+        (root / f"part-{number}.jsonl").write_text("".join(lines[number::_SOURCES]))
+    texts = data.training_texts(DataConfig(sources=(SourceConfig(path=str(root / "all.jsonl")),)))
+    tokenizer = data.train_sentencepiece(texts, named_recipe("text-small").model.vocab_size)
+    (root / "tokenizer.model").write_bytes(tokenizer.serialize())
+    return tokenizer
+
+
+def _prepare_all(root: Path, tokenizer: Tokenizer, workers: int) -> tuple[Way, ...]:
+    names = ["all", *(f"part-{number}" for number in range(_SOURCES))]
+    for length in _LENGTHS:
+        started = time.perf_counter()
+        for name in names:
+            order = Order(
+                sources=(SourceConfig(path=str(root / f"{name}.jsonl")),),
+                tokenizer=tokenizer,
+                sequence_length=length,
+                validation_fraction=0.0,
+                unit_bytes=2**22,
+            )
+            manifest = prepare(order, str(root / f"{name}-{length}"), workers=workers, watcher=_Unwatched())
+            if name == "all":
+                _say_speed(length, manifest.tokens, manifest.sources[0].bytes, time.perf_counter() - started, workers)
+
+    def of(chosen: Sequence[str]) -> dict[int, tuple[SourceConfig, ...]]:
+        return {n: tuple(SourceConfig(path=str(root / f"{name}-{n}")) for name in chosen) for n in _LENGTHS}
+
+    return (
+        Way("JSONL, tokenised on the fly", dict.fromkeys(_LENGTHS, (SourceConfig(path=str(root / "all.jsonl")),))),
+        Way("prepared rows of one source", of(names[:1])),
+        Way(f"prepared rows of {_SOURCES} sources", of(names[1:])),
+    )
+
+
+def _say_speed(length: int, tokens: int, size: int, seconds: float, workers: int) -> None:
+    print(
+        f"{workers} workers prepared rows of {length:,} at {size / seconds / 1e6:.1f} MB/s of text, "
+        f"{tokens / seconds:,.0f} tokens/s\n"
+    )
+
+
+def _speed(sources: tuple[SourceConfig, ...], tokenizer: Tokenizer, length: int, seconds: float) -> float:
+    """Tokens per second that a process reads when it does nothing else."""
+    config = DataConfig(sources=sources, validation_fraction=0.0)
+    rows = _BATCH_TOKENS // length
+    batches = data.train_batches(config, tokenizer, batch_size=rows, sequence_length=length, seed=0)
+    for _ in range(4):  # what was read ahead while the stream was opened
+        next(batches)
+    started, tokens = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        tokens += int((next(batches).segment_ids > 0).sum())
+    elapsed = time.perf_counter() - started
+    batches.close()
+    return tokens / elapsed
+
+
+def _train(way: Way, root: Path, steps: int) -> str:
+    """Tokens per second of a small run, and the share of the time from its first step on that it waited for input."""
+    recipe = _small(way, root, steps)
+    file, out = root / "recipe.json", root / f"run-{len(list(root.glob('run-*')))}"
+    file.write_text(json.dumps(to_dict(recipe)))
+    command = [sys.executable, "-m", "looplm_jax.cli.main", "train", "--recipe", str(file), "--out", str(out)]
+    subprocess.run(command, check=True, capture_output=True)
+    rows = [row for row in read_metrics(out) if row["kind"] == "train"][1:]
+    seconds = total_seconds(rows)
+    working = seconds[Activity.STEP] + seconds[Activity.INPUT]
+    tokens = (steps - 1) * recipe.stages[0].batch_size * recipe.stages[0].sequence_length
+    return f"{tokens / working:,.0f} | {seconds[Activity.INPUT] / working:.2%}"
+
+
+def _small(way: Way, root: Path, steps: int) -> Recipe:
+    recipe = named_recipe("text-small")
+    stage = dataclasses.replace(recipe.stages[0], steps=steps, warmup_steps=0, decay_steps=0)
+    return dataclasses.replace(
+        recipe,
+        stages=(stage,),
+        data=DataConfig(
+            sources=way.sources[stage.sequence_length],
+            tokenizer=str(root / "tokenizer.model"),
+            validation_fraction=0.0,
+        ),
+        evaluation=EvaluationConfig(every=0),
+        log_every=1,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""What `looplm experiment` does."""
+
+import argparse
+import functools
+import json
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from experiments.experiment import Scale
+from experiments.grid import Grid, Share
+from experiments.registry import EXPERIMENTS
+from experiments.results_files import write_results
+from looplm_jax.errors import UserError, suggest
+from looplm_jax.evaluation.tables import Table
+from looplm_jax.training.signals import Stopped
+
+
+def run_experiment(arguments: argparse.Namespace) -> int:
+    """Run a share of an experiment's grid, and report all that is finished of it.
+
+    Raises:
+      UserError: unknown name, scale or share, an empty grid, or a folder of other results.
+    """
+    name = arguments.name
+    if name not in EXPERIMENTS:
+        raise UserError(f"no such experiment {name!r}{suggest(name, EXPERIMENTS)}")
+    experiment, scale, share = EXPERIMENTS[name], _scale(arguments.scale), Share.parse(arguments.share)
+    cells = experiment.cells(scale)
+    if not cells:
+        raise UserError(f"{name} has no cells at --scale {scale.value}; give it at least one shape and one seed")
+    out = arguments.out or arguments.root / name / scale.value
+    grid = Grid(folder=out, experiment=name, scale=scale.value)
+    grid.open()
+    console = Console(stderr=True, highlight=False)
+    again = f"looplm experiment {name} --scale {scale.value}"
+    try:
+        records = grid.run(cells, functools.partial(experiment.run, console=console), share, console.print)
+    except Stopped as stopped:
+        console.print(f"looplm: stopped by {stopped.signal.name}; the same command goes on from there")
+        return 128 + stopped.signal
+    if not records:
+        print(f"no cell of this share; next: {again}")
+        return 0
+    out_console = Console(highlight=False, soft_wrap=True)
+    written = write_results(out, experiment, scale, records, len(cells), out_console)
+    print(f"wrote {', '.join(written)} to {out}")
+    print("next: looplm experiment report" if len(records) == len(cells) else f"next: {again}")
+    return 0
+
+
+def list_experiments(root: Path) -> int:
+    """Every experiment, what it claims, and how much of each scale is done."""
+    rows = []
+    for name, experiment in EXPERIMENTS.items():
+        for scale in Scale:
+            cells = experiment.cells(scale)
+            done = sum((root / name / scale.value / "cells" / cell.name / "record.json").exists() for cell in cells)
+            rows.append([name, scale.value, f"{done} of {len(cells)}", experiment.claim])
+    columns = ("experiment", "scale", "cells done", "what it tests")
+    Console(highlight=False, soft_wrap=True).print(Table(title="experiments", columns=columns, rows=rows).rich())
+    print(f"next: looplm experiment {next(iter(EXPERIMENTS))} --scale cpu")
+    return 0
+
+
+def report_experiments(root: Path) -> int:
+    """The findings of all results below a folder."""
+    found = sorted(root.glob("*/*/results.json"))
+    if not found:
+        print(f"looplm: no results in {root}", file=sys.stderr)
+        print(f"next: looplm experiment {next(iter(EXPERIMENTS))} --scale cpu")
+        return 0
+    for path in found:
+        about = json.loads(path.read_text())
+        cells = f"{len(about['records'])} of {about['cells']} cells"
+        print(f"{about['experiment']}, {about['scale']}: {cells}; {path.parent}/report.md")
+    return 0
+
+
+def _scale(text: str) -> Scale:
+    values = [scale.value for scale in Scale]
+    if text not in values:
+        raise UserError(f"no such scale {text!r}{suggest(text, values)}")
+    return Scale(text)

@@ -1,0 +1,159 @@
+"""A grid of runs: finished cells are skipped, each keeps a record, and processes or hosts can share the work.
+
+A folder belongs to one experiment at one scale. Cells are run one after the other; stopped at any moment, the same
+command goes on where it was. With `--share 2/4` a process takes every fourth cell, beginning with the second.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.experiment import Cell, Record
+from looplm_jax.errors import UserError
+from looplm_jax.files import write_atomically
+from looplm_jax.training.signals import Stopped
+
+FORMAT = 1  # of the records; raised when a reader of old ones would be wrong
+_INTERRUPTED = "interrupted.json"
+_PACKAGES = ("looplm_jax", "jax", "flax", "optax", "numpy")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Share:
+    """Which cells of the grid a process takes: numbers `part`, `part + of`, … from 1."""
+
+    part: int = 1
+    of: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> "Share":
+        """`2/4`. Raises UserError for anything else."""
+        part, slash, of = text.partition("/")
+        if not slash or not part.isdecimal() or not of.isdecimal() or not 1 <= int(part) <= int(of):
+            raise UserError(f"--share {text}: write it as PART/OF, such as 1/4 to 4/4")
+        return cls(part=int(part), of=int(of))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Grid:
+    """The folder of an experiment at a scale."""
+
+    folder: Path
+    experiment: str
+    scale: str
+
+    def open(self) -> None:
+        """Make the folder, or check that it is this experiment's.
+
+        Raises:
+          UserError: it holds another experiment, scale or version.
+        """
+        path, mine = self.folder / "grid.json", self._identity()
+        if path.exists():
+            theirs = _read(path)
+            differs = [
+                f"{key} is {theirs.get(key)!r}, not {value!r}"
+                for key, value in mine.items()
+                if theirs.get(key) != value
+            ]
+            if differs:
+                raise UserError(f"{self.folder} holds other results ({'; '.join(differs)}); choose another --out")
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, _json(mine))
+
+    def records(self, cells: Sequence[Cell]) -> list[Record]:
+        """Those of the cells that are finished.
+
+        Raises:
+          UserError: a record was made with other settings than the cell has now.
+        """
+        return [record for cell in cells if (record := self.record(cell)) is not None]
+
+    def record(self, cell: Cell) -> Record | None:
+        """The record of a cell, or None if it is not finished. Raises UserError as `records` does."""
+        path = self.cell_folder(cell) / "record.json"
+        if not path.exists():
+            return None
+        record = Record(**_read(path))
+        settings = json.loads(_json(cell.settings))
+        changed = [key for key in {**settings, **record.settings} if settings.get(key) != record.settings.get(key)]
+        if changed:
+            raise UserError(
+                f"{path} was made with other settings ({', '.join(changed)}); choose another --out, or remove it"
+            )
+        return record
+
+    def cell_folder(self, cell: Cell) -> Path:
+        """Where a cell's files lie."""
+        return self.folder / "cells" / cell.name
+
+    def run(
+        self,
+        cells: Sequence[Cell],
+        work: Callable[[Cell, Path], Mapping[str, Any]],
+        share: Share,
+        say: Callable[[str], None],
+    ) -> list[Record]:
+        """Run what is not finished of a share of the grid. Returns the records of all finished cells of the grid.
+
+        Raises:
+          UserError: as `records`, and what `work` raises.
+          Stopped: a signal came; the same call goes on from there.
+        """
+        self.records(cells)  # what does not fit is refused before anything runs
+        mine = cells[share.part - 1 :: share.of]
+        for number, cell in enumerate(mine, 1):
+            where = f"cell {number} of {len(mine)}, {cell.name}"
+            if self.record(cell) is not None:
+                say(f"{where}: finished before")
+                continue
+            say(f"{where}: begins")
+            folder = self.cell_folder(cell)
+            folder.mkdir(parents=True, exist_ok=True)
+            start, before = time.perf_counter(), _seconds_before(folder)
+            try:
+                result = work(cell, folder)
+            except Stopped:
+                write_atomically(folder / _INTERRUPTED, _json({"seconds": before + time.perf_counter() - start}))
+                raise
+            record = Record(
+                cell=cell.name,
+                settings=cell.settings,
+                result=result,
+                seconds=before + time.perf_counter() - start,
+                versions=versions(),
+            )
+            write_atomically(folder / "record.json", _json(dataclasses.asdict(record)))
+            say(f"{where}: finished in {record.seconds:.0f} s")
+        return self.records(cells)
+
+    def _identity(self) -> dict[str, Any]:
+        return {"format": FORMAT, "experiment": self.experiment, "scale": self.scale}
+
+
+def versions() -> dict[str, str]:
+    """Of what the numbers depend on."""
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in _PACKAGES}}
+
+
+def _seconds_before(folder: Path) -> float:
+    """What an unfinished cell took before a signal stopped it."""
+    path = folder / _INTERRUPTED
+    return float(_read(path)["seconds"]) if path.exists() else 0.0
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        raise UserError(f"{path} is not JSON; remove it, and the same command makes it again") from None
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()

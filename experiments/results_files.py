@@ -1,0 +1,64 @@
+"""The results of an experiment at a scale, as files: the records as JSON, a report in Markdown, figures."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from experiments.experiment import Experiment, Record, Report, Scale
+from looplm_jax.errors import UserError
+from looplm_jax.files import write_atomically
+
+
+def write_results(
+    out: Path, experiment: Experiment, scale: Scale, records: Sequence[Record], cells: int, console: Console
+) -> list[str]:
+    """Print the tables; write `results.json`, `report.md` and, where matplotlib is installed, the figures.
+
+    Returns their names.
+    """
+    report = experiment.report(records)
+    for table in report.tables:
+        console.print(table.rich())
+    for finding in report.findings:
+        console.print(finding)
+    figures = _draw(report, out, console)
+    content = [dataclasses.asdict(record) for record in records]
+    about = {"experiment": experiment.name, "scale": scale.value, "cells": cells, "records": content}
+    write_atomically(out / "results.json", (json.dumps(about, indent=1) + "\n").encode())
+    write_atomically(out / "report.md", _markdown(experiment, scale, records, cells, report, figures).encode())
+    return ["results.json", "report.md", *figures]
+
+
+def _draw(report: Report, out: Path, console: Console) -> list[str]:
+    try:
+        for name, draw in report.figures.items():
+            draw(out / name)
+    except UserError as error:
+        console.print(f"looplm: {error}")
+        return []
+    return list(report.figures)
+
+
+def _markdown(
+    experiment: Experiment,
+    scale: Scale,
+    records: Sequence[Record],
+    cells: int,
+    report: Report,
+    figures: Sequence[str],
+) -> str:
+    hours = sum(record.seconds for record in records) / 3600
+    versions = sorted({f"{name} {version}" for record in records for name, version in record.versions.items()})
+    sections = [
+        f"# {experiment.name}, at scale {scale.value}",
+        experiment.claim[0].upper() + experiment.claim[1:] + ".",
+        f"{len(records)} of {cells} cells, {hours:.2f} hours in all; {', '.join(versions)}.",
+        *(f"## {table.title}\n\n{table.markdown()}" for table in report.tables),
+        "\n".join(f"* {finding}" for finding in report.findings),
+        *(f"![{name}]({name})" for name in figures),
+        f"`looplm experiment {experiment.name} --scale {scale.value}`",
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"

@@ -1,0 +1,118 @@
+"""Tables and figures of grids over k layers looped T times: ours, over seeds, beside the printed accuracies."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.experiment import Record
+from looplm_jax.errors import UserError
+from looplm_jax.evaluation.tables import Table
+
+
+def accuracies(records: Sequence[Record], test: str) -> dict[str, list[float]]:
+    """Accuracy after the last trained loop, of each seed, by shape."""
+    found: dict[str, list[float]] = {}
+    for record in records:
+        found.setdefault(record.result["shape"], []).append(record.result["at_trained_depth"][test])
+    return found
+
+
+def shape_table(
+    records: Sequence[Record], tests: Mapping[str, str], printed: Mapping[str, Mapping[str, float]], title: str
+) -> Table:
+    """One row for each shape: of each test our best seed, the mean and range of all, and the printed number.
+
+    Args:
+      records: of a grid.
+      tests: title of each test's columns, by its name.
+      printed: accuracy in per cent, by shape and test.
+      title: of the table.
+    """
+    columns = ["layers ⊗ loops", "parameters", "seeds"]
+    columns += [f"{name}: {what}" for name in tests.values() for what in ("best", "mean (range)", "printed")]
+    sizes = {record.result["shape"]: record.result["parameters"] for record in records}
+    rows = []
+    for shape, size in sizes.items():
+        row = [shape, f"{size:,}", str(sum(record.result["shape"] == shape for record in records))]
+        for test in tests:
+            values = 100 * np.array(accuracies(records, test)[shape])
+            there = printed.get(shape, {}).get(test)
+            row += [
+                f"{values.max():.1f}",
+                f"{values.mean():.1f} ({values.min():.1f} to {values.max():.1f})",
+                "" if there is None else f"{there:.1f}",
+            ]
+        rows.append(row)
+    return Table(title=title, columns=columns, rows=rows)
+
+
+def compare(records: Sequence[Record], test: str, pairs: Sequence[tuple[str, str]]) -> list[str]:
+    """For pairs of shapes of equal parameters, without and with loops: what looping is worth, in a sentence each."""
+    found = accuracies(records, test)
+    return [
+        f"{looped} against {plain} at equal parameters ({test}): {100 * np.mean(found[looped]):.1f} % against "
+        f"{100 * np.mean(found[plain]):.1f} % on average over {len(found[looped])} and {len(found[plain])} seeds."
+        for plain, looped in pairs
+        if plain in found and looped in found
+    ]
+
+
+def plot_curves(records: Sequence[Record], title: str, path: Path) -> None:
+    """Training loss by step: a line for each cell, a colour for each shape. Raises UserError without matplotlib."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(7, 4))
+    shapes = list(dict.fromkeys(record.result["shape"] for record in records))
+    for record in records:
+        steps, losses = zip(*record.result["curve"], strict=True)
+        shape = record.result["shape"]
+        axes.plot(steps, losses, color=f"C{shapes.index(shape)}", alpha=0.8, linewidth=1, label=shape)
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    axes.legend(handles.values(), handles.keys(), title="layers ⊗ loops")
+    axes.set(title=title, xlabel="step", ylabel="training loss (nats)")
+    _save(figure, path)
+
+
+def plot_depths(records: Sequence[Record], test: str, title: str, path: Path) -> None:
+    """Accuracy by loops, up to twice those trained: mean over seeds, and their range."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(7, 4))
+    shapes = list(dict.fromkeys(record.result["shape"] for record in records))
+    for number, shape in enumerate(shapes):
+        runs = np.array([record.result["accuracy"][test] for record in records if record.result["shape"] == shape])
+        loops = np.arange(1, runs.shape[1] + 1)
+        axes.plot(loops, 100 * runs.mean(0), color=f"C{number}", marker="o", label=shape)
+        axes.fill_between(loops, 100 * runs.min(0), 100 * runs.max(0), color=f"C{number}", alpha=0.2, linewidth=0)
+    axes.legend(title="layers ⊗ loops")
+    axes.set(title=title, xlabel="loops at test", ylabel="exact match (%)", ylim=(0, 101))
+    _save(figure, path)
+
+
+def curves_and_depths(records: Sequence[Record], tests: Sequence[str], title: str) -> dict[str, Callable[[Path], None]]:
+    """The figures that every such grid has, by file name."""
+    figures: dict[str, Callable[[Path], None]] = {
+        "curves.png": functools.partial(plot_curves, records, f"{title}: training loss")
+    }
+    for test in tests:
+        name = f"depths_{test}.png"
+        figures[name] = functools.partial(plot_depths, records, test, f"{title}, {test}")
+    return figures
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib as mpl
+
+        mpl.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise UserError("figures need matplotlib; pip install 'looplm_jax[plot]'") from None
+    return plt
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    _pyplot().close(figure)

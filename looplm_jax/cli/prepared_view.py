@@ -1,0 +1,57 @@
+"""A prepared corpus as `looplm inspect` shows it: its manifest, in a form that people read."""
+
+import json
+import shlex
+
+from rich.console import Console
+from rich.table import Table
+
+from looplm_jax.codec import to_dict
+from looplm_jax.data.prepared.manifest import Manifest, Shard
+from looplm_jax.data.prepared.reading import open_prepared
+
+
+def show_prepared(path: str, *, as_json: bool) -> int:
+    """Print the manifest of a folder; nothing else of it is read."""
+    manifest = open_prepared(path).manifest
+    if as_json:
+        print(json.dumps({**to_dict(manifest), "digest": manifest.digest}, indent=2))
+        return 0
+    console = Console(highlight=False)
+    console.print(_rows(manifest))
+    console.print(_sources(manifest))
+    plan, left_out = manifest.plan, manifest.left_out
+    print(f"tokenizer {plan.tokenizer_kind} of {plan.vocab_size:,} tokens, sha256 {plan.tokenizer[:16]}…")
+    print(f"held out: {plan.validation_fraction:.2%} of the documents; digest {manifest.digest}")
+    print(
+        f"left out: {left_out.bad_records:,} bad records, {left_out.overlapping:,} overlapping evaluations"
+        f"{_in_brackets(plan.decontaminate)}, {left_out.near_duplicates:,} near-duplicates"
+    )
+    print(f"next: looplm tokenize --verify --out {shlex.quote(path)}")
+    return 0
+
+
+def _rows(manifest: Manifest) -> Table:
+    table = Table("part", "shards", "rows", "positions", "tokens", "documents", "bytes")
+    for name, shards in (("train", manifest.train), ("validation", manifest.validation)):
+        table.add_row(name, f"{len(shards):,}", *_totals(shards, manifest.plan.sequence_length))
+    return table
+
+
+def _totals(shards: tuple[Shard, ...], length: int) -> list[str]:
+    rows = sum(shard.rows for shard in shards)
+    tokens = sum(shard.tokens for shard in shards)
+    documents = sum(shard.documents for shard in shards)
+    size = sum(shard.bytes for shard in shards)
+    return [f"{number:,}" for number in (rows, rows * length, tokens, documents, size)]
+
+
+def _sources(manifest: Manifest) -> Table:
+    table = Table("source", "documents read", "bytes of text")
+    for source in manifest.sources:
+        table.add_row(source.path, f"{source.documents:,}", f"{source.bytes:,}")
+    return table
+
+
+def _in_brackets(text: str) -> str:
+    return f" ({text})" if text else ""

@@ -1,0 +1,81 @@
+"""What a person watching `looplm tokenize` sees: a bar on a terminal, a line now and then elsewhere."""
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+
+from looplm_jax.data.prepared.pool import Progress as Advance
+
+_SECONDS_BETWEEN_LINES = 15.0
+
+
+class TokenizeProgress:
+    """Documents, tokens, text per second and time left, over all units of a pass."""
+
+    def __init__(self, console: Console | None = None):
+        self._console = console or Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            DownloadColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+            transient=True,
+        )
+        self._what = ""
+        self._total = self._done = self._before = 0
+        self._documents = self._tokens = self._bytes = 0
+        self._started = self._last_line = 0.0
+
+    def __enter__(self) -> "TokenizeProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def begin(self, what: str, *, bytes: int, done: int) -> None:
+        """A pass over all units begins: so many bytes of files, of which so many were done before."""
+        self._what, self._total, self._done, self._before = what, bytes, done, done
+        self._documents = self._tokens = self._bytes = 0
+        self._started = self._last_line = time.monotonic()
+        for task in self._bar.task_ids:
+            self._bar.remove_task(task)
+        self._task = self._bar.add_task(what, total=bytes, completed=done, status="")
+        again = f", {done:,} of them done before" if done else ""
+        self._console.print(f"{what}: {bytes:,} bytes of files{again}")
+
+    def advance(self, progress: Advance) -> None:
+        """A worker did this much."""
+        self._documents += progress.documents
+        self._tokens += progress.tokens
+        self._bytes += progress.bytes
+        self._show()
+
+    def finish_unit(self, bytes: int) -> None:
+        """A unit of so many bytes of files is done."""
+        self._done += bytes
+        self._show()
+
+    def _show(self) -> None:
+        now = time.monotonic()
+        seconds = max(now - self._started, 1e-9)
+        status = (
+            f"{self._documents:,} documents  {self._tokens:,} tokens  {self._bytes / seconds / 1e6:.1f} MB/s  "
+            f"{self._time_left(seconds)} left"
+        )
+        self._bar.update(self._task, completed=self._done, status=status)
+        if not self._console.is_terminal and now - self._last_line >= _SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            self._console.print(f"{self._what}  {self._done / max(self._total, 1):.0%}  {status}")
+
+    def _time_left(self, seconds: float) -> str:
+        """By the units that are done; nothing is known before the first one is."""
+        finished = self._done - self._before
+        if not finished:
+            return "?"
+        minutes, rest = divmod(round(seconds / finished * (self._total - self._done)), 60)
+        return f"{minutes}:{rest:02d}"

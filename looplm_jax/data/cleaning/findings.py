@@ -1,0 +1,74 @@
+"""What decontamination found, counted as documents go by; the counts of parts of the data can be added up."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from looplm_jax.data.cleaning.ngrams import Match, Overlap
+
+LONGEST = 20
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class PlacedMatch:
+    """The longest run of words that a document and an item have in common, and where the document is."""
+
+    source: str
+    place: str
+    match: Match
+
+
+class Findings:
+    """Counts for the report of decontamination. They do not depend on the order in which they are added."""
+
+    def __init__(self) -> None:
+        self.documents: Counter[str] = Counter()
+        self.dropped: Counter[str] = Counter()
+        self.shares: dict[tuple[str, int], float] = {}
+        self.longest: list[PlacedMatch] = []
+
+    def add(self, source: str, place: str, overlap: Overlap | None) -> None:
+        """Count a document of a source, which is dropped if it overlaps. `place` says where a reader finds it."""
+        self.documents[source] += 1
+        if overlap is None:
+            return
+        self.dropped[source] += 1
+        self._found({(match.file, match.line): match.share for match in overlap.matches})
+        self._keep_longest([PlacedMatch(source, place, overlap.matches[0])])
+
+    def merge(self, other: "Findings") -> None:
+        """Add the counts of other documents."""
+        self.documents.update(other.documents)
+        self.dropped.update(other.dropped)
+        self._found(other.shares)
+        self._keep_longest(other.longest)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, sorted."""
+        return {
+            "documents": dict(sorted(self.documents.items())),
+            "dropped": dict(sorted(self.dropped.items())),
+            "items": [[file, line, share] for (file, line), share in sorted(self.shares.items())],
+            "longest": [dataclasses.asdict(placed) for placed in self.longest],
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Findings":
+        """The inverse of `to_json`."""
+        findings = cls()
+        findings.documents.update(values["documents"])
+        findings.dropped.update(values["dropped"])
+        findings.shares = {(file, line): share for file, line, share in values["items"]}
+        findings.longest = [
+            PlacedMatch(placed["source"], placed["place"], Match(**placed["match"])) for placed in values["longest"]
+        ]
+        return findings
+
+    def _found(self, shares: Mapping[tuple[str, int], float]) -> None:
+        for item, share in shares.items():
+            self.shares[item] = max(share, self.shares.get(item, 0.0))
+
+    def _keep_longest(self, matches: list[PlacedMatch]) -> None:
+        everything = sorted(self.longest + matches, key=lambda placed: (-placed.match.words, placed))
+        self.longest = everything[:LONGEST]

@@ -1,0 +1,110 @@
+"""Near-duplicates of a whole corpus: signatures unit by unit in the workers, then which documents to leave out."""
+
+import dataclasses
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from looplm_jax.config import OnBadRecord
+from looplm_jax.data.cleaning import DocumentPlace, Duplicates, DuplicatesReport, NearDuplicates
+from looplm_jax.data.prepared.folder import SIGNATURES, PreparedFolder
+from looplm_jax.data.prepared.pool import Report
+from looplm_jax.data.prepared.unit_report import Tally, plain_text
+from looplm_jax.data.prepared.unit_work import UnitJob
+from looplm_jax.data.prepared.units import documents
+from looplm_jax.data.sources import BadRecordPolicy
+
+
+@dataclasses.dataclass(frozen=True)
+class SignUnit:
+    """Writes the signatures of a unit's documents."""
+
+    url: str
+    settings: NearDuplicates
+    on_bad_record: OnBadRecord
+
+    def __call__(self, job: UnitJob, say: Report) -> None:
+        """Write the file that `leave_out` reads. Raises UserError as reading does."""
+        tally = Tally(BadRecordPolicy(self.on_bad_record), say)
+        names: dict[tuple[str, str], int] = {}
+        places: list[tuple[int, int, int]] = []
+        signatures = [np.zeros((0, self.settings.permutations), np.uint32)]
+        for placed in documents(job.unit, tally.bad):
+            tally.read(placed)
+            signatures.append(self.settings.signature(plain_text(placed.document))[None])
+            places.append((names.setdefault((placed.source, placed.file), len(names)), *placed.place))
+        tally.say()
+        content = io.BytesIO()
+        np.savez(
+            content,
+            signatures=np.concatenate(signatures),
+            places=np.array(places, np.int64).reshape(-1, 3),
+            names=np.array(list(names), str).reshape(-1, 2),
+        )
+        PreparedFolder(self.url).write(signatures_name(job.number), content.getvalue())
+
+
+@dataclasses.dataclass(frozen=True)
+class LeftOutDocuments:
+    """Which documents of each unit are left out, and the report of it."""
+
+    of_unit: tuple[frozenset[int], ...]
+    report: DuplicatesReport
+
+
+def signatures_name(number: int) -> str:
+    """The file of a unit's signatures."""
+    return f"{SIGNATURES}/{number:05d}.npz"
+
+
+def leave_out(folder: PreparedFolder, units: int, settings: NearDuplicates, scratch: Path) -> LeftOutDocuments:
+    """Compare the documents of all units, in the order of the units. Signatures lie on the disk meanwhile."""
+    numbers = [0]
+    file = scratch / "signatures"
+    with file.open("wb") as stream:
+        for unit in range(units):
+            signatures = _read(folder, unit)["signatures"]
+            stream.write(signatures.tobytes())
+            numbers.append(numbers[-1] + len(signatures))
+    shape = (numbers[-1], settings.permutations)
+    together = np.memmap(file, np.uint32, "r", shape=shape) if numbers[-1] else np.zeros(shape, np.uint32)
+    duplicates = settings.drop(together)
+    report = DuplicatesReport.of(settings, duplicates, _Places(folder, numbers).place)
+    return LeftOutDocuments(_by_unit(duplicates, numbers), report)
+
+
+def _by_unit(duplicates: Duplicates, numbers: Sequence[int]) -> tuple[frozenset[int], ...]:
+    dropped = np.sort(np.fromiter(duplicates.dropped, np.int64, len(duplicates.dropped)))
+    edges = np.searchsorted(dropped, numbers)
+    units = zip(edges, edges[1:], numbers)
+    return tuple(frozenset((dropped[start:end] - first).tolist()) for start, end, first in units)
+
+
+class _Places:
+    """Where documents are, by number; the files of the units that are asked for are kept."""
+
+    def __init__(self, folder: PreparedFolder, numbers: Sequence[int]):
+        self._folder, self._numbers = folder, numbers
+        self._units: dict[int, list[DocumentPlace]] = {}
+
+    def place(self, number: int) -> DocumentPlace:
+        """Source, file and place in the file."""
+        unit = int(np.searchsorted(self._numbers, number, side="right")) - 1
+        if unit not in self._units:
+            self._units[unit] = _document_places(_read(self._folder, unit))
+        return self._units[unit][number - self._numbers[unit]]
+
+
+def _document_places(unit: "dict[str, np.ndarray]") -> list[DocumentPlace]:
+    names = unit["names"].tolist()
+    return [
+        DocumentPlace(names[name][0], f"{names[name][1]}:{first}:{second}")
+        for name, first, second in unit["places"].tolist()
+    ]
+
+
+def _read(folder: PreparedFolder, unit: int) -> "dict[str, np.ndarray]":
+    with np.load(io.BytesIO(folder.read(signatures_name(unit)))) as arrays:
+        return dict(arrays)

@@ -1,0 +1,93 @@
+"""What a worker does with a unit: read, clean, tokenise, pack, write."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from looplm_jax.config import OnBadRecord
+from looplm_jax.data.cleaning import EvaluationNgrams
+from looplm_jax.data.examples import to_example
+from looplm_jax.data.prepared.folder import SHARD, PreparedFolder
+from looplm_jax.data.prepared.manifest import Plan, Shard, as_json
+from looplm_jax.data.prepared.packing import pack_rows, shuffled
+from looplm_jax.data.prepared.pool import Report
+from looplm_jax.data.prepared.row import Segment, pieces, token_type
+from looplm_jax.data.prepared.shards import write_shard
+from looplm_jax.data.prepared.unit_report import Tally, UnitReport, plain_text, report_name
+from looplm_jax.data.prepared.units import Unit, documents
+from looplm_jax.data.sources import BadRecordPolicy
+from looplm_jax.data.splits import is_validation
+from looplm_jax.data.tokenizers import Tokenizer, deserialize
+
+
+@dataclasses.dataclass(frozen=True)
+class UnitJob:
+    """A unit, and which of its documents, counted from 0, are left out because an earlier one is almost the same."""
+
+    number: int
+    unit: Unit
+    duplicates: frozenset[int] = frozenset()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizeUnit:
+    """Makes rows of a unit. It is sent to every worker once."""
+
+    plan: Plan
+    tokenizer_content: bytes
+    url: str
+    scratch: Path
+    on_bad_record: OnBadRecord
+    ngrams: EvaluationNgrams | None = None
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokeniser, made in the process that uses it."""
+        return deserialize(self.plan.tokenizer_kind, self.tokenizer_content)
+
+    def __call__(self, job: UnitJob, say: Report) -> UnitReport:
+        """Write the rows of a unit, and then its report. Raises UserError: a bad record, or a place that refuses."""
+        folder = PreparedFolder(self.url)
+        tally = Tally(BadRecordPolicy(self.on_bad_record), say)
+        held_out: list[Segment] = []
+        train = self._write(folder, "train", job.number, self._train_pieces(job, tally, held_out))
+        validation = self._write(folder, "validation", job.number, held_out)
+        tally.say()
+        report = UnitReport(
+            train=tuple(dataclasses.replace(shard, documents=tally.train_documents) for shard in train),
+            validation=tuple(dataclasses.replace(shard, documents=tally.held_out) for shard in validation),
+            sources=tally.sources(),
+            left_out=tally.left_out(),
+            findings=json.dumps(tally.findings.to_json()) if self.ngrams is not None else "",
+        )
+        folder.write(report_name(job.number), as_json(report))
+        return report
+
+    def _write(self, folder: PreparedFolder, part: str, number: int, segments: Iterable[Segment]) -> list[Shard]:
+        length, tokens = self.plan.sequence_length, token_type(self.plan.vocab_size)
+        rows = pack_rows(shuffled(segments, length, seed=number), length)
+        shard = write_shard(rows, tokens, self.scratch, folder, f"{part}-{number:05d}{SHARD}")
+        return [] if shard is None else [shard]
+
+    def _train_pieces(self, job: UnitJob, tally: Tally, held_out: list[Segment]) -> Iterator[Segment]:
+        """Pieces of the documents that are kept; those of documents that are held out go to `held_out`."""
+        for number, placed in enumerate(documents(job.unit, tally.bad)):
+            tally.read(placed)
+            if number in job.duplicates:
+                tally.near_duplicates += 1
+                continue
+            if self.ngrams is not None:
+                overlap = self.ngrams.overlap(plain_text(placed.document))
+                tally.compared(placed, overlap)
+                if overlap is not None:
+                    continue
+            example = to_example(placed.document, self.tokenizer)
+            segments = pieces(example, self.plan.sequence_length)
+            is_held_out = is_validation(placed.document, self.plan.validation_fraction)
+            tally.tokenized(len(example.tokens) - 1, held_out=is_held_out)
+            if is_held_out:
+                held_out += segments
+            else:
+                yield from segments

@@ -1,0 +1,92 @@
+"""The input cut into units of work: a pure function of the files, whatever the number of workers."""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+
+from looplm_jax.config import SourceConfig
+from looplm_jax.data.documents import Document
+from looplm_jax.data.sources import BadRecordPolicy, Input, Span, find_inputs, spans
+from looplm_jax.data.sources.by_name import format_of
+
+UNIT_BYTES = 64 * 2**20
+_FILES_AT_ONCE = 16  # footers are read from far away
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Documents that are read in one go: a file, or a span of one.
+
+    Attributes:
+      bytes: about how much of the file it is, which may be compressed.
+    """
+
+    file: Input
+    source: SourceConfig
+    span: Span
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """What one worker does at a time: part of a large file, or several small ones."""
+
+    parts: tuple[Part, ...]
+
+    @property
+    def bytes(self) -> int:
+        """About how much of the files it is."""
+        return sum(part.bytes for part in self.parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """A document, the source it comes from, and where a reader finds it."""
+
+    source: str
+    file: str
+    place: tuple[int, int]
+    document: Document
+
+
+def cut(sources: Iterable[SourceConfig], unit_bytes: int = UNIT_BYTES) -> tuple[Unit, ...]:
+    """All files of the sources as units of about `unit_bytes`. Raises UserError as `find_inputs` does."""
+    pairs = [(file, source) for source in sources for file in find_inputs(source.path)]
+    with concurrent.futures.ThreadPoolExecutor(_FILES_AT_ONCE) as threads:
+        parts = threads.map(lambda pair: _parts(pair[0], pair[1], unit_bytes), pairs)
+        return tuple(_together((part for file in parts for part in file), unit_bytes))
+
+
+def documents(unit: Unit, bad: BadRecordPolicy) -> Iterator[Placed]:
+    """The documents of a unit, in order, one pass. Raises UserError as `scan` does."""
+    for part in unit.parts:
+        for found in format_of(part.file).scan(part.file, part.source, bad, part.span):
+            yield Placed(part.source.path, part.file.name, found.place, found.document)
+
+
+def describe_inputs(units: Sequence[Unit]) -> str:
+    """The files in a few words, with a digest of names, sizes and cuts: equal texts, equal work."""
+    parts = [part for unit in units for part in unit.parts]
+    cuts = [f"{part.file.name}\n{part.span.start}\n{part.span.end}\n{part.bytes}" for part in parts]
+    digest = hashlib.blake2b("\n".join(cuts).encode(), digest_size=8).hexdigest()
+    files, size = len({part.file.name for part in parts}), sum(unit.bytes for unit in units)
+    return f"{files} files, {size} bytes, digest {digest}"
+
+
+def _parts(file: Input, source: SourceConfig, unit_bytes: int) -> list[Part]:
+    found, size = spans(file, unit_bytes), file.size
+    total = max(found[-1].end - found[0].start, 1) if found else 1
+    return [Part(file, source, span, size * (span.end - span.start) // total) for span in found]
+
+
+def _together(parts: Iterable[Part], unit_bytes: int) -> Iterator[Unit]:
+    """Neighbours, as long as they are no more than a unit."""
+    held: list[Part] = []
+    for part in parts:
+        if held and sum(other.bytes for other in held) + part.bytes > unit_bytes:
+            yield Unit(tuple(held))
+            held = []
+        held.append(part)
+    if held:
+        yield Unit(tuple(held))

@@ -1,0 +1,130 @@
+"""ArrayRecord: one document a record, found again by its number."""
+
+import contextlib
+import enum
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+from looplm_jax.config import RecordKind, SourceConfig
+from looplm_jax.data.documents import Document
+from looplm_jax.data.sources.bad_records import BadRecord, BadRecordPolicy
+from looplm_jax.data.sources.files import DataFile
+from looplm_jax.data.sources.formats import Found, Span, ranges
+from looplm_jax.data.sources.records import decode, load_json, record_document, value_document
+from looplm_jax.data.sources.spooled import SpooledFile
+from looplm_jax.data.sources.tf_example import parse_example
+from looplm_jax.errors import UserError
+
+_AT_RANDOM = "readahead_buffer_size:0,max_parallelism:0"
+_IN_ORDER = "readahead_buffer_size:1M,max_parallelism:1"
+_READ_BUFFER = 2**15
+_OPEN_FILES = 128  # that a process has open at a time
+_BLOCK = 256  # records
+
+
+class Encoding(enum.Enum):
+    """What the records of a file are; the first one tells."""
+
+    JSON = "JSON objects"
+    EXAMPLE = "tf.train.Example"
+    TEXT = "text"
+
+
+class ArrayRecord:
+    """Records that are JSON objects, `tf.train.Example` or UTF-8 text. A place is the number of a record."""
+
+    def spans(self, file: DataFile, unit_bytes: int) -> tuple[Span, ...]:
+        """Ranges of records, as many together as take the bytes of a unit on the average."""
+        records = _opened(file, file.version).num_records()
+        return ranges(records, records * unit_bytes // max(file.size, 1))
+
+    def scan(self, file: DataFile, source: SourceConfig, bad: BadRecordPolicy, span: Span) -> Iterator[Found]:
+        """The documents of a range of records; a block of them is in memory at a time."""
+        reader = _open(file, _IN_ORDER)
+        encoding = _encoding(file, file.version)
+        for block in range(span.start, min(span.end, reader.num_records()), _BLOCK):
+            stop = min(block + _BLOCK, span.end, reader.num_records())
+            for number, record in enumerate(_read(file, reader, block, stop), start=block):
+                try:
+                    document = _document(record, encoding, source)
+                except BadRecord as problem:
+                    bad.handle(lambda number=number: f"{file.name}: record {number}", problem)  # type: ignore[misc]
+                    continue
+                if document:
+                    yield Found((number, 0), document)
+
+    def read(self, file: DataFile, source: SourceConfig, place: tuple[int, int]) -> Document:
+        """The document of one record; safe from many threads."""
+        [record] = _read(file, _opened(file, file.version), place[0], place[0] + 1)
+        return _document(record, _encoding(file, file.version), source)
+
+
+def _document(record: bytes, encoding: Encoding, source: SourceConfig) -> Document:
+    if encoding is Encoding.TEXT and source.kind is RecordKind.TEXT:
+        return value_document(decode(record, "record"), source)
+    if encoding is not Encoding.EXAMPLE:
+        return record_document(load_json(record), source)
+    features = parse_example(record)
+    if features is None:
+        raise BadRecord("not a tf.train.Example, as the first record is")
+    return record_document({name: _feature(value, name, source) for name, value in features.items()}, source)
+
+
+def _feature(value: bytes | None, name: str, source: SourceConfig) -> Any:
+    """What the feature of the source holds: a text, or the messages of a chat as JSON."""
+    if name != source.key or value is None:
+        return value
+    return load_json(value) if source.kind is RecordKind.CHAT else decode(value, f"feature {name!r}")
+
+
+@functools.lru_cache(maxsize=_OPEN_FILES)
+def _encoding(file: DataFile, version: tuple[int, int]) -> Encoding:
+    reader = _opened(file, version)
+    first = _read(file, reader, 0, 1)[0] if reader.num_records() else b""
+    if parse_example(first) is not None:
+        return Encoding.EXAMPLE
+    try:
+        return Encoding.JSON if isinstance(load_json(first), dict) else Encoding.TEXT
+    except BadRecord:
+        return Encoding.TEXT
+
+
+@functools.lru_cache(maxsize=_OPEN_FILES)
+def _opened(file: DataFile, version: tuple[int, int]) -> Any:
+    """A reader that many threads may share. Those that were not used for the longest time are closed."""
+    return _open(file, _AT_RANDOM)
+
+
+def _open(file: DataFile, options: str) -> Any:
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    reader = ArrayRecordReader(_path(file), options, file_reader_buffer_size=_READ_BUFFER)
+    if not reader.ok():
+        with _readable(file):
+            reader.read([0])  # says why
+    return reader
+
+
+def _path(file: DataFile) -> str:
+    """What ArrayRecord opens by itself: a local path or a gs:// URL; files elsewhere are copied."""
+    return file.path if file.is_local else file.name if file.name.startswith("gs://") else _copied(file).path
+
+
+@functools.lru_cache(maxsize=_OPEN_FILES)
+def _copied(file: DataFile) -> SpooledFile:
+    return SpooledFile(file)
+
+
+def _read(file: DataFile, reader: Any, start: int, stop: int) -> list[bytes]:
+    with _readable(file):
+        return reader.read(start, stop)
+
+
+@contextlib.contextmanager
+def _readable(file: DataFile) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{file.name}: cannot be read as ArrayRecord ({reason}); copy or make the file again") from None

@@ -1,0 +1,127 @@
+"""Datasets of Hugging Face's `datasets`, which is imported when one is asked for."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+from looplm_jax.config import RecordKind, SourceConfig
+from looplm_jax.data.documents import Document
+from looplm_jax.data.sources.bad_records import BadRecord, BadRecordPolicy
+from looplm_jax.data.sources.formats import Found, Span, ranges
+from looplm_jax.data.sources.records import value_document
+from looplm_jax.errors import UserError, suggest
+
+PREFIX = "huggingface:"
+_OPTIONS = ("name", "revision", "split", "data_dir", "data_files")
+_OPEN_DATASETS = 64
+_BLOCK = 256  # rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """One split of a dataset, or a folder that `save_to_disk` wrote.
+
+    Attributes:
+      path: `huggingface:name,option=value,...`, or the folder or URL.
+    """
+
+    path: str
+    suffix = PREFIX
+    compression = None
+
+    @property
+    def name(self) -> str:
+        """The dataset as messages name it."""
+        return self.path
+
+    @property
+    def size(self) -> int:
+        """Bytes of its rows in memory."""
+        return _load(self.path).data.nbytes
+
+
+class HuggingFace:
+    """A place is the number of a row."""
+
+    def spans(self, file: Dataset, unit_bytes: int) -> tuple[Span, ...]:
+        """Ranges of rows, as many together as take the bytes of a unit on the average."""
+        rows = len(_load(file.path))
+        return ranges(rows, rows * unit_bytes // max(file.size, 1))
+
+    def scan(self, file: Dataset, source: SourceConfig, bad: BadRecordPolicy, span: Span) -> Iterator[Found]:
+        """The documents of a range of rows; a block of them is in memory at a time."""
+        column = _column(file, source)
+        for block in range(span.start, min(span.end, len(column)), _BLOCK):
+            values = column[block : min(block + _BLOCK, span.end)][source.key]
+            for row, value in enumerate(values, start=block):
+                try:
+                    document = value_document(value, source)
+                except BadRecord as problem:
+                    bad.handle(lambda row=row: f"{file.name}: row {row}", problem)  # type: ignore[misc]
+                    continue
+                if document:
+                    yield Found((row, 0), document)
+
+    def read(self, file: Dataset, source: SourceConfig, place: tuple[int, int]) -> Document:
+        """The document of one row."""
+        return value_document(_column(file, source)[place[0]][source.key], source)
+
+
+def is_saved_dataset(fs: Any, folder: str) -> bool:
+    """Whether `save_to_disk` wrote the folder."""
+    return any(fs.exists(f"{folder.rstrip('/')}/{name}") for name in ("dataset_dict.json", "state.json"))
+
+
+@functools.lru_cache(maxsize=_OPEN_DATASETS)
+def _column(file: Dataset, source: SourceConfig) -> Any:
+    dataset = _load(file.path)
+    if source.key not in dataset.column_names:
+        setting = "messages_key" if source.kind is RecordKind.CHAT else "text_key"
+        hint = suggest(source.key, dataset.column_names)
+        raise UserError(f"{file.name}: there is no column {source.key!r}{hint}; set {setting} to one")
+    return dataset.select_columns([source.key])
+
+
+@functools.lru_cache(maxsize=_OPEN_DATASETS)
+def _load(path: str) -> Any:
+    datasets = _library(path)
+    try:
+        if not path.startswith(PREFIX):
+            return _one_split(datasets.load_from_disk(path), path)
+        name, options = _parse(path)
+        return _one_split(datasets.load_dataset(name, **options), path)
+    except UserError:
+        raise
+    except Exception as error:  # the library documents none; it raises what its own libraries do
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise UserError(f"{path}: {reason}; check the name, the options and the connection") from None
+
+
+def _parse(path: str) -> tuple[str, dict[str, str]]:
+    name, *options = path.removeprefix(PREFIX).split(",")
+    pairs = [option.partition("=") for option in options]
+    for key, equals, _ in pairs:
+        if not equals or key.strip() not in _OPTIONS:
+            raise UserError(f"{path}: {key!r} is no option=value of a dataset{suggest(key, _OPTIONS)}")
+    if not name:
+        raise UserError(f"{path}: there is no name; write {PREFIX}dataset,split=train")
+    return name, {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def _one_split(loaded: Any, path: str) -> Any:
+    if not isinstance(loaded, dict):
+        return loaded
+    splits = ", ".join(sorted(map(str, loaded)))
+    how = f"add ,split= and one of: {splits}" if path.startswith(PREFIX) else f"name the folder of one of: {splits}"
+    raise UserError(f"{path}: the dataset has several splits; {how}")
+
+
+def _library(path: str) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            f"{path}: the library `datasets` is not installed; pip install 'looplm_jax[datasets]'"
+        ) from None
+    return datasets

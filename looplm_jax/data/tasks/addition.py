@@ -1,0 +1,78 @@
+"""Addition of n numbers (Saunshi et al., arXiv 2502.17416).
+
+A problem is `<end> 3 1 5 + 1 2 0 + 0 4 5 + 8 2 4 = 1 3 0 4 <end>`: operands of `digits` digits, zeros before them
+kept, and their sum as it is written by hand, ended by a mark. Training draws n uniformly from the powers of two up to
+`longest`; the test is at n = `terms`, which may be a number that training never sees, exact match of all that stands
+behind the sign. A sixteenth of all problems, by hash, is kept out of training.
+"""
+
+import dataclasses
+import functools
+
+from looplm_jax.data.documents import Example
+from looplm_jax.data.tasks.draws import first_draw, generator, is_held_out
+from looplm_jax.data.tokenizers.symbols import SymbolTokenizer
+from looplm_jax.errors import UserError
+
+END = "<end>"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Addition:
+    """The task and its generator. Every problem is a pure function of (stream, seed, index)."""
+
+    longest: int = 32
+    terms: int = 32
+    digits: int = 3
+    validation_items: int = 1024
+
+    def __post_init__(self) -> None:
+        for name, least in (("longest", 2), ("terms", 1), ("digits", 1), ("validation_items", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"addition.{name} must be at least {least}, not {getattr(self, name)}")
+        if self.longest & (self.longest - 1):
+            raise UserError(f"addition.longest must be a power of two, not {self.longest}")
+        if self.digits > 9:
+            raise UserError(f"addition.digits must be at most 9, not {self.digits}")
+
+    @functools.cached_property
+    def tokenizer(self) -> SymbolTokenizer:
+        """The mark, the ten digits and the two signs."""
+        return SymbolTokenizer([END, *map(str, range(10)), "+", "="])
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """How many numbers a training problem may add: 2, 4, 8, … `longest`."""
+        return tuple(2**power for power in range(1, self.longest.bit_length()))
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of the longest problem: signs and digits of all numbers, the sum, and the marks around."""
+        most = max(self.longest, self.terms)
+        return most * (self.digits + 1) + len(str(most * (10**self.digits - 1))) + 2
+
+    def train_example(self, seed: int, index: int) -> Example:
+        """Problem `index` of the training stream of a seed, never a held-out one."""
+        count = int(generator("addition-train", seed, index).choice(self.counts))
+        return self._example(self._draw("addition-train", seed, index, count, held_out=False))
+
+    def validation_example(self, index: int) -> Example:
+        """Held-out problem `index`, of `terms` numbers."""
+        return self._example(self._draw("addition-validation", 0, index, self.terms, held_out=True))
+
+    def _draw(self, stream: str, seed: int, index: int, count: int, *, held_out: bool) -> tuple[int, ...]:
+        def draw(attempt: int) -> tuple[int, ...]:
+            return tuple(generator(stream, seed, index, attempt).integers(10**self.digits, size=count).tolist())
+
+        def accept(numbers: tuple[int, ...]) -> bool:
+            return is_held_out(self._written(numbers)) is held_out
+
+        return first_draw(draw, accept, f"addition:digits={self.digits}", "raise digits")
+
+    def _written(self, numbers: tuple[int, ...]) -> str:
+        return "+".join(f"{number:0{self.digits}d}" for number in numbers)
+
+    def _example(self, numbers: tuple[int, ...]) -> Example:
+        question, answer = [END, *self._written(numbers), "="], [*str(sum(numbers)), END]
+        tokens = self.tokenizer.encode(" ".join(question + answer))
+        return Example.of(tokens, [False] * len(question) + [True] * len(answer))

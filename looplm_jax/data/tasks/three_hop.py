@@ -1,0 +1,115 @@
+"""Three-hop questions (Ouro paper 6.2, B.3): how many different questions it takes to learn to combine facts.
+
+500 people in 5 layers of 100, and 20 relations; each relation leads each person to one of the next layer, drawn once
+and for all by the `world`'s seed. A question starts at a person of the first layer, which gives 100 x 20^3 = 800,000:
+
+    Who is the instructor of the teacher of the friend of Bob ? Answer: Eve
+
+The innermost relation is applied first. Only the answer is a target. Which layers questions start from is not printed
+(the first, here: that gives the printed number of questions), nor how they are worded for three relations.
+
+`questions` of them, drawn by the world's seed, are trained on, and 3,000 others are held out; neither changes with the
+seed of the stream.
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+from jaxtyping import Int64
+
+from looplm_jax.data.documents import Example
+from looplm_jax.data.tasks.draws import generator
+from looplm_jax.data.tokenizers.symbols import SymbolTokenizer
+from looplm_jax.errors import UserError
+
+_HOPS = 3
+_LAYERS = 5
+_END = "<end>"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ThreeHop:
+    """The task and its generator. Every problem is a pure function of (world, seed, index)."""
+
+    questions: int = 100_000
+    people: int = 100
+    relations: int = 20
+    world: int = 0
+    validation_items: int = 3_000
+
+    def __post_init__(self) -> None:
+        for name, least in (("questions", 1), ("people", 2), ("relations", 1), ("validation_items", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"threehop.{name} must be at least {least}, not {getattr(self, name)}")
+        if self.questions + self.validation_items > self.pool:
+            raise UserError(
+                f"threehop.questions={self.questions} and {self.validation_items} held out are more than the "
+                f"{self.pool} that there are; lower them, or raise people or relations"
+            )
+
+    @property
+    def pool(self) -> int:
+        """All questions that there are: one for each person of the first layer and each three relations."""
+        return self.people * self.relations**_HOPS
+
+    @functools.cached_property
+    def tokenizer(self) -> SymbolTokenizer:
+        """The words of the question, one for each relation, and one for each person."""
+        words = ("Who", "is", "the", "of", "?", "Answer:")
+        people = range(_LAYERS * self.people)
+        return SymbolTokenizer([_END, *words, *(f"r{n}" for n in range(self.relations)), *(f"p{n}" for n in people)])
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of a question and its answer."""
+        return 3 + 3 * _HOPS + 4
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of a uniform guess at a person of the right layer."""
+        return 1 / self.people
+
+    def train_example(self, seed: int, index: int) -> Example:
+        """A question of the training set: the sets of all seeds are the same, their orders are not."""
+        epoch, place = divmod(index, self.questions)
+        return self._example(int(self._order[self.validation_items + _shuffled(self.questions, seed, epoch)[place]]))
+
+    def validation_example(self, index: int) -> Example:
+        """Held-out question `index`."""
+        return self._example(int(self._order[index]))
+
+    def answer(self, person: int, relations: tuple[int, ...]) -> int:
+        """Where the relations lead, applied from the last to the first. People are counted over all layers."""
+        for relation in reversed(relations):
+            person = int(self._facts[person, relation])
+        return person
+
+    @functools.cached_property
+    def _facts(self) -> Int64[np.ndarray, "people relations"]:
+        """To whom each relation leads each person of all layers but the last."""
+        shape = (_LAYERS - 1, self.people, self.relations)
+        within = generator("threehop-world", self.world).integers(self.people, size=shape)
+        next_layer = self.people * np.arange(1, _LAYERS)
+        return (within + next_layer[:, None, None]).reshape(-1, self.relations)
+
+    @functools.cached_property
+    def _order(self) -> Int64[np.ndarray, "pool"]:
+        """All questions: those held out come first, those trained on next."""
+        return generator("threehop-questions", self.world).permutation(self.pool)
+
+    def _example(self, question: int) -> Example:
+        relations = []
+        for _ in range(_HOPS):
+            question, relation = divmod(question, self.relations)
+            relations.append(relation)
+        names = " of ".join(f"the r{relation}" for relation in relations)
+        answer = self.answer(question, tuple(relations))
+        tokens = self.tokenizer.encode(f"{_END} Who is {names} of p{question} ? Answer: p{answer}")
+        return Example.of(tokens, [False] * (len(tokens) - 1) + [True])
+
+
+@functools.lru_cache(maxsize=4)
+def _shuffled(questions: int, seed: int, epoch: int) -> Int64[np.ndarray, "questions"]:
+    """The order of an epoch."""
+    return generator("threehop-epoch", seed, epoch).permutation(questions)

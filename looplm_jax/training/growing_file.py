@@ -1,0 +1,103 @@
+"""Files that only grow. What a disk or a bucket refuses is kept in memory, and written as soon as it is taken again."""
+
+import threading
+import time
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from etils import epath
+
+from looplm_jax.files import AnyPath, refusal, write_atomically, writing
+
+_SECONDS_BETWEEN_UPLOADS = 30.0
+_SHARE_OF_TIME = 0.05  # uploads take no more of it
+
+
+@runtime_checkable
+class GrowingFile(Protocol):
+    """A file to which its one writer appends."""
+
+    refused: str | None  # why what was appended last is not stored, if so
+
+    def append(self, content: bytes) -> None:
+        """Add to the end, soon."""
+
+    def flush(self) -> None:
+        """Add to the end what was appended so far, now."""
+
+    def close(self) -> None:
+        """Nothing more will come; flushes."""
+
+
+def grow(path: AnyPath, content: bytes = b"") -> GrowingFile:
+    """A new file with this content, in the place of what is there.
+
+    Raises:
+      UserError: the disk or the bucket refuses it.
+    """
+    write_atomically(path, content)
+    return _LocalFile(path) if isinstance(path, Path) else _BucketFile(path, content)
+
+
+class _LocalFile:
+    """Stored at once. A part that the disk still takes is no harm: the next attempt goes on behind it."""
+
+    def __init__(self, path: Path):
+        self.refused: str | None = None
+        self._path, self._kept = path, b""
+        with writing(path):
+            self._file = path.open("ab", buffering=0)
+
+    def append(self, content: bytes) -> None:
+        self._kept += content
+        self.flush()
+
+    def flush(self) -> None:
+        try:
+            while self._kept:
+                self._kept = self._kept[self._file.write(self._kept) or 0 :]
+            self.refused = None
+        except OSError as error:
+            self.refused = refusal(error, self._path)
+
+    def close(self) -> None:
+        self.flush()
+        self._file.close()
+
+
+class _BucketFile:
+    """An object cannot grow: it is kept in memory, and uploaded whole by a thread now and then, and by `flush`."""
+
+    def __init__(self, path: epath.Path, content: bytes):
+        self.refused: str | None = None
+        self._path, self._content, self._stored = path, bytearray(content), len(content)
+        self._uploading = threading.Lock()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._upload_now_and_then, daemon=True)
+        self._thread.start()
+
+    def append(self, content: bytes) -> None:
+        self._content += content
+
+    def flush(self) -> None:
+        with self._uploading:
+            content = bytes(self._content)
+            if len(content) == self._stored:
+                return
+            try:
+                self._path.write_bytes(content)
+                self._stored, self.refused = len(content), None
+            except Exception as error:  # clients of buckets raise errors of many kinds, and none must end a training
+                self.refused = refusal(error, self._path) or repr(error)
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join()
+        self.flush()
+
+    def _upload_now_and_then(self) -> None:
+        pause = _SECONDS_BETWEEN_UPLOADS
+        while not self._closed.wait(pause):
+            started = time.monotonic()
+            self.flush()
+            pause = max(_SECONDS_BETWEEN_UPLOADS, (time.monotonic() - started) / _SHARE_OF_TIME)

@@ -1,0 +1,92 @@
+"""A bucket without a cloud: fixtures for the `conftest.py` of the folders whose tests use `gs://`.
+
+The emulator is a process of its own, since readers that are written in C++ may hold Python's lock while they wait.
+"""
+
+import contextlib
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+_SECONDS_TO_START = 30.0
+_SERVER = Path(__file__).with_name("bucket_server.py")
+
+
+@contextlib.contextmanager
+def emulator(port: int = 0) -> Iterator[str]:
+    """A running emulator, empty, in memory. Gives its URL."""
+    port = port or _free_port()
+    process = subprocess.Popen(
+        [sys.executable, str(_SERVER), str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        _wait_for(process, port)
+        yield f"http://localhost:{port}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def variables(url: str) -> dict[str, str]:
+    """What makes gcsfs, ArrayRecord and TensorStore talk to it, without credentials."""
+    return {
+        "STORAGE_EMULATOR_HOST": url,
+        "CLOUD_STORAGE_EMULATOR_ENDPOINT": url,
+        "TENSORSTORE_GCS_HTTP_URL": url,
+        "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # finding out the kind of a bucket takes credentials
+    }
+
+
+@pytest.fixture(scope="session")
+def gcs() -> Iterator[str]:
+    """The URL of an emulator that every client of this process, and of those it starts, talks to."""
+    pytest.importorskip("gcp_storage_emulator")
+    with emulator() as url, pytest.MonkeyPatch.context() as patch:
+        for name, value in variables(url).items():
+            patch.setenv(name, value)
+        yield url
+
+
+@pytest.fixture
+def bucket(gcs: str) -> str:
+    """A new, empty bucket: `gs://…`."""
+    return new_bucket()
+
+
+def new_bucket() -> str:
+    """Make a bucket. Clients keep lists of what they saw, so each test has a bucket of its own."""
+    gcsfs = pytest.importorskip("gcsfs")
+    name = f"bucket-{uuid.uuid4().hex[:12]}"
+    gcsfs.GCSFileSystem().mkdir(name)
+    return f"gs://{name}"
+
+
+def make_read_only(url: str, bucket: str, *, read_only: bool = True) -> None:
+    """From now on every change of the bucket is refused with status 403, or no more."""
+    switch = f"{url}/_read_only/{bucket.removeprefix('gs://')}"
+    urllib.request.urlopen(urllib.request.Request(switch, method="PUT" if read_only else "DELETE")).close()
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+def _wait_for(process: subprocess.Popen[bytes], port: int) -> None:
+    deadline = time.monotonic() + _SECONDS_TO_START
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(OSError), socket.create_connection(("localhost", port), timeout=1):
+            return
+        time.sleep(0.05)
+    raise RuntimeError("the emulator of buckets did not start")
