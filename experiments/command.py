@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from experiments.experiment import Scale
+from experiments.experiment import Experiment, Scale
 from experiments.grid import Grid, Share
 from experiments.registry import EXPERIMENTS
 from experiments.results_files import write_results
@@ -26,7 +26,8 @@ def run_experiment(arguments: argparse.Namespace) -> int:
     name = arguments.name
     if name not in EXPERIMENTS:
         raise UserError(f"no such experiment {name!r}{suggest(name, EXPERIMENTS)}")
-    experiment, scale, share = EXPERIMENTS[name], _scale(arguments.scale), Share.parse(arguments.share)
+    experiment, share = EXPERIMENTS[name], Share.parse(arguments.share)
+    scale = _scale(arguments.scale, experiment)
     cells = experiment.cells(scale)
     if not cells:
         raise UserError(f"{name} has no cells at --scale {scale.value}; give it at least one shape and one seed")
@@ -54,7 +55,7 @@ def list_experiments(root: Path) -> int:
     """Every experiment, what it claims, and how much of each scale is done."""
     rows = []
     for name, experiment in EXPERIMENTS.items():
-        for scale in Scale:
+        for scale in experiment.scales:
             cells = experiment.cells(scale)
             done = sum((root / name / scale.value / "cells" / cell.name / "record.json").exists() for cell in cells)
             rows.append([name, scale.value, f"{done} of {len(cells)}", experiment.claim])
@@ -78,8 +79,8 @@ def report_experiments(root: Path) -> int:
     return 0
 
 
-def _scale(text: str) -> Scale:
-    values = [scale.value for scale in Scale]
+def _scale(text: str, experiment: Experiment) -> Scale:
+    values = [scale.value for scale in experiment.scales]
     if text not in values:
-        raise UserError(f"no such scale {text!r}{suggest(text, values)}")
+        raise UserError(f"{experiment.name} has no scale {text!r}{suggest(text, values)}")
     return Scale(text)

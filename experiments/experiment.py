@@ -59,6 +59,10 @@ class Experiment(Protocol):
     def claim(self) -> str:
         """What it tests, in a line."""
 
+    @property
+    def scales(self) -> tuple[Scale, ...]:
+        """Those that it has settings for."""
+
     def cells(self, scale: Scale) -> tuple[Cell, ...]:
         """The grid at a scale."""
 

@@ -78,6 +78,11 @@ class ShapeExperiment:
     printed: Mapping[str, Mapping[str, float]]
     pairs: Sequence[tuple[str, str]]
 
+    @property
+    def scales(self) -> tuple[Scale, ...]:
+        """Those of the grids, the smallest first."""
+        return tuple(scale for scale in Scale if scale in self.grids)
+
     def cells(self, scale: Scale) -> tuple[Cell, ...]:
         """The grid at a scale."""
         return self.grids[scale].cells()

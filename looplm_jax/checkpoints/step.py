@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import re
-import time
 
 import jax
 from etils import epath
@@ -47,21 +46,7 @@ class Writing:
 
     def result(self) -> None:
         """Waits for the commit; raises what went wrong, which other threads may echo for a while, unheard."""
-        self._result(None)
-
-    def ended(self, seconds: float) -> bool:
-        """Waits so many seconds at most; whether it is committed. Raises what `result` raises."""
-        started = time.monotonic()
-        try:
-            self._result(seconds)
-        except TimeoutError:
-            if time.monotonic() - started < seconds:  # an error of the save itself
-                raise
-            return False
-        return True
-
-    def _result(self, seconds: float | None) -> None:
-        self.response.result(timeout=seconds)
+        self.response.result()
         logging.getLogger("absl").removeFilter(_is_no_echo)
 
 

@@ -25,8 +25,6 @@ from looplm_jax.checkpoints.tree import flatten
 from looplm_jax.errors import UserError
 from looplm_jax.files import NO_SPACE, refusal
 
-_LONG = 3600.0
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Pending:
@@ -48,6 +46,7 @@ class CheckpointStore:
         self._pending: _Pending | None = None
         self._current: int | None = None
         self._damaged: frozenset[int] = frozenset()
+        self._is_abandoned = False
 
     def save(self, step: int, state: Any, metadata: Metadata, *, permanent: bool = False) -> None:
         """Saves `state` in the background; once this returns, its buffers may be donated.
@@ -82,33 +81,26 @@ class CheckpointStore:
         Raises:
           SaveError: the disk refused the save.
         """
-        while not self.ended(_LONG):
-            pass
-
-    def ended(self, seconds: float) -> bool:
-        """What `wait` does, for so many seconds at most: whether the last save is committed.
-
-        Raises:
-          SaveError: the disk refused the save.
-        """
         if self._pending is None:
-            return True
+            return
         pending, self._pending = self._pending, None
         with self._naming_failed_writes(pending.step):
-            ended = pending.writing.ended(seconds)
-        if not ended:
-            self._pending = pending
-            return False
+            pending.writing.result()
         self._current = pending.step
         with contextlib.suppress(
             OSError
         ):  # what the disk or the bucket does not let go is tried again after the next save
             self._delete_old()
-        return True
 
-    def abandon(self) -> None:
-        """Forget the last save, which cannot succeed: another process was refused, and Orbax waits for it for long."""
-        self._pending = None
+    def abandoned(self) -> "CheckpointStore":
+        """A store in the place of this one, in which a thread waits for a save that cannot succeed.
+
+        Another process was refused, and Orbax waits for it for long. What that thread does in the end is no harm.
+        """
+        store = CheckpointStore(self._folder, keep=self._keep, asynchronous=self._asynchronous)
+        store._current, store._damaged = self._current, self._damaged
+        self._is_abandoned, self._pending = True, None
+        return store
 
     def close(self) -> None:
         """The same as `wait`: nothing else is held open."""
@@ -174,8 +166,9 @@ class CheckpointStore:
             reason = write_failure(error, self._folder)
             if reason is None:
                 raise
-            with contextlib.suppress(OSError):
-                self._sweep()
+            if not self._is_abandoned:  # by now another save may be under way
+                with contextlib.suppress(OSError):
+                    self._sweep()
             raise SaveError(self._failure(step, reason)) from error
 
     def _failure(self, step: int, reason: str) -> str:

@@ -1,12 +1,11 @@
 """Saves of a run. A disk that refuses one does not stop the training: the next save may succeed, the last one must."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from looplm_jax.checkpoints import CheckpointStore, Metadata, SaveError
 from looplm_jax.distributed import Cluster
-
-R = TypeVar("R")
+from looplm_jax.training.signals import Job
 
 _POLL_SECONDS = 0.2
 
@@ -23,7 +22,8 @@ class Saver:
         """See `CheckpointStore.save`; a `SaveError` is kept."""
         self._wait()
         self._refused = None
-        self._attempt(lambda: self._store.save(step, state, metadata, permanent=permanent))
+        store = self._store
+        self._attempt(lambda: store.save(step, state, metadata, permanent=permanent))
 
     def finish(self) -> None:
         """Wait for the newest save.
@@ -42,24 +42,33 @@ class Saver:
 
     def _wait(self) -> None:
         """Until the newest save is committed on all processes, or the disk refused it to one of them."""
-        if self._cluster.count == 1:
+        if self._refused is None:
             self._attempt(self._store.wait)
+
+    def _attempt(self, work: Callable[[], None]) -> None:
+        """`work()` on all processes. Where the disk refuses one, that is kept, and the others wait no longer."""
+        if self._cluster.count == 1:
+            self._keep(_reason(work))
             return
+        job = Job(lambda: _reason(work))
         ended = [False]
         while not all(ended) and self._refused is None:
-            ended = self._attempt(lambda: self._store.ended(_POLL_SECONDS))
-        if self._refused is not None:
-            self._store.abandon()
+            job.wait(_POLL_SECONDS)
+            said = self._cluster.gather("save", [job.ended, job.result() if job.ended else None])
+            ended = [end for end, _ in said]
+            self._keep(next((why for _, why in said if why is not None), None))
+        if not job.ended:
+            self._store = self._store.abandoned()
 
-    def _attempt(self, work: Callable[[], R]) -> list[R | None]:
-        """The results of all processes; where the disk refused one of them, that is kept."""
-        result, reason = None, None
-        try:
-            result = work()
-        except SaveError as error:
-            reason = str(error)
-        said = self._cluster.gather("save", [result, reason])
-        reasons = [reason for _, reason in said if reason is not None]
-        if reasons:
-            self._refused = self._news = reasons[0]
-        return [result for result, _ in said]
+    def _keep(self, reason: str | None) -> None:
+        if reason is not None:
+            self._refused = self._news = reason
+
+
+def _reason(work: Callable[[], None]) -> str | None:
+    """Why the disk refuses, if it does."""
+    try:
+        work()
+    except SaveError as error:
+        return str(error)
+    return None

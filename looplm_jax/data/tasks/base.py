@@ -1,7 +1,7 @@
 """What a synthetic task offers."""
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from looplm_jax.data.documents import Example
 from looplm_jax.data.tokenizers.symbols import SymbolTokenizer
@@ -9,6 +9,7 @@ from looplm_jax.data.tokenizers.symbols import SymbolTokenizer
 _ENDLESS = 2**48
 
 
+@runtime_checkable
 class Task(Protocol):
     """Problems as pure functions of a seed and an index."""
 

@@ -1,0 +1,182 @@
+"""Grids of experiments: what is finished is not run again, nothing else is mixed in, and work is shared."""
+
+import json
+import signal
+
+import pytest
+from rich.console import Console
+
+from experiments import command
+from experiments.experiment import Cell, Record, Report, Scale
+from experiments.grid import Grid, Share
+from experiments.registry import EXPERIMENTS
+from looplm_jax.cli.main import main
+from looplm_jax.errors import UserError
+from looplm_jax.training.signals import Stopped
+
+CELLS = tuple(Cell(name=f"cell-{number}", settings={"number": number, "list": [1, 2]}) for number in range(5))
+
+
+@pytest.fixture
+def grid(tmp_path):
+    grid = Grid(folder=tmp_path / "grid", experiment="counting", scale="smoke")
+    grid.open()
+    return grid
+
+
+def counting(done, stop_at=None):
+    """Work that remembers which cells it did."""
+
+    def work(cell, folder):
+        assert folder.is_dir()
+        if cell.settings["number"] == stop_at:
+            raise Stopped(signal.SIGTERM)
+        done.append(cell.settings["number"])
+        return {"square": cell.settings["number"] ** 2}
+
+    return work
+
+
+def test_finished_cells_are_not_run_again_and_an_interrupted_grid_goes_on(grid):
+    done, said = [], []
+    with pytest.raises(Stopped):
+        grid.run(CELLS, counting(done, stop_at=2), Share(), said.append)
+    assert [record.cell for record in grid.records(CELLS)] == ["cell-0", "cell-1"]
+    records = grid.run(CELLS, counting(done), Share(), said.append)
+    assert done == [0, 1, 2, 3, 4]
+    assert [record.result["square"] for record in records] == [0, 1, 4, 9, 16]
+    assert "cell 1 of 5, cell-0: finished before" in said
+
+
+def test_the_time_before_an_interruption_counts(grid):
+    folder = grid.cell_folder(CELLS[0])
+    folder.mkdir(parents=True)
+    (folder / "interrupted.json").write_text(json.dumps({"seconds": 1000.0}))
+    (record,) = grid.run(CELLS[:1], counting([]), Share(), lambda _: None)
+    assert 1000 < record.seconds < 1100
+
+
+def test_shares_together_are_the_grid_and_no_cell_twice(grid):
+    done = []
+    for part in (1, 2, 3):
+        grid.run(CELLS, counting(done), Share.parse(f"{part}/3"), lambda _: None)
+    assert sorted(done) == [0, 1, 2, 3, 4]
+    assert len(grid.records(CELLS)) == 5
+
+
+def test_a_record_says_what_it_was_made_with(grid):
+    (record,) = grid.run(CELLS[3:4], counting([]), Share(), lambda _: None)
+    assert record.settings == {"number": 3, "list": [1, 2]}
+    assert {"jax", "looplm_jax", "python"} <= record.versions.keys()
+
+
+def test_records_of_other_settings_are_refused_before_anything_runs(grid):
+    grid.run(CELLS, counting([]), Share(), lambda _: None)
+    changed, done = Cell(name="cell-4", settings={"number": 9, "list": [1, 2]}), []
+    with pytest.raises(UserError, match=r"record\.json was made with other settings \(number\); choose another --out"):
+        grid.run((*CELLS[:4], changed), counting(done), Share(), lambda _: None)
+    assert not done
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"experiment": "mano"}, "holds other results (experiment is 'counting', not 'mano')"),
+        ({"scale": "cpu"}, "holds other results (scale is 'smoke', not 'cpu')"),
+    ],
+)
+def test_a_folder_of_another_experiment_is_refused(grid, changes, message):
+    other = Grid(**{"folder": grid.folder, "experiment": "counting", "scale": "smoke", **changes})
+    with pytest.raises(UserError) as refused:
+        other.open()
+    assert message in str(refused.value)
+
+
+def test_a_folder_of_another_version_is_refused(grid):
+    path = grid.folder / "grid.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 0}))
+    with pytest.raises(UserError, match=r"format is 0, not 1"):
+        grid.open()
+
+
+def test_a_broken_record_is_named(grid):
+    grid.run(CELLS[:1], counting([]), Share(), lambda _: None)
+    (grid.cell_folder(CELLS[0]) / "record.json").write_text("{")
+    with pytest.raises(UserError, match=r"record\.json is not JSON; remove it"):
+        grid.records(CELLS[:1])
+
+
+@pytest.mark.parametrize("share", ["0/2", "3/2", "1", "a/b", "-1/2"])
+def test_a_share_that_is_none_is_refused(share):
+    with pytest.raises(UserError, match="write it as PART/OF"):
+        Share.parse(share)
+
+
+class Empty:
+    """An experiment without cells."""
+
+    name, claim, scales = "empty", "nothing", (Scale.SMOKE,)
+
+    def cells(self, scale):
+        return ()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["manno"], "no such experiment 'manno'; did you mean 'mano'"),
+        (["mano", "--scale", "smok"], "mano has no scale 'smok'; did you mean 'smoke'"),
+        (["mano", "--share", "2"], "--share 2: write it as PART/OF"),
+        (["empty"], "empty has no cells at --scale smoke"),
+    ],
+)
+def test_bad_arguments_end_in_one_line(arguments, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(command, "EXPERIMENTS", {**EXPERIMENTS, "empty": Empty()})
+    assert main(["experiment", *arguments, "--root", str(tmp_path / "root")]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "root").exists()
+
+
+def test_every_experiment_is_listed_with_its_scales(capsys, tmp_path):
+    assert main(["experiment", "list", "--root", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in EXPERIMENTS)
+    assert "0 of 2" in printed
+
+
+def test_a_report_without_results_says_what_to_type(capsys, tmp_path):
+    assert main(["experiment", "report", "--root", str(tmp_path)]) == 0
+    assert "next: looplm experiment mano" in capsys.readouterr().out
+
+
+def test_mano_runs_at_smoke_scale_and_again_does_nothing(capsys, tmp_path):
+    arguments = ["experiment", "mano", "--root", str(tmp_path)]
+    assert main(arguments) == 0
+    folder = tmp_path / "mano" / "smoke"
+    records = json.loads((folder / "results.json").read_text())["records"]
+    assert [record["result"]["shape"] for record in records] == ["1⊗1", "1⊗2"]
+    assert len({record["result"]["parameters"] for record in records}) == 1
+    assert all(
+        len(record["result"]["accuracy"]["L=2"]) == 2 * loops for record, loops in zip(records, (1, 2), strict=True)
+    )
+    report = (folder / "report.md").read_text()
+    assert "1⊗2" in report
+    assert main(arguments) == 0
+    assert "finished before" in capsys.readouterr().err
+    assert main(["experiment", "report", "--root", str(tmp_path)]) == 0
+    assert "mano, smoke: 2 of 2 cells" in capsys.readouterr().out
+
+
+def test_results_are_written_where_a_share_is_all_there_is(tmp_path):
+    class Squares(Empty):
+        def report(self, records):
+            return Report(tables=(), findings=(f"{len(records)} cells",), figures={})
+
+    from experiments.results_files import write_results
+
+    record = Record(cell="a", settings={}, result={}, seconds=1.0, versions={"jax": "1"})
+    console = Console(file=None, quiet=True)
+    assert write_results(tmp_path, Squares(), Scale.SMOKE, [record], 3, console) == ["results.json", "report.md"]
+    assert "1 of 3 cells" in (tmp_path / "report.md").read_text()
