@@ -284,7 +284,9 @@ class DataConfig:
     """Where tokens come from."""
 
     sources: tuple[SourceConfig, ...] = _field("the mixture", ())
-    root: str = _field("folder or URL in which the relative paths of sources lie; empty: where you are", "")
+    root: str = _field(
+        "folder or URL in which relative paths of sources lie, where `{length}` is the stage's sequence_length", ""
+    )
     tokenizer: str = _field("a SentencePiece .model or a tokenizer.json; empty: train one on the data", "")
     validation_fraction: float = _field("share of documents held out, chosen by a hash of their text", 0.02)
     seed: int = _field("seed of the order of documents", 0)
@@ -456,7 +458,8 @@ class Recipe:
 
     def data_of(self, stage: Stage) -> DataConfig:
         """What a stage is trained on: the mixture of its own, or else that of the recipe."""
-        return dataclasses.replace(self.data, sources=stage.sources or self.data.sources)
+        root = self.data.root.replace("{length}", str(stage.sequence_length))
+        return dataclasses.replace(self.data, root=root, sources=stage.sources or self.data.sources)
 
     def mesh_of(self, stage: Stage) -> MeshConfig:
         """The mesh of a stage: that of the recipe, with the stage's own number of devices to a sequence."""

@@ -63,6 +63,14 @@ def test_mixtures_are_shares_of_the_whole():
     assert mid_train["nemotron-cc"] == pytest.approx(30 * 0.734)
 
 
+def test_each_stage_finds_the_corpora_of_its_own_length():
+    recipe = named_recipe("ouro-1.4b")
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, root="gs://mine/{length}"))
+    roots = {stage.name: recipe.data_of(stage).root for stage in recipe.stages}
+    assert roots["pretrain-1"] == "gs://mine/4096"
+    assert roots["long-context"] == "gs://mine/65536"
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_tiny_recipe_keeps_its_stages(name):
     full = named_recipe(name)
