@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := JAX_PLATFORMS=cpu $(BIN)/python
 
-.PHONY: demo test test-slow test-transformers4 lint types bench setup torch clean
+.PHONY: demo test coverage test-slow test-transformers4 lint types bench setup torch clean
 
 # PyTorch and what runs our exported models. The older transformers lies beside the newer one, to be put before it.
 TORCH := torch==2.13.0 transformers==5.23.0 peft==0.21.2 accelerate==1.15.0
@@ -14,8 +14,13 @@ TRANSFORMERS4 := transformers==4.57.6 huggingface-hub==0.36.0 tokenizers==0.22.1
 demo: $(VENV)/ready  ## the main job on two CPU cores: corpus, tokenizer, Stage I and II, evaluation, text
 	$(RUN) -m experiments.demo --out runs/demo
 
-test: $(VENV)/ready-dev  ## the default test suite, with coverage
-	$(RUN) -m pytest tests -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term:skip-covered
+PYTEST := -m pytest tests -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+test: $(VENV)/ready-dev  ## the default test suite
+	$(RUN) $(PYTEST)
+
+coverage: $(VENV)/ready-dev  ## the same, counting the lines that it runs, which takes longer
+	$(RUN) $(PYTEST) --cov --cov-report=term:skip-covered
 
 test-slow: $(VENV)/ready-dev  ## the tests that take minutes
 	$(RUN) -m pytest tests -m slow

@@ -5,6 +5,7 @@ import pytest
 from experiments.benchmarks import checkpoints
 
 
+@pytest.mark.slow
 def test_a_state_is_saved_and_restored_and_nothing_stays(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(checkpoints, "_STEPS", 1)
     folder = tmp_path / "work"

@@ -26,6 +26,7 @@ def in_this_process(monkeypatch, capsys):
     monkeypatch.setattr(conversion, "_run", run)
 
 
+@pytest.mark.slow
 def test_there_and_back(in_this_process, tmp_path):
     measured = conversion.measure(tmp_path / "work", TINY)
     assert measured.differing == ()

@@ -200,6 +200,7 @@ def test_a_signal_ends_it_cleanly(number, here, capsys):
     assert sorted(path.name for path in Path("out").iterdir()) == ["looplm_plan.json", "tokenizer.model"]
 
 
+@pytest.mark.slow
 def test_training_on_prepared_sources_goes_on_bit_for_bit(here, recipe, refused):
     for name in "ab":
         assert tokenize(f"{name}.jsonl", "--out", name, "--validation-fraction", "0.2") == 0

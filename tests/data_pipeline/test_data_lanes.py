@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from looplm_jax.data.corpus import open_corpus
 from looplm_jax.data.lanes import LaneBatches, lane_count
 from looplm_jax.data.packing import Batch
 from looplm_jax.data.pipeline import train_batches
@@ -17,7 +18,7 @@ ROWS, LENGTH = 8, 32
 @pytest.fixture
 def stream(text_data, tokenizer):
     """A function that makes the stream of one process of several, closed at the end of the test."""
-    opened = []
+    opened, corpus = [], open_corpus(text_data)
 
     def make(process=0, processes=1, lanes=2, parts=1):
         part_rows = ROWS // parts
@@ -25,7 +26,7 @@ def stream(text_data, tokenizer):
 
         def open_lane(lane):
             geometry = {"batch_size": ROWS, "sequence_length": LENGTH, "process_index": lane, "process_count": lanes}
-            return train_batches(text_data, tokenizer, seed=0, **geometry)
+            return train_batches(corpus, tokenizer, seed=0, **geometry)
 
         rows = range(process * share, (process + 1) * share)
         opened.append(LaneBatches(open_lane, lanes=lanes, rows=rows, part_rows=part_rows, parts=parts))

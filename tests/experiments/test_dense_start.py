@@ -30,6 +30,7 @@ def finished(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_every_start_has_its_course_and_nothing_runs_twice(finished, capsys):
     results = json.loads((finished / "results.json").read_text())
     courses = {course["name"]: course for course in results["courses"]}
@@ -47,6 +48,7 @@ def test_every_start_has_its_course_and_nothing_runs_twice(finished, capsys):
     assert json.loads((finished / "results.json").read_text()) == results
 
 
+@pytest.mark.slow
 def test_before_training_loop_one_of_pre_is_the_dense_model(finished):
     results = json.loads((finished / "results.json").read_text())
     first = {course["name"]: course["losses"][0][0] for course in results["courses"]}
@@ -54,6 +56,7 @@ def test_before_training_loop_one_of_pre_is_the_dense_model(finished):
     assert abs(first["sandwich, matched norms"] - results["dense_loss"]) > 1e-5
 
 
+@pytest.mark.slow
 def test_second_norms_are_written_and_nothing_else_changes(finished, tmp_path):
     with_second_norms(
         finished / "starts" / "sandwich", tmp_path / "out", {"attention": jnp.full(1, 2.0), "mlp": 3.0 * jnp.ones(1)}
@@ -99,6 +102,7 @@ def test_what_is_wrong_ends_in_one_line(tmp_path, capsys):
     assert "dense_start: " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_llama_folder_is_the_dense_model_in_transformers(finished):
     transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
     dense = looplm_jax.load(finished / "runs" / "dense")

@@ -82,6 +82,7 @@ def wait_for_a_step(folder):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_one_on_a_disk_that_nobody_touched(bucket, compiled_programs, tmp_path, capsys):  # noqa: F811
     recipe, folder = write_recipe(tmp_path / "long.json", LONG), any_path(f"{bucket}/some/run")
     with Run("--recipe", recipe, "--out", folder, errors=tmp_path / "errors", compiled=compiled_programs) as killed:
@@ -99,6 +100,7 @@ def test_a_killed_run_ends_as_one_on_a_disk_that_nobody_touched(bucket, compiled
     assert not Path("gs:").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Sending a large body directly:ResourceWarning")  # of the client, for a profile
 def test_checkpoints_and_profiles_in_a_bucket_are_read(bucket, tmp_path, capsys):  # noqa: F811
     folder = f"{bucket}/run"
@@ -134,6 +136,7 @@ def test_a_bucket_that_is_read_only_for_a_while_costs_nothing(bucket, local, ref
     assert_same_end(any_path(f"{bucket}/run"), local)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("refusing")
 def test_a_bucket_that_stays_read_only_ends_a_run_with_one_line(gcs, bucket, local):  # noqa: F811
     with pytest.raises(UserError, match=rf"Forbidden.* while saving step 8 to {bucket}/run/checkpoints: mend that and "
