@@ -4,8 +4,8 @@
     looplm convert upcycle gs://mine/ouro-1.4b/checkpoints/STEP mine/ouro-48 --layers 48    # the end of pretrain-2
     looplm train --recipe ouro-2.6b --data.root gs://mine/corpora/{length} --start.checkpoint mine/ouro-48
 
-`gs://mine/corpora/4096/nemotron-cc` is then what `looplm tokenize` made of that source for sequences of 4,096 tokens; of
-text, which any length is cut from, one folder serves all stages: `--data.root gs://mine/corpora`.
+`gs://mine/corpora/4096/nemotron-cc` is then what `looplm tokenize` made of that source for sequences of 4,096 tokens.
+One folder of text, which any length is cut from, serves all stages: `--data.root gs://mine/corpora`.
 
 Not printed in the paper, and so ours: the steps of the warm-up (2,000), where in its first stage the batch doubles
 (half-way), AdamW's epsilon (1e-8), the length and rate of Stage II, and the tokens of an example of the fine-tuning.
