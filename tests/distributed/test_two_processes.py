@@ -8,9 +8,11 @@ import time
 
 import numpy as np
 import pytest
+from gcs_emulator import bucket, gcs  # noqa: F401
 from many_processes import Processes, losses, steps_logged, write_recipe
 
 from looplm_jax.checkpoints import inspect_steps
+from looplm_jax.files import any_path
 
 TWO = ([], [])
 
@@ -53,6 +55,24 @@ def test_two_processes_train_as_one(alone, compiled, tmp_path):
     assert_same_losses(run, alone)
     assert_same_losses(run, alone, "evaluation")
     assert {report.step for report in inspect_steps(str(run)) if not report.damage} == {2, 4, 6}
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_in_a_bucket(alone, compiled, bucket, tmp_path):  # noqa: F811
+    """And two others go on from there, with what the first two left."""
+    recipe, run = write_recipe(tmp_path / "recipe.json"), any_path(f"{bucket}/run")
+    arguments = ("--recipe", recipe, "--out", str(run))
+    with Processes(tmp_path, TWO, *arguments, compiled=compiled) as both:
+        assert both.finish() == [0, 0], both.everything()
+        assert "Traceback" not in both.everything()
+    assert_same_losses(run, alone)
+    untouched = digests(run, 6)
+    (run / "checkpoints" / "6").rmtree()
+    with Processes(tmp_path / "again", TWO, *arguments, compiled=compiled) as both:
+        assert both.finish() == [0, 0], both.everything()
+        assert "going on from step 4" in both.said(0)
+    assert digests(run, 6) == untouched
+    assert_same_losses(run, alone)
 
 
 @pytest.mark.slow
