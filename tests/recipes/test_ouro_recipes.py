@@ -1,5 +1,6 @@
 """The pipeline of Ouro: the numbers of the paper, and the whole of it at a thousandth of the size."""
 
+import dataclasses
 import io
 import json
 
@@ -101,8 +102,6 @@ def corpora(tmp_path_factory):
 
 
 def tiny(name: str, corpora, **start) -> Recipe:
-    import dataclasses
-
     from looplm_jax import codec
 
     recipe = scaled(named_recipe(name), Scale.TINY)
