@@ -4,27 +4,16 @@ import contextlib
 import json
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
 
 import pytest
+from full_disk import files_of_at_most
 
 from looplm_jax.checkpoints import inspect_steps
 from looplm_jax.cli.main import main
 from looplm_jax.training.metrics import TRAIN, MetricsLog, read_metrics
-
-
-@contextlib.contextmanager
-def files_of_at_most(size):
-    """This process cannot write a longer file; Python ignores the signal, and gets an error."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def good_steps(run):

@@ -1,10 +1,8 @@
 """`looplm tokenize`: what it writes and says, what it refuses, how it stops, and training on what it prepared."""
 
-import contextlib
 import dataclasses
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -13,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from full_disk import files_of_at_most
 
 from looplm_jax.checkpoints import inspect_steps
 from looplm_jax.cli.main import main
@@ -138,16 +137,6 @@ def test_bad_data_is_one_line(here, refused):
         f"{here}/a.jsonl:1: the record has no field 'txt'; did you mean 'text'?"
     )
     assert tokenize("a.jsonl", "--out", "out") == 0
-
-
-@contextlib.contextmanager
-def files_of_at_most(size):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize(("size", "file"), [(50, "looplm_plan.json"), (30_000, "train-00000.arrayrecord")])

@@ -9,9 +9,10 @@ import numpy as np
 
 from looplm_jax.config import OnBadRecord
 from looplm_jax.data.cleaning import DocumentPlace, Duplicates, DuplicatesReport, NearDuplicates
+from looplm_jax.data.documents import plain_text
 from looplm_jax.data.prepared.folder import SIGNATURES, PreparedFolder
 from looplm_jax.data.prepared.pool import Report
-from looplm_jax.data.prepared.unit_report import Tally, plain_text
+from looplm_jax.data.prepared.unit_report import Tally
 from looplm_jax.data.prepared.unit_work import UnitJob
 from looplm_jax.data.prepared.units import documents
 from looplm_jax.data.sources import BadRecordPolicy

@@ -6,9 +6,8 @@ import time
 from collections import Counter
 
 from looplm_jax.codec import from_dict
-from looplm_jax.data.chat import Message
 from looplm_jax.data.cleaning import Findings, Overlap
-from looplm_jax.data.documents import Document
+from looplm_jax.data.documents import plain_text
 from looplm_jax.data.prepared.folder import PreparedFolder
 from looplm_jax.data.prepared.manifest import LeftOut, Shard, SourceCount
 from looplm_jax.data.prepared.pool import Progress, Report
@@ -45,11 +44,6 @@ def report_name(number: int) -> str:
 def read_report(folder: PreparedFolder, number: int) -> UnitReport:
     """The report of a unit that is done."""
     return from_dict(UnitReport, json.loads(folder.read(report_name(number))))
-
-
-def plain_text(document: Document) -> str:
-    """A text, or what is said in a chat, as cleaning compares it."""
-    return document if isinstance(document, str) else "\n\n".join(map(_content, document))
 
 
 class Tally:
@@ -105,7 +99,3 @@ class Tally:
             overlapping=self.findings.dropped.total(),
             near_duplicates=self.near_duplicates,
         )
-
-
-def _content(message: Message) -> str:
-    return message.content

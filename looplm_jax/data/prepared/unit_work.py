@@ -8,6 +8,7 @@ from pathlib import Path
 
 from looplm_jax.config import OnBadRecord
 from looplm_jax.data.cleaning import EvaluationNgrams
+from looplm_jax.data.documents import plain_text
 from looplm_jax.data.examples import to_example
 from looplm_jax.data.prepared.folder import SHARD, PreparedFolder
 from looplm_jax.data.prepared.manifest import Plan, Shard, as_json
@@ -15,7 +16,7 @@ from looplm_jax.data.prepared.packing import pack_rows, shuffled
 from looplm_jax.data.prepared.pool import Report
 from looplm_jax.data.prepared.row import Segment, pieces, token_type
 from looplm_jax.data.prepared.shards import write_shard
-from looplm_jax.data.prepared.unit_report import Tally, UnitReport, plain_text, report_name
+from looplm_jax.data.prepared.unit_report import Tally, UnitReport, report_name
 from looplm_jax.data.prepared.units import Unit, documents
 from looplm_jax.data.sources import BadRecordPolicy
 from looplm_jax.data.splits import is_validation
