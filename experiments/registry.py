@@ -3,7 +3,28 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from experiments.addition import ADDITION
+from experiments.capo import CAPO
+from experiments.depth import DEPTH
+from experiments.early_exit import EARLY_EXIT
 from experiments.experiment import Experiment
+from experiments.kv_sharing import KV_SHARING
 from experiments.mano import MANO
+from experiments.p_hop import P_HOP
+from experiments.prior import PRIOR
+from experiments.reachability import REACHABILITY
+from experiments.three_hop import THREE_HOP
 
-EXPERIMENTS: Mapping[str, Experiment] = MappingProxyType({each.name: each for each in (MANO,)})
+_ALL: tuple[Experiment, ...] = (
+    MANO,
+    CAPO,
+    THREE_HOP,
+    ADDITION,
+    P_HOP,
+    REACHABILITY,
+    PRIOR,
+    EARLY_EXIT,
+    KV_SHARING,
+    DEPTH,
+)
+EXPERIMENTS: Mapping[str, Experiment] = MappingProxyType({each.name: each for each in _ALL})

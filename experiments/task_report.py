@@ -1,6 +1,7 @@
 """Tables and figures of grids over k layers looped T times: ours, over seeds, beside the printed accuracies."""
 
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,13 @@ def shape_table(
                 "" if there is None else f"{there:.1f}",
             ]
         rows.append(row)
+    rows.append(["commonest answer", "", ""] + [cell for test in tests for cell in (_commonest(records, test), "", "")])
     return Table(title=title, columns=columns, rows=rows)
+
+
+def _commonest(records: Sequence[Record], test: str) -> str:
+    """What a model gets that always says the same."""
+    return f"{100 * max(record.result['commonest'][test] for record in records):.1f}"
 
 
 def compare(records: Sequence[Record], test: str, pairs: Sequence[tuple[str, str]]) -> list[str]:
@@ -62,7 +69,7 @@ def compare(records: Sequence[Record], test: str, pairs: Sequence[tuple[str, str
 
 def plot_curves(records: Sequence[Record], title: str, path: Path) -> None:
     """Training loss by step: a line for each cell, a colour for each shape. Raises UserError without matplotlib."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(7, 4))
     shapes = list(dict.fromkeys(record.result["shape"] for record in records))
     for record in records:
@@ -72,12 +79,12 @@ def plot_curves(records: Sequence[Record], title: str, path: Path) -> None:
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     axes.legend(handles.values(), handles.keys(), title="layers ⊗ loops")
     axes.set(title=title, xlabel="step", ylabel="training loss (nats)")
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_depths(records: Sequence[Record], test: str, title: str, path: Path) -> None:
     """Accuracy by loops, up to twice those trained: mean over seeds, and their range."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(7, 4))
     shapes = list(dict.fromkeys(record.result["shape"] for record in records))
     for number, shape in enumerate(shapes):
@@ -87,7 +94,7 @@ def plot_depths(records: Sequence[Record], test: str, title: str, path: Path) ->
         axes.fill_between(loops, 100 * runs.min(0), 100 * runs.max(0), color=f"C{number}", alpha=0.2, linewidth=0)
     axes.legend(title="layers ⊗ loops")
     axes.set(title=title, xlabel="loops at test", ylabel="exact match (%)", ylim=(0, 101))
-    _save(figure, path)
+    save(figure, path)
 
 
 def curves_and_depths(records: Sequence[Record], tests: Sequence[str], title: str) -> dict[str, Callable[[Path], None]]:
@@ -96,12 +103,13 @@ def curves_and_depths(records: Sequence[Record], tests: Sequence[str], title: st
         "curves.png": functools.partial(plot_curves, records, f"{title}: training loss")
     }
     for test in tests:
-        name = f"depths_{test}.png"
-        figures[name] = functools.partial(plot_depths, records, test, f"{title}, {test}")
+        name = re.sub(r"[^a-zA-Z0-9=]+", "_", test)
+        figures[f"depths_{name}.png"] = functools.partial(plot_depths, records, test, f"{title}, {test}")
     return figures
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """Matplotlib, drawing to files. Raises UserError where it is not installed."""
     try:
         import matplotlib as mpl
 
@@ -112,7 +120,8 @@ def _pyplot() -> Any:
     return plt
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
+    """Write a figure, and forget it."""
     figure.tight_layout()
     figure.savefig(path, dpi=120)
-    _pyplot().close(figure)
+    pyplot().close(figure)

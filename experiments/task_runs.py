@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
+from experiments.run_speed import run_speed
 from looplm_jax.config import (
     CheckpointConfig,
     DataConfig,
@@ -21,7 +22,7 @@ from looplm_jax.config import (
     Stage,
 )
 from looplm_jax.data.tasks import make_task
-from looplm_jax.evaluation.task_accuracy import task_accuracy
+from looplm_jax.evaluation.task_accuracy import commonest_answer, task_accuracy
 from looplm_jax.loading import load
 from looplm_jax.training.metrics import TRAIN, read_metrics
 from looplm_jax.training.run import train
@@ -102,8 +103,9 @@ def run_task(run: TaskRun, folder: Path, console: Console) -> dict[str, Any]:
     """Train, or go on, and test at every depth up to twice the trained one.
 
     Returns:
-      shape; accuracy: by test, of each loop; at_trained_depth: by test, after the last trained loop; curve: step and
-      training loss; parameters: their number.
+      shape; accuracy: by test, of each loop; at_trained_depth: by test, after the last trained loop; commonest: by
+      test, the share of the commonest answer, which is what a constant gets; curve: step and training loss;
+      parameters: their number; and how fast it trained, as `run_speed` says.
 
     Raises:
       Stopped: a signal came; called again, it goes on.
@@ -113,17 +115,20 @@ def run_task(run: TaskRun, folder: Path, console: Console) -> dict[str, Any]:
         raise Stopped(outcome.stopped_by)
     loaded = load(folder)
     depth = 2 * run.loops
+    tasks = {name: make_task(spec) for name, spec in run.tests.items()}
     accuracy = {
         name: task_accuracy(
-            loaded.model, loaded.params, make_task(spec), loops=depth, items=run.test_items, batch_size=128
+            loaded.model, loaded.params, task, loops=depth, items=run.test_items, batch_size=128
         ).tolist()
-        for name, spec in run.tests.items()
+        for name, task in tasks.items()
     }
     steps = [row for row in read_metrics(folder) if row["kind"] == TRAIN]
     return {
         "shape": run.shape,
         "accuracy": accuracy,
         "at_trained_depth": {name: values[run.loops - 1] for name, values in accuracy.items()},
+        "commonest": {name: commonest_answer(task, run.test_items) for name, task in tasks.items()},
         "curve": [[row["step"], row["loss"]] for row in steps],
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(loaded.params)),
+        **run_speed(folder),
     }

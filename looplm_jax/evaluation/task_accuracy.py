@@ -1,5 +1,6 @@
 """Exact-match accuracy on the held-out problems of a synthetic task, at every depth."""
 
+import collections
 import functools
 from typing import Any
 
@@ -51,6 +52,13 @@ def task_accuracy(
         scored = _all_right(model, params, tokens, mask.astype(bool), loops=loops)
         right.append(jax.device_get(scored)[:, : len(problems)])
     return np.concatenate(right, axis=1).mean(axis=1)
+
+
+def commonest_answer(task: Task, items: int) -> float:
+    """Share of the commonest answer among the first held-out problems: the accuracy of always giving that one."""
+    problems = [task.validation_example(index) for index in range(min(items, task.validation_items))]
+    answers = collections.Counter(tuple(problem.tokens[problem.loss_mask].tolist()) for problem in problems)
+    return answers.most_common(1)[0][1] / len(problems)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "loops"))

@@ -84,6 +84,22 @@ def test_every_hop_is_right(hops, spare, alphabet, kind, seed, index):
         assert example.loss_mask.tolist() == [False] * task.length + [True]
 
 
+def test_a_curriculum_says_how_many_hops_and_asks_all_numbers_equally_often():
+    task = PHop(hops=4, fewest=2, length=24)
+    counts = collections.Counter()
+    for index in range(1_500):
+        number, *sequence, answer = words(task, task.train_example(0, index))
+        hops = int(number.removeprefix("<hops_").removesuffix(">"))
+        assert hop_by_table(sequence, hops) == answer
+        counts[hops] += 1
+    assert sorted(counts) == [2, 3, 4]
+    assert chi_square(list(counts.values())) < 4
+    held_out = task.validation_example(7)
+    assert words(task, held_out)[0] == "<hops_4>"
+    assert len(held_out.tokens) == task.max_tokens == 26
+    assert held_out.loss_mask.sum() == 1
+
+
 def test_no_hop_of_a_chain_stays_where_it_is_and_a_quarter_of_uniform_sequences_does():
     chain, uniform = PHop(), PHop(sequences=Sequences.UNIFORM)
     sequences = [words(chain, chain.train_example(0, index))[:-1] for index in range(500)]
@@ -185,6 +201,7 @@ def test_no_held_out_problem_is_trained_on_by_any_seed(task):
         ("addition:longest=12", "addition.longest must be a power of two, not 12"),
         ("addition:digits=0", "addition.digits must be at least 1, not 0"),
         ("phop:hops=8,length=16", "phop.length=16 has no room for 8 hops; make it 17 or more"),
+        ("phop:hops=4,fewest=5", "phop.fewest must be from 1 to hops=4, or 0, not 5"),
         ("phop:sequences=chains", "chain"),
         ("reachability:nodes=17", "reachability.nodes=17 has no room for two paths of 8 edges; make it 18 or more"),
         ("threehop:people=2,relations=2", "are more than the 16 that there are; lower them"),

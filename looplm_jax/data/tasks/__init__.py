@@ -1,6 +1,7 @@
 """Synthetic tasks, one file each, drawn online from a seed."""
 
 from looplm_jax.data.tasks.addition import Addition
+from looplm_jax.data.tasks.capo import Capo
 from looplm_jax.data.tasks.mano import Mano, Supervise
 from looplm_jax.data.tasks.p_hop import PHop, Sequences
 from looplm_jax.data.tasks.reachability import Reachability
@@ -9,6 +10,7 @@ from looplm_jax.data.tasks.three_hop import ThreeHop
 
 __all__ = [
     "Addition",
+    "Capo",
     "Mano",
     "PHop",
     "Reachability",

@@ -8,6 +8,9 @@ what followed, look that up, and so on. The problem is `v[1] … v[n] answer`, a
 that do not break a hop, so each hop moves, and there are always p of them. `uniform`: symbols are independent. A
 sequence that ends in two equal symbols is then degenerate, as every hop stays where it is, which one induction head
 answers; so is one whose hops end before p (no symbol before, answered by `<none>`).
+
+With `fewest`, a curriculum that small models need: training draws p uniform in fewest..hops, each problem begins with
+`<hops_p>`, and the test is at p = hops.
 """
 
 import dataclasses
@@ -37,6 +40,7 @@ class PHop:
     """The task and its generator. Every problem is a pure function of (stream, seed, index)."""
 
     hops: int = 16
+    fewest: int = 0  # of training; 0: always `hops`, unsaid
     length: int = 256
     alphabet: int = 4
     sequences: Sequences = Sequences.CHAIN
@@ -46,6 +50,8 @@ class PHop:
         for name, least in (("hops", 1), ("alphabet", 2), ("validation_items", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"phop.{name} must be at least {least}, not {getattr(self, name)}")
+        if not 0 <= self.fewest <= self.hops:
+            raise UserError(f"phop.fewest must be from 1 to hops={self.hops}, or 0, not {self.fewest}")
         if self.length < 2 * self.hops + 1:
             raise UserError(
                 f"phop.length={self.length} has no room for {self.hops} hops; make it {2 * self.hops + 1} or more"
@@ -53,13 +59,14 @@ class PHop:
 
     @functools.cached_property
     def tokenizer(self) -> SymbolTokenizer:
-        """`<none>` and the symbols of the alphabet."""
-        return SymbolTokenizer([NONE, *(f"s{symbol}" for symbol in range(self.alphabet))])
+        """`<none>`, the symbols of the alphabet and, where it varies, the number of hops."""
+        numbers = range(1, self.hops + 1) if self.fewest else ()
+        return SymbolTokenizer([NONE, *(f"s{symbol}" for symbol in range(self.alphabet)), *map(_said, numbers)])
 
     @property
     def max_tokens(self) -> int:
         """Tokens of a problem."""
-        return self.length + 1
+        return self.length + 1 + bool(self.fewest)
 
     @property
     def chance(self) -> float:
@@ -68,27 +75,35 @@ class PHop:
 
     def train_example(self, seed: int, index: int) -> Example:
         """Problem `index` of the training stream of a seed, never a held-out one."""
-        return self._problem("phop-train", seed, index, held_out=False)
+        hops = self.hops
+        if self.fewest:
+            hops = int(generator("phop-hops", seed, index).integers(self.fewest, self.hops + 1))
+        return self._problem("phop-train", seed, index, hops, held_out=False)
 
     def validation_example(self, index: int) -> Example:
-        """Held-out problem `index`."""
-        return self._problem("phop-validation", 0, index, held_out=True)
+        """Held-out problem `index`, of `hops` hops."""
+        return self._problem("phop-validation", 0, index, self.hops, held_out=True)
 
-    def _problem(self, stream: str, seed: int, index: int, *, held_out: bool) -> Example:
+    def _problem(self, stream: str, seed: int, index: int, hops: int, *, held_out: bool) -> Example:
         def draw(attempt: int) -> list[int]:
             random = generator(stream, seed, index, attempt)
             if self.sequences is Sequences.UNIFORM:
                 return random.integers(self.alphabet, size=self.length).tolist()
-            return draw_chain(random, hops=self.hops, length=self.length, alphabet=self.alphabet)
+            return draw_chain(random, hops=hops, length=self.length, alphabet=self.alphabet)
 
         def accept(drawn: list[int]) -> bool:
             return is_held_out(" ".join(map(str, drawn))) is held_out
 
         sequence = first_draw(draw, accept, f"phop:length={self.length}", "raise length")
-        place = find(sequence, len(sequence), self.hops)
+        place = find(sequence, len(sequence), hops)
         answer = 0 if place == 0 else 1 + sequence[place - 1]
-        tokens = [1 + symbol for symbol in sequence] + [answer]
-        return Example.of(tokens, [False] * self.length + [True])
+        said = self.tokenizer.encode(_said(hops)) if self.fewest else []
+        question = [*said, *(1 + symbol for symbol in sequence)]
+        return Example.of([*question, answer], [False] * len(question) + [True])
+
+
+def _said(hops: int) -> str:
+    return f"<hops_{hops}>"
 
 
 def find(sequence: Sequence[int], start: int, hops: int) -> int:

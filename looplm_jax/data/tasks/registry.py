@@ -8,6 +8,7 @@ from looplm_jax.codec import from_dict
 from looplm_jax.data.sources import huggingface
 from looplm_jax.data.tasks.addition import Addition
 from looplm_jax.data.tasks.base import Task
+from looplm_jax.data.tasks.capo import Capo
 from looplm_jax.data.tasks.mano import Mano
 from looplm_jax.data.tasks.p_hop import PHop
 from looplm_jax.data.tasks.reachability import Reachability
@@ -15,7 +16,14 @@ from looplm_jax.data.tasks.three_hop import ThreeHop
 from looplm_jax.errors import UserError, suggest
 
 TASKS: Mapping[str, type[Task]] = MappingProxyType(
-    {"addition": Addition, "mano": Mano, "phop": PHop, "reachability": Reachability, "threehop": ThreeHop}
+    {
+        "addition": Addition,
+        "capo": Capo,
+        "mano": Mano,
+        "phop": PHop,
+        "reachability": Reachability,
+        "threehop": ThreeHop,
+    }
 )
 
 # `name:` and no `//` after it, which would be a URL.

@@ -1,0 +1,74 @@
+"""Addition of n numbers (Saunshi et al., arXiv 2502.17416): loops in the place of layers, at equal parameters.
+
+    looplm experiment addition --scale cpu
+
+k layers looped T times learn to add (`looplm_jax.data.tasks.addition`): training mixes n = 2, 4, 8, … numbers, tests
+ask for one n, 24 among them, which training never saw.
+
+Printed, and so at `paper`: three digits, n to 32, width 256, 8 heads, feed-forward 1024, 200,000 steps of 1,024
+problems, learning rate 5e-3, the best of three seeds. Ours: AdamW in the place of Adafactor, at three rates; problems
+are packed to 136 tokens (430 rows hold about 1,024 problems); RoPE; and Eq. 4 with beta 0.1 where the print supervises
+the last loop only.
+
+`cpu`: two digits, n to 4, one layer of width 64.
+"""
+
+from types import MappingProxyType
+
+from experiments.experiment import Scale
+from experiments.shape_grid import Grid, Problem, ShapeExperiment
+
+_SHAPES = ((12, 1), (1, 1), (1, 12), (2, 1), (2, 6), (3, 1), (3, 4))
+
+
+def _problem(longest: int, digits: int, tests: tuple[int, ...], steps: int) -> Problem:
+    task = f"addition:longest={longest},digits={digits}"
+    at = {f"n={terms}": f"{task},terms={terms}" for terms in tests}
+    return Problem(task=f"{task},terms={max(tests)}", tests=at, steps=steps)
+
+
+def _printed(*accuracies: float) -> dict[str, float]:
+    return dict(zip(("n=8", "n=16", "n=24", "n=32"), accuracies, strict=True))
+
+
+_PRINTED_SIZE = {"width": 256, "heads": 8, "mlp_width": 1024, "sequence_length": 136}
+_PAPER = Grid(
+    problems={"n32": _problem(32, 3, (8, 16, 24, 32), 200_000)},
+    shapes=_SHAPES,
+    rates=(5e-4, 1e-3, 2e-3),
+    seeds=3,
+    settings={**_PRINTED_SIZE, "batch_size": 430, "warmup_steps": 1000},
+)
+_GPU = Grid(
+    problems={"n32": _problem(32, 3, (8, 16, 24, 32), 12_000)},
+    shapes=((1, 1), (1, 12), (12, 1)),
+    rates=(1e-3,),
+    seeds=1,
+    settings={**_PRINTED_SIZE, "batch_size": 430, "warmup_steps": 500},
+)
+_SMOKE = Grid(
+    problems={"n2": _problem(2, 2, (2,), 4)},
+    shapes=((1, 2),),
+    rates=(1e-3,),
+    seeds=1,
+    settings={"width": 32, "heads": 2, "batch_size": 4, "sequence_length": 32, "test_items": 64},
+)
+
+ADDITION = ShapeExperiment(
+    name="addition",
+    claim="loops in the place of layers: adding n numbers, k layers looped T times",
+    title="Addition",
+    grids=MappingProxyType({Scale.SMOKE: _SMOKE, Scale.GPU: _GPU, Scale.PAPER: _PAPER}),
+    printed=MappingProxyType(
+        {
+            "12⊗1": _printed(100, 100, 100, 100),
+            "1⊗1": _printed(0.1, 0.1, 0.1, 0.0),
+            "1⊗12": _printed(99.9, 100, 99.9, 99.6),
+            "2⊗1": _printed(85.8, 71.5, 49.3, 38.8),
+            "2⊗6": _printed(100, 99.8, 99.7, 99.5),
+            "3⊗1": _printed(97.2, 78.5, 69.2, 60.7),
+            "3⊗4": _printed(100, 99.1, 97.0, 96.6),
+        }
+    ),
+    pairs=(("1⊗1", "1⊗3"), ("1⊗1", "1⊗4"), ("1⊗1", "1⊗12"), ("2⊗1", "2⊗6"), ("3⊗1", "3⊗4")),
+)

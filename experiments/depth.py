@@ -1,0 +1,139 @@
+"""Depth and extrapolation (paper, Tables 10 to 13): quality at every number of loops, up to twice those trained.
+
+    looplm experiment depth --scale cpu
+
+A looped model runs at any depth. Printed: the base models of Ouro are best at the four loops that they were trained
+with, lose much below them and little beyond (MMLU at T = 1..8, in the table); the Thinking models peak at T = 3 to 5.
+
+Any trained model of ours gets this sweep in one command: `looplm evaluate RUN` measures every depth up to twice the
+trained one, `--max-loops T` up to any other, and `--tasks mmlu --num-fewshot 5 --depth-sweep` the printed benchmark.
+Here it is a grid over seeds, with the printed rows beside: loss and next-token accuracy of the text models of
+early-exit, and exact match of a model that was trained on a task, where a loop too few is a wrong answer.
+
+`cpu`: the text models (two seeds, trained once for early-exit, kv-sharing and depth) and addition, two layers looped
+four times. `gpu` (not run): `text-small`. `paper` (not run): Ouro-1.4B as published, in `checkpoints/ouro-1.4b`.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from experiments.experiment import Cell, Record, Report, Scale
+from experiments.task_report import plot_depths as plot_exact_match
+from experiments.task_runs import TaskRun, run_task
+from experiments.text_model import TextModel, TextModels
+from experiments.text_scales import TEXT_CELLS
+from looplm_jax.evaluation.curves import Curve
+from looplm_jax.evaluation.depth_sweep import DepthSweep, depth_sweep
+from looplm_jax.evaluation.plots import plot_depths
+from looplm_jax.evaluation.tables import Table
+from looplm_jax.loading import load
+
+# MMLU of the base models at 1..8 loops.
+_PRINTED = {
+    "Ouro-1.4B": (41.21, 60.43, 66.71, 67.45, 66.64, 65.77, 65.28, 64.49),
+    "Ouro-2.6B": (51.55, 67.63, 73.57, 74.60, 74.43, 73.79, 72.92, 72.24),
+}
+
+
+class Depth:
+    """The experiment."""
+
+    name = "depth"
+    claim = "a looped model runs at any depth: quality at T = 1 to twice the trained number of loops"
+    scales = tuple(TEXT_CELLS)
+
+    def cells(self, scale: Scale) -> tuple[Cell, ...]:
+        """One for each seed of the text model, and of a task where the scale has one."""
+        return (*TEXT_CELLS[scale].cells(), *_task_cells(scale))
+
+    def run(self, cell: Cell, folder: Path, console: Console) -> Mapping[str, Any]:
+        """Train Stage I, or find it trained, and measure all depths."""
+        if "task" in cell.settings:
+            return run_task(TaskRun(**cell.settings), folder / "run", console)
+        models = TextModels.beside(folder, self.name, console)
+        settings = dict(cell.settings)
+        model = TextModel(**settings.pop("model"))
+        loaded = load(models.stage1(model))
+        return depth_sweep(loaded.model, loaded.params, models.held_out(model, loaded, **settings)).to_json()
+
+    def report(self, records: Sequence[Record]) -> Report:
+        """Text and task, by loops, beside the printed benchmark."""
+        texts = [record for record in records if "task" not in record.settings]
+        tasks = [record for record in records if "task" in record.settings]
+        tables, findings = [], []
+        figures: dict[str, Any] = {}
+        if texts:
+            results = [record.result for record in texts]
+            tables.append(_text_table(results))
+            findings.append(_text_finding(results))
+            sweeps = {record.cell.removeprefix("text-"): _sweep(record.result) for record in texts}
+            figures["depths.png"] = functools.partial(plot_depths, sweeps)
+        for test in tasks[0].result["accuracy"] if tasks else ():
+            tables.append(_task_table(tasks, test))
+            figures[f"depths_{test}.png"] = functools.partial(plot_exact_match, tasks, test, f"{test}: every depth")
+        return Report(tables=tables, findings=findings, figures=figures)
+
+
+def _task_cells(scale: Scale) -> tuple[Cell, ...]:
+    return ()
+
+
+def _sweep(result: Mapping[str, Any]) -> DepthSweep:
+    curve = Curve.of(*(result[name] for name in ("loops", "loss", "accuracy")))
+    return DepthSweep(curve=curve, trained_loops=result["trained_loops"], tokens=result["tokens"])
+
+
+def _text_table(results: Sequence[Mapping[str, Any]]) -> Table:
+    """A row for each depth: mean and range over seeds, and the printed accuracies."""
+    trained = results[0]["trained_loops"]
+    columns = [
+        "loops",
+        "loss (nats/token)",
+        "range",
+        "accuracy",
+        "range",
+        *(f"printed MMLU, {name}" for name in _PRINTED),
+    ]
+    loss, accuracy = (np.array([result[name] for result in results]) for name in ("loss", "accuracy"))
+    rows = [
+        [
+            f"{loops:g}",
+            f"{loss[:, index].mean():.4f}",
+            f"{loss[:, index].min():.4f} to {loss[:, index].max():.4f}",
+            f"{accuracy[:, index].mean():.2%}",
+            f"{accuracy[:, index].min():.2%} to {accuracy[:, index].max():.2%}",
+            *(f"{printed[index]:.2f}" if index < len(printed) else "" for printed in _PRINTED.values()),
+        ]
+        for index, loops in enumerate(results[0]["loops"])
+    ]
+    title = f"Every depth, held-out text, mean of {len(results)} seeds (trained with {trained} loops)"
+    return Table(title=title, columns=columns, rows=rows, marked=trained - 1)
+
+
+def _text_finding(results: Sequence[Mapping[str, Any]]) -> str:
+    loss = np.mean([result["loss"] for result in results], axis=0)
+    trained, best = results[0]["trained_loops"], int(np.argmin(loss)) + 1
+    return (
+        f"The least loss is at {best} loops, trained with {trained}: {loss[best - 1]:.4f} nats a token against "
+        f"{loss[0]:.4f} at one loop, {loss[trained - 1]:.4f} at the trained depth and {loss[-1]:.4f} at {len(loss)}. "
+        "Printed: best at 4 loops, trained with 4; 3.0 (1.4B) and 2.4 (2.6B) points of MMLU less at 8."
+    )
+
+
+def _task_table(records: Sequence[Record], test: str) -> Table:
+    values = 100 * np.array([record.result["accuracy"][test] for record in records])
+    trained = int(records[0].settings["loops"])
+    rows = [
+        [str(loops), f"{column.mean():.1f}", f"{column.min():.1f} to {column.max():.1f}"]
+        for loops, column in enumerate(values.T, 1)
+    ]
+    title = f"Every depth, {test}: exact match on held-out problems, % (trained with {trained} loops)"
+    return Table(title=title, columns=("loops", "mean of seeds", "range"), rows=rows, marked=trained - 1)
+
+
+DEPTH = Depth()

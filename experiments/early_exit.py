@@ -1,0 +1,224 @@
+"""Early exit (paper, Figure 5; section 5): which rule to stop looping buys the most quality for the fewest loops.
+
+    looplm experiment early-exit --scale cpu
+
+Every policy of `looplm_jax.halting`, its one number moved over all of its range, on held-out text: fixed depth, Q-exit
+on the gate as Stage I leaves it, as Stage II makes it (Eq. 5 and 6 as printed) and as the look-ahead variant of Stage
+II makes it (the gate of loop t learns the gain of loop t + 1), state difference, absolute and relative, KL and entropy
+change of successive predictions, arg-max unchanged, and plain readouts of confidence: the largest probability, and its
+margin. Stage II moves the gate alone, so all that reads states and predictions is the same before and after it.
+
+A family is a curve of loss (nats a token) and next-token accuracy against mean loops. All curves are joined to one
+loop and to T loops for everybody by straight lines, which is what drawing lots gives, and compared by their area: the
+mean over all budgets from 1 to T. Intervals are 95 % percentile bootstraps over held-out sequences, paired.
+
+Printed (read off Figure 5, MMLU): a Stage II gate is 2 to 3 points above the Stage I gate at equal mean loops, and the
+state difference within 1 to 2 points of it. arXiv 2607.20519: plain confidence readouts often match or beat gates.
+
+Not printed, and so ours: the thresholds, the length and learning rate of Stage II, and what is measured where MMLU is
+out of reach. `cpu`: the recipe `demo`, two seeds, about 6 minutes of one core a seed, which kv-sharing and depth then
+use too. `gpu` (not run): the recipe `text-small`, about 20 minutes. `paper` (not run): Ouro-1.4B as published, in the
+folder `checkpoints/ouro-1.4b`; its gate stands where Stage I's does, and Stage II is trained anew, on the same text.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from experiments.bootstrap import interval, resamples, union
+from experiments.exit_scores import FIXED, GATE, Frontier, RowSums, families, score_families
+from experiments.experiment import Cell, Record, Report, Scale
+from experiments.run_speed import run_speed
+from experiments.text_model import TextModel, TextModels
+from experiments.text_scales import TEXT_CELLS
+from looplm_jax.config import GateTarget
+from looplm_jax.evaluation.curves import Curve
+from looplm_jax.evaluation.plots import plot_exits
+from looplm_jax.evaluation.tables import Table
+from looplm_jax.loading import load
+
+STAGE1, PRINTED, AHEAD = f"{GATE}, Stage I gate", f"{GATE}, Stage II gate", f"{GATE}, look-ahead gate"
+_TARGETS = {PRINTED: GateTarget.AS_PRINTED, AHEAD: GateTarget.LOOK_AHEAD}
+_RESAMPLES = 1000
+_POINT = ("loops", "loss", "accuracy")
+_DRAWN = (FIXED, STAGE1, PRINTED, AHEAD, "state difference", "confidence")  # in the figure
+_PAIRS = (
+    (PRINTED, STAGE1),
+    (AHEAD, PRINTED),
+    ("state difference", PRINTED),
+    ("confidence", PRINTED),
+    ("confidence", AHEAD),
+)
+
+
+class EarlyExit:
+    """The experiment."""
+
+    name = "early-exit"
+    claim = "the trained gate pays: quality against mean loops, for every exit policy, before and after Stage II"
+    scales = tuple(TEXT_CELLS)
+
+    def cells(self, scale: Scale) -> tuple[Cell, ...]:
+        """One for each seed."""
+        return TEXT_CELLS[scale].cells()
+
+    def run(self, cell: Cell, folder: Path, console: Console) -> Mapping[str, Any]:
+        """Train Stage I and both kinds of Stage II, or find them trained, and score every policy."""
+        models = TextModels.beside(folder, self.name, console)
+        settings = dict(cell.settings)
+        model = TextModel(**settings.pop("model"))
+        gates = {STAGE1: models.stage1(model)} | {
+            name: models.stage2(model, target) for name, target in _TARGETS.items()
+        }
+        first = load(gates[STAGE1])
+        batches = models.held_out(model, first, **settings)
+        wanted = families(first.model.config.loops)
+        sums = score_families(first.model, first.params, batches, wanted)
+        sums[STAGE1] = sums.pop(GATE)
+        for name in _TARGETS:
+            params = load(gates[name]).params
+            sums[name] = score_families(first.model, params, batches, {GATE: wanted[GATE]})[GATE]
+        speed = {} if model.checkpoint else run_speed(gates[STAGE1])
+        return {"loops": first.model.config.loops, **measure(sums), **speed}
+
+    def report(self, records: Sequence[Record]) -> Report:
+        """One table of areas and budgets, the comparisons in words, and the curves."""
+        results = [record.result for record in records]
+        return Report(
+            tables=[_table(results)],
+            findings=_findings(results),
+            figures={"exits.png": lambda path: plot_exits(_mean_curves(results), path)},
+        )
+
+
+def measure(sums: Mapping[str, RowSums]) -> dict[str, Any]:
+    """Curves, areas and their intervals of families that were scored on the same rows.
+
+    Returns:
+      tokens, sequences; families: by name the points of the curve, its areas in loss and accuracy, and how these differ
+      from fixed depth; pairs: the differences of some areas. Each difference has its interval.
+    """
+    rows = sums[FIXED].tokens.size
+    drawn = np.concatenate([np.ones((1, rows), int), resamples(rows, _RESAMPLES)])  # the first is the sample itself
+    plain = sums[FIXED].resampled(drawn)
+    frontiers = {name: own.resampled(drawn).joined(plain) for name, own in sums.items()}
+    return {
+        "tokens": int(sums[FIXED].tokens.sum()),
+        "sequences": rows,
+        "families": {
+            name: {"curve": _points(sums[name], drawn), **_areas(own, frontiers[FIXED])}
+            for name, own in frontiers.items()
+        },
+        "pairs": [
+            {"pair": [name, other], **_areas(frontiers[name], frontiers[other])}
+            for name, other in _PAIRS
+            if name in frontiers and other in frontiers
+        ],
+    }
+
+
+def _points(sums: RowSums, drawn: np.ndarray) -> dict[str, list[float]]:
+    own = sums.resampled(drawn[:1])
+    order = np.unique(own.loops[0], return_index=True)[1]
+    values = {"loops": own.loops, "loss": own.loss, "accuracy": own.accuracy}
+    return {name: value[0, order].tolist() for name, value in values.items()}
+
+
+def _areas(own: Frontier, other: Frontier) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in ("loss", "accuracy"):
+        area, base = (each.area(getattr(each, name)) for each in (own, other))
+        found |= {name: float(area[0]), f"{name}_difference": float(area[0] - base[0])}
+        found[f"{name}_interval"] = list(interval((area - base)[1:]))
+    return found
+
+
+def _table(results: Sequence[Mapping[str, Any]]) -> Table:
+    """Rows from the least to the greatest mean loss over all budgets."""
+    budgets = _budgets(results)
+    names = sorted(results[0]["families"], key=lambda name: _mean(results, name, "loss"))
+    columns = ["policy", "loss, all budgets", "against fixed depth", "accuracy, all budgets", "against fixed depth"]
+    columns += [f"loss at {budget:g} loops" for budget in budgets]
+    curves = _mean_curves(results, names, budgets)
+    rows = [
+        [
+            name,
+            f"{_mean(results, name, 'loss'):.4f}",
+            _difference(results, name, "loss"),
+            f"{100 * _mean(results, name, 'accuracy'):.2f} %",
+            _difference(results, name, "accuracy"),
+            *(f"{loss:.4f}" for loss in curves[name].loss),
+        ]
+        for name in names
+    ]
+    return Table(
+        title=f"Early exit, mean of {len(results)} seeds", columns=columns, rows=rows, marked=names.index(FIXED)
+    )
+
+
+def _budgets(results: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Whole and half numbers of loops between one and all."""
+    return np.arange(1.5, results[0]["loops"], 0.5).tolist()[:5]
+
+
+def _mean(results: Sequence[Mapping[str, Any]], name: str, quantity: str) -> float:
+    return float(np.mean([result["families"][name][quantity] for result in results]))
+
+
+def _difference(results: Sequence[Mapping[str, Any]], name: str, quantity: str) -> str:
+    if name == FIXED:
+        return ""
+    return _with_interval([result["families"][name] for result in results], quantity)
+
+
+def _with_interval(found: Sequence[Mapping[str, Any]], quantity: str) -> str:
+    """The mean difference over seeds, and the union of their intervals."""
+    factor, digits = (100, 2) if quantity == "accuracy" else (1, 4)
+    mean = factor * np.mean([each[f"{quantity}_difference"] for each in found])
+    low, high = (factor * end for end in union([each[f"{quantity}_interval"] for each in found]))
+    return f"{mean:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
+
+
+def _findings(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    found = []
+    for index, pair in enumerate(results[0]["pairs"]):
+        each = [result["pairs"][index] for result in results]
+        name, other = pair["pair"]
+        found.append(
+            f"{name} against {other}, mean over all budgets: loss {_with_interval(each, 'loss')} nats a token, "
+            f"accuracy {_with_interval(each, 'accuracy')} points."
+        )
+    best = min(results[0]["families"], key=lambda name: _mean(results, name, "loss"))
+    tokens, sequences = results[0]["tokens"], results[0]["sequences"]
+    return [
+        f"The least loss over all budgets: {best} ({_mean(results, best, 'loss'):.4f} nats a token).",
+        *found,
+        f"{tokens:,} held-out tokens in {sequences} sequences; 95 % intervals over sequences, their union over seeds.",
+        "Printed: the Stage II gate 2 to 3 points of MMLU above the Stage I gate, state difference 1 to 2 from it.",
+    ]
+
+
+def _mean_curves(
+    results: Sequence[Mapping[str, Any]], names: Sequence[str] = _DRAWN, budgets: Sequence[float] | None = None
+) -> dict[str, Curve]:
+    """Curves at the same budgets, their mean over seeds."""
+    grid = np.linspace(1, results[0]["loops"], 13) if budgets is None else np.asarray(budgets)
+    return {name: _mean_curve(results, name, grid) for name in names}
+
+
+def _mean_curve(results: Sequence[Mapping[str, Any]], name: str, grid: np.ndarray) -> Curve:
+    seeds = []
+    for result in results:
+        own, plain = (
+            Frontier(**{key: np.asarray(result["families"][which]["curve"][key])[None] for key in _POINT})
+            for which in (name, FIXED)
+        )
+        seeds.append(own.joined(plain).at(grid))
+    loss, accuracy = (np.mean([getattr(curve, key) for curve in seeds], axis=0) for key in ("loss", "accuracy"))
+    return Curve.of(grid, loss, accuracy)
+
+
+EARLY_EXIT = EarlyExit()

@@ -1,0 +1,26 @@
+"""An empty figure in the style of the evaluations, for experiments that draw their own."""
+
+from pathlib import Path
+from typing import Any
+
+from looplm_jax.errors import UserError
+
+
+def figure(columns: int = 1, width: float = 4.8) -> tuple[Any, list[Any]]:
+    """A figure and its axes, side by side, without pyplot. Raises UserError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("figures need matplotlib; pip install 'looplm_jax[plot]'") from None
+    made = Figure(figsize=(width * columns, 3.8), layout="constrained")
+    grid = list(made.subplots(1, columns, squeeze=False).flat)
+    for axes in grid:
+        axes.grid(True, color="#e4e4e4", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    return made, grid
+
+
+def save(made: Any, path: Path) -> None:
+    """Write it as PNG."""
+    made.savefig(path, dpi=150)

@@ -1,0 +1,268 @@
+"""KV sharing (paper, section 5.4.2 and Table 14): the last loop's keys and values are enough to decode with.
+
+    looplm experiment kv-sharing --scale cpu
+
+Each loop has keys and values of its own, T times the memory of a plain model. While it decodes, a model may keep one
+plane for all loops: of a token's last loop, of its first, or the mean (`looplm_jax.inference.kv_cache` has the rules;
+the paper does not print them). Printed: with the last loop alone GSM8K and MATH-500 hardly change, with the first they
+collapse; and sharing in the prefill as well costs more than 10 points of GSM8K.
+
+Measured here on held-out text that the model is told token by token, as in decoding (`states_in_turn`), every token
+with all T loops: loss and accuracy of the second half of each sequence. With a full prefill the first half is read by
+all T planes and then shared; with a shared prefill it goes through the one plane too, token by token, so that no loop
+but those that are kept is ever seen. And the engine continues the first halves greedily with each cache: how many of
+its tokens come before the first that differs from the full cache's. Intervals are 95 % bootstraps over sequences.
+
+`cpu`: the text models of early-exit (two seeds), about one minute of one core beside their training. `gpu` (not run):
+`text-small`. `paper` (not run): Ouro-1.4B as published, in `checkpoints/ouro-1.4b`; the printed benchmarks are one
+command for each cache: `looplm evaluate` reads GSM8K by the tasks of lm-evaluation-harness.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+from rich.console import Console
+
+from experiments.bootstrap import interval, resamples, union
+from experiments.experiment import Cell, Record, Report, Scale
+from experiments.figures import figure, save
+from experiments.text_model import TextModel, TextModels
+from experiments.text_scales import TEXT_CELLS
+from looplm_jax.data.packing import Batch
+from looplm_jax.errors import UserError
+from looplm_jax.evaluation.tables import Table
+from looplm_jax.halting import FixedLoops
+from looplm_jax.inference import CacheStrategy, Engine, EngineConfig, bytes_per_token
+from looplm_jax.inference.replay import states_in_turn
+from looplm_jax.inference.rollouts import Rollouts
+from looplm_jax.loading import load
+from looplm_jax.losses import token_scores
+from looplm_jax.models.looplm import LoopLM, Params, compute_dtype, head_matrix
+from looplm_jax.models.presets import ouro_1_4b
+
+_PRINTED = {
+    CacheStrategy.FULL: ("78.92", "82.40"),
+    CacheStrategy.FIRST: ("18.73", "8.43"),
+    CacheStrategy.LAST: ("78.85", "80.40"),
+    CacheStrategy.AVERAGE: ("78.73", "78.52"),
+}
+_PREFILLS = ("full", "shared")
+_RESAMPLES = 1000
+_SLOTS = 32
+
+
+class KVSharing:
+    """The experiment."""
+
+    name = "kv-sharing"
+    claim = "the last loop's cache is enough: four cache strategies in decoding, and sharing during the prefill"
+    scales = tuple(TEXT_CELLS)
+
+    def cells(self, scale: Scale) -> tuple[Cell, ...]:
+        """One for each seed."""
+        return TEXT_CELLS[scale].cells()
+
+    def run(self, cell: Cell, folder: Path, console: Console) -> Mapping[str, Any]:
+        """Train Stage I, or find it trained, and decode with every cache."""
+        models = TextModels.beside(folder, self.name, console)
+        settings = dict(cell.settings)
+        model = TextModel(**settings.pop("model"))
+        loaded = load(models.stage1(model))
+        texts = whole_rows(models.held_out(model, loaded, **settings))
+        config, dtype = loaded.model.config, compute_dtype(loaded.model.compute)
+        return {
+            "loops": config.loops,
+            "sequences": len(texts),
+            "told": quality(loaded.model, loaded.params, texts, settings["batch_size"]),
+            "greedy": agreement(loaded.model, loaded.params, texts),
+            "bytes": {each.value: bytes_per_token(config, each, loops=config.loops, dtype=dtype) for each in _PRINTED},
+        }
+
+    def report(self, records: Sequence[Record]) -> Report:
+        """One table, and how much each way of sharing costs."""
+        results = [record.result for record in records]
+        return Report(
+            tables=[_table(results)],
+            findings=_findings(results),
+            figures={"sharing.png": functools.partial(_plot, results)},
+        )
+
+
+def whole_rows(batches: Sequence[Batch] | Any) -> Int[np.ndarray, "N S"]:
+    """The rows that one piece of a document fills.
+
+    Raises:
+      UserError: there is none.
+    """
+    rows = [
+        row
+        for batch in batches
+        for row, segments in zip(batch.tokens, batch.segment_ids, strict=True)
+        if (segments == 1).all()
+    ]
+    if not rows:
+        raise UserError("no held-out document fills a sequence; lower sequence_length, or give longer documents")
+    return np.stack(rows)
+
+
+def quality(model: LoopLM, params: Params, texts: Int[np.ndarray, "N S"], batch_size: int) -> dict[str, Any]:
+    """Loss and accuracy of the second halves, told token by token, by cache and prefill; and what sharing costs."""
+    told = {
+        (strategy, prefill): _told(model, params, texts, batch_size, strategy, prefill)
+        for strategy in _PRINTED
+        for prefill in _PREFILLS
+    }
+    drawn = resamples(len(texts), _RESAMPLES)
+    base = told[CacheStrategy.FULL, "full"]
+    return {
+        f"{strategy.value}, {prefill} prefill": {
+            "loss": float(own[0].mean()),
+            "accuracy": float(own[1].mean()),
+            "loss_difference": float((own[0] - base[0]).mean()),
+            "loss_interval": list(interval(drawn @ (own[0] - base[0]).mean(axis=1) / len(texts))),
+            "accuracy_difference": float((own[1] - base[1]).mean()),
+            "accuracy_interval": list(interval(drawn @ (own[1] - base[1]).mean(axis=1) / len(texts))),
+        }
+        for (strategy, prefill), own in told.items()
+    }
+
+
+def _told(
+    model: LoopLM,
+    params: Params,
+    texts: Int[np.ndarray, "N S"],
+    batch_size: int,
+    strategy: CacheStrategy,
+    prefill: str,
+) -> Float[np.ndarray, "2 N H"]:
+    """Loss and correctness of each token of the second halves."""
+    half, parts = texts.shape[1] // 2, []
+    for start in range(0, len(texts), batch_size):
+        rows = texts[start : start + batch_size]
+        padded = np.concatenate([rows, np.repeat(rows[:1], batch_size - len(rows), axis=0)])
+        read = half if prefill == "full" else 1
+        scores = _told_scores(model, params, padded, read=read, wanted=half, strategy=strategy)
+        parts.append(jax.device_get(scores)[:, : len(rows)])
+    return np.concatenate(parts, axis=1).astype(np.float64)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "read", "wanted", "strategy"))
+def _told_scores(
+    model: LoopLM, params: Params, texts: Int[Array, "B S"], *, read: int, wanted: int, strategy: CacheStrategy
+) -> Float[Array, "2 B H"]:
+    """A prompt of `read` tokens, the rest one by one; scores of those from number `wanted` on."""
+    rows, loops = texts.shape[0], model.config.loops
+    tokens = texts[:, read:]
+    rollouts = Rollouts(
+        prompts=texts[:, :read],
+        prompt_lengths=jnp.full(rows, read),
+        tokens=tokens,
+        exit_loops=jnp.full_like(tokens, loops),
+        lengths=jnp.full(rows, tokens.shape[1]),
+    )
+    hidden = states_in_turn(model, params, rollouts, strategy=strategy, loops=loops)
+    scored = token_scores(hidden[None], head_matrix(params, model.config), tokens, chunk=model.compute.loss_chunk)
+    return jnp.stack([scored.loss[0], scored.correct[0].astype(jnp.float32)])[..., wanted - read :]
+
+
+def agreement(model: LoopLM, params: Params, texts: Int[np.ndarray, "N S"]) -> dict[str, Any]:
+    """Greedy continuations of the first halves with each cache, beside those of the full one.
+
+    Returns:
+      By cache: the share of continuations that are the same to the end, and the mean share of tokens before the first
+      that differs.
+    """
+    half = texts.shape[1] // 2
+    prompts = [row[:half].tolist() for row in texts]
+    continued = {each: _continued(model, params, prompts, half, each) for each in _PRINTED}
+    same = {each: tokens == continued[CacheStrategy.FULL] for each, tokens in continued.items()}
+    return {
+        each.value: {
+            "whole": float(equal.all(axis=1).mean()),
+            "before_first_difference": float(np.cumprod(equal, axis=1).mean()),
+        }
+        for each, equal in same.items()
+    }
+
+
+def _continued(
+    model: LoopLM, params: Params, prompts: Sequence[Sequence[int]], tokens: int, strategy: CacheStrategy
+) -> Int[np.ndarray, "N H"]:
+    config = EngineConfig(slots=_SLOTS, capacity=len(prompts[0]) + tokens, cache=strategy, chunk=_SLOTS * tokens)
+    results = Engine(model, params, config=config).generate(
+        prompts, max_new_tokens=tokens, policy=FixedLoops(loops=model.config.loops)
+    )
+    return np.array([result.tokens for result in results])
+
+
+def _table(results: Sequence[Mapping[str, Any]]) -> Table:
+    columns = ["cache", "prefill", "loss", "against full", "accuracy", "greedy tokens as with full"]
+    columns += ["bytes a token", "Ouro-1.4B, bf16", "printed GSM8K", "printed MATH-500"]
+    rows = [_row(results, strategy, prefill) for prefill in _PREFILLS for strategy in _PRINTED]
+    return Table(title=f"KV sharing, mean of {len(results)} seeds", columns=columns, rows=rows)
+
+
+def _row(results: Sequence[Mapping[str, Any]], strategy: CacheStrategy, prefill: str) -> list[str]:
+    told = [result["told"][f"{strategy.value}, {prefill} prefill"] for result in results]
+    same = np.mean([result["greedy"][strategy.value]["before_first_difference"] for result in results])
+    decoding = prefill == "full"  # what is printed, and what the engine does
+    shape = ouro_1_4b()
+    return [
+        strategy.value,
+        prefill,
+        f"{np.mean([each['loss'] for each in told]):.4f}",
+        _with_interval(told, "loss"),
+        f"{100 * np.mean([each['accuracy'] for each in told]):.2f} %",
+        f"{100 * same:.1f} %" if decoding else "",
+        f"{results[0]['bytes'][strategy.value]:,}",
+        f"{bytes_per_token(shape, strategy, loops=shape.loops, dtype=jnp.bfloat16):,}",
+        *(_PRINTED[strategy] if decoding else ("", "")),
+    ]
+
+
+def _with_interval(told: Sequence[Mapping[str, Any]], quantity: str) -> str:
+    low, high = union([each[f"{quantity}_interval"] for each in told])
+    mean = np.mean([each[f"{quantity}_difference"] for each in told])
+    return f"{mean:+.4f} ({low:+.4f} to {high:+.4f})"
+
+
+def _findings(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    found = []
+    for strategy in (CacheStrategy.LAST, CacheStrategy.AVERAGE, CacheStrategy.FIRST):
+        decoding, both = (
+            _with_interval([result["told"][f"{strategy.value}, {prefill} prefill"] for result in results], "loss")
+            for prefill in _PREFILLS
+        )
+        found.append(
+            f"{strategy.value}: loss {decoding} nats a token where decoding shares, {both} where the prefill does too."
+        )
+    sequences = results[0]["sequences"]
+    return [*found, f"{sequences} held-out sequences; 95 % intervals over sequences, their union over seeds."]
+
+
+def _plot(results: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """What each way of sharing costs: a bar for each cache and prefill, a dot for each seed."""
+    made, (axes,) = figure(width=6.0)
+    shared = [strategy for strategy in _PRINTED if strategy.shares]
+    for side, prefill in enumerate(_PREFILLS):
+        costs = [
+            [result["told"][f"{strategy.value}, {prefill} prefill"]["loss_difference"] for result in results]
+            for strategy in shared
+        ]
+        places = np.arange(len(shared)) + 0.4 * side - 0.2
+        axes.bar(places, np.mean(costs, axis=1), width=0.36, color=f"C{side}", label=f"{prefill} prefill")
+        for place, seeds in zip(places, costs, strict=True):
+            axes.plot([place] * len(seeds), seeds, "k.", markersize=5)
+    axes.set_xticks(range(len(shared)), [strategy.value for strategy in shared])
+    axes.set(xlabel="what one plane keeps", ylabel="loss above the full cache (nats/token)")
+    axes.legend(frameon=False)
+    save(made, path)
+
+
+KV_SHARING = KVSharing()

@@ -1,0 +1,74 @@
+"""p-hop induction (Saunshi et al., arXiv 2502.17416): loops in the place of layers, at equal parameters.
+
+    looplm experiment p-hop --scale cpu
+
+k layers looped T times learn to follow p hops through a sequence of symbols (`looplm_jax.data.tasks.p_hop`). Sequences
+are laid out around a chain of hops, so none is degenerate; a second test draws symbols independently, a quarter of
+which sequences end in two equal symbols and are answered by one induction head, so both kinds are reported.
+
+Printed, and so at `paper`: alphabet 4, n = 256, p = 16 and 32, width 128, 8 heads, feed-forward 512, RoPE, 200,000
+steps of 256 sequences, learning rate 1e-3. Ours: AdamW in the place of Adafactor, three seeds, and Eq. 4 with beta 0.1
+where the print supervises the last loop only.
+
+`cpu`: one layer of width 64; see the grid.
+"""
+
+from types import MappingProxyType
+
+from experiments.experiment import Scale
+from experiments.shape_grid import Grid, Problem, ShapeExperiment
+
+_SHAPES = ((6, 1), (1, 1), (1, 6), (2, 1), (2, 3), (3, 1), (3, 2))
+
+
+def _problem(hops: int, length: int, steps: int) -> Problem:
+    task = f"phop:hops={hops},length={length}"
+    tests = {f"p={hops}": task, f"p={hops}, independent symbols": f"{task},sequences=uniform"}
+    return Problem(task=task, tests=tests, steps=steps)
+
+
+def _printed(sixteen: float, thirty_two: float) -> dict[str, float]:
+    return {"p=16": sixteen, "p=32": thirty_two}
+
+
+_PRINTED_SIZE = {"width": 128, "heads": 8, "mlp_width": 512, "sequence_length": 264, "batch_size": 256}
+_PAPER = Grid(
+    problems={"p16": _problem(16, 256, 200_000), "p32": _problem(32, 256, 200_000)},
+    shapes=_SHAPES,
+    rates=(1e-3,),
+    seeds=3,
+    settings={**_PRINTED_SIZE, "warmup_steps": 1000},
+)
+_GPU = Grid(
+    problems={"p16": _problem(16, 256, 12_000)},
+    shapes=((1, 1), (1, 6), (6, 1)),
+    rates=(1e-3,),
+    seeds=1,
+    settings={**_PRINTED_SIZE, "warmup_steps": 500},
+)
+_SMOKE = Grid(
+    problems={"p2": _problem(2, 12, 4)},
+    shapes=((1, 2),),
+    rates=(1e-3,),
+    seeds=1,
+    settings={"width": 32, "heads": 2, "batch_size": 4, "sequence_length": 32, "test_items": 64},
+)
+
+P_HOP = ShapeExperiment(
+    name="p-hop",
+    claim="loops in the place of layers: p-hop induction, k layers looped T times",
+    title="p-hop induction",
+    grids=MappingProxyType({Scale.SMOKE: _SMOKE, Scale.GPU: _GPU, Scale.PAPER: _PAPER}),
+    printed=MappingProxyType(
+        {
+            "6⊗1": _printed(99.9, 99.6),
+            "1⊗1": _printed(48.9, 49.0),
+            "1⊗6": _printed(99.9, 99.5),
+            "2⊗1": _printed(68.8, 59.4),
+            "2⊗3": _printed(99.9, 99.8),
+            "3⊗1": _printed(97.2, 73.0),
+            "3⊗2": _printed(99.9, 99.5),
+        }
+    ),
+    pairs=(("1⊗1", "1⊗4"), ("1⊗1", "1⊗6"), ("2⊗1", "2⊗3"), ("3⊗1", "3⊗2")),
+)

@@ -1,0 +1,125 @@
+"""How many loops the hand-built transformer needs: all pairs of many random graphs against breadth-first search."""
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool
+
+from experiments.random_digraphs import UNREACHED, distances, draw_digraph
+from experiments.reachability_weights import initial_state, reachability_weights, reached_after
+from looplm_jax.data.tasks.draws import generator
+
+_AT_ONCE = 50  # graphs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Variant:
+    """How the edges are shared between weights and context, and whether an error of the print is left in."""
+
+    name: str
+    knowledge: float  # share of the edges that the weights hold
+    printed_scores: bool = False  # K^T Q = 0
+    self_loops: bool = True  # in the context
+
+
+VARIANTS = (
+    Variant(name="half the edges in the weights", knowledge=0.5),
+    Variant(name="all in the weights", knowledge=1.0),
+    Variant(name="all in the context", knowledge=0.0),
+    Variant(name="half, scores as printed", knowledge=0.5, printed_scores=True),
+    Variant(name="half, without self-loops", knowledge=0.5, self_loops=False),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Construction:
+    """Which random graphs are tried."""
+
+    graphs: int
+    most_nodes: int
+    seed: int = 0
+
+
+def loops_needed(diameter: int) -> int:
+    """The theorem's `ceil(log2 D) + 1`."""
+    return (diameter - 1).bit_length() + 1
+
+
+def try_construction(construction: Construction) -> dict[str, Any]:
+    """Compare all pairs of different nodes of each graph with breadth-first search.
+
+    Returns:
+      diameters: number of graphs by D, the longest shortest path; exact: by variant and D, the number of graphs whose
+      pairs are all told rightly after 0, 1, … loops; nodes: number of graphs by their nodes.
+    """
+    graphs = [
+        draw_digraph(construction.seed, index, most_nodes=construction.most_nodes)
+        for index in range(construction.graphs)
+    ]
+    lengths = [distances(edges) for edges in graphs]
+    diameters = [int(found.max()) for found in lengths]
+    truth = _padded([found != UNREACHED for found in lengths], construction.most_nodes)
+    return {
+        "nodes": _sums([len(edges) for edges in graphs], np.ones(len(graphs))),
+        "diameters": _sums(diameters, np.ones(len(graphs))),
+        "exact": {variant.name: _sums(diameters, _exact(construction, variant, graphs, truth)) for variant in VARIANTS},
+    }
+
+
+def _exact(
+    construction: Construction, variant: Variant, graphs: Sequence[Bool[np.ndarray, "_ _"]], truth: Bool[Array, "G n n"]
+) -> Bool[np.ndarray, "G loops+1"]:
+    known = [
+        edges & (generator("knowledge", construction.seed, index).random(edges.shape) < variant.knowledge)
+        for index, edges in enumerate(graphs)
+    ]
+    knowledge = _padded(known, construction.most_nodes)
+    context = _padded(graphs, construction.most_nodes) & ~knowledge
+    context |= variant.self_loops & jnp.eye(construction.most_nodes, dtype=bool)
+    exact = _found_exactly(
+        knowledge,
+        context,
+        truth,
+        loops=loops_needed(construction.most_nodes - 1),
+        printed_scores=variant.printed_scores,
+    )
+    return np.asarray(exact)
+
+
+@functools.partial(jax.jit, static_argnames=("loops", "printed_scores"))
+def _found_exactly(
+    knowledge: Bool[Array, "G n n"],
+    context: Bool[Array, "G n n"],
+    truth: Bool[Array, "G n n"],
+    *,
+    loops: int,
+    printed_scores: bool,
+) -> Bool[Array, "G {loops}+1"]:
+    def one(knowledge: Array, context: Array, truth: Array) -> Array:
+        weights = reachability_weights(knowledge)
+        if printed_scores:
+            weights = dataclasses.replace(weights, key=jnp.zeros_like(weights.key))
+        found = reached_after(weights, initial_state(context), loops=loops)
+        is_node = jnp.diagonal(truth)  # all reach themselves; what pads the graph does not
+        asked = is_node[:, None] & is_node & ~jnp.eye(len(truth), dtype=bool)
+        return jnp.all((found == truth) | ~asked, axis=(1, 2))
+
+    return jax.lax.map(lambda graph: one(*graph), (knowledge, context, truth), batch_size=_AT_ONCE)
+
+
+def _padded(relations: Sequence[Bool[np.ndarray, "_ _"]], nodes: int) -> Bool[Array, "G {nodes} {nodes}"]:
+    padded = [np.pad(relation, (0, nodes - len(relation))) for relation in relations]
+    return jnp.array(np.stack(padded))
+
+
+def _sums(keys: Sequence[int], values: np.ndarray) -> dict[str, Any]:
+    sums: dict[int, Any] = collections.defaultdict(int)
+    for key, value in zip(keys, values, strict=True):
+        sums[key] = sums[key] + value.astype(int)
+    return {str(key): sums[key].tolist() for key in sorted(sums)}

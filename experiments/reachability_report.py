@@ -1,0 +1,179 @@
+"""Tables, findings and figures of the experiment on reachability: the construction's, and those of trained shapes."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from experiments.experiment import Record, Report
+from experiments.figures import figure, save
+from experiments.reachability_construction import VARIANTS, loops_needed
+from experiments.task_report import plot_curves
+from looplm_jax.evaluation.tables import Table
+
+
+def construction_report(result: Mapping[str, Any]) -> Report:
+    """How many graphs the hand-built weights tell exactly, by diameter and loops."""
+    variants = [variant.name for variant in VARIANTS]
+    graphs = sum(result["diameters"].values())
+    needed, fewer = ({name: _exact_at(result, name, offset) for name in variants} for offset in (0, -1))
+    summary = Table(
+        title=f"hand-built weights: {graphs:,} random digraphs of longest shortest path D, all pairs exact, %",
+        columns=("edges", "ceil(log2 D) + 1 loops", "one loop fewer"),
+        rows=[[name, f"{100 * needed[name] / graphs:.1f}", f"{100 * fewer[name] / graphs:.1f}"] for name in variants],
+    )
+    main = variants[0]
+    finding = (
+        f"With half the edges in the weights and half in the context the construction is exact on {needed[main]:,} of "
+        f"{graphs:,} graphs at ceil(log2 D) + 1 loops, and wrong on {100 * (1 - fewer[main] / graphs):.1f} % with one "
+        f"loop fewer; with all edges in the weights it is then wrong on {100 * (1 - fewer[variants[1]] / graphs):.1f} "
+        f"%, with all in the context on {100 * (1 - fewer[variants[2]] / graphs):.1f} %."
+    )
+    return Report(
+        tables=[summary, _by_loops(result, main)],
+        findings=[finding],
+        figures={"construction.png": functools.partial(_plot_construction, result, main)},
+    )
+
+
+def trained_report(records: Sequence[Record], chance: float) -> Report:
+    """Accuracy of trained shapes by the distance that is asked, and by loops, beside that of naming any root."""
+    shapes = list(dict.fromkeys(record.result["shape"] for record in records))
+    tests = list(records[0].result["accuracy"])
+    columns = ("layers ⊗ loops", "parameters", "seeds", *(f"{test}: mean (range)" for test in tests))
+    rows = [[shape, *_size(records, shape), *_at_trained_depth(records, shape)] for shape in shapes]
+    rows.append(["any root", "", "", *(f"{100 * chance:.1f}" for _ in tests)])
+    title = "trained: which root reaches a node, by the edges between; exact match on held-out graphs, %"
+    looped = [shape for shape in shapes if _runs(records, shape).shape[2] > 2]
+    return Report(
+        tables=[Table(title=title, columns=columns, rows=rows), *(_by_depth(records, shape) for shape in looped)],
+        findings=[_said(records, shape, tests[-1], chance) for shape in shapes],
+        figures={
+            "curves.png": functools.partial(plot_curves, records, "Reachability: training loss"),
+            "distances.png": functools.partial(_plot_distances, records, shapes, chance),
+            **{
+                f"loops_{shape.replace('⊗', 'x')}.png": functools.partial(_plot_loops, records, shape)
+                for shape in looped
+            },
+        },
+    )
+
+
+def _exact_at(result: Mapping[str, Any], variant: str, offset: int) -> int:
+    """Graphs that are told exactly at as many loops as the theorem needs, or `offset` more."""
+    exact = result["exact"][variant]
+    return sum(counts[loops_needed(int(diameter)) + offset] for diameter, counts in exact.items())
+
+
+def _classes(result: Mapping[str, Any]) -> dict[int, list[str]]:
+    """Diameters that need equally many loops."""
+    classes: dict[int, list[str]] = {}
+    for diameter in result["diameters"]:
+        classes.setdefault(loops_needed(int(diameter)), []).append(diameter)
+    return classes
+
+
+def _shares(result: Mapping[str, Any], variant: str, diameters: Sequence[str]) -> Float[np.ndarray, "loops"]:
+    counts = np.sum([result["exact"][variant][diameter] for diameter in diameters], axis=0)
+    return counts / sum(result["diameters"][diameter] for diameter in diameters)
+
+
+def _by_loops(result: Mapping[str, Any], variant: str) -> Table:
+    classes = _classes(result)
+    loops = len(next(iter(result["exact"][variant].values())))
+    rows = [
+        [
+            _span(diameters),
+            str(sum(result["diameters"][diameter] for diameter in diameters)),
+            str(needed),
+            *(f"{100 * share:.1f}" for share in _shares(result, variant, diameters)),
+        ]
+        for needed, diameters in classes.items()
+    ]
+    return Table(
+        title=f"{variant}: graphs all of whose pairs are told exactly, %, by loops",
+        columns=("D", "graphs", "ceil(log2 D) + 1", *map(str, range(loops))),
+        rows=rows,
+    )
+
+
+def _span(diameters: Sequence[str]) -> str:
+    return diameters[0] if len(diameters) == 1 else f"{diameters[0]} to {diameters[-1]}"
+
+
+def _runs(records: Sequence[Record], shape: str) -> Float[np.ndarray, "seeds tests loops"]:
+    return np.array([list(record.result["accuracy"].values()) for record in records if record.result["shape"] == shape])
+
+
+def _size(records: Sequence[Record], shape: str) -> list[str]:
+    mine = [record for record in records if record.result["shape"] == shape]
+    return [f"{mine[0].result['parameters']:,}", str(len(mine))]
+
+
+def _trained(records: Sequence[Record], shape: str) -> Float[np.ndarray, "seeds tests"]:
+    runs = _runs(records, shape)
+    return 100 * runs[:, :, runs.shape[2] // 2 - 1]
+
+
+def _at_trained_depth(records: Sequence[Record], shape: str) -> list[str]:
+    return [f"{values.mean():.1f} ({values.min():.1f} to {values.max():.1f})" for values in _trained(records, shape).T]
+
+
+def _said(records: Sequence[Record], shape: str, test: str, chance: float) -> str:
+    values = _trained(records, shape)[:, -1]
+    return (
+        f"{shape} at {test}: {values.mean():.1f} % on average over {len(values)} seeds ({values.min():.1f} to "
+        f"{values.max():.1f}), where naming any root gives {100 * chance:.1f} %."
+    )
+
+
+def _by_depth(records: Sequence[Record], shape: str) -> Table:
+    runs = 100 * _runs(records, shape).mean(axis=0)
+    tests = list(records[0].result["accuracy"])
+    trained = runs.shape[1] // 2
+    return Table(
+        title=f"{shape}, by loops at test (mean over seeds, %)",
+        columns=("loops", *tests),
+        rows=[[str(loops), *(f"{value:.1f}" for value in values)] for loops, values in enumerate(runs.T, 1)],
+        marked=trained - 1,
+    )
+
+
+def _plot_construction(result: Mapping[str, Any], variant: str, path: Path) -> None:
+    made, (axes,) = figure(width=6.4)
+    for needed, diameters in _classes(result).items():
+        shares = 100 * _shares(result, variant, diameters)
+        (line,) = axes.plot(shares, marker="o", markersize=3, label=_span(diameters))
+        axes.plot(needed, shares[needed], marker="o", color=line.get_color())
+    axes.set(title="all pairs exact; large points: ceil(log2 D) + 1", xlabel="loops", ylabel="graphs (%)")
+    axes.legend(title="D")
+    save(made, path)
+
+
+def _plot_distances(records: Sequence[Record], shapes: Sequence[str], chance: float, path: Path) -> None:
+    made, (axes,) = figure(width=6.4)
+    tests = list(records[0].result["accuracy"])
+    for shape in shapes:
+        values = _trained(records, shape)
+        axes.plot(tests, values.mean(axis=0), marker="o", label=shape)
+        axes.fill_between(tests, values.min(axis=0), values.max(axis=0), alpha=0.2, linewidth=0)
+    axes.axhline(100 * chance, color="grey", linestyle=":")
+    axes.set(title="after the last trained loop", xlabel="asked", ylabel="exact match (%)", ylim=(0, 102))
+    axes.legend(title="layers ⊗ loops")
+    save(made, path)
+
+
+def _plot_loops(records: Sequence[Record], shape: str, path: Path) -> None:
+    made, (axes,) = figure(width=6.4)
+    runs = 100 * _runs(records, shape)
+    loops = np.arange(1, runs.shape[2] + 1)
+    for test, values in zip(records[0].result["accuracy"], runs.swapaxes(0, 1), strict=True):
+        axes.plot(loops, values.mean(axis=0), marker="o", label=test)
+        axes.fill_between(loops, values.min(axis=0), values.max(axis=0), alpha=0.2, linewidth=0)
+    axes.axvline(runs.shape[2] / 2, color="grey", linestyle=":")
+    axes.set(title=f"{shape}; dotted: as trained", xlabel="loops at test", ylabel="exact match (%)", ylim=(0, 102))
+    axes.legend(title="asked")
+    save(made, path)

@@ -1,0 +1,83 @@
+"""The hand-built looped transformer that finds all paths of a graph (Ouro paper, B.5, Theorem 2).
+
+Of the graph's edges some are knowledge, in the weights, and the others stand in the context. Column j of the state is
+`[v_j ; a_j]`: which node it is, and the nodes that are known to be reached from it. One head, one feed-forward layer,
+
+    H' = N(H + V H softmax((K H)^T Q H)),   H'' = N(H' + W2 relu(W1 H')),   N(x) = 1{x > 0}
+
+are applied again and again. The query of j is a_j and the key of i is v_i, so that j attends to what it reaches, and
+takes over what that reaches: the square of the relation. The feed-forward layer adds the edges that are knowledge.
+
+As printed `K^T Q = 0`: every node attends to all. Here `Q = [[0, I], [0, 0]]`, and every node reaches itself in the
+context, for a node that reaches none would attend to all as well. Scores are scaled by `SHARPNESS`, for softmax is
+never zero on paper.
+
+After k loops a pair is found if and only if a walk joins it that falls into at most 2^(k-1) pieces, each of them an
+edge or two edges of the context in a row: knowledge enters at the end of loop 1, and from then on each loop doubles.
+So with the longest shortest path D, `ceil(log2 D) + 1` loops find all; one fewer do too if the context holds all edges,
+and never do if the weights hold all.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+SHARPNESS = 128.0  # e^-128 is zero in float32
+
+
+@flax.struct.dataclass
+class ReachabilityWeights:
+    """Weights of the layer, for graphs of n nodes."""
+
+    query: Float[Array, "d d"]
+    key: Float[Array, "d d"]
+    value: Float[Array, "d d"]
+    inner: Float[Array, "n d"]
+    outer: Float[Array, "d n"]
+
+
+def reachability_weights(knowledge: Bool[Array, "n n"]) -> ReachabilityWeights:
+    """The weights that know some edges, from rows to columns. d = 2n."""
+    nodes = len(knowledge)
+    eye, none = jnp.eye(nodes, dtype=jnp.float32), jnp.zeros((nodes, nodes), jnp.float32)
+    return ReachabilityWeights(
+        query=jnp.block([[none, eye], [none, none]]),
+        key=jnp.block([[SHARPNESS * eye, none], [none, none]]),
+        value=jnp.block([[none, none], [none, eye]]),
+        inner=jnp.block([eye, none]),
+        outer=jnp.block([[none], [knowledge.T.astype(jnp.float32)]]),
+    )
+
+
+def initial_state(context: Bool[Array, "n n"]) -> Float[Array, "d n"]:
+    """Columns `[v_j ; a_j]` from the edges of the context, from rows to columns."""
+    return jnp.concatenate([jnp.eye(len(context), dtype=jnp.float32), context.T.astype(jnp.float32)])
+
+
+def reached_after(
+    weights: ReachabilityWeights, state: Float[Array, "d n"], *, loops: int
+) -> Bool[Array, "{loops}+1 n n"]:
+    """Whether a node (row) is known to reach another (column), after 0..`loops` loops."""
+
+    def loop(state: Array, _: None) -> tuple[Array, Array]:
+        state = _layer(weights, state)
+        return state, _reached(state)
+
+    _, found = jax.lax.scan(loop, state, length=loops)
+    return jnp.concatenate([_reached(state)[None], found])
+
+
+def _layer(weights: ReachabilityWeights, state: Float[Array, "d n"]) -> Float[Array, "d n"]:
+    scores = (weights.key @ state).T @ (weights.query @ state)
+    attended = weights.value @ state @ jax.nn.softmax(scores, axis=0)
+    state = _threshold(state + attended)
+    return _threshold(state + weights.outer @ jax.nn.relu(weights.inner @ state))
+
+
+def _threshold(state: Float[Array, "d n"]) -> Float[Array, "d n"]:
+    return (state > 0).astype(state.dtype)
+
+
+def _reached(state: Float[Array, "d n"]) -> Bool[Array, "n n"]:
+    return state[state.shape[1] :].T > 0
