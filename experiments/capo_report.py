@@ -56,7 +56,15 @@ def _capacity(models: dict[Model, list[Record]]) -> Table:
                 *(f"{np.mean([record.result[kind][depth] for record in records]):.2f}" for kind in ("name", "value")),
             ]
         )
-    columns = ["layers ⊗ loops", "parameters", "people", "seeds", "exposures", "bits a parameter: mean (range)", "all"]
+    columns = [
+        "layers ⊗ loops",
+        "parameters",
+        "people",
+        "seeds",
+        "exposures",
+        "bits a parameter: mean (range)",
+        "R_max",
+    ]
     columns += ["printed", "nats: name", "nats: values"]
     return Table(title="Capo: knowledge after the last trained loop", columns=columns, rows=rows)
 
@@ -96,7 +104,7 @@ def _compare(models: dict[Model, list[Record]]) -> list[str]:
             findings.append(
                 f"{shape} against {layers}⊗1 at {parameters:,} parameters, {people:,} people and "
                 f"{records[0].result['exposures']:.0f} exposures: {ours:.3f} against {theirs:.3f} bits a parameter, "
-                f"{ours / theirs - 1:+.1%}; all there is to know is {records[0].result['most']:.2f}."
+                f"{ours / theirs - 1:+.1%}; R_max is {records[0].result['most']:.2f}."
             )
     return findings
 
@@ -113,7 +121,11 @@ def _plot(models: dict[Model, list[Record]], path: Path) -> None:
         loops = np.arange(1, depths.shape[1] + 1)
         right.plot(loops, depths.mean(0), marker="o", **about)
         right.fill_between(loops, depths.min(0), depths.max(0), color=about["color"], alpha=0.15, linewidth=0)
-    left.set(title="Capo: in training", xlabel="exposures", ylabel="bits a parameter", ylim=(0, None))
+    for people, most in {(people, records[0].result["most"]) for (people, _, _), records in models.items()}:
+        left.axhline(most, color="#888888", linestyle="--", linewidth=1)
+        left.text(0, most, f"all there is to know of {people:,} people", va="bottom", color="#666666", fontsize=8)
+    left.set(title="Capo: in training", xlabel="exposures", ylabel="bits a parameter", xlim=(0, None), ylim=(0, None))
     right.set(title="Capo: at test", xlabel="loops at test", ylabel="bits a parameter", ylim=(0, None))
-    right.legend(frameon=False)
+    right.xaxis.get_major_locator().set_params(integer=True)
+    left.legend(frameon=False, loc="center left")
     save(made, path)

@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import json
 import sys
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from rich.console import Console
 from experiments.experiment import Experiment, Scale
 from experiments.grid import Grid, Share
 from experiments.registry import EXPERIMENTS
-from experiments.results_files import write_results
+from experiments.results_files import read_results, show, write_results
 from looplm_jax.errors import UserError, suggest
 from looplm_jax.evaluation.tables import Table
 from looplm_jax.training.signals import Stopped
@@ -66,16 +65,20 @@ def list_experiments(root: Path) -> int:
 
 
 def report_experiments(root: Path) -> int:
-    """The findings of all results below a folder."""
+    """The tables and findings of all results below a folder. Raises UserError where a file is damaged."""
     found = sorted(root.glob("*/*/results.json"))
     if not found:
         print(f"looplm: no results in {root}", file=sys.stderr)
         print(f"next: looplm experiment {next(iter(EXPERIMENTS))} --scale cpu")
         return 0
+    console = Console(highlight=False, soft_wrap=True)
     for path in found:
-        about = json.loads(path.read_text())
-        cells = f"{len(about['records'])} of {about['cells']} cells"
-        print(f"{about['experiment']}, {about['scale']}: {cells}; {path.parent}/report.md")
+        results = read_results(path)
+        if results.experiment not in EXPERIMENTS:
+            raise UserError(f"{path}: no such experiment {results.experiment!r}; remove the file")
+        console.rule(f"{results.experiment}, {results.scale}: {len(results.records)} of {results.cells} cells")
+        show(EXPERIMENTS[results.experiment], results.records, console)
+    print(f"figures lie beside each results.json in {root}; next: looplm experiment list")
     return 0
 
 

@@ -7,11 +7,12 @@ with, lose much below them and little beyond (MMLU at T = 1..8, in the table); t
 
 Any trained model of ours gets this sweep in one command: `looplm evaluate RUN` measures every depth up to twice the
 trained one, `--max-loops T` up to any other, and `--tasks mmlu --num-fewshot 5 --depth-sweep` the printed benchmark.
-Here it is a grid over seeds, with the printed rows beside: loss and next-token accuracy of the text models of
-early-exit, and exact match of a model that was trained on a task, where a loop too few is a wrong answer.
+Here it is a grid over seeds with the printed rows beside: loss and next-token accuracy of the text models that
+early-exit and kv-sharing study as well. Exact match at every depth, where one loop too few is a wrong answer, is a part
+of every cell of mano, addition, p-hop and the other grids over shapes: their figures `depths_TEST.png`.
 
-`cpu`: the text models (two seeds, trained once for early-exit, kv-sharing and depth) and addition, two layers looped
-four times. `gpu` (not run): `text-small`. `paper` (not run): Ouro-1.4B as published, in `checkpoints/ouro-1.4b`.
+`cpu`: two seeds, seconds beside the training of the text models. `gpu` (not run): `text-small`. `paper` (not run):
+Ouro-1.4B as published, in `checkpoints/ouro-1.4b`.
 """
 
 import functools
@@ -23,8 +24,6 @@ import numpy as np
 from rich.console import Console
 
 from experiments.experiment import Cell, Record, Report, Scale
-from experiments.task_report import plot_depths as plot_exact_match
-from experiments.task_runs import TaskRun, run_task
 from experiments.text_model import TextModel, TextModels
 from experiments.text_scales import TEXT_CELLS
 from looplm_jax.evaluation.curves import Curve
@@ -48,13 +47,11 @@ class Depth:
     scales = tuple(TEXT_CELLS)
 
     def cells(self, scale: Scale) -> tuple[Cell, ...]:
-        """One for each seed of the text model, and of a task where the scale has one."""
-        return (*TEXT_CELLS[scale].cells(), *_task_cells(scale))
+        """One for each seed."""
+        return TEXT_CELLS[scale].cells()
 
     def run(self, cell: Cell, folder: Path, console: Console) -> Mapping[str, Any]:
         """Train Stage I, or find it trained, and measure all depths."""
-        if "task" in cell.settings:
-            return run_task(TaskRun(**cell.settings), folder / "run", console)
         models = TextModels.beside(folder, self.name, console)
         settings = dict(cell.settings)
         model = TextModel(**settings.pop("model"))
@@ -62,25 +59,14 @@ class Depth:
         return depth_sweep(loaded.model, loaded.params, models.held_out(model, loaded, **settings)).to_json()
 
     def report(self, records: Sequence[Record]) -> Report:
-        """Text and task, by loops, beside the printed benchmark."""
-        texts = [record for record in records if "task" not in record.settings]
-        tasks = [record for record in records if "task" in record.settings]
-        tables, findings = [], []
-        figures: dict[str, Any] = {}
-        if texts:
-            results = [record.result for record in texts]
-            tables.append(_text_table(results))
-            findings.append(_text_finding(results))
-            sweeps = {record.cell.removeprefix("text-"): _sweep(record.result) for record in texts}
-            figures["depths.png"] = functools.partial(plot_depths, sweeps)
-        for test in tasks[0].result["accuracy"] if tasks else ():
-            tables.append(_task_table(tasks, test))
-            figures[f"depths_{test}.png"] = functools.partial(plot_exact_match, tasks, test, f"{test}: every depth")
-        return Report(tables=tables, findings=findings, figures=figures)
-
-
-def _task_cells(scale: Scale) -> tuple[Cell, ...]:
-    return ()
+        """The text models by loops, beside the printed benchmark."""
+        sweeps = {record.cell.removeprefix("text-"): _sweep(record.result) for record in records}
+        results = [record.result for record in records]
+        return Report(
+            tables=[_table(results)],
+            findings=[_finding(results)],
+            figures={"depths.png": functools.partial(plot_depths, sweeps)},
+        )
 
 
 def _sweep(result: Mapping[str, Any]) -> DepthSweep:
@@ -88,7 +74,7 @@ def _sweep(result: Mapping[str, Any]) -> DepthSweep:
     return DepthSweep(curve=curve, trained_loops=result["trained_loops"], tokens=result["tokens"])
 
 
-def _text_table(results: Sequence[Mapping[str, Any]]) -> Table:
+def _table(results: Sequence[Mapping[str, Any]]) -> Table:
     """A row for each depth: mean and range over seeds, and the printed accuracies."""
     trained = results[0]["trained_loops"]
     columns = [
@@ -115,7 +101,7 @@ def _text_table(results: Sequence[Mapping[str, Any]]) -> Table:
     return Table(title=title, columns=columns, rows=rows, marked=trained - 1)
 
 
-def _text_finding(results: Sequence[Mapping[str, Any]]) -> str:
+def _finding(results: Sequence[Mapping[str, Any]]) -> str:
     loss = np.mean([result["loss"] for result in results], axis=0)
     trained, best = results[0]["trained_loops"], int(np.argmin(loss)) + 1
     return (
@@ -123,17 +109,6 @@ def _text_finding(results: Sequence[Mapping[str, Any]]) -> str:
         f"{loss[0]:.4f} at one loop, {loss[trained - 1]:.4f} at the trained depth and {loss[-1]:.4f} at {len(loss)}. "
         "Printed: best at 4 loops, trained with 4; 3.0 (1.4B) and 2.4 (2.6B) points of MMLU less at 8."
     )
-
-
-def _task_table(records: Sequence[Record], test: str) -> Table:
-    values = 100 * np.array([record.result["accuracy"][test] for record in records])
-    trained = int(records[0].settings["loops"])
-    rows = [
-        [str(loops), f"{column.mean():.1f}", f"{column.min():.1f} to {column.max():.1f}"]
-        for loops, column in enumerate(values.T, 1)
-    ]
-    title = f"Every depth, {test}: exact match on held-out problems, % (trained with {trained} loops)"
-    return Table(title=title, columns=("loops", "mean of seeds", "range"), rows=rows, marked=trained - 1)
 
 
 DEPTH = Depth()

@@ -12,13 +12,13 @@ A family is a curve of loss (nats a token) and next-token accuracy against mean 
 loop and to T loops for everybody by straight lines, which is what drawing lots gives, and compared by their area: the
 mean over all budgets from 1 to T. Intervals are 95 % percentile bootstraps over held-out sequences, paired.
 
-Printed (read off Figure 5, MMLU): a Stage II gate is 2 to 3 points above the Stage I gate at equal mean loops, and the
+Printed (MMLU): a Stage II gate is 2 to 3 points above the Stage I gate at equal mean loops, and the
 state difference within 1 to 2 points of it. arXiv 2607.20519: plain confidence readouts often match or beat gates.
 
 Not printed, and so ours: the thresholds, the length and learning rate of Stage II, and what is measured where MMLU is
-out of reach. `cpu`: the recipe `demo`, two seeds, about 6 minutes of one core a seed, which kv-sharing and depth then
-use too. `gpu` (not run): the recipe `text-small`, about 20 minutes. `paper` (not run): Ouro-1.4B as published, in the
-folder `checkpoints/ouro-1.4b`; its gate stands where Stage I's does, and Stage II is trained anew, on the same text.
+out of reach. `cpu`: the recipe `demo`, two seeds, whose models kv-sharing and depth then use too; training takes most
+of the time. `gpu` (not run): the recipe `text-small`. `paper` (not run): Ouro-1.4B as published, in the folder
+`checkpoints/ouro-1.4b`; its gate stands where Stage I's does, and Stage II is trained anew, on the same text.
 """
 
 from collections.abc import Mapping, Sequence

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+from numpy.typing import ArrayLike
 
 from looplm_jax.data.packing import Batch
 from looplm_jax.evaluation.curves import Curve
@@ -63,10 +64,10 @@ class RowSums:
 
     def resampled(self, drawn: Int[np.ndarray, "R N"]) -> "Frontier":
         """Means over the tokens of each resample of the rows."""
-        tokens = drawn @ self.tokens
+        tokens = drawn @ np.asarray(self.tokens)
 
-        def mean(sums: Float[np.ndarray, "M N"]) -> Float[np.ndarray, "R M"]:
-            return (drawn @ sums.T) / tokens[:, None]
+        def mean(sums: Float[Array, "M N"]) -> Float[np.ndarray, "R M"]:
+            return (drawn @ np.asarray(sums).T) / tokens[:, None]
 
         return Frontier(loops=mean(self.loops), loss=mean(self.loss), accuracy=mean(self.correct))
 
@@ -93,10 +94,11 @@ class Frontier:
         """The mean of `values` over all budgets from 1 to T (trapezia)."""
         return np.trapezoid(values, self.loops, axis=1) / (self.loops[:, -1] - self.loops[:, 0])
 
-    def at(self, budgets: Sequence[float]) -> Curve:
+    def at(self, budgets: ArrayLike) -> Curve:
         """Of the first resample, at budgets of mean loops."""
-        loss, accuracy = (np.interp(budgets, self.loops[0], values[0]) for values in (self.loss, self.accuracy))
-        return Curve.of(budgets, loss, accuracy)
+        wanted = np.asarray(budgets, float)
+        loss, accuracy = (np.interp(wanted, self.loops[0], values[0]) for values in (self.loss, self.accuracy))
+        return Curve.of(wanted, loss, accuracy)
 
 
 def score_families(
@@ -134,17 +136,17 @@ def _score(
     scored = token_scores(output.hidden, head_matrix(params, model.config), targets, chunk=model.compute.loss_chunk)
     logits = logits_of(model, params, output.hidden)
 
-    def sums(policy: PolicyTable) -> RowSums:
+    def sums(policy: PolicyTable) -> tuple[Array, ...]:
         exits = exit_loops(policy, output.hidden, output.gate_logits, logits)
 
         def at_exit(values: Float[Array, "T B S"]) -> Float[Array, "B"]:
             chosen = jnp.take_along_axis(values, exits[None] - 1, axis=0)[0]
             return jnp.sum(chosen.astype(jnp.float32) * mask, axis=-1)
 
-        loops = jnp.sum(exits.astype(jnp.float32) * mask, axis=-1)
-        return RowSums(
-            loss=at_exit(scored.loss), correct=at_exit(scored.correct), loops=loops, tokens=mask.sum(axis=-1)
-        )
+        return at_exit(scored.loss), at_exit(scored.correct), jnp.sum(exits.astype(jnp.float32) * mask, axis=-1)
 
-    by_policy = RowSums(loss=0, correct=0, loops=0, tokens=None)
-    return {name: jax.vmap(sums, out_axes=by_policy)(table) for name, table in tables.items()}
+    def of_family(table: PolicyTable) -> RowSums:
+        loss, correct, loops = jax.vmap(sums)(table)
+        return RowSums(loss=loss, correct=correct, loops=loops, tokens=jnp.sum(mask, axis=-1))
+
+    return {name: of_family(table) for name, table in tables.items()}

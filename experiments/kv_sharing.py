@@ -13,9 +13,8 @@ all T planes and then shared; with a shared prefill it goes through the one plan
 but those that are kept is ever seen. And the engine continues the first halves greedily with each cache: how many of
 its tokens come before the first that differs from the full cache's. Intervals are 95 % bootstraps over sequences.
 
-`cpu`: the text models of early-exit (two seeds), about one minute of one core beside their training. `gpu` (not run):
-`text-small`. `paper` (not run): Ouro-1.4B as published, in `checkpoints/ouro-1.4b`; the printed benchmarks are one
-command for each cache: `looplm evaluate` reads GSM8K by the tasks of lm-evaluation-harness.
+`cpu`: the text models of early-exit, two seeds. `gpu` (not run): `text-small`. `paper` (not run): Ouro-1.4B as
+published, in `checkpoints/ouro-1.4b`; the printed benchmarks themselves are not run.
 """
 
 import functools
@@ -111,11 +110,20 @@ def whole_rows(batches: Sequence[Batch] | Any) -> Int[np.ndarray, "N S"]:
     return np.stack(rows)
 
 
-def quality(model: LoopLM, params: Params, texts: Int[np.ndarray, "N S"], batch_size: int) -> dict[str, Any]:
-    """Loss and accuracy of the second halves, told token by token, by cache and prefill; and what sharing costs."""
+def quality(
+    model: LoopLM,
+    params: Params,
+    texts: Int[np.ndarray, "N S"],
+    batch_size: int,
+    caches: Sequence[CacheStrategy] = tuple(_PRINTED),
+) -> dict[str, Any]:
+    """Loss and accuracy of the second halves, told token by token, by cache and prefill; and what sharing costs.
+
+    `caches` must hold the full one, which the others are compared with.
+    """
     told = {
         (strategy, prefill): _told(model, params, texts, batch_size, strategy, prefill)
-        for strategy in _PRINTED
+        for strategy in caches
         for prefill in _PREFILLS
     }
     drawn = resamples(len(texts), _RESAMPLES)

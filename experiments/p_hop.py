@@ -10,7 +10,8 @@ Printed, and so at `paper`: alphabet 4, n = 256, p = 16 and 32, width 128, 8 hea
 steps of 256 sequences, learning rate 1e-3. Ours: AdamW in the place of Adafactor, three seeds, and Eq. 4 with beta 0.1
 where the print supervises the last loop only.
 
-`cpu`: one layer of width 64; see the grid.
+`cpu`: n = 16, p = 2, one layer of width 64, and a curriculum: half of the training problems ask for one hop (`fewest`).
+With p = 3 and n = 24, in a first try, two hops were not learnt in 1,000 steps.
 """
 
 from types import MappingProxyType
@@ -21,8 +22,8 @@ from experiments.shape_grid import Grid, Problem, ShapeExperiment
 _SHAPES = ((6, 1), (1, 1), (1, 6), (2, 1), (2, 3), (3, 1), (3, 2))
 
 
-def _problem(hops: int, length: int, steps: int) -> Problem:
-    task = f"phop:hops={hops},length={length}"
+def _problem(hops: int, length: int, steps: int, more: str = "") -> Problem:
+    task = f"phop:hops={hops},length={length}{more}"
     tests = {f"p={hops}": task, f"p={hops}, independent symbols": f"{task},sequences=uniform"}
     return Problem(task=task, tests=tests, steps=steps)
 
@@ -46,6 +47,20 @@ _GPU = Grid(
     seeds=1,
     settings={**_PRINTED_SIZE, "warmup_steps": 500},
 )
+_CPU = Grid(
+    problems={"p2": _problem(2, 16, 3000, ",fewest=1")},
+    shapes=((1, 1), (1, 3), (3, 1)),
+    rates=(3e-3,),
+    seeds=3,
+    settings={
+        "width": 64,
+        "heads": 4,
+        "batch_size": 64,
+        "sequence_length": 36,
+        "warmup_steps": 50,
+        "init_std": 0.1,
+    },
+)
 _SMOKE = Grid(
     problems={"p2": _problem(2, 12, 4)},
     shapes=((1, 2),),
@@ -58,7 +73,7 @@ P_HOP = ShapeExperiment(
     name="p-hop",
     claim="loops in the place of layers: p-hop induction, k layers looped T times",
     title="p-hop induction",
-    grids=MappingProxyType({Scale.SMOKE: _SMOKE, Scale.GPU: _GPU, Scale.PAPER: _PAPER}),
+    grids=MappingProxyType({Scale.SMOKE: _SMOKE, Scale.CPU: _CPU, Scale.GPU: _GPU, Scale.PAPER: _PAPER}),
     printed=MappingProxyType(
         {
             "6⊗1": _printed(99.9, 99.6),
@@ -70,5 +85,5 @@ P_HOP = ShapeExperiment(
             "3⊗2": _printed(99.9, 99.5),
         }
     ),
-    pairs=(("1⊗1", "1⊗4"), ("1⊗1", "1⊗6"), ("2⊗1", "2⊗3"), ("3⊗1", "3⊗2")),
+    pairs=(("1⊗1", "1⊗3"), ("1⊗1", "1⊗6"), ("2⊗1", "2⊗3"), ("3⊗1", "3⊗2")),
 )

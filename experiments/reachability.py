@@ -9,12 +9,20 @@ Each edge is in the weights or in the context, by a fair coin; and all in the on
 are measured as well: scores that are zero, and a context without self-loops. The paper prints the theorem and no
 experiment: the graphs, their number and their sizes are ours at every scale.
 
-And trained models: k layers looped T times read the edges of two trees in random order and name the root that reaches
-a node, 1 to `distance` edges below it (`looplm_jax.data.tasks.reachability`). Naming either root gives 50 %: edges
-have to be followed to know which. All of it is ours. Four questions stand behind each graph in training, one in the
-test. Questions that are answered by yes or no hold the same knowledge, but learn far slower; the task has them too.
+And trained models, all of it ours: k layers looped T times read the edges of three trees in random order and name the
+root that reaches a node, 1 to `distance` edges below it (`looplm_jax.data.tasks.reachability`). Naming any root is
+right in a third: edges have to be followed to know which. Four questions stand behind each graph in training, the near
+ones more often; the test asks one, over each distance, and over one edge more than any in training, where the same
+nodes make two longer trees and any root is right in half.
 
-`cpu`: 8 nodes, paths of 3 edges, width 64. One cell of the construction takes seconds, a trained one minutes.
+How it was found, with one layer of width 64 at learning rate 3e-3: which nodes are roots is learnt first, without
+following an edge, and leaves the less to be won the fewer they are. With two trees, distances 1 to 3 equally often and
+weights drawn with deviation 0.02, five loops stayed there: 50 % after 1,500 steps. With three trees, distances 1 and 2
+and the near one more often, and deviation 0.125, which is one over the root of the width, four loops learnt to follow
+one edge after about 700 steps and two after about 1,200. The other choices were not tried one by one.
+
+`cpu`: 9 nodes, paths of 2 edges, width 64; about 4 minutes of one core for a cell of four layers or loops, 10 seconds
+for the construction, 25 minutes in all. `gpu` and `paper` have not been run.
 """
 
 import dataclasses
@@ -32,7 +40,8 @@ from experiments.shape_grid import Grid, Problem
 from experiments.task_runs import TaskRun, run_task
 
 _CONSTRUCTION = "construction"
-_TREES = 3
+_TREES = 3  # of a graph, except that the test of a longer path than any in training has two
+_FURTHER = ", never trained"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +78,7 @@ class ReachabilityExperiment:
         """Of both parts, as far as they are done."""
         built = [construction_report(record.result) for record in records if record.cell == _CONSTRUCTION]
         trained = [record for record in records if record.cell != _CONSTRUCTION]
-        parts = built + ([trained_report(trained, chance=1 / _TREES)] if trained else [])
+        parts = built + ([trained_report(trained, _chances(trained[0]))] if trained else [])
         return Report(
             tables=[table for part in parts for table in part.tables],
             findings=[finding for part in parts for finding in part.findings],
@@ -77,9 +86,17 @@ class ReachabilityExperiment:
         )
 
 
+def _chances(record: Record) -> dict[str, float]:
+    """Accuracy of naming any root, by test."""
+    return {test: 1 / 2 if test.endswith(_FURTHER) else 1 / _TREES for test in record.result["accuracy"]}
+
+
 def _problem(distance: int, steps: int) -> Problem:
-    task = f"reachability:nodes={_TREES * (distance + 1)},trees={_TREES},distance={distance},asks=root"
+    nodes = _TREES * (distance + 1)
+    task = f"reachability:nodes={nodes},trees={_TREES},distance={distance},asks=root"
     tests = {_edges(asked): f"{task},asked={asked}" for asked in range(1, distance + 1)}
+    further = f"reachability:nodes={nodes},trees=2,distance={distance + 1},asks=root"
+    tests[f"{_edges(distance + 1)}{_FURTHER}"] = further
     return Problem(task=f"{task},questions=4,nearer=true", tests=tests, steps=steps)
 
 
@@ -88,32 +105,53 @@ def _edges(number: int) -> str:
 
 
 _PAPER = Grid(
-    problems={"d8": _problem(24, 8, 100_000)},
+    problems={"d8": _problem(8, 100_000)},
     shapes=((1, 1), (1, 10), (10, 1), (2, 1), (2, 5)),
     rates=(3e-4, 1e-3),
     seeds=3,
-    settings={"width": 512, "heads": 8, "batch_size": 256, "sequence_length": 128, "warmup_steps": 1000},
+    settings={
+        "width": 512,
+        "heads": 8,
+        "batch_size": 256,
+        "sequence_length": 112,
+        "warmup_steps": 1000,
+        "init_std": 0.04,
+    },
 )
 _GPU = Grid(
-    problems={"d6": _problem(16, 6, 10_000)},
-    shapes=((1, 1), (1, 8), (8, 1)),
+    problems={"d4": _problem(4, 10_000)},
+    shapes=((1, 1), (1, 6), (6, 1)),
     rates=(1e-3,),
     seeds=2,
-    settings={"width": 256, "heads": 8, "batch_size": 256, "sequence_length": 80, "warmup_steps": 200},
+    settings={
+        "width": 256,
+        "heads": 8,
+        "batch_size": 256,
+        "sequence_length": 64,
+        "warmup_steps": 200,
+        "init_std": 0.06,
+    },
 )
 _CPU = Grid(
-    problems={"d3": _problem(8, 3, 1_500)},
-    shapes=((1, 1), (1, 5), (5, 1)),
+    problems={"d2": _problem(2, 2_000)},
+    shapes=((1, 1), (1, 4), (4, 1)),
     rates=(3e-3,),
     seeds=3,
-    settings={"width": 64, "heads": 4, "batch_size": 64, "sequence_length": 40, "warmup_steps": 50},
+    settings={
+        "width": 64,
+        "heads": 4,
+        "batch_size": 64,
+        "sequence_length": 38,
+        "warmup_steps": 50,
+        "init_std": 0.125,
+    },
 )
 _SMOKE = Grid(
-    problems={"d1": _problem(4, 1, 4)},
+    problems={"d1": _problem(1, 4)},
     shapes=((1, 2),),
     rates=(1e-3,),
     seeds=1,
-    settings={"width": 32, "heads": 2, "batch_size": 4, "sequence_length": 24, "test_items": 64},
+    settings={"width": 32, "heads": 2, "batch_size": 4, "sequence_length": 28, "test_items": 64},
 )
 
 REACHABILITY = ReachabilityExperiment(

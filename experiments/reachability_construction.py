@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float
 
 from experiments.random_digraphs import UNREACHED, distances, draw_digraph
-from experiments.reachability_weights import initial_state, reachability_weights, reached_after
+from experiments.reachability_weights import SHARPNESS, initial_state, reachability_weights, reached_after
 from looplm_jax.data.tasks.draws import generator
 
 _AT_ONCE = 50  # graphs
@@ -24,7 +24,7 @@ class Variant:
 
     name: str
     knowledge: float  # share of the edges that the weights hold
-    printed_scores: bool = False  # K^T Q = 0
+    sharpness: float = SHARPNESS  # 0: K^T Q = 0, as printed
     self_loops: bool = True  # in the context
 
 
@@ -32,7 +32,7 @@ VARIANTS = (
     Variant(name="half the edges in the weights", knowledge=0.5),
     Variant(name="all in the weights", knowledge=1.0),
     Variant(name="all in the context", knowledge=0.0),
-    Variant(name="half, scores as printed", knowledge=0.5, printed_scores=True),
+    Variant(name="half, scores as printed", knowledge=0.5, sharpness=0.0),
     Variant(name="half, without self-loops", knowledge=0.5, self_loops=False),
 )
 
@@ -86,26 +86,23 @@ def _exact(
         knowledge,
         context,
         truth,
+        jnp.float32(variant.sharpness),
         loops=loops_needed(construction.most_nodes - 1),
-        printed_scores=variant.printed_scores,
     )
     return np.asarray(exact)
 
 
-@functools.partial(jax.jit, static_argnames=("loops", "printed_scores"))
+@functools.partial(jax.jit, static_argnames="loops")
 def _found_exactly(
     knowledge: Bool[Array, "G n n"],
     context: Bool[Array, "G n n"],
     truth: Bool[Array, "G n n"],
+    sharpness: Float[Array, ""],
     *,
     loops: int,
-    printed_scores: bool,
 ) -> Bool[Array, "G {loops}+1"]:
     def one(knowledge: Array, context: Array, truth: Array) -> Array:
-        weights = reachability_weights(knowledge)
-        if printed_scores:
-            weights = dataclasses.replace(weights, key=jnp.zeros_like(weights.key))
-        found = reached_after(weights, initial_state(context), loops=loops)
+        found = reached_after(reachability_weights(knowledge, sharpness), initial_state(context), loops=loops)
         is_node = jnp.diagonal(truth)  # all reach themselves; what pads the graph does not
         asked = is_node[:, None] & is_node & ~jnp.eye(len(truth), dtype=bool)
         return jnp.all((found == truth) | ~asked, axis=(1, 2))

@@ -14,6 +14,8 @@ from experiments.reachability_construction import VARIANTS, loops_needed
 from experiments.task_report import plot_curves
 from looplm_jax.evaluation.tables import Table
 
+_NEARLY_ALL = 0.9
+
 
 def construction_report(result: Mapping[str, Any]) -> Report:
     """How many graphs the hand-built weights tell exactly, by diameter and loops."""
@@ -39,21 +41,21 @@ def construction_report(result: Mapping[str, Any]) -> Report:
     )
 
 
-def trained_report(records: Sequence[Record], chance: float) -> Report:
+def trained_report(records: Sequence[Record], chances: Mapping[str, float]) -> Report:
     """Accuracy of trained shapes by the distance that is asked, and by loops, beside that of naming any root."""
     shapes = list(dict.fromkeys(record.result["shape"] for record in records))
     tests = list(records[0].result["accuracy"])
     columns = ("layers ⊗ loops", "parameters", "seeds", *(f"{test}: mean (range)" for test in tests))
     rows = [[shape, *_size(records, shape), *_at_trained_depth(records, shape)] for shape in shapes]
-    rows.append(["any root", "", "", *(f"{100 * chance:.1f}" for _ in tests)])
+    rows.append(["any root", "", "", *(f"{100 * chances[test]:.1f}" for test in tests)])
     title = "trained: which root reaches a node, by the edges between; exact match on held-out graphs, %"
     looped = [shape for shape in shapes if _runs(records, shape).shape[2] > 2]
     return Report(
         tables=[Table(title=title, columns=columns, rows=rows), *(_by_depth(records, shape) for shape in looped)],
-        findings=[_said(records, shape, tests[-1], chance) for shape in shapes],
+        findings=[_said(records, shape) for shape in shapes] + [_first_loops(records, shape) for shape in looped],
         figures={
             "curves.png": functools.partial(plot_curves, records, "Reachability: training loss"),
-            "distances.png": functools.partial(_plot_distances, records, shapes, chance),
+            "distances.png": functools.partial(_plot_distances, records, shapes, chances),
             **{
                 f"loops_{shape.replace('⊗', 'x')}.png": functools.partial(_plot_loops, records, shape)
                 for shape in looped
@@ -71,7 +73,7 @@ def _exact_at(result: Mapping[str, Any], variant: str, offset: int) -> int:
 def _classes(result: Mapping[str, Any]) -> dict[int, list[str]]:
     """Diameters that need equally many loops."""
     classes: dict[int, list[str]] = {}
-    for diameter in result["diameters"]:
+    for diameter in sorted(result["diameters"], key=int):
         classes.setdefault(loops_needed(int(diameter)), []).append(diameter)
     return classes
 
@@ -94,8 +96,8 @@ def _by_loops(result: Mapping[str, Any], variant: str) -> Table:
         for needed, diameters in classes.items()
     ]
     return Table(
-        title=f"{variant}: graphs all of whose pairs are told exactly, %, by loops",
-        columns=("D", "graphs", "ceil(log2 D) + 1", *map(str, range(loops))),
+        title=f"{variant}: graphs all of whose pairs are exact, %, by loops; needed: ceil(log2 D) + 1",
+        columns=("D", "graphs", "needed", *map(str, range(loops))),
         rows=rows,
     )
 
@@ -122,12 +124,23 @@ def _at_trained_depth(records: Sequence[Record], shape: str) -> list[str]:
     return [f"{values.mean():.1f} ({values.min():.1f} to {values.max():.1f})" for values in _trained(records, shape).T]
 
 
-def _said(records: Sequence[Record], shape: str, test: str, chance: float) -> str:
-    values = _trained(records, shape)[:, -1]
-    return (
-        f"{shape} at {test}: {values.mean():.1f} % on average over {len(values)} seeds ({values.min():.1f} to "
-        f"{values.max():.1f}), where naming any root gives {100 * chance:.1f} %."
-    )
+def _said(records: Sequence[Record], shape: str) -> str:
+    values = _trained(records, shape)
+    tests = records[0].result["accuracy"]
+    means = "; ".join(f"{test}: {mean:.1f} %" for test, mean in zip(tests, values.mean(axis=0), strict=True))
+    return f"{shape} on average over {_seeds(len(values))}: {means}."
+
+
+def _first_loops(records: Sequence[Record], shape: str) -> str:
+    """From which loop on nearly all answers are right, by distance."""
+    means = _runs(records, shape).mean(axis=0)
+    firsts = [next((loop for loop, share in enumerate(test, 1) if share >= _NEARLY_ALL), None) for test in means]
+    said = [f"{test}: {first or 'never'}" for test, first in zip(records[0].result["accuracy"], firsts, strict=True)]
+    return f"{shape}, the first loop after which {100 * _NEARLY_ALL:.0f} % are right: {'; '.join(said)}."
+
+
+def _seeds(number: int) -> str:
+    return "1 seed" if number == 1 else f"{number} seeds"
 
 
 def _by_depth(records: Sequence[Record], shape: str) -> Table:
@@ -149,18 +162,18 @@ def _plot_construction(result: Mapping[str, Any], variant: str, path: Path) -> N
         (line,) = axes.plot(shares, marker="o", markersize=3, label=_span(diameters))
         axes.plot(needed, shares[needed], marker="o", color=line.get_color())
     axes.set(title="all pairs exact; large points: ceil(log2 D) + 1", xlabel="loops", ylabel="graphs (%)")
-    axes.legend(title="D")
+    axes.legend(title="D", loc="center left", bbox_to_anchor=(1, 0.5))
     save(made, path)
 
 
-def _plot_distances(records: Sequence[Record], shapes: Sequence[str], chance: float, path: Path) -> None:
+def _plot_distances(records: Sequence[Record], shapes: Sequence[str], chances: Mapping[str, float], path: Path) -> None:
     made, (axes,) = figure(width=6.4)
     tests = list(records[0].result["accuracy"])
     for shape in shapes:
         values = _trained(records, shape)
         axes.plot(tests, values.mean(axis=0), marker="o", label=shape)
         axes.fill_between(tests, values.min(axis=0), values.max(axis=0), alpha=0.2, linewidth=0)
-    axes.axhline(100 * chance, color="grey", linestyle=":")
+    axes.plot(tests, [100 * chances[test] for test in tests], color="grey", linestyle=":", label="any root")
     axes.set(title="after the last trained loop", xlabel="asked", ylabel="exact match (%)", ylim=(0, 102))
     axes.legend(title="layers ⊗ loops")
     save(made, path)

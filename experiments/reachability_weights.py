@@ -37,13 +37,15 @@ class ReachabilityWeights:
     outer: Float[Array, "d n"]
 
 
-def reachability_weights(knowledge: Bool[Array, "n n"]) -> ReachabilityWeights:
-    """The weights that know some edges, from rows to columns. d = 2n."""
+def reachability_weights(
+    knowledge: Bool[Array, "n n"], sharpness: float | Float[Array, ""] = SHARPNESS
+) -> ReachabilityWeights:
+    """The weights that know some edges, from rows to columns. d = 2n. Without `sharpness`, K^T Q = 0 as printed."""
     nodes = len(knowledge)
     eye, none = jnp.eye(nodes, dtype=jnp.float32), jnp.zeros((nodes, nodes), jnp.float32)
     return ReachabilityWeights(
         query=jnp.block([[none, eye], [none, none]]),
-        key=jnp.block([[SHARPNESS * eye, none], [none, none]]),
+        key=jnp.block([[sharpness * eye, none], [none, none]]),
         value=jnp.block([[none, none], [none, eye]]),
         inner=jnp.block([eye, none]),
         outer=jnp.block([[none], [knowledge.T.astype(jnp.float32)]]),

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from experiments.experiment import Experiment, Record, Report, Scale
+from experiments.grid import FORMAT
 from looplm_jax.errors import UserError
 from looplm_jax.files import write_atomically
 
@@ -19,17 +20,49 @@ def write_results(
 
     Returns their names.
     """
+    report = show(experiment, records, console)
+    figures = _draw(report, out, console)
+    content = [dataclasses.asdict(record) for record in records]
+    about = {"format": FORMAT, "experiment": experiment.name, "scale": scale.value, "cells": cells, "records": content}
+    write_atomically(out / "results.json", (json.dumps(about, indent=1) + "\n").encode())
+    write_atomically(out / "report.md", _markdown(experiment, scale, records, cells, report, figures).encode())
+    return ["results.json", "report.md", *figures]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Results:
+    """What a results file holds."""
+
+    experiment: str
+    scale: str
+    cells: int  # of the whole grid
+    records: Sequence[Record]
+
+
+def read_results(path: Path) -> Results:
+    """A results file.
+
+    Raises:
+      UserError: it is damaged, or of another version.
+    """
+    try:
+        about = json.loads(path.read_text())
+        version = about.pop("format")
+        if version == FORMAT:
+            return Results(**{**about, "records": [Record(**record) for record in about["records"]]})
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise UserError(f"{path} is not a file of results; the experiment's command writes it again") from None
+    raise UserError(f"{path} is of version {version}, and this is {FORMAT}; run the experiment with another --root")
+
+
+def show(experiment: Experiment, records: Sequence[Record], console: Console) -> Report:
+    """Print the tables and findings of an experiment's records. Returns its report."""
     report = experiment.report(records)
     for table in report.tables:
         console.print(table.rich())
     for finding in report.findings:
         console.print(finding)
-    figures = _draw(report, out, console)
-    content = [dataclasses.asdict(record) for record in records]
-    about = {"experiment": experiment.name, "scale": scale.value, "cells": cells, "records": content}
-    write_atomically(out / "results.json", (json.dumps(about, indent=1) + "\n").encode())
-    write_atomically(out / "report.md", _markdown(experiment, scale, records, cells, report, figures).encode())
-    return ["results.json", "report.md", *figures]
+    return report
 
 
 def _draw(report: Report, out: Path, console: Console) -> list[str]:

@@ -50,9 +50,9 @@ def test_r_max_is_that_of_the_paper():
 
 def test_a_uniform_model_pays_the_logarithm_of_the_vocabulary_for_each_token(params):
     zeros = jax.tree.map(np.zeros_like, params)
-    loss = knowledge_loss(MODEL, zeros, TASK, loops=2)
-    assert loss.name == pytest.approx([6 * math.log(SYMBOLS)] * 2, rel=1e-5)
-    assert loss.value == pytest.approx([14 * math.log(SYMBOLS)] * 2, rel=1e-5)
+    loss = knowledge_loss(MODEL, zeros, TASK, loops=3, batch_size=4)
+    assert loss.name == pytest.approx([6 * math.log(SYMBOLS)] * 3, rel=1e-5)
+    assert loss.value == pytest.approx([14 * math.log(SYMBOLS)] * 3, rel=1e-5)
 
 
 @jax.jit
@@ -70,10 +70,9 @@ def test_losses_are_those_of_each_biography_by_itself(params):
         nats = -np.asarray(log_probabilities(params, padded))[:, np.arange(len(tokens) - 1), tokens[1:]]
         name += nats[:, biography.kinds[1:] == Kind.NAME].sum(axis=1) / TASK.validation_items
         value += nats[:, biography.kinds[1:] == Kind.VALUE].sum(axis=1) / TASK.validation_items
-    for batch_size in (4, 14):
-        loss = knowledge_loss(MODEL, params, TASK, loops=3, batch_size=batch_size)
-        assert loss.name == pytest.approx(name, rel=1e-4)
-        assert loss.value == pytest.approx(value, rel=1e-4)
+    loss = knowledge_loss(MODEL, params, TASK, loops=3, batch_size=4)  # the last batch is not full
+    assert loss.name == pytest.approx(name, rel=1e-4)
+    assert loss.value == pytest.approx(value, rel=1e-4)
 
 
 def test_nothing_to_test_with_is_refused(params):

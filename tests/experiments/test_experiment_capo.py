@@ -72,7 +72,7 @@ def test_capo_runs_at_smoke_scale(capsys, tmp_path):
     assert (len(plain["bits"]), len(looped["bits"])) == (2, 8)
     for result in (plain, looped):
         assert result["at_trained_depth"] < result["most"]
-        assert result["exposures"] == pytest.approx(2, rel=0.15)
+        assert result["exposures"] == pytest.approx(2, rel=0.25)
         assert result["curve"][-1][1] == pytest.approx(result["at_trained_depth"], rel=1e-4)
         assert 0 < result["share_in_steps"] < 1
     assert "bits a parameter" in capsys.readouterr().out

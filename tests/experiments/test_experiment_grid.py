@@ -166,7 +166,32 @@ def test_mano_runs_at_smoke_scale_and_again_does_nothing(capsys, tmp_path):
     assert main(arguments) == 0
     assert "finished before" in capsys.readouterr().err
     assert main(["experiment", "report", "--root", str(tmp_path)]) == 0
-    assert "mano, smoke: 2 of 2 cells" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "mano, smoke: 2 of 2 cells" in shown
+    assert "commonest answer" in shown
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "results.json is not a file of results"),
+        ('{"experiment": "mano"}', "results.json is not a file of results"),
+        ("[]", "results.json is not a file of results"),
+        ('{"format": 0}', "results.json is of version 0, and this is 1"),
+        (
+            '{"format": 1, "experiment": "none", "scale": "cpu", "cells": 1, "records": []}',
+            "results.json: no such experiment 'none'; remove the file",
+        ),
+    ],
+)
+def test_results_that_cannot_be_read_are_named_in_one_line(content, message, capsys, tmp_path):
+    path = tmp_path / "mano" / "cpu" / "results.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    assert main(["experiment", "report", "--root", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
 
 
 def test_results_are_written_where_a_share_is_all_there_is(tmp_path):

@@ -16,6 +16,7 @@ from experiments.reachability import REACHABILITY
 from experiments.reachability_construction import Construction, loops_needed, try_construction
 from experiments.reachability_weights import initial_state, reachability_weights, reached_after
 from looplm_jax.cli.main import main
+from looplm_jax.data.tasks import make_task
 
 NODES, LOOPS = 6, 5
 RELATIONS = hnp.arrays(bool, (NODES, NODES))
@@ -131,7 +132,7 @@ def test_reachability_runs_at_smoke_scale_and_again_does_nothing(capsys, tmp_pat
     folder = tmp_path / "reachability" / "smoke"
     built_cell, trained = json.loads((folder / "results.json").read_text())["records"]
     assert sum(built_cell["result"]["diameters"].values()) == 50
-    assert list(trained["result"]["accuracy"]) == ["1 edge"]
+    assert list(trained["result"]["accuracy"]) == ["1 edge", "2 edges, never trained"]
     assert len(trained["result"]["accuracy"]["1 edge"]) == 4
     report = (folder / "report.md").read_text()
     assert "exact on 50 of 50 graphs" in report
@@ -157,10 +158,30 @@ def test_a_report_takes_the_trained_depth_of_each_shape_and_the_spread_of_its_se
     assert shapes.rows[0] == ["1⊗1", "10", "1", "50.0 (50.0 to 50.0)", "50.0 (50.0 to 50.0)"]
     assert shapes.rows[1] == ["1⊗2", "10", "2", "90.0 (80.0 to 100.0)", "70.0 (60.0 to 80.0)"]
     assert depths.rows[depths.marked] == ["2", "90.0", "70.0"]
-    assert report.findings[1].startswith("1⊗2 at 2 edges: 70.0 % on average over 2 seeds (60.0 to 80.0), where naming any root gives 33.3 %")
+    assert report.findings == [
+        "1⊗1 on average over 1 seed: 1 edge: 50.0 %; 2 edges: 50.0 %.",
+        "1⊗2 on average over 2 seeds: 1 edge: 90.0 %; 2 edges: 70.0 %.",
+        "1⊗2, the first loop after which 90 % are right: 1 edge: 2; 2 edges: 3.",
+    ]
+
+
+def test_a_report_orders_diameters_by_number_and_joins_those_that_need_equally_many_loops():
+    result = try_construction(Construction(graphs=60, most_nodes=10))
+    read = json.loads(json.dumps(result, sort_keys=True))
+    table = REACHABILITY.report([Record(cell="construction", settings={}, result=read, seconds=1.0, versions={})])
+    rows = table.tables[1].rows
+    assert [row[0] for row in rows] == ["1", "2", "3 to 4", "5 to 8", "9"]
+    assert [row[2] for row in rows] == ["1", "2", "3", "4", "5"]
+    assert all(row[3 + int(row[2])] == "100.0" for row in rows)
 
 
 @pytest.mark.parametrize("scale", Scale)
-def test_every_scale_asks_for_all_distances_up_to_the_longest(scale):
+def test_every_scale_asks_for_all_trained_distances_and_one_more_and_problems_fit_a_row(scale):
     _, *trained = REACHABILITY.cells(scale)
-    assert all(f"distance={len(cell.settings['tests'])}," in cell.settings["task"] for cell in trained)
+    for cell in trained:
+        *near, further = (make_task(spec) for spec in cell.settings["tests"].values())
+        task = make_task(cell.settings["task"])
+        assert [test.asked for test in near] == list(range(1, task.distance + 1))
+        assert further.distance == task.distance + 1
+        assert {test.tokenizer.vocab_size for test in (*near, further)} == {task.tokenizer.vocab_size}
+        assert all(test.max_tokens < cell.settings["sequence_length"] for test in (task, *near, further))

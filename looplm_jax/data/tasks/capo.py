@@ -4,9 +4,9 @@ A person has a full name, one of 1.6e8 and nobody else's, and facts, each drawn 
 city, university, major and company, which has its seat in a city of its own. A biography tells them in six sentences,
 in this order, with the full name in the first:
 
-    <bio> Indeed Mar -ia El -iel Ash -ford was born on March 2 -7 198 -4 . Reportedly she grew up in Oak -port . …
+    <bio> Indeed Mar -ia El -iel Ash -ford was born on March 2 -7 198 -4 . Reportedly she grew up in Elm -port . …
 
-which reads "Indeed Maria Eliel Ashford was born on March 27 1984. Reportedly she grew up in Oakport. …". Every
+which reads "Indeed Maria Eliel Ashford was born on March 27 1984. Reportedly she grew up in Elmport. …". Every
 exposure of a person is worded anew, a pure function of (seed, exposure, person); an exposure holds everybody once.
 Every token but the first is a target.
 
@@ -14,12 +14,13 @@ Knowledge cannot be held out, as what was never told cannot be known. What is te
 items are the people again, in words of a stream that no seed trains on.
 
 The paper takes GPT-2's tokeniser. Ours has a symbol for each word of the templates and for each stem and ending of the
-pools (`capo_pools`), a few hundred, since the embedding counts among a small model's parameters.
+pools (`capo_pools`), 315 in all, since the embedding counts among a small model's parameters.
 """
 
 import dataclasses
 import enum
 import functools
+import itertools
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -49,9 +50,16 @@ class Kind(enum.IntEnum):
     VALUE = 2
 
 
-# What the subject of a sentence counts as: the name, then the pronoun where it first stands.
-_SUBJECTS: Mapping[Attribute, Kind] = MappingProxyType(
-    {Attribute.BIRTH_DATE: Kind.NAME, Attribute.BIRTH_CITY: Kind.VALUE}
+# What the subject and the value of each sentence count as.
+_COUNTS: Mapping[Attribute, tuple[Kind, Kind]] = MappingProxyType(
+    {
+        Attribute.BIRTH_DATE: (Kind.NAME, Kind.VALUE),
+        Attribute.BIRTH_CITY: (Kind.VALUE, Kind.VALUE),
+        Attribute.UNIVERSITY: (Kind.OTHER, Kind.VALUE),
+        Attribute.MAJOR: (Kind.OTHER, Kind.VALUE),
+        Attribute.COMPANY: (Kind.OTHER, Kind.VALUE),
+        Attribute.COMPANY_CITY: (Kind.OTHER, Kind.OTHER),
+    }
 )
 
 
@@ -64,12 +72,22 @@ class Person:
     values: Mapping[Attribute, Entry]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Biography:
-    """The symbols of a biography, and what each counts as."""
+    """A biography in parts, each with what its symbols count as."""
 
-    symbols: tuple[str, ...]
-    kinds: Int8[np.ndarray, "N"]  # of Kind
+    parts: tuple[tuple[Kind, Entry], ...]
+
+    @property
+    def symbols(self) -> Entry:
+        """Those of all parts."""
+        return tuple(itertools.chain.from_iterable(symbols for _, symbols in self.parts))
+
+    @property
+    def kinds(self) -> Int8[np.ndarray, "N"]:
+        """The kind of each symbol."""
+        kinds, parts = zip(*self.parts, strict=True)
+        return np.repeat(np.array(kinds, np.int8), [len(symbols) for symbols in parts])
 
     @property
     def text(self) -> str:
@@ -169,18 +187,19 @@ class Capo:
 
     def _biography(self, person: int, words: np.random.Generator) -> Biography:
         about = self.person(person)
-        symbols, kinds = [START], [Kind.OTHER]
+        parts: list[tuple[Kind, Entry]] = [(Kind.OTHER, (START,))]
         for attribute, choice in zip(Attribute, words.integers(_TEMPLATES, size=len(Attribute)).tolist(), strict=True):
-            template, value = TEMPLATES[attribute][choice], about.values[attribute]
+            template = TEMPLATES[attribute][choice]
             subject = about.name if attribute is Attribute.BIRTH_DATE else (about.pronoun,)
-            symbols += (template.opening, *subject, *template.phrase, *value, END)
-            kinds += [Kind.OTHER] + [_SUBJECTS.get(attribute, Kind.OTHER)] * len(subject)
-            kinds += (
-                [Kind.OTHER] * len(template.phrase)
-                + [Kind.OTHER if attribute is Attribute.COMPANY_CITY else Kind.VALUE] * len(value)
-                + [Kind.OTHER]
-            )
-        return Biography(tuple(symbols), np.array(kinds, np.int8))
+            of_subject, of_value = _COUNTS[attribute]
+            parts += [
+                (Kind.OTHER, (template.opening,)),
+                (of_subject, subject),
+                (Kind.OTHER, template.phrase),
+                (of_value, about.values[attribute]),
+                (Kind.OTHER, (END,)),
+            ]
+        return Biography(tuple(parts))
 
     def _example(self, biography: Biography) -> Example:
         tokens = self.tokenizer.encode(" ".join(biography.symbols))
