@@ -43,8 +43,7 @@ def run_experiment(arguments: argparse.Namespace) -> int:
     if not records:
         print(f"no cell of this share; next: {again}")
         return 0
-    out_console = Console(highlight=False, soft_wrap=True)
-    written = write_results(out, experiment, scale, records, len(cells), out_console)
+    written = write_results(out, experiment, scale, records, len(cells), _for_tables())
     print(f"wrote {', '.join(written)} to {out}")
     print("next: looplm experiment report" if len(records) == len(cells) else f"next: {again}")
     return 0
@@ -71,15 +70,20 @@ def report_experiments(root: Path) -> int:
         print(f"looplm: no results in {root}", file=sys.stderr)
         print(f"next: looplm experiment {next(iter(EXPERIMENTS))} --scale cpu")
         return 0
-    console = Console(highlight=False, soft_wrap=True)
+    console = _for_tables()
     for path in found:
         results = read_results(path)
         if results.experiment not in EXPERIMENTS:
             raise UserError(f"{path}: no such experiment {results.experiment!r}; remove the file")
-        console.rule(f"{results.experiment}, {results.scale}: {len(results.records)} of {results.cells} cells")
+        console.print(f"\n{results.experiment}, {results.scale}: {len(results.records)} of {results.cells} cells")
         show(EXPERIMENTS[results.experiment], results.records, console)
     print(f"figures lie beside each results.json in {root}; next: looplm experiment list")
     return 0
+
+
+def _for_tables() -> Console:
+    """One in which no table is squeezed: a narrower terminal breaks its lines, and a file has them whole."""
+    return Console(highlight=False, soft_wrap=True, width=1000)
 
 
 def _scale(text: str, experiment: Experiment) -> Scale:
