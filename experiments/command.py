@@ -11,13 +11,14 @@ from experiments.experiment import Experiment, Scale
 from experiments.grid import Grid, Share
 from experiments.registry import EXPERIMENTS
 from experiments.results_files import read_results, show, write_results
+from looplm_jax.cli.interrupts import leave
 from looplm_jax.errors import UserError, suggest
 from looplm_jax.evaluation.tables import Table
 from looplm_jax.training.signals import Stopped
 
 
 def run_experiment(arguments: argparse.Namespace) -> int:
-    """Run a share of an experiment's grid, and report all that is finished of it.
+    """Run a share of an experiment's grid, and report all that is finished of it; a signal ends the process.
 
     Raises:
       UserError: unknown name, scale or share, an empty grid, or a folder of other results.
@@ -38,8 +39,7 @@ def run_experiment(arguments: argparse.Namespace) -> int:
     try:
         records = grid.run(cells, functools.partial(experiment.run, console=console), share, console.print)
     except Stopped as stopped:
-        console.print(f"looplm: stopped by {stopped.signal.name}; the same command goes on from there")
-        return 128 + stopped.signal
+        leave(console, f"stopped by {stopped.signal.name}; the same command goes on from there", stopped.signal)
     if not records:
         print(f"no cell of this share; next: {again}")
         return 0

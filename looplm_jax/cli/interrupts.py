@@ -1,10 +1,23 @@
-"""Ctrl-C as a request to end what is under way, so that it can end cleanly."""
+"""Ctrl-C as a request to end what is under way, so that it can end cleanly; and the end of a stopped process."""
 
 import contextlib
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import NoReturn
+
+from rich.console import Console
+
+
+def leave(console: Console, message: str, number: signal.Signals) -> NoReturn:
+    """End the process without waiting for a compilation that was left behind, which Python would not survive."""
+    console.print(f"looplm: {message}")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(128 + number)
 
 
 @contextlib.contextmanager

@@ -3,13 +3,13 @@
 import dataclasses
 import functools
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from rich.console import Console
 
+from looplm_jax.cli.interrupts import leave
 from looplm_jax.cli.plan_tables import print_search, print_stage
 from looplm_jax.config import Recipe, Stage
 from looplm_jax.errors import UserError, suggest
@@ -70,8 +70,7 @@ def run_plan(request: PlanRequest) -> int:
             plan = _search_all if request.search else _plan_all
             found, fits = plan(request, stages, target, progress, out)
         except Stopped as stopped:
-            console.print(f"looplm: stopped by {stopped.signal.name}; nothing was written")
-            os._exit(128 + stopped.signal)
+            leave(console, f"stopped by {stopped.signal.name}; nothing was written", stopped.signal)
     if request.out is not None:
         request.out.write_text(json.dumps(found, indent=2) + "\n")
         print(f"wrote {request.out}")

@@ -1,15 +1,12 @@
 """What `looplm train` does around the training itself: say what will happen, and at the end what was written."""
 
 import dataclasses
-import os
 import signal
-import sys
 import time
-from typing import NoReturn
 
 import jax
-from rich.console import Console
 
+from looplm_jax.cli.interrupts import leave
 from looplm_jax.codec import to_dict
 from looplm_jax.config import Recipe
 from looplm_jax.distributed import Cluster, Join, check_alone, join
@@ -72,11 +69,11 @@ def _run_training(recipe: Recipe, out: AnyPath, options: Options, cluster: Clust
             mirrors=_mirrors(recipe, out, options, cluster),
         )
     except KeyboardInterrupt:  # the second one: nobody waits for the last save
-        _leave(console, "interrupted", signal.SIGINT)
+        leave(console, "interrupted", signal.SIGINT)
     if outcome.stopped_by is not None:
         cluster.leave()
         where = f"stopped by {outcome.stopped_by.name} at step {outcome.step}"
-        _leave(console, f"{where}; the same command goes on from there", outcome.stopped_by)
+        leave(console, f"{where}; the same command goes on from there", outcome.stopped_by)
     if cluster.index == 0:
         _report(recipe, out, outcome)
     return 0
@@ -101,11 +98,3 @@ def _announcement(recipe: Recipe, out: AnyPath, cluster: Cluster) -> str:
     many = f"{cluster.count} processes; " if cluster.count > 1 else ""
     what = f"{recipe.name}: {count_params(recipe.model):,} parameters, {tokens:,} tokens; {stages}"
     return f"{what}; {many}writing to {out}"
-
-
-def _leave(console: Console, message: str, number: signal.Signals) -> NoReturn:
-    """End the process without waiting for a compilation that was left behind, which Python would not survive."""
-    console.print(f"looplm: {message}")
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(128 + number)

@@ -2,6 +2,8 @@
 
 import json
 import signal
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
@@ -151,9 +153,25 @@ def test_a_report_without_results_says_what_to_type(capsys, tmp_path):
     assert "next: looplm experiment mano" in capsys.readouterr().out
 
 
-def test_mano_runs_at_smoke_scale_and_again_does_nothing(capsys, tmp_path):
+def stopped_in_the_second_cell(arguments):
+    """A process of its own, and what it said."""
+    command = [sys.executable, "-m", "looplm_jax.cli.main", *arguments]
+    said = []
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        for line in process.stderr:
+            said.append(line)
+            if "compiling" in line and any("cell 2 of 2" in earlier for earlier in said):
+                process.send_signal(signal.SIGTERM)
+    return process.returncode, "".join(said)
+
+
+def test_mano_is_stopped_while_it_compiles_goes_on_and_then_does_nothing(capsys, tmp_path):
     arguments = ["experiment", "mano", "--root", str(tmp_path)]
+    status, said = stopped_in_the_second_cell(arguments)
+    assert status == 128 + signal.SIGTERM
+    assert said.endswith("looplm: stopped by SIGTERM; the same command goes on from there\n")
     assert main(arguments) == 0
+    assert "cell 1 of 2, L2-1x1-lr0.001-seed0: finished before" in capsys.readouterr().err
     folder = tmp_path / "mano" / "smoke"
     records = json.loads((folder / "results.json").read_text())["records"]
     assert [record["result"]["shape"] for record in records] == ["1⊗1", "1⊗2"]
