@@ -20,7 +20,7 @@ from experiments.early_exit import AHEAD, EARLY_EXIT, PRINTED, STAGE1
 from experiments.exit_scores import FIXED, GATE, families, score_families
 from experiments.experiment import Scale
 from experiments.kv_sharing import KV_SHARING, quality, whole_rows
-from experiments.prior import UNIFORM
+from experiments.prior_report import UNIFORM
 from experiments.text_model import TextModels
 from experiments.text_scales import TEXT_CELLS
 from looplm_jax.cli.main import main
