@@ -10,7 +10,8 @@ problems, learning rate 5e-3, the best of three seeds. Ours: AdamW in the place 
 are packed to 136 tokens (430 rows hold about 1,024 problems); RoPE; and Eq. 4 with beta 0.1 where the print supervises
 the last loop only.
 
-`cpu`: two digits, n to 4, one layer of width 64.
+`cpu` (not run): two digits, n to 4, one layer of width 64. In a first try 1⊗3 had 9 % of the sums of four numbers
+right after 1,800 steps, when its loss had begun to fall steeply. `gpu` has not been run.
 """
 
 from types import MappingProxyType
@@ -46,6 +47,20 @@ _GPU = Grid(
     seeds=1,
     settings={**_PRINTED_SIZE, "batch_size": 430, "warmup_steps": 500},
 )
+_CPU = Grid(
+    problems={"n4": _problem(4, 2, (2, 3, 4), 6_000)},
+    shapes=((1, 1), (1, 3), (3, 1)),
+    rates=(3e-3,),
+    seeds=3,
+    settings={
+        "width": 64,
+        "heads": 4,
+        "batch_size": 64,
+        "sequence_length": 36,
+        "warmup_steps": 50,
+        "init_std": 0.125,
+    },
+)
 _SMOKE = Grid(
     problems={"n2": _problem(2, 2, (2,), 4)},
     shapes=((1, 2),),
@@ -58,7 +73,7 @@ ADDITION = ShapeExperiment(
     name="addition",
     claim="loops in the place of layers: adding n numbers, k layers looped T times",
     title="Addition",
-    grids=MappingProxyType({Scale.SMOKE: _SMOKE, Scale.GPU: _GPU, Scale.PAPER: _PAPER}),
+    grids=MappingProxyType({Scale.SMOKE: _SMOKE, Scale.CPU: _CPU, Scale.GPU: _GPU, Scale.PAPER: _PAPER}),
     printed=MappingProxyType(
         {
             "12⊗1": _printed(100, 100, 100, 100),
@@ -70,5 +85,5 @@ ADDITION = ShapeExperiment(
             "3⊗4": _printed(100, 99.1, 97.0, 96.6),
         }
     ),
-    pairs=(("1⊗1", "1⊗3"), ("1⊗1", "1⊗4"), ("1⊗1", "1⊗12"), ("2⊗1", "2⊗6"), ("3⊗1", "3⊗4")),
+    pairs=(("1⊗1", "1⊗3"), ("1⊗1", "1⊗12"), ("2⊗1", "2⊗6"), ("3⊗1", "3⊗4")),
 )

@@ -9,6 +9,11 @@ Printed, and so at `paper`: width 1024, 128 sequences of 1,024 packed tokens, 80
 L = 10 / 16 / 24, AdamW (0.9, 0.98), eps 1e-6, decay 0.1, warm-up 1,000, cosine to a tenth, the best of four learning
 rates and three seeds. Not printed, and so ours: heads of 64, the feed-forward width (8/3), and the loss: Eq. 4 with
 beta 0.1, on the answer alone. About 1e19 operations for one run of L = 10.
+
+`cpu` has not been run; it stands on first tries with one layer of width 64, modulus 5, 128 problems a step, answers
+only, one seed. For L = 3, 1⊗3 had 53 % and 1⊗1 45 % of the problems of full length right after 5,000 steps at a
+learning rate of 2e-3, weights drawn with deviation 0.125 (one over the root of the width); the commonest answer is
+about 31 %. At 6e-3 1⊗4 was still there after 1,200 steps, at 3e-3 it had 38 % after 600. `gpu` has not been run.
 """
 
 from types import MappingProxyType
@@ -33,6 +38,27 @@ _PAPER = Grid(
     seeds=3,
     settings={"width": 1024, "heads": 16, "batch_size": 128, "sequence_length": 1024, "warmup_steps": 1000},
 )
+_GPU = Grid(
+    problems={"L10": _problem(10, 23, 16_000)},
+    shapes=((2, 1), (2, 6), (12, 1)),
+    rates=(5e-4,),
+    seeds=1,
+    settings={"width": 512, "heads": 8, "batch_size": 32, "sequence_length": 1024, "warmup_steps": 500},
+)
+_CPU = Grid(
+    problems={"L3": _problem(3, 5, 12_000)},
+    shapes=((1, 1), (1, 3), (3, 1)),
+    rates=(2e-3,),
+    seeds=3,
+    settings={
+        "width": 64,
+        "heads": 4,
+        "batch_size": 32,
+        "sequence_length": 44,
+        "warmup_steps": 50,
+        "init_std": 0.125,
+    },
+)
 _SMOKE = Grid(
     problems={"L2": _problem(2, 5, 4)},
     shapes=((1, 1), (1, 2)),
@@ -45,7 +71,7 @@ MANO = ShapeExperiment(
     name="mano",
     claim="looping adds manipulation of knowledge at equal parameters: modular arithmetic, k layers looped T times",
     title="Mano",
-    grids=MappingProxyType({Scale.SMOKE: _SMOKE, Scale.PAPER: _PAPER}),
+    grids=MappingProxyType({Scale.SMOKE: _SMOKE, Scale.CPU: _CPU, Scale.GPU: _GPU, Scale.PAPER: _PAPER}),
     printed=MappingProxyType(
         {
             "12⊗1": _printed(93.6, 94.4, 34.8),
@@ -57,5 +83,5 @@ MANO = ShapeExperiment(
             "6⊗2": _printed(93.4, 88.5, 35.1),
         }
     ),
-    pairs=(("1⊗1", "1⊗4"), ("2⊗1", "2⊗6"), ("3⊗1", "3⊗4"), ("6⊗1", "6⊗2")),
+    pairs=(("1⊗1", "1⊗3"), ("2⊗1", "2⊗6"), ("3⊗1", "3⊗4"), ("6⊗1", "6⊗2")),
 )

@@ -11,6 +11,10 @@ operations of 6⊗4), width 1024, 16 heads, learning rate 5e-4, warm-up 1,000, c
 sequences of 1,024 packed tokens, parts of 2.5 % to 25 % of 800,000 questions, the mean of four seeds. The result is a
 figure: no number is printed but which parts it shows (100,000, 120,000 and 140,000). Ours: feed-forward width, decay
 0.1, and Eq. 4 with beta 0.1 on the answer.
+
+`cpu` (not run): worlds of 100 people and twelve relations. In first tries with one layer of width 64 and four loops,
+3,000 of the 4,320 questions of six relations were learnt by heart in 1,200 steps, and a third of the others then
+answered rightly; 16,000 of the 34,560 of twelve relations were still being learnt after 1,600. `gpu` has not been run.
 """
 
 import dataclasses
@@ -53,6 +57,21 @@ _GPU = Grid(
     rates=(5e-4,),
     seeds=1,
     settings={**_PRINTED_SIZE, "width": 512, "heads": 8, "batch_size": 64, "warmup_steps": 200},
+)
+_CPU = Grid(
+    problems=_problems((4_000, 8_000, 16_000, 30_000), ",people=20,relations=12,validation_items=1000", 4_000),
+    shapes=((1, 1), (1, 2), (1, 4)),
+    rates=(4e-3,),
+    seeds=2,
+    settings={
+        "width": 64,
+        "heads": 4,
+        "batch_size": 64,
+        "sequence_length": 32,
+        "warmup_steps": 50,
+        "init_std": 0.1,
+        "test_items": 1000,
+    },
 )
 _SMOKE = Grid(
     problems=_problems((100, 200), ",people=6,relations=5,validation_items=64", 4),
@@ -146,5 +165,5 @@ def _plot(found: Mapping[str, Mapping[int, Sequence[float]]], path: Path) -> Non
 
 
 THREE_HOP = ThreeHopExperiment(
-    grids=MappingProxyType({Scale.SMOKE: _SMOKE, Scale.GPU: _GPU, Scale.PAPER: _PAPER}),
+    grids=MappingProxyType({Scale.SMOKE: _SMOKE, Scale.CPU: _CPU, Scale.GPU: _GPU, Scale.PAPER: _PAPER}),
 )

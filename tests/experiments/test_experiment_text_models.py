@@ -99,7 +99,6 @@ def test_a_share_of_the_grid_of_priors_runs(root):
     assert "1 of 2 cells" in (root / "prior" / "smoke" / "report.md").read_text()
 
 
-@pytest.mark.slow
 def test_kv_sharing_runs_at_smoke_scale(root):
     assert main(["experiment", "kv-sharing", "--root", str(root)]) == 0
     result = result_of(root, "kv-sharing")
