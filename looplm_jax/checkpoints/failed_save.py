@@ -4,12 +4,13 @@ They go on writing for a moment, and each then finds the event loop of Orbax clo
 """
 
 import contextlib
+import dataclasses
 import gc
 import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from etils import epath
@@ -20,16 +21,28 @@ _LONGEST_SECONDS = 30.0
 _QUIET_SECONDS = 0.5
 
 
+@dataclasses.dataclass(frozen=True)
+class _Unheard:
+    """A hook for what nobody can catch, which leaves out what such threads have to say."""
+
+    previous: Callable[[Any], Any]
+
+    def __call__(self, unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            self.previous(unraisable)
+
+
+def leave_echoes_unheard() -> None:
+    """After a failed save, where the process goes on: its threads may end at any later time."""
+    if not isinstance(sys.unraisablehook, _Unheard):
+        sys.unraisablehook = _Unheard(sys.unraisablehook)
+
+
 @contextlib.contextmanager
 def echoes_unheard() -> Iterator[None]:
     """Around a save: what its threads and coroutines have to say after it failed is not printed."""
     previous = sys.unraisablehook
-
-    def hook(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            previous(unraisable)
-
-    sys.unraisablehook = hook
+    sys.unraisablehook = _Unheard(previous)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)

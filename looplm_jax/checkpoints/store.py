@@ -10,6 +10,7 @@ import jax
 from etils import epath
 
 from looplm_jax.checkpoints.errors import DamagedError, SaveError
+from looplm_jax.checkpoints.failed_save import leave_echoes_unheard
 from looplm_jax.checkpoints.metadata import Metadata
 from looplm_jax.checkpoints.reading import Restored, candidates, restore
 from looplm_jax.checkpoints.step import (
@@ -169,6 +170,7 @@ class CheckpointStore:
             if not self._is_abandoned:  # by now another save may be under way
                 with contextlib.suppress(OSError):
                     self._sweep()
+            leave_echoes_unheard()
             raise SaveError(self._failure(step, reason)) from error
 
     def _failure(self, step: int, reason: str) -> str:
