@@ -1,7 +1,8 @@
 """The emulator of buckets as a program, with what real buckets have and it lacks, which TensorStore depends on:
 the generation of an object with its content, and writes and deletions that are refused if it is another by then.
 
-For tests of failures a bucket can be made read-only: `PUT /_read_only/BUCKET`, and `DELETE` to end that.
+For tests of failures a bucket can be made read-only: `PUT /_read_only/BUCKET`, and `DELETE` to end that. `GET` of it
+is found once a file of a checkpoint was refused.
 """
 
 import sys
@@ -13,6 +14,7 @@ from gcp_storage_emulator.handlers import objects
 _CHANGES = ("POST", "PUT", "PATCH", "DELETE")
 _SWITCH = "/_read_only/"
 _read_only: set[str] = set()
+_refused_checkpoints: set[str] = set()
 _download = objects.download
 
 
@@ -24,11 +26,14 @@ def _download_with_generation(request, response, storage):
         response["x-goog-metageneration"] = found["metageneration"]
 
 
+def _name(request) -> str:
+    """Of the object that a request names."""
+    return (request.params or {}).get("object_id") or (request.query.get("name") or [""])[0]
+
+
 def _generation(storage, request) -> str:
     """Of the object that a request names, "0" where there is none."""
-    parameters = request.params or {}
-    name = parameters.get("object_id") or (request.query.get("name") or [""])[0]
-    found = storage.objects.get(parameters.get("bucket_name", ""), {}).get(name)
+    found = storage.objects.get((request.params or {}).get("bucket_name", ""), {}).get(_name(request))
     return found["generation"] if found else "0"
 
 
@@ -47,6 +52,8 @@ class Router(server.Router):
     def _refusal(self, method, request):
         if request.path.startswith(_SWITCH):
             bucket = request.path.removeprefix(_SWITCH)
+            if method == "GET":
+                return HTTPStatus.OK if bucket in _refused_checkpoints else HTTPStatus.NOT_FOUND
             (_read_only.add if method == "PUT" else _read_only.discard)(bucket)
             return HTTPStatus.OK
         for regex, _ in server.HANDLERS:
@@ -57,6 +64,8 @@ class Router(server.Router):
             return None
         if method in _CHANGES and (request.params or {}).get("bucket_name") in _read_only:
             self._request_handler.rfile.read(int(request.get_header("Content-Length", 0)))
+            if "/checkpoints/" in _name(request):
+                _refused_checkpoints.add(request.params["bucket_name"])
             return HTTPStatus.FORBIDDEN
         return self._unmet(method, request)
 

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Iterator
@@ -75,6 +76,15 @@ def make_read_only(url: str, bucket: str, *, read_only: bool = True) -> None:
     """From now on every change of the bucket is refused with status 403, or no more."""
     switch = f"{url}/_read_only/{bucket.removeprefix('gs://')}"
     urllib.request.urlopen(urllib.request.Request(switch, method="PUT" if read_only else "DELETE")).close()
+
+
+def a_checkpoint_was_refused(url: str, bucket: str) -> bool:
+    """Whether the bucket was asked to take a file of a checkpoint while it was read-only."""
+    try:
+        urllib.request.urlopen(f"{url}/_read_only/{bucket.removeprefix('gs://')}").close()
+    except urllib.error.HTTPError:
+        return False
+    return True
 
 
 def _free_port() -> int:

@@ -37,12 +37,13 @@ def test_a_run_is_as_long_as_its_exposures(people, exposures):
 
 
 @pytest.mark.parametrize("scale", CAPO.scales)
-def test_plain_and_looped_differ_in_nothing_but_loops(scale):
+def test_plain_and_looped_differ_in_loops_and_where_it_must_be_in_learning_rate(scale):
     cells = CAPO.cells(scale)
     assert len({cell.name for cell in cells}) == len(cells)
     for plain, looped in zip(cells[::2], cells[1::2], strict=True):
         assert (plain.settings["loops"], looped.settings["loops"]) == (1, 4)
-        assert {**plain.settings, "loops": 4} == looped.settings
+        rates = {"learning_rate": 5e-3} if scale is Scale.CPU else {}  # where the plain one's is too high for loops
+        assert {**plain.settings, "loops": 4, **rates} == looped.settings
 
 
 def test_the_report_compares_what_differs_in_loops_alone():

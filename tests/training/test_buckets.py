@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from etils import epath
-from gcs_emulator import bucket, gcs, make_read_only  # noqa: F401
+from gcs_emulator import a_checkpoint_was_refused, bucket, gcs, make_read_only  # noqa: F401
 from rich.console import Console
 from run_processes import PATIENCE, Run, metrics, newest, steps_logged, write_recipe
 from training_cases import RECIPE, STAGE, assert_identical, one_stage
@@ -57,16 +57,18 @@ def files(folder: epath.Path) -> set[str]:
 
 @pytest.fixture
 def refusing(gcs, bucket, monkeypatch):  # noqa: F811
-    """The bucket is read-only from the fourth step on, once step 2 is saved, `until` a later one."""
+    """The bucket is read-only from the fourth step on, once step 2 is saved, until a later one, once it refused one."""
     place, count = run.place, itertools.count(1)
     ends = []
 
     def placing(*arguments):
         step = next(count)
         if step == 4:
-            wait_for_a_step(epath.Path(f"{bucket}/run/checkpoints"))
+            checkpoints = epath.Path(f"{bucket}/run/checkpoints")
+            wait_until(lambda: any(step.committed for step in list_steps(checkpoints)))
             make_read_only(gcs, bucket)
         if step in ends:
+            wait_until(lambda: a_checkpoint_was_refused(gcs, bucket))
             make_read_only(gcs, bucket, read_only=False)
         return place(*arguments)
 
@@ -75,9 +77,9 @@ def refusing(gcs, bucket, monkeypatch):  # noqa: F811
     make_read_only(gcs, bucket, read_only=False)
 
 
-def wait_for_a_step(folder):
+def wait_until(ready):
     deadline = time.monotonic() + PATIENCE
-    while not any(step.committed for step in list_steps(folder)):
+    while not ready():
         assert time.monotonic() < deadline
         time.sleep(0.02)
 

@@ -9,6 +9,7 @@ import dataclasses
 import multiprocessing
 import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any, Generic, TypeVar
@@ -79,6 +80,7 @@ def run_jobs(
 def _start(work: Callable[..., Any], ending: contextlib.ExitStack) -> _Worker:
     ours, theirs = multiprocessing.Pipe()
     process = multiprocessing.get_context("spawn").Process(target=_serve, args=(work, theirs), daemon=True)
+    resource_tracker.ensure_running()  # the first start would do it, and let the signals through after that
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_BACK)
     try:
         process.start()
