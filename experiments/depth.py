@@ -23,9 +23,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from experiments.experiment import Cell, Record, Report, Scale
-from experiments.text_model import TextModel, TextModels
-from experiments.text_scales import TEXT_CELLS
+from experiments.experiment import Cell, Record, Report
+from experiments.text_scales import OnTextModels
 from looplm_jax.evaluation.curves import Curve
 from looplm_jax.evaluation.depth_sweep import DepthSweep, depth_sweep
 from looplm_jax.evaluation.plots import plot_depths
@@ -39,24 +38,17 @@ _PRINTED = {
 }
 
 
-class Depth:
+class Depth(OnTextModels):
     """The experiment."""
 
     name = "depth"
     claim = "a looped model runs at any depth: quality at T = 1 to twice the trained number of loops"
-    scales = tuple(TEXT_CELLS)
-
-    def cells(self, scale: Scale) -> tuple[Cell, ...]:
-        """One for each seed."""
-        return TEXT_CELLS[scale].cells()
 
     def run(self, cell: Cell, folder: Path, console: Console) -> Mapping[str, Any]:
         """Train Stage I, or find it trained, and measure all depths."""
-        models = TextModels.beside(folder, self.name, console)
-        settings = dict(cell.settings)
-        model = TextModel(**settings.pop("model"))
+        models, model, held_out = self.studied(cell, folder, console)
         loaded = load(models.stage1(model))
-        return depth_sweep(loaded.model, loaded.params, models.held_out(model, loaded, **settings)).to_json()
+        return depth_sweep(loaded.model, loaded.params, models.held_out(model, loaded, **held_out)).to_json()
 
     def report(self, records: Sequence[Record]) -> Report:
         """The text models by loops, beside the printed benchmark."""

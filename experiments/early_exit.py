@@ -30,10 +30,9 @@ from rich.console import Console
 
 from experiments.bootstrap import interval, resamples, union
 from experiments.exit_scores import FIXED, GATE, Frontier, RowSums, families, score_families
-from experiments.experiment import Cell, Record, Report, Scale
+from experiments.experiment import Cell, Record, Report
 from experiments.run_speed import run_speed
-from experiments.text_model import TextModel, TextModels
-from experiments.text_scales import TEXT_CELLS
+from experiments.text_scales import OnTextModels
 from looplm_jax.config import GateTarget
 from looplm_jax.evaluation.curves import Curve
 from looplm_jax.evaluation.plots import plot_exits
@@ -54,27 +53,20 @@ _PAIRS = (
 )
 
 
-class EarlyExit:
+class EarlyExit(OnTextModels):
     """The experiment."""
 
     name = "early-exit"
     claim = "the trained gate pays: quality against mean loops, for every exit policy, before and after Stage II"
-    scales = tuple(TEXT_CELLS)
-
-    def cells(self, scale: Scale) -> tuple[Cell, ...]:
-        """One for each seed."""
-        return TEXT_CELLS[scale].cells()
 
     def run(self, cell: Cell, folder: Path, console: Console) -> Mapping[str, Any]:
         """Train Stage I and both kinds of Stage II, or find them trained, and score every policy."""
-        models = TextModels.beside(folder, self.name, console)
-        settings = dict(cell.settings)
-        model = TextModel(**settings.pop("model"))
+        models, model, held_out = self.studied(cell, folder, console)
         gates = {STAGE1: models.stage1(model)} | {
             name: models.stage2(model, target) for name, target in _TARGETS.items()
         }
         first = load(gates[STAGE1])
-        batches = models.held_out(model, first, **settings)
+        batches = models.held_out(model, first, **held_out)
         wanted = families(first.model.config.loops)
         sums = score_families(first.model, first.params, batches, wanted)
         sums[STAGE1] = sums.pop(GATE)

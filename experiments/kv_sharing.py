@@ -29,10 +29,9 @@ from jaxtyping import Array, Float, Int
 from rich.console import Console
 
 from experiments.bootstrap import interval, resamples, union
-from experiments.experiment import Cell, Record, Report, Scale
+from experiments.experiment import Cell, Record, Report
 from experiments.figures import figure, save
-from experiments.text_model import TextModel, TextModels
-from experiments.text_scales import TEXT_CELLS
+from experiments.text_scales import OnTextModels
 from looplm_jax.data.packing import Batch
 from looplm_jax.errors import UserError
 from looplm_jax.evaluation.tables import Table
@@ -56,29 +55,22 @@ _RESAMPLES = 1000
 _SLOTS = 32
 
 
-class KVSharing:
+class KVSharing(OnTextModels):
     """The experiment."""
 
     name = "kv-sharing"
     claim = "the last loop's cache is enough: four cache strategies in decoding, and sharing during the prefill"
-    scales = tuple(TEXT_CELLS)
-
-    def cells(self, scale: Scale) -> tuple[Cell, ...]:
-        """One for each seed."""
-        return TEXT_CELLS[scale].cells()
 
     def run(self, cell: Cell, folder: Path, console: Console) -> Mapping[str, Any]:
         """Train Stage I, or find it trained, and decode with every cache."""
-        models = TextModels.beside(folder, self.name, console)
-        settings = dict(cell.settings)
-        model = TextModel(**settings.pop("model"))
+        models, model, held_out = self.studied(cell, folder, console)
         loaded = load(models.stage1(model))
-        texts = whole_rows(models.held_out(model, loaded, **settings))
+        texts = whole_rows(models.held_out(model, loaded, **held_out))
         config, dtype = loaded.model.config, compute_dtype(loaded.model.compute)
         return {
             "loops": config.loops,
             "sequences": len(texts),
-            "told": quality(loaded.model, loaded.params, texts, settings["batch_size"]),
+            "told": quality(loaded.model, loaded.params, texts, held_out["batch_size"]),
             "greedy": agreement(loaded.model, loaded.params, texts),
             "bytes": {each.value: bytes_per_token(config, each, loops=config.loops, dtype=dtype) for each in _PRINTED},
         }

@@ -4,12 +4,11 @@ import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from experiments.experiment import Record
-from looplm_jax.errors import UserError
+from experiments.figures import figure, save
 from looplm_jax.evaluation.tables import Table
 
 
@@ -69,8 +68,7 @@ def compare(records: Sequence[Record], test: str, pairs: Sequence[tuple[str, str
 
 def plot_curves(records: Sequence[Record], title: str, path: Path) -> None:
     """Training loss by step: a line for each cell, a colour for each shape. Raises UserError without matplotlib."""
-    plt = pyplot()
-    figure, axes = plt.subplots(figsize=(7, 4))
+    made, (axes,) = figure(width=7)
     shapes = list(dict.fromkeys(record.result["shape"] for record in records))
     for record in records:
         steps, losses = zip(*record.result["curve"], strict=True)
@@ -79,13 +77,12 @@ def plot_curves(records: Sequence[Record], title: str, path: Path) -> None:
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     axes.legend(handles.values(), handles.keys(), title="layers ⊗ loops")
     axes.set(title=title, xlabel="step", ylabel="training loss (nats)")
-    save(figure, path)
+    save(made, path)
 
 
 def plot_depths(records: Sequence[Record], test: str, title: str, path: Path) -> None:
     """Accuracy by loops, up to twice those trained: mean over seeds, and their range."""
-    plt = pyplot()
-    figure, axes = plt.subplots(figsize=(7, 4))
+    made, (axes,) = figure(width=7)
     shapes = list(dict.fromkeys(record.result["shape"] for record in records))
     for number, shape in enumerate(shapes):
         runs = np.array([record.result["accuracy"][test] for record in records if record.result["shape"] == shape])
@@ -94,7 +91,7 @@ def plot_depths(records: Sequence[Record], test: str, title: str, path: Path) ->
         axes.fill_between(loops, 100 * runs.min(0), 100 * runs.max(0), color=f"C{number}", alpha=0.2, linewidth=0)
     axes.legend(title="layers ⊗ loops")
     axes.set(title=title, xlabel="loops at test", ylabel="exact match (%)", ylim=(0, 101))
-    save(figure, path)
+    save(made, path)
 
 
 def curves_and_depths(records: Sequence[Record], tests: Sequence[str], title: str) -> dict[str, Callable[[Path], None]]:
@@ -106,22 +103,3 @@ def curves_and_depths(records: Sequence[Record], tests: Sequence[str], title: st
         name = re.sub(r"[^a-zA-Z0-9=]+", "_", test)
         figures[f"depths_{name}.png"] = functools.partial(plot_depths, records, test, f"{title}, {test}")
     return figures
-
-
-def pyplot() -> Any:
-    """Matplotlib, drawing to files. Raises UserError where it is not installed."""
-    try:
-        import matplotlib as mpl
-
-        mpl.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise UserError("figures need matplotlib; pip install 'looplm_jax[plot]'") from None
-    return plt
-
-
-def save(figure: Any, path: Path) -> None:
-    """Write a figure, and forget it."""
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot().close(figure)

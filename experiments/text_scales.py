@@ -2,11 +2,14 @@
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from rich.console import Console
+
 from experiments.experiment import Cell, Scale
-from experiments.text_model import TextModel
+from experiments.text_model import TextModel, TextModels
 
 SMALLEST: Mapping[str, Any] = MappingProxyType(
     {
@@ -89,3 +92,19 @@ TEXT_CELLS: Mapping[Scale, TextCells] = MappingProxyType(
         ),
     }
 )
+
+
+class OnTextModels:
+    """What the experiments on these models share."""
+
+    name: str
+    scales = tuple(TEXT_CELLS)
+
+    def cells(self, scale: Scale) -> tuple[Cell, ...]:
+        """One for each seed."""
+        return TEXT_CELLS[scale].cells()
+
+    def studied(self, cell: Cell, folder: Path, console: Console) -> tuple[TextModels, TextModel, Mapping[str, Any]]:
+        """The models beside a cell, the one that it is about, and the held-out text to measure it on."""
+        held_out = {name: value for name, value in cell.settings.items() if name != "model"}
+        return TextModels.beside(folder, self.name, console), TextModel(**cell.settings["model"]), held_out

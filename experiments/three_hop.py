@@ -28,8 +28,9 @@ import numpy as np
 from rich.console import Console
 
 from experiments.experiment import Cell, Record, Report, Scale
+from experiments.figures import figure, save
 from experiments.shape_grid import Grid, Problem
-from experiments.task_report import plot_curves, pyplot, save
+from experiments.task_report import plot_curves
 from experiments.task_runs import TaskRun, run_task
 from looplm_jax.data.tasks import make_task
 from looplm_jax.evaluation.tables import Table
@@ -153,7 +154,7 @@ def _needed(shape: str, points: Mapping[int, Sequence[float]]) -> str:
 
 
 def _plot(found: Mapping[str, Mapping[int, Sequence[float]]], path: Path) -> None:
-    figure, axes = pyplot().subplots(figsize=(7, 4))
+    made, (axes,) = figure(width=7)
     for number, (shape, points) in enumerate(found.items()):
         values = [100 * np.array(points[count]) for count in points]
         axes.plot(list(points), [each.mean() for each in values], color=f"C{number}", marker="o", label=shape)
@@ -161,7 +162,7 @@ def _plot(found: Mapping[str, Mapping[int, Sequence[float]]], path: Path) -> Non
         axes.fill_between(list(points), low, high, color=f"C{number}", alpha=0.2, linewidth=0)
     axes.legend(title="layers ⊗ loops")
     axes.set(title="Three hops", xlabel="different questions", ylabel="exact match on others (%)", ylim=(0, 101))
-    save(figure, path)
+    save(made, path)
 
 
 THREE_HOP = ThreeHopExperiment(
