@@ -23,7 +23,7 @@ At `paper` the largest cell, N = 500K on 12⊗4, sees 2.8e10 tokens and takes 2.
 matrices are larger, as a width of 32 needs, and batches are small: 2 sequences instead of 8 made little of a difference
 (0.69 against 0.64 bits at 94 exposures of 500 people), since what counts is exposures. With the uniform prior (beta
 0.1, and Ouro's four norms a layer) 2⊗4 was at 0.25 bits after 59 exposures of 500 people where 2⊗1 was at 0.43. 2⊗4 has
-half the learning rate of 2⊗1: at 1e-2 its loss jumped in step 561 and stayed there, which ends a run.
+half the learning rate of 2⊗1: at 1e-2 the run gave up at step 571, after ten bad steps in a row.
 """
 
 import dataclasses

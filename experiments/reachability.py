@@ -21,8 +21,8 @@ weights drawn with deviation 0.02, five loops stayed there: 50 % after 1,500 ste
 and the near one more often, and deviation 0.125, which is one over the root of the width, four loops learnt to follow
 one edge after about 700 steps and two after about 1,200. The other choices were not tried one by one.
 
-`cpu`: 9 nodes, paths of 2 edges, width 64; about 4 minutes of one core for a cell of four layers or loops, 10 seconds
-for the construction, 25 minutes in all. `gpu` and `paper` have not been run.
+`cpu`: 9 nodes, paths of 2 edges, width 64; the records of the runs say how long each cell took. `gpu` and `paper`
+have not been run.
 """
 
 import dataclasses
