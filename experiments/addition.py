@@ -59,6 +59,7 @@ _CPU = Grid(
         "sequence_length": 36,
         "warmup_steps": 50,
         "init_std": 0.125,
+        "last_loop_only": True,
     },
 )
 _SMOKE = Grid(

@@ -15,6 +15,7 @@ from looplm_jax.config import (
     EvaluationConfig,
     MeshConfig,
     ModelConfig,
+    Objective,
     OptimizerConfig,
     Recipe,
     Schedule,
@@ -46,6 +47,7 @@ class TaskRun:
     seed: int
     mlp_width: int = 0  # 0: 8/3 of the width, in sixteens
     beta: float = 0.1
+    last_loop_only: bool = False  # the loss after the last loop alone, in the place of Eq. 4
     b2: float = 0.98
     weight_decay: float = 0.1
     warmup_steps: int = 0
@@ -83,6 +85,7 @@ class TaskRun:
                     batch_size=self.batch_size,
                     sequence_length=self.sequence_length,
                     loops=self.loops,
+                    objective=Objective.LAST_LOSS if self.last_loop_only else Objective.EXPECTED_LOSS,
                     beta=self.beta if self.loops > 1 else 0.0,
                     learning_rate=self.learning_rate,
                     schedule=Schedule.COSINE,

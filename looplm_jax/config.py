@@ -85,10 +85,15 @@ class Gather(enum.Enum):
 
 
 class Objective(enum.Enum):
-    """What a stage minimises: the expected loss over exits (Eq. 4), or the gate's adaptive loss (Eq. 5-6)."""
+    """What a stage minimises.
+
+    EXPECTED_LOSS: the expected loss over exits (Eq. 4). GATE: the gate's adaptive loss (Eq. 5-6). LAST_LOSS: the loss
+    after the last loop alone, as looped models without a gate are trained; the gate stays as it is drawn.
+    """
 
     EXPECTED_LOSS = "expected_loss"
     GATE = "gate"
+    LAST_LOSS = "last_loss"
 
 
 class GateTarget(enum.Enum):

@@ -149,6 +149,8 @@ def _stage_row(stage: Stage, steps: int) -> tuple[Any, ...]:
         objective = (
             f"gate (Eq. 5, 6), {stage.gate_target.value}, k {stage.gain_slope:g}, gamma {stage.gain_threshold:g}"
         )
+    elif stage.objective is Objective.LAST_LOSS:
+        objective = "loss after the last loop"
     else:
         objective = f"expected loss (Eq. 4), beta {stage.beta:g}, {stage.prior.kind.value} prior"
     rate = f"{stage.learning_rate:g}, {stage.schedule.value}, {stage.warmup_steps} warm-up steps"

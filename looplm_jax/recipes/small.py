@@ -122,7 +122,7 @@ def without_loops(recipe: Recipe) -> Recipe:
     stages = tuple(
         dataclasses.replace(stage, loops=1, min_loops=0)
         for stage in recipe.stages
-        if stage.objective is Objective.EXPECTED_LOSS
+        if stage.objective is not Objective.GATE
     )
     model = dataclasses.replace(recipe.model, loops=1)
     return dataclasses.replace(recipe, name=f"{recipe.name}-1-loop", model=model, stages=stages)

@@ -144,7 +144,27 @@ def _gate_loss(
     return loss, exits
 
 
-_OBJECTIVES = {Objective.EXPECTED_LOSS: _expected_loss, Objective.GATE: _gate_loss}
+def _last_loss(
+    model: LoopLM, stage: Stage, loops: int, variables: dict[str, Params], part: DeviceBatch
+) -> tuple[Float[Array, ""], Stage1Metrics]:
+    output = _apply(model, variables, part, loops)
+    return stage1_from_hidden(
+        output.hidden,
+        head_matrix(variables["params"], model.config),
+        part.targets,
+        jnp.full_like(output.gate_logits, _NEVER),
+        beta=0.0,
+        mask=part.loss_mask,
+        chunk=model.compute.loss_chunk,
+    )
+
+
+_NEVER = -1e9  # gate logit of a token that does not leave before the last loop; finite, so that its entropy is 0
+_OBJECTIVES = {
+    Objective.EXPECTED_LOSS: _expected_loss,
+    Objective.GATE: _gate_loss,
+    Objective.LAST_LOSS: _last_loss,
+}
 
 
 def _apply(model: LoopLM, variables: dict[str, Params], part: DeviceBatch, loops: int) -> LoopLMOutput:

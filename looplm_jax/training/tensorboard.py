@@ -1,7 +1,6 @@
 """TensorBoard events, in the format of its files.
 
-The writers of tensorboardX are not used. That for disks hands events to a thread, which dies with a traceback where the
-disk refuses, and the run waits for it for ever; that for buckets needs one more client.
+TensorBoard's own writer is not used: it hands events to a thread, which dies with a traceback where the disk refuses.
 """
 
 import socket
@@ -9,9 +8,9 @@ import struct
 import time
 from collections.abc import Mapping
 
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.record_writer import masked_crc32c
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
 from looplm_jax.files import AnyPath, make_folder, writing
 from looplm_jax.training.growing_file import GrowingFile, grow

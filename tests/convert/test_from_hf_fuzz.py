@@ -47,23 +47,16 @@ def folder():
         yield Path(path)
 
 
-@pytest.fixture(autouse=True)
-def traced_memory():
-    """What Python and NumPy allocate is counted."""
-    tracemalloc.start()
-    yield
-    tracemalloc.stop()
-
-
 def result_or_line(function, *arguments):
-    """The result, or None after a mistake in one line; and not much memory on the way."""
-    tracemalloc.reset_peak()
-    before, _ = tracemalloc.get_traced_memory()
+    """The result, or None after a mistake in one line; and not much memory of Python and NumPy on the way."""
+    tracemalloc.start()
     try:
         result, lines = function(*arguments), [""]
     except UserError as error:
         result, lines = None, str(error).splitlines()
-    assert tracemalloc.get_traced_memory()[1] - before < MUCH_MEMORY
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < MUCH_MEMORY
     assert len(lines) == 1
     assert len(lines[0]) < 1000
     return result

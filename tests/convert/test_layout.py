@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -29,9 +31,12 @@ def configs(draw):
     )
 
 
+shapes_of = functools.cache(array_shapes)  # the free inputs repeat
+
+
 @given(configs())
 def test_every_parameter_is_exactly_one_tensor(model):
-    layout = list(torch_layout(array_shapes(model)))
+    layout = list(torch_layout(shapes_of(model)))
     assert sum(np.prod(tensor.shape, dtype=int) for tensor in layout) == count_params(model)
     assert len({tensor.name for tensor in layout}) == len(layout)
     assert len({(tensor.path, tensor.layer) for tensor in layout}) == len(layout)
@@ -39,7 +44,7 @@ def test_every_parameter_is_exactly_one_tensor(model):
 
 @given(configs())
 def test_to_ours_undoes_to_torch(model):
-    for tensor in torch_layout(array_shapes(model)):
+    for tensor in torch_layout(shapes_of(model)):
         ours = np.arange(np.prod(tensor.our_shape, dtype=int)).reshape(tensor.our_shape)
         theirs = tensor.to_torch(ours)
         assert theirs.shape == tensor.shape

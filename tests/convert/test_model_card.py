@@ -55,6 +55,11 @@ def test_every_stage_that_was_trained_as_far_as_it_came():
     assert not any(row[0] == "gate" for row in rows(card(step=30)))
 
 
+def test_a_stage_that_supervises_the_last_loop_alone():
+    plain = Stage(name="plain", objective=Objective.LAST_LOSS, steps=3, batch_size=2, sequence_length=8)
+    assert "| loss after the last loop |" in card(stages=(plain,))
+
+
 def test_the_gates_own_stage():
     stage = Stage(name="gate", objective=Objective.GATE, steps=3, batch_size=2, sequence_length=8, min_loops=2)
     text = card(stages=(stage,))

@@ -51,8 +51,10 @@ def merged(states):
     return json.loads(json.dumps({"lanes": {name: lane for state in states for name, lane in state["lanes"].items()}}))
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-@pytest.mark.parametrize("lanes", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("lanes", "parts"),
+    [(1, 2), (2, 1), (4, 2), *(pytest.param(*rest, marks=pytest.mark.slow) for rest in [(1, 1), (2, 2), (4, 1)])],
+)
 def test_any_number_of_processes_gives_the_same_batches_and_goes_on_from_any_other(stream, lanes, parts):
     whole = stream(lanes=lanes, parts=parts)
     wanted = [joined([next(whole)], parts) for _ in range(9)]

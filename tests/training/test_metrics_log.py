@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 from looplm_jax.errors import UserError
 from looplm_jax.training.metrics import EVALUATION, TRAIN, MetricsLog, read_metrics

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from training_cases import GATE, MODEL, RECIPE, STAGE, assert_identical, one_stage, random_batch
 
-from looplm_jax.config import Dtype, GateTarget, OptimizerConfig, PriorConfig, PriorKind
+from looplm_jax.config import Dtype, GateTarget, Objective, OptimizerConfig, PriorConfig, PriorKind
 from looplm_jax.losses import token_losses
 from looplm_jax.models.looplm import LoopLM, head_matrix
 from looplm_jax.sharding import make_mesh, use_mesh
@@ -149,6 +149,28 @@ def test_stage_two_moves_the_gate_alone_along_its_printed_gradient(target):
     np.testing.assert_allclose(gradient["bias"][0], bias, rtol=1e-3, atol=1e-6)
     assert float(metrics.gradient_norm) == pytest.approx(np.sqrt((kernel**2).sum() + bias**2), rel=1e-4)
     assert not np.array_equal(after.params["gate"]["kernel"], state.params["gate"]["kernel"])
+
+
+def test_the_last_loss_is_that_after_the_last_loop_and_leaves_the_gate_alone():
+    stage = dataclasses.replace(STAGE, objective=Objective.LAST_LOSS)
+    state, batch = start(stage), random_batch(1)
+    after, metrics = step(stage, state, batch)
+    _, expected = step(STAGE, state, batch)
+    np.testing.assert_allclose(metrics.exits.loss_per_loop, expected.exits.loss_per_loop, rtol=1e-5)
+    assert float(metrics.loss) == pytest.approx(float(expected.exits.loss_per_loop[-1]), rel=1e-5)
+    np.testing.assert_allclose(metrics.exits.exit_pdf, [0.0] * (LOOPS - 1) + [1.0], rtol=1e-5)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(after.optimizer[1].mu["gate"]))
+
+    model = model_of(one_stage(stage))
+
+    def after_the_last_loop(params):
+        hidden = model.apply({"params": params}, batch.tokens, loops=LOOPS).hidden[-1:]
+        losses = token_losses(hidden, head_matrix(params, model.config), batch.targets)[0]
+        return jnp.sum(losses * batch.loss_mask) / jnp.sum(batch.loss_mask, dtype=jnp.float32)
+
+    gradients = jax.grad(after_the_last_loop)(state.params)
+    moments = jax.tree.map(lambda mean: mean / (1 - STEADY.b1), after.optimizer[1].mu)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), moments, gradients)
 
 
 def test_bfloat16_is_for_the_products_only():
