@@ -161,12 +161,13 @@ def test_the_last_loss_is_that_after_the_last_loop_and_leaves_the_gate_alone():
     np.testing.assert_allclose(metrics.exits.exit_pdf, [0.0] * (LOOPS - 1) + [1.0], rtol=1e-5)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(after.optimizer[1].mu["gate"]))
 
-    model = model_of(one_stage(stage))
+    model, given = model_of(one_stage(stage)), jax.tree.map(jnp.asarray, dataclasses.asdict(batch))
+    packed = {name: given[name] for name in ("positions", "segment_ids")}
 
     def after_the_last_loop(params):
-        hidden = model.apply({"params": params}, batch.tokens, loops=LOOPS).hidden[-1:]
-        losses = token_losses(hidden, head_matrix(params, model.config), batch.targets)[0]
-        return jnp.sum(losses * batch.loss_mask) / jnp.sum(batch.loss_mask, dtype=jnp.float32)
+        hidden = model.apply({"params": params}, given["tokens"], loops=LOOPS, **packed).hidden[-1:]
+        losses = token_losses(hidden, head_matrix(params, model.config), given["targets"])[0]
+        return jnp.sum(losses * given["loss_mask"]) / jnp.sum(given["loss_mask"], dtype=jnp.float32)
 
     gradients = jax.grad(after_the_last_loop)(state.params)
     moments = jax.tree.map(lambda mean: mean / (1 - STEADY.b1), after.optimizer[1].mu)
