@@ -16,7 +16,7 @@ from looplm_jax.convert.converted import converted_recipe
 from looplm_jax.convert.from_hf import is_hf_folder, load_hf
 from looplm_jax.data.tokenizers import Tokenizer, deserialize
 from looplm_jax.errors import UserError
-from looplm_jax.models.looplm import LoopLM, Params, boxed_params
+from looplm_jax.models.looplm import LoopLM, Params, boxed_shapes
 from looplm_jax.sharding import abstract, check_divides, make_mesh
 
 
@@ -69,7 +69,7 @@ def _load_checkpoint(path: str, step: int | None, mesh: Mesh, dtype: DTypeLike |
     recipe = metadata.recipe()
     model = LoopLM(recipe.model, recipe.compute)
     check_divides(mesh, recipe.model)
-    wanted = abstract(lambda: boxed_params(model, jax.random.key(0)), mesh)
+    wanted = abstract(boxed_shapes(recipe.model), mesh)
     restored = restore_params(path, wanted, step=step, dtype=dtype)
     return Loaded(
         model=model,

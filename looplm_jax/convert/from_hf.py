@@ -21,7 +21,7 @@ from looplm_jax.convert.placement import place_tensors
 from looplm_jax.convert.weight_files import WeightFolder, has_weights
 from looplm_jax.data.tokenizers import Tokenizer, load_tokenizer
 from looplm_jax.errors import UserError
-from looplm_jax.models.looplm import LoopLM, Params, boxed_params
+from looplm_jax.models.looplm import Params, boxed_shapes
 from looplm_jax.sharding import abstract, check_divides, make_mesh
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
@@ -118,7 +118,7 @@ def read_hf_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
 
 def parameter_targets(config: ModelConfig, mesh: Mesh, dtype: DTypeLike) -> dict[ArrayPath, jax.ShapeDtypeStruct]:
     """Shape, dtype and sharding of every parameter of such a model, without making any."""
-    wanted = flat_arrays(abstract(lambda: boxed_params(LoopLM(config), jax.random.key(0)), mesh))
+    wanted = flat_arrays(abstract(boxed_shapes(config), mesh))
     return {
         path: jax.ShapeDtypeStruct(leaf.shape, np.dtype(dtype), sharding=leaf.sharding) for path, leaf in wanted.items()
     }

@@ -8,13 +8,14 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 
+import flax.linen as nn
 import jax
 import numpy as np
 from jaxtyping import PyTree
 
 from looplm_jax.config import ModelConfig
 from looplm_jax.errors import UserError, suggest
-from looplm_jax.models.looplm import LoopLM, init_params
+from looplm_jax.models.looplm import boxed_shapes
 
 Path = tuple[str, ...]
 
@@ -72,7 +73,7 @@ class TorchTensor:
 
 def array_shapes(config: ModelConfig) -> PyTree[jax.ShapeDtypeStruct]:
     """Our parameters of such a model as shapes, without making any."""
-    return jax.eval_shape(lambda: init_params(LoopLM(config), jax.random.key(0)))
+    return nn.meta.unbox(boxed_shapes(config))
 
 
 def torch_layout(params: PyTree) -> Iterator[TorchTensor]:

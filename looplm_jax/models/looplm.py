@@ -8,6 +8,7 @@ The final norm is inside the loop: its output feeds the head, the gate and the n
 loops. A coda runs on the way from every loop's state to its head and gate; the next loop does not see it.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -214,7 +215,7 @@ def gather_stacks(model: LoopLM, params: Params) -> Params:
 
     They go to `LoopLM.apply` as the collection `gathered`, for programs that run many loops on one set of parameters.
     """
-    boxed = jax.eval_shape(lambda: boxed_params(model, jax.random.key(0)))
+    boxed = boxed_shapes(model.config)
     stacks = {name: value for name, value in params.items() if name in _STACKS}
     axes = nn.get_partition_spec({name: boxed[name] for name in stacks})
     return gathered.gather(stacks, axes, compute_dtype(model.compute))
@@ -236,10 +237,15 @@ def boxed_params(model: LoopLM, key: PRNGKeyArray) -> PyTree:
     return plain.init(key, jnp.zeros((1, 1), jnp.int32), loops=1)["params"]
 
 
+@functools.lru_cache(maxsize=64)
+def boxed_shapes(config: ModelConfig) -> PyTree:
+    """The same as shapes, without making any. Kept: to trace the model takes longer than what is done with them."""
+    return jax.eval_shape(lambda: boxed_params(LoopLM(config), jax.random.key(0)))
+
+
 def count_params(config: ModelConfig) -> int:
     """Number of parameters, exact, without making any."""
-    shapes = jax.eval_shape(lambda: init_params(LoopLM(config), jax.random.key(0)))
-    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    return sum(leaf.size for leaf in jax.tree.leaves(boxed_shapes(config)))
 
 
 def _starts_as_add(key: PRNGKeyArray, shape: tuple[int, int], dtype: DTypeLike) -> Array:

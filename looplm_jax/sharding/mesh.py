@@ -6,7 +6,7 @@ Nothing else knows mesh axis names.
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import flax.linen as nn
 import jax
@@ -106,11 +106,8 @@ def use_mesh(mesh: Mesh) -> Iterator[None]:
         yield
 
 
-def abstract(make: Callable[[], PyTree], mesh: Mesh) -> PyTree:
-    """Shapes, types and shardings of what `make()` returns, its parameters boxed with logical axis names,
-    without making it.
-    """
-    boxed = jax.eval_shape(make)
+def abstract(boxed: PyTree, mesh: Mesh) -> PyTree:
+    """Shapes, types and shardings of what is given as shapes, its parameters boxed with logical axis names."""
     placed = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, LOGICAL_AXIS_RULES)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),

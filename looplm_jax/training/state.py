@@ -13,7 +13,7 @@ from jaxtyping import Array, Int, UInt32
 
 from looplm_jax.config import Recipe, Stage
 from looplm_jax.errors import UserError, suggest
-from looplm_jax.models.looplm import LoopLM, Params, boxed_params
+from looplm_jax.models.looplm import LoopLM, Params, boxed_params, boxed_shapes
 from looplm_jax.sharding import abstract, use_mesh
 from looplm_jax.training.guard import GuardState, initial_guard, next_stage_guard
 from looplm_jax.training.optimizer import adamw
@@ -49,21 +49,25 @@ def split_params(params: Params, trainable: Sequence[str]) -> tuple[Params, Para
 
 def boxed_state(recipe: Recipe, model: LoopLM, stage: Stage) -> TrainState:
     """The first state of a run as `stage` needs it, parameters boxed with their logical axis names."""
-    key = jax.random.key(recipe.seed)
-    params = boxed_params(model, jax.random.fold_in(key, 0))
+    params = boxed_params(model, jax.random.fold_in(jax.random.key(recipe.seed), 0))
+    return _around(params, recipe, stage)
+
+
+def _around(params: Params, recipe: Recipe, stage: Stage) -> TrainState:
+    """The rest of a first state. Boxed where the parameters are."""
     moving, _ = split_params(params, stage.trained_groups)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         optimizer=adamw(recipe.optimizer).init(moving),
         guard=initial_guard(recipe.guard),
-        key=jax.random.key_data(jax.random.fold_in(key, 1)),
+        key=jax.random.key_data(jax.random.fold_in(jax.random.key(recipe.seed), 1)),
     )
 
 
 def abstract_state(recipe: Recipe, model: LoopLM, stage: Stage, mesh: Mesh) -> TrainState:
     """Shapes, types and shardings of the state that `stage` needs, without making it."""
-    return abstract(lambda: boxed_state(recipe, model, stage), mesh)
+    return abstract(jax.eval_shape(lambda params: _around(params, recipe, stage), boxed_shapes(model.config)), mesh)
 
 
 def initial_state(recipe: Recipe, model: LoopLM, stage: Stage, mesh: Mesh) -> TrainState:

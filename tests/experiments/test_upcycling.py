@@ -8,6 +8,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from experiments import upcycling
+from looplm_jax.convert.upcycle import Order
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +25,8 @@ def programs_compiled_once(tmp_path_factory):
     compilation_cache.reset_cache()
 
 
-@pytest.fixture(scope="module")
-def folder(programs_compiled_once, tmp_path_factory):
-    """A folder whose corpus is there already, and small."""
-    out = tmp_path_factory.mktemp("upcycling")
+def run_smoke(out):
+    """In a folder whose corpus is there already, and small."""
     sources = sorted(Path(json.__file__).parent.glob("*.py"))
     lines = [{"text": part} for path in sources for part in path.read_text().split("\n\n") if part.strip()]
     (out / "corpus.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -35,6 +34,23 @@ def folder(programs_compiled_once, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def folder(programs_compiled_once, tmp_path_factory):
+    """All variants, measured."""
+    return run_smoke(tmp_path_factory.mktemp("upcycling"))
+
+
+@pytest.mark.usefixtures("programs_compiled_once")
+def test_both_orders_are_measured_trained_and_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(upcycling, "VARIANTS", [upcycling.Variant(order=order, optimizer=True) for order in Order])
+    courses = json.loads((run_smoke(tmp_path) / "results.json").read_text())["courses"]
+    assert [course["variant"] for course in courses] == ["interleave", "stack"]
+    for course in courses:
+        assert course["steps"] == [0, 2, 4]
+        assert [len(losses) for losses in course["loss_per_loop"]] == [4, 4, 4]
+
+
+@pytest.mark.slow
 def test_every_variant_is_measured_from_its_start_to_its_end(folder):
     results = json.loads((folder / "results.json").read_text())
     names = [course["variant"] for course in results["courses"]]
@@ -52,6 +68,7 @@ def test_every_variant_is_measured_from_its_start_to_its_end(folder):
     assert losses["interleave"][0] != losses["stack"][0] != losses["base"][0]
 
 
+@pytest.mark.slow
 def test_the_base_goes_on_from_what_it_ended_with(folder):
     course = json.loads((folder / "results.json").read_text())["courses"][0]
     rows = [json.loads(line) for line in (folder / "seed-0" / "base-run" / "metrics.jsonl").read_text().splitlines()]
@@ -59,6 +76,7 @@ def test_the_base_goes_on_from_what_it_ended_with(folder):
     assert course["loss_per_loop"][0] == pytest.approx(ended, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_report_shows_what_was_measured(folder):
     report = (folder / "report.md").read_text()
     results = json.loads((folder / "results.json").read_text())
@@ -68,6 +86,7 @@ def test_the_report_shows_what_was_measured(folder):
     assert (folder / "upcycling.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_done_again(folder, monkeypatch, capsys):
     before = (folder / "results.json").read_bytes()
     for name in ("train", "upcycle", "load", "collect_stdlib"):

@@ -17,7 +17,7 @@ from looplm_jax.inference import Engine, Finish, Request, Sampling, bytes_per_to
 from looplm_jax.inference import engine as engine_module
 from looplm_jax.inference.prefill import admit, prefill_chunk
 from looplm_jax.inference.tick import run_ticks
-from looplm_jax.models.looplm import boxed_params
+from looplm_jax.models.looplm import boxed_shapes
 from looplm_jax.sharding import abstract, make_mesh
 
 PROMPT = (3, 14, 15, 92, 65, 35)
@@ -110,7 +110,7 @@ def test_parameters_spread_as_in_training_change_no_answer():
     """Over data, width and heads at once; rows need not divide over them."""
     model, params = make_model(num_layers=1, loops=LOOPS, vocab_size=96)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    wanted = abstract(lambda: boxed_params(model, jax.random.key(0)), mesh)
+    wanted = abstract(boxed_shapes(model.config), mesh)
     spread = jax.tree.map(lambda leaf, like: jax.device_put(np.asarray(leaf), like.sharding), params, wanted)
     assert spread["embedding"].addressable_shards[0].data.shape == (48, model.config.width // 2)
     single, sharded = Engine(model, params, config=CONFIG), Engine(model, spread, config=CONFIG, mesh=mesh)
