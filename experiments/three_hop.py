@@ -60,9 +60,9 @@ _GPU = Grid(
     settings={**_PRINTED_SIZE, "width": 512, "heads": 8, "batch_size": 64, "warmup_steps": 200},
 )
 _CPU = Grid(
-    problems=_problems((4_000, 8_000, 16_000, 30_000), ",people=20,relations=12,validation_items=1000", 4_000),
-    shapes=((1, 1), (1, 2), (1, 4)),
-    rates=(4e-3,),
+    problems=_problems((500, 2_000, 8_000), ",people=20,relations=8,validation_items=1000,fewest=1", 6_000),
+    shapes=((1, 1), (1, 3)),
+    rates=(3e-3,),
     seeds=2,
     settings={
         "width": 64,
@@ -70,7 +70,8 @@ _CPU = Grid(
         "batch_size": 64,
         "sequence_length": 32,
         "warmup_steps": 50,
-        "init_std": 0.1,
+        "init_std": 0.125,
+        "last_loop_only": True,
         "test_items": 1000,
     },
 )

@@ -1,6 +1,7 @@
 """The synthetic tasks besides Mano: every answer by an evaluator of its own, distributions, and the split."""
 
 import collections
+import dataclasses
 import itertools
 
 import numpy as np
@@ -13,6 +14,7 @@ from looplm_jax.errors import UserError
 
 SEEDS, INDICES = st.integers(0, 2**63), st.integers(0, 2**47)
 SMALL = ThreeHop(questions=500, people=6, relations=5, validation_items=100)
+CURRICULUM = dataclasses.replace(SMALL, fewest=1)
 
 
 def words(task, example):
@@ -178,6 +180,31 @@ def test_an_epoch_holds_each_question_once_and_none_that_is_held_out():
     assert not held_out & set(epochs[0])
 
 
+@given(seed=SEEDS, index=st.integers(0, 10**6))
+def test_shorter_questions_are_facts_that_longer_ones_need(seed, index):
+    symbols = words(CURRICULUM, CURRICULUM.train_example(seed, index))
+    place = symbols.index("?") - 1
+    relations = tuple(int(symbol[1:]) for symbol in symbols[:place] if symbol[1:].isdigit())
+    person, answer = int(symbols[place][1:]), int(symbols[-1][1:])
+    assert 1 <= len(relations) <= 3
+    for relation in reversed(relations):
+        person = SMALL.answer(person, (relation,))
+    assert person == answer < 4 * SMALL.people
+
+
+def test_a_curriculum_asks_for_every_number_of_hops_alike_and_of_three_only_the_questions_of_the_training():
+    asked = [CURRICULUM.train_example(0, index) for index in range(6_000)]
+    hops = collections.Counter((len(example.tokens) - 7) // 3 for example in asked)
+    assert chi_square([hops[1], hops[2], hops[3]]) < 4
+    allowed = {SMALL.train_example(0, index).tokens.tobytes() for index in range(500)}
+    of_three = {example.tokens.tobytes() for example in asked if len(example.tokens) == SMALL.max_tokens}
+    assert of_three <= allowed
+    assert len(of_three) > 480
+    of_one = {example.tokens.tobytes() for example in asked if len(example.tokens) == SMALL.max_tokens - 6}
+    assert len(of_one) == 3 * SMALL.people * SMALL.relations
+    assert CURRICULUM.validation_example(7).tokens.tolist() == SMALL.validation_example(7).tokens.tolist()
+
+
 def test_there_are_800_000_questions():
     task = ThreeHop()
     assert task.pool == 800_000
@@ -204,6 +231,7 @@ def test_no_held_out_problem_is_trained_on_by_any_seed(task):
         ("phop:hops=4,fewest=5", "phop.fewest must be from 1 to hops=4, or 0, not 5"),
         ("phop:sequences=chains", "chain"),
         ("reachability:nodes=17", "reachability.nodes=17 has no room for two paths of 8 edges; make it 18 or more"),
+        ("threehop:fewest=4", "threehop.fewest must be from 1 to 3, not 4"),
         ("threehop:people=2,relations=2", "are more than the 16 that there are; lower them"),
         ("threehops", "no such task 'threehops'; did you mean 'threehop'"),
     ],

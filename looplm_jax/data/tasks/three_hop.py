@@ -10,6 +10,10 @@ The innermost relation is applied first. Only the answer is a target. Which laye
 
 `questions` of them, drawn by the world's seed, are trained on, and 3,000 others are held out; neither changes with the
 seed of the stream.
+
+With `fewest`, a curriculum that small models need: training draws the number of hops uniform in fewest..3. Shorter
+questions are drawn from all that there are, from any layer that leads to an answer of the longer ones: with one hop,
+the facts themselves. Of three hops there are still only `questions` in training.
 """
 
 import dataclasses
@@ -36,12 +40,15 @@ class ThreeHop:
     people: int = 100
     relations: int = 20
     world: int = 0
+    fewest: int = _HOPS  # hops of the shortest questions in training
     validation_items: int = 3_000
 
     def __post_init__(self) -> None:
         for name, least in (("questions", 1), ("people", 2), ("relations", 1), ("validation_items", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"threehop.{name} must be at least {least}, not {getattr(self, name)}")
+        if not 1 <= self.fewest <= _HOPS:
+            raise UserError(f"threehop.fewest must be from 1 to {_HOPS}, not {self.fewest}")
         if self.questions + self.validation_items > self.pool:
             raise UserError(
                 f"threehop.questions={self.questions} and {self.validation_items} held out are more than the "
@@ -72,6 +79,12 @@ class ThreeHop:
 
     def train_example(self, seed: int, index: int) -> Example:
         """A question of the training set: the sets of all seeds are the same, their orders are not."""
+        if self.fewest < _HOPS:
+            draws = generator("threehop-fewer", seed, index)
+            hops = int(draws.integers(self.fewest, _HOPS + 1))
+            if hops < _HOPS:
+                person = int(draws.integers((_HOPS + 1 - hops) * self.people))
+                return self._asked(person, tuple(draws.integers(self.relations, size=hops).tolist()))
         epoch, place = divmod(index, self.questions)
         return self._example(int(self._order[self.validation_items + _shuffled(self.questions, seed, epoch)[place]]))
 
@@ -103,9 +116,12 @@ class ThreeHop:
         for _ in range(_HOPS):
             question, relation = divmod(question, self.relations)
             relations.append(relation)
+        return self._asked(question, tuple(relations))
+
+    def _asked(self, person: int, relations: tuple[int, ...]) -> Example:
         names = " of ".join(f"the r{relation}" for relation in relations)
-        answer = self.answer(question, tuple(relations))
-        tokens = self.tokenizer.encode(f"{_END} Who is {names} of p{question} ? Answer: p{answer}")
+        answer = self.answer(person, relations)
+        tokens = self.tokenizer.encode(f"{_END} Who is {names} of p{person} ? Answer: p{answer}")
         return Example.of(tokens, [False] * (len(tokens) - 1) + [True])
 
 
