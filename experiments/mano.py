@@ -46,15 +46,15 @@ _GPU = Grid(
     settings={"width": 512, "heads": 8, "batch_size": 32, "sequence_length": 1024, "warmup_steps": 500},
 )
 _CPU = Grid(
-    problems={"L3": _problem(3, 5, 12_000)},
-    shapes=((1, 1), (1, 3), (3, 1)),
-    rates=(2e-3,),
+    problems={"L4": _problem(4, 3, 8_000)},
+    shapes=((1, 1), (1, 4), (4, 1)),
+    rates=(3e-3,),
     seeds=3,
     settings={
         "width": 64,
         "heads": 4,
-        "batch_size": 32,
-        "sequence_length": 44,
+        "batch_size": 26,
+        "sequence_length": 52,
         "warmup_steps": 50,
         "init_std": 0.125,
     },
@@ -83,5 +83,5 @@ MANO = ShapeExperiment(
             "6⊗2": _printed(93.4, 88.5, 35.1),
         }
     ),
-    pairs=(("1⊗1", "1⊗3"), ("2⊗1", "2⊗6"), ("3⊗1", "3⊗4"), ("6⊗1", "6⊗2")),
+    pairs=(("1⊗1", "1⊗4"), ("2⊗1", "2⊗6"), ("3⊗1", "3⊗4"), ("6⊗1", "6⊗2")),
 )
