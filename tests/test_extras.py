@@ -1,0 +1,31 @@
+"""Extras are not imported unless somebody asks for what they do, even where they are installed."""
+
+import subprocess
+import sys
+
+import pytest
+
+EXTRAS = ("torch", "transformers", "tokenizers", "lm_eval", "sklearn", "datasets", "datasketch", "wandb", "tensorflow")
+ASKED = """
+import importlib, sys
+for name in sys.argv[2:]:
+    importlib.import_module(name)
+found = sorted(set(sys.argv[1].split()) & set(sys.modules))
+sys.exit(f"imported without being asked for: {found}" if found else 0)
+"""
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [
+        ["looplm_jax.training.run", "looplm_jax.cli.main"],
+        ["looplm_jax.convert", "looplm_jax.inference", "looplm_jax.evaluation", "looplm_jax.recipes"],
+        ["looplm_jax.planning", "experiments.registry", "experiments.command"],
+    ],
+    ids=" ".join,
+)
+def test_nothing_is_imported_that_nobody_asked_for(modules):
+    asked = subprocess.run(
+        [sys.executable, "-c", ASKED, " ".join(EXTRAS), *modules], capture_output=True, text=True, check=False
+    )
+    assert asked.returncode == 0, asked.stderr
