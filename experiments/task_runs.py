@@ -13,6 +13,7 @@ from looplm_jax.config import (
     CheckpointConfig,
     DataConfig,
     EvaluationConfig,
+    GuardConfig,
     MeshConfig,
     ModelConfig,
     Objective,
@@ -28,6 +29,9 @@ from looplm_jax.loading import load
 from looplm_jax.training.metrics import TRAIN, read_metrics
 from looplm_jax.training.run import train
 from looplm_jax.training.signals import Stopped
+
+# Small models learn in jumps, up as well as down, at rates that large ones could not take: no step is left out for it.
+_NO_SPIKES = GuardConfig(sigma=1e6)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,6 +100,7 @@ class TaskRun:
             mesh=MeshConfig(data=1),
             optimizer=OptimizerConfig(b2=self.b2, eps=1e-6, weight_decay=self.weight_decay),
             data=DataConfig(sources=(SourceConfig(path=self.task),), seed=self.seed),
+            guard=_NO_SPIKES,
             checkpoint=CheckpointConfig(every=max(self.steps // 10, 1), keep=1),
             evaluation=EvaluationConfig(sequences=1),
             log_every=max(self.steps // 100, 1),
