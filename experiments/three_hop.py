@@ -60,7 +60,7 @@ _GPU = Grid(
     settings={**_PRINTED_SIZE, "width": 512, "heads": 8, "batch_size": 64, "warmup_steps": 200},
 )
 _CPU = Grid(
-    problems=_problems((500, 2_000, 8_000), ",people=20,relations=8,validation_items=1000,fewest=1", 6_000),
+    problems=_problems((500, 2_000, 8_000), ",people=20,relations=8,validation_items=1000,fewest=1", 5_000),
     shapes=((1, 1), (1, 3)),
     rates=(3e-3,),
     seeds=2,
