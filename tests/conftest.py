@@ -24,6 +24,9 @@ settings.register_profile("looplm", deadline=None, max_examples=25, derandomize=
 settings.load_profile("looplm")
 
 
+LONGEST = ("test_killed_runs", "test_two_processes", "test_replay", "test_buckets", "test_vanished_source")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest file first: workers that share the files then end at about the same time."""
-    items.sort(key=lambda item: "test_killed_runs" not in item.nodeid)
+    """The longest files first: workers that share the files then end at about the same time."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
