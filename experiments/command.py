@@ -37,14 +37,21 @@ def run_experiment(arguments: argparse.Namespace) -> int:
     console = Console(stderr=True, highlight=False)
     again = f"looplm experiment {name} --scale {scale.value}"
     try:
-        records = grid.run(cells, functools.partial(experiment.run, console=console), share, console.print)
+        outcome = grid.run(cells, functools.partial(experiment.run, console=console), share, console.print)
     except Stopped as stopped:
         leave(console, f"stopped by {stopped.signal.name}; the same command goes on from there", stopped.signal)
+    records, failed = outcome.records, outcome.failed
+    if records:
+        written = write_results(out, experiment, scale, records, len(cells), _for_tables())
+        print(f"wrote {', '.join(written)} to {out}")
+    if failed:
+        raise UserError(
+            f"not finished: {', '.join(failed)} ({next(iter(failed.values()))}); mend that, and the same command tries "
+            "again; finished cells stay"
+        )
     if not records:
         print(f"no cell of this share; next: {again}")
         return 0
-    written = write_results(out, experiment, scale, records, len(cells), _for_tables())
-    print(f"wrote {', '.join(written)} to {out}")
     print("next: looplm experiment report" if len(records) == len(cells) else f"next: {again}")
     return 0
 

@@ -1,7 +1,8 @@
 """A grid of runs: finished cells are skipped, each keeps a record, and processes or hosts can share the work.
 
 A folder belongs to one experiment at one scale. Cells are run one after the other; stopped at any moment, the same
-command goes on where it was. With `--share 2/4` a process takes every fourth cell, beginning with the second.
+command goes on where it was. With `--share 2/4` a process takes every fourth cell, beginning with the second. A cell
+that fails does not hold up the others.
 """
 
 import dataclasses
@@ -37,6 +38,14 @@ class Share:
         if not slash or not part.isdecimal() or not of.isdecimal() or not 1 <= int(part) <= int(of):
             raise UserError(f"--share {text}: write it as PART/OF, such as 1/4 to 4/4")
         return cls(part=int(part), of=int(of))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """The records of all finished cells of a grid, and why cells failed just now, by name."""
+
+    records: list[Record]
+    failed: Mapping[str, str]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,14 +108,15 @@ class Grid:
         work: Callable[[Cell, Path], Mapping[str, Any]],
         share: Share,
         say: Callable[[str], None],
-    ) -> list[Record]:
-        """Run what is not finished of a share of the grid. Returns the records of all finished cells of the grid.
+    ) -> Outcome:
+        """Run what is not finished of a share of the grid. A cell whose work raises UserError is passed over.
 
         Raises:
-          UserError: as `records`, and what `work` raises.
+          UserError: as `records`.
           Stopped: a signal came; the same call goes on from there.
         """
         self.records(cells)  # what does not fit is refused before anything runs
+        failed = {}
         mine = cells[share.part - 1 :: share.of]
         for number, cell in enumerate(mine, 1):
             where = f"cell {number} of {len(mine)}, {cell.name}"
@@ -122,6 +132,10 @@ class Grid:
             except Stopped:
                 write_atomically(folder / _INTERRUPTED, _json({"seconds": before + time.perf_counter() - start}))
                 raise
+            except UserError as error:
+                failed[cell.name] = str(error)
+                say(f"{where}: FAILED: {error}")
+                continue
             record = Record(
                 cell=cell.name,
                 settings=cell.settings,
@@ -131,7 +145,7 @@ class Grid:
             )
             write_atomically(folder / "record.json", _json(dataclasses.asdict(record)))
             say(f"{where}: finished in {record.seconds:.0f} s")
-        return self.records(cells)
+        return Outcome(records=self.records(cells), failed=failed)
 
     def _identity(self) -> dict[str, Any]:
         return {"format": FORMAT, "experiment": self.experiment, "scale": self.scale}

@@ -44,17 +44,31 @@ def test_finished_cells_are_not_run_again_and_an_interrupted_grid_goes_on(grid):
     with pytest.raises(Stopped):
         grid.run(CELLS, counting(done, stop_at=2), Share(), said.append)
     assert [record.cell for record in grid.records(CELLS)] == ["cell-0", "cell-1"]
-    records = grid.run(CELLS, counting(done), Share(), said.append)
+    records = grid.run(CELLS, counting(done), Share(), said.append).records
     assert done == [0, 1, 2, 3, 4]
     assert [record.result["square"] for record in records] == [0, 1, 4, 9, 16]
     assert "cell 1 of 5, cell-0: finished before" in said
+
+
+def test_a_cell_that_fails_does_not_hold_up_the_others(grid):
+    def work(cell, folder):
+        if cell.settings["number"] in (1, 3):
+            raise UserError(f"no {cell.name}")
+        return {}
+
+    said = []
+    outcome = grid.run(CELLS, work, Share(), said.append)
+    assert [record.cell for record in outcome.records] == ["cell-0", "cell-2", "cell-4"]
+    assert outcome.failed == {"cell-1": "no cell-1", "cell-3": "no cell-3"}
+    assert "cell 2 of 5, cell-1: FAILED: no cell-1" in said
+    assert not grid.run(CELLS, counting([]), Share(), said.append).failed
 
 
 def test_the_time_before_an_interruption_counts(grid):
     folder = grid.cell_folder(CELLS[0])
     folder.mkdir(parents=True)
     (folder / "interrupted.json").write_text(json.dumps({"seconds": 1000.0}))
-    (record,) = grid.run(CELLS[:1], counting([]), Share(), lambda _: None)
+    (record,) = grid.run(CELLS[:1], counting([]), Share(), lambda _: None).records
     assert 1000 < record.seconds < 1100
 
 
@@ -67,7 +81,7 @@ def test_shares_together_are_the_grid_and_no_cell_twice(grid):
 
 
 def test_a_record_says_what_it_was_made_with(grid):
-    (record,) = grid.run(CELLS[3:4], counting([]), Share(), lambda _: None)
+    (record,) = grid.run(CELLS[3:4], counting([]), Share(), lambda _: None).records
     assert record.settings == {"number": 3, "list": [1, 2]}
     assert {"jax", "looplm_jax", "python"} <= record.versions.keys()
 
@@ -112,6 +126,34 @@ def test_a_broken_record_is_named(grid):
 def test_a_share_that_is_none_is_refused(share):
     with pytest.raises(UserError, match="write it as PART/OF"):
         Share.parse(share)
+
+
+class Failing:
+    """An experiment of two cells, one of which fails."""
+
+    name, claim, scales = "failing", "nothing", (Scale.SMOKE,)
+
+    def cells(self, scale):
+        return CELLS[:2]
+
+    def run(self, cell, folder, console):
+        if cell is CELLS[1]:
+            raise UserError("gave up at step 7")
+        return {}
+
+    def report(self, records):
+        return Report(tables=(), findings=(f"{len(records)} finished",), figures={})
+
+
+def test_a_grid_with_a_cell_that_failed_reports_the_others_and_ends_in_one_line(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(command, "EXPERIMENTS", {"failing": Failing()})
+    assert main(["experiment", "failing", "--root", str(tmp_path)]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.splitlines()[-1] == (
+        "looplm: not finished: cell-1 (gave up at step 7); mend that, and the same command tries again; "
+        "finished cells stay"
+    )
+    assert "1 finished" in (tmp_path / "failing" / "smoke" / "report.md").read_text()
 
 
 class Empty:
