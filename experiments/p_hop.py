@@ -10,8 +10,8 @@ Printed, and so at `paper`: alphabet 4, n = 256, p = 16 and 32, width 128, 8 hea
 steps of 256 sequences, learning rate 1e-3, the last loop alone supervised. Ours: AdamW in the place of Adafactor, and
 three seeds.
 
-`cpu`: Eq. 4 with beta 0.1, n = 16, p = 2, one layer of width 64, and a curriculum: half of the training problems ask for
-one hop (`fewest`). With p = 3 and n = 24, in a first try, two hops were not learnt in 1,000 steps.
+`cpu`: Eq. 4 with beta 0.1, n = 16, p = 2, one layer of width 64, and a curriculum: half of the training problems ask
+for one hop (`fewest`). With p = 3 and n = 24, in a first try, two hops were not learnt in 1,000 steps.
 """
 
 from types import MappingProxyType
