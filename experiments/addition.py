@@ -9,8 +9,9 @@ Printed, and so at `paper`: three digits, n to 32, width 256, 8 heads, feed-forw
 problems, learning rate 5e-3, the last loop alone supervised, the best of three seeds. Ours: AdamW in the place of
 Adafactor, at three rates; problems are packed to 136 tokens (430 rows hold about 1,024 problems); and RoPE.
 
-`cpu` (not run): two digits, n to 4, one layer of width 64. In a first try 1⊗3 had 9 % of the sums of four numbers
-right after 1,800 steps, when its loss had begun to fall steeply. `gpu` has not been run.
+`cpu`: two digits, n to 4, one layer of width 64. About 16 minutes a cell with three loops and 7 without, three at a
+time on two cores. At n = 4, 94.2 % with loops and 64.1 % without, over three seeds (`docs/results.md`). `gpu` has not
+been run.
 """
 
 from types import MappingProxyType

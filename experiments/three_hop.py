@@ -12,9 +12,10 @@ sequences of 1,024 packed tokens, parts of 2.5 % to 25 % of 800,000 questions, t
 figure: no number is printed but which parts it shows (100,000, 120,000 and 140,000). Ours: feed-forward width, decay
 0.1, and Eq. 4 with beta 0.1 on the answer.
 
-`cpu` (not run): worlds of 100 people and twelve relations. In first tries with one layer of width 64 and four loops,
-3,000 of the 4,320 questions of six relations were learnt by heart in 1,200 steps, and a third of the others then
-answered rightly; 16,000 of the 34,560 of twelve relations were still being learnt after 1,600. `gpu` has not been run.
+`cpu`: a world of 100 people and eight relations, one layer of width 64, the last loop alone supervised, and a
+curriculum: two thirds of the training ask for one or two hops (`fewest`). About 9 minutes a cell with three loops and
+6 without, three at a time on two cores. From 8,000 questions on, 99.8 % of others right with loops and 31.6 % without
+(`docs/results.md`). `gpu` has not been run.
 """
 
 import dataclasses
