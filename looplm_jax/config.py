@@ -88,7 +88,7 @@ class Objective(enum.Enum):
     """What a stage minimises.
 
     EXPECTED_LOSS: the expected loss over exits (Eq. 4). GATE: the gate's adaptive loss (Eq. 5-6). LAST_LOSS: the loss
-    after the last loop alone, as looped models without a gate are trained; the gate stays as it is drawn.
+    after the last loop alone, as looped models without a gate are trained; the gate gets no gradient.
     """
 
     EXPECTED_LOSS = "expected_loss"
