@@ -5,7 +5,10 @@ import sys
 
 import pytest
 
-EXTRAS = ("torch", "transformers", "tokenizers", "lm_eval", "sklearn", "datasets", "datasketch", "wandb", "tensorflow")
+EXTRAS = (
+    *("torch", "transformers", "tokenizers", "lm_eval", "sklearn"),
+    *("datasets", "datasketch", "wandb", "tensorflow", "matplotlib"),
+)
 ASKED = """
 import importlib, sys
 for name in sys.argv[2:]:

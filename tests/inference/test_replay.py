@@ -27,11 +27,7 @@ SHAPES = {
     CacheStrategy.AVERAGE: RICH,
     CacheStrategy.FIRST: PLAIN,
 }
-IN_FULL_AND_ON_AVERAGE = [  # the two that differ most; the others are slow
-    CacheStrategy.FULL,
-    CacheStrategy.AVERAGE,
-    *(pytest.param(strategy, marks=pytest.mark.slow) for strategy in (CacheStrategy.LAST, CacheStrategy.FIRST)),
-]
+SLOW = [pytest.param(strategy, marks=pytest.mark.slow) for strategy in (CacheStrategy.LAST, CacheStrategy.FIRST)]
 REQUESTS = [
     Request(prompt_ids=(5,), max_new_tokens=9, policy=QExit(q=0.6)),
     Request(prompt_ids=tuple(range(1, 40)), max_new_tokens=5, policy=QExit(q=0.0)),
@@ -102,7 +98,7 @@ def test_replay_gives_the_log_probabilities_of_generation(strategy):
         assert not row[len(result.tokens) :].any()
 
 
-@pytest.mark.parametrize("strategy", IN_FULL_AND_ON_AVERAGE)
+@pytest.mark.parametrize("strategy", [CacheStrategy.FULL, CacheStrategy.AVERAGE, *SLOW])
 def test_a_turn_that_went_on_from_a_kept_cache_is_replayed_whole(strategy):
     """In one batch, of turns with much, little and no history."""
     model, params, _ = generated(strategy)
@@ -123,13 +119,7 @@ def test_history_says_what_the_cache_holds():
     assert third.cache.lengths.tolist() == [len(third.cache)] == [len(third.cache.tokens)]
 
 
-@pytest.mark.parametrize(
-    "strategy",
-    [
-        CacheStrategy.AVERAGE,
-        *(pytest.param(strategy, marks=pytest.mark.slow) for strategy in (CacheStrategy.LAST, CacheStrategy.FIRST)),
-    ],
-)
+@pytest.mark.parametrize("strategy", [CacheStrategy.AVERAGE, *SLOW])
 def test_gradients_of_replay_are_slopes(strategy):
     """Central differences of the log-probabilities, drawn weights on them, along the gradient and elsewhere."""
     model, params, results = generated(CacheStrategy.LAST)
