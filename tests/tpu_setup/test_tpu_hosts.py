@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 from fake_cloud import ARGUMENTS, FLAGS, TPU
@@ -78,7 +79,46 @@ def test_prepare_installs_the_source_on_every_worker_of_every_slice(cloud):
         assert (home / "looplm/source/looplm_jax/config.py").exists()
         assert not list(home.glob("looplm/source/**/__pycache__"))
         assert "jax[tpu]" in (home / "installs").read_text()
-    assert not list(cloud.folder.glob("looplm-source-*"))
+    assert not list(cloud.folder.glob("looplm-*"))
+
+
+def test_the_archive_is_made_where_nobody_can_exchange_it(cloud):
+    """Two archives of the same source have names that nobody can know before, each in a folder of its own."""
+    archives = []
+    for _ in range(2):
+        cloud.holds("ACTIVE")
+        cloud.forget_calls()
+        assert cloud.run("prepare", *FLAGS).status == 0
+        (call,) = cloud.calls("scp")
+        archives += [word for word in call if word.endswith(".tgz") and word.startswith("/")]
+    first, second = map(Path, archives)
+    assert first.parent != second.parent
+    assert first.parent.parent == second.parent.parent == cloud.folder
+    assert not first.parent.exists()
+
+
+def test_an_archive_that_cannot_be_made_is_not_sent(cloud):
+    cloud.holds("ACTIVE")
+    (cloud.bin / "tar").unlink()
+    (cloud.bin / "tar").write_text("#!/usr/bin/env bash\nexit 2\n")
+    (cloud.bin / "tar").chmod(0o755)
+    assert cloud.run("prepare", *FLAGS).status == 1
+    assert not cloud.calls("scp")
+
+
+def test_no_temporary_folder_is_one_line(cloud):
+    missing = str(cloud.folder / "missing")
+    done = cloud.run("prepare", *FLAGS, TMPDIR=missing)
+    assert done.status == 2
+    assert done.err == (
+        f"tpu: no temporary folder can be made in {missing}; set TMPDIR to a folder that you can write to\n"
+    )
+
+
+def test_what_google_says_cannot_steer_the_terminal(cloud):
+    cloud.fails("queued-resources describe", "ERROR: \x1b]0;title\x07 try later")
+    done = cloud.run("prepare", *FLAGS)
+    assert done.err == "tpu: gcloud could not look at ouro: ?]0;title? try later\n"
 
 
 def test_prepare_twice_installs_once_and_says_so(cloud):
@@ -170,6 +210,7 @@ def test_launch_on_a_host_that_is_not_prepared(cloud):
 def test_the_environment_of_the_run(cloud, tmp_path):
     (tmp_path / "host.env").write_text("# a comment\nKEY=it's $HOME `date`\nLIBTPU_INIT_ARGS=--a=1 --b=2\n")
     prepared(cloud)
+    assert {home.joinpath("looplm").stat().st_mode & 0o777 for home in cloud.hosts()} == {0o700}
     cloud.run("launch", *FLAGS, "--host-env", str(tmp_path / "host.env"), *ARGUMENTS, FAKE_LOOPLM="env; exit 0")
     until(lambda: ended(cloud))
     for log in cloud.host_text("run/log"):

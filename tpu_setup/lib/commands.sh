@@ -1,7 +1,10 @@
 # shellcheck shell=bash
 # Every outside command goes through `run` or `ask`: they quote it for a dry run, and otherwise run it.
 
-scratch=$(mktemp -d "${TMPDIR:-/tmp}/looplm-tpu.XXXXXX")
+# A folder that only its owner can look into, whatever the folder around it allows.
+umask 077
+scratch=$(mktemp -d "${TMPDIR:-/tmp}/looplm-tpu.XXXXXX" 2>/dev/null) ||
+  mistake "no temporary folder can be made in ${TMPDIR:-/tmp}; set TMPDIR to a folder that you can write to"
 trap 'rm -rf "$scratch"' EXIT
 
 # The words as one line that any shell reads back as the same words.

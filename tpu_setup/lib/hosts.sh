@@ -56,14 +56,18 @@ need_run() {
 # Copy the source and install it. A host that holds this very source already says so.
 prepare_hosts() {
   local archive digest
-  digest=$(source_digest)
-  archive=${TMPDIR:-/tmp}/looplm-source-$digest.tgz
-  run tar --create --gzip --file "$archive" --directory "$source_folder" --exclude='__pycache__' "${source_files[@]}"
+  digest=$(source_digest) || return 1
+  archive=$scratch/looplm-source.tgz
+  run tar --create --gzip --file "$archive" --directory "$source_folder" --exclude='__pycache__' "${source_files[@]}" ||
+    return 1
   to_hosts "$archive" looplm-source.tgz || return 1
   run rm -f "$archive"
-  on_hosts "rm -rf looplm/source.new && mkdir -p looplm/source.new && tar -xzf looplm-source.tgz -C looplm/source.new \
-&& bash looplm/source.new/tpu_setup/host/prepare.sh $digest"
+  on_hosts "$private_folder && rm -rf looplm/source.new && mkdir looplm/source.new && \
+tar -xzf looplm-source.tgz -C looplm/source.new && bash looplm/source.new/tpu_setup/host/prepare.sh $digest"
 }
+
+# Only the owner can look into it, so that the environment of a run is private from the moment it is copied.
+private_folder="mkdir -p looplm && chmod 700 looplm"
 
 source_files=(looplm_jax tpu_setup setup.cfg pyproject.toml requirements.txt README.md LICENSE)
 

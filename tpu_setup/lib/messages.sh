@@ -1,7 +1,11 @@
 # shellcheck shell=bash
 # What the user reads. Everything but the answers of a command goes to stderr, so that a dry run is a clean script.
 
-note() { printf 'tpu: %s\n' "$*" >&2; }
+# What other programs said may be part of it, so control characters are replaced: a terminal would obey them.
+note() {
+  local line=$*
+  printf 'tpu: %s\n' "${line//[[:cntrl:]]/?}" >&2
+}
 
 # What has been done; a dry run has done nothing.
 report() { [[ -n ${option[dry-run]} ]] || note "$@"; }
