@@ -122,7 +122,7 @@ def read_dense_config(folder: Path, weights: WeightFolder, *, loops: int, norm_p
 
     Raises:
       UserError: the file is missing or no JSON object, the model has biases or another layout than Llama's, or the
-        config has a field that we do not honour, by name.
+        config has a field that we do not honor, by name.
     """
     if loops < 1:
         raise UserError(f"loops must be at least 1, not {loops}")
@@ -141,7 +141,9 @@ def _as_llama(values: Mapping[str, Any]) -> dict[str, Any]:
     kind = values.get("model_type")
     if kind not in ("llama", "mistral"):
         return dict(values)
-    return {**_ASSUMED[kind], **values, "model_type": "llama"}
+    unread = {"use_sliding_window"} if kind == "mistral" else set()  # a Mistral has its window all the same
+    given = {name: value for name, value in values.items() if name not in unread}
+    return {**_ASSUMED[kind], **given, "model_type": "llama"}
 
 
 def _in_a_llama(tensor: TorchTensor) -> bool:

@@ -1,4 +1,4 @@
-"""The `config.json` of a Hugging Face folder to our ModelConfig and back. What we do not honour is refused by name."""
+"""The `config.json` of a Hugging Face folder to our ModelConfig and back. What we do not honor is refused by name."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -30,45 +30,112 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "attention_dropout": (0,),
     "attention_bias": (False,),
     "mlp_bias": (False,),
+    "qkv_bias": (False,),
     "use_sliding_window": (False,),
-    "sliding_window": (None,),
     "partial_rotary_factor": (1,),
     "rope_interleaved": (False,),
+    "rope_type": ("default",),
     "pretraining_tp": (1,),
+    "is_causal": (True,),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "pruned_heads": ({},),
 }
 # Fields that say nothing about what the model computes, or that the tokenizer and the weights say better.
 _WITHOUT_EFFECT = {
-    "_name_or_path",
     "architectures",
     "auto_map",
-    "bos_token_id",
+    "chunk_size",
     "dtype",
     "entropy_weight",
-    "eos_token_id",
+    "gradient_checkpointing",
     "is_llama_config",
     "max_window_layers",
-    "pad_token_id",
     "torch_dtype",
-    "transformers.js_config",
-    "transformers_version",
     "use_cache",
+    "use_flash_attn",
 }
+# Fields of transformers' PretrainedConfig, which any config may hold: bookkeeping, outputs, defaults of `generate`.
+_OF_TRANSFORMERS = {
+    "attn_implementation",
+    "bad_words_ids",
+    "begin_suppress_tokens",
+    "bos_token_id",
+    "chunk_size_feed_forward",
+    "decoder_start_token_id",
+    "diversity_penalty",
+    "do_sample",
+    "early_stopping",
+    "encoder_no_repeat_ngram_size",
+    "eos_token_id",
+    "exponential_decay_length_penalty",
+    "finetuning_task",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "id2label",
+    "is_decoder",
+    "label2id",
+    "length_penalty",
+    "max_length",
+    "max_new_tokens",
+    "min_length",
+    "name_or_path",
+    "no_repeat_ngram_size",
+    "num_beam_groups",
+    "num_beams",
+    "num_labels",
+    "num_return_sequences",
+    "output_attentions",
+    "output_hidden_states",
+    "output_scores",
+    "pad_token_id",
+    "prefix",
+    "problem_type",
+    "remove_invalid_values",
+    "repetition_penalty",
+    "return_dict",
+    "return_dict_in_generate",
+    "sep_token_id",
+    "suppress_tokens",
+    "task_specific_params",
+    "temperature",
+    "tf_legacy_loss",
+    "tie_encoder_decoder",
+    "tokenizer_class",
+    "top_k",
+    "top_p",
+    "torchscript",
+    "transformers_version",
+    "typical_p",
+    "unk_token_id",
+    "use_bfloat16",
+}
+_BOOKKEEPING = ("_", "unsloth_", "transformers.js_")  # what libraries note for themselves
 _CHECKED = {
     "model_type",
     "tie_word_embeddings",
     "early_exit_threshold",
+    "early_exit_step",
     "layer_types",
     "rope_scaling",
     "rope_parameters",
+    "sliding_window",
 }
+_QUANTIZED = ("quantization_config", "compression_config")
+_MISSPELLED = 0.85  # how much alike two names are (difflib) for one to be the other with a slip
 
 
 def from_ouro_config(values: Mapping[str, Any]) -> ModelConfig:
     """The model that a `config.json` of Ouro describes.
 
     Raises:
-      UserError: another kind of model, a field that is missing or of the wrong type, or one that we do not honour.
+      UserError: another kind of model, a field that is missing or of the wrong type, or one that we do not honor.
     """
+    if values.get("early_exit_step") is not None:
+        raise UserError(
+            f"config.json: early_exit_step={_brief(values['early_exit_step'])} is not kept in a model; "
+            "remove it and choose the loop when generating, with --exit loops=..."
+        )
     if values.get("early_exit_threshold", 1) != 1:
         raise UserError(
             f"config.json: early_exit_threshold={_brief(values['early_exit_threshold'])} is not kept in a model; "
@@ -81,7 +148,7 @@ def from_llama_config(values: Mapping[str, Any], *, loops: int, norm_placement: 
     """A looped model of the shape of a dense one, from the `config.json` of a Llama.
 
     Raises:
-      UserError: another kind of model, a field that is missing or of the wrong type, or one that we do not honour.
+      UserError: another kind of model, a field that is missing or of the wrong type, or one that we do not honor.
     """
     return _model({**values, "total_ut_steps": loops}, "llama", norm_placement=norm_placement)
 
@@ -139,6 +206,7 @@ def to_ouro_config(config: ModelConfig, *, dtype: str) -> dict[str, Any]:
 
 
 def _model(values: Mapping[str, Any], model_type: str, norm_placement: NormPlacement) -> ModelConfig:
+    values = {name: value for name, value in values.items() if value is not None}  # null is a field left out
     if values.get("model_type") != model_type:
         raise UserError(
             f"config.json: model_type is {_brief(values.get('model_type'))}; only {model_type!r} can be read here"
@@ -173,20 +241,49 @@ def _number(name: str, value: Any, *, whole: bool) -> int | float:
 
 
 def _refuse_unknown(values: Mapping[str, Any]) -> None:
-    known = {*_WHOLE_NUMBERS, *_NUMBERS, *_ONLY, *_WITHOUT_EFFECT, *_CHECKED}
+    for name in _QUANTIZED:
+        if name in values:
+            raise UserError(
+                f"config.json: {name}={_brief(values[name])}: quantized weights cannot be read; "
+                "take the folder that they were made from"
+            )
+    known = {*_WHOLE_NUMBERS, *_NUMBERS, *_ONLY, *_CHECKED}
     for name in values:
-        if name not in known:
-            hint = suggest(name, known, otherwise="; remove it if the model is the same without")
-            raise UserError(f"config.json: field {_brief(name)} is not honoured here{hint}")
+        if name not in known | _WITHOUT_EFFECT | _OF_TRANSFORMERS and not name.startswith(_BOOKKEEPING):
+            otherwise = "; remove it if the model is the same without"
+            hint = suggest(name, known, otherwise=otherwise, cutoff=_MISSPELLED)
+            raise UserError(f"config.json: field {_brief(name)} is not honored here{hint}")
 
 
 def _refuse_other_values(values: Mapping[str, Any]) -> None:
     for name, allowed in _ONLY.items():
         if name in values and values[name] not in allowed:
-            raise UserError(f"config.json: {name}={_brief(values[name])} is not honoured here, only {allowed[0]!r}")
-    scaling = values.get("rope_scaling")
-    if scaling is not None and scaling != {"rope_type": "default"}:
-        raise UserError(f"config.json: rope_scaling={_brief(scaling)} is not honoured here, only null")
+            raise UserError(f"config.json: {name}={_brief(values[name])} is not honored here, only {allowed[0]!r}")
+    window = values.get("sliding_window")
+    if window is not None and values.get("use_sliding_window") is not False:
+        raise UserError(f"config.json: sliding_window={_brief(window)} is not honored here, only None")
+    for name in ("rope_scaling", "rope_parameters"):
+        if name in values and not _is_default_rope(values[name]):
+            raise UserError(f"config.json: {name}={_brief(values[name])} is not honored here, only the default type")
+
+
+def _is_default_rope(rope: Any) -> bool:
+    """Whether these settings of the rotary embedding, in any spelling, change nothing but its base."""
+    if not isinstance(rope, dict):
+        return False
+    rope = {name: value for name, value in _of_full_attention(rope).items() if value is not None}
+    kind = rope.pop("rope_type", rope.pop("type", "default"))
+    rope.pop("type", None)
+    for unread in ("rope_theta", "original_max_position_embeddings"):
+        rope.pop(unread, None)
+    ones = {"factor", "attention_factor", "partial_rotary_factor"}
+    is_plain = kind == "default" or (kind == "linear" and "factor" in rope)
+    return is_plain and rope.keys() <= ones and all(value == 1 for value in rope.values())
+
+
+def _of_full_attention(rope: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Transformers 5 may write the settings once for each type of layer."""
+    return rope["full_attention"] if isinstance(rope.get("full_attention"), dict) and len(rope) == 1 else rope
 
 
 def _refuse_other_layers(values: Mapping[str, Any], num_layers: int) -> None:
@@ -199,14 +296,11 @@ def _refuse_other_layers(values: Mapping[str, Any], num_layers: int) -> None:
 
 def _rope_theta(values: Mapping[str, Any]) -> Any:
     """The base of the rotary embedding; transformers 5 moved it into `rope_parameters`."""
-    parameters = values.get("rope_parameters")
-    if parameters is None:
-        return values.get("rope_theta")
-    if not isinstance(parameters, dict) or {**parameters, "rope_theta": 0} != {"rope_type": "default", "rope_theta": 0}:
-        raise UserError(
-            f"config.json: rope_parameters={_brief(parameters)} is not honoured here, only the default type"
-        )
-    return parameters.get("rope_theta", values.get("rope_theta"))
+    for name in ("rope_parameters", "rope_scaling"):
+        theta = _of_full_attention(values.get(name) or {}).get("rope_theta")
+        if theta is not None:
+            return theta
+    return values.get("rope_theta")
 
 
 def _brief(value: Any) -> str:

@@ -141,7 +141,7 @@ def test_heads_that_no_memory_holds(tmp_path):
     [
         {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
         {"use_sliding_window": True},
-        {"sliding_window": 4096},
+        {"sliding_window": 4096, "use_sliding_window": None},
         {"hidden_act": "gelu"},
         {"attention_dropout": 0.1},
         {"vocab_size": 10**400},

@@ -79,16 +79,26 @@ def test_the_rotary_base_as_transformers_5_writes_it():
         ({"model_type": "qwen2"}, "model_type is 'qwen2'; only 'ouro' can be read here"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling={'rope_type': 'yarn', 'factor': 4.0}"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e6}}, "rope_parameters="),
-        ({"rope_parameters": [1]}, r"rope_parameters=\[1\] is not honoured here"),
-        ({"use_sliding_window": True}, "use_sliding_window=True is not honoured here, only False"),
-        ({"sliding_window": 4096}, "sliding_window=4096 is not honoured here, only None"),
+        ({"rope_parameters": [1]}, r"rope_parameters=\[1\] is not honored here"),
+        ({"use_sliding_window": True}, "use_sliding_window=True is not honored here, only False"),
+        ({"sliding_window": 4096, "use_sliding_window": None}, "sliding_window=4096 is not honored here, only None"),
         ({"layer_types": ["sliding_attention"] * 24}, "layer_types must be 'full_attention' for each of the 24 layers"),
-        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not honoured here, only 'silu'"),
-        ({"attention_dropout": 0.1}, "attention_dropout=0.1 is not honoured"),
-        ({"attention_bias": True}, "attention_bias=True is not honoured"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not honored here, only 'silu'"),
+        ({"attention_dropout": 0.1}, "attention_dropout=0.1 is not honored"),
+        ({"attention_bias": True}, "attention_bias=True is not honored"),
         ({"early_exit_threshold": 0.5}, "early_exit_threshold=0.5 is not kept in a model.*--exit q="),
-        ({"quantization_config": {}}, "field 'quantization_config' is not honoured here; remove it"),
-        ({"hiden_size": 3}, "field 'hiden_size' is not honoured here; did you mean 'hidden_size'"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4}: quantized weights cannot be read"),
+        ({"compression_config": {}}, "compression_config={}: quantized weights cannot be read"),
+        ({"early_exit_step": 2}, "early_exit_step=2 is not kept in a model.*--exit loops="),
+        ({"is_causal": False}, "is_causal=False is not honored here, only True"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling=.* is not honored here, only the default"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling=.* is not honored here, only the default"),
+        ({"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}}, "rope_parameters=.* is not honored"),
+        ({"rope_parameters": {"rope_theta": "large"}}, "rope_theta must be a number from above 0"),
+        ({"attention_chunk_size": 64}, "field 'attention_chunk_size' is not honored here; remove it if the model"),
+        ({"residual_multiplier": 0.2}, "field 'residual_multiplier' is not honored here; remove it if the model"),
+        ({"num_layer": 3}, "field 'num_layer' is not honored here; remove it if the model"),
+        ({"hiden_size": 3}, "field 'hiden_size' is not honored here; did you mean 'hidden_size'"),
         ({"hidden_size": None}, "field hidden_size is missing"),
         ({"hidden_size": "2048"}, "hidden_size must be a whole number from above 0 to 2147483647, not '2048'"),
         ({"num_hidden_layers": 10**40}, "num_hidden_layers must be a whole number"),
@@ -102,6 +112,65 @@ def test_what_is_not_honoured_is_refused_by_name(changes, message):
     with pytest.raises(UserError, match=message) as caught:
         from_ouro_config({**PUBLISHED, **changes})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"_attn_implementation_autoset": True, "_commit_hash": "0", "_name_or_path": "x", "_from_model_config": True},
+        {"unsloth_version": "2025.11", "unsloth_fixed": True, "transformers.js_config": {"dtype": "q4"}},
+        {"chunk_size": 64, "early_exit_step": None, "is_causal": True, "quantization_config": None},
+        {"output_hidden_states": False, "return_dict": True, "torchscript": False, "id2label": {"0": "LABEL_0"}},
+        {"temperature": 0.6, "top_p": 0.95, "do_sample": True, "max_length": 20, "pad_token_id": -1},
+        {"dtype": "bfloat16", "torch_dtype": None, "attn_implementation": "sdpa", "gradient_checkpointing": False},
+        {"attention_bias": None, "mlp_bias": False, "qkv_bias": False, "final_logit_softcapping": None},
+        {"use_sliding_window": False, "sliding_window": 4096},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_what_others_note_for_themselves_changes_nothing(fields):
+    assert from_ouro_config({**PUBLISHED, **fields}) == explicit(ouro_1_4b())
+
+
+@pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {},
+        {"type": "default"},
+        {"rope_type": "default", "type": "default", "factor": 1.0},
+        {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 1.0, "attention_factor": None},
+        {"type": "linear", "factor": 1.0},
+        {"full_attention": {"rope_type": "default", "rope_theta": 1e6}},
+    ],
+    ids=str,
+)
+def test_every_spelling_of_the_plain_rotary_embedding_is_read(name, rope):
+    assert from_ouro_config({**PUBLISHED, name: rope}) == explicit(ouro_1_4b())
+
+
+@pytest.mark.transformers
+def test_every_field_that_transformers_writes_of_itself_is_read():
+    transformers = pytest.importorskip("transformers")
+    plain = transformers.PretrainedConfig(tie_word_embeddings=False).to_dict()
+    ours = {name: value for name, value in plain.items() if name != "model_type"}
+    assert from_ouro_config({**PUBLISHED, **ours}) == explicit(ouro_1_4b())
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["early_exit_steps_done", "chunk_sizes", "hidden_states", "norm_eps", "max_window", "rope_base"],
+)
+def test_another_field_is_not_taken_for_a_misspelled_one(name):
+    """Whoever follows a suggestion renames a field, which would put a stranger's value into the model."""
+    with pytest.raises(UserError, match=f"field '{name}' is not honored here; remove it"):
+        from_ouro_config({**PUBLISHED, name: 7})
+
+
+@pytest.mark.parametrize("name", ["hiden_size", "num_hidden_layer", "rope_tehta", "tie_word_embedding", "head_dims"])
+def test_a_misspelled_field_is_corrected(name):
+    with pytest.raises(UserError, match=f"field '{name}' is not honored here; did you mean '"):
+        from_ouro_config({**PUBLISHED, name: 7})
 
 
 def test_a_llama_has_the_shape_of_a_looped_model():
