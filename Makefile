@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := JAX_PLATFORMS=cpu $(BIN)/python
 
-.PHONY: demo test coverage test-slow test-transformers4 lint types bench setup torch clean
+.PHONY: demo test coverage test-slow test-transformers4 test-wheel lint types bench setup torch clean
 
 # PyTorch and what runs our exported models. The older transformers lies beside the newer one, to be put before it.
 TORCH := torch==2.13.0 transformers==5.23.0 peft==0.21.2 accelerate==1.15.0
@@ -14,19 +14,30 @@ TRANSFORMERS4 := transformers==4.57.6 huggingface-hub==0.36.0 tokenizers==0.22.1
 demo: $(VENV)/ready  ## the main job on two CPU cores: corpus, tokenizer, Stage I and II, evaluation, text
 	$(RUN) -m experiments.demo --out runs/demo
 
-PYTEST := -m pytest tests -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder
+PYTEST := -m pytest tests --durations=20 --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/ready-dev  ## the default test suite
-	$(RUN) $(PYTEST)
+	$(RUN) $(PYTEST) -m "not slow"
 
 coverage: $(VENV)/ready-dev  ## the same, counting the lines that it runs, which takes longer
-	$(RUN) $(PYTEST) --cov --cov-report=term:skip-covered
+	$(RUN) $(PYTEST) -m "not slow" --cov --cov-report=term:skip-covered
 
 test-slow: $(VENV)/ready-dev  ## the tests that take minutes
-	$(RUN) -m pytest tests -m slow
+	$(RUN) $(PYTEST) -m slow
 
 test-transformers4: $(VENV)/ready-dev $(VENV)/ready-torch  ## the tests that run transformers, on its version 4
 	PYTHONPATH=$(VENV)/transformers4 $(RUN) -m pytest tests -m transformers
+
+WHEEL := build/wheel
+
+test-wheel:  ## build the wheel, install it with what it declares where nothing else is, and run every command once
+	rm -rf build
+	$(PYTHON) -m venv $(WHEEL)/env
+	$(WHEEL)/env/bin/pip install --quiet --upgrade pip
+	$(WHEEL)/env/bin/pip wheel --quiet --no-deps --wheel-dir $(WHEEL) .
+	$(WHEEL)/env/bin/pip install --quiet $(WHEEL)/looplm_jax-*.whl
+	$(WHEEL)/env/bin/python tests/install/every_command.py $(WHEEL)/env/bin/looplm
+	rm -rf build
 
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """Eight fake devices and strict promotion, for every test; set before anything imports JAX."""
 
 import os
+import signal
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # The programs of the tests run for moments, so what counts is the time to compile them.
@@ -16,6 +17,10 @@ from jaxtyping import install_import_hook
 # Arguments and results of every function are checked against the shapes that its signature names.
 CHECKED = ("models", "halting", "losses", "sharding", "training", "evaluation")
 install_import_hook([f"looplm_jax.{package}" for package in CHECKED], "shape_checks.checked")
+
+# A job in the background (`nohup`, some CI runners) inherits SIGINT as ignored, and so would every process of a test.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "allow")

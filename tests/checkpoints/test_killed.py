@@ -2,13 +2,13 @@
 
 import os
 import random
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import jax.numpy as jnp
 from checkpoint_cases import assert_identical
+from processes import running
 from saver_program import abstract_state, metadata_of, state_of
 
 from looplm_jax.checkpoints import CheckpointStore
@@ -21,7 +21,7 @@ ENVIRONMENT = {**os.environ, "XLA_FLAGS": ONE_DEVICE, "JAX_PLATFORMS": "cpu"}
 
 
 def start(folder, *arguments):
-    return subprocess.Popen(
+    return running(
         [sys.executable, str(PROGRAM), str(folder), *arguments],
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from full_disk import files_of_at_most
+from processes import running
 
 from looplm_jax.checkpoints import inspect_steps
 from looplm_jax.cli.main import main
@@ -172,17 +173,13 @@ def test_a_signal_ends_it_cleanly(number, here, capsys):
         "".join(json.dumps({"text": f"{n} {text}"}) + "\n" for n in range(2000) for text in TEXTS)
     )
     command = [sys.executable, "-m", "looplm_jax.cli.main", "tokenize", "a.jsonl", "--out", "out"]
-    process = subprocess.Popen(
-        [*command, "--tokenizer", "t.model", *LENGTH, "--workers", "2"],
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    while not list(Path().glob("out/.unfinished/*")):
-        assert process.poll() is None
-        time.sleep(0.01)
-    os.killpg(process.pid, number)  # as a terminal does, workers included
-    _, printed = process.communicate(timeout=30)
+    command += ["--tokenizer", "t.model", *LENGTH, "--workers", "2"]
+    with running(command, stderr=subprocess.PIPE, text=True) as process:
+        while not list(Path().glob("out/.unfinished/*")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        os.killpg(process.pid, number)  # as a terminal does, workers included
+        _, printed = process.communicate(timeout=30)
     assert process.returncode == 128 + number
     assert printed.splitlines()[-1] == f"looplm: stopped by {number.name}; the same command goes on from there"
     assert len(printed.splitlines()) == 2

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from processes import running
 
 from looplm_jax.convert.output_folder import fresh_folder
 from looplm_jax.errors import UserError
@@ -144,10 +145,9 @@ with fresh_folder(sys.argv[1]) as staging:
 @pytest.fixture
 def half_way(tmp_path):
     """A process that is writing `out`."""
-    with subprocess.Popen([sys.executable, "-c", HALF_WAY, tmp_path / "out"], stdout=subprocess.PIPE, text=True) as it:
+    with running([sys.executable, "-c", HALF_WAY, tmp_path / "out"], stdout=subprocess.PIPE, text=True) as it:
         assert it.stdout.readline() == "half\n"
         yield it
-        it.kill()
 
 
 def test_two_processes_do_not_write_one_folder(tmp_path, half_way):

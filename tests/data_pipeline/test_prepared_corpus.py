@@ -11,6 +11,7 @@ import time
 import pytest
 from data_helpers import make_texts, write_jsonl
 from prepared_helpers import Silent, content, order, prepared, segments, texts_of
+from processes import running
 
 from looplm_jax.config import OnBadRecord, RecordKind, SourceConfig
 from looplm_jax.data.documents import Message
@@ -114,13 +115,12 @@ def test_a_killed_command_goes_on(whole, files, tokenizer, tmp_path):
     names = [str(path) for path in files]
     helpers = os.path.dirname(__file__)
     script.write_text(SCRIPT.format(tests=helpers, tokenizer=str(tmp_path / "t.model"), out=str(out), files=names))
-    process = subprocess.Popen([sys.executable, script], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    while not list(out.glob("units/*.json")):
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stderr.close()
+    with running([sys.executable, script], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        while not list(out.glob("units/*.json")):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
     assert not (out / "manifest.json").exists()
     prepared(tokenizer, out, *files)
     assert content(out) == content(whole)

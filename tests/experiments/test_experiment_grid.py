@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from processes import running
 from rich.console import Console
 
 from experiments import command
@@ -199,7 +200,7 @@ def stopped_in_the_second_cell(arguments):
     """A process of its own, and what it said."""
     command = [sys.executable, "-m", "looplm_jax.cli.main", *arguments]
     said = []
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+    with running(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
         for line in process.stderr:
             said.append(line)
             if "compiling" in line and any("cell 2 of 2" in earlier for earlier in said):

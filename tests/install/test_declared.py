@@ -1,0 +1,61 @@
+"""What the library imports is what `setup.cfg` declares, and nothing else."""
+
+import ast
+import configparser
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+# Distributions whose modules have other names.
+MODULES = {"orbax-checkpoint": "orbax", "protobuf": "google"}
+# Never imported by us: what fsspec needs for gs:// and http://.
+PLUGINS = {"gcsfs", "aiohttp"}
+# A dependency of lm_eval, imported where lm_eval is.
+THEIRS = {"tqdm"}
+
+
+def module_of(requirement: str) -> str:
+    name = re.match(r"[\w.-]+", requirement).group()
+    return MODULES.get(name, name.replace("-", "_"))
+
+
+def declared() -> tuple[set[str], set[str]]:
+    """The modules of the requirements, and those of all extras that users install."""
+    options = configparser.ConfigParser()
+    options.read(ROOT / "setup.cfg")
+    lines = options["options"]["install_requires"].split("\n")
+    extras = (
+        line for name, text in options["options.extras_require"].items() if name != "dev" for line in text.split("\n")
+    )
+    return {module_of(line) for line in lines if line}, {module_of(line) for line in extras if line}
+
+
+def imported(package: str) -> set[str]:
+    """The top-level modules that any file of a package imports, anywhere in it."""
+    found = set()
+    for path in (ROOT / package).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                found.add(node.module.partition(".")[0])
+    return found - set(sys.stdlib_module_names) - {"looplm_jax", "experiments"}
+
+
+def test_every_import_is_declared():
+    required, extras = declared()
+    assert imported("looplm_jax") - required - extras - THEIRS == set()
+    assert imported("experiments") - required - extras == set()
+
+
+def test_everything_declared_is_imported():
+    required, extras = declared()
+    ours = imported("looplm_jax")
+    assert required - ours == set()
+    assert extras - ours - PLUGINS - required == set()
+
+
+def test_every_folder_of_modules_is_a_package():
+    folders = {path.parent for name in ("looplm_jax", "experiments") for path in (ROOT / name).rglob("*.py")}
+    assert [folder for folder in sorted(folders) if not (folder / "__init__.py").exists()] == []

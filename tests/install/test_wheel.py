@@ -1,0 +1,67 @@
+"""A regular install, from the wheel, holds what the repository holds, and works far from it."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ("looplm_jax", "experiments")
+IMPORT_ALL = """
+import importlib, pkgutil, looplm_jax
+names = [module.name for module in pkgutil.walk_packages(looplm_jax.__path__, "looplm_jax.")]
+for name in names:
+    if ".torch_model" not in name and ".harness" not in name:  # those need an extra
+        importlib.import_module(name)
+print(looplm_jax.__file__)
+"""
+
+
+def files(folder: Path) -> set[str]:
+    return {
+        str(path.relative_to(folder))
+        for source in SOURCES
+        for path in (folder / source).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts and "results" not in path.parts
+    }
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel of the sources, built from a copy: a build leaves files behind."""
+    copy = tmp_path_factory.mktemp("sources")
+    for name in SOURCES:
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "--wheel-dir", copy / "dist", copy], check=True, capture_output=True)
+    (built,) = (copy / "dist").glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """A folder that holds the contents of the wheel, as an install puts them."""
+    site = tmp_path_factory.mktemp("site")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    return site
+
+
+def test_the_wheel_holds_every_file(installed):
+    assert files(ROOT) - files(installed) == set()
+    assert files(installed) - files(ROOT) == set()
+
+
+def test_every_module_is_imported_from_the_wheel(installed, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    ran = subprocess.run(
+        [sys.executable, "-c", IMPORT_ALL], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert Path(ran.stdout.strip()).is_relative_to(installed)

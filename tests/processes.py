@@ -1,0 +1,19 @@
+"""Processes that tests start. None outlives its test."""
+
+import contextlib
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+
+@contextlib.contextmanager
+def running(command: list[Any], **options: Any) -> Iterator[subprocess.Popen]:
+    """Starts a process in a session of its own, and kills it and its children at the end of the block."""
+    with subprocess.Popen(list(map(str, command)), start_new_session=True, **options) as process:
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
