@@ -5,9 +5,10 @@ import errno
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 from etils import epath
 from etils.epath import backend
@@ -17,8 +18,12 @@ from looplm_jax.errors import UserError
 NO_SPACE = "no space left on the disk"
 AnyPath: TypeAlias = Path | epath.Path  # on this disk, or in a bucket
 
+WAITS = (0.2, 1.0, 3.0)  # seconds before each new attempt at a read that the disk refused
+
 _BUCKET = "gs://"
 _LONGEST = 200
+
+T = TypeVar("T")
 
 
 def any_path(path: str | os.PathLike[str]) -> AnyPath:
@@ -58,6 +63,20 @@ def forget_listing(path: AnyPath) -> None:
     """Clients of buckets keep lists of what they saw there, and others write as well."""
     if in_bucket(path):
         backend.fsspec_backend.fs(path).invalidate_cache()
+
+
+def retried(read: Callable[[], T], passing: type[Exception] | tuple[type[Exception], ...] = OSError) -> T:
+    """What `read` returns, tried again after each of `WAITS` where it raises an error that may pass.
+
+    Raises:
+      Exception: the error of the last attempt, or one of another kind.
+    """
+    for wait in WAITS:
+        try:
+            return read()
+        except passing:
+            time.sleep(wait)
+    return read()
 
 
 def refusal(error: Exception, path: AnyPath) -> str | None:

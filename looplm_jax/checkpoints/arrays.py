@@ -7,7 +7,10 @@ print tracebacks from their threads. Here each read is a future of its own, and 
 import collections
 import contextlib
 import dataclasses
+import errno
 import math
+import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,8 +19,17 @@ import tensorstore as ts
 from etils import epath
 from jaxtyping import Array
 
-from looplm_jax.checkpoints.errors import DamagedError, brief
+from looplm_jax.checkpoints.errors import DamagedError, UnreadableError, brief
+from looplm_jax.checkpoints.paths import kvstore
+from looplm_jax.sharding.platform import require_platform
 
+OS_ERROR = re.compile(r"(?:os_error_code='|OS error )(\d+)")  # in the messages of TensorStore
+
+# How TensorStore names what it finds wrong in files; whatever else it says is about the way to them.
+_FOUND_IN_FILES = ("DATA_LOSS", "FAILED_PRECONDITION", "INVALID_ARGUMENT", "NOT_FOUND", "OUT_OF_RANGE", "UNIMPLEMENTED")
+_ERRORS_OF_TENSORSTORE = (ValueError, IndexError, OverflowError, NotImplementedError, OSError)
+_STATUS = re.compile(r"([A-Z_]+): ")
+_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 _READ_AHEAD = 2**28  # bytes; the largest arrays come first, so that the rest of memory is still free
 
 
@@ -40,8 +52,11 @@ def load(folder: epath.Path, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[s
     """The named arrays below `folder`, in the shardings of `targets`; without one, on the first device.
 
     Raises:
-      DamagedError: an array is missing, unreadable, or of another shape or dtype.
+      DamagedError: an array is missing, altered, or of another shape or dtype.
+      UnreadableError: the disk or the bucket refused to give it.
+      UserError: JAX cannot use the platform that it was told to.
     """
+    require_platform()  # one that is not here is no fault of the files
     context = ts.Context()
     opened = {name: ts.open(_spec(folder, name), open=True, read=True, context=context) for name in targets}
     waiting = collections.deque(sorted(targets, key=lambda name: _bytes(targets[name]), reverse=True))
@@ -63,14 +78,12 @@ def _bytes(target: jax.ShapeDtypeStruct) -> int:
 
 
 def _spec(folder: epath.Path, name: str) -> dict[str, Any]:
-    path = str(folder)
-    base = path if "://" in path else f"file://{folder.resolve()}"
-    return {"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
+    return {"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": kvstore(folder), "path": f"{name}/"}}
 
 
 def _start(store: ts.TensorStore, target: jax.ShapeDtypeStruct) -> _Read:
     if store.shape != target.shape or store.dtype.numpy_dtype != target.dtype:
-        raise ValueError(f"it is {store.dtype.name}{list(store.shape)}")
+        raise DamagedError(f"it is {store.dtype.name}{list(store.shape)}")
     sharding = target.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     indices = {repr(index): index for index in sharding.addressable_devices_indices_map(target.shape).values()}
     parts = {key: store[index].read() for key, index in indices.items()}
@@ -79,10 +92,26 @@ def _start(store: ts.TensorStore, target: jax.ShapeDtypeStruct) -> _Read:
 
 @contextlib.contextmanager
 def _naming(name: str) -> Iterator[None]:
-    """TensorStore and NumPy raise errors of many kinds for damaged files; a lack of memory is not among them."""
+    """TensorStore raises errors of many kinds; only their messages tell damaged files from a disk that refuses."""
     try:
         yield
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise
-    except Exception as error:
+    except DamagedError as error:
+        raise DamagedError(f"array {name} cannot be read ({error})") from error
+    except _ERRORS_OF_TENSORSTORE as error:
+        refused = _refusal(error)
+        if refused is not None:
+            raise UnreadableError(f"array {name} cannot be read ({refused})") from error
         raise DamagedError(f"array {name} cannot be read ({brief(error)})") from error
+
+
+def _refusal(error: Exception) -> str | None:
+    """Why the disk or the bucket refused to give a file, or None if it gave what is wrong."""
+    if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+        return error.strerror or brief(error)
+    code = OS_ERROR.search(str(error))
+    if code is not None:
+        return None if int(code[1]) in _NO_FILE else os.strerror(int(code[1]))
+    status = _STATUS.match(str(error))
+    return None if status is None or status[1] in _FOUND_IN_FILES else brief(error)

@@ -1,4 +1,4 @@
-"""What can be wrong with a step: it cannot be trusted, or it could not be saved."""
+"""What can be wrong with a step: it is damaged, of another version, cannot be read for now, or could not be saved."""
 
 from looplm_jax.errors import UserError
 
@@ -6,7 +6,21 @@ _LONGEST = 200
 
 
 class DamagedError(Exception):
-    """A step, or a part of it, is missing, unreadable or altered. The message says which part.
+    """A step, or a part of it, is missing or altered: its files say so. The message says which part.
+
+    Callers of this package see a `UserError` in its place.
+    """
+
+
+class OtherVersionError(Exception):
+    """A step is whole, and another version of this package wrote it. The message says which format it has.
+
+    Callers of this package see a `UserError` in its place.
+    """
+
+
+class UnreadableError(Exception):
+    """The disk or the bucket refused to give a part of a step, which says nothing about what the files hold.
 
     Callers of this package see a `UserError` in its place.
     """

@@ -6,7 +6,6 @@ They go on writing for a moment, and each then finds the event loop of Orbax clo
 import contextlib
 import dataclasses
 import gc
-import shutil
 import sys
 import time
 import warnings
@@ -15,7 +14,7 @@ from typing import Any
 
 from etils import epath
 
-from looplm_jax.checkpoints.step import StepFolder, list_steps
+from looplm_jax.checkpoints.step import StepFolder, delete, list_steps
 
 _LONGEST_SECONDS = 30.0
 _QUIET_SECONDS = 0.5
@@ -61,7 +60,8 @@ def remove_failed(folder: epath.Path, step: int) -> None:
     left = True
     while left and time.monotonic() < deadline:
         for unfinished in _unfinished(folder, step):
-            shutil.rmtree(unfinished.path, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                delete(unfinished)
         time.sleep(_QUIET_SECONDS)
         left = bool(_unfinished(folder, step))
 

@@ -7,22 +7,33 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from looplm_jax.checkpoints.errors import DamagedError
-from looplm_jax.checkpoints.metadata import ArrayRecord, Metadata
+from looplm_jax.checkpoints.errors import DamagedError, OtherVersionError, UnreadableError
+from looplm_jax.checkpoints.metadata import ArrayRecord, Metadata, Sidecar
 from looplm_jax.checkpoints.reading import candidates
 from looplm_jax.checkpoints.step import StepFolder, read_arrays, read_sidecar
 from looplm_jax.checkpoints.tree import below
+from looplm_jax.files import retried
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """What one step holds. `damage` says which part is damaged; `metadata` is None where it cannot be read."""
+    """What one step holds; `metadata` is None where it cannot be read.
+
+    `damage` says which part is damaged, `unknown` why nothing can be said of the step: the disk refused it, or another
+    version wrote it. Both are None where it is sound.
+    """
 
     step: int
-    damage: str | None
+    damage: str | None = None
+    unknown: str | None = None
     permanent: bool = False
     metadata: Metadata | None = None
     arrays: dict[str, ArrayRecord] = dataclasses.field(default_factory=dict)
+
+    @property
+    def problem(self) -> str | None:
+        """What is wrong with the step, as the end of a sentence about it."""
+        return f"is damaged: {self.damage}" if self.damage else self.unknown
 
     @property
     def parameters(self) -> int:
@@ -41,6 +52,7 @@ class StepReport:
         return {
             "step": self.step,
             "damage": self.damage,
+            "unknown": self.unknown,
             "permanent": self.permanent,
             "parameters": self.parameters,
             "bytes": self.bytes,
@@ -63,23 +75,30 @@ def inspect_steps(path: str, *, step: int | None = None) -> list[StepReport]:
 
 
 def _inspect(folder: StepFolder) -> StepReport:
+    sidecar: Sidecar | None = None
+    damage = unknown = None
     try:
-        sidecar = read_sidecar(folder)
+        sidecar = retried(lambda: read_sidecar(folder), UnreadableError)
+        for name, record in sidecar.arrays.items():
+            _read(folder, name, record, sidecar.arrays)
     except DamagedError as error:
-        return StepReport(step=folder.step, damage=str(error))
+        damage = str(error)
+    except OtherVersionError as error:
+        unknown = str(error)
+    except UnreadableError as error:
+        unknown = f"could not be checked: {error}"
+    if sidecar is None:
+        return StepReport(step=folder.step, damage=damage, unknown=unknown)
     return StepReport(
         step=folder.step,
-        damage=_damage(folder, sidecar.arrays),
+        damage=damage,
+        unknown=unknown,
         permanent=sidecar.permanent,
         metadata=sidecar.metadata,
         arrays=sidecar.arrays,
     )
 
 
-def _damage(folder: StepFolder, records: dict[str, ArrayRecord]) -> str | None:
-    for name, record in records.items():
-        try:
-            read_arrays(folder, {name: jax.ShapeDtypeStruct(record.shape, jnp.dtype(record.dtype))}, records)
-        except DamagedError as error:
-            return str(error)
-    return None
+def _read(folder: StepFolder, name: str, record: ArrayRecord, records: dict[str, ArrayRecord]) -> None:
+    target = jax.ShapeDtypeStruct(record.shape, jnp.dtype(record.dtype))
+    retried(lambda: read_arrays(folder, {name: target}, records), UnreadableError)

@@ -1,4 +1,4 @@
-"""The newest good step: what is damaged is named and passed over."""
+"""The latest valid step: one that is damaged, or of another version, is named and passed over."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -6,16 +6,16 @@ from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
-from etils import epath
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from looplm_jax.checkpoints.errors import DamagedError
+from looplm_jax.checkpoints.errors import DamagedError, OtherVersionError, UnreadableError
 from looplm_jax.checkpoints.metadata import ArrayRecord, Metadata, Sidecar
+from looplm_jax.checkpoints.paths import checkpoint_path
 from looplm_jax.checkpoints.step import StepFolder, list_steps, read_arrays, read_sidecar
 from looplm_jax.checkpoints.tree import below, flatten, unflatten
 from looplm_jax.errors import UserError
-from looplm_jax.files import any_path, reading
+from looplm_jax.files import reading, retried
 
 _SHOWN = 3
 
@@ -24,13 +24,14 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DamagedStep:
-    """A step that was passed over, and which part of it is damaged."""
+    """A step that was passed over: which part of it is damaged, or that it is whole and of another version."""
 
     step: int
     why: str
+    other_version: bool = False
 
     def __str__(self) -> str:
-        return f"step {self.step} is damaged: {self.why}"
+        return f"step {self.step} {self.why}" if self.other_version else f"step {self.step} is damaged: {self.why}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,7 +100,7 @@ def candidates(path: str, step: int | None = None) -> list[StepFolder]:
     Raises:
       UserError: there is none.
     """
-    given = epath.Path(any_path(path))
+    given = checkpoint_path(path)
     with reading(given):
         nested = list_steps(given / "checkpoints") or list_steps(given)
         folders = nested or [found for found in list_steps(given.parent) if found.path == given]
@@ -115,17 +116,33 @@ def candidates(path: str, step: int | None = None) -> list[StepFolder]:
 def newest_good(folders: Sequence[StepFolder], read: Callable[[StepFolder], T]) -> Found[T]:
     """What `read` returns for the first folder that it finds undamaged.
 
+    What the disk or the bucket refuses is asked for again. A step that still cannot be read is not passed over:
+    nothing says that it is damaged, and what is older is less.
+
     Raises:
-      UserError: there is none.
+      UserError: there is none, or the disk refuses one.
     """
-    damaged: list[DamagedStep] = []
+    passed_over: list[DamagedStep] = []
     for folder in folders:
         try:
-            return Found(value=read(folder), damaged=tuple(damaged))
+            return Found(value=retried(lambda: read(folder), UnreadableError), damaged=tuple(passed_over))  # noqa: B023
         except DamagedError as error:
-            damaged.append(DamagedStep(step=folder.step, why=str(error)))
-    reasons = "; ".join(str(step) for step in damaged)
-    raise UserError(f"no good checkpoint in {folders[0].path.parent}: {reasons}; restore a copy, or start anew")
+            passed_over.append(DamagedStep(step=folder.step, why=str(error)))
+        except OtherVersionError as error:
+            passed_over.append(DamagedStep(step=folder.step, why=str(error), other_version=True))
+        except UnreadableError as error:
+            raise UserError(
+                f"{folder.path}: {error}; nothing says that this step is damaged and nothing was changed: try again, "
+                "or move the folder elsewhere to use the step before"
+            ) from None
+    reasons = "; ".join(str(step) for step in passed_over)
+    raise UserError(f"no good checkpoint in {folders[0].path.parent}: {reasons}; {_remedy(passed_over)}")
+
+
+def _remedy(passed_over: Sequence[DamagedStep]) -> str:
+    if any(step.other_version for step in passed_over):
+        return "install the version of looplm_jax that wrote it"
+    return "restore a copy, or start anew"
 
 
 def restore(

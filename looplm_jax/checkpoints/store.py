@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-from etils import epath
 
-from looplm_jax.checkpoints.errors import DamagedError, SaveError
+from looplm_jax.checkpoints.errors import DamagedError, OtherVersionError, SaveError, UnreadableError
 from looplm_jax.checkpoints.failed_save import leave_echoes_unheard
 from looplm_jax.checkpoints.metadata import Metadata
+from looplm_jax.checkpoints.paths import checkpoint_path
 from looplm_jax.checkpoints.reading import Restored, candidates, restore
 from looplm_jax.checkpoints.step import (
     StepFolder,
@@ -19,6 +19,7 @@ from looplm_jax.checkpoints.step import (
     delete,
     list_steps,
     read_sidecar,
+    set_aside,
     start_writing,
     write_failure,
 )
@@ -37,16 +38,22 @@ class CheckpointStore:
     """The folder `<run>/checkpoints`, owned by one run. A step is there as a whole, or not at all.
 
     The newest `keep` steps are kept, and the permanent ones besides. An older step is deleted only after a newer one is
-    committed. In a run of many processes each makes a store of the same folder and calls it at the same points.
+    committed. What this store could not restore is deleted only where it was damaged; a step of another version stays,
+    under another name once a step of its number is saved. In a run of many processes each makes a store of the same
+    folder and calls it at the same points.
+
+    Raises:
+      UserError: no checkpoint can be kept in a folder of this name.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, keep: int, asynchronous: bool = True):
-        self._folder = epath.Path(folder)
+        self._folder = checkpoint_path(folder)
         self._keep = keep
         self._asynchronous = asynchronous
         self._pending: _Pending | None = None
         self._current: int | None = None
         self._damaged: frozenset[int] = frozenset()
+        self._other_version: frozenset[int] = frozenset()
         self._is_abandoned = False
 
     def save(self, step: int, state: Any, metadata: Metadata, *, permanent: bool = False) -> None:
@@ -70,6 +77,7 @@ class CheckpointStore:
         with self._naming_failed_writes(step):
             self._require_newest(step)
             self._sweep()
+            self._set_aside(step)
             path = self._folder / str(step)
             writing = start_writing(path, flatten(state), metadata, permanent=permanent)
         self._pending = _Pending(step=step, writing=writing)
@@ -99,7 +107,7 @@ class CheckpointStore:
         Another process was refused, and Orbax waits for it for long. What that thread does in the end is no harm.
         """
         store = CheckpointStore(self._folder, keep=self._keep, asynchronous=self._asynchronous)
-        store._current, store._damaged = self._current, self._damaged
+        store._current, store._damaged, store._other_version = self._current, self._damaged, self._other_version
         self._is_abandoned, self._pending = True, None
         return store
 
@@ -126,14 +134,16 @@ class CheckpointStore:
         folders = candidates(os.fspath(self._folder), step)
         restored = restore(folders, lambda sidecar: describe(sidecar.metadata))
         self._current = restored.step
-        self._damaged = frozenset(damaged.step for damaged in restored.damaged)
+        self._damaged = frozenset(passed.step for passed in restored.damaged if not passed.other_version)
+        self._other_version = frozenset(passed.step for passed in restored.damaged if passed.other_version)
         return restored
 
     def _committed(self) -> list[StepFolder]:
         return [folder for folder in list_steps(self._folder) if folder.committed]
 
     def _good(self) -> list[StepFolder]:
-        return [folder for folder in self._committed() if folder.step not in self._damaged]
+        passed_over = self._damaged | self._other_version
+        return [folder for folder in self._committed() if folder.step not in passed_over]
 
     def _require_newest(self, step: int) -> None:
         newest = max((folder.step for folder in self._good()), default=-1)
@@ -148,6 +158,14 @@ class CheckpointStore:
         for folder in list_steps(self._folder):
             if not folder.committed and jax.process_index() == 0:
                 delete(folder)
+
+    def _set_aside(self, step: int) -> None:
+        """A whole step of another version makes room for one that this version saves."""
+        if step in self._other_version and jax.process_index() == 0:
+            for folder in self._committed():
+                if folder.step == step:
+                    set_aside(folder)
+        self._other_version -= {step}
 
     def _delete_old(self) -> None:
         self._damaged -= {self._current}
@@ -188,8 +206,8 @@ class CheckpointStore:
 
 
 def _is_permanent(folder: StepFolder) -> bool:
-    """A step whose metadata is damaged is kept: nothing of value is deleted by mistake."""
+    """A step whose metadata cannot be read is kept: nothing of value is deleted by mistake."""
     try:
         return read_sidecar(folder).permanent
-    except DamagedError:
+    except (DamagedError, OtherVersionError, UnreadableError):
         return True

@@ -11,6 +11,7 @@ from jaxtyping import Array
 
 from looplm_jax.checkpoints.failed_save import echoes_unheard, remove_failed
 from looplm_jax.checkpoints.metadata import ArrayRecord, Metadata
+from looplm_jax.checkpoints.paths import checkpoint_path
 from looplm_jax.checkpoints.reading import DamagedStep, candidates, newest_good
 from looplm_jax.checkpoints.step import StepFolder, read_arrays, read_sidecar, start_writing, write_failure
 from looplm_jax.errors import UserError
@@ -56,7 +57,7 @@ def write_whole(folder: Path, whole: WholeStep) -> None:
     Raises:
       UserError: the disk refused it. Nothing of it remains.
     """
-    path = epath.Path(folder.absolute()) / "checkpoints" / str(whole.step)
+    path = checkpoint_path(folder) / "checkpoints" / str(whole.step)
     with echoes_unheard():
         reason = _write(path, whole)
         if reason is not None:

@@ -23,7 +23,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the summary; status 2 if a step is damaged."""
+    """Print the summary; status 2 if a step is damaged or cannot be checked."""
     from looplm_jax.data.prepared.folder import is_prepared
 
     if is_prepared(arguments.checkpoint):
@@ -37,22 +37,23 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps([report.to_json() for report in reports], indent=2))
     else:
         _print(arguments.checkpoint, reports)
-    damaged = [report for report in reports if report.damage]
-    for report in damaged:
-        print(f"looplm: step {report.step} is damaged: {report.damage}", file=sys.stderr)
-    return 2 if damaged else 0
+    unsound = [report for report in reports if report.problem]
+    for report in unsound:
+        print(f"looplm: step {report.step} {report.problem}", file=sys.stderr)
+    return 2 if unsound else 0
 
 
 def _print(path: str, reports: "list[StepReport]") -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table("step", "stage", "parameters", "bytes", "kept", "state")
     for report in reversed(reports):
         stage = report.metadata.extra.get("stage", "") if report.metadata else ""
         kept = "always" if report.permanent else "while new"
-        state = "[red]damaged" if report.damage else "[green]sound"
-        table.add_row(str(report.step), stage, f"{report.parameters:,}", f"{report.bytes:,}", kept, state)
+        state = "[red]damaged" if report.damage else "[yellow]unknown" if report.unknown else "[green]sound"
+        table.add_row(str(report.step), escape(stage), f"{report.parameters:,}", f"{report.bytes:,}", kept, state)
     Console(highlight=False).print(table)
     newest = next((report.metadata for report in reports if report.metadata), None)
     if newest is not None:

@@ -12,7 +12,7 @@ from looplm_jax.sharding.mesh import (
     partition,
     use_mesh,
 )
-from looplm_jax.sharding.platform import target_kind, target_platform
+from looplm_jax.sharding.platform import require_platform, target_kind, target_platform
 from looplm_jax.sharding.processes import place_rows, process_rows, to_host
 from looplm_jax.sharding.sequences import heads_from_devices, heads_to_devices, sequence_shards
 from looplm_jax.sharding.tokens import on_own_tokens
@@ -32,6 +32,7 @@ __all__ = [
     "partition",
     "place_rows",
     "process_rows",
+    "require_platform",
     "sequence_shards",
     "target_kind",
     "target_platform",

@@ -7,6 +7,7 @@ import os
 from etils import epath
 
 from looplm_jax.checkpoints import check_same_run
+from looplm_jax.checkpoints.paths import checkpoint_path
 from looplm_jax.codec import from_dict, to_dict
 from looplm_jax.config import Recipe
 from looplm_jax.errors import UserError
@@ -49,9 +50,11 @@ def check_folder(path: str | os.PathLike[str], recipe: Recipe) -> RunFolder:
     """The folder of this run: a new one, or the one that an earlier process of the same run left. Nothing is written.
 
     Raises:
-      UserError: the folder holds another run, or files that are no run, or cannot be reached.
+      UserError: the folder holds another run, or files that are no run, or cannot be reached, or no checkpoint can be
+        kept under its name.
     """
     folder = RunFolder(path=any_path(path))
+    checkpoint_path(folder.checkpoints)
     with reading(folder.path):
         _check_folder(folder, recipe)
     return folder

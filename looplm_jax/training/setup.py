@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from looplm_jax.checkpoints import CheckpointStore, Metadata, check_same_run, read_metadata
-from looplm_jax.codec import from_dict, to_dict
+from looplm_jax.codec import to_dict
 from looplm_jax.config import DataConfig, Recipe
 from looplm_jax.data.corpus import Corpus, open_corpus
 from looplm_jax.data.pipeline import check_fit
@@ -177,8 +177,7 @@ def _restore(
     wanted = {**to_dict(recipe), "tokenizer": tokenizer.fingerprint}
 
     def describe(metadata: Metadata) -> TrainState:
-        config = to_dict(from_dict(Recipe, metadata.config))  # with the defaults of fields that are newer than it
-        saved = {**config, "tokenizer": metadata.tokenizer_fingerprint}
+        saved = {**to_dict(metadata.saved_recipe()), "tokenizer": metadata.tokenizer_fingerprint}
         check_same_run(str(folder.path), saved, wanted)
         index = stages.index(metadata.extra["stage"])
         return abstract_state(recipe, model, recipe.stages[index], meshes[index])

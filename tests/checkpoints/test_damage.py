@@ -1,11 +1,17 @@
-"""Damage is caught and named, and the newest good step is used."""
+"""Damage is caught and named, and the newest good step is used. What only cannot be read is not called damaged."""
 
+import hashlib
+import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 from checkpoint_cases import abstract, assert_identical, make_metadata, make_state, step_folder
 
-from looplm_jax.checkpoints import CheckpointStore, arrays, read_metadata
+from looplm_jax import files as looplm_files
+from looplm_jax.checkpoints import CheckpointStore, arrays, inspect_steps, read_metadata
 from looplm_jax.checkpoints.step import delete
 from looplm_jax.errors import UserError
 
@@ -166,3 +172,176 @@ def test_a_lack_of_memory_is_not_taken_for_damage(folder, monkeypatch):
     monkeypatch.setattr(arrays, "_start", open_array)
     with pytest.raises(MemoryError):
         CheckpointStore(folder, keep=2).restore(abstract(make_state()))
+
+
+def refuse(path):
+    """From now on the disk refuses to open the file, as one does that is damaged or whose server is away."""
+    path.rename(path.with_name("hidden"))
+    path.symlink_to(path)
+
+
+def give_again(path):
+    path.unlink()
+    path.with_name("hidden").rename(path)
+
+
+REFUSED = {
+    "metadata": lambda step: step / "sidecar" / "data.json",
+    "index": lambda step: step / "state" / "manifest.ocdbt",
+    "arrays": lambda step: largest(step / "state"),
+}
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    monkeypatch.setattr(looplm_files, "WAITS", (0.0, 0.0))
+
+
+@pytest.mark.parametrize("part", REFUSED)
+def test_a_step_that_the_disk_refuses_is_neither_passed_over_nor_deleted(folder, at_once, part):
+    path = REFUSED[part](folder / "3")
+    refuse(path)
+    store = CheckpointStore(folder, keep=1)
+    with pytest.raises(
+        UserError, match=r"3: .* cannot be read \(Too many levels .*\); nothing says .* is damaged"
+    ) as error:
+        store.restore(abstract(make_state()))
+    assert "\n" not in str(error.value)
+    report = inspect_steps(str(folder), step=3)[0]
+    assert report.damage is None
+    assert report.problem.startswith("could not be checked: ")
+    give_again(path)
+    assert store.restore(abstract(make_state())).step == 3
+
+
+@pytest.mark.parametrize("part", REFUSED)
+def test_a_refusal_that_passes_is_waited_for(folder, monkeypatch, part):
+    path = REFUSED[part](folder / "3")
+    refuse(path)
+    waited = []
+
+    def sleep(seconds):
+        waited.append(seconds)
+        if len(waited) == 2:
+            give_again(path)
+
+    monkeypatch.setattr(looplm_files.time, "sleep", sleep)
+    assert_good_or_named(folder, path)
+    assert CheckpointStore(folder, keep=3).restore(abstract(make_state())).step == 3
+    assert waited == list(looplm_files.WAITS[:2])
+
+
+def test_a_mark_of_commit_that_the_disk_refuses_is_not_taken_for_missing(folder, at_once):
+    """Else the step would be swept away as one that was never finished."""
+    refuse(folder / "3" / "commit_success.txt")
+    store = CheckpointStore(folder, keep=3)
+    with pytest.raises(OSError, match="Too many levels"):
+        store.steps()
+    with pytest.raises(UserError, match="Too many levels"):
+        store.save(4, make_state(4), make_metadata(4))
+    give_again(folder / "3" / "commit_success.txt")
+    assert store.steps() == [1, 2, 3]
+
+
+def test_an_old_step_that_the_disk_refuses_is_not_deleted(folder, at_once):
+    refuse(folder / "1" / "sidecar" / "data.json")
+    store = CheckpointStore(folder, keep=2)
+    store.save(4, make_state(4), make_metadata(4))
+    store.close()
+    assert store.steps() == [1, 3, 4]
+
+
+def revise(step, edit):
+    """The metadata of a step with other fields, under a right checksum, as another version may write it."""
+    path = step / "sidecar" / "data.json"
+    body = json.loads(json.loads(path.read_text())["body"])
+    edit(body)
+    text = json.dumps(body)
+    path.write_text(json.dumps({"body": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}))
+
+
+def first_array(body):
+    return next(iter(body["arrays"].values()))
+
+
+OTHER_VERSIONS = {
+    r"\(format 2; this version reads format 1\)": lambda body: body.update(format=2),
+    r"\(format '1'; ": lambda body: body.update(format="1"),
+    "unknown field 'newer'": lambda body: body.update(newer=1),
+    "no field 'permanent'": lambda body: body.pop("permanent"),
+    "field 'extra' has another type": lambda body: body.update(extra=None),
+    "field 'config' has another type": lambda body: body.update(config=[]),
+    "'data_state' is empty": lambda body: body.update(data_state=[]),
+    "'extra.stage' has another type": lambda body: body["extra"].update(stage=1),
+    "'tokenizer' is not base64": lambda body: body.update(tokenizer="é"),
+    "unknown field 'unit' of array ": lambda body: first_array(body).update(unit="m"),
+    "no field 'digest' of array ": lambda body: first_array(body).pop("digest"),
+    "unknown dtype 'float6' of array ": lambda body: first_array(body).update(dtype="float6"),
+    "no shape is 'shape' of array ": lambda body: first_array(body).update(shape=[-1]),
+}
+
+
+@pytest.mark.parametrize("why", OTHER_VERSIONS)
+def test_a_step_of_another_version_is_named_as_such_and_the_one_before_is_used(folder, why):
+    revise(folder / "3", OTHER_VERSIONS[why])
+    passed_over = assert_good_or_named(folder, why).damaged
+    assert passed_over[0].other_version
+    with pytest.raises(UserError, match=f"step 3 was written by another version of looplm_jax .*{why}.*install the"):
+        CheckpointStore(folder, keep=3).restore(abstract(make_state()), 3)
+    assert inspect_steps(str(folder), step=3)[0].problem.startswith("was written by another version")
+
+
+def test_a_step_of_another_version_is_never_deleted(folder):
+    revise(folder / "3", OTHER_VERSIONS["unknown field 'newer'"])
+    (folder / "3" / "kept").touch()
+    store = CheckpointStore(folder, keep=1)
+    store.restore(abstract(make_state()))
+    store.save(3, make_state(3), make_metadata(3))
+    store.save(4, make_state(4), make_metadata(4))
+    store.close()
+    assert (folder / "3.set-aside-1" / "kept").exists()
+    assert store.steps() == [4]
+
+
+def test_a_step_from_before_formats_were_named_is_read(folder):
+    revise(folder / "3", lambda body: body.pop("format"))
+    assert assert_good_or_named(folder, "no format").step == 3
+
+
+@pytest.mark.parametrize("change", ["deleted as old", "written anew", "swept"])
+def test_a_step_that_is_a_link_is_never_written_or_deleted_through(pristine, folder, tmp_path, change):
+    other = shutil.copytree(pristine, tmp_path / "other")
+    if change == "written anew":
+        revise(other / "3", OTHER_VERSIONS["unknown field 'newer'"])
+        (other / "3" / "state" / "manifest.ocdbt").unlink()
+    if change == "swept":
+        (other / "3" / "commit_success.txt").unlink()
+    before = {path: path.read_bytes() for path in files(other)}
+    number = "1" if change == "deleted as old" else "3"
+    shutil.rmtree(folder / number)
+    (folder / number).symlink_to(other / number)
+    store = CheckpointStore(folder, keep=1)
+    assert store.restore(abstract(make_state())).step == (3 if change == "deleted as old" else 2)
+    step = 4 if change == "deleted as old" else 3
+    store.save(step, make_state(step), make_metadata(step))
+    store.close()
+    assert {path: path.read_bytes() for path in files(other)} == before
+    assert store.steps() == [step]
+    assert not (folder / str(step)).is_symlink()
+
+
+def test_a_link_that_leads_nowhere_is_no_step_and_gives_way(folder, tmp_path):
+    (folder / "4").symlink_to(tmp_path / "gone")
+    store = CheckpointStore(folder, keep=3)
+    store.save(4, make_state(4), make_metadata(4))
+    store.close()
+    assert_identical(store.restore(abstract(make_state()), 4).state, make_state(4))
+    assert not (tmp_path / "gone").exists()
+
+
+def test_a_platform_that_is_not_here_is_not_taken_for_damage(folder):
+    program = f"from looplm_jax.checkpoints import inspect_steps; inspect_steps({str(folder)!r})"
+    environment = {**os.environ, "JAX_PLATFORMS": "cuda", "PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert "UserError: JAX cannot use the platform 'cuda' here" in ended.stderr
+    assert "damaged" not in ended.stderr

@@ -1,0 +1,74 @@
+"""Paths of checkpoints. Every name that a disk takes is taken literally, or refused before anything is written."""
+
+import glob
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+from etils.epath import gpath
+
+from looplm_jax.errors import UserError
+from looplm_jax.files import any_path, in_bucket
+
+_FORBIDDEN_IN_BUCKETS = re.compile(r"[\x00-\x1f\x7f#?*\[\]\\]")
+
+
+class _LocalPath(gpath.PosixGPath):
+    """A path on this disk in which `*` and `[` are letters, and `/gs/…` is a folder like any other."""
+
+    @property
+    def _uri_scheme(self) -> str | None:
+        return None
+
+    def glob(self, pattern: str) -> Iterator["_LocalPath"]:
+        """The entries below this folder that match; the folder's own name is no pattern."""
+        return (self._new(found) for found in glob.iglob(os.path.join(glob.escape(os.fspath(self)), pattern)))
+
+
+def checkpoint_path(path: str | os.PathLike[str]) -> epath.Path:
+    """An absolute path at which checkpoints can be written and read.
+
+    Raises:
+      UserError: a URL of another kind than gs://, or a name that TensorStore, Orbax or Cloud Storage cannot keep.
+    """
+    given = any_path(path)
+    if in_bucket(given):
+        return _bucket_path(epath.Path(given))
+    return _local_path(os.path.abspath(given))
+
+
+def kvstore(folder: epath.Path) -> dict[str, Any]:
+    """TensorStore's specification of a folder; a URL would need escapes."""
+    text = os.fspath(folder)
+    if not in_bucket(folder):
+        return {"driver": "file", "path": f"{text}/"}
+    bucket, _, path = text.removeprefix("gs://").partition("/")
+    return {"driver": "gcs", "bucket": bucket, "path": f"{path}/"}
+
+
+def _bucket_path(path: epath.Path) -> epath.Path:
+    found = _FORBIDDEN_IN_BUCKETS.search(os.fspath(path))
+    if found:
+        raise UserError(f"{os.fspath(path)!r} has {found[0]!r} in its name, which tools for buckets misread; rename it")
+    return path
+
+
+def _local_path(path: str) -> epath.Path:
+    reason = _reason_against(path)
+    if reason:
+        raise UserError(f"{path!r} {reason}, so no checkpoint can be kept there; rename the folder or choose another")
+    return _LocalPath(path)
+
+
+def _reason_against(path: str) -> str | None:
+    if "\\" in path:
+        return "has a backslash in its name, which TensorStore reads as a slash"
+    if "gs:/" in path:
+        return "has 'gs:/' in it, which Orbax reads as the name of a bucket"
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return "is not UTF-8"
+    return None
