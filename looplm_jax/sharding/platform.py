@@ -32,6 +32,6 @@ def require_platform() -> None:
         named = jax.config.values["jax_platforms"]
         reason = " ".join(str(error).split()) or "it is not installed, or has no device"
         raise UserError(
-            f"JAX cannot use the platform {jax.config.values['jax_platforms']!r} here ({reason}); "
+            f"JAX cannot use the platform {named!r} here ({reason}); "
             "set JAX_PLATFORMS to one that is here, such as cpu, or unset it"
         ) from None
