@@ -14,6 +14,7 @@ from experiments.results_files import read_results, show, write_results
 from looplm_jax.cli.interrupts import leave
 from looplm_jax.errors import UserError, suggest
 from looplm_jax.evaluation.tables import Table
+from looplm_jax.files import pasted
 from looplm_jax.training.signals import Stopped
 
 
@@ -35,7 +36,7 @@ def run_experiment(arguments: argparse.Namespace) -> int:
     grid = Grid(folder=out, experiment=name, scale=scale.value)
     grid.open()
     console = Console(stderr=True, highlight=False)
-    again = f"looplm experiment {name} --scale {scale.value}"
+    again = f"looplm experiment {name} --scale {scale.value} --out {pasted(out)}"
     try:
         outcome = grid.run(cells, functools.partial(experiment.run, console=console), share, console.print)
     except Stopped as stopped:

@@ -5,6 +5,7 @@ import errno
 import importlib.util
 import logging
 import os
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,6 +47,12 @@ def any_path(path: str | os.PathLike[str]) -> AnyPath:
 def in_bucket(path: AnyPath) -> bool:
     """Whether it is an object, or the beginning of the names of objects, rather than a file or a folder."""
     return os.fspath(path).startswith(_BUCKET)
+
+
+def pasted(path: str | os.PathLike[str]) -> str:
+    """A path as it is typed in a shell, also where it looks like a flag."""
+    text = os.fspath(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 def absolute(path: AnyPath) -> AnyPath:

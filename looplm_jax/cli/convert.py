@@ -7,7 +7,6 @@ looplm convert from-dense SmolLM2-135M runs/looped          # a Llama becomes th
 """
 
 import argparse
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -154,4 +153,6 @@ def _finish(summary: object, then: str) -> None:
 
 
 def _quoted(path: Path) -> str:
-    return shlex.quote(str(path))
+    from looplm_jax.files import pasted
+
+    return pasted(path)

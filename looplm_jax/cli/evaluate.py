@@ -65,7 +65,9 @@ def _configure_tasks(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--limit", type=int, metavar="N", help="only the first N documents of each task")
     group.add_argument("--num-fewshot", type=int, metavar="K", help="examples before each question")
-    group.add_argument("--include-path", metavar="DIR", help="a folder with YAML files of other tasks, whose code is run")
+    group.add_argument(
+        "--include-path", metavar="DIR", help="a folder with YAML files of other tasks, whose code is run"
+    )
     group.add_argument("--batch-size", type=int, metavar="N", help="requests at one time (default: 8)")
     group.add_argument(
         "--max-length", type=int, metavar="N", help="tokens that the model reads (default: all its positions)"

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import json
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from looplm_jax.errors import UserError
 from looplm_jax.evaluation.evaluate import Evaluation, evaluate
 from looplm_jax.evaluation.plots import plot_depths, plot_exits
 from looplm_jax.evaluation.tables import depth_table, exit_table
+from looplm_jax.files import pasted
 from looplm_jax.loading import Loaded, load
 from looplm_jax.sharding import use_mesh
 
@@ -40,7 +40,7 @@ def run_evaluation(arguments: argparse.Namespace) -> int:
     written = _write(out, evaluation, about)
     print(f"wrote {', '.join(written)} to {out}")
     best = evaluation.depths.best_loops
-    print(f"next: looplm generate {shlex.quote(arguments.checkpoint)} --prompt 'Once' --exit loops={best}")
+    print(f"next: looplm generate {pasted(arguments.checkpoint)} --prompt 'Once' --exit loops={best}")
     return 0
 
 

@@ -12,6 +12,7 @@ from looplm_jax.cli.generation_views import ColourView, JsonView, PlainView, Sto
 from looplm_jax.cli.interrupts import interrupt_calls
 from looplm_jax.convert.tokenizer_files import stop_ids
 from looplm_jax.errors import UserError
+from looplm_jax.files import pasted
 from looplm_jax.halting import ExitPolicy, QExit
 from looplm_jax.inference import Engine, Finish, Request, Result, Ticket
 from looplm_jax.inference.kv_cache import bucket
@@ -114,7 +115,11 @@ def _next_command(arguments: argparse.Namespace, policy: ExitPolicy, loaded: Loa
     """The same prompt by the other kind of exit, to compare."""
     other = f"loops={loaded.model.config.loops}" if isinstance(policy, QExit) else "q=0.5"
     if arguments.prompt_file is not None:
-        prompt = f"--prompt-file {shlex.quote(arguments.prompt_file)}"
+        prompt = f"--prompt-file {pasted(arguments.prompt_file)}"
     else:
-        prompt = " ".join(f"--prompt {shlex.quote(text)}" for text in arguments.prompt)
-    return f"looplm generate {shlex.quote(arguments.checkpoint)} {prompt} --exit {other}"
+        prompt = " ".join(map(_prompt_flag, arguments.prompt))
+    return f"looplm generate {pasted(arguments.checkpoint)} {prompt} --exit {other}"
+
+
+def _prompt_flag(text: str) -> str:
+    return f"--prompt{'=' if text.startswith('-') else ' '}{shlex.quote(text)}"

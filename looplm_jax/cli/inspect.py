@@ -7,7 +7,6 @@ looplm inspect runs/text-small
 
 import argparse
 import json
-import shlex
 import sys
 from typing import TYPE_CHECKING
 
@@ -48,6 +47,8 @@ def _print(path: str, reports: "list[StepReport]") -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from looplm_jax.files import pasted
+
     table = Table("step", "stage", "parameters", "bytes", "kept", "state")
     for report in reversed(reports):
         stage = report.metadata.extra.get("stage", "") if report.metadata else ""
@@ -60,4 +61,4 @@ def _print(path: str, reports: "list[StepReport]") -> None:
         model = ", ".join(f"{name}={value}" for name, value in newest.config["model"].items())
         print(f"recipe {newest.config['name']}: {model}")
         print(f"tokenizer {newest.tokenizer_kind}, sha256 {newest.tokenizer_fingerprint[:16]}…")
-    print(f"next: looplm evaluate {shlex.quote(path)}")
+    print(f"next: looplm evaluate {pasted(path)}")

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -13,6 +14,7 @@ from looplm_jax.cli.interrupts import leave
 from looplm_jax.cli.plan_tables import print_search, print_stage
 from looplm_jax.config import Recipe, Stage
 from looplm_jax.errors import UserError, suggest
+from looplm_jax.files import pasted
 from looplm_jax.planning.search import Candidate, search
 from looplm_jax.planning.stage_plan import StagePlan, plan_stage
 from looplm_jax.planning.targets import HERE, Target, find_target
@@ -126,6 +128,7 @@ def _next(request: PlanRequest, fits: bool) -> str:
     if not fits:
         return "next: the same command with one of the changes above, or --search"
     if request.search:
-        return f"next: looplm plan {request.given} --topology {request.topology} with the flags you like best"
-    where = "" if request.topology == HERE else f" on {request.topology}"
-    return f"next: looplm train --recipe {request.given} --data.root YOUR_DATA{where}, with the same flags"
+        command = f"looplm plan {pasted(request.given)} --topology {shlex.quote(request.topology)}"
+        return f"next: {command}  # with the flags you like best"
+    where = "" if request.topology == HERE else f"on {request.topology}, "
+    return f"next: looplm train --recipe {pasted(request.given)} --data.root YOUR_DATA  # {where}with the same flags"

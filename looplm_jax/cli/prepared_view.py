@@ -1,7 +1,6 @@
 """A prepared corpus as `looplm inspect` shows it: its manifest, in a form that people read."""
 
 import json
-import shlex
 
 from rich.console import Console
 from rich.table import Table
@@ -9,6 +8,7 @@ from rich.table import Table
 from looplm_jax.codec import to_dict
 from looplm_jax.data.prepared.manifest import Manifest, Shard
 from looplm_jax.data.prepared.reading import open_prepared
+from looplm_jax.files import pasted
 
 
 def show_prepared(path: str, *, as_json: bool) -> int:
@@ -27,7 +27,7 @@ def show_prepared(path: str, *, as_json: bool) -> int:
         f"left out: {left_out.bad_records:,} bad records, {left_out.overlapping:,} overlapping evaluations"
         f"{_in_brackets(plan.decontaminate)}, {left_out.near_duplicates:,} near-duplicates"
     )
-    print(f"next: looplm tokenize --verify --out {shlex.quote(path)}")
+    print(f"next: looplm tokenize --verify --out {pasted(path)}")
     return 0
 
 

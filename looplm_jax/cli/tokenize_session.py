@@ -82,7 +82,7 @@ def _say_what_was_written(manifest: Manifest, out: str) -> None:
 def _next_command(manifest: Manifest, out: str) -> str:
     """A command that trains the default recipe on it, with the fields that must differ."""
     recipe, plan = named_recipe("text-small"), manifest.plan
-    command = ["looplm", "train", "--data", out]
+    command = ["looplm", "train", "--data", f"./{out}" if out.startswith("-") else out]
     if any(stage.sequence_length != plan.sequence_length for stage in recipe.stages):
         command += ["--stage.sequence_length", str(plan.sequence_length)]
     if recipe.model.max_positions < plan.sequence_length:

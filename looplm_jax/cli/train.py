@@ -87,7 +87,14 @@ def run(arguments: argparse.Namespace) -> int:
     )
     profile = ProfiledSteps.parse(arguments.profile_steps) if arguments.profile_steps else None
     options = Options(told=told, profile=profile, wandb_project=arguments.wandb)
-    return run_training(recipe, any_path(arguments.out or f"runs/{recipe.name}"), options)
+    return run_training(recipe, any_path(arguments.out or _default_folder(recipe)), options)
+
+
+def _default_folder(recipe: Recipe) -> str:
+    """The folder of a run that was given none. Raises UserError where it would not lie in `runs`."""
+    if recipe.name in ("", ".", "..") or "/" in recipe.name or "\0" in recipe.name:
+        raise UserError(f"the recipe's name {recipe.name!r} is not that of a folder; say --out, or set another --name")
+    return f"runs/{recipe.name}"
 
 
 def _recipe(arguments: argparse.Namespace) -> Recipe:

@@ -8,7 +8,7 @@ from looplm_jax.config import Recipe, Stage
 from looplm_jax.errors import UserError
 from looplm_jax.evaluation.plots import plot_training
 from looplm_jax.evaluation.tables import Table
-from looplm_jax.files import AnyPath, in_bucket, write_atomically
+from looplm_jax.files import AnyPath, in_bucket, pasted, write_atomically
 from looplm_jax.models.looplm import count_params
 from looplm_jax.training.goodput import summary, total_seconds, warnings
 from looplm_jax.training.metrics import read_metrics
@@ -45,14 +45,23 @@ def write_run_report(folder: AnyPath, recipe: Recipe) -> list[str]:
         *(f"* {line}" for line in warnings(total_seconds(rows))),
         "",
     ]
-    lines += ["## Next", "", "```", evaluate_command(folder), f"looplm generate {folder} --prompt 'Once'", "```", ""]
+    lines += [
+        "## Next",
+        "",
+        "```",
+        evaluate_command(folder),
+        f"looplm generate {pasted(folder)} --prompt 'Once'",
+        "```",
+        "",
+    ]
     write_atomically(folder / "report.md", "\n".join(lines).encode())
     return written
 
 
 def evaluate_command(folder: AnyPath) -> str:
     """What to type to evaluate a run; of one in a bucket, to a folder on this disk."""
-    return f"looplm evaluate {folder}" + (f" --out {folder.name}-evaluation" if in_bucket(folder) else "")
+    out = f" --out {pasted(f'{folder.name}-evaluation')}" if in_bucket(folder) else ""
+    return f"looplm evaluate {pasted(folder)}{out}"
 
 
 def _figure(rows: Sequence[Mapping[str, Any]]) -> bytes | None:
