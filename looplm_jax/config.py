@@ -285,6 +285,22 @@ def sources_like(paths: Iterable[str], known: Iterable[SourceConfig]) -> tuple[S
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ReadLimits:
+    """What a data file may ask for, so that no file takes all memory or all of the disk."""
+
+    record_bytes: int = _field(
+        "longest line, ArrayRecord record or uncut text file; a longer one is a bad record", 2**26
+    )
+    compression_ratio: int = _field("a compressed file may hold so many times its own bytes, and always 1 GiB", 256)
+    window_bytes: int = _field("largest Zstandard window; the default is what `zstd --long=31` makes", 2**31)
+    row_group_bytes: int = _field("largest row group of Parquet, counting the column that is read, decompressed", 2**32)
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            _require(value >= 1, f"data.limits.{name} must be at least 1, not {value}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where tokens come from."""
 
@@ -296,6 +312,7 @@ class DataConfig:
     validation_fraction: float = _field("share of documents held out, chosen by a hash of their text", 0.02)
     seed: int = _field("seed of the order of documents", 0)
     on_bad_record: OnBadRecord = _field("what a record that cannot be read does", OnBadRecord.STOP)
+    limits: ReadLimits = dataclasses.field(default_factory=ReadLimits)
 
     def __post_init__(self) -> None:
         fraction = self.validation_fraction

@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 import shlex
+import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,12 @@ AnyPath: TypeAlias = Path | epath.Path  # on this disk, or in a bucket
 WAITS = (0.2, 1.0, 3.0)  # seconds before each new attempt at a read that the disk refused
 
 _BUCKET = "gs://"
+_SPECIAL_FILES = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 _LONGEST = 200
 
 T = TypeVar("T")
@@ -58,6 +65,39 @@ def pasted(path: str | os.PathLike[str]) -> str:
 def absolute(path: AnyPath) -> AnyPath:
     """The same place, whatever the current folder."""
     return path.absolute() if isinstance(path, Path) else path
+
+
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Does nothing for a regular file, a folder, or what is not on this disk.
+
+    Raises:
+      UserError: the path is a named pipe, a socket or a device. To read one may take forever, or all memory.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return  # whoever opens it says why
+    kind = _SPECIAL_FILES.get(stat.S_IFMT(mode))
+    if kind:
+        raise UserError(f"{os.fspath(path)} is {kind}, not a file; give a regular file")
+
+
+def read_text(path: AnyPath) -> str:
+    """Returns the text of a UTF-8 file, without a byte order mark.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      UserError: it is not a regular file, cannot be read, or is not UTF-8.
+    """
+    check_regular(path)
+    if isinstance(path, Path) and not path.exists():
+        raise FileNotFoundError(path)
+    with reading(path):
+        content = path.read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it to UTF-8") from None
 
 
 def make_folder(path: AnyPath) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from looplm_jax.errors import UserError
 
-_FREE = ("compute", "mesh", "checkpoint", "evaluation", "guard", "log_every", "description", "data.root")
+_FREE = ("compute", "mesh", "checkpoint", "evaluation", "guard", "log_every", "description", "data.root", "data.limits")
 _SHOWN = 5
 
 
@@ -25,7 +25,7 @@ def check_same_run(folder: str, saved: dict[str, Any], wanted: dict[str, Any]) -
     differing = [
         f"{path}: {before.get(path, 'absent')}, now {now.get(path, 'absent')}"
         for path in {**before, **now}
-        if before.get(path) != now.get(path) and path.split(".")[0] not in _FREE and path not in _FREE
+        if before.get(path) != now.get(path) and not any(f"{path}.".startswith(f"{free}.") for free in _FREE)
     ]
     if differing:
         more = f"; and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""

@@ -8,7 +8,8 @@ The same command again goes on where it stopped, however that was, with any numb
 
 import argparse
 
-from looplm_jax.config import DataConfig, OnBadRecord, RecordKind, SourceConfig
+from looplm_jax.codec import leaves
+from looplm_jax.config import DataConfig, OnBadRecord, ReadLimits, RecordKind, SourceConfig
 from looplm_jax.errors import UserError
 
 
@@ -61,6 +62,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         help="leave out documents that are so much like an earlier one, 0.8 for example (default: keep all)",
     )
+    for leaf in leaves(ReadLimits()):
+        parser.add_argument(
+            f"--data.limits.{leaf.path}",
+            type=int,
+            metavar="N",
+            default=leaf.value,
+            dest=f"limit_{leaf.path}",
+            help=f"{leaf.help} (default: %(default)s)",
+        )
     parser.add_argument("--verify", action="store_true", help="read every shard again; without sources, do only that")
 
 
@@ -81,6 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
             decontaminate=tuple(arguments.decontaminate),
             ngram=arguments.ngram,
             near_duplicates=arguments.near_duplicates,
+            limits=ReadLimits(**{leaf.path: getattr(arguments, f"limit_{leaf.path}") for leaf in leaves(ReadLimits())}),
         )
         status = prepare_corpus(order, arguments.out, arguments.workers)
         if status or not arguments.verify:

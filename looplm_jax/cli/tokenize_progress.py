@@ -37,6 +37,10 @@ class TokenizeProgress:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
+    def say(self, line: str) -> None:
+        """Shows a line above the bar."""
+        self._console.print(line)
+
     def begin(self, what: str, *, bytes: int, done: int) -> None:
         """A pass over all units begins: so many bytes of files, of which so many were done before."""
         self._what, self._total, self._done, self._before = what, bytes, done, done

@@ -28,7 +28,8 @@ def prepare_corpus(order: Order, out: str, workers: int | None) -> int:
     before = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with TokenizeProgress() as progress:
-            manifest = prepare(order, out, workers=workers or os.cpu_count() or 1, watcher=progress)
+            workers = workers or os.cpu_count() or 1
+            manifest = prepare(order, out, workers=workers, watcher=progress, say=progress.say)
     except _Stopped as stopped:
         number = stopped.number
         print(f"looplm: stopped by {number.name}; the same command goes on from there", file=sys.stderr)

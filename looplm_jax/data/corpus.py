@@ -3,14 +3,15 @@
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 
 from looplm_jax.config import DataConfig, SourceConfig
 from looplm_jax.data.parts import Part, PreparedPart, TaskPart, TextPart
 from looplm_jax.data.prepared.folder import is_prepared
 from looplm_jax.data.prepared.manifest import read_tokenizer
 from looplm_jax.data.prepared.reading import open_prepared
-from looplm_jax.data.sources import huggingface, open_files
+from looplm_jax.data.sources import Inputs, find_inputs, huggingface, open_files, summarize
 from looplm_jax.data.splits import split_documents
 from looplm_jax.data.tasks.registry import is_task, make_task
 from looplm_jax.data.tokenizers.base import Tokenizer
@@ -62,9 +63,14 @@ class Corpus:
         return self.tasks[0].task.tokenizer if self.tasks else None
 
 
-def open_corpus(data: DataConfig) -> Corpus:
-    """Open every source of a configuration and split its documents. Every file is read once; of what is prepared, only
-    the manifest.
+def open_corpus(data: DataConfig, say: Callable[[str], object] | None = None) -> Corpus:
+    """Returns every source of a configuration, opened and split. Every file is read once.
+
+    Of what is prepared, only the manifest and some of each shard is read (see `check_shards`).
+
+    Args:
+      data: the sources, and how to read them.
+      say: gets one line about the files that are read and those that are left out, before they are read.
 
     Raises:
       UserError: no source, bad data (see `open_files`), an unknown task, an empty part of the split, or sources that
@@ -75,7 +81,12 @@ def open_corpus(data: DataConfig) -> Corpus:
     prepared = _open_prepared(data)
     if prepared:
         return Corpus(config=data, texts=(), tasks=(), prepared=prepared)
-    texts = tuple(_open_text(data, source) for source in data.sources if not is_task(source.path))
+    located = [_located(data, source) for source in data.sources if not is_task(source.path)]
+    found = [find_inputs(source.path, source, data.limits) for source in located]
+    if say is not None and found:
+        say(summarize(found))
+    sources = (source for source in data.sources if not is_task(source.path))
+    texts = tuple(itertools.starmap(functools.partial(_open_text, data), zip(sources, located, found, strict=True)))
     tasks = tuple(TaskPart(source, make_task(source.path)) for source in data.sources if is_task(source.path))
     _check_split(data, texts)
     _check_one_vocabulary(texts, tasks)
@@ -89,9 +100,12 @@ def locate(root: str, path: str) -> str:
     return f"{root.rstrip('/')}/{path}"
 
 
-def _open_text(data: DataConfig, config: SourceConfig) -> TextPart:
-    located = dataclasses.replace(config, path=locate(data.root, config.path))
-    source = open_files(located, on_bad_record=data.on_bad_record)
+def _located(data: DataConfig, source: SourceConfig) -> SourceConfig:
+    return dataclasses.replace(source, path=locate(data.root, source.path))
+
+
+def _open_text(data: DataConfig, config: SourceConfig, located: SourceConfig, files: Inputs) -> TextPart:
+    source = open_files(located, on_bad_record=data.on_bad_record, files=files)
     split = split_documents(source.keys, data.validation_fraction)
     if len(split.train) == 0:
         raise UserError(

@@ -15,7 +15,7 @@ from looplm_jax.data.tokenizers.base import Tokenizer
 from looplm_jax.errors import UserError
 
 # They do not change the order of the tokens; the tokeniser counts by its fingerprint, not by its place.
-_IRRELEVANT = ("tokenizer", "on_bad_record")
+_IRRELEVANT = ("tokenizer", "on_bad_record", "limits")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ def stream_identity(corpus: Corpus, tokenizer: Tokenizer, geometry: Geometry, se
     config = {
         f"data.{leaf.path}": getattr(leaf.value, "value", leaf.value)
         for leaf in leaves(corpus.config)
-        if leaf.path not in _IRRELEVANT
+        if leaf.path.partition(".")[0] not in _IRRELEVANT
     }
     return {
         **config,

@@ -72,7 +72,7 @@ def prepare(
     """
     watch = watch or Stopwatch()
     meshes = tuple(stage_mesh(recipe, stage) for stage in recipe.stages)
-    corpora = _open_corpora(recipe)
+    corpora = _open_corpora(recipe, console)
     models = tuple(LoopLM(recipe.model_of(stage), recipe.compute) for stage in recipe.stages)
     store = CheckpointStore(folder.checkpoints, keep=recipe.checkpoint.keep)
     goes_on = bool(store.steps())
@@ -110,12 +110,12 @@ def identities(setup: Setup) -> dict[str, Any]:
     return {"documents": documents, "tokenizer": setup.tokenizer.fingerprint, "position": place}
 
 
-def _open_corpora(recipe: Recipe) -> tuple[Corpus, ...]:
+def _open_corpora(recipe: Recipe, console: Console) -> tuple[Corpus, ...]:
     """What each stage is trained on. A mixture that several stages share is opened, and read, once."""
     opened: dict[DataConfig, Corpus] = {}
     for data in map(recipe.data_of, recipe.stages):
         if data not in opened:
-            opened[data] = open_corpus(data)
+            opened[data] = open_corpus(data, say=console.print)
     corpora = tuple(opened[recipe.data_of(stage)] for stage in recipe.stages)
     for stage, corpus in zip(recipe.stages, corpora, strict=True):
         if corpus.own_tokenizer is not None:

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from looplm_jax.data.sources.bad_records import BadRecord
-from looplm_jax.data.sources.files import DataFile, find_files
+from looplm_jax.data.sources.discovery import find_files
+from looplm_jax.data.sources.files import DataFile
 from looplm_jax.data.sources.records import decode, load_json
 from looplm_jax.errors import UserError, suggest
 
@@ -20,7 +21,7 @@ class EvaluationItem:
 
 def evaluation_files(patterns: Sequence[str]) -> tuple[DataFile, ...]:
     """The files of paths and globs, each once, in the order given. Raises UserError for one that is not there."""
-    return tuple({file.name: file for pattern in patterns for file in find_files(pattern)}.values())
+    return tuple({file.name: file for pattern in patterns for file in find_files(pattern).files}.values())
 
 
 def read_items(file: DataFile, key: str | None = None) -> tuple[EvaluationItem, ...]:

@@ -6,12 +6,12 @@ import json
 from collections.abc import Sequence
 
 from looplm_jax.codec import differences, from_dict
-from looplm_jax.config import OnBadRecord, RecordKind, SourceConfig
+from looplm_jax.config import OnBadRecord, ReadLimits, RecordKind, SourceConfig
 from looplm_jax.data.chat import tokens_and_mask
 from looplm_jax.data.prepared.folder import MANIFEST, PLAN, SHARD, SIGNATURES, UNFINISHED, PreparedFolder
 from looplm_jax.data.prepared.manifest import Plan, as_json
 from looplm_jax.data.prepared.units import UNIT_BYTES, Unit, describe_inputs
-from looplm_jax.data.sources.files import find_files
+from looplm_jax.data.sources.discovery import find_files
 from looplm_jax.data.tokenizers import JsonTokenizer, Tokenizer
 from looplm_jax.errors import UserError
 
@@ -32,6 +32,7 @@ class Order:
       ngram: words in a row that must be the same.
       near_duplicates: the least similarity to an earlier document at which one is left out; 0: all are kept.
       unit_bytes: about how much a worker does at a time.
+      limits: what a file may ask for.
     """
 
     sources: tuple[SourceConfig, ...]
@@ -43,6 +44,7 @@ class Order:
     ngram: int = 13
     near_duplicates: float = 0.0
     unit_bytes: int = UNIT_BYTES
+    limits: ReadLimits = dataclasses.field(default_factory=ReadLimits)
 
     def __post_init__(self) -> None:
         if self.sequence_length < 1:
@@ -115,7 +117,7 @@ def _read_plan(folder: PreparedFolder) -> Plan:
 
 def _describe_evaluations(order: Order) -> str:
     """The evaluation files in a few words, with a digest of what is in them."""
-    files = [file for pattern in order.decontaminate for file in find_files(pattern)]
+    files = [file for pattern in order.decontaminate for file in find_files(pattern).files]
     if not files:
         return ""
     digest = hashlib.blake2b(digest_size=8)

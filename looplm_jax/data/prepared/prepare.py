@@ -16,7 +16,8 @@ from looplm_jax.data.prepared.signatures import SignUnit, leave_out, signatures_
 from looplm_jax.data.prepared.summary import make_manifest, write_cleaning_report
 from looplm_jax.data.prepared.unit_report import UnitReport, read_report
 from looplm_jax.data.prepared.unit_work import TokenizeUnit, UnitJob
-from looplm_jax.data.prepared.units import Unit, cut
+from looplm_jax.data.prepared.units import Unit, cut, find_all
+from looplm_jax.data.sources import summarize
 
 _READS_AT_ONCE = 16
 
@@ -34,10 +35,19 @@ class Watcher(Protocol):
         """A unit of so many bytes of files is done."""
 
 
-def prepare(order: Order, out: str, *, workers: int, watcher: Watcher) -> Manifest:
-    """Write a prepared corpus, or go on where an earlier process with the same order stopped.
+def prepare(
+    order: Order, out: str, *, workers: int, watcher: Watcher, say: Callable[[str], object] = lambda _: None
+) -> Manifest:
+    """Writes a prepared corpus, or resumes where an earlier process with the same order stopped.
 
     The bytes that are written do not depend on the number of workers, nor on where earlier ones were stopped.
+
+    Args:
+      order: what to prepare.
+      out: the folder, here or at gs://.
+      workers: how many processes do it.
+      watcher: sees the progress.
+      say: gets one line about the files that are read and those that are left out.
 
     Raises:
       UserError: bad input, a folder with other files or of another order, or a place that refuses.
@@ -46,7 +56,9 @@ def prepare(order: Order, out: str, *, workers: int, watcher: Watcher) -> Manife
     ngrams = load_evaluation_ngrams(order.decontaminate, order.ngram) if order.decontaminate else None
     if order.near_duplicates:
         NearDuplicates(order.near_duplicates).check_installed()
-    units = cut(order.sources, order.unit_bytes)
+    found = find_all(order.sources, order.limits)
+    say(summarize(found.values()))
+    units = cut(order.sources, order.unit_bytes, found)
     plan = make_plan(order, units)
     check_folder(folder, plan)
     with folder.only_writer() as scratch:

@@ -3,11 +3,11 @@
 import concurrent.futures
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from looplm_jax.config import SourceConfig
+from looplm_jax.config import ReadLimits, SourceConfig
 from looplm_jax.data.documents import Document
-from looplm_jax.data.sources import BadRecordPolicy, Input, Span, find_inputs, spans
+from looplm_jax.data.sources import BadRecordPolicy, Input, Inputs, Span, find_inputs, spans
 from looplm_jax.data.sources.by_name import format_of
 
 UNIT_BYTES = 64 * 2**20
@@ -50,9 +50,17 @@ class Placed:
     document: Document
 
 
-def cut(sources: Iterable[SourceConfig], unit_bytes: int = UNIT_BYTES) -> tuple[Unit, ...]:
-    """All files of the sources as units of about `unit_bytes`. Raises UserError as `find_inputs` does."""
-    pairs = [(file, source) for source in sources for file in find_inputs(source.path)]
+def find_all(sources: Iterable[SourceConfig], limits: ReadLimits | None = None) -> dict[SourceConfig, Inputs]:
+    """Returns the files of every source. Raises UserError as `find_inputs` does."""
+    return {source: find_inputs(source.path, source, limits) for source in sources}
+
+
+def cut(
+    sources: Iterable[SourceConfig], unit_bytes: int = UNIT_BYTES, found: Mapping[SourceConfig, Inputs] | None = None
+) -> tuple[Unit, ...]:
+    """Returns all files of the sources, or of what `find_all` found for them, as units of about `unit_bytes`."""
+    found = found or find_all(sources)
+    pairs = [(file, source) for source in sources for file in found[source]]
     with concurrent.futures.ThreadPoolExecutor(_FILES_AT_ONCE) as threads:
         parts = threads.map(lambda pair: _parts(pair[0], pair[1], unit_bytes), pairs)
         return tuple(_together((part for file in parts for part in file), unit_bytes))

@@ -2,7 +2,7 @@
 
 from looplm_jax.data.documents import Document
 from looplm_jax.data.sources.bad_records import BadRecordPolicy
-from looplm_jax.data.sources.by_name import Input, find_inputs
+from looplm_jax.data.sources.by_name import Input, Inputs, find_inputs, summarize
 from looplm_jax.data.sources.files import DataFile
 from looplm_jax.data.sources.formats import Span
 from looplm_jax.data.sources.source import FileSource, open_files, scan, spans
@@ -13,9 +13,11 @@ __all__ = [
     "Document",
     "FileSource",
     "Input",
+    "Inputs",
     "Span",
     "find_inputs",
     "open_files",
     "scan",
     "spans",
+    "summarize",
 ]

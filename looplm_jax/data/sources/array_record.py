@@ -11,7 +11,7 @@ from looplm_jax.data.documents import Document
 from looplm_jax.data.sources.bad_records import BadRecord, BadRecordPolicy
 from looplm_jax.data.sources.files import DataFile
 from looplm_jax.data.sources.formats import Found, Span, ranges
-from looplm_jax.data.sources.records import decode, load_json, record_document, value_document
+from looplm_jax.data.sources.records import decode, load_json, record_document, too_long, value_document
 from looplm_jax.data.sources.spooled import SpooledFile
 from looplm_jax.data.sources.tf_example import parse_example
 from looplm_jax.errors import UserError
@@ -47,7 +47,7 @@ class ArrayRecord:
             stop = min(block + _BLOCK, span.end, reader.num_records())
             for number, record in enumerate(_read(file, reader, block, stop), start=block):
                 try:
-                    document = _document(record, encoding, source)
+                    document = _document(record, encoding, source, file.limits.record_bytes)
                 except BadRecord as problem:
                     bad.handle(lambda number=number: f"{file.name}: record {number}", problem)  # type: ignore[misc]
                     continue
@@ -57,12 +57,14 @@ class ArrayRecord:
     def read(self, file: DataFile, source: SourceConfig, place: tuple[int, int]) -> Document:
         """The document of one record; safe from many threads."""
         [record] = _read(file, _opened(file, file.version), place[0], place[0] + 1)
-        return _document(record, _encoding(file, file.version), source)
+        return _document(record, _encoding(file, file.version), source, file.limits.record_bytes)
 
 
-def _document(record: bytes, encoding: Encoding, source: SourceConfig) -> Document:
+def _document(record: bytes, encoding: Encoding, source: SourceConfig, limit: int) -> Document:
+    if len(record) > limit:
+        raise too_long(limit)
     if encoding is Encoding.TEXT and source.kind is RecordKind.TEXT:
-        return value_document(decode(record, "record"), source)
+        return value_document(decode(record, "record", "utf-8-sig"), source)
     if encoding is not Encoding.EXAMPLE:
         return record_document(load_json(record), source)
     features = parse_example(record)
@@ -75,7 +77,7 @@ def _feature(value: bytes | None, name: str, source: SourceConfig) -> Any:
     """What the feature of the source holds: a text, or the messages of a chat as JSON."""
     if name != source.key or value is None:
         return value
-    return load_json(value) if source.kind is RecordKind.CHAT else decode(value, f"feature {name!r}")
+    return load_json(value) if source.kind is RecordKind.CHAT else decode(value, f"feature {name!r}", "utf-8-sig")
 
 
 @functools.lru_cache(maxsize=_OPEN_FILES)

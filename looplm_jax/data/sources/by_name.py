@@ -1,10 +1,15 @@
 """What a path means, and the format of a file, by its name."""
 
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from looplm_jax.config import ReadLimits, SourceConfig
 from looplm_jax.data.sources import huggingface
 from looplm_jax.data.sources.array_record import ArrayRecord
-from looplm_jax.data.sources.files import DataFile, file_system, find_files, readable
+from looplm_jax.data.sources.discovery import describe, find_files
+from looplm_jax.data.sources.files import DataFile, file_system, readable
 from looplm_jax.data.sources.formats import Format
 from looplm_jax.data.sources.jsonl import JsonLines
 from looplm_jax.data.sources.parquet import Parquet
@@ -25,14 +30,60 @@ _FORMATS: dict[str, Format] = {
 }
 
 
-def find_inputs(path: str) -> tuple[Input, ...]:
-    """The files of a path, glob, folder or URL; or a dataset. Raises UserError where there is none."""
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What a path means: the files or the dataset to read, and how many files of which kind are left out."""
+
+    found: tuple[Input, ...]
+    left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[Input]:
+        return iter(self.found)
+
+    def __len__(self) -> int:
+        return len(self.found)
+
+
+def find_inputs(path: str, source: SourceConfig | None = None, limits: ReadLimits | None = None) -> Inputs:
+    """Returns the files of a path, glob, folder or URL; or a dataset.
+
+    Args:
+      path: where they are.
+      source: which field is read, and whether the records are chats; by default texts.
+      limits: of reading.
+
+    Raises:
+      UserError: there is none, or one that cannot be read as data (see `find_files`).
+    """
     if path.startswith(huggingface.PREFIX):
-        return (huggingface.Dataset(path),)
+        return Inputs((huggingface.Dataset(path),))
     with readable(path):
         fs, inner = file_system(path)
         saved = not fs.isfile(inner) and fs.isdir(inner) and huggingface.is_saved_dataset(fs, inner)
-    return (huggingface.Dataset(path),) if saved else tuple(map(_checked, find_files(path)))
+    if saved:
+        return Inputs((huggingface.Dataset(path),))
+    found = find_files(path, source, limits)
+    return Inputs(tuple(map(_checked, found.files)), found.left_out)
+
+
+def summarize(inputs: Iterable[Inputs]) -> str:
+    """Returns one line that says how many files of which kinds are read, and how many are left out."""
+    read, left_out = Counter[str](), Counter[str]()
+    for one in inputs:
+        read.update(map(_kind, one))
+        left_out.update(one.left_out)
+    noun = "file" if sum(read.values()) == 1 else "files"
+    count, _, kinds = describe(read).partition(" ")
+    return f"reading {count} {noun} {kinds}" + (f"; left out {describe(left_out)}" if left_out else "")
+
+
+def _kind(file: Input) -> str:
+    if isinstance(file, huggingface.Dataset):
+        return "dataset"
+    compression = file.compression.value if file.compression else ""
+    if file.content_suffix:
+        return f"{file.content_suffix}{compression} by content"
+    return f"{file.suffix}{compression}" or "text without an ending"
 
 
 def format_of(file: Any) -> Format:

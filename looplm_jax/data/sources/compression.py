@@ -8,11 +8,11 @@ import zlib
 from collections.abc import Iterator
 from typing import IO, Any
 
+from looplm_jax.config import ReadLimits
 from looplm_jax.errors import UserError
 
 _BUFFER_BYTES = 2**20
-_INPUT_BYTES = 2**15  # few, since what comes out can be thousands of times as much
-_LARGEST_WINDOW = 2**31  # what `zstd --long=31` makes
+_ALWAYS_ALLOWED = 2**30  # bytes of content, whatever the ratio
 
 
 class Compression(enum.Enum):
@@ -23,75 +23,155 @@ class Compression(enum.Enum):
 
     @classmethod
     def by_suffix(cls, suffix: str) -> "Compression | None":
-        """The compression that an ending in small letters means."""
+        """Returns the compression that a lower-case ending means."""
         return next((compression for compression in cls if compression.value == suffix), None)
 
 
 @contextlib.contextmanager
-def decompressed(stream: IO[bytes], compression: Compression, name: str) -> Iterator[IO[bytes]]:
-    """The content of a compressed stream, of all its members or frames, in bounded memory.
+def decompressed(
+    stream: IO[bytes], compression: Compression, name: str, size: int | None, limits: ReadLimits
+) -> Iterator[IO[bytes]]:
+    """Yields the content of a compressed stream, of all its members or frames, in bounded memory.
+
+    Args:
+      stream: the compressed bytes.
+      compression: how they are compressed.
+      name: the file, for messages.
+      size: how many compressed bytes there are, if that is known.
+      limits: how much may come out of them.
 
     Raises:
-      UserError: while it is read, where the data end too early or are not what the name says.
+      UserError: while it is read, where the data end too early, are not what the name says, or exceed the limits.
     """
+    raw = gzip.GzipFile(fileobj=stream) if compression is Compression.GZIP else _ZstdStream(stream, limits.window_bytes)
     try:
-        if compression is Compression.GZIP:
-            yield io.BufferedReader(gzip.GzipFile(fileobj=stream), _BUFFER_BYTES)
-        else:
-            yield io.BufferedReader(_ZstdStream(stream), _BUFFER_BYTES)
+        yield io.BufferedReader(_Bounded(raw, name, size, limits.compression_ratio), _BUFFER_BYTES)
     except EOFError:
         raise UserError(f"{name}: the compressed data end too early; copy or download the file again") from None
+    except _WindowTooLarge:
+        raise UserError(
+            f"{name}: needs a Zstandard window of more than {limits.window_bytes:,} bytes; raise "
+            "data.limits.window_bytes, or compress it again without --long"
+        ) from None
     except (gzip.BadGzipFile, zlib.error, _CorruptZstd) as error:
         raise UserError(
             f"{name}: damaged, or not compressed as its name says ({error}); copy or download the file again"
         ) from None
 
 
+class _Bounded(io.RawIOBase):
+    """A stream that ends in a UserError where it holds far more than its compressed size lets one expect."""
+
+    def __init__(self, raw: Any, name: str, size: int | None, ratio: int):
+        self._raw, self._name, self._ratio = raw, name, ratio
+        self._left = None if size is None else max(_ALWAYS_ALLOWED, size * ratio)
+
+    def readable(self) -> bool:
+        """Returns True."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fills the buffer as far as one piece goes; returns 0 at the end."""
+        count = self._raw.readinto(buffer)
+        if self._left is not None:
+            self._left -= count
+            if self._left < 0:
+                raise UserError(
+                    f"{self._name}: holds more than {self._ratio} times its compressed bytes; if that is right, raise "
+                    "data.limits.compression_ratio, else leave the file out"
+                )
+        return count
+
+
 class _CorruptZstd(ValueError):
     """The library's own error, which is not imported before it is needed."""
 
 
+class _WindowTooLarge(ValueError):
+    """A frame asks for more memory than it may."""
+
+
+_ZSTD_FRAME = b"\x28\xb5\x2f\xfd"
+_SKIPPABLE_FRAME = range(0x184D2A50, 0x184D2A60)
+_RLE_BLOCK, _RESERVED_BLOCK = 1, 3
+
+
 class _ZstdStream(io.RawIOBase):
-    """Frame after frame. The library's own reader takes a frame that is cut off for a whole one."""
+    """Frame after frame, block after block.
 
-    def __init__(self, stream: IO[bytes]):
-        import zstandard
+    A block holds at most 128 KiB, however few bytes it takes, so that is what one step adds to memory. The library's
+    own reader takes a frame that is cut off for a whole one.
+    """
 
-        self._stream = stream
-        self._context = zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW)
-        self._error = zstandard.ZstdError
-        self._frame: Any = None
-        self._input = b""
+    def __init__(self, stream: IO[bytes], window: int):
+        self._pieces = _zstd_contents(stream, window)
         self._output = memoryview(b"")
 
     def readable(self) -> bool:
-        """It is."""
+        """Returns True."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Fill the buffer as far as one piece goes; 0 at the end."""
+        """Fills the buffer as far as one piece goes; returns 0 at the end."""
         while not self._output:
-            self._input = self._input or self._stream.read(_INPUT_BYTES)
-            if not self._input:
-                return self._end()
-            self._output = memoryview(self._decompress())
+            piece = next(self._pieces, None)
+            if piece is None:
+                return 0
+            self._output = memoryview(piece)
         count = min(len(buffer), len(self._output))
         buffer[:count], self._output = self._output[:count], self._output[count:]
         return count
 
-    def _decompress(self) -> bytes:
-        if self._frame is None:
-            self._frame = self._context.decompressobj()
-        try:
-            output = self._frame.decompress(self._input)
-        except self._error as error:
-            raise _CorruptZstd(str(error)) from None
-        self._input = self._frame.unused_data if self._frame.eof else b""
-        if self._frame.eof:
-            self._frame = None
-        return output
 
-    def _end(self) -> int:
-        if self._frame is not None:
+def _zstd_contents(stream: IO[bytes], window: int) -> Iterator[bytes]:
+    """Yields the content of all frames, at most a block at a time."""
+    import zstandard
+
+    context = zstandard.ZstdDecompressor(max_window_size=window)
+    while magic := stream.read(4):
+        if len(magic) == 4 and int.from_bytes(magic, "little") in _SKIPPABLE_FRAME:
+            _skip(stream, int.from_bytes(_exactly(stream, 4), "little"))
+            continue
+        if magic != _ZSTD_FRAME[: len(magic)]:
+            raise _CorruptZstd("not a Zstandard frame")
+        frame = context.decompressobj()
+        for piece in _frame_pieces(magic, stream):
+            try:
+                content = frame.decompress(piece)
+            except zstandard.ZstdError as error:
+                raise _WindowTooLarge if "too much memory" in str(error) else _CorruptZstd(str(error)) from None
+            yield content
+
+
+def _frame_pieces(magic: bytes, stream: IO[bytes]) -> Iterator[bytes]:
+    """Yields the bytes of one frame (RFC 8878, 3.1.1): its header, each of its blocks, its checksum."""
+    descriptor = _exactly(stream, 1)
+    content_size, single_segment, dictionary = descriptor[0] >> 6, descriptor[0] >> 5 & 1, descriptor[0] & 3
+    header = (0 if single_segment else 1) + (0, 1, 2, 4)[dictionary] + (single_segment, 2, 4, 8)[content_size]
+    yield magic + descriptor + _exactly(stream, header)
+
+    last = 0
+    while not last:
+        head = _exactly(stream, 3)
+        number = int.from_bytes(head, "little")
+        last, kind, size = number & 1, number >> 1 & 3, number >> 3
+        if kind == _RESERVED_BLOCK:
+            raise _CorruptZstd("a block of an unknown kind")
+        yield head + _exactly(stream, 1 if kind == _RLE_BLOCK else size)
+    if descriptor[0] & 4:
+        yield _exactly(stream, 4)
+
+
+def _exactly(stream: IO[bytes], count: int) -> bytes:
+    content = b""
+    while len(content) < count:
+        piece = stream.read(count - len(content))
+        if not piece:
             raise EOFError
-        return 0
+        content += piece
+    return content
+
+
+def _skip(stream: IO[bytes], count: int) -> None:
+    while count:
+        count -= len(_exactly(stream, min(count, _BUFFER_BYTES)))

@@ -1,7 +1,8 @@
-"""Files by path, glob, folder or fsspec URL."""
+"""A data file, on this disk or at an fsspec URL."""
 
 import contextlib
 import dataclasses
+import errno
 import io
 import os
 import posixpath
@@ -11,14 +12,15 @@ from typing import IO, Any
 
 import fsspec
 
+from looplm_jax.config import ReadLimits
 from looplm_jax.data.sources.compression import Compression, decompressed
 from looplm_jax.errors import UserError
+from looplm_jax.files import check_regular
 
-# What counts in a folder. A `.json` beside the data is more often a description than data; name it to read it.
-KNOWN_SUFFIXES = (".array_record", ".arrayrecord", ".jsonl", ".md", ".ndjson", ".parquet", ".py", ".rst", ".txt")
-_COMPRESSED_SUFFIXES = (".json", ".jsonl", ".md", ".ndjson", ".py", ".rst", ".txt")
 _BUFFER_BYTES = 2**20
+_LARGEST_SMALL_FILE = 2**29
 _SHARD = re.compile(r"-\d+-of-\d+$")  # the number of a shard may stand after the ending
+_QUERY = re.compile(r"\?[^/]*$")  # a server's, which downloads often keep in the name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +29,8 @@ class DataFile:
 
     fs: Any  # fsspec.AbstractFileSystem
     path: str
+    limits: ReadLimits = dataclasses.field(default_factory=ReadLimits)
+    content_suffix: str = ""  # what the content is, where the name does not say so
 
     @property
     def name(self) -> str:
@@ -41,12 +45,17 @@ class DataFile:
     @property
     def compression(self) -> Compression | None:
         """What the content is compressed with, by the last ending of the name."""
-        return Compression.by_suffix(_suffix(self.path))
+        return Compression.by_suffix(suffix(self.path))
 
     @property
     def suffix(self) -> str:
-        """The ending of the name in small letters, with its dot; of a compressed file, the one before the last."""
-        return _suffix(self.path if self.compression is None else posixpath.splitext(self.path)[0])
+        """The lower-case ending of the name, with its dot; of a compressed file, the one before the last."""
+        return self.content_suffix or self.suffix_of_name
+
+    @property
+    def suffix_of_name(self) -> str:
+        """The same, whatever the content is."""
+        return suffix(self.path if self.compression is None else posixpath.splitext(_plain(self.path))[0])
 
     @property
     def in_parts(self) -> bool:
@@ -88,57 +97,48 @@ class DataFile:
         """The content as a stream, decompressed. Raises UserError when it cannot be read."""
         with readable(self.name), self.fs.open(self.path, "rb") as stream:
             if self.compression is not None:
-                with decompressed(stream, self.compression, self.name) as content:
+                source = stream if self.is_local else io.BufferedReader(stream, _BUFFER_BYTES)
+                size = self.fs.size(self.path)
+                with decompressed(source, self.compression, self.name, size, self.limits) as content:
                     yield content
             else:  # fsspec's own files read a whole block for every line
                 yield stream if self.is_local else io.BufferedReader(stream, _BUFFER_BYTES)
 
 
-def find_files(pattern: str) -> tuple[DataFile, ...]:
-    """The files of a path, a glob or a folder (all files of known kinds below it), in sorted order.
+def read_file(path: str) -> bytes:
+    """Returns a whole small file at a path or URL.
 
     Raises:
-      UserError: nothing matches, or the place cannot be reached.
+      UserError: it is not a regular file, is larger than 512 MiB, or cannot be read.
     """
-    with readable(pattern):
-        fs, path = file_system(pattern)
-        paths = _matches(fs, path)
-    if not paths:
-        raise UserError(f"no file matches {pattern!r}; check the path, and quote a glob: --data 'folder/*.jsonl'")
-    return tuple(DataFile(fs, match) for match in sorted(paths))
-
-
-def read_file(path: str) -> bytes:
-    """A whole file at a path or URL. Raises UserError when it cannot be read."""
     with readable(path):
         fs, inner = file_system(path)
+        if "file" in _protocols(fs):
+            check_regular(inner)
+        size = fs.size(inner)
+        if size is not None and size > _LARGEST_SMALL_FILE:
+            raise UserError(f"{path} is larger than {_LARGEST_SMALL_FILE >> 20} MiB; check that it is the right file")
         return fs.cat_file(inner)
 
 
 def file_system(url: str) -> tuple[Any, str]:
-    """The file system of a path or URL, and the path within it. Raises UserError for one that is not installed."""
+    """Returns the file system of a path or URL, and the path within it. Raises UserError for one not installed."""
+    local = os.path.expanduser(url)
+    if os.path.lexists(local):  # whatever characters its name has
+        return fsspec.filesystem("file"), os.path.abspath(local) + "/" * (local.endswith("/") and local != "/")
     try:
         return fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
         raise UserError(f"{url}: {' '.join(str(error).split())}; install what it names, or use a local path") from None
 
 
-def _matches(fs: Any, path: str) -> list[str]:
-    if fs.isfile(path) and not path.endswith("/"):  # first, as HTTP would fetch it whole to see whether it is a folder
-        return [path]
-    if fs.isdir(path):
-        return [found for found in fs.find(path) if _is_known(found)]
-    return [found for found in fs.glob(path) if fs.isfile(found)]
+def suffix(path: str) -> str:
+    """Returns the lower-case ending of a name, with its dot."""
+    return posixpath.splitext(_plain(path))[1].lower()
 
 
-def _is_known(path: str) -> bool:
-    if Compression.by_suffix(_suffix(path)) is None:
-        return _suffix(path) in KNOWN_SUFFIXES
-    return _suffix(posixpath.splitext(path)[0]) in _COMPRESSED_SUFFIXES
-
-
-def _suffix(path: str) -> str:
-    return posixpath.splitext(_SHARD.sub("", path))[1].lower()
+def _plain(path: str) -> str:
+    return _SHARD.sub("", _QUERY.sub("", path))
 
 
 def _protocols(fs: Any) -> tuple[str, ...]:
@@ -153,5 +153,7 @@ def readable(name: str) -> Iterator[None]:
     except FileNotFoundError:
         raise UserError(f"{name}: there is no such file; check the path") from None
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise UserError(f"{name}: cannot be read (too many open files); raise the limit with ulimit -n") from None
         reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{name}: cannot be read ({reason}); check its permissions and its kind") from None

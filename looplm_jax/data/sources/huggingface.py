@@ -53,9 +53,11 @@ class HuggingFace:
         """The documents of a range of rows; a block of them is in memory at a time."""
         column = _column(file, source)
         for block in range(span.start, min(span.end, len(column)), _BLOCK):
-            values = column[block : min(block + _BLOCK, span.end)][source.key]
-            for row, value in enumerate(values, start=block):
+            stop = min(block + _BLOCK, span.end, len(column))
+            for row, value in zip(range(block, stop), _values(column, source.key, block, stop), strict=True):
                 try:
+                    if isinstance(value, BadRecord):
+                        raise value
                     document = value_document(value, source)
                 except BadRecord as problem:
                     bad.handle(lambda row=row: f"{file.name}: row {row}", problem)  # type: ignore[misc]
@@ -66,6 +68,16 @@ class HuggingFace:
     def read(self, file: Dataset, source: SourceConfig, place: tuple[int, int]) -> Document:
         """The document of one row."""
         return value_document(_column(file, source)[place[0]][source.key], source)
+
+
+def _values(column: Any, key: str, start: int, stop: int) -> list[Any]:
+    """Returns the values of some rows; a BadRecord for one that is not UTF-8."""
+    try:
+        return column[start:stop][key]
+    except UnicodeDecodeError as error:
+        if stop - start == 1:
+            return [BadRecord(f"not UTF-8 at byte {error.start} of the text")]
+        return [value for row in range(start, stop) for value in _values(column, key, row, row + 1)]
 
 
 def is_saved_dataset(fs: Any, folder: str) -> bool:

@@ -8,7 +8,7 @@ from looplm_jax.data.documents import Document
 from looplm_jax.data.sources.bad_records import BadRecord, BadRecordPolicy
 from looplm_jax.data.sources.files import DataFile
 from looplm_jax.data.sources.formats import WHOLE, Found, Span, ranges
-from looplm_jax.data.sources.records import load_json, record_document
+from looplm_jax.data.sources.records import check_encoding, load_json, record_document, too_long
 
 _BLOCK = 2**20
 
@@ -23,8 +23,13 @@ class JsonLines:
     def scan(self, file: DataFile, source: SourceConfig, bad: BadRecordPolicy, span: Span) -> Iterator[Found]:
         """The documents of the lines that begin in a range of bytes."""
         with file.open() as stream:
-            for start, line in _lines(stream, span):
+            limit = file.limits.record_bytes
+            for start, line in _lines(stream, span, limit):
+                if start == 0:
+                    check_encoding(line[:2], file.name)
                 try:
+                    if len(line) > limit and not line.endswith(b"\n"):
+                        raise too_long(limit)
                     document = record_document(load_json(line), source) if line.strip() else ""
                 except BadRecord as problem:
                     bad.handle(lambda start=start: f"{file.name}:{_line_number(file, start)}", problem)  # type: ignore[misc]
@@ -37,15 +42,27 @@ class JsonLines:
         return record_document(load_json(file.read(*place)), source)
 
 
-def _lines(stream: IO[bytes], span: Span) -> Iterator[tuple[int, bytes]]:
-    """Lines that begin in the span, each with its place."""
+def _lines(stream: IO[bytes], span: Span, limit: int) -> Iterator[tuple[int, bytes]]:
+    """Yields the lines that begin in the span, each with its place. Of one that is too long, only the beginning."""
     place = span.start
-    if place:  # the line that is under way here belongs to the span before
+    if place:  # the line that contains this byte belongs to the span before
         stream.seek(place - 1)
-        place += len(stream.readline()) - 1
-    while place < span.end and (line := stream.readline()):
+        place += _skip_line(stream) - 1
+    while place < span.end and (line := stream.readline(limit + 1)):
         yield place, line
         place += len(line)
+        if not line.endswith(b"\n"):
+            place += _skip_line(stream)
+
+
+def _skip_line(stream: IO[bytes]) -> int:
+    """Returns how many bytes were left of the line, none of which are kept."""
+    skipped = 0
+    while piece := stream.readline(_BLOCK):
+        skipped += len(piece)
+        if piece.endswith(b"\n"):
+            break
+    return skipped
 
 
 def _line_number(file: DataFile, place: int) -> int:

@@ -38,7 +38,7 @@ class Parquet:
             for group in range(span.start, min(span.end, table.num_row_groups)):
                 for row, value in enumerate(_column(file, table, source, group)):
                     try:
-                        document = value_document(value.as_py(), source)
+                        document = value_document(_as_python(value), source)
                     except BadRecord as problem:
                         bad.handle(lambda group=group, row=row: _where(file, table, group, row), problem)  # type: ignore[misc]
                         continue
@@ -48,7 +48,7 @@ class Parquet:
     def read(self, file: DataFile, source: SourceConfig, place: tuple[int, int]) -> Document:
         """The document of one row. Its row group is read, and kept for a while."""
         group, row = place
-        return value_document(_row_group(file, file.version, source, group)[row].as_py(), source)
+        return value_document(_as_python(_row_group(file, file.version, source, group)[row]), source)
 
 
 @functools.lru_cache(maxsize=_ROW_GROUPS_IN_MEMORY)
@@ -63,11 +63,37 @@ def _row_group(file: DataFile, version: tuple[int, int], source: SourceConfig, g
 def _column(file: DataFile, table: Any, source: SourceConfig, group: int) -> Any:
     import pyarrow
 
+    size, limit = _column_bytes(table, source, group), file.limits.row_group_bytes
+    if size > limit:
+        raise UserError(
+            f"{file.name}: column {source.key!r} of row group {group} takes {size:,} bytes, and "
+            f"data.limits.row_group_bytes is {limit:,}; raise it, or write the file again in smaller row groups"
+        )
     try:
         return table.read_row_group(group, columns=[source.key]).column(0)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError, MemoryError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{file.name}: cannot be read as Parquet ({reason}); copy or make the file again") from None
+
+
+def _as_python(value: Any) -> Any:
+    """Returns an Arrow value as Python's. Raises BadRecord for text that is not UTF-8, which Arrow does not check."""
+    try:
+        return value.as_py()
+    except UnicodeDecodeError as error:
+        raise BadRecord(f"not UTF-8 at byte {error.start} of the text") from None
+
+
+def _column_bytes(table: Any, source: SourceConfig, group: int) -> int:
+    """Returns the decompressed bytes of the leaves of the column, as the file declares them."""
+    metadata = table.metadata.row_group(group)
+    columns = map(metadata.column, range(metadata.num_columns))
+    inside = (source.key, f"{source.key}.")
+    return sum(
+        column.total_uncompressed_size
+        for column in columns
+        if column.path_in_schema == inside[0] or column.path_in_schema.startswith(inside[1])
+    )
 
 
 def _where(file: DataFile, table: Any, group: int, row: int) -> str:
@@ -92,7 +118,7 @@ def _open(stream: Any, file: DataFile) -> Any:
 
     try:
         return pyarrow.parquet.ParquetFile(stream)
-    except pyarrow.ArrowInvalid:
+    except (pyarrow.ArrowException, OSError, MemoryError):
         raise UserError(
             f"{file.name}: not a Parquet file, or cut off; copy it again, or give it the ending of what it is"
         ) from None

@@ -1,5 +1,6 @@
 """A record, of whatever format, as a document."""
 
+import codecs
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from looplm_jax.config import RecordKind, SourceConfig
 from looplm_jax.data.documents import Document, Message
 from looplm_jax.data.sources.bad_records import BadRecord
-from looplm_jax.errors import suggest
+from looplm_jax.errors import UserError, suggest
 
 ROLES = ("assistant", "developer", "system", "tool", "user")
 _TEACHER = "assistant"
@@ -25,11 +26,22 @@ def load_json(line: bytes) -> Any:
 
 
 def decode(content: bytes, what: str, encoding: str = "utf-8") -> str:
-    """Bytes as text. Raises BadRecord."""
+    """Returns bytes as text. Raises BadRecord."""
     try:
         return content.decode(encoding)
     except UnicodeDecodeError as error:
         raise BadRecord(f"not UTF-8 at byte {error.start} of the {what}") from None
+
+
+def check_encoding(head: bytes, name: str) -> None:
+    """Raises UserError where a file begins with the byte order mark of UTF-16, so that none of it is UTF-8."""
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UserError(f"{name} is UTF-16; convert it to UTF-8, for example with iconv -f UTF-16 -t UTF-8")
+
+
+def too_long(limit: int) -> BadRecord:
+    """Returns what is wrong with a record of more bytes than the limit."""
+    return BadRecord(f"longer than {limit:,} bytes, which data.limits.record_bytes allows")
 
 
 def record_document(record: Any, source: SourceConfig) -> Document:

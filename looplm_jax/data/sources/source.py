@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from jaxtyping import Int64, UInt64
 
-from looplm_jax.config import OnBadRecord, SourceConfig
+from looplm_jax.config import OnBadRecord, ReadLimits, SourceConfig
 from looplm_jax.data.documents import Document
 from looplm_jax.data.sources.bad_records import BadRecord, BadRecordPolicy
-from looplm_jax.data.sources.by_name import Input, find_inputs, format_of
+from looplm_jax.data.sources.by_name import Input, Inputs, find_inputs, format_of
 from looplm_jax.data.sources.formats import WHOLE, Span
-from looplm_jax.data.sources.spooled import seekable
+from looplm_jax.data.sources.spooled import Spool, seekable
 from looplm_jax.data.splits import document_key
 from looplm_jax.errors import UserError
 
@@ -84,24 +84,37 @@ class FileSource:
         return f"FileSource({self._pattern!r}, documents={len(self)})"
 
 
-def open_files(source: SourceConfig, *, on_bad_record: OnBadRecord = OnBadRecord.STOP) -> FileSource:
-    """Index the documents of a path, glob, folder, fsspec URL or dataset. Every file is read once; no text is kept.
+def open_files(
+    source: SourceConfig,
+    *,
+    on_bad_record: OnBadRecord = OnBadRecord.STOP,
+    limits: ReadLimits | None = None,
+    files: Inputs | None = None,
+) -> FileSource:
+    """Returns the documents of a path, glob, folder, fsspec URL or dataset. Every file is read once; no text is kept.
 
-    The content of compressed files goes to temporary files, to be read at random.
+    The content of compressed files goes to one temporary file, to be read at random.
+
+    Args:
+      source: what is read.
+      on_bad_record: what a record that cannot be read does.
+      limits: of reading.
+      files: what `find_inputs` returned for the source, where that was called before.
 
     Raises:
       UserError: nothing matches, a file cannot be read or holds a bad record (file and line named), or no text at all.
     """
-    files, bad = find_inputs(source.path), BadRecordPolicy(on_bad_record)
-    found = FileSource(source.path, [_index(file, source, bad) for file in files], bad.skipped)
+    files = files or find_inputs(source.path, source, limits)
+    bad, spool = BadRecordPolicy(on_bad_record), Spool()
+    found = FileSource(source.path, [_index(file, source, bad, spool) for file in files], bad.skipped)
     if len(found) == 0:
         skipped = f" ({bad.skipped} bad records were left out)" if bad.skipped else ""
         raise UserError(f"{source.path}: the {len(files)} files hold no text{skipped}; give files with text in them")
     return found
 
 
-def _index(file: Input, source: SourceConfig, bad: BadRecordPolicy) -> Shard:
-    file = seekable(file)
+def _index(file: Input, source: SourceConfig, bad: BadRecordPolicy, spool: Spool) -> Shard:
+    file = seekable(file, spool)
     places, keys = [], []
     for found in format_of(file).scan(file, source, bad, WHOLE):
         places.append(found.place)

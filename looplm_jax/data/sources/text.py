@@ -1,5 +1,6 @@
 """Plain text: prose is cut at blank lines, so that a single book can be shuffled and split; code stays whole."""
 
+import codecs
 import re
 from collections.abc import Iterator
 
@@ -8,7 +9,7 @@ from looplm_jax.data.documents import Document
 from looplm_jax.data.sources.bad_records import BadRecordPolicy
 from looplm_jax.data.sources.files import DataFile
 from looplm_jax.data.sources.formats import WHOLE, Found, Span, ranges
-from looplm_jax.data.sources.records import decode
+from looplm_jax.data.sources.records import check_encoding, decode, too_long
 from looplm_jax.data.sources.spooled import seekable
 
 _PROSE = (".md", ".rst", ".txt")
@@ -34,8 +35,12 @@ class Text:
     def scan(self, file: DataFile, source: SourceConfig, bad: BadRecordPolicy, span: Span) -> Iterator[Found]:
         """The documents of the sections that begin in a range of bytes. What is not UTF-8 is left out by sections."""
         file = seekable(file)
-        size = file.size
+        size, limit = file.size, file.limits.record_bytes
+        check_encoding(file.read(0, min(2, size)), file.name)
         for section in _sections(file, size, span):
+            if file.suffix not in _PROSE and size > limit:
+                bad.handle(lambda: file.name, too_long(limit))
+                continue
             content = file.read(section.start, section.end)
             try:
                 content.decode()
@@ -43,10 +48,11 @@ class Text:
                 place = section.start + error.start
                 bad.handle(lambda: file.name, f"not UTF-8 at byte {place}")
                 continue
-            start = 0
-            for end in _document_ends(content, size) if file.suffix in _PROSE else [len(content)] * bool(content):
-                yield Found((section.start + start, section.start + end), content[start:end].decode())
-                start = end
+            start = len(codecs.BOM_UTF8) if section.start == 0 and content.startswith(codecs.BOM_UTF8) else 0
+            for end in _document_ends(content, size) if file.suffix in _PROSE else [len(content)]:
+                if end > start:
+                    yield Found((section.start + start, section.start + end), content[start:end].decode())
+                start = max(start, end)
 
     def read(self, file: DataFile, source: SourceConfig, place: tuple[int, int]) -> Document:
         """The text of one document; nothing else of the file is read."""
