@@ -86,18 +86,13 @@ def read_text(path: AnyPath) -> str:
     """Returns the text of a UTF-8 file, without a byte order mark.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      UserError: it is not a regular file, cannot be read, or is not UTF-8.
+      OSError: there is no such file, or it cannot be read.
+      UserError: it is not UTF-8.
     """
-    check_regular(path)
-    if isinstance(path, Path) and not path.exists():
-        raise FileNotFoundError(path)
-    with reading(path):
-        content = path.read_bytes()
     try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it to UTF-8") from None
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text; convert it") from None
 
 
 def make_folder(path: AnyPath) -> None:

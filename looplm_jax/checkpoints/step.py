@@ -21,7 +21,8 @@ from looplm_jax.checkpoints.arrays import OS_ERROR, load
 from looplm_jax.checkpoints.digest import digests
 from looplm_jax.checkpoints.errors import DamagedError, UnreadableError, brief
 from looplm_jax.checkpoints.metadata import ArrayRecord, Metadata, Sidecar, decode, encode
-from looplm_jax.files import NO_SPACE, forget_listing, in_bucket, refusal, retried
+from looplm_jax.errors import UserError
+from looplm_jax.files import NO_SPACE, check_regular, forget_listing, in_bucket, refusal, retried
 
 _ARRAYS = "state"
 _SIDECAR = "sidecar"
@@ -131,7 +132,10 @@ def read_sidecar(folder: StepFolder) -> Sidecar:
         raise DamagedError("it was not finished")
     path = folder.path / _SIDECAR / _SIDECAR_FILE
     try:
+        check_regular(path)
         value = json.loads(path.read_bytes())
+    except UserError as error:
+        raise UnreadableError(str(error)) from None
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError) as error:
         raise DamagedError(f"{_SIDECAR}/{_SIDECAR_FILE} cannot be read ({brief(error)})") from error
     except Exception as error:

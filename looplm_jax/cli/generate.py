@@ -10,6 +10,7 @@ from pathlib import Path
 
 from looplm_jax.cli.generation_flags import configure_generation
 from looplm_jax.errors import UserError
+from looplm_jax.files import read_text
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -50,13 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:
-    if arguments.prompt_file is None:
-        texts = arguments.prompt or [""]
-    else:
-        try:
-            texts = [Path(arguments.prompt_file).read_text(encoding="utf-8")]
-        except UnicodeDecodeError:
-            raise UserError(f"{arguments.prompt_file} is not UTF-8 text; convert it") from None
+    texts = [read_text(Path(arguments.prompt_file))] if arguments.prompt_file else arguments.prompt or [""]
     if not all(texts):
         raise UserError("the prompt is empty; give --prompt TEXT or --prompt-file FILE")
     return texts

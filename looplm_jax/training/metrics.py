@@ -10,7 +10,7 @@ import numpy as np
 
 from looplm_jax.distributed import Cluster
 from looplm_jax.errors import UserError
-from looplm_jax.files import AnyPath, reading
+from looplm_jax.files import AnyPath, check_regular, reading
 from looplm_jax.training.growing_file import grow
 from looplm_jax.training.step import StepMetrics
 from looplm_jax.training.tensorboard import open_events
@@ -151,6 +151,7 @@ def read_metrics(folder: AnyPath) -> list[dict[str, Any]]:
     with reading(path):
         if not path.exists():
             return []
+        check_regular(path)
         lines = path.read_bytes().decode("utf-8").split("\n")
     rows = []
     for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline was never finished

@@ -11,7 +11,17 @@ from looplm_jax.checkpoints.paths import checkpoint_path
 from looplm_jax.codec import from_dict, to_dict
 from looplm_jax.config import Recipe
 from looplm_jax.errors import UserError
-from looplm_jax.files import AnyPath, absolute, any_path, make_folder, reading, write_atomically, writing
+from looplm_jax.files import (
+    AnyPath,
+    absolute,
+    any_path,
+    check_regular,
+    make_folder,
+    read_text,
+    reading,
+    write_atomically,
+    writing,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,12 +85,15 @@ def claim_folder(folder: RunFolder, recipe: Recipe) -> None:
 
 def read_recipe(path: AnyPath) -> Recipe:
     """A recipe from a JSON file. Raises UserError where it is not one."""
+    check_regular(path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_text(path))
     except FileNotFoundError:
         raise UserError(f"there is no recipe {path}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except json.JSONDecodeError as error:
         raise UserError(f"{path} is not JSON: {error}") from None
+    except RecursionError:
+        raise UserError(f"{path} is not a recipe: its JSON is nested too deep") from None
     return from_dict(Recipe, values)
 
 
