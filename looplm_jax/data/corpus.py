@@ -11,6 +11,7 @@ from looplm_jax.data.parts import Part, PreparedPart, TaskPart, TextPart
 from looplm_jax.data.prepared.folder import is_prepared
 from looplm_jax.data.prepared.manifest import read_tokenizer
 from looplm_jax.data.prepared.reading import open_prepared
+from looplm_jax.data.prepared.verification import check_at_start
 from looplm_jax.data.sources import Inputs, find_inputs, huggingface, open_files, summarize
 from looplm_jax.data.splits import split_documents
 from looplm_jax.data.tasks.registry import is_task, make_task
@@ -66,7 +67,7 @@ class Corpus:
 def open_corpus(data: DataConfig, say: Callable[[str], object] | None = None) -> Corpus:
     """Returns every source of a configuration, opened and split. Every file is read once.
 
-    Of what is prepared, only the manifest and some of each shard is read (see `check_shards`).
+    Of what is prepared, only the manifest and some of each shard is read (see `check_at_start`).
 
     Args:
       data: the sources, and how to read them.
@@ -130,6 +131,8 @@ def _open_prepared(data: DataConfig) -> tuple[PreparedPart, ...]:
     parts = tuple(PreparedPart(source, open_prepared(path)) for source, path in found)
     for part in parts[1:]:
         _check_alike(parts[0], part)
+    for part in parts:
+        check_at_start(part.corpus)
     if data.validation_fraction > 0 and not any(part.manifest.validation for part in parts):
         raise UserError(
             "no row of the prepared sources is held out; prepare one with --validation-fraction, or set "

@@ -44,7 +44,10 @@ class PreparedFolder:
         self.path: AnyPath = absolute(any_path(url))
 
     def at(self, name: str) -> AnyPath:
-        """Where a file is, as messages and ArrayRecord name it."""
+        """Returns where a file is, as messages and ArrayRecord name it. Raises UserError for one outside the folder."""
+        parts = name.split("/")
+        if len(parts) > 2 or any(part in ("", ".", "..") or not part.isprintable() or "\\" in part for part in parts):
+            raise UserError(f"{self.path} names the file {name!r}, which is not in that folder; copy the folder again")
         return self.path / name
 
     def read(self, name: str) -> bytes:

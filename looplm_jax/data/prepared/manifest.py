@@ -26,6 +26,8 @@ class Shard:
       documents: how many were packed into it.
       bytes: length of the file.
       digest: BLAKE2b of the file, in hexadecimal.
+      edges: the same of its first and last 4 KiB, which are read at every start; empty in a manifest written before
+        there was such a digest.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Shard:
     documents: int
     bytes: int
     digest: str
+    edges: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,6 +73,7 @@ class Plan:
     validation_fraction: float
     decontaminate: str = ""  # which files, and how
     near_duplicates: float = 0.0
+    contents: str = ""  # digest of the files' bytes; empty in a plan written before there was one
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,9 +123,12 @@ def read_manifest(folder: PreparedFolder) -> Manifest:
     if version != VERSION:
         raise UserError(f"{name} is of version {version}, and this is version {VERSION}; prepare the corpus again")
     try:
-        return from_dict(Manifest, values)
+        manifest = from_dict(Manifest, values)
     except UserError as error:
         raise _damaged(name, error) from None
+    for file in (manifest.tokenizer_file, *(shard.name for shard in manifest.shards)):
+        folder.at(file)
+    return manifest
 
 
 def read_tokenizer(folder: PreparedFolder, manifest: Manifest) -> Tokenizer:

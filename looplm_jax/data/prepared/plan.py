@@ -10,7 +10,7 @@ from looplm_jax.config import OnBadRecord, ReadLimits, RecordKind, SourceConfig
 from looplm_jax.data.chat import tokens_and_mask
 from looplm_jax.data.prepared.folder import MANIFEST, PLAN, SHARD, SIGNATURES, UNFINISHED, PreparedFolder
 from looplm_jax.data.prepared.manifest import Plan, as_json
-from looplm_jax.data.prepared.units import UNIT_BYTES, Unit, describe_inputs
+from looplm_jax.data.prepared.units import UNIT_BYTES, Unit, describe_inputs, digest_contents
 from looplm_jax.data.sources.discovery import find_files
 from looplm_jax.data.tokenizers import JsonTokenizer, Tokenizer
 from looplm_jax.errors import UserError
@@ -68,6 +68,7 @@ def make_plan(order: Order, units: Sequence[Unit]) -> Plan:
         validation_fraction=order.validation_fraction,
         decontaminate=_describe_evaluations(order),
         near_duplicates=order.near_duplicates,
+        contents=digest_contents(units),
     )
 
 
@@ -84,7 +85,13 @@ def check_folder(folder: PreparedFolder, plan: Plan) -> None:
         return
     if not is_begun(folder):
         return  # what failed before its first row was written gives way
-    changed = differences(_read_plan(folder), plan)
+    saved = _read_plan(folder)
+    changed = differences(dataclasses.replace(saved, contents=""), dataclasses.replace(plan, contents=""))
+    if not changed and saved.contents and saved.contents != plan.contents:
+        raise UserError(
+            f"{folder.path} was prepared from files that have changed since, although their sizes have not; choose "
+            "another --out"
+        )
     if changed:
         raise UserError(
             f"{folder.path} is prepared by another command ({'; '.join(changed)}: there, here); "

@@ -36,7 +36,8 @@ class PreparedRows:
         self._folder, self._shards = folder, shards
         self._ends = np.cumsum([shard.rows for shard in shards], dtype=np.int64)
         self._length = manifest.plan.sequence_length
-        self._tokens = token_type(manifest.plan.vocab_size)
+        self._vocab_size = manifest.plan.vocab_size
+        self._tokens = token_type(self._vocab_size)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -45,9 +46,13 @@ class PreparedRows:
         """A row as features, named as those that Grain packs. Raises UserError where a shard is damaged."""
         shard, row = self._place(index)
         try:
-            return decode_row(read_record(self._folder, shard, row), self._length, self._tokens)
+            features = decode_row(read_record(self._folder, shard, row), self._length, self._tokens)
         except BadRow as problem:
             raise damaged(self._folder, shard, f"row {row}: {problem}") from None
+        highest = max(int(features["tokens"].max()), int(features["targets"].max()))
+        if highest >= self._vocab_size:
+            raise damaged(self._folder, shard, f"row {row}: id {highest} is not in a vocabulary of {self._vocab_size}")
+        return features
 
     def segments(self, index: int) -> list[Segment]:
         """The segments of a row."""

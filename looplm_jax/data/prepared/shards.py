@@ -12,6 +12,7 @@ import numpy as np
 from looplm_jax.data.prepared.folder import PreparedFolder
 from looplm_jax.data.prepared.manifest import Shard
 from looplm_jax.data.prepared.row import Segment, encode_row
+from looplm_jax.data.sources.files import DataFile, file_system
 from looplm_jax.errors import UserError
 from looplm_jax.files import NO_SPACE, AnyPath
 
@@ -19,7 +20,7 @@ _WRITING = "group_size:1"  # a row is read without its neighbours
 _READING = "readahead_buffer_size:0,max_parallelism:0"
 _READ_BUFFER = 2**15
 _OPEN_SHARDS = 256  # files that a process has open at a time, of all sources and lanes together
-_BLOCK = 2**22
+_EDGE = 2**12
 
 
 def write_shard(
@@ -44,9 +45,17 @@ def write_shard(
         return None
     with _refused(folder.at(name)):
         writer.close()
-    size, digest = file.stat().st_size, file_digest(file.read_bytes())
+    content = file.read_bytes()
     folder.publish(file, name)
-    return Shard(name=name, rows=written, tokens=positions, documents=0, bytes=size, digest=digest)
+    return Shard(
+        name=name,
+        rows=written,
+        tokens=positions,
+        documents=0,
+        bytes=len(content),
+        digest=file_digest(content),
+        edges=file_digest(content[:_EDGE] + content[-_EDGE:]),
+    )
 
 
 def read_record(folder: PreparedFolder, shard: Shard, row: int) -> bytes:
@@ -66,6 +75,20 @@ def check_shard(folder: PreparedFolder, shard: Shard) -> str | None:
     if len(content) != shard.bytes:
         return f"it has {len(content):,} bytes, not {shard.bytes:,}"
     return None if file_digest(content) == shard.digest else "its bytes have changed"
+
+
+def check_edges(folder: PreparedFolder, shard: Shard) -> str | None:
+    """Returns what is wrong with the length of a file of rows, or with its first and last bytes; None for nothing."""
+    try:
+        file = DataFile(*file_system(str(folder.at(shard.name))))
+        if file.size != shard.bytes:
+            return f"it has {file.size:,} bytes, not {shard.bytes:,}"
+        if not shard.edges:
+            return None
+        edges = file.read(0, _EDGE) + file.read(max(shard.bytes - _EDGE, 0), shard.bytes)
+    except UserError as error:
+        return str(error)
+    return None if file_digest(edges) == shard.edges else "its bytes have changed"
 
 
 def file_digest(content: bytes) -> str:

@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from looplm_jax.config import ReadLimits, SourceConfig
@@ -77,9 +78,21 @@ def describe_inputs(units: Sequence[Unit]) -> str:
     """The files in a few words, with a digest of names, sizes and cuts: equal texts, equal work."""
     parts = [part for unit in units for part in unit.parts]
     cuts = [f"{part.file.name}\n{part.span.start}\n{part.span.end}\n{part.bytes}" for part in parts]
-    digest = hashlib.blake2b("\n".join(cuts).encode(), digest_size=8).hexdigest()
+    digest = hashlib.blake2b(os.fsencode("\n".join(cuts)), digest_size=8).hexdigest()
     files, size = len({part.file.name for part in parts}), sum(unit.bytes for unit in units)
     return f"{files} files, {size} bytes, digest {digest}"
+
+
+def digest_contents(units: Sequence[Unit]) -> str:
+    """Returns a digest that changes when a file changes, also where its size does not.
+
+    Local files are read whole, which takes about a hundredth of the time that tokenizing them does. Of others, the
+    store says which version it holds.
+    """
+    files = {part.file.name: part.file for unit in units for part in unit.parts}
+    with concurrent.futures.ThreadPoolExecutor(_FILES_AT_ONCE) as threads:
+        digests = threads.map(lambda file: file.digest(), files.values())
+        return hashlib.blake2b("".join(digests).encode(), digest_size=8).hexdigest()
 
 
 def _parts(file: Input, source: SourceConfig, unit_bytes: int) -> list[Part]:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import io
 import os
 import posixpath
@@ -19,6 +20,7 @@ from looplm_jax.files import check_regular
 
 _BUFFER_BYTES = 2**20
 _LARGEST_SMALL_FILE = 2**29
+_VERSIONS = ("md5Hash", "ETag", "etag", "generation", "LastModified", "mtime")  # by which stores tell versions apart
 _SHARD = re.compile(r"-\d+-of-\d+$")  # the number of a shard may stand after the ending
 _QUERY = re.compile(r"\?[^/]*$")  # a server's, which downloads often keep in the name
 
@@ -91,6 +93,16 @@ class DataFile:
         """Bytes `start..end` as they lie there; safe from many threads. Raises UserError when they cannot be read."""
         with readable(self.name):
             return self.fs.cat_file(self.path, start=start, end=end)
+
+    def digest(self) -> str:
+        """Returns a digest of the bytes of a local file; elsewhere, of the version that the store names."""
+        if not self.is_local:
+            with readable(self.name):
+                info = self.fs.info(self.path)
+            version = next((f"{key}={info[key]}" for key in _VERSIONS if info.get(key)), "")
+            return hashlib.blake2b(version.encode(), digest_size=16).hexdigest()
+        with readable(self.name), open(self.path, "rb") as stream:
+            return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
     @contextlib.contextmanager
     def open(self) -> Iterator[IO[bytes]]:

@@ -8,6 +8,7 @@ from typing import Any
 from looplm_jax.config import RecordKind, SourceConfig
 from looplm_jax.data.documents import Document
 from looplm_jax.data.sources.bad_records import BadRecord, BadRecordPolicy
+from looplm_jax.data.sources.files import DataFile, file_system
 from looplm_jax.data.sources.formats import Found, Span, ranges
 from looplm_jax.data.sources.records import value_document
 from looplm_jax.errors import UserError, suggest
@@ -39,6 +40,13 @@ class Dataset:
     def size(self) -> int:
         """Bytes of its rows in memory."""
         return _load(self.path).data.nbytes
+
+    def digest(self) -> str:
+        """Returns a digest of the files of a saved dataset; one of a hub is fixed by its revision."""
+        if self.path.startswith(PREFIX):
+            return ""
+        fs, folder = file_system(self.path)
+        return "".join(DataFile(fs, path).digest() for path in sorted(fs.find(folder)))
 
 
 class HuggingFace:
