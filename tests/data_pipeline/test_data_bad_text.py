@@ -1,4 +1,6 @@
-"""Invalid UTF-8 inside Parquet and datasets is a bad record with file and row."""
+"""Invalid UTF-8 inside Parquet and datasets is a bad record with file and row; and row groups that are too large."""
+
+import itertools
 
 import pyarrow
 import pyarrow.parquet
@@ -60,3 +62,18 @@ def test_a_row_group_that_is_too_large(tmp_path):
     [file] = find_inputs(str(path), limits=ReadLimits(row_group_bytes=4000))
     with pytest.raises(UserError, match=r"column 'text' of row group 0 takes [\d,]+ bytes, and data.limits.row_group"):
         list(scan(file, SourceConfig(path=str(path)), BadRecordPolicy(OnBadRecord.STOP)))
+
+
+def test_a_text_that_is_repeated_is_in_memory_once(tmp_path):
+    """A megabyte of dictionary, and 2 GB of text."""
+    before = pyarrow.total_allocated_bytes()
+    once = pyarrow.array(["x" * 10**6])
+    column = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 2000, pyarrow.int32()), once)
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet", store_schema=False)
+    source = SourceConfig(path=str(tmp_path / "a.parquet"))
+    [file] = find_inputs(source.path)
+    most = 0
+    for document in itertools.islice(scan(file, source, BadRecordPolicy(OnBadRecord.STOP)), 20):
+        assert len(document) == 10**6
+        most = max(most, pyarrow.total_allocated_bytes() - before)
+    assert most < 10**8

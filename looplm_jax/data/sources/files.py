@@ -19,7 +19,7 @@ from looplm_jax.errors import UserError
 from looplm_jax.files import check_regular
 
 _BUFFER_BYTES = 2**20
-_LARGEST_SMALL_FILE = 2**29
+_LARGEST_SMALL_FILE = 2**28
 _VERSIONS = ("md5Hash", "ETag", "etag", "generation", "LastModified", "mtime")  # by which stores tell versions apart
 _SHARD = re.compile(r"-\d+-of-\d+$")  # the number of a shard may stand after the ending
 _QUERY = re.compile(r"\?[^/]*$")  # a server's, which downloads often keep in the name
@@ -121,7 +121,7 @@ def read_file(path: str) -> bytes:
     """Returns a whole small file at a path or URL.
 
     Raises:
-      UserError: it is not a regular file, is larger than 512 MiB, or cannot be read.
+      UserError: it is not a regular file, is larger than 256 MiB, or cannot be read.
     """
     with readable(path):
         fs, inner = file_system(path)

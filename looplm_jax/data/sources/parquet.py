@@ -1,7 +1,7 @@
 """Parquet: one document a row, read by row groups."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from looplm_jax.config import RecordKind, SourceConfig
@@ -86,14 +86,16 @@ def _as_python(value: Any) -> Any:
 
 def _column_bytes(table: Any, source: SourceConfig, group: int) -> int:
     """Returns the decompressed bytes of the leaves of the column, as the file declares them."""
+    return sum(leaf.total_uncompressed_size for leaf in _leaves(table, source, group))
+
+
+def _leaves(table: Any, source: SourceConfig, group: int) -> Iterator[Any]:
+    """Yields the metadata of the leaves of the column in a row group."""
     metadata = table.metadata.row_group(group)
-    columns = map(metadata.column, range(metadata.num_columns))
-    inside = (source.key, f"{source.key}.")
-    return sum(
-        column.total_uncompressed_size
-        for column in columns
-        if column.path_in_schema == inside[0] or column.path_in_schema.startswith(inside[1])
-    )
+    for number in range(metadata.num_columns):
+        leaf = metadata.column(number)
+        if leaf.path_in_schema.partition(".")[0] == source.key or leaf.path_in_schema == source.key:
+            yield leaf
 
 
 def _where(file: DataFile, table: Any, group: int, row: int) -> str:
@@ -109,15 +111,20 @@ def _open_column(stream: Any, file: DataFile, source: SourceConfig) -> Any:
         raise UserError(
             f"{file.name}: there is no column {source.key!r}{suggest(source.key, names)}; set {setting} to one"
         )
-    return table
+    groups = range(table.num_row_groups)
+    repeated = {
+        leaf.path_in_schema for group in groups for leaf in _leaves(table, source, group) if leaf.has_dictionary_page
+    }
+    return _open(stream, file, repeated, table.metadata) if repeated else table
 
 
-def _open(stream: Any, file: DataFile) -> Any:
+def _open(stream: Any, file: DataFile, repeated: Iterable[str] = (), metadata: Any = None) -> Any:
+    """Returns an open file. The values of columns that are `repeated` stay in memory once, however often they occur."""
     import pyarrow
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.ParquetFile(stream)
+        return pyarrow.parquet.ParquetFile(stream, read_dictionary=sorted(repeated), metadata=metadata)
     except (pyarrow.ArrowException, OSError, MemoryError):
         raise UserError(
             f"{file.name}: not a Parquet file, or cut off; copy it again, or give it the ending of what it is"
