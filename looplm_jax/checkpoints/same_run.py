@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from looplm_jax.errors import UserError
+from looplm_jax.resume import may_differ
 
-_FREE = ("compute", "mesh", "checkpoint", "evaluation", "guard", "log_every", "description", "data.root", "data.limits")
 _SHOWN = 5
 
 
 def check_same_run(folder: str, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Refuses a run of another configuration; how it is computed, logged and saved may differ.
+    """Refuses a run of another configuration; `looplm_jax.resume` says what may differ.
 
     Args:
       folder: the run folder, for the message.
@@ -25,7 +25,7 @@ def check_same_run(folder: str, saved: dict[str, Any], wanted: dict[str, Any]) -
     differing = [
         f"{path}: {before.get(path, 'absent')}, now {now.get(path, 'absent')}"
         for path in {**before, **now}
-        if before.get(path) != now.get(path) and not any(f"{path}.".startswith(f"{free}.") for free in _FREE)
+        if before.get(path) != now.get(path) and not may_differ(path)
     ]
     if differing:
         more = f"; and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""

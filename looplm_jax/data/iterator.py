@@ -13,9 +13,7 @@ from looplm_jax.data.corpus import Corpus
 from looplm_jax.data.packing import Batch, as_batch
 from looplm_jax.data.tokenizers.base import Tokenizer
 from looplm_jax.errors import UserError
-
-# They do not change the order of the tokens; the tokeniser counts by its fingerprint, not by its place.
-_IRRELEVANT = ("tokenizer", "on_bad_record", "limits")
+from looplm_jax.resume import may_differ
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,7 +83,7 @@ class BatchIterator:
         changed = [
             f"{key}: {saved.get(key)!r} then, {self._identity.get(key)!r} now"
             for key in {**saved, **self._identity}
-            if saved.get(key) != self._identity.get(key)
+            if saved.get(key) != self._identity.get(key) and not may_differ(key)
         ]
         if changed:
             raise UserError(
@@ -108,7 +106,7 @@ def stream_identity(corpus: Corpus, tokenizer: Tokenizer, geometry: Geometry, se
     config = {
         f"data.{leaf.path}": getattr(leaf.value, "value", leaf.value)
         for leaf in leaves(corpus.config)
-        if leaf.path.partition(".")[0] not in _IRRELEVANT
+        if not may_differ(f"data.{leaf.path}")
     }
     return {
         **config,

@@ -1,8 +1,9 @@
 """The same global batches for any number of processes and any mesh.
 
-Rows of the global batch come in lanes: streams of their own, with documents of their own. Which row a lane gives is
-fixed by the shape of the batch alone. A process opens the lanes that hold rows of its devices, so reading, tokenising
-and packing are shared out where batches are large; small ones are a single lane, which every process reads.
+Rows of the global batch come in lanes: streams of their own, with documents of their own. How many lanes there are is
+fixed by the shape of the batch alone, so a batch holds the same rows however it is cut into parts. A process opens the
+lanes that hold rows of its devices, so reading, tokenising and packing are shared out where batches are large; small
+ones are a single lane, which every process reads.
 """
 
 import dataclasses
@@ -19,10 +20,15 @@ from looplm_jax.data.packing import Batch
 _LANE_TOKENS = 2**17  # of a step; more lanes would share out little work and hold many rows open
 
 
-def lane_count(batch_size: int, sequence_length: int, accumulation: int = 1) -> int:
-    """The lanes of a stream: a power of two that divides the rows of each accumulated part."""
+def lane_count(batch_size: int, sequence_length: int, saved: Mapping[str, Any] | None = None) -> int:
+    """Returns the lanes of a stream: a power of two that divides the rows of a batch.
+
+    A stream that continues where another stopped has as many as that, given its state.
+    """
+    if saved is not None:
+        return next(iter(_lane_states(saved).values()))["identity"]["process_count"]
     most = max(1, batch_size * sequence_length // _LANE_TOKENS)
-    return math.gcd(batch_size // accumulation, 2 ** (most.bit_length() - 1))
+    return math.gcd(batch_size, 2 ** (most.bit_length() - 1))
 
 
 class LaneBatches:
@@ -33,7 +39,8 @@ class LaneBatches:
       lanes: how many there are.
       rows: which rows of a part this process holds, ascending.
       part_rows: rows of a part of the global batch.
-      parts: parts that a batch is accumulated from. Each part has rows of every lane, in the order of the lanes.
+      parts: parts that a batch is accumulated from. Where lanes divide the rows of a part, each part has rows of every
+        lane, in the order of the lanes; else each row of the parts has lanes of its own.
     """
 
     def __init__(
@@ -45,10 +52,9 @@ class LaneBatches:
         part_rows: int,
         parts: int = 1,
     ):
-        width = part_rows // lanes
-        needed = sorted({row // width for row in rows})
-        self._parts = parts
-        self._chosen = np.array([needed.index(row // width) * width + row % width for row in rows])
+        places = [_place(part, row, lanes, part_rows, parts) for part in range(parts) for row in rows]
+        needed = sorted({lane for lane, _ in places})
+        self._chosen = np.array([needed.index(lane) for lane, _ in places]), np.array([row for _, row in places])
         self._lanes = {lane: open_lane(lane) for lane in needed}
 
     def __iter__(self) -> "LaneBatches":
@@ -70,7 +76,7 @@ class LaneBatches:
         Raises:
           UserError: the state belongs to another stream.
         """
-        states = state.get("lanes", {"0": state})  # a version before lanes saved the state of its only stream
+        states = _lane_states(state)
         for number, lane in self._lanes.items():
             lane.restore(states.get(str(number), next(iter(states.values()))))
 
@@ -80,6 +86,16 @@ class LaneBatches:
             lane.close()
 
     def _own(self, lanes: Sequence[Shaped[np.ndarray, "rows S"]]) -> Shaped[np.ndarray, "own S"]:
-        length = lanes[0].shape[-1]
-        parts = np.concatenate([rows.reshape(self._parts, -1, length) for rows in lanes], axis=1)
-        return parts[:, self._chosen].reshape(-1, length)
+        return np.stack(lanes)[self._chosen]
+
+
+def _place(part: int, row: int, lanes: int, part_rows: int, parts: int) -> tuple[int, int]:
+    """Returns the lane that a row of a part comes from, and which of the rows that the lane gives it is."""
+    width, rest = divmod(part_rows, lanes)
+    if not rest:
+        return row // width, part * width + row % width
+    return divmod(row * parts + part, part_rows * parts // lanes)
+
+
+def _lane_states(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    return state.get("lanes", {"0": state})  # a version before lanes saved the state of its only stream

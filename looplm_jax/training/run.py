@@ -200,7 +200,7 @@ def _open_reader(run: _Run, position: Position) -> Reader:
     """The stage's own stream of batches, at the place where the run stopped if it stopped inside this stage."""
     setup = run.setup
     stage, mesh = setup.recipe.stages[position.stage], setup.meshes[position.stage]
-    lanes = data.lane_count(stage.batch_size, stage.sequence_length, stage.accumulation)
+    lanes = data.lane_count(stage.batch_size, stage.sequence_length, position.data_state)
     part_rows = stage.batch_size // stage.accumulation
 
     def open_lane(lane: int) -> BatchIterator:

@@ -18,6 +18,7 @@ from looplm_jax.errors import UserError
 from looplm_jax.models.looplm import LoopLM
 from looplm_jax.training.goodput import Activity, Stopwatch
 from looplm_jax.training.program import stage_mesh
+from looplm_jax.training.resuming import with_window
 from looplm_jax.training.run_folder import RunFolder, claim_folder
 from looplm_jax.training.start import Start, describe_start, read_start, started_state
 from looplm_jax.training.state import TrainState, abstract_state, initial_state
@@ -177,14 +178,17 @@ def _restore(
     wanted = {**to_dict(recipe), "tokenizer": tokenizer.fingerprint}
 
     def describe(metadata: Metadata) -> TrainState:
-        saved = {**to_dict(metadata.saved_recipe()), "tokenizer": metadata.tokenizer_fingerprint}
+        before = metadata.saved_recipe()
+        saved = {**to_dict(before), "tokenizer": metadata.tokenizer_fingerprint}
         check_same_run(str(folder.path), saved, wanted)
         index = stages.index(metadata.extra["stage"])
-        return abstract_state(recipe, model, recipe.stages[index], meshes[index])
+        as_saved = dataclasses.replace(recipe, guard=before.guard)
+        return abstract_state(as_saved, model, recipe.stages[index], meshes[index])
 
     restored = store.restore(describe)
     for damaged in restored.damaged:
         console.print(f"warning: {damaged}; going back to step {restored.step}", style="yellow")
     stage = stages.index(restored.metadata.extra["stage"])
     console.print(f"going on from step {restored.step} of stage {stages[stage]}")
-    return Position(state=restored.state, stage=stage, data_state=restored.metadata.data_state)
+    state = dataclasses.replace(restored.state, guard=with_window(restored.state.guard, recipe.guard))
+    return Position(state=state, stage=stage, data_state=restored.metadata.data_state)

@@ -18,6 +18,8 @@ from looplm_jax.sharding import abstract, use_mesh
 from looplm_jax.training.guard import GuardState, initial_guard, next_stage_guard
 from looplm_jax.training.optimizer import adamw
 
+_PRNG = "threefry2x32"  # whatever JAX is told to use otherwise: a resumed run has the same keys
+
 
 @flax.struct.dataclass
 class TrainState:
@@ -49,7 +51,7 @@ def split_params(params: Params, trainable: Sequence[str]) -> tuple[Params, Para
 
 def boxed_state(recipe: Recipe, model: LoopLM, stage: Stage) -> TrainState:
     """The first state of a run as `stage` needs it, parameters boxed with their logical axis names."""
-    params = boxed_params(model, jax.random.fold_in(jax.random.key(recipe.seed), 0))
+    params = boxed_params(model, jax.random.fold_in(jax.random.key(recipe.seed, impl=_PRNG), 0))
     return _around(params, recipe, stage)
 
 
@@ -61,7 +63,7 @@ def _around(params: Params, recipe: Recipe, stage: Stage) -> TrainState:
         params=params,
         optimizer=adamw(recipe.optimizer).init(moving),
         guard=initial_guard(recipe.guard),
-        key=jax.random.key_data(jax.random.fold_in(jax.random.key(recipe.seed), 1)),
+        key=jax.random.key_data(jax.random.fold_in(jax.random.key(recipe.seed, impl=_PRNG), 1)),
     )
 
 

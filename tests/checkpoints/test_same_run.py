@@ -22,10 +22,23 @@ def test_the_same_run_passes():
 
 
 @pytest.mark.parametrize(
-    "path", ["compute.loss_chunk", "mesh.fsdp", "checkpoint.every", "evaluation.every", "guard.window", "log_every"]
+    "path",
+    [
+        "compute.loss_chunk",
+        "mesh.fsdp",
+        "checkpoint.every",
+        "evaluation.every",
+        "guard.window",
+        "log_every",
+        "stages.pretrain.context",
+    ],
 )
 def test_what_changes_no_result_may_differ(path):
     check({path: 4, "description": "other"})
+
+
+def test_the_same_data_may_be_elsewhere_and_a_batch_in_other_parts():
+    check({"stages.pretrain.accumulation": 2, "data.root": "elsewhere", "data.tokenizer": "moved.model", "name": "x"})
 
 
 def test_the_differing_fields_are_named():

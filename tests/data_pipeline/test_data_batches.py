@@ -183,6 +183,24 @@ def test_state_of_another_stream_is_refused(stream, text_data):
             iterator.restore(state)
 
 
+def test_the_place_in_data_that_was_moved_is_taken_up_exactly(stream, tmp_path):
+    (tmp_path / "before").mkdir()
+    write_jsonl(tmp_path / "before" / "a.jsonl", make_texts(80))
+    data = DataConfig(root=str(tmp_path / "before"), sources=(SourceConfig(path="a.jsonl"),), validation_fraction=0)
+    original = stream(data)
+    take(original, 7)
+    state, expected = original.state(), take(original, 5)
+    state["identity"]["data.root"] = data.root  # as versions saved it that compared it
+    (tmp_path / "before").rename(tmp_path / "after")
+    moved = dataclasses.replace(data, root=str(tmp_path / "after"))
+    resumed = stream(moved)
+    resumed.restore(state)
+    assert same(take(resumed, 5), expected)
+    write_jsonl(tmp_path / "after" / "a.jsonl", [*make_texts(79), "another text"])
+    with pytest.raises(UserError, match=r"content: '.*' then, '.*' now"):
+        stream(moved).restore(state)
+
+
 def test_validation_is_the_same_for_any_number_of_processes(text_data, tokenizer):
     whole = validation_batches(text_data, tokenizer, **GEOMETRY)
     parts = [validation_batches(text_data, tokenizer, process_index=p, process_count=2, **GEOMETRY) for p in range(2)]

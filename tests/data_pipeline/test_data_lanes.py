@@ -84,15 +84,33 @@ def test_the_place_in_other_lanes_is_refused(stream):
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "length", "accumulation", "lanes"),
-    [
-        (8, 256, 1, 1),
-        (1024, 4096, 1, 32),
-        (2048, 4096, 1, 64),
-        (128, 65536, 1, 64),
-        (2048, 4096, 64, 32),
-        (96, 4096, 1, 2),
-    ],
+    ("batch_size", "length", "lanes"),
+    [(8, 256, 1), (1024, 4096, 32), (2048, 4096, 64), (128, 65536, 64), (96, 4096, 2)],
 )
-def test_lanes_follow_from_the_shape_of_the_batch(batch_size, length, accumulation, lanes):
-    assert lane_count(batch_size, length, accumulation) == lanes
+def test_lanes_follow_from_the_shape_of_the_batch(batch_size, length, lanes):
+    assert lane_count(batch_size, length) == lanes
+
+
+def test_a_stream_that_continues_has_the_lanes_it_had(stream, text_data, tokenizer):
+    assert lane_count(2048, 4096, stream(lanes=4).state()) == 4
+    plain = train_batches(text_data, tokenizer, seed=0, batch_size=ROWS, sequence_length=LENGTH)
+    assert lane_count(2048, 4096, plain.state()) == 1
+    plain.close()
+
+
+def as_a_set(shares):
+    """The rows of a global batch, without their order."""
+    return sorted(row.tobytes() for share in shares for row in share.tokens)
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 4, 8])
+def test_a_batch_holds_the_same_rows_in_any_number_of_parts(stream, lanes):
+    """Also on from a place that was saved with another number of them."""
+    whole, state = stream(lanes=lanes), None
+    for parts, processes in [(1, 1), (2, 2), (4, 1), (8, 1), (4, 2), (1, 4)]:
+        shares = [stream(process, processes, lanes, parts) for process in range(processes)]
+        if state is not None:
+            for share in shares:
+                share.restore(state)
+        assert as_a_set([next(share) for share in shares]) == as_a_set([next(whole)])
+        state = merged([share.state() for share in shares])

@@ -228,6 +228,39 @@ def test_how_a_run_is_computed_and_saved_may_change(copy):
     assert read_recipe(copy / "config.json") == recipe
 
 
+def gate_with(**changes):
+    return dataclasses.replace(RECIPE, stages=(STAGE, dataclasses.replace(GATE, **changes)))
+
+
+@pytest.mark.parametrize("window", [2, 3, 200])
+def test_a_run_is_resumed_bit_for_bit_with_another_window_of_its_guard(copy, finished, window):
+    shutil.rmtree(copy / "checkpoints" / str(TOTAL))
+    recipe = dataclasses.replace(RECIPE, guard=GuardConfig(window=window))
+    train(copy, recipe)
+    ours, untouched = final_state(copy, recipe), final_state(finished)
+    assert_identical(ours.params, untouched.params)
+    assert_identical(ours.optimizer, untouched.optimizer)
+    newest = np.asarray(untouched.guard.losses)[: int(untouched.guard.accepted)][-window:]
+    assert sorted(np.asarray(ours.guard.losses)[: len(newest)]) == sorted(newest)
+
+
+def test_a_run_is_resumed_with_its_batches_in_other_parts(copy, finished):
+    shutil.rmtree(copy / "checkpoints" / str(TOTAL))
+    recipe = gate_with(accumulation=2)
+    train(copy, recipe)
+    ours, untouched = final_state(copy, recipe), final_state(finished)
+    for a, b in zip(jax.tree.leaves(ours.params), jax.tree.leaves(untouched.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert [row["loss"] for row in metrics(copy) if row["kind"] == "train"] == pytest.approx(
+        [row["loss"] for row in metrics(finished) if row["kind"] == "train"], rel=1e-5
+    )
+
+
+def test_the_random_keys_do_not_depend_on_the_environment(finished):
+    with jax.default_prng_impl("rbg"):
+        assert final_state(finished).key.shape == (2,)
+
+
 def test_another_configuration_is_refused_with_what_differs(copy):
     other = dataclasses.replace(RECIPE, seed=1, stages=(dataclasses.replace(STAGE, beta=0.5), GATE))
     config = (copy / "config.json").read_bytes()
