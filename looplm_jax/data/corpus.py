@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import glob
 import hashlib
 import itertools
 from collections.abc import Callable, Sequence
@@ -98,6 +99,8 @@ def locate(root: str, path: str) -> str:
     """A source's path as it is opened: below `root`, unless it is absolute, a URL or a dataset of a hub."""
     if not root or "://" in path or path.startswith(("/", "~", huggingface.PREFIX)):
         return path
+    if "://" not in root and glob.has_magic(path):
+        root = glob.escape(root)  # the folder is meant as it is called, whatever is below it
     return f"{root.rstrip('/')}/{path}"
 
 

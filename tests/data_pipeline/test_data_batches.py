@@ -186,17 +186,17 @@ def test_state_of_another_stream_is_refused(stream, text_data):
 def test_the_place_in_data_that_was_moved_is_taken_up_exactly(stream, tmp_path):
     (tmp_path / "before").mkdir()
     write_jsonl(tmp_path / "before" / "a.jsonl", make_texts(80))
-    data = DataConfig(root=str(tmp_path / "before"), sources=(SourceConfig(path="a.jsonl"),), validation_fraction=0)
+    data = DataConfig(root=str(tmp_path / "before"), sources=(SourceConfig(path="*.jsonl"),), validation_fraction=0)
     original = stream(data)
     take(original, 7)
     state, expected = original.state(), take(original, 5)
     state["identity"]["data.root"] = data.root  # as versions saved it that compared it
-    (tmp_path / "before").rename(tmp_path / "after")
-    moved = dataclasses.replace(data, root=str(tmp_path / "after"))
+    (tmp_path / "before").rename(tmp_path / "after[1]?")
+    moved = dataclasses.replace(data, root=str(tmp_path / "after[1]?"))
     resumed = stream(moved)
     resumed.restore(state)
     assert same(take(resumed, 5), expected)
-    write_jsonl(tmp_path / "after" / "a.jsonl", [*make_texts(79), "another text"])
+    write_jsonl(tmp_path / "after[1]?" / "a.jsonl", [*make_texts(79), "another text"])
     with pytest.raises(UserError, match=r"content: '.*' then, '.*' now"):
         stream(moved).restore(state)
 
