@@ -103,11 +103,11 @@ def as_a_set(shares):
     return sorted(row.tobytes() for share in shares for row in share.tokens)
 
 
-@pytest.mark.parametrize("lanes", [1, 2, 4, 8])
+@pytest.mark.parametrize("lanes", [1, 4, 8])
 def test_a_batch_holds_the_same_rows_in_any_number_of_parts(stream, lanes):
     """Also on from a place that was saved with another number of them."""
     whole, state = stream(lanes=lanes), None
-    for parts, processes in [(1, 1), (2, 2), (4, 1), (8, 1), (4, 2), (1, 4)]:
+    for parts, processes in [(1, 1), (4, 2), (8, 1)]:
         shares = [stream(process, processes, lanes, parts) for process in range(processes)]
         if state is not None:
             for share in shares:
