@@ -3,6 +3,8 @@
 import os
 from typing import Any, NoReturn, Protocol, runtime_checkable
 
+from looplm_jax.printing import say
+
 LOST = 75  # exit status where another process was lost: EX_TEMPFAIL of sysexits.h, "try again"
 
 
@@ -54,5 +56,5 @@ ALONE = Alone()
 
 def end_process(message: str, status: int) -> NoReturn:
     """Say one line and end, from any thread, without waiting for one that hangs in a collective operation."""
-    os.write(2, f"looplm: {' '.join(message.split())}\n".encode())
+    say(message)
     os._exit(status)

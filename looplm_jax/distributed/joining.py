@@ -1,26 +1,28 @@
-"""How a process finds the others: told so by flags, or by a TPU pod or Slurm."""
+"""How a process finds the others: through flags, or through what a TPU pod or Slurm says."""
 
 import dataclasses
-import secrets
+import errno
+import hashlib
+import os
 import socket
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from looplm_jax.distributed.abort import on_abort
 from looplm_jax.distributed.cluster import ALONE, LOST, Cluster
 from looplm_jax.distributed.link import Link
+from looplm_jax.distributed.meeting import Meeting, reach
 from looplm_jax.distributed.star import Member
 from looplm_jax.errors import UserError
 
-_SECONDS = 120.0  # to connect
-_TOKEN_BYTES = 16
+SECRET = "LOOPLM_JOB_SECRET"
+_BIND = "JAX_COORDINATOR_BIND_ADDRESS"
+_START_SECONDS = 60  # for the JAX runtime, which starts when all processes are there
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Join:
-    """What a process was told about the others. `automatic`: the surroundings know."""
+    """What the flags say about the other processes. `automatic`: a TPU pod or Slurm is asked."""
 
     automatic: bool = False
     coordinator: str | None = None
@@ -33,14 +35,7 @@ class Join:
             return
         if self.automatic or any(value is None for value in given):
             raise UserError("say --coordinator, --processes and --process together, or --distributed alone")
-        assert self.coordinator is not None
-        assert self.processes is not None
-        assert self.process is not None
-        host, _, port = self.coordinator.rpartition(":")
-        if not host or not port.isdigit():
-            raise UserError(f"--coordinator must be HOST:PORT of process 0, not {self.coordinator!r}")
-        if not 0 <= self.process < self.processes:
-            raise UserError(f"--process must be in 0..{self.processes - 1} (--processes {self.processes})")
+        _Place(address=self.coordinator or "", index=self.process or 0, count=self.processes or 0)
 
     @property
     def asked(self) -> bool:
@@ -48,25 +43,52 @@ class Join:
         return self.automatic or self.coordinator is not None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Place:
+    """A process among the others, and the address of process 0. Raises UserError for what cannot be."""
+
+    address: str
+    index: int
+    count: int
+
+    def __post_init__(self) -> None:
+        host, _, port = self.address.rpartition(":")
+        if not host or not (port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
+            raise UserError(f"--coordinator must be HOST:PORT of process 0, not {self.address!r}")
+        if not 0 <= self.index < self.count:
+            raise UserError(f"--process must be in 0..{self.count - 1} (--processes {self.count})")
+
+    @property
+    def host_and_port(self) -> tuple[str, int]:
+        host, _, port = self.address.rpartition(":")
+        return host.strip("[]"), int(port)
+
+
 def join(told: Join) -> Cluster:
-    """Meet the other processes; before anything asks JAX for a device. One that was told nothing is alone.
+    """Meets the other processes, before anything asks JAX for a device.
 
     Raises:
-      UserError: the others cannot be found, or this process is one of many and was not told so.
+      UserError: the others cannot be found, the port of process 0 is taken, or the JAX runtime does not start.
     """
     if not told.asked:
         return ALONE
-    try:
-        jax.distributed.initialize(told.coordinator, told.processes, told.process)
-    except (ValueError, RuntimeError) as error:
-        hint = "" if told.coordinator else "; or say --coordinator, --processes and --process"
-        reason = " ".join(str(error).split())
-        raise UserError(f"the processes did not find each other ({reason}){hint}") from None
-    if jax.process_count() == 1:
+    place = _place(told)
+    if place.count == 1:
         return ALONE
-    index = jax.process_index()
-    on_abort(f"process {index}: the JAX runtime gave up, most likely because process 0 was lost (see above)", LOST)
-    return _connect(_coordinator_host(), index, jax.process_count())
+    links, bound = _links(place)
+    member = Member(place.index, place.count, links)
+    on_abort(f"process {place.index}: the JAX runtime gave up because a process was lost (see above)", LOST)
+    try:
+        jax.distributed.initialize(
+            place.address,
+            place.count,
+            place.index,
+            initialization_timeout=_START_SECONDS,
+            coordinator_bind_address=bound,
+        )
+    except (ValueError, RuntimeError) as error:
+        member.end(f"the JAX runtime did not start: {error}", 2)
+    return member
 
 
 def check_alone() -> None:
@@ -75,42 +97,76 @@ def check_alone() -> None:
         raise UserError(f"this is one of {jax.process_count()} processes of a pod; say --distributed on all of them")
 
 
-def _coordinator_host() -> str:
-    from jax._src import distributed  # where the surroundings were asked, nothing public says what they answered
+def _place(told: Join) -> _Place:
+    """Returns where this process is among the others. Raises UserError where nothing says so."""
+    from jax._src.clusters import ClusterEnv  # knows a TPU pod, Slurm and the like; nothing public tells what it finds
 
-    address = distributed.global_state.coordinator_address
-    assert address is not None
-    return address.rpartition(":")[0].strip("[]")
+    address, count, index = told.coordinator, told.processes, told.process
+    if told.automatic:
+        address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+        try:
+            address, count, index, _ = ClusterEnv.auto_detect_unset_distributed_params(
+                address, None, None, None, None, _START_SECONDS
+            )
+        except (ValueError, RuntimeError, OSError, KeyError) as error:
+            raise UserError(f"the surroundings did not say which processes there are ({error!r}); {_HINT}") from None
+    if address is None or count is None or index is None:
+        raise UserError(f"this is no TPU pod and no Slurm job, so nothing says which processes there are; {_HINT}")
+    return _Place(address=address, index=index, count=count)
 
 
-def _connect(host: str, index: int, count: int) -> Member:
-    """Links to process 0, which lets in who knows the number that only the devices of this run were told."""
-    listener = socket.create_server(("", 0), backlog=count) if index == 0 else None
-    token = secrets.token_bytes(_TOKEN_BYTES)
-    port, token = _from_process_0(listener.getsockname()[1] if listener else 0, token)
-    if listener is None:
-        connection = socket.create_connection((host, port), timeout=_SECONDS)
-        link = Link(connection)
-        link.send([token.hex(), index])
-        return Member(index, count, {0: link})
-    with listener:
-        return Member(index, count, _accept(listener, token, count))
+_HINT = "say --coordinator, --processes and --process"
+
+
+def _links(place: _Place) -> tuple[dict[int, Link], str | None]:
+    """Links to the others, and on process 0 the address that it binds to."""
+    token = _token()
+    if place.index > 0:
+        return {0: reach(place.host_and_port, token, place.index, place.count)}, None
+    host, port = _bound(place)
+    with _listener(host, port, place.count) as listener:
+        links = _accept(listener, token, place.count)
+    return links, f"[{host or '::'}]:{port}" if not host or ":" in host else f"{host}:{port}"
 
 
 def _accept(listener: socket.socket, token: bytes, count: int) -> dict[int, Link]:
-    listener.settimeout(_SECONDS)
-    links: dict[int, Link] = {}
-    while len(links) < count - 1:
-        link = Link(listener.accept()[0])
-        match link.receive():
-            case [str(given), int(index)] if secrets.compare_digest(given, token.hex()):
-                links[index] = link
-            case _:
-                link.close()
-    return links
+    return Meeting(token, count).accept(listener)
 
 
-def _from_process_0(port: int, token: bytes) -> tuple[int, bytes]:
-    own = np.frombuffer(port.to_bytes(4, "big") + token, np.uint8)
-    first = np.asarray(multihost_utils.process_allgather(own))[0].tobytes()
-    return int.from_bytes(first[:4], "big"), first[4:]
+def _token() -> bytes:
+    """What processes of this run say first; only those that were given the same secret, where there is one."""
+    content = f"looplm_jax processes, version 1\0{os.environ.get(SECRET, '')}"
+    return hashlib.sha256(content.encode(errors="surrogateescape")).digest()[:16]
+
+
+def _listener(host: str, port: int, count: int) -> socket.socket:
+    """Raises UserError where process 0 cannot listen there."""
+    where = f"process 0 cannot listen on port {port}{f' of {host}' if host else ''}"
+    try:
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, *_, address = found[0]
+        return socket.create_server(address[:2], family=family, backlog=count + socket.SOMAXCONN)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            hint = "another program has it; choose another port in --coordinator, the same on all processes"
+        else:
+            hint = f"{error.strerror}; start process 0 on the host of --coordinator, or set {_BIND}=ADDRESS:PORT"
+        raise UserError(f"{where}: {hint}") from None
+
+
+def _bound(place: _Place) -> tuple[str, int]:
+    """Where process 0 listens: the host that all were given, or every address where its own name says only "here".
+
+    Many a machine knows itself by its name as 127.0.1.1, where no other machine would find it.
+    """
+    host, port = place.host_and_port
+    if own := os.environ.get(_BIND):
+        place = dataclasses.replace(place, address=own)
+        return place.host_and_port
+    try:
+        found = {info[4][0] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+    except OSError:
+        return host, port
+    literal = host == "localhost" or host in found
+    only_here = all(str(address).startswith("127.") or address == "::1" for address in found)
+    return ("" if only_here and not literal else host), port

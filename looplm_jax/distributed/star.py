@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from looplm_jax.distributed.cluster import LOST, end_process
-from looplm_jax.distributed.link import Link
+from looplm_jax.distributed.link import SILENCE_SECONDS, Link
 
 _LEAVE = "leave"
 _LAST_SECONDS = 5.0
-_GONE = "lost, killed or its machine gone; start all processes again, the run goes on from its newest checkpoint"
+_AGAIN = "start all processes again, and the run resumes from its latest valid checkpoint"
 
 End = Callable[[str, int], NoReturn]
 
@@ -77,7 +77,15 @@ class Member:
             else:
                 self._end(*content)
         if not self._leaving:
-            self._end(peer, _GONE, LOST)
+            self._end_without(peer)
+
+    def _end_without(self, peer: int) -> NoReturn:
+        """End because a process is gone. One that was only stopped reads later that it is the one that was lost."""
+        link = self._links[peer]
+        how = f"silent for {SILENCE_SECONDS:.0f} seconds, stopped or its machine gone" if link.silent else "killed"
+        message = f"lost{f' on {link.host}' if link.host else ''}, {how}; {_AGAIN}"
+        link.send(["end", peer, message, LOST])
+        self._end(peer, message, LOST)
 
     def _count(self, peer: int, name: str, number: int, value: Any) -> None:
         """Process 0: one more value, and perhaps the last."""
