@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from looplm_jax.errors import UserError
+from looplm_jax.evaluation.plots import require_matplotlib
 from looplm_jax.evaluation.tables import Table
 
 _SHOWN_STEPS = (0, 25, 50, 100, 200, 400, 800)
@@ -78,10 +80,12 @@ def _returns(results: Results) -> Table:
 
 def _plot(results: Results, path: Path) -> list[str]:
     try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("dense_start: figures need matplotlib; pip install 'looplm_jax[plot]'", file=sys.stderr)
+        require_matplotlib()
+    except UserError as error:
+        print(error, file=sys.stderr)
         return []
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9.6, 3.8), layout="constrained")
     for axes, loop in zip(figure.subplots(1, 2, sharey=True), (1, results.loops), strict=True):
         for course in results.courses:

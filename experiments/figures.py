@@ -3,15 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-from looplm_jax.errors import UserError
+from looplm_jax.evaluation.plots import require_matplotlib
 
 
 def figure(columns: int = 1, width: float = 4.8) -> tuple[Any, list[Any]]:
     """A figure and its axes, side by side, without pyplot. Raises UserError without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("figures need matplotlib; pip install 'looplm_jax[plot]'") from None
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
     made = Figure(figsize=(width * columns, 3.8), layout="constrained")
     grid = list(made.subplots(1, columns, squeeze=False).flat)
     for axes in grid:

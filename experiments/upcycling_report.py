@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from looplm_jax.errors import UserError
+from looplm_jax.evaluation.plots import require_matplotlib
 from looplm_jax.evaluation.tables import Table
 
 _FRESH = "-fresh-optimizer"
@@ -122,10 +124,12 @@ def _verdict(results: Results) -> str:
 
 def _plot(results: Results, path: Path) -> list[str]:
     try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("the figure needs matplotlib; pip install 'looplm_jax[plot]'", file=sys.stderr)
+        require_matplotlib()
+    except UserError as error:
+        print(error, file=sys.stderr)
         return []
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
     for name in results.variants:

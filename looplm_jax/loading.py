@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
@@ -17,7 +16,7 @@ from looplm_jax.convert.from_hf import is_hf_folder, load_hf
 from looplm_jax.data.tokenizers import Tokenizer, deserialize
 from looplm_jax.errors import UserError
 from looplm_jax.models.looplm import LoopLM, Params, boxed_shapes
-from looplm_jax.sharding import abstract, check_divides, make_mesh
+from looplm_jax.sharding import abstract, check_divides, first_device, make_mesh
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +57,7 @@ def load(
       UserError: not a checkpoint, no good step, a Hugging Face folder that `convert.from_hf.load_hf` refuses, or a mesh
         that does not fit.
     """
-    devices = make_mesh(mesh or MeshConfig(), jax.devices() if mesh else jax.local_devices()[:1])
+    devices = make_mesh(mesh or MeshConfig(), None if mesh else first_device())
     if is_hf_folder(Path(path)):
         return _load_hf_folder(Path(path), step, devices, dtype)
     return _load_checkpoint(os.fspath(path), step, devices, dtype)

@@ -17,6 +17,7 @@ from looplm_jax.halting import parse_exit_policy
 from looplm_jax.inference import Finish
 from looplm_jax.inference.conversation import Conversation
 from looplm_jax.loading import load
+from looplm_jax.printing import complain
 
 _WINDOW = 4096
 _HELP = """\
@@ -66,7 +67,7 @@ class ChatSession:
                 self._obey(line)
             except UserError as error:
                 self._mistakes = True
-                print(f"looplm: {error}", file=sys.stderr)
+                complain(str(error))
             if self._status is not None:
                 return self._status
         return 2 if self._mistakes and not self._by_hand else 0

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from looplm_jax.config import NormPlacement
 from looplm_jax.errors import UserError
+from looplm_jax.printing import show
 
 _FLOATS = ("float32", "bfloat16")
 
@@ -148,8 +149,8 @@ def _run_from_dense(arguments: argparse.Namespace) -> None:
 
 
 def _finish(summary: object, then: str) -> None:
-    print(summary)
-    print(f"next: {then}")
+    show(str(summary))
+    show(f"next: {then}")
 
 
 def _quoted(path: Path) -> str:

@@ -1,7 +1,6 @@
 """From the arguments that `looplm generate` and `looplm chat` share to an engine and to requests."""
 
 import argparse
-import sys
 from typing import Any
 
 from rich.console import Console
@@ -10,6 +9,7 @@ from rich.status import Status
 from looplm_jax.halting import parse_exit_policy
 from looplm_jax.inference import CacheStrategy, Engine, EngineConfig, Sampling
 from looplm_jax.loading import Loaded
+from looplm_jax.printing import complain
 
 _LONGEST_CHUNK = 512
 
@@ -47,7 +47,7 @@ def make_engine(
 ) -> Engine:
     """An engine for requests of up to `window` tokens each. Says on stderr what the checkpoint warns of."""
     for warning in loaded.warnings:
-        print(f"looplm: {warning}", file=sys.stderr)
+        complain(str(warning))
     config = EngineConfig(
         slots=slots,
         capacity=window,

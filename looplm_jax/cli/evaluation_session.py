@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from looplm_jax.evaluation.plots import plot_depths, plot_exits
 from looplm_jax.evaluation.tables import depth_table, exit_table
 from looplm_jax.files import pasted
 from looplm_jax.loading import Loaded, load
+from looplm_jax.printing import complain, show
 from looplm_jax.sharding import use_mesh
 
 
@@ -26,7 +26,7 @@ def run_evaluation(arguments: argparse.Namespace) -> int:
     """Evaluate as the arguments of `looplm evaluate` say. Returns the exit status."""
     loaded = load(arguments.checkpoint, step=arguments.step)
     for warning in loaded.warnings:
-        print(f"looplm: {warning}", file=sys.stderr)
+        complain(str(warning))
     out = Path(arguments.out) if arguments.out else default_out(arguments.checkpoint, loaded.step)
     data = _data(loaded.recipe.data_of(loaded.recipe.stages[-1]), arguments)
     batches = _batches(loaded, data, arguments.sequences or loaded.recipe.evaluation.sequences)
@@ -38,9 +38,9 @@ def run_evaluation(arguments: argparse.Namespace) -> int:
     print(f"mean loss over all budgets of loops: fixed depth {fixed.area:.4f}, Q-exit {q_exit.area:.4f} nats/token")
     about = {"step": loaded.step, "data": codec.to_dict(data), "sequences": batches.num_sequences}
     written = _write(out, evaluation, about)
-    print(f"wrote {', '.join(written)} to {out}")
+    show(f"wrote {', '.join(written)} to {out}")
     best = evaluation.depths.best_loops
-    print(f"next: looplm generate {pasted(arguments.checkpoint)} --prompt 'Once' --exit loops={best}")
+    show(f"next: looplm generate {pasted(arguments.checkpoint)} --prompt 'Once' --exit loops={best}")
     return 0
 
 
@@ -97,6 +97,6 @@ def _write(out: Path, evaluation: Evaluation, about: dict[str, Any]) -> list[str
         plot_depths({"this model": evaluation.depths}, out / "depth.png")
         plot_exits({"fixed depth": evaluation.exits.fixed, "Q-exit": evaluation.exits.q_exit}, out / "exit.png")
     except UserError as error:
-        print(f"looplm: {error}", file=sys.stderr)
+        complain(str(error))
         return ["evaluation.json"]
     return ["evaluation.json", "depth.png", "exit.png"]

@@ -17,6 +17,7 @@ from looplm_jax.halting import ExitPolicy, QExit
 from looplm_jax.inference import Engine, Finish, Request, Result, Ticket
 from looplm_jax.inference.kv_cache import bucket
 from looplm_jax.loading import Loaded, load
+from looplm_jax.printing import show
 
 _NEW_TOKENS = 128
 _MOST_SLOTS = 8
@@ -47,7 +48,7 @@ def run_generation(prompts: Sequence[str], arguments: argparse.Namespace) -> int
             view.finish(_follow(engine, ticket, view), clock.rate)
     status = exit_status([ticket.result() for ticket in tickets])
     if status == 0 and not arguments.json:
-        print(f"next: {_next_command(arguments, options['policy'], loaded)}")
+        show(f"next: {_next_command(arguments, options['policy'], loaded)}")
     return status
 
 

@@ -1,7 +1,12 @@
-"""Ways to show a generation while it is made: coloured by loops, plain, or as JSON."""
+"""Ways to show a generation while it is made: coloured by loops, plain, or as JSON.
+
+On a terminal, control characters of the text are shown as escapes; a file or a pipe gets the text as it is.
+"""
 
 import json
+import sys
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 from rich.console import Console
@@ -10,6 +15,7 @@ from rich.text import Text
 from looplm_jax.cli.revised_text import RevisedText
 from looplm_jax.data.tokenizers import Tokenizer
 from looplm_jax.inference import Finish, NewToken, Result
+from looplm_jax.printing import visible
 
 # From few loops to many; legible on dark and on light terminals.
 _PALETTE = ("#3f8fd2", "#20a4b5", "#2f9e6e", "#7a9a2e", "#c48a16", "#d2691e", "#d1495b", "#b04bc0")
@@ -66,7 +72,7 @@ class ColourView:
     def show(self, new: NewToken) -> None:
         """Print what became certain with the token."""
         self._begin()
-        self._text.write(Text(new.text, style=loop_colour(new.exit_loop, self._max_loops)))
+        self._text.write(Text(visible(new.text), style=loop_colour(new.exit_loop, self._max_loops)))
         self._shown += len(new.text)
 
     def propose(self, token: int) -> None:
@@ -76,7 +82,7 @@ class ColourView:
     def finish(self, result: Result, rate: float | None) -> None:
         """Print what was held back, and the summary."""
         self._begin()
-        self._text.write(Text(result.text[self._shown :], style="dim"))
+        self._text.write(Text(visible(result.text[self._shown :]), style="dim"))
         self._console.print()
         self._console.print(summary(result, rate), style="dim")
 
@@ -92,11 +98,12 @@ class PlainView:
     def __init__(self, header: str = ""):
         self._header = header
         self._shown = 0
+        self._as_shown: Callable[[str], str] = visible if sys.stdout.isatty() else str
 
     def show(self, new: NewToken) -> None:
         """Print what became certain with the token."""
         self._begin()
-        print(new.text, end="", flush=True)
+        print(self._as_shown(new.text), end="", flush=True)
         self._shown += len(new.text)
 
     def propose(self, token: int) -> None:
@@ -105,13 +112,13 @@ class PlainView:
     def finish(self, result: Result, rate: float | None) -> None:
         """Print what was held back, loops and summary."""
         self._begin()
-        print(result.text[self._shown :])
+        print(self._as_shown(result.text[self._shown :]))
         separator = "" if max(result.exit_loops, default=0) < 10 else " "
         print(f"loops per token: {separator.join(map(str, result.exit_loops))}")
         print(summary(result, rate))
 
     def _begin(self) -> None:
-        print(self._header, end="")
+        print(self._as_shown(self._header), end="")
         self._header = ""
 
 
@@ -150,7 +157,7 @@ class JsonView:
 
 def header(prompt: str, max_loops: int) -> Text:
     """The legend, and the prompt that the text goes on from."""
-    return Text.assemble(legend(max_loops), "\n", (prompt, "dim"))
+    return Text.assemble(legend(max_loops), "\n", (visible(prompt), "dim"))
 
 
 def legend(max_loops: int) -> Text:

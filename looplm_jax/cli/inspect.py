@@ -7,8 +7,9 @@ looplm inspect runs/text-small
 
 import argparse
 import json
-import sys
 from typing import TYPE_CHECKING
+
+from looplm_jax.printing import complain, show, visible
 
 if TYPE_CHECKING:
     from looplm_jax.checkpoints import StepReport
@@ -38,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
         _print(arguments.checkpoint, reports)
     unsound = [report for report in reports if report.problem]
     for report in unsound:
-        print(f"looplm: step {report.step} {report.problem}", file=sys.stderr)
+        complain(f"step {report.step} {report.problem}")
     return 2 if unsound else 0
 
 
@@ -54,11 +55,12 @@ def _print(path: str, reports: "list[StepReport]") -> None:
         stage = report.metadata.extra.get("stage", "") if report.metadata else ""
         kept = "always" if report.permanent else "while new"
         state = "[red]damaged" if report.damage else "[yellow]unknown" if report.unknown else "[green]sound"
-        table.add_row(str(report.step), escape(stage), f"{report.parameters:,}", f"{report.bytes:,}", kept, state)
+        sizes = f"{report.parameters:,}", f"{report.bytes:,}"
+        table.add_row(str(report.step), escape(visible(stage)), *sizes, kept, state)
     Console(highlight=False).print(table)
     newest = next((report.metadata for report in reports if report.metadata), None)
     if newest is not None:
         model = ", ".join(f"{name}={value}" for name, value in newest.config["model"].items())
-        print(f"recipe {newest.config['name']}: {model}")
-        print(f"tokenizer {newest.tokenizer_kind}, sha256 {newest.tokenizer_fingerprint[:16]}…")
-    print(f"next: looplm evaluate {pasted(path)}")
+        show(f"recipe {newest.config['name']}: {model}")
+        show(f"tokenizer {newest.tokenizer_kind}, sha256 {newest.tokenizer_fingerprint[:16]}…")
+    show(f"next: looplm evaluate {pasted(path)}")

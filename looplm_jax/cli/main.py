@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn, Protocol
 
 from looplm_jax.errors import UserError, suggest
+from looplm_jax.printing import complain, steady_streams
 
 _COMMANDS = {
     "tokenize": "prepare a corpus: tokenize and pack documents once, to be read at random",
@@ -59,8 +60,11 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0, 2 for a mistake of the user's, 128 + n where signal n stopped it."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    steady_streams()
     try:
-        return _dispatch(arguments)
+        status = _dispatch(arguments)
+        sys.stdout.flush()
+        return status
     except UserError as error:
         return _fail(str(error))
     except BrokenPipeError:
@@ -107,7 +111,7 @@ def _overview() -> str:
 
 
 def _fail(message: str, status: int = 2) -> int:
-    print(f"looplm: {' '.join(message.split())}", file=sys.stderr)
+    complain(message)
     return status
 
 

@@ -18,6 +18,7 @@ from looplm_jax.files import pasted
 from looplm_jax.planning.search import Candidate, search
 from looplm_jax.planning.stage_plan import StagePlan, plan_stage
 from looplm_jax.planning.targets import HERE, Target, find_target
+from looplm_jax.printing import show, visible
 from looplm_jax.training.program import stage_mesh
 from looplm_jax.training.progress import progress_console
 from looplm_jax.training.signals import Stopped, StopRequest
@@ -52,9 +53,9 @@ class _Progress:
             return self._stop.run(function)
         from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-        columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+        columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
         with Progress(*columns, console=self._console, transient=True) as bar:
-            bar.add_task(f"compiling {what}")
+            bar.add_task(visible(f"compiling {what}"))
             return self._stop.run(function)
 
 
@@ -75,8 +76,8 @@ def run_plan(request: PlanRequest) -> int:
             leave(console, f"stopped by {stopped.signal.name}; nothing was written", stopped.signal)
     if request.out is not None:
         request.out.write_text(json.dumps(found, indent=2) + "\n")
-        print(f"wrote {request.out}")
-    print(_next(request, fits))
+        show(f"wrote {request.out}")
+    show(_next(request, fits))
     return 0 if fits else 1
 
 

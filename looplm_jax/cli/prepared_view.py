@@ -3,12 +3,14 @@
 import json
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from looplm_jax.codec import to_dict
 from looplm_jax.data.prepared.manifest import Manifest, Shard
 from looplm_jax.data.prepared.reading import open_prepared
 from looplm_jax.files import pasted
+from looplm_jax.printing import show, visible
 
 
 def show_prepared(path: str, *, as_json: bool) -> int:
@@ -21,13 +23,13 @@ def show_prepared(path: str, *, as_json: bool) -> int:
     console.print(_rows(manifest))
     console.print(_sources(manifest))
     plan, left_out = manifest.plan, manifest.left_out
-    print(f"tokenizer {plan.tokenizer_kind} of {plan.vocab_size:,} tokens, sha256 {plan.tokenizer[:16]}…")
-    print(f"held out: {plan.validation_fraction:.2%} of the documents; digest {manifest.digest}")
-    print(
+    show(f"tokenizer {plan.tokenizer_kind} of {plan.vocab_size:,} tokens, sha256 {plan.tokenizer[:16]}…")
+    show(f"held out: {plan.validation_fraction:.2%} of the documents; digest {manifest.digest}")
+    show(
         f"left out: {left_out.bad_records:,} bad records, {left_out.overlapping:,} overlapping evaluations"
         f"{_in_brackets(plan.decontaminate)}, {left_out.near_duplicates:,} near-duplicates"
     )
-    print(f"next: looplm tokenize --verify --out {pasted(path)}")
+    show(f"next: looplm tokenize --verify --out {pasted(path)}")
     return 0
 
 
@@ -49,7 +51,7 @@ def _totals(shards: tuple[Shard, ...], length: int) -> list[str]:
 def _sources(manifest: Manifest) -> Table:
     table = Table("source", "documents read", "bytes of text")
     for source in manifest.sources:
-        table.add_row(source.path, f"{source.documents:,}", f"{source.bytes:,}")
+        table.add_row(escape(visible(source.path)), f"{source.documents:,}", f"{source.bytes:,}")
     return table
 
 

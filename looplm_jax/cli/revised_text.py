@@ -4,6 +4,8 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
+from looplm_jax.printing import visible
+
 
 class RevisedText:
     """Prints pieces one behind the other. A proposed piece is dim, and makes way for the next thing that is printed."""
@@ -22,7 +24,7 @@ class RevisedText:
     def propose(self, text: str) -> None:
         """Print for now; not where it would reach the end of the line, from which no terminal goes back."""
         self._erase()
-        shown = "".join(character if character.isprintable() else " " for character in text)
+        shown = "".join(character if character.isprintable() else " " for character in visible(text, keep="\n\t"))
         width = cell_len(shown)
         if cell_len(self._line.expandtabs()) % self._console.width + width < self._console.width:
             self._print(Text(shown, style="dim"))

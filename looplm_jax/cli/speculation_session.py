@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import sys
 from collections.abc import Sequence
 
 import jax
@@ -18,6 +17,7 @@ from looplm_jax.inference import Finish, NewToken, Result, Screening, Speculativ
 from looplm_jax.loading import Loaded
 from looplm_jax.models.blocks import unroll_layers
 from looplm_jax.models.looplm import LoopLM
+from looplm_jax.printing import complain
 
 
 def run_speculation(prompts: Sequence[str], arguments: argparse.Namespace) -> int:
@@ -29,7 +29,7 @@ def run_speculation(prompts: Sequence[str], arguments: argparse.Namespace) -> in
     options = request_options(arguments)
     loaded = generation_session.load(arguments.checkpoint, step=arguments.step)
     for warning in loaded.warnings:
-        print(f"looplm: {warning}", file=sys.stderr)
+        complain(str(warning))
     first = generation_session.view_of(arguments, loaded, prompts[0])
     told, clocks, stopped = [list[NewToken]() for _ in prompts], [Stopwatch() for _ in prompts], list[bool]()
     with sign_of_life() as status, interrupt_calls(lambda: stopped.append(True)):

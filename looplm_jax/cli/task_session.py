@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from looplm_jax.evaluation.harness import require_lm_eval
 from looplm_jax.evaluation.harness.settings import Settings, exit_policy
 from looplm_jax.evaluation.tables import Table
 from looplm_jax.loading import Loaded, load
+from looplm_jax.printing import complain, show
 
 _QUIET = {"TQDM_DISABLE": "1", "DISABLE_MULTIPROC": "1"}  # no bars of its own, and no fork of a process that runs JAX
 
@@ -31,7 +31,7 @@ def run_task_evaluation(arguments: argparse.Namespace) -> int:
     _prepare_lm_eval()
     loaded = load(arguments.checkpoint, step=arguments.step)
     for warning in loaded.warnings:
-        print(f"looplm: {warning}", file=sys.stderr)
+        complain(str(warning))
     out = Path(arguments.out) if arguments.out else default_out(arguments.checkpoint, loaded.step)
     with Console(stderr=True).status("finding the tasks") as status:
         run = _sweep if arguments.depth_sweep else _evaluate
@@ -40,8 +40,8 @@ def run_task_evaluation(arguments: argparse.Namespace) -> int:
     if "mean_loops" in found:
         print(f"mean loops of a token: {found['mean_loops']:.2f}")
     about = {"step": loaded.step, "limit": arguments.limit, "num_fewshot": arguments.num_fewshot}
-    print(f"wrote {_write(out, {**about, **found})}")
-    print(f"next: {_next_command(arguments)}")
+    show(f"wrote {_write(out, {**about, **found})}")
+    show(f"next: {_next_command(arguments)}")
     return 0
 
 

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
 from looplm_jax.data.prepared.pool import Progress as Advance
+from looplm_jax.training.progress import progress_console
 
 _SECONDS_BETWEEN_LINES = 15.0
 
@@ -14,9 +15,9 @@ class TokenizeProgress:
     """Documents, tokens, text per second and time left, over all units of a pass."""
 
     def __init__(self, console: Console | None = None):
-        self._console = console or Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
+        self._console = console or progress_console()
         self._bar = Progress(
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=24),
             DownloadColumn(),
             TextColumn("{task.fields[status]}"),

@@ -3,7 +3,6 @@
 import os
 import shlex
 import signal
-import sys
 from types import FrameType
 
 from looplm_jax.cli.tokenize_progress import TokenizeProgress
@@ -13,6 +12,7 @@ from looplm_jax.data.prepared.plan import Order
 from looplm_jax.data.prepared.prepare import prepare
 from looplm_jax.data.prepared.reading import open_prepared
 from looplm_jax.data.prepared.verification import verify
+from looplm_jax.printing import complain, show
 from looplm_jax.recipes import named_recipe
 
 
@@ -32,7 +32,7 @@ def prepare_corpus(order: Order, out: str, workers: int | None) -> int:
             manifest = prepare(order, out, workers=workers, watcher=progress, say=progress.say)
     except _Stopped as stopped:
         number = stopped.number
-        print(f"looplm: stopped by {number.name}; the same command goes on from there", file=sys.stderr)
+        complain(f"stopped by {number.name}; the same command goes on from there")
         return 128 + number
     finally:
         for number, handler in before.items():
@@ -46,7 +46,7 @@ def verify_corpus(out: str) -> int:
     corpus = open_prepared(out)
     damage = verify(corpus)
     for line in damage:
-        print(f"looplm: {line}", file=sys.stderr)
+        complain(str(line))
     if not damage:
         manifest = corpus.manifest
         size = sum(shard.bytes for shard in manifest.shards)
@@ -69,15 +69,15 @@ def _say_what_was_written(manifest: Manifest, out: str) -> None:
     )
     left_out = manifest.left_out
     if left_out.bad_records:
-        print(f"left out: {left_out.bad_records:,} bad records, the first {left_out.first_bad_record}")
+        show(f"left out: {left_out.bad_records:,} bad records, the first {left_out.first_bad_record}")
     if left_out.overlapping or left_out.near_duplicates:
         print(
             f"left out: {left_out.overlapping:,} documents that overlap evaluations, {left_out.near_duplicates:,} "
             "near-duplicates; cleaning.md says more"
         )
     folder = PreparedFolder(out)
-    print(f"wrote {len(manifest.train)} shards to train on, {len(manifest.validation)} held out, to {folder.path}")
-    print(f"next: {_next_command(manifest, out)}")
+    show(f"wrote {len(manifest.train)} shards to train on, {len(manifest.validation)} held out, to {folder.path}")
+    show(f"next: {_next_command(manifest, out)}")
 
 
 def _next_command(manifest: Manifest, out: str) -> str:

@@ -15,6 +15,8 @@ from looplm_jax.evaluation.during_training import evaluate_held_out
 from looplm_jax.evaluation.run_report import evaluate_command, write_run_report
 from looplm_jax.files import AnyPath
 from looplm_jax.models.looplm import count_params
+from looplm_jax.printing import show
+from looplm_jax.sharding import require_platform
 from looplm_jax.training.metrics import EventSink
 from looplm_jax.training.profiling import ProfiledSteps
 from looplm_jax.training.progress import progress_console
@@ -40,6 +42,7 @@ def run_training(recipe: Recipe, out: AnyPath, options: Options | None = None) -
     """
     options = options or Options()
     cluster = join(options.told)
+    require_platform()
     if cluster.count == 1:
         check_alone()
         return _run_training(recipe, out, options, cluster)
@@ -82,8 +85,8 @@ def _run_training(recipe: Recipe, out: AnyPath, options: Options, cluster: Clust
 def _report(recipe: Recipe, out: AnyPath, outcome: Outcome) -> None:
     reports = ", ".join(write_run_report(outcome.folder.path, recipe))
     skipped = f", {outcome.skipped} steps skipped" if outcome.skipped else ""
-    print(f"trained {outcome.step} steps{skipped}; wrote checkpoints, metrics.jsonl, tensorboard, {reports} to {out}")
-    print(f"next: {evaluate_command(out)}")
+    show(f"trained {outcome.step} steps{skipped}; wrote checkpoints, metrics.jsonl, tensorboard, {reports} to {out}")
+    show(f"next: {evaluate_command(out)}")
 
 
 def _mirrors(recipe: Recipe, out: AnyPath, options: Options, cluster: Cluster) -> list[EventSink]:

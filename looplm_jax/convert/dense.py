@@ -32,7 +32,7 @@ from looplm_jax.convert.placement import place_tensors
 from looplm_jax.convert.weight_files import WeightFolder
 from looplm_jax.errors import UserError
 from looplm_jax.models.looplm import LoopLM, boxed_params
-from looplm_jax.sharding import check_divides, make_mesh
+from looplm_jax.sharding import check_divides, first_device, make_mesh
 
 _DESCRIPTION = "starts from the weights of a dense model"
 _ONLY_LOOPED = re.compile(r"model\.early_exit_gate\.|.*layernorm_2\.")
@@ -70,7 +70,7 @@ def convert_from_dense(
     Raises:
       UserError: as `load_dense`, or `out` is not empty, or the disk refuses. Nothing half-written remains.
     """
-    mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
+    mesh = make_mesh(MeshConfig(), first_device())
     with fresh_folder(out) as staging:
         model = load_dense(
             folder,

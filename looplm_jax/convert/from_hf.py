@@ -22,7 +22,7 @@ from looplm_jax.convert.weight_files import WeightFolder, has_weights
 from looplm_jax.data.tokenizers import Tokenizer, load_tokenizer
 from looplm_jax.errors import UserError
 from looplm_jax.models.looplm import Params, boxed_shapes
-from looplm_jax.sharding import abstract, check_divides, make_mesh
+from looplm_jax.sharding import abstract, check_divides, first_device, make_mesh
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 
@@ -79,7 +79,7 @@ def convert_from_hf(
     Raises:
       UserError: as `load_hf`, or `out` is not empty, or the disk refuses. Nothing half-written remains.
     """
-    mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
+    mesh = make_mesh(MeshConfig(), first_device())
     with fresh_folder(out) as staging:
         model = load_hf(folder, mesh=mesh, dtype=dtype)
         write_converted(staging, converted_recipe(Path(folder), model.config), model.params, model.tokenizer)

@@ -3,7 +3,7 @@
 import os
 from typing import Any, NoReturn, Protocol, runtime_checkable
 
-from looplm_jax.printing import say
+from looplm_jax.printing import complain_at_once
 
 LOST = 75  # exit status where another process was lost: EX_TEMPFAIL of sysexits.h, "try again"
 
@@ -56,5 +56,5 @@ ALONE = Alone()
 
 def end_process(message: str, status: int) -> NoReturn:
     """Say one line and end, from any thread, without waiting for one that hangs in a collective operation."""
-    say(message)
+    complain_at_once(message)
     os._exit(status)

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from looplm_jax.distributed.link import Link
 from looplm_jax.errors import UserError
-from looplm_jax.printing import say
+from looplm_jax.printing import complain_at_once
 
 PATIENCE_SECONDS = 300.0
 _GREETING_SECONDS = 10.0
@@ -53,7 +53,7 @@ class Meeting:
                 self._dismiss(message)
                 raise UserError(message)
             if news.due:
-                say(f"process 0: waiting for {_named(missing)} of {self._count}")
+                complain_at_once(f"process 0: waiting for {_named(missing)} of {self._count}")
         for link in self._links.values():
             link.send(["go"])
         return self._links
@@ -111,7 +111,7 @@ class Meeting:
         link.close()
         if host and host not in self._strangers:
             self._strangers.add(host)
-            say(f"process 0: closed a connection from {host}, which is no process of this run")
+            complain_at_once(f"process 0: closed a connection from {host}, which is no process of this run")
 
     def _dismiss(self, message: str) -> None:
         with self._arriving:
@@ -151,7 +151,7 @@ def reach(
                 "through the firewall"
             )
         if news.due:
-            say(f"process {index}: waiting for {where} ({reason})")
+            complain_at_once(f"process {index}: waiting for {where} ({reason})")
         time.sleep(_RETRY_SECONDS)
 
 
@@ -176,7 +176,7 @@ class _News:
 
 def _refuse(link: Link, message: str) -> None:
     message += "; start all processes with the same command, each with a --process of its own"
-    say(f"process 0: {message}")
+    complain_at_once(f"process 0: {message}")
     link.send(["refused", message])
     link.close()
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,13 +145,32 @@ def _mark(axes: "Axes", loops: int, text: str, *, height: float) -> None:
     )
 
 
-def _figure(*, columns: int, rows: int = 1) -> "tuple[Figure, list[Axes]]":
-    """A figure without pyplot: nothing global changes, and no display is needed."""
+def require_matplotlib() -> None:
+    """Imports matplotlib, whatever MPLBACKEND says: figures become files, which needs no backend.
+
+    Raises:
+      UserError: matplotlib is not installed, or finds no folder to write to.
+    """
+    backend = os.environ.pop("MPLBACKEND", None)
     try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
+        import matplotlib.figure  # noqa: F401
     except ImportError:
         raise UserError("figures need matplotlib; pip install 'looplm_jax[plot]'") from None
+    except OSError as error:
+        raise UserError(
+            f"figures need matplotlib, which cannot start ({error}); set MPLCONFIGDIR to a folder"
+        ) from None
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+
+
+def _figure(*, columns: int, rows: int = 1) -> "tuple[Figure, list[Axes]]":
+    """A figure without pyplot: nothing global changes, and no display is needed."""
+    require_matplotlib()
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     figure = Figure(figsize=(4.8 * columns, 3.6 * rows), layout="constrained")
     grid = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in grid:

@@ -13,6 +13,7 @@ from jax.experimental import topologies
 
 from looplm_jax.errors import UserError
 from looplm_jax.sharding.chips import Chip, known_chip
+from looplm_jax.sharding.platform import require_platform
 
 HERE = "here"
 _EXAMPLES = {"v4": "v4:4x4x4", "v5e": "v5e:16x16", "v5p": "v5p:4x8x8", "v6e": "v6e:16x16", "tpu7x": "tpu7x:4x4x4"}
@@ -68,6 +69,7 @@ def find_target(topology: str, slices: int = 1) -> Target:
     if slices < 1:
         raise UserError(f"--slices must be at least 1, not {slices}")
     if topology == HERE:
+        require_platform()
         devices = tuple(jax.devices())
         return Target(
             name=f"{len(devices)} x {devices[0].device_kind}", devices=devices, chip=known_chip(devices[0].device_kind)

@@ -12,7 +12,7 @@ from looplm_jax.sharding.mesh import (
     partition,
     use_mesh,
 )
-from looplm_jax.sharding.platform import require_platform, target_kind, target_platform
+from looplm_jax.sharding.platform import first_device, require_platform, target_kind, target_platform
 from looplm_jax.sharding.processes import place_rows, process_rows, to_host
 from looplm_jax.sharding.sequences import heads_from_devices, heads_to_devices, sequence_shards
 from looplm_jax.sharding.tokens import on_own_tokens
@@ -25,6 +25,7 @@ __all__ = [
     "check_divides",
     "check_sequence",
     "divides",
+    "first_device",
     "heads_from_devices",
     "heads_to_devices",
     "make_mesh",

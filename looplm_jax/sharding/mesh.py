@@ -15,6 +15,7 @@ from jaxtyping import PyTree
 
 from looplm_jax.config import MeshConfig, ModelConfig
 from looplm_jax.errors import UserError
+from looplm_jax.sharding.platform import require_platform
 from looplm_jax.sharding.slices import arrange
 
 # Axis of a parameter or an activation -> axis of the mesh. Parameters are spread over `fsdp` and `context` along the
@@ -42,7 +43,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     Raises:
       UserError: the sizes of the axes do not multiply to the number of devices.
     """
-    devices = list(jax.devices() if devices is None else devices)
+    if devices is None:
+        require_platform()
+        devices = jax.devices()
+    devices = list(devices)
     sizes = dataclasses.asdict(config)
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if -1 not in sizes.values() and fixed < len(devices) and jax.process_count() == 1:

@@ -11,7 +11,10 @@ from looplm_jax.errors import UserError
 def target_platform() -> str:
     """`cpu`, `gpu` or `tpu`."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
+    if device is not None:
+        return device.platform
+    require_platform()
+    return jax.default_backend()
 
 
 def target_kind() -> str:
@@ -20,18 +23,24 @@ def target_kind() -> str:
     return jax.local_devices()[0].device_kind if device is None else device.device_kind
 
 
+def first_device() -> list[jax.Device]:
+    """The first device of this process, alone. Raises UserError where its platform does not start."""
+    require_platform()
+    return jax.local_devices()[:1]
+
+
 def require_platform() -> None:
     """Starts the platform that programs run on.
 
     Raises:
-      UserError: JAX was told to use one that is not here, or that does not start.
+      UserError: JAX_PLATFORMS names one that is not here, or that does not start.
     """
     try:
         jax.local_devices()
     except (RuntimeError, AssertionError) as error:
         named = jax.config.values["jax_platforms"]
-        reason = " ".join(str(error).split()) or "it is not installed, or has no device"
+        reason = " ".join(str(error).split()).partition(" (set JAX_PLATFORMS=")[0]
         raise UserError(
-            f"JAX cannot use the platform {named!r} here ({reason}); "
-            "set JAX_PLATFORMS to one that is here, such as cpu, or unset it"
+            f"JAX cannot use the platform {named!r} here ({reason or 'it is not installed, or has no device'}); "
+            "set JAX_PLATFORMS=cpu, which is always available, or unset it"
         ) from None

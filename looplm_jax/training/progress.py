@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from looplm_jax.printing import visible
+
 _SECONDS_BETWEEN_LINES = 15.0
 
 
@@ -16,7 +18,14 @@ def progress_console(*, quiet: bool = False) -> Console:
 
     All but one of many processes are `quiet`.
     """
-    return Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False, quiet=quiet)
+    return _Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False, quiet=quiet)
+
+
+class _Console(Console):
+    """Names in a line may hold anything, so control characters are shown as escapes."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*(visible(each) if isinstance(each, str) else each for each in objects), **options)
 
 
 class TrainingProgress:
@@ -28,7 +37,7 @@ class TrainingProgress:
         self._started, self._first = time.monotonic(), step
         self._last_line = -_SECONDS_BETWEEN_LINES
         self._bar = Progress(
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("{task.fields[status]}"),
@@ -62,7 +71,7 @@ class TrainingProgress:
             f"loss {values['loss']:.3f}  exits at {values['mean_exit_loop']:.2f} loops  "
             f"{values['tokens_per_second']:,.0f} tokens/s"
         )
-        self._bar.update(self._task, completed=step, description=stage, status=status)
+        self._bar.update(self._task, completed=step, description=visible(stage), status=status)
         now = time.monotonic()
         if not self._console.is_terminal and (now - self._last_line >= _SECONDS_BETWEEN_LINES or step == self._total):
             self._last_line = now
