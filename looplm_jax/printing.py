@@ -62,7 +62,7 @@ def steady_streams() -> None:
 def _steady(stream: TextIO, number: int) -> TextIO:
     stream.flush()
     return io.TextIOWrapper(
-        io.BufferedWriter(_Pipe(number)),
+        io.BufferedWriter(_Pipe(number)),  # type: ignore[type-var]
         encoding=stream.encoding,
         errors="replace" if number == 1 else "backslashreplace",
         line_buffering=number == 2 or stream.isatty(),
