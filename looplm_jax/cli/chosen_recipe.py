@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from looplm_jax import codec
+from looplm_jax.cli.home import expand_home_everywhere
 from looplm_jax.config import Recipe
 from looplm_jax.errors import UserError, suggest
 from looplm_jax.recipes import Scale, named_recipe, scaled
@@ -18,10 +19,14 @@ def chosen_recipe(name: str, scale: str) -> Recipe:
 
 
 def with_overrides(recipe: Recipe, overrides: list[str], flags: list[str], command: str) -> Recipe:
-    """The recipe with the fields that flags such as `--model.width 128` name. Raises UserError for unknown ones."""
+    """The recipe with the fields that flags such as `--model.width 128` name, and with `~/` in its paths expanded.
+
+    Raises:
+      UserError: an unknown field, or a value that it cannot have.
+    """
     changes = codec.parse_flags(overrides)
     _refuse_unknown(recipe, changes, flags, command)
-    return codec.override(recipe, changes)
+    return codec.from_dict(Recipe, expand_home_everywhere(codec.to_dict(codec.override(recipe, changes))))
 
 
 def _refuse_unknown(recipe: Recipe, changes: dict[str, str], flags: list[str], command: str) -> None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn, Protocol
 
+from looplm_jax.cli.home import expand_paths
 from looplm_jax.errors import UserError, suggest
 from looplm_jax.printing import complain, steady_streams
 
@@ -98,8 +99,11 @@ def _dispatch(arguments: list[str]) -> int:
     )
     command.configure(parser)
     if not getattr(command, "OVERRIDES", False):
-        return command.run(parser.parse_args(arguments[1:]))
+        namespace = parser.parse_args(arguments[1:])
+        expand_paths(namespace)
+        return command.run(namespace)
     namespace, overrides = parser.parse_known_args(arguments[1:])
+    expand_paths(namespace)
     namespace.overrides, namespace.flags = overrides, parser.known_flags()
     return command.run(namespace)
 
