@@ -21,7 +21,9 @@ class EvaluationItem:
 
 def evaluation_files(patterns: Sequence[str]) -> tuple[DataFile, ...]:
     """The files of paths and globs, each once, in the order given. Raises UserError for one that is not there."""
-    return tuple({file.name: file for pattern in patterns for file in find_files(pattern).files}.values())
+    return tuple(
+        {file.name: file for pattern in patterns for file in find_files(pattern, by_content=False).files}.values()
+    )
 
 
 def read_items(file: DataFile, key: str | None = None) -> tuple[EvaluationItem, ...]:

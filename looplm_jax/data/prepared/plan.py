@@ -124,7 +124,7 @@ def _read_plan(folder: PreparedFolder) -> Plan:
 
 def _describe_evaluations(order: Order) -> str:
     """The evaluation files in a few words, with a digest of what is in them."""
-    files = [file for pattern in order.decontaminate for file in find_files(pattern).files]
+    files = [file for pattern in order.decontaminate for file in find_files(pattern, by_content=False).files]
     if not files:
         return ""
     digest = hashlib.blake2b(digest_size=8)

@@ -30,7 +30,9 @@ class Discovery:
     left_out: Mapping[str, int]
 
 
-def find_files(pattern: str, source: SourceConfig | None = None, limits: ReadLimits | None = None) -> Discovery:
+def find_files(
+    pattern: str, source: SourceConfig | None = None, limits: ReadLimits | None = None, *, by_content: bool = True
+) -> Discovery:
     """Returns the files of a path, a folder (all files of known kinds below it, through links) or a glob.
 
     A path that exists is that path, whatever characters it has. A file that several links lead to counts once.
@@ -39,11 +41,12 @@ def find_files(pattern: str, source: SourceConfig | None = None, limits: ReadLim
       pattern: the path, folder, glob or URL.
       source: which field is read, and whether the records are chats; by default texts.
       limits: of reading, for the files that are returned.
+      by_content: whether a named file of an unknown kind is looked into; else it is returned as it is.
 
     Raises:
       UserError: nothing matches, the place cannot be reached, or what is named cannot be read as data.
     """
-    finder = _Finder(source or SourceConfig(path=pattern), limits or ReadLimits())
+    finder = _Finder(source or SourceConfig(path=pattern), limits or ReadLimits(), by_content)
     with readable(pattern):
         finder.find(*file_system(pattern))
     if not finder.files:
@@ -63,8 +66,8 @@ def describe(counts: Mapping[str, int]) -> str:
 class _Finder:
     """Collects the files of one pattern."""
 
-    def __init__(self, source: SourceConfig, limits: ReadLimits):
-        self._source, self._limits = source, limits
+    def __init__(self, source: SourceConfig, limits: ReadLimits, by_content: bool):
+        self._source, self._limits, self._by_content = source, limits, by_content
         self.files: list[DataFile] = []
         self.left_out: Counter[str] = Counter()
 
@@ -88,7 +91,7 @@ class _Finder:
         if file.is_local and not os.path.isfile(path):
             check_regular(path)
             raise _broken(path)
-        if file.suffix not in _RECORDS + _TEXTS:
+        if self._by_content and file.suffix not in _RECORDS + _TEXTS:
             file = recognize(file)
         if self._source.kind is RecordKind.CHAT and file.suffix not in _RECORDS:
             raise UserError(f"{file.name} is text and holds no chats; leave out --chat, or give .jsonl or .parquet")
