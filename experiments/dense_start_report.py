@@ -1,11 +1,11 @@
 """The report of `dense_start`: held-out loss against steps of every start, and when each is back at the dense loss."""
 
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from looplm_jax import strict_json
 from looplm_jax.errors import UserError
 from looplm_jax.evaluation.plots import require_matplotlib
 from looplm_jax.evaluation.tables import Table
@@ -42,7 +42,7 @@ class Results:
 
 def write_report(out: Path, results: Results) -> list[str]:
     """Write `results.json`, `report.md` and, where matplotlib is installed, its figure; returns their names."""
-    (out / "results.json").write_text(json.dumps(dataclasses.asdict(results), indent=1) + "\n")
+    (out / "results.json").write_text(strict_json.dumps(dataclasses.asdict(results), indent=1) + "\n")
     figures = _plot(results, out / "dense_start.png")
     text = report(results)
     (out / "report.md").write_text("\n".join([text, *(f"![{name}]({name})\n" for name in figures)]), encoding="utf-8")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.experiment import Cell, Record
+from looplm_jax import strict_json
 from looplm_jax.errors import UserError
 from looplm_jax.files import write_atomically
 from looplm_jax.training.signals import Stopped
@@ -89,7 +90,8 @@ class Grid:
         path = self.cell_folder(cell) / "record.json"
         if not path.exists():
             return None
-        record = Record(**_read(path))
+        values = _read(path)
+        record = Record(**{**values, "result": strict_json.with_nan(values["result"])})
         settings = json.loads(_json(cell.settings))
         changed = [key for key in {**settings, **record.settings} if settings.get(key) != record.settings.get(key)]
         if changed:
@@ -170,4 +172,4 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
+    return (strict_json.dumps(value, indent=1, sort_keys=True) + "\n").encode()

@@ -7,7 +7,6 @@ the local Python's standard library, unless other documents are named.
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -19,7 +18,7 @@ from rich.console import Console
 from looplm_jax.codec import override
 from looplm_jax.config import GateTarget, Objective, Recipe, SourceConfig, StartConfig
 from looplm_jax.data import ValidationBatches, collect_stdlib, train_sentencepiece, training_texts, validation_batches
-from looplm_jax.files import write_atomically
+from looplm_jax.files import locked, write_atomically
 from looplm_jax.loading import Loaded, load
 from looplm_jax.recipes import named_recipe
 from looplm_jax.training.run import train
@@ -155,10 +154,9 @@ class TextModels:
     def _alone(self, name: str) -> Iterator[None]:
         """One process at a time makes what has this name; the lock of a process that died is none."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / f"{name}.lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                self.console.print(f"another process makes {name}; waiting for it")
-                fcntl.flock(lock, fcntl.LOCK_EX)
+
+        def wait() -> None:
+            self.console.print(f"another process makes {name}; waiting for it")
+
+        with locked(self.folder / f"{name}.lock", busy=wait):
             yield

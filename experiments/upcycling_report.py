@@ -1,7 +1,6 @@
 """The report of the upcycling experiment: a table, a figure, and the numbers they are made of."""
 
 import dataclasses
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from looplm_jax import strict_json
 from looplm_jax.errors import UserError
 from looplm_jax.evaluation.plots import require_matplotlib
 from looplm_jax.evaluation.tables import Table
@@ -68,7 +68,7 @@ def write_results(out: Path, results: Results) -> list[str]:
 
     Returns their names.
     """
-    (out / "results.json").write_text(json.dumps(dataclasses.asdict(results), indent=1, default=str) + "\n")
+    (out / "results.json").write_text(strict_json.dumps(dataclasses.asdict(results), indent=1, default=str) + "\n")
     tables = _tables(results)
     print(f"\n{tables}\n\n{_verdict(results)}")
     figures = _plot(results, out / "upcycling.png")

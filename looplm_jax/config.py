@@ -6,12 +6,16 @@ help text beside each field is what `looplm train --help` prints.
 
 import dataclasses
 import enum
+import math
+import typing
 from collections.abc import Iterable
 from typing import Any
 
 from looplm_jax.errors import UserError
 
 _HELP = "help"
+_TOO_LARGE = 2**63
+_MOST_STEPS = 2**31 - 1  # the step counter of a checkpoint has 32 bits
 
 
 def _field(help_text: str, default: Any = dataclasses.MISSING) -> Any:
@@ -24,6 +28,26 @@ def _field(help_text: str, default: Any = dataclasses.MISSING) -> Any:
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
+
+
+def _check_kinds(config: Any, where: str) -> None:
+    """Refuses values that are not of the type of their field, NaN and infinity; what Python code may pass as well."""
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), f"{where}.{field.name}" if where else field.name
+        if field.type is int:
+            _require(_is_number(value, int), f"{name} must be a whole number, not {value!r}")
+            _require(abs(value) < _TOO_LARGE, f"{name} must be below 2**63, not {value}")
+        elif field.type is float:
+            _require(_is_number(value, int | float), f"{name} must be a number, not {value!r}")
+            _require(math.isfinite(value), f"{name} must be a finite number, not {value}")
+        elif isinstance(field.type, type) and not typing.get_origin(field.type):
+            _require(isinstance(value, field.type), f"{name} must be of type {field.type.__name__}, not {value!r}")
+        else:
+            _require(isinstance(value, tuple), f"{name} must be a tuple, not {value!r}")
+
+
+def _is_number(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 class NormPlacement(enum.Enum):
@@ -112,7 +136,10 @@ class PriorKind(enum.Enum):
 
 
 class Schedule(enum.Enum):
-    """The learning rate after warm-up: constant, cosine to the final rate, or constant then a linear decay to it."""
+    """The learning rate after warm-up: constant, cosine to the final rate, or constant then a linear decay to it.
+
+    The last step of a cosine or a decay has the final rate.
+    """
 
     CONSTANT = "constant"
     COSINE = "cosine"
@@ -156,12 +183,14 @@ class ModelConfig:
     init_std: float = _field("standard deviation of the initial matrices", 0.02)
 
     def __post_init__(self) -> None:
+        _check_kinds(self, "model")
         for name in ("vocab_size", "width", "mlp_width", "num_layers", "num_heads", "max_positions"):
             _require(getattr(self, name) >= 1, f"model.{name} must be at least 1, not {getattr(self, name)}")
         for name in ("num_kv_heads", "head_dim", "prelude_layers", "coda_layers"):
             _require(getattr(self, name) >= 0, f"model.{name} must not be negative, not {getattr(self, name)}")
         _require(self.loops >= 1, f"model.loops must be at least 1, not {self.loops}")
-        _require(self.norm_eps > 0, f"model.norm_eps must be positive, not {self.norm_eps}")
+        for name in ("rope_theta", "norm_eps", "init_std"):
+            _require(getattr(self, name) > 0, f"model.{name} must be positive, not {getattr(self, name)}")
         _require(
             self.head_dim > 0 or self.width % self.num_heads == 0,
             f"model.num_heads={self.num_heads} does not divide model.width={self.width}; "
@@ -195,6 +224,7 @@ class ComputeConfig:
     loss_chunk: int = _field("positions of a sequence whose logits exist at one time", 128)
 
     def __post_init__(self) -> None:
+        _check_kinds(self, "compute")
         _require(self.loss_chunk >= 1, f"compute.loss_chunk must be at least 1, not {self.loss_chunk}")
 
 
@@ -208,6 +238,7 @@ class MeshConfig:
     context: int = _field("shares of each sequence, and shares of the parameters besides", 1)
 
     def __post_init__(self) -> None:
+        _check_kinds(self, "mesh")
         sizes = dataclasses.asdict(self)
         for name, size in sizes.items():
             _require(
@@ -247,6 +278,7 @@ class OptimizerConfig:
     clip_norm: float = _field("largest global norm of the gradient", 1.0)
 
     def __post_init__(self) -> None:
+        _check_kinds(self, "optimizer")
         for name in ("b1", "b2"):
             _require(0 <= getattr(self, name) < 1, f"optimizer.{name} must be in [0, 1), not {getattr(self, name)}")
         for name in ("eps", "clip_norm"):
@@ -268,6 +300,7 @@ class SourceConfig:
     messages_key: str = _field("field or column that holds the messages of a chat", "messages")
 
     def __post_init__(self) -> None:
+        _check_kinds(self, "source")
         _require(bool(self.path), "a data source needs a path")
         _require(self.weight > 0, f"the weight of source {self.path!r} must be positive, not {self.weight}")
 
@@ -315,6 +348,7 @@ class DataConfig:
     limits: ReadLimits = dataclasses.field(default_factory=ReadLimits)
 
     def __post_init__(self) -> None:
+        _check_kinds(self, "data")
         fraction = self.validation_fraction
         _require(0 <= fraction < 1, f"data.validation_fraction must be in [0, 1), not {fraction}")
 
@@ -329,6 +363,7 @@ class PriorConfig:
     sigma: float = _field("poisson_log_normal: standard deviation of the log of the rate", 0.5)
 
     def __post_init__(self) -> None:
+        _check_kinds(self, "prior")
         _require(0 < self.rate < 1, f"prior.rate must be in (0, 1), not {self.rate}")
         _require(self.mean > 1, f"prior.mean must exceed 1 loop, not {self.mean}")
         _require(self.sigma > 0, f"prior.sigma must be positive, not {self.sigma}")
@@ -360,11 +395,12 @@ class Stage:
     learning_rate: float = _field("peak learning rate", 3e-4)
     schedule: Schedule = _field("learning rate after warm-up", Schedule.CONSTANT)
     warmup_steps: int = _field("steps of linear warm-up", 0)
-    decay_steps: int = _field("warmup_stable_decay: steps of the final decay", 0)
-    final_learning_rate: float = _field("rate at the end of a cosine or a decay", 0.0)
+    decay_steps: int = _field("warmup_stable_decay: steps of the final decay, the last of which has the final rate", 0)
+    final_learning_rate: float = _field("rate of the last step of a cosine or a decay", 0.0)
 
     def __post_init__(self) -> None:
         where = f"stages.{self.name}"
+        _check_kinds(self, where)
         _require(bool(self.name) and "." not in self.name, f"a stage needs a name without dots, not {self.name!r}")
         for name in ("steps", "batch_size", "sequence_length", "accumulation", "loops"):
             _require(getattr(self, name) >= 1, f"{where}.{name} must be at least 1, not {getattr(self, name)}")
@@ -375,13 +411,22 @@ class Stage:
         _require(
             0 <= self.min_loops <= self.loops, f"{where}.min_loops must be in 0..{self.loops}, not {self.min_loops}"
         )
-        _require(self.context >= 0, f"{where}.context must not be negative, not {self.context}")
-        _require(self.rope_theta >= 0, f"{where}.rope_theta must not be negative, not {self.rope_theta}")
-        _require(self.beta >= 0, f"{where}.beta must not be negative, not {self.beta}")
-        _require(self.learning_rate > 0, f"{where}.learning_rate must be positive, not {self.learning_rate}")
+        for name in ("context", "rope_theta", "beta", "warmup_steps", "decay_steps", "final_learning_rate"):
+            _require(getattr(self, name) >= 0, f"{where}.{name} must not be negative, not {getattr(self, name)}")
+        for name in ("learning_rate", "gain_slope"):
+            _require(getattr(self, name) > 0, f"{where}.{name} must be positive, not {getattr(self, name)}")
         _require(
-            self.warmup_steps >= 0 and self.decay_steps >= 0 and self.warmup_steps + self.decay_steps <= self.steps,
+            self.schedule is Schedule.CONSTANT or self.final_learning_rate <= self.learning_rate,
+            f"{where}.final_learning_rate must be at most {where}.learning_rate={self.learning_rate}, "
+            f"not {self.final_learning_rate}",
+        )
+        _require(
+            self.warmup_steps + self.decay_steps <= self.steps,
             f"{where}: warmup_steps and decay_steps must fit in steps={self.steps}",
+        )
+        _require(
+            self.objective is not Objective.LAST_LOSS or set(self.trainable) != {"gate"},
+            f"{where}.trainable=gate learns nothing from objective=last_loss; choose other groups or objective=gate",
         )
         if self.objective is Objective.GATE:
             _require(self.loops >= 2, f"{where}: the gate has nothing to learn with one loop; set {where}.loops")
@@ -396,11 +441,12 @@ class Stage:
 class GuardConfig:
     """When a step is skipped, and when the run gives up."""
 
-    window: int = _field("losses remembered to tell a spike", 128)
-    sigma: float = _field("a loss this many standard deviations above the mean of the window is a spike", 6.0)
+    window: int = _field("losses remembered to tell a spike from what the data brings", 128)
+    sigma: float = _field("a loss this many standard deviations above the usual losses of the window is a spike", 6.0)
     patience: int = _field("skipped steps in a row that stop the run", 10)
 
     def __post_init__(self) -> None:
+        _check_kinds(self, "guard")
         _require(self.window >= 2, f"guard.window must be at least 2, not {self.window}")
         _require(self.sigma > 0, f"guard.sigma must be positive, not {self.sigma}")
         _require(self.patience >= 1, f"guard.patience must be at least 1, not {self.patience}")
@@ -414,6 +460,7 @@ class CheckpointConfig:
     keep: int = _field("newest saves kept; the last one of each stage is kept besides", 3)
 
     def __post_init__(self) -> None:
+        _check_kinds(self, "checkpoint")
         for name in ("every", "keep"):
             _require(getattr(self, name) >= 1, f"checkpoint.{name} must be at least 1, not {getattr(self, name)}")
 
@@ -426,6 +473,7 @@ class EvaluationConfig:
     sequences: int = _field("held-out sequences used", 64)
 
     def __post_init__(self) -> None:
+        _check_kinds(self, "evaluation")
         _require(self.every >= 0, f"evaluation.every must not be negative, not {self.every}")
         _require(self.sequences >= 1, f"evaluation.sequences must be at least 1, not {self.sequences}")
 
@@ -438,6 +486,7 @@ class StartConfig:
     optimizer: bool = _field("take the optimiser's state of that checkpoint too", False)
 
     def __post_init__(self) -> None:
+        _check_kinds(self, "start")
         _require(bool(self.checkpoint) or not self.optimizer, "start.optimizer needs start.checkpoint; set both")
 
 
@@ -461,10 +510,15 @@ class Recipe:
     log_every: int = _field("steps between lines of metrics.jsonl", 10)
 
     def __post_init__(self) -> None:
+        _check_kinds(self, "")
         _require(len(self.stages) >= 1, f"recipe {self.name!r} needs at least one stage")
         names = [stage.name for stage in self.stages]
         _require(len(set(names)) == len(names), f"the stages of recipe {self.name!r} need different names, not {names}")
         _require(self.log_every >= 1, f"log_every must be at least 1, not {self.log_every}")
+        _require(
+            self.total_steps <= _MOST_STEPS,
+            f"the stages of recipe {self.name!r} have {self.total_steps} steps together, more than {_MOST_STEPS}",
+        )
         for stage in self.stages:
             _require(
                 stage.sequence_length <= self.model.max_positions,

@@ -5,7 +5,9 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """What is wrong and how to mend it, in one line. Commands print it and exit with status 2."""
+    """What is wrong and how to fix it, in one line. Commands print it and exit with `status`."""
+
+    status = 2
 
 
 def suggest(word: str, known: Iterable[str], otherwise: str | None = None, cutoff: float = 0.6) -> str:

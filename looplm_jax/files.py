@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import importlib.util
 import logging
 import os
@@ -29,6 +30,7 @@ _SPECIAL_FILES = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)  # of file systems that have none
 _LONGEST = 200
 
 T = TypeVar("T")
@@ -153,10 +155,43 @@ def write_atomically(path: AnyPath, content: bytes) -> None:
             path.write_bytes(content)  # an object appears once all of it has arrived
 
 
+@contextlib.contextmanager
+def locked(path: Path, *, busy: Callable[[], None]) -> Iterator[int]:
+    """Holds an exclusive lock on a folder or a file, which is made if it is missing, and gives its descriptor.
+
+    The system drops the lock with the process, however it ends. Where the file system has no locks, none is held.
+
+    Args:
+      path: what is locked.
+      busy: called where another process holds the lock: it raises, or returns and the lock is waited for.
+    """
+    flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+    handle = os.open(path, flags, 0o666)
+    try:
+        _lock(handle, busy)
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int, busy: Callable[[], None]) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        busy()
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+
+
 def _replace(path: Path, content: bytes) -> None:
     temporary = path.with_name(path.name + ".new")
     try:
-        temporary.write_bytes(content)
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())  # otherwise a power cut after the rename can leave an empty file
         os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)

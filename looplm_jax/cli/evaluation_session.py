@@ -2,14 +2,13 @@
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from looplm_jax import codec
+from looplm_jax import codec, strict_json
 from looplm_jax.config import DataConfig, sources_like
 from looplm_jax.data import ValidationBatches, validation_batches
 from looplm_jax.errors import UserError
@@ -91,7 +90,7 @@ def _measure(loaded: Loaded, batches: ValidationBatches, max_loops: int | None) 
 def _write(out: Path, evaluation: Evaluation, about: dict[str, Any]) -> list[str]:
     """Numbers always; figures where matplotlib is installed."""
     out.mkdir(parents=True, exist_ok=True)
-    content = json.dumps({**about, **evaluation.to_json()}, indent=2)
+    content = strict_json.dumps({**about, **evaluation.to_json()}, indent=2)
     (out / "evaluation.json").write_text(content + "\n", encoding="utf-8")
     try:
         plot_depths({"this model": evaluation.depths}, out / "depth.png")

@@ -3,7 +3,6 @@
 On a terminal, control characters of the text are shown as escapes; a file or a pipe gets the text as it is.
 """
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.text import Text
 
+from looplm_jax import strict_json
 from looplm_jax.cli.revised_text import RevisedText
 from looplm_jax.data.tokenizers import Tokenizer
 from looplm_jax.inference import Finish, NewToken, Result
@@ -152,7 +152,7 @@ class JsonView:
         }
         if any(self._previews):
             values["previews"] = self._previews
-        print(json.dumps(values))
+        print(strict_json.dumps(values))
 
 
 def header(prompt: str, max_loops: int) -> Text:

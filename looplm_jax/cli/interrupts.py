@@ -14,9 +14,10 @@ from rich.console import Console
 
 def leave(console: Console, message: str, number: signal.Signals) -> NoReturn:
     """End the process without waiting for a compilation that was left behind, which Python would not survive."""
-    console.print(f"looplm: {message}")
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # the terminal may be gone: that is what SIGHUP says
+        console.print(f"looplm: {message}")
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(128 + number)
 
 

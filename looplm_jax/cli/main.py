@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except UserError as error:
-        return _fail(str(error))
+        return _fail(str(error), error.status)
     except BrokenPipeError:
         return 0
     except KeyboardInterrupt:

@@ -1,15 +1,15 @@
 """What `looplm plan` does around the planning itself: progress while programs compile, and what to type next."""
 
 import dataclasses
-import functools
-import json
 import shlex
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from rich.console import Console
 
+from looplm_jax import strict_json
 from looplm_jax.cli.interrupts import leave
 from looplm_jax.cli.plan_tables import print_search, print_stage
 from looplm_jax.config import Recipe, Stage
@@ -75,7 +75,7 @@ def run_plan(request: PlanRequest) -> int:
         except Stopped as stopped:
             leave(console, f"stopped by {stopped.signal.name}; nothing was written", stopped.signal)
     if request.out is not None:
-        request.out.write_text(json.dumps(found, indent=2) + "\n")
+        request.out.write_text(strict_json.dumps(found, indent=2) + "\n")
         show(f"wrote {request.out}")
     show(_next(request, fits))
     return 0 if fits else 1

@@ -2,7 +2,6 @@
 
 import argparse
 import itertools
-import json
 import logging
 import os
 import shlex
@@ -13,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.status import Status
 
+from looplm_jax import strict_json
 from looplm_jax.cli.evaluation_session import default_out
 from looplm_jax.errors import UserError
 from looplm_jax.evaluation.harness import require_lm_eval
@@ -120,7 +120,7 @@ def _write(out: Path, content: dict[str, Any]) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     paths = (out / f"tasks{f'-{number}' if number > 1 else ''}.json" for number in itertools.count(1))
     path = next(path for path in paths if not path.exists())
-    path.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+    path.write_text(strict_json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
     return path
 
 

@@ -14,6 +14,7 @@ from looplm_jax.data.prepared.reading import open_prepared
 from looplm_jax.data.prepared.verification import verify
 from looplm_jax.printing import complain, show
 from looplm_jax.recipes import named_recipe
+from looplm_jax.stop_signals import stop_signals
 
 
 class _Stopped(BaseException):
@@ -25,7 +26,7 @@ class _Stopped(BaseException):
 
 def prepare_corpus(order: Order, out: str, workers: int | None) -> int:
     """Prepare, and return the exit status: 128 + n where signal n stopped it."""
-    before = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, _stop) for number in stop_signals()}
     try:
         with TokenizeProgress() as progress:
             workers = workers or os.cpu_count() or 1

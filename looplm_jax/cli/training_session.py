@@ -49,7 +49,7 @@ def run_training(recipe: Recipe, out: AnyPath, options: Options | None = None) -
     try:
         status = _run_training(recipe, out, options, cluster)
     except UserError as error:
-        cluster.end(str(error), 2)
+        cluster.end(str(error), error.status)
     except jax.errors.JaxRuntimeError:  # perhaps because another process is gone, which then is about to be noticed
         time.sleep(_NEWS_SECONDS)
         raise

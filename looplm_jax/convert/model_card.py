@@ -3,10 +3,8 @@
 It says what the checkpoint and the run folder around it say, and nothing else.
 """
 
-import contextlib
 import dataclasses
 import importlib.metadata
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -17,6 +15,7 @@ from looplm_jax.checkpoints import Restored
 from looplm_jax.checkpoints.reading import candidates
 from looplm_jax.config import ModelConfig, Objective, Recipe, Stage
 from looplm_jax.models.looplm import count_params
+from looplm_jax.strict_json import metrics_row, numbers
 
 # No license: it is for the owner of the weights to say.
 _HEAD = """\
@@ -60,6 +59,8 @@ state = to_torch_state_dict(looplm_jax.load(FOLDER).params)
 
 And in JAX: `looplm_jax.load(FOLDER)`, or `looplm convert from-hf FOLDER OUT` for a checkpoint that can be trained on.
 """
+
+_LARGEST_EXPONENT = 700.0  # of a perplexity that is a number
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -177,8 +178,12 @@ def _data(recipe: Recipe) -> str:
 def _evaluation(record: TrainingRecord) -> str:
     if record.evaluation is None:
         return ""
-    losses = record.evaluation["loss_per_loop"]
-    rows = [(loop, f"{loss:.4f}", f"{math.exp(loss):.2f}") for loop, loss in enumerate(losses, start=1)]
+    losses = numbers(record.evaluation.get("loss_per_loop"))
+    perplexities = [math.exp(min(loss, _LARGEST_EXPONENT)) for loss in losses]
+    rows = [
+        (loop, f"{loss:.4f}", f"{perplexity:.2f}")
+        for loop, (loss, perplexity) in enumerate(zip(losses, perplexities, strict=True), start=1)
+    ]
     table = _table(("loop", "loss (nats/token)", "perplexity"), rows)
     return f"## Held-out text, at step {record.evaluation['step']:,}\n\n{table}"
 
@@ -189,11 +194,10 @@ def _versions() -> str:
 
 
 def _metrics(run: epath.Path) -> Iterator[dict[str, Any]]:
-    """The rows of `metrics.jsonl`; lines that a killed process left incomplete are passed over."""
+    """Returns the rows of `metrics.jsonl`; damaged lines are skipped."""
     path = run / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            yield json.loads(line)
+    rows = map(metrics_row, path.read_bytes().split(b"\n") if path.exists() else ())
+    return (row for row in rows if row is not None)
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -1,14 +1,13 @@
 """A new folder that appears whole, or not at all."""
 
 import contextlib
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from looplm_jax.errors import UserError
-from looplm_jax.files import writing
+from looplm_jax.files import locked, writing
 
 
 @contextlib.contextmanager
@@ -50,17 +49,13 @@ def _absent_or_empty(out: Path) -> Path:
 
 @contextlib.contextmanager
 def _only_writer(staging: Path, out: Path) -> Iterator[None]:
-    """The system drops the lock with the process, however it ends."""
+
+    def busy() -> None:
+        raise UserError(f"{out} is being written by another process; choose another folder") from None
+
     staging.mkdir(exist_ok=True)
-    handle = os.open(staging, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{out} is being written by another process; choose another folder") from None
+    with locked(staging, busy=busy):
         yield
-    finally:
-        os.close(handle)
 
 
 @contextlib.contextmanager

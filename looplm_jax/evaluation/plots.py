@@ -12,6 +12,7 @@ import numpy as np
 from looplm_jax.errors import UserError
 from looplm_jax.evaluation.curves import Curve
 from looplm_jax.evaluation.depth_sweep import DepthSweep
+from looplm_jax.strict_json import numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -92,7 +93,7 @@ def plot_training(rows: Sequence[Mapping[str, Any]], path: Path | io.BytesIO) ->
 
 
 def _training_panel(axes: "Axes", panel: _Panel, rows: Sequence[Mapping[str, Any]]) -> None:
-    values = [np.atleast_1d(row[panel.metric]) for row in rows]
+    values = [numbers(row[panel.metric]) for row in rows]
     loops = max(len(value) for value in values)
     for loop in range(loops):
         points = [(row["step"], value[loop]) for row, value in zip(rows, values, strict=True) if len(value) > loop]

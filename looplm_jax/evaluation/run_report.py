@@ -1,6 +1,7 @@
 """The report of a training run: what was trained, how the losses went, and what to type next."""
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from looplm_jax.evaluation.plots import plot_training
 from looplm_jax.evaluation.tables import Table
 from looplm_jax.files import AnyPath, in_bucket, pasted, write_atomically
 from looplm_jax.models.looplm import count_params
+from looplm_jax.strict_json import number, numbers
 from looplm_jax.training.goodput import summary, total_seconds, warnings
 from looplm_jax.training.metrics import read_metrics
 
@@ -79,21 +81,23 @@ def _stage_table(recipe: Recipe, rows: list[dict[str, Any]]) -> Table:
 
 
 def _stage_row(stage: Stage, rows: list[dict[str, Any]]) -> list[str]:
-    own = [row for row in rows if row["kind"] == "train" and row["stage"] == stage.name]
+    own = [row for row in rows if row["kind"] == "train" and row.get("stage") == stage.name]
     tokens = stage.steps * stage.batch_size * stage.sequence_length
     about = [stage.name, stage.objective.value, str(stage.loops), str(stage.steps), f"{tokens:,}"]
     if not own:
         return [*about, "", "", "", ""]
     last = own[-1]
-    rates = sorted(row["tokens_per_second"] for row in own)
-    numbers = [f"{last['loss']:.4f}", f"{last['mean_exit_loop']:.2f}", f"{rates[len(rates) // 2]:,.0f}"]
-    return [*about, *numbers, str(last["skipped"])]
+    rates = sorted(filter(math.isfinite, (number(row.get("tokens_per_second")) for row in own)))
+    loss, exit_loop, skipped = (number(last.get(name)) for name in ("loss", "mean_exit_loop", "skipped"))
+    rate = rates[len(rates) // 2] if rates else math.nan
+    return [*about, f"{loss:.4f}", f"{exit_loop:.2f}", f"{rate:,.0f}", f"{skipped:.0f}"]
 
 
 def _evaluation_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    loops = max(len(row["loss_per_loop"]) for row in rows)
+    losses = [numbers(row.get("loss_per_loop")) for row in rows]
+    loops = max(map(len, losses))
     return Table(
         title="held-out loss",
         columns=("step", *(f"loop {loop}" for loop in range(1, loops + 1))),
-        rows=[[str(row["step"]), *(f"{loss:.4f}" for loss in row["loss_per_loop"])] for row in rows],
+        rows=[[str(row["step"]), *(f"{loss:.4f}" for loss in own)] for row, own in zip(rows, losses, strict=True)],
     )

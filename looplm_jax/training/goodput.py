@@ -1,9 +1,12 @@
 """Where the time of a run goes: its goodput is the share spent in steps."""
 
 import enum
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from looplm_jax.strict_json import number
 
 _PREFIX = "seconds_in_"
 _WORTH_A_WARNING = 0.05
@@ -57,7 +60,11 @@ class Stopwatch:
 
 def total_seconds(rows: Sequence[Mapping[str, Any]]) -> dict[Activity, float]:
     """The seconds of every activity, over the lines that all processes of a run wrote one after the other."""
-    return {activity: sum(row.get(f"{_PREFIX}{activity.value}", 0.0) for row in rows) for activity in Activity}
+
+    def total(name: str) -> float:
+        return sum(filter(math.isfinite, (number(row.get(name)) for row in rows)))
+
+    return {activity: total(f"{_PREFIX}{activity.value}") for activity in Activity}
 
 
 def shares(seconds: Mapping[Activity, float]) -> dict[Activity, float]:

@@ -1,5 +1,6 @@
 """Files that only grow. What a disk or a bucket refuses is kept in memory, and written as soon as it is taken again."""
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -23,7 +24,7 @@ class GrowingFile(Protocol):
         """Add to the end, soon."""
 
     def flush(self) -> None:
-        """Add to the end what was appended so far, now."""
+        """Add to the end what was appended so far, now, such that it survives a power cut."""
 
     def close(self) -> None:
         """Nothing more will come; flushes."""
@@ -50,12 +51,17 @@ class _LocalFile:
 
     def append(self, content: bytes) -> None:
         self._kept += content
-        self.flush()
+        self._write(sync=False)
 
     def flush(self) -> None:
+        self._write(sync=True)
+
+    def _write(self, *, sync: bool) -> None:
         try:
             while self._kept:
                 self._kept = self._kept[self._file.write(self._kept) or 0 :]
+            if sync:
+                os.fsync(self._file.fileno())
             self.refused = None
         except OSError as error:
             self.refused = refusal(error, self._path)

@@ -1,4 +1,10 @@
-"""The guard: a step whose loss or gradient is not finite, or whose loss is a spike, changes nothing."""
+"""The guard: a step whose loss or gradient is not finite, or whose loss is a spike, changes nothing.
+
+What recurs is no spike. The window also learns the losses that were skipped, and a loss is compared with the window
+without its two highest: one or two high losses within a window leave the limit where it was, and a third one shows
+that they belong to the data, such as a harder source of the mixture. Of several skips in a row only the first is
+learned, so a run whose loss stays high is stopped after `guard.patience` steps instead of getting used to it.
+"""
 
 import dataclasses
 
@@ -8,12 +14,21 @@ from jaxtyping import Array, Bool, Float, Int
 
 from looplm_jax.config import GuardConfig
 
+_SET_ASIDE = 2  # highest losses of a window, which the limit does not follow
+_FAMILIAR = 2.0  # a loss up to this many times as far above the mean as the third highest is no spike
+
 
 @flax.struct.dataclass
 class GuardState:
-    """The last losses that were accepted, and what was skipped.
+    """The latest losses, and what was skipped.
 
-    Lives in the train state, so a resumed run goes on with it.
+    Lives in the train state, so a resumed run makes the same decisions.
+
+    Attributes:
+      losses: the window, a ring: accepted losses, and the first of each row of skipped ones.
+      accepted: losses that entered the window since the stage began.
+      skipped: steps skipped since the run began.
+      skipped_in_a_row: steps skipped since the last accepted one.
     """
 
     losses: Float[Array, "W"]
@@ -23,7 +38,7 @@ class GuardState:
 
 
 def initial_guard(config: GuardConfig) -> GuardState:
-    """Nothing seen yet."""
+    """Returns the state before the first step."""
     zero = jnp.zeros((), jnp.int32)
     return GuardState(
         losses=jnp.zeros((config.window,), jnp.float32), accepted=zero, skipped=zero, skipped_in_a_row=zero
@@ -31,7 +46,7 @@ def initial_guard(config: GuardConfig) -> GuardState:
 
 
 def next_stage_guard(state: GuardState) -> GuardState:
-    """Forget the losses, which another objective would make meaningless; keep the counts."""
+    """Forgets the losses, which another objective would make meaningless; keeps the counts."""
     zeros = jnp.zeros_like(state.losses)
     return dataclasses.replace(state, losses=zeros, accepted=jnp.zeros_like(state.accepted))
 
@@ -39,19 +54,32 @@ def next_stage_guard(state: GuardState) -> GuardState:
 def is_sound(
     config: GuardConfig, state: GuardState, loss: Float[Array, ""], gradient_norm: Float[Array, ""]
 ) -> Bool[Array, ""]:
-    """Finite, and not a spike: at most `sigma` standard deviations above the mean of a full window."""
+    """Returns whether loss and gradient are finite and, once the window is full, the loss is at most its limit."""
     finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
-    limit = jnp.mean(state.losses) + config.sigma * jnp.std(state.losses)
-    return finite & ((state.accepted < config.window) | (loss <= limit))
+    return finite & ((state.accepted < state.losses.shape[0]) | (loss <= spike_limit(config, state.losses)))
+
+
+def spike_limit(config: GuardConfig, losses: Float[Array, "W"]) -> Float[Array, ""]:
+    """Returns the largest loss that is no spike after a full window.
+
+    With the mean and the standard deviation of the window without its two highest losses, that is `sigma` deviations
+    above the mean, or twice as far above it as the third highest loss where that is more. A window of fewer than five
+    losses sets fewer aside.
+    """
+    aside = min(_SET_ASIDE, (losses.shape[0] - 1) // 2)
+    usual = jnp.sort(losses)[: losses.shape[0] - aside]
+    mean = jnp.mean(usual)
+    return mean + jnp.maximum(config.sigma * jnp.std(usual), _FAMILIAR * (usual[-1] - mean))
 
 
 def update_guard(state: GuardState, loss: Float[Array, ""], sound: Bool[Array, ""]) -> GuardState:
-    """Remember an accepted loss, or count a skipped step."""
+    """Returns the state after an accepted or a skipped step."""
+    learned = jnp.isfinite(loss) & (sound | (state.skipped_in_a_row == 0))
     slot = state.accepted % state.losses.shape[0]
     one = sound.astype(jnp.int32)
     return GuardState(
-        losses=state.losses.at[slot].set(jnp.where(sound, loss, state.losses[slot])),
-        accepted=state.accepted + one,
+        losses=state.losses.at[slot].set(jnp.where(learned, loss, state.losses[slot])),
+        accepted=state.accepted + learned.astype(jnp.int32),
         skipped=state.skipped + (1 - one),
         skipped_in_a_row=(state.skipped_in_a_row + 1) * (1 - one),
     )

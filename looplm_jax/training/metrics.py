@@ -1,15 +1,17 @@
 """Metrics of a run: one JSON object a line, and TensorBoard events beside it. No refusal of a disk ends a training."""
 
 import contextlib
-import json
+import dataclasses
+import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 
+from looplm_jax import strict_json
 from looplm_jax.distributed import Cluster
-from looplm_jax.errors import UserError
 from looplm_jax.files import AnyPath, check_regular, reading
 from looplm_jax.training.growing_file import grow
 from looplm_jax.training.step import StepMetrics
@@ -46,11 +48,12 @@ class Log(Protocol):
 class MetricsLog:
     """Appends to `metrics.jsonl` and `tensorboard/`, and gives the same scalars to `mirrors`.
 
-    Opened at a step, it forgets the lines after it: they will be written again. What is refused later
-    by the disk or the bucket is said to `warn`, kept, and tried again with the next line.
+    Opened at a step, it forgets the lines after it: they will be written again. Damaged lines are left out, which
+    `warn` is told. What is refused later by the disk or the bucket is said to `warn`, kept, and tried again with the
+    next line.
 
     Raises:
-      UserError: it refuses already now, or a line that is there is damaged.
+      UserError: it refuses already now.
     """
 
     def __init__(
@@ -61,7 +64,7 @@ class MetricsLog:
         mirrors: Sequence[EventSink] = (),
         warn: Callable[[str], None] = lambda _: None,
     ):
-        kept = [row for row in read_metrics(folder) if row["step"] <= step]
+        kept = [row for row in read_metrics(folder, warn=warn) if row["step"] <= step]
         self._evaluated = {row["step"] for row in kept if row["kind"] == EVALUATION}
         self._path = folder / "metrics.jsonl"
         self._lines = grow(self._path, "".join(map(_line, kept)).encode())
@@ -70,7 +73,10 @@ class MetricsLog:
         self._refused: str | None = None
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """One line: `{"kind": kind, "step": step, **values}`; lists become one TensorBoard scalar for each loop."""
+        """One line: `{"kind": kind, "step": step, **values}`, with null for what is not finite.
+
+        Lists become one TensorBoard scalar for each loop, NaN included.
+        """
         self._lines.append(_line({"kind": kind, "step": step, **values}).encode())
         self._events.write(step, _scalars(kind, values))
         self._tell("kept in memory, and tried again with the next line; training goes on")
@@ -141,30 +147,42 @@ def open_log(
         yield log
 
 
-def read_metrics(folder: AnyPath) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`, without a last one that a killed process left incomplete; none if there is no file.
+def _warn_on_stderr(line: str) -> None:
+    print(f"looplm: {line}", file=sys.stderr)
+
+
+def read_metrics(folder: AnyPath, *, warn: Callable[[str], None] = _warn_on_stderr) -> list[dict[str, Any]]:
+    """Returns the rows of `metrics.jsonl`; none if there is no file.
+
+    A last line that a killed process left incomplete is left out, and so are damaged lines, which `warn` is told.
 
     Raises:
-      UserError: a line that is not JSON before the last, or the disk or the bucket refuses.
+      UserError: the disk or the bucket refuses.
     """
     path = folder / "metrics.jsonl"
     with reading(path):
         if not path.exists():
             return []
         check_regular(path)
-        lines = path.read_bytes().decode("utf-8").split("\n")
-    rows = []
-    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline was never finished
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            raise UserError(f"{path}:{number}: not JSON; remove the line") from None
-    return rows
+        lines = path.read_bytes().split(b"\n")
+    rows = [strict_json.metrics_row(line) for line in lines[:-1]]  # what follows the last newline was never finished
+    damaged = [number for number, row in enumerate(rows, start=1) if row is None]
+    if damaged:
+        more = f", and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+        warn(f"warning: {path}:{damaged[0]}{more}: not a line of metrics; left out")
+    return [row for row in rows if row is not None]
 
 
 def as_values(metrics: StepMetrics) -> dict[str, Any]:
-    """The metrics of a step as plain numbers and lists; fetches them from the device."""
+    """The metrics of a step as plain numbers and lists; fetches them from the device.
+
+    A step without a token to learn from has no loss: what would be a mean over its tokens is NaN.
+    """
     host = jax.device_get(metrics)
+    tokens = int(host.tokens)
+    if tokens == 0:
+        nothing = jax.tree.map(lambda mean: np.full_like(mean, math.nan), (host.loss, host.exits))
+        host = dataclasses.replace(host, loss=nothing[0], exits=nothing[1])
     return {
         "loss": float(host.loss),
         "expected_loss": float(host.exits.expected_loss),
@@ -174,13 +192,13 @@ def as_values(metrics: StepMetrics) -> dict[str, Any]:
         "exit_entropy": float(host.exits.exit_entropy),
         "gradient_norm": float(host.gradient_norm),
         "learning_rate": float(host.learning_rate),
-        "tokens": int(host.tokens),
+        "tokens": tokens,
         "skipped": int(host.skipped),
     }
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row) + "\n"
+    return strict_json.dumps(row) + "\n"
 
 
 def _scalars(kind: str, values: Mapping[str, Any]) -> dict[str, float]:

@@ -35,24 +35,30 @@ def decayed(params: PyTree) -> PyTree:
 
 
 def learning_rate(stage: Stage, step: Int[Array, ""]) -> Float[Array, ""]:
-    """The rate of a stage's step (counted from 0): linear warm-up to the peak, then the stage's schedule."""
-    step = step.astype(jnp.float32)
+    """Returns the rate of a stage's step (counted from 0): linear warm-up to the peak, then the stage's schedule.
+
+    The last step of the warm-up has the peak, and the last step of a cosine or a decay has the final rate. A cosine
+    falls from the last step of the warm-up, or without one from the first step; a decay over N steps is lower by an
+    N-th of the way in each of the stage's last N steps.
+    """
+    step, last = step.astype(jnp.float32), stage.steps - 1
     warmup = jnp.minimum(1.0, (step + 1.0) / max(stage.warmup_steps, 1))
-    final = stage.final_learning_rate / stage.learning_rate
+    peak, final = stage.learning_rate, stage.final_learning_rate
     match stage.schedule:
         case Schedule.CONSTANT:
-            factor = jnp.ones_like(step)
+            rate = jnp.full_like(step, peak)
         case Schedule.COSINE:
-            done = _fraction(step - stage.warmup_steps, stage.steps - stage.warmup_steps)
-            factor = final + (1.0 - final) * 0.5 * (1.0 + jnp.cos(jnp.pi * done))
+            done = _fraction(step, max(stage.warmup_steps - 1, 0), last)
+            rate = final + (peak - final) * 0.5 * (1.0 + jnp.cos(jnp.pi * done))
         case Schedule.WARMUP_STABLE_DECAY:
-            done = _fraction(step - (stage.steps - stage.decay_steps), stage.decay_steps)
-            factor = 1.0 + (final - 1.0) * done
-    return stage.learning_rate * warmup * factor
+            done = _fraction(step, last - stage.decay_steps, last)
+            rate = final + (peak - final) * (1.0 - done)
+    return warmup * rate
 
 
-def _fraction(step: Float[Array, ""], steps: int) -> Float[Array, ""]:
-    return jnp.clip(step / max(steps, 1), 0.0, 1.0)
+def _fraction(step: Float[Array, ""], first: int, last: int) -> Float[Array, ""]:
+    """Returns how far a step is on the way from the step `first` to `last`; 0 where there is no way between them."""
+    return jnp.clip((step - first) / max(last - first, 1), 0.0, 1.0)
 
 
 def _leaf_name(path: tuple) -> str:

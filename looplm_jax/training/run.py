@@ -29,6 +29,8 @@ from looplm_jax.sharding import process_rows, use_mesh
 from looplm_jax.training.agreement import Agreement, OutOfData
 from looplm_jax.training.goodput import Activity, Stopwatch, summary, warnings
 from looplm_jax.training.metrics import EVALUATION, EventSink, Log, open_log
+from looplm_jax.training.no_effect import settings_without_effect
+from looplm_jax.training.ownership import NotOwner, Ownership, own
 from looplm_jax.training.profiling import ProfiledSteps, Profiler
 from looplm_jax.training.program import StagePrograms, draw_loops, place
 from looplm_jax.training.progress import TrainingProgress, progress_console
@@ -56,6 +58,7 @@ class Outcome:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Run:
     setup: Setup
+    ownership: Ownership
     log: Log
     progress: TrainingProgress
     stop: Agreement
@@ -93,15 +96,20 @@ def train(
       mirrors: where scalars go besides the folder.
 
     Raises:
-      UserError: bad data, a folder of another run, shapes that do not fit the devices, a process that was started
-        otherwise, a source that vanished, no space on the disk for the last save, or too many skipped steps in a row.
-        What was saved before stays.
+      UserError: bad data, a folder of another run, or one that another process trains in or that was moved or
+        removed meanwhile, shapes that do not fit the devices, a process that was started otherwise, a source that
+        vanished, no space on the disk for the last save, or too many skipped steps in a row. What was saved before
+        stays.
     """
     console = console or progress_console()
     watch = Stopwatch()
     folder = check_folder(out, recipe)
     check_same(cluster, "configuration", {**to_dict(recipe), "out": str(folder.path)})
     with StopRequest() as request, contextlib.ExitStack() as closing:
+        ownership = closing.enter_context(own(folder.path)) if cluster.index == 0 else NotOwner()
+        check_folder(out, recipe)  # again: until now another process may have written there
+        for note in settings_without_effect(recipe):
+            console.print(note)
         stop = Agreement(cluster, request)
         try:
             setup = stop.run(lambda: prepare(recipe, folder, console, cluster, watch))
@@ -118,6 +126,7 @@ def train(
         profiler = closing.enter_context(contextlib.closing(Profiler(folder.path / "profile", profile)))
         run = _Run(
             setup=setup,
+            ownership=ownership,
             log=log,
             progress=progress,
             stop=stop,
@@ -167,6 +176,7 @@ def _train_stage(run: _Run, position: Position) -> _StageEnd:
                     _save(run, stage, state, done, reader, permanent=done == last)
                 if done == last:
                     return _StageEnd(state=state, stopped_by=None)
+                run.ownership.check()
                 failure = reader.read_ahead()
                 run.watch.charge(Activity.STEP if reporter.waiting else Activity.INPUT)
                 run.stop.check(failure)
@@ -261,6 +271,7 @@ def _save(run: _Run, stage: Stage, state: TrainState, step: int, reader: Reader,
         extra={"stage": stage.name},
     )
     run.watch.charge(Activity.STEP)
+    run.ownership.check()
     run.log.flush()
     run.saver.save(step, state, metadata, permanent=permanent)
     run.watch.charge(Activity.SAVE)

@@ -6,7 +6,7 @@ import os
 
 from etils import epath
 
-from looplm_jax.checkpoints import check_same_run
+from looplm_jax.checkpoints import CheckpointStore, check_same_run, read_metadata
 from looplm_jax.checkpoints.paths import checkpoint_path
 from looplm_jax.codec import from_dict, to_dict
 from looplm_jax.config import Recipe
@@ -22,6 +22,7 @@ from looplm_jax.files import (
     write_atomically,
     writing,
 )
+from looplm_jax.training.ownership import OWNER_FILE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,9 @@ def read_recipe(path: AnyPath) -> Recipe:
         values = json.loads(read_text(path))
     except FileNotFoundError:
         raise UserError(f"there is no recipe {path}") from None
-    except json.JSONDecodeError as error:
+    except UserError:
+        raise
+    except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from None
     except RecursionError:
         raise UserError(f"{path} is not a recipe: its JSON is nested too deep") from None
@@ -100,12 +103,37 @@ def read_recipe(path: AnyPath) -> Recipe:
 def _check_folder(folder: RunFolder, recipe: Recipe) -> None:
     if folder.path.exists() and not folder.path.is_dir():
         raise UserError(f"{folder.path} is a file; choose another --out")
-    if folder.begun and folder.config.exists():
-        check_same_run(str(folder.path), to_dict(read_recipe(folder.config)), to_dict(recipe))
-    elif not folder.config.exists() and _holds_files(folder):
-        raise UserError(f"{folder.path} is not empty and holds no run; choose another --out")
+    if not folder.begun:
+        if not folder.config.exists() and _holds_files(folder):
+            raise UserError(f"{folder.path} is not empty and holds no run; choose another --out")
+        return
+    saved = _saved_recipe(folder)
+    if saved is None:
+        raise UserError(
+            f"{folder.config} is missing or damaged, and no checkpoint says what was trained here; choose another --out"
+        )
+    check_same_run(str(folder.path), to_dict(saved), to_dict(recipe))
+
+
+def _saved_recipe(folder: RunFolder) -> Recipe | None:
+    """Returns the recipe of a run that has begun: from its checkpoints where `config.json` is missing or damaged."""
+    check_regular(folder.config)
+    try:
+        values = json.loads(folder.config.read_bytes())
+    except (FileNotFoundError, ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        return _checkpoint_recipe(folder)
+    return from_dict(Recipe, values)
+
+
+def _checkpoint_recipe(folder: RunFolder) -> Recipe | None:
+    """Returns the recipe in the latest checkpoint whose description can be read; None where there is none."""
+    if not CheckpointStore(folder.checkpoints, keep=1).steps():
+        return None
+    return read_metadata(str(folder.checkpoints)).saved_recipe()
 
 
 def _holds_files(folder: RunFolder) -> bool:
-    unfinished = f"{folder.config.name}.new"  # of a process that was killed in its first moments
-    return folder.path.is_dir() and any(entry.name != unfinished for entry in folder.path.iterdir())
+    unfinished = (f"{folder.config.name}.new", OWNER_FILE)  # of a process that was killed in its first moments
+    return folder.path.is_dir() and any(entry.name not in unfinished for entry in folder.path.iterdir())

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a request to stop: noticed between steps, and during a compilation or an evaluation too."""
+"""SIGTERM, SIGHUP and Ctrl-C as a request to stop, noticed between steps, compilations and evaluations included."""
 
 import signal
 import threading
@@ -6,9 +6,10 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, Generic, TypeVar
 
+from looplm_jax.stop_signals import stop_signals
+
 R = TypeVar("R")
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _POLL_SECONDS = 0.1
 
 
@@ -21,8 +22,8 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """While entered, the first SIGTERM or Ctrl-C is remembered instead of ending the process; a second Ctrl-C ends
-    it at once.
+    """While entered, the first SIGTERM, SIGHUP or Ctrl-C is remembered instead of ending the process; a second Ctrl-C
+    ends it at once. A SIGHUP that the process was started to ignore, as under `nohup`, stays ignored.
 
     Signals reach only the main thread of Python; elsewhere nothing is installed and no request ever comes.
     """
@@ -33,7 +34,7 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._remember) for number in _SIGNALS}
+            self._previous = {number: signal.signal(number, self._remember) for number in stop_signals()}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

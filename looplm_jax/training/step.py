@@ -59,13 +59,17 @@ def make_train_step(recipe: Recipe, model: LoopLM, stage: Stage, *, first_step: 
         rate = learning_rate(stage, state.step - first_step)
         updates, optimizer_state = direction(recipe.optimizer, gradients, state.optimizer, moving)
         updated = jax.tree.map(lambda weight, update: weight - rate * update, moving, updates)
+
+        # Without a token to learn from the loss is 0 and says nothing: the step changes nothing, the guard included.
+        has_targets = jnp.any(batch.loss_mask != 0)
         sound = is_sound(recipe.guard, state.guard, loss, norm)
-        guard = update_guard(state.guard, loss, sound)
+        guard = _choose(has_targets, update_guard(state.guard, loss, sound), state.guard)
+        applied = sound & has_targets
         next_state = dataclasses.replace(
             state,
             step=state.step + 1,
-            params={**frozen, **_choose(sound, updated, moving)},
-            optimizer=_choose(sound, optimizer_state, state.optimizer),
+            params={**frozen, **_choose(applied, updated, moving)},
+            optimizer=_choose(applied, optimizer_state, state.optimizer),
             guard=guard,
         )
         return next_state, StepMetrics(

@@ -1,7 +1,6 @@
 """The folder of a prepared corpus, on a disk or in a bucket, in which every file appears whole or not at all."""
 
 import contextlib
-import fcntl
 import os
 import shutil
 import tempfile
@@ -14,6 +13,7 @@ from looplm_jax.files import (
     absolute,
     any_path,
     forget_listing,
+    locked,
     make_folder,
     reading,
     write_atomically,
@@ -112,7 +112,7 @@ class PreparedFolder:
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         scratch_here = self.path / UNFINISHED
-        with _locked(self.path):
+        with locked(self.path, busy=self._busy):
             shutil.rmtree(scratch_here, ignore_errors=True)
             with writing(self.path):
                 scratch_here.mkdir()
@@ -120,6 +120,10 @@ class PreparedFolder:
                 yield scratch_here
             finally:
                 shutil.rmtree(scratch_here, ignore_errors=True)
+
+    def _busy(self) -> None:
+        message = f"{self.path} is being written by another process; wait for it, or choose another --out"
+        raise UserError(message) from None
 
 
 def is_prepared(path: str) -> bool:
@@ -137,16 +141,3 @@ def is_prepared(path: str) -> bool:
 
 def _is_possible(url: str) -> bool:
     return url.startswith(_BUCKET) or "://" not in url
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """The system drops the lock with the process, however it ends."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise UserError(f"{folder} is being written by another process; wait for it, or choose another --out") from None
-    finally:
-        os.close(handle)

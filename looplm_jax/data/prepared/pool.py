@@ -18,7 +18,7 @@ from looplm_jax.errors import UserError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
-_HELD_BACK = (signal.SIGINT, signal.SIGTERM)
+_HELD_BACK = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclasses.dataclass(frozen=True)

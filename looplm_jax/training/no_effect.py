@@ -1,0 +1,88 @@
+"""Settings of a recipe that change nothing beside the others, such as a final rate of a constant schedule."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from looplm_jax.config import Objective, PriorKind, Recipe, Schedule, Stage
+
+_GATE_FIELDS = ("gate_target", "gain_slope", "gain_threshold")
+_PRIOR_FIELDS = {PriorKind.UNIFORM: (), PriorKind.GEOMETRIC: ("rate",), PriorKind.POISSON_LOG_NORMAL: ("mean", "sigma")}
+
+
+def settings_without_effect(recipe: Recipe) -> list[str]:
+    """Returns a line for each group of fields that differ from their defaults and have no effect."""
+    notes = [note for stage in recipe.stages for note in _of_stage(stage)]
+    if recipe.data.validation_fraction == 0 and (fields := _changed(recipe.evaluation, ("every", "sequences"))):
+        notes.append(_note("evaluation", fields, "data.validation_fraction=0"))
+    return notes
+
+
+def _of_stage(stage: Stage) -> Iterator[str]:
+    where = f"stages.{stage.name}"
+    for fields, because in (*_of_schedule(stage), *_of_objective(stage)):
+        if changed := _changed(stage, fields):
+            yield _note(where, changed, because)
+    if stage.objective is Objective.EXPECTED_LOSS:
+        kind = stage.prior.kind
+        unused = tuple(name for name in ("rate", "mean", "sigma") if name not in _PRIOR_FIELDS[kind])
+        if changed := _changed(stage.prior, unused):
+            yield _note(f"{where}.prior", changed, f"kind={kind.value}")
+    if _never_decays(stage):
+        yield f"note: {where}: schedule={stage.schedule.value} never decays: {_never_decays(stage)}"
+
+
+def _of_schedule(stage: Stage) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yields fields that the schedule does not use, and why."""
+    match stage.schedule:
+        case Schedule.CONSTANT:
+            yield ("decay_steps", "final_learning_rate"), "schedule=constant"
+        case Schedule.COSINE:
+            yield ("decay_steps",), "schedule=cosine"
+            if _never_decays(stage):
+                yield ("final_learning_rate",), _never_decays(stage)
+        case Schedule.WARMUP_STABLE_DECAY if stage.decay_steps == 0:
+            yield ("final_learning_rate",), "decay_steps=0"
+
+
+def _of_objective(stage: Stage) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yields fields that the objective does not use, and why."""
+    because = f"objective={stage.objective.value}"
+    if stage.objective is not Objective.GATE:
+        yield _GATE_FIELDS, because
+    if stage.objective is not Objective.EXPECTED_LOSS:
+        yield ("beta", "prior"), because
+
+
+def _never_decays(stage: Stage) -> str:
+    """Returns why a schedule that should decay keeps its peak; empty where it decays."""
+    if stage.schedule is Schedule.WARMUP_STABLE_DECAY and stage.decay_steps == 0:
+        return "decay_steps=0"
+    if stage.schedule is Schedule.COSINE and stage.steps <= max(stage.warmup_steps, 1):
+        return f"warmup_steps={stage.warmup_steps} leaves none of steps={stage.steps}"
+    return ""
+
+
+def _changed(config: Any, names: tuple[str, ...]) -> list[str]:
+    """Returns `name=value` for those of the named fields that differ from their defaults."""
+    fields = {field.name: field for field in dataclasses.fields(config) if field.name in names}
+    return [
+        f"{name}={_shown(getattr(config, name))}"
+        for name, field in fields.items()
+        if getattr(config, name) != _default(field)
+    ]
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
+
+
+def _shown(value: Any) -> str:
+    if dataclasses.is_dataclass(value):
+        return "(...)"
+    return str(getattr(value, "value", value))
+
+
+def _note(where: str, fields: list[str], because: str) -> str:
+    verb = "have" if len(fields) > 1 else "has"
+    return f"note: {where}: {' and '.join(fields)} {verb} no effect with {because}"
