@@ -16,6 +16,7 @@ from looplm_jax.config import (
     OptimizerConfig,
     PriorConfig,
     Recipe,
+    Schedule,
     SourceConfig,
     Stage,
     help_text,
@@ -115,8 +116,34 @@ WRONG = [
         {"warmup_steps": 6, "decay_steps": 5},
         "stages.main: warmup_steps and decay_steps must fit in steps=10",
     ),
-    (Stage, {"warmup_steps": -1}, "stages.main: warmup_steps and decay_steps must fit in steps=10"),
-    (Stage, {"decay_steps": -1}, "stages.main: warmup_steps and decay_steps must fit in steps=10"),
+    *(
+        (Stage, {name: -1}, f"stages.main.{name} must not be negative, not -1")
+        for name in ("warmup_steps", "decay_steps", "final_learning_rate", "rope_theta")
+    ),
+    (Stage, {"gain_slope": -3.0}, "stages.main.gain_slope must be positive, not -3.0"),
+    (
+        Stage,
+        {"schedule": Schedule.COSINE, "learning_rate": 1e-3, "final_learning_rate": 5.0},
+        "stages.main.final_learning_rate must be at most stages.main.learning_rate=0.001, not 5.0",
+    ),
+    (
+        Stage,
+        {"objective": Objective.LAST_LOSS, "trainable": ("gate",)},
+        "stages.main.trainable=gate learns nothing from objective=last_loss; choose other groups or objective=gate",
+    ),
+    (Stage, {"steps": 2.5}, "stages.main.steps must be a whole number, not 2.5"),
+    (Stage, {"steps": True}, "stages.main.steps must be a whole number, not True"),
+    (Stage, {"objective": "gate"}, "stages.main.objective must be of type Objective, not 'gate'"),
+    (Stage, {"trainable": "gate"}, "stages.main.trainable must be a tuple, not 'gate'"),
+    (ModelConfig, {"rope_theta": 0.0}, "model.rope_theta must be positive, not 0.0"),
+    (ModelConfig, {"init_std": -0.1}, "model.init_std must be positive, not -0.1"),
+    (ModelConfig, {"vocab_size": 2**63}, f"model.vocab_size must be below 2**63, not {2**63}"),
+    (Recipe, {"seed": 2**64}, f"seed must be below 2**63, not {2**64}"),
+    (
+        Recipe,
+        {"stages": (make(Stage, steps=2**31),)},
+        f"the stages of recipe 'r' have {2**31} steps together, more than {2**31 - 1}",
+    ),
     (
         Stage,
         {"objective": Objective.GATE, "loops": 1},
@@ -149,6 +176,20 @@ def test_impossible_values_are_refused_in_one_line(kind, changes, message):
     with pytest.raises(UserError) as error:
         make(kind, **changes)
     assert str(error.value) == message
+
+
+FLOATS = [(kind, field.name) for kind in ALL for field in dataclasses.fields(kind) if field.type is float]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(("kind", "name"), FLOATS)
+def test_numbers_are_finite(kind, name, value):
+    with pytest.raises(UserError, match=rf"{name} must be a finite number, not {value}"):
+        make(kind, **{name: value})
+
+
+def test_a_rate_may_be_written_as_a_whole_number():
+    assert make(Stage, learning_rate=1, final_learning_rate=0).learning_rate == 1
 
 
 def test_heads_are_filled_in():

@@ -1,12 +1,13 @@
 """The guard: a step whose loss or gradient is not finite, or whose loss is a spike, changes nothing.
 
 What recurs is no spike. The window also learns the losses that were skipped, and a loss is compared with the window
-without its two highest: one or two high losses within a window leave the limit where it was, and a third one shows
-that they belong to the data, such as a harder source of the mixture. Of several skips in a row only the first is
-learned, so a run whose loss stays high is stopped after `guard.patience` steps instead of getting used to it.
+without the highest 1 in 64: so few high losses leave the limit where it was, and more of them show that they belong to
+the data, such as a harder source of the mixture. Of several skips in a row only the first is learned, so a run whose
+loss stays high is stopped after `guard.patience` steps instead of getting used to it.
 """
 
 import dataclasses
+import math
 
 import flax.struct
 import jax.numpy as jnp
@@ -14,8 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from looplm_jax.config import GuardConfig
 
-_SET_ASIDE = 2  # highest losses of a window, which the limit does not follow
-_FAMILIAR = 2.0  # a loss up to this many times as far above the mean as the third highest is no spike
+_ONE_IN = 64  # of the losses of a window are set aside: its highest, which the limit does not follow
+_FAMILIAR = 2.0  # a loss up to this many times as far above the mean as the highest of the others is no spike
 
 
 @flax.struct.dataclass
@@ -62,12 +63,12 @@ def is_sound(
 def spike_limit(config: GuardConfig, losses: Float[Array, "W"]) -> Float[Array, ""]:
     """Returns the largest loss that is no spike after a full window.
 
-    With the mean and the standard deviation of the window without its two highest losses, that is `sigma` deviations
-    above the mean, or twice as far above it as the third highest loss where that is more. A window of fewer than five
-    losses sets fewer aside.
+    Of the window without its highest losses, that is the mean and `sigma` standard deviations, or twice the distance
+    from the mean to the highest of those that are left, where that is more.
     """
-    aside = min(_SET_ASIDE, (losses.shape[0] - 1) // 2)
-    usual = jnp.sort(losses)[: losses.shape[0] - aside]
+    window = losses.shape[0]
+    aside = min(math.ceil(window / _ONE_IN), (window - 1) // 2)
+    usual = jnp.sort(losses)[: window - aside]
     mean = jnp.mean(usual)
     return mean + jnp.maximum(config.sigma * jnp.std(usual), _FAMILIAR * (usual[-1] - mean))
 

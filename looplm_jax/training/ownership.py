@@ -80,11 +80,13 @@ class Owner:
             return bool(self.process_start) and _process_start(self.pid) == self.process_start
         return time.time() - self.heartbeat < STALE_SECONDS
 
-    def may_hold_unlocked(self) -> bool:
-        """Whether it may be alive though the lock is free: on another machine, or on a disk that has no locks."""
-        if self.boot != _boot_id():
-            return True
-        return self.host == socket.gethostname() and self.pid != os.getpid()
+    def is_this_process(self) -> bool:
+        """Whether an earlier run of this process left it, as where it could not be removed."""
+        return (self.boot, self.host, self.pid) == (_boot_id(), socket.gethostname(), os.getpid())
+
+    def is_in_another_container(self) -> bool:
+        """Whether it is on this machine under another name: locks reach there, and process numbers do not."""
+        return self.boot == _boot_id() and self.host != socket.gethostname()
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
@@ -116,7 +118,7 @@ def _own_local(folder: Path) -> Iterator["_LocalOwnership"]:
         make_folder(folder)
     try:
         with contextlib.ExitStack() as held:
-            with writing(folder / OWNER_FILE):
+            with writing(folder):
                 owned = _LocalOwnership(folder, _locked_file(folder, held))
             held.callback(owned.release)
             yield owned
@@ -142,7 +144,8 @@ def _locked_file(folder: Path, held: contextlib.ExitStack) -> int:
             break
         held.close()  # its last owner removed the file before we had the lock
     holder = _parse(os.pread(handle, _LARGEST, 0))
-    if holder is not None and holder.may_hold_unlocked() and holder.is_alive():
+    is_gone = holder is None or holder.is_this_process() or holder.is_in_another_container() or not holder.is_alive()
+    if holder is not None and not is_gone:
         raise _held_elsewhere(holder, folder, path)
     return handle
 
@@ -150,9 +153,9 @@ def _locked_file(folder: Path, held: contextlib.ExitStack) -> int:
 @contextlib.contextmanager
 def _own_object(folder: AnyPath) -> Iterator["_ObjectOwnership"]:
     path = folder / OWNER_FILE
-    with writing(path):
+    with writing(folder):
         holder = _read_object(path)
-    if holder is not None and holder.is_alive():
+    if holder is not None and not holder.is_this_process() and holder.is_alive():
         raise _held_elsewhere(holder, folder, path)
     owned = _ObjectOwnership(folder, path)
     try:
@@ -199,7 +202,7 @@ class _ObjectOwnership:
         self._folder, self._path = folder, path
         self._owner = Owner.this_process()
         self._is_taken = False
-        with writing(path):
+        with writing(folder):
             path.write_bytes(_content(self._owner))
 
     def check(self) -> None:

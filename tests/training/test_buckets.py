@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import itertools
+import json
 import signal
 import time
 from pathlib import Path
@@ -20,7 +21,7 @@ from looplm_jax.cli.main import main
 from looplm_jax.config import CheckpointConfig
 from looplm_jax.errors import UserError
 from looplm_jax.files import any_path
-from looplm_jax.training import run
+from looplm_jax.training import ownership, run
 from looplm_jax.training.profiling import ProfiledSteps
 
 UNWATCHED = {"data": dataclasses.replace(RECIPE.data, validation_fraction=0.0)}  # no evaluations
@@ -155,8 +156,34 @@ def test_a_bucket_that_is_read_only_at_the_start_is_refused(gcs, bucket):  # noq
     make_read_only(gcs, bucket)
     with pytest.raises(UserError, match=r"/run cannot be written \(Forbidden: .*; mend that and run the same command"):
         train(f"{bucket}/run")
-    with pytest.raises(UserError, match=r"gs://nobody-has-this/run/config.json cannot be written \(there is no such"):
+    with pytest.raises(UserError, match=r"gs://nobody-has-this/run cannot be written \(there is no such"):
         train("gs://nobody-has-this/run")
+
+
+def check_for(seconds, owned):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        owned.check()
+        time.sleep(0.01)
+
+
+def test_a_bucket_has_one_owner(bucket, monkeypatch):  # noqa: F811
+    folder = any_path(f"{bucket}/owned")
+    monkeypatch.setattr(ownership, "HEARTBEAT_SECONDS", 0.05)
+    other = dataclasses.replace(ownership.Owner.this_process(), boot="other", host="elsewhere")
+    owner_file = folder / ownership.OWNER_FILE
+    with ownership.own(folder) as owned:
+        owner_file.write_text(json.dumps(dataclasses.asdict(other)))
+        with pytest.raises(UserError, match="was moved, removed or taken over by another process"):
+            check_for(30, owned)
+    assert "elsewhere" in owner_file.read_text()
+    refused = pytest.raises(UserError, match=r"owned is in use by process \d+ on elsewhere, alive \d+ s ago;")
+    with refused, ownership.own(folder):
+        pass
+    monkeypatch.setattr(ownership, "STALE_SECONDS", 0.0)
+    with ownership.own(folder) as owned:
+        owned.check()
+    assert not owner_file.exists()
 
 
 def test_another_run_in_a_bucket_is_refused(bucket):  # noqa: F811

@@ -33,18 +33,35 @@ def test_constant():
 
 
 def test_cosine_goes_from_the_peak_to_the_final_rate():
-    got = rates(Schedule.COSINE, warmup_steps=4)
-    done = (np.arange(4, 20) - 4) / 16
-    np.testing.assert_allclose(got[4:], FINAL + (PEAK - FINAL) * 0.5 * (1 + np.cos(np.pi * done)), rtol=1e-5)
-    assert FINAL < got[-1] < 1.1 * FINAL
+    for warmup in (0, 1, 4):
+        got = rates(Schedule.COSINE, warmup_steps=warmup)
+        first = max(warmup - 1, 0)  # it has the peak
+        done = (np.arange(first, 20) - first) / (19 - first)
+        np.testing.assert_allclose(got[first:], FINAL + (PEAK - FINAL) * 0.5 * (1 + np.cos(np.pi * done)), rtol=1e-5)
 
 
 def test_warmup_stable_decay_is_flat_and_then_falls_to_the_final_rate():
-    """The step after the last one would have it."""
     got = rates(Schedule.WARMUP_STABLE_DECAY, warmup_steps=4, decay_steps=5)
-    np.testing.assert_allclose(got[3:16], PEAK, rtol=1e-6)
-    np.testing.assert_allclose(np.diff(got[15:]), (FINAL - PEAK) / 5, rtol=1e-4)
-    assert got[-1] == pytest.approx(FINAL + (PEAK - FINAL) / 5, rel=1e-5)
+    np.testing.assert_allclose(got[3:15], PEAK, rtol=1e-6)
+    np.testing.assert_allclose(np.diff(got[14:]), (FINAL - PEAK) / 5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "changes"),
+    [
+        (Schedule.COSINE, {}),
+        (Schedule.COSINE, {"warmup_steps": 19}),
+        *((Schedule.WARMUP_STABLE_DECAY, {"decay_steps": steps}) for steps in (1, 2, 7, 20)),
+    ],
+)
+def test_the_last_step_of_a_decay_has_exactly_the_final_rate(schedule, changes):
+    got = rates(schedule, **{"warmup_steps": 0, **changes})
+    assert got[-1] == np.float32(FINAL)
+    assert (got[:-1] > FINAL).all()
+
+
+def test_a_cosine_of_one_step_has_the_peak():
+    np.testing.assert_allclose(rates(Schedule.COSINE, steps=1, warmup_steps=0), [PEAK], rtol=1e-6)
 
 
 @given(

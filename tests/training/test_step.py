@@ -11,6 +11,7 @@ from looplm_jax.config import Dtype, GateTarget, Objective, OptimizerConfig, Pri
 from looplm_jax.losses import token_losses
 from looplm_jax.models.looplm import LoopLM, head_matrix
 from looplm_jax.sharding import make_mesh, use_mesh
+from looplm_jax.training.metrics import as_values
 from looplm_jax.training.program import StagePrograms, abstract_batch, draw_loops, place
 from looplm_jax.training.state import abstract_state, enter_stage, initial_state, split_params
 from looplm_jax.training.step import make_train_step
@@ -89,6 +90,32 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(broken):
     assert (int(after.step), int(metrics.skipped), int(metrics.skipped_in_a_row)) == (1, 1, 1)
     after, metrics = step(STAGE, after, batch)
     assert (int(metrics.skipped), int(metrics.skipped_in_a_row)) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    "stage", [STAGE, GATE, dataclasses.replace(STAGE, accumulation=2)], ids=["text", "gate", "parts"]
+)
+def test_a_step_without_targets_changes_nothing_and_is_not_counted(stage):
+    before, _ = step(stage, start(stage), random_batch(0))
+    before = dataclasses.replace(before, guard=dataclasses.replace(before.guard, skipped_in_a_row=jnp.int32(3)))
+    empty = dataclasses.replace(random_batch(1), loss_mask=np.zeros_like(random_batch(1).loss_mask))
+    after, metrics = step(stage, before, empty)
+    assert_identical(dataclasses.replace(after, step=before.step), before)
+    assert int(after.step) == int(before.step) + 1
+    assert (int(metrics.tokens), int(metrics.skipped)) == (0, int(before.guard.skipped))
+    values = as_values(metrics)
+    assert np.isnan([values["loss"], values["mean_exit_loop"], *values["loss_per_loop"], *values["exit_pdf"]]).all()
+
+
+def test_a_part_without_targets_changes_nothing_of_its_step():
+    batch = random_batch(0)
+    batch.loss_mask[2:] = 0
+    parts = dataclasses.replace(STAGE, accumulation=2)
+    whole, wanted = step(STAGE, start(STAGE), batch)
+    after, metrics = step(parts, start(parts), batch)
+    np.testing.assert_allclose(metrics.loss, wanted.loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics.gradient_norm, wanted.gradient_norm, rtol=1e-5)
+    np.testing.assert_allclose(after.guard.losses, whole.guard.losses, rtol=1e-5)
 
 
 def test_a_spike_changes_nothing_and_the_next_good_step_ends_the_row():
