@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -41,7 +42,9 @@ class Run:
         with errors.open("w") as stream:
             start = ["-c", program] if program else ["-m", "looplm_jax.cli.main"]
             command = [sys.executable, *start, "train", *map(str, arguments)]
-            self.process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=stream)
+            self.process = subprocess.Popen(
+                command, env=environment, stdout=subprocess.DEVNULL, stderr=stream, preexec_fn=_hangups_are_not_ignored
+            )
 
     def __enter__(self) -> "Run":
         return self
@@ -74,6 +77,11 @@ class Run:
         self.process.send_signal(number)
         self.process.wait(timeout=PATIENCE)
         return time.monotonic() - started
+
+
+def _hangups_are_not_ignored() -> None:
+    """Where the tests themselves run under `nohup`, they are."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def steps_logged(folder: Path) -> int:

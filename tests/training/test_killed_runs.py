@@ -1,13 +1,17 @@
 """Real processes, killed or stopped at any moment: the run ends bit for bit as one that nobody touched."""
 
 import dataclasses
+import os
+import pty
 import random
+import select
 import signal
+import sys
 import time
 
 import pytest
 from etils import epath
-from run_processes import Run, metrics, newest, steps_logged, write_recipe
+from run_processes import ONE_DEVICE, PATIENCE, Run, metrics, newest, steps_logged, write_recipe
 from training_cases import GATE, RECIPE, STAGE, assert_identical
 
 from looplm_jax.checkpoints.step import list_steps
@@ -110,7 +114,8 @@ def test_stopped_runs_end_alike(recipe, untouched, compiled_programs, tmp_path):
     assert (newest(folder)["step"], steps_logged(folder)) == (0, 0)
     assert seconds < 10
 
-    stopped_by(signal.SIGINT, lambda run: steps_logged(folder) >= 10)
+    stopped_by(signal.SIGINT, lambda run: steps_logged(folder) >= 5)
+    stopped_by(signal.SIGHUP, lambda run: steps_logged(folder) >= 10)
     assert newest(folder)["step"] == steps_logged(folder) >= 10
 
     # Evaluated after every step, on so many sequences that it is nearly always at it.
@@ -143,6 +148,24 @@ def test_a_run_is_stopped_while_it_trains_its_tokenizer(number, tmp_path):
     )
     assert "Traceback" not in run.said
     assert {path.name for path in (tmp_path / "run").iterdir()} <= {"config.json"}
+
+
+def test_a_run_whose_terminal_is_closed_saves(recipe, compiled_programs, tmp_path):
+    """Every write to it fails from then on, and the system sends SIGHUP."""
+    folder = tmp_path / "run"
+    pid, terminal = pty.fork()
+    if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        compiled = {"JAX_COMPILATION_CACHE_DIR": str(compiled_programs), "XLA_FLAGS": ONE_DEVICE}
+        command = [sys.executable, "-m", "looplm_jax.cli.main", "train", "--recipe", recipe, "--out", folder]
+        os.execve(sys.executable, list(map(str, command)), {**os.environ, **compiled})
+    deadline = time.monotonic() + PATIENCE
+    while steps_logged(folder) < 2 and time.monotonic() < deadline:
+        if select.select([terminal], [], [], 0.01)[0]:
+            os.read(terminal, 65536)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGHUP
+    assert newest(folder)["step"] == steps_logged(folder) >= 2
 
 
 def test_a_second_interrupt_ends_a_run_at_once(recipe, tmp_path):

@@ -23,6 +23,7 @@ from looplm_jax.data import validation_batches
 from looplm_jax.data.tokenizers.symbols import SymbolTokenizer
 from looplm_jax.errors import UserError
 from looplm_jax.evaluation.during_training import evaluate_held_out
+from looplm_jax.evaluation.run_report import write_run_report
 from looplm_jax.loading import load
 from looplm_jax.models.looplm import LoopLM
 from looplm_jax.sharding import make_mesh
@@ -259,6 +260,44 @@ def test_a_run_is_resumed_with_its_batches_in_other_parts(copy, finished):
 def test_the_random_keys_do_not_depend_on_the_environment(finished):
     with jax.default_prng_impl("rbg"):
         assert final_state(finished).key.shape == (2,)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b"\0" * 50, b"[]", b"\xff", b"[" * 100_000])
+def test_a_missing_or_damaged_config_is_made_again_from_a_checkpoint(content, copy):
+    wanted = (copy / "config.json").read_bytes()
+    (copy / "config.json").unlink()
+    if content is not None:
+        (copy / "config.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"seed: 0, now 1\); use another --out"):
+        train(copy, dataclasses.replace(RECIPE, seed=1))
+    assert train(copy)[0].step == TOTAL
+    assert (copy / "config.json").read_bytes() == wanted
+    assert load(copy).recipe == RECIPE
+
+
+def test_a_damaged_config_without_a_checkpoint_is_refused(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n')
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config.json is missing or damaged, and no checkpoint says what was trained"):
+        train(tmp_path)
+
+
+@pytest.mark.parametrize("line", [b"{}", b"\0" * 30, b'{"kind": "train", "step": 1}\n\xff\xfe', b"[" * 100_000])
+def test_a_damaged_line_of_metrics_does_not_keep_a_run_from_resuming(line, finished, copy):
+    shutil.rmtree(copy / "checkpoints" / str(TOTAL))
+    lines = (copy / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (copy / "metrics.jsonl").write_bytes(b"".join([*lines[:3], line, b"\n", *lines[3:]]))
+    outcome, said = train(copy)
+    assert outcome.step == TOTAL
+    assert f"warning: {copy / 'metrics.jsonl'}:{4 + line.count(10)}: not a line of metrics; left out" in said
+    assert [row for row in metrics(copy) if "stage" in row or row["kind"] != "train"] == metrics(finished)
+    assert "report.md" in write_run_report(copy, RECIPE)
+
+
+def test_settings_without_effect_are_said(tmp_path):
+    stage = dataclasses.replace(GATE, steps=1, final_learning_rate=1e-3)
+    _, said = train(tmp_path / "run", one_stage(stage))
+    assert "note: stages.gate: final_learning_rate=0.001 has no effect with schedule=constant\n" in said
 
 
 def test_another_configuration_is_refused_with_what_differs(copy):

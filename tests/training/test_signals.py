@@ -12,7 +12,15 @@ def send(number):
     os.kill(os.getpid(), number)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.fixture(autouse=True)
+def _hangups_are_not_ignored():
+    """Under `nohup` they are."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_is_remembered_until_someone_asks(number):
     before = signal.getsignal(number)
     with StopRequest() as stop:
@@ -22,6 +30,14 @@ def test_a_signal_is_remembered_until_someone_asks(number):
             stop.check()
         assert stopped.value.signal is number
     assert signal.getsignal(number) is before
+
+
+def test_a_hangup_that_was_ignored_before_stays_ignored():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopRequest() as stop:
+        send(signal.SIGHUP)
+        stop.check()
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 def test_a_second_interrupt_is_not_remembered():
