@@ -1,8 +1,8 @@
 """What `looplm plan` does around the planning itself: progress while programs compile, and what to type next."""
 
 import dataclasses
-import shlex
 import functools
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar

@@ -1,7 +1,6 @@
 """Metrics of a run: one JSON object a line, and TensorBoard events beside it. No refusal of a disk ends a training."""
 
 import contextlib
-import dataclasses
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -180,16 +179,16 @@ def as_values(metrics: StepMetrics) -> dict[str, Any]:
     """
     host = jax.device_get(metrics)
     tokens = int(host.tokens)
+    loss, exits = host.loss, host.exits
     if tokens == 0:
-        nothing = jax.tree.map(lambda mean: np.full_like(mean, math.nan), (host.loss, host.exits))
-        host = dataclasses.replace(host, loss=nothing[0], exits=nothing[1])
+        loss, exits = jax.tree.map(lambda mean: np.full_like(mean, math.nan), (loss, exits))
     return {
-        "loss": float(host.loss),
-        "expected_loss": float(host.exits.expected_loss),
-        "loss_per_loop": _floats(host.exits.loss_per_loop),
-        "exit_pdf": _floats(host.exits.exit_pdf),
-        "mean_exit_loop": float(host.exits.mean_exit_loop),
-        "exit_entropy": float(host.exits.exit_entropy),
+        "loss": float(loss),
+        "expected_loss": float(exits.expected_loss),
+        "loss_per_loop": _floats(exits.loss_per_loop),
+        "exit_pdf": _floats(exits.exit_pdf),
+        "mean_exit_loop": float(exits.mean_exit_loop),
+        "exit_entropy": float(exits.exit_entropy),
         "gradient_norm": float(host.gradient_norm),
         "learning_rate": float(host.learning_rate),
         "tokens": tokens,

@@ -74,7 +74,8 @@ def _changed(config: Any, names: tuple[str, ...]) -> list[str]:
 
 
 def _default(field: dataclasses.Field) -> Any:
-    return field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
+    factory: Any = field.default_factory
+    return field.default if factory is dataclasses.MISSING else factory()
 
 
 def _shown(value: Any) -> str:

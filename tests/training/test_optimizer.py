@@ -50,7 +50,7 @@ def test_warmup_stable_decay_is_flat_and_then_falls_to_the_final_rate():
     ("schedule", "changes"),
     [
         (Schedule.COSINE, {}),
-        (Schedule.COSINE, {"warmup_steps": 19}),
+        (Schedule.COSINE, {"warmup_steps": 9}),
         *((Schedule.WARMUP_STABLE_DECAY, {"decay_steps": steps}) for steps in (1, 2, 7, 20)),
     ],
 )
