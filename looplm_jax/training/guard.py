@@ -67,7 +67,7 @@ def spike_limit(config: GuardConfig, losses: Float[Array, "W"]) -> Float[Array, 
     from the mean to the highest of those that are left, where that is more.
     """
     window = losses.shape[0]
-    aside = min(math.ceil(window / _ONE_IN), (window - 1) // 2)
+    aside = min(math.ceil(window / _ONE_IN), window // 4)
     usual = jnp.sort(losses)[: window - aside]
     mean = jnp.mean(usual)
     return mean + jnp.maximum(config.sigma * jnp.std(usual), _FAMILIAR * (usual[-1] - mean))
