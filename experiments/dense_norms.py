@@ -40,7 +40,11 @@ def matched_scales(checkpoint: Path, recipe: Recipe) -> dict[str, Float[Array, "
     """Of each branch of each layer, the mean over the tokens of one training batch of its root mean square."""
     loaded, stage = looplm_jax.load(checkpoint), recipe.stages[0]
     batches = train_batches(
-        recipe.data, loaded.tokenizer, batch_size=16, sequence_length=stage.sequence_length, seed=recipe.data.seed
+        recipe.data,
+        loaded.need_tokenizer(),
+        batch_size=16,
+        sequence_length=stage.sequence_length,
+        seed=recipe.data.seed,
     )
     batch = next(batches)
     batches.close()

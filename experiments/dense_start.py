@@ -180,7 +180,7 @@ class _Experiment:
         loaded, stage = looplm_jax.load(checkpoint), recipe.stages[0]
         held_out = validation_batches(
             recipe.data,
-            loaded.tokenizer,
+            loaded.need_tokenizer(),
             batch_size=stage.batch_size,
             sequence_length=stage.sequence_length,
             max_sequences=recipe.evaluation.sequences,

@@ -29,7 +29,7 @@ def write_llama(checkpoint: Path, out: Path) -> None:
     with fresh_folder(out) as folder:
         write_weights(folder, tensors, read, dtype="float32", max_bytes=2**30)
         (folder / "config.json").write_text(json.dumps(_llama_config(config), indent=2) + "\n")
-        for name, content in tokenizer_files(loaded.tokenizer, max_positions=config.max_positions).items():
+        for name, content in tokenizer_files(loaded.need_tokenizer(), max_positions=config.max_positions).items():
             (folder / name).write_bytes(content)
 
 

@@ -115,7 +115,7 @@ class TextModels:
         """Held-out documents as packed sequences: the same ones for all seeds."""
         return validation_batches(
             dataclasses.replace(self.recipe(model).data, tokenizer=""),
-            loaded.tokenizer,
+            loaded.need_tokenizer(),
             batch_size=batch_size,
             sequence_length=sequence_length,
             max_sequences=sequences,

@@ -224,7 +224,7 @@ def _measured_at_start(checkpoint: Path, recipe: Recipe, memory: Path) -> dict[s
         loaded, stage = load(checkpoint), recipe.stages[0]
         held_out = validation_batches(
             recipe.data,
-            loaded.tokenizer,
+            loaded.need_tokenizer(),
             batch_size=stage.batch_size,
             sequence_length=stage.sequence_length,
             max_sequences=recipe.evaluation.sequences,

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from looplm_jax.checkpoints import read_metadata, restore_params
 from looplm_jax.config import MeshConfig, Recipe
 from looplm_jax.convert.converted import converted_recipe
-from looplm_jax.convert.from_hf import is_hf_folder, load_hf
+from looplm_jax.convert.from_hf import is_hf_folder, load_hf, needed_tokenizer
 from looplm_jax.data.tokenizers import Tokenizer, deserialize
 from looplm_jax.errors import UserError
 from looplm_jax.models.looplm import LoopLM, Params, boxed_shapes
@@ -29,10 +29,19 @@ class Loaded:
     model: LoopLM
     params: Params
     mesh: Mesh  # of the devices that hold the parameters
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None  # None for a Hugging Face folder without one
     recipe: Recipe
     step: int
     warnings: tuple[str, ...]
+    origin: str = "the folder"
+
+    def need_tokenizer(self) -> Tokenizer:
+        """Returns the tokenizer.
+
+        Raises:
+          UserError: the folder has none.
+        """
+        return needed_tokenizer(self.tokenizer, self.origin)
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.model, self.params))
@@ -93,5 +102,6 @@ def _load_hf_folder(path: Path, step: int | None, mesh: Mesh, dtype: DTypeLike |
         tokenizer=found.tokenizer,
         recipe=recipe,
         step=0,
-        warnings=(),
+        warnings=found.notes,
+        origin=str(path),
     )

@@ -34,8 +34,8 @@ def run_chat(arguments: argparse.Namespace) -> int:
     loaded = load(arguments.checkpoint, step=arguments.step)
     window = _window(arguments.window, loaded.model.config.max_positions)
     engine = make_engine(loaded, arguments, window=window)
-    conversation = Conversation(engine, loaded.tokenizer, arguments.system)
-    return ChatSession(conversation, loaded.tokenizer, options, max_loops=most_loops(loaded, arguments)).run()
+    conversation = Conversation(engine, loaded.need_tokenizer(), arguments.system)
+    return ChatSession(conversation, loaded.need_tokenizer(), options, max_loops=most_loops(loaded, arguments)).run()
 
 
 class ChatSession:

@@ -65,4 +65,4 @@ def make_engine(
         chunk=min(_LONGEST_CHUNK, window),
         **changes,
     )
-    return Engine(loaded.model, loaded.params, loaded.tokenizer, config=config)
+    return Engine(loaded.model, loaded.params, loaded.need_tokenizer(), config=config)

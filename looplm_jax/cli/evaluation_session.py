@@ -66,7 +66,7 @@ def _batches(loaded: Loaded, data: DataConfig, sequences: int) -> ValidationBatc
     stage = loaded.recipe.stages[-1]
     return validation_batches(
         data,
-        loaded.tokenizer,
+        loaded.need_tokenizer(),
         batch_size=min(stage.batch_size // stage.accumulation, sequences),
         sequence_length=stage.sequence_length,
         max_sequences=sequences,

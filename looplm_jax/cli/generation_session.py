@@ -27,7 +27,7 @@ def run_generation(prompts: Sequence[str], arguments: argparse.Namespace) -> int
     """Generate as the arguments of `looplm generate` say. Returns the exit status."""
     options = request_options(arguments)
     loaded = load(arguments.checkpoint, step=arguments.step)
-    count, stops = arguments.max_new_tokens, tuple(stop_ids(loaded.tokenizer))
+    count, stops = arguments.max_new_tokens, tuple(stop_ids(loaded.need_tokenizer()))
     clocks = [Stopwatch() for _ in prompts]
     requests = [
         _request(loaded, prompt, count, stop_ids=stops, on_token=clock.tick, **options)
@@ -53,7 +53,7 @@ def run_generation(prompts: Sequence[str], arguments: argparse.Namespace) -> int
 
 
 def _request(loaded: Loaded, prompt: str, count: int | None, **options: object) -> Request:
-    prompt_ids = (loaded.tokenizer.bos_id, *loaded.tokenizer.encode(prompt))
+    prompt_ids = (loaded.need_tokenizer().bos_id, *loaded.need_tokenizer().encode(prompt))
     count = new_tokens(loaded, len(prompt_ids), count)
     return Request(prompt_ids=prompt_ids, max_new_tokens=count, **options)  # type: ignore[arg-type]
 
@@ -90,11 +90,11 @@ def _follow(engine: Engine, ticket: Ticket, view: View) -> Result:
 def view_of(arguments: argparse.Namespace, loaded: Loaded, prompt: str) -> View:
     """Where the text that follows a prompt is shown."""
     if arguments.json:
-        return JsonView(loaded.tokenizer, prompt)
+        return JsonView(loaded.need_tokenizer(), prompt)
     console = Console(highlight=False)
     if console.is_terminal and not console.no_color:
         loops = most_loops(loaded, arguments)
-        return ColourView(console, loaded.tokenizer, max_loops=loops, header=header(prompt, loops))
+        return ColourView(console, loaded.need_tokenizer(), max_loops=loops, header=header(prompt, loops))
     several = len(arguments.prompt or ()) > 1
     return PlainView(header=f"prompt: {prompt}\n" if several else "")
 

@@ -49,9 +49,9 @@ def run_speculation(prompts: Sequence[str], arguments: argparse.Namespace) -> in
             max_new_tokens=_count(loaded, prompts, arguments),
             loops=loops,
             sampling=options["sampling"],
-            stop_ids=tuple(stop_ids(loaded.tokenizer)),
+            stop_ids=tuple(stop_ids(loaded.need_tokenizer())),
             stop_strings=options["stop_strings"],
-            tokenizer=loaded.tokenizer,
+            tokenizer=loaded.need_tokenizer(),
             on_token=give,
             screen=lambda *_: Screening.STOP if stopped else Screening.CONTINUE,
         )
@@ -91,7 +91,7 @@ def _unrolled(loaded: Loaded) -> tuple[LoopLM, dict]:
 
 
 def _encoded(loaded: Loaded, prompts: Sequence[str]) -> list[list[int]]:
-    return [[loaded.tokenizer.bos_id, *loaded.tokenizer.encode(prompt)] for prompt in prompts]
+    return [[loaded.need_tokenizer().bos_id, *loaded.need_tokenizer().encode(prompt)] for prompt in prompts]
 
 
 def _count(loaded: Loaded, prompts: Sequence[str], arguments: argparse.Namespace) -> int:

@@ -27,9 +27,11 @@ class Converted:
     parameters: int
     bytes: int
     dtype: str
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"wrote step 0, {self.parameters:,} parameters, {self.bytes:,} bytes of {self.dtype}, to {self.out}"
+        wrote = f"wrote step 0, {self.parameters:,} parameters, {self.bytes:,} bytes of {self.dtype}, to {self.out}"
+        return "\n".join((*(f"note: {note}" for note in self.notes), wrote))
 
 
 def converted_recipe(origin: Path, model: ModelConfig) -> Recipe:
@@ -57,7 +59,7 @@ def write_converted(folder: Path, recipe: Recipe, params: Params, tokenizer: Tok
     write_whole(folder, WholeStep(step=0, arrays=flatten(params, "params"), metadata=metadata))
 
 
-def summary(out: Path, model: ModelConfig, params: Params) -> Converted:
+def summary(out: Path, model: ModelConfig, params: Params, notes: tuple[str, ...]) -> Converted:
     """What to tell about parameters that were written to `out`."""
     leaves = jax.tree.leaves(params)
     return Converted(
@@ -66,4 +68,5 @@ def summary(out: Path, model: ModelConfig, params: Params) -> Converted:
         parameters=sum(math.prod(leaf.shape) for leaf in leaves),
         bytes=sum(leaf.nbytes for leaf in leaves),
         dtype=str(leaves[0].dtype),
+        notes=notes,
     )

@@ -22,7 +22,15 @@ from jaxtyping import Array
 
 from looplm_jax.config import MeshConfig, ModelConfig, NormPlacement
 from looplm_jax.convert.converted import Converted, converted_recipe, summary, write_converted
-from looplm_jax.convert.from_hf import CONFIG, HfModel, accounted, naming, parameter_targets, read_hf_tokenizer
+from looplm_jax.convert.from_hf import (
+    CONFIG,
+    HfModel,
+    accounted,
+    naming,
+    needed_tokenizer,
+    parameter_targets,
+    read_hf_tokenizer,
+)
 from looplm_jax.convert.json_files import read_json_object
 from looplm_jax.convert.layout import Path as ArrayPath
 from looplm_jax.convert.layout import TorchTensor, flat_arrays, unflat_arrays
@@ -82,8 +90,8 @@ def convert_from_dense(
             seed=seed,
         )
         recipe = dataclasses.replace(converted_recipe(Path(folder), model.config), description=_DESCRIPTION)
-        write_converted(staging, recipe, model.params, model.tokenizer)
-    return summary(Path(out), model.config, model.params)
+        write_converted(staging, recipe, model.params, needed_tokenizer(model.tokenizer, folder))
+    return summary(Path(out), model.config, model.params, model.notes)
 
 
 def load_dense(
@@ -108,13 +116,13 @@ def load_dense(
     config = read_dense_config(folder, weights, loops=loops, norm_placement=norm_placement)
     check_divides(mesh, config)
     layout = accounted(weights, config, _in_a_llama)
-    tokenizer = read_hf_tokenizer(folder, config.vocab_size)
+    tokenizer, notes = read_hf_tokenizer(folder, config.vocab_size)
     dtype = dtype or weights.one_dtype(tensor.name for tensor in layout)
     targets = parameter_targets(config, mesh, dtype)
     arrays = place_tensors(weights, layout, targets)
     missing = {path: target for path, target in targets.items() if path not in arrays}
     params = unflat_arrays({**arrays, **_initial(config, missing, second_norm, seed)})
-    return HfModel(config=config, params=params, tokenizer=tokenizer)
+    return HfModel(config=config, params=params, tokenizer=tokenizer, notes=notes)
 
 
 def read_dense_config(folder: Path, weights: WeightFolder, *, loops: int, norm_placement: NormPlacement) -> ModelConfig:

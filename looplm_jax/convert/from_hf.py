@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from looplm_jax.config import MeshConfig, ModelConfig
 from looplm_jax.convert.accounting import accounted
 from looplm_jax.convert.converted import Converted, converted_recipe, summary, write_converted
+from looplm_jax.convert.folder_files import read_folder_tokenizer
 from looplm_jax.convert.json_files import read_json_object
 from looplm_jax.convert.layout import Path as ArrayPath
 from looplm_jax.convert.layout import flat_arrays, unflat_arrays
@@ -19,7 +20,7 @@ from looplm_jax.convert.ouro_config import from_ouro_config
 from looplm_jax.convert.output_folder import fresh_folder
 from looplm_jax.convert.placement import place_tensors
 from looplm_jax.convert.weight_files import WeightFolder, has_weights
-from looplm_jax.data.tokenizers import Tokenizer, load_tokenizer
+from looplm_jax.data.tokenizers import Tokenizer
 from looplm_jax.errors import UserError
 from looplm_jax.models.looplm import Params, boxed_shapes
 from looplm_jax.sharding import abstract, check_divides, first_device, make_mesh
@@ -33,7 +34,8 @@ class HfModel:
 
     config: ModelConfig
     params: Params
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None  # None where the folder has none
+    notes: tuple[str, ...] = ()  # about what the folder leaves open, contradicts or loses
 
 
 def is_hf_folder(path: Path) -> bool:
@@ -60,10 +62,10 @@ def load_hf(path: str | os.PathLike[str], *, mesh: Mesh, dtype: DTypeLike | None
     config = read_hf_config(folder)
     check_divides(mesh, config)
     layout = accounted(weights, config)
-    tokenizer = read_hf_tokenizer(folder, config.vocab_size)
+    tokenizer, notes = read_hf_tokenizer(folder, config.vocab_size)
     targets = parameter_targets(config, mesh, dtype or weights.one_dtype(tensor.name for tensor in layout))
     params = unflat_arrays(place_tensors(weights, layout, targets))
-    return HfModel(config=config, params=params, tokenizer=tokenizer)
+    return HfModel(config=config, params=params, tokenizer=tokenizer, notes=notes)
 
 
 def convert_from_hf(
@@ -82,8 +84,9 @@ def convert_from_hf(
     mesh = make_mesh(MeshConfig(), first_device())
     with fresh_folder(out) as staging:
         model = load_hf(folder, mesh=mesh, dtype=dtype)
-        write_converted(staging, converted_recipe(Path(folder), model.config), model.params, model.tokenizer)
-    return summary(Path(out), model.config, model.params)
+        tokenizer = needed_tokenizer(model.tokenizer, folder)
+        write_converted(staging, converted_recipe(Path(folder), model.config), model.params, tokenizer)
+    return summary(Path(out), model.config, model.params, model.notes)
 
 
 def read_hf_config(folder: Path) -> ModelConfig:
@@ -98,20 +101,33 @@ def read_hf_config(folder: Path) -> ModelConfig:
         raise naming(folder, error) from None
 
 
-def read_hf_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
-    """The tokeniser in the `tokenizer.json` of a folder.
+def read_hf_tokenizer(folder: Path, vocab_size: int) -> tuple[Tokenizer | None, tuple[str, ...]]:
+    """Returns the tokenizer of a folder, or None where it has no `tokenizer.json`, and notes about it.
 
     Raises:
-      UserError: the file is missing or damaged, its package is not installed, or it has not `vocab_size` tokens.
+      UserError: the file is damaged, its package is not installed, or it has more than `vocab_size` tokens.
     """
     file = folder / TOKENIZER
     if not file.is_file():
-        raise UserError(f"{file} is missing; copy it from where the model comes from")
-    tokenizer = load_tokenizer(str(file))
-    if tokenizer.vocab_size != vocab_size:
+        return None, ()
+    tokenizer, notes = read_folder_tokenizer(folder, vocab_size)
+    if tokenizer.vocab_size > vocab_size:
         raise UserError(
-            f"{file} has {tokenizer.vocab_size} tokens, but {CONFIG} says vocab_size={vocab_size}; "
+            f"{file} has {tokenizer.vocab_size} tokens, but {CONFIG} says vocab_size={vocab_size}, which is fewer; "
             "copy both from the same model"
+        )
+    return tokenizer, notes
+
+
+def needed_tokenizer(tokenizer: Tokenizer | None, folder: str | os.PathLike[str]) -> Tokenizer:
+    """Returns the tokenizer of a folder.
+
+    Raises:
+      UserError: there is none.
+    """
+    if tokenizer is None:
+        raise UserError(
+            f"{os.fspath(folder)} has no {TOKENIZER}, which this needs; copy it from where the model comes from"
         )
     return tokenizer
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from looplm_jax.checkpoints import Restored, read_metadata, restore_params
+from looplm_jax.convert.folder_files import kept_json
 from looplm_jax.convert.layout import Path as ArrayPath
 from looplm_jax.convert.layout import TorchTensor, array_shapes, flat_arrays, torch_layout
 from looplm_jax.convert.model_card import model_card, training_record
@@ -20,7 +21,7 @@ from looplm_jax.convert.ouro_config import to_ouro_config
 from looplm_jax.convert.output_folder import fresh_folder
 from looplm_jax.convert.shard_files import WrittenWeights, write_weights
 from looplm_jax.convert.tokenizer_files import stop_ids, tokenizer_files
-from looplm_jax.data.tokenizers import Tokenizer, deserialize
+from looplm_jax.data.tokenizers import FolderTokenizer, Tokenizer, deserialize
 from looplm_jax.errors import UserError
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -111,24 +112,32 @@ def _write_small_files(folder: Path, source: str, restored: Restored, dtype: str
     metadata = restored.metadata
     recipe = metadata.recipe()
     tokenizer = deserialize(metadata.tokenizer_kind, metadata.tokenizer)
-    special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    special: dict[str, Any] = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    if isinstance(tokenizer, FolderTokenizer):
+        special |= kept_json(tokenizer, "config.json")
     _write_json(folder / "config.json", {**to_ouro_config(recipe.model, dtype=dtype), **special})
     _write_json(folder / "generation_config.json", _generation_config(tokenizer))
     for name, content in tokenizer_files(tokenizer, max_positions=recipe.model.max_positions).items():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
     code = importlib.resources.files("looplm_jax.convert.torch_model")
     for name in _TORCH_FILES:
         (folder / name).write_bytes((code / name).read_bytes())
-    (folder / "README.md").write_text(model_card(training_record(source, restored), dtype=dtype), encoding="utf-8")
+    card = model_card(training_record(source, restored), dtype=dtype)
+    if isinstance(tokenizer, FolderTokenizer):
+        card = card.replace("---\n", f"---\n{tokenizer.files.get('README.md', '')}", 1)  # the license of the weights
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Generation ends at the end of a text and at the end of a turn of chat."""
-    return {
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": stop_ids(tokenizer),
-        "pad_token_id": tokenizer.eos_id,
-    }
+    """Returns the defaults of `generate`, which ends at the end of a text and at the end of a turn of chat."""
+    ours = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stop_ids(tokenizer), "pad_token_id": tokenizer.eos_id}
+    if not isinstance(tokenizer, FolderTokenizer):
+        return ours
+    theirs = kept_json(tokenizer, "generation_config.json")
+    theirs.pop("_from_model_config", None)  # would let transformers make them anew
+    pad = {} if tokenizer.ids.pad is None else {"pad_token_id": tokenizer.ids.pad}
+    return {**theirs, **ours, **pad}
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -4,13 +4,27 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from looplm_jax.convert.folder_files import kept_json, other_files
 from looplm_jax.convert.sentencepiece_json import sentencepiece_json
-from looplm_jax.data.tokenizers import IM_END, IM_START, JsonTokenizer, SentencePieceTokenizer, Tokenizer
+from looplm_jax.data.tokenizers import (
+    IM_END,
+    IM_START,
+    FolderTokenizer,
+    JsonTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+)
 
-# The chat of `data/chat.py`.
+# The chat of `data/chat.py`. The blocks of generation mark its targets, for `return_assistant_tokens_mask`.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
-{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' -}}
+{{- '<|im_start|>' + message['role'] + '\\n' -}}
+{%- if message['role'] == 'assistant' -%}
+{%- generation -%}{{- message['content'] + '<|im_end|>' -}}{%- endgeneration -%}
+{%- else -%}
+{{- message['content'] + '<|im_end|>' -}}
+{%- endif -%}
+{{- '\\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
 {{- '<|im_start|>assistant\\n' -}}
@@ -29,6 +43,7 @@ def tokenizer_files(tokenizer: Tokenizer, *, max_positions: int) -> dict[str, by
 
     Raises UserError for a SentencePiece model that has no `tokenizer.json` with the same ids.
     """
+    others: dict[str, bytes] = {}
     end = tokenizer.piece(tokenizer.eos_id)
     special = {"bos_token": tokenizer.piece(tokenizer.bos_id), "eos_token": end, "pad_token": end}
     settings = {
@@ -38,22 +53,33 @@ def tokenizer_files(tokenizer: Tokenizer, *, max_positions: int) -> dict[str, by
         "clean_up_tokenization_spaces": False,
         **special,
     }
+    has_template = False
+    if isinstance(tokenizer, FolderTokenizer):
+        theirs = kept_json(tokenizer, "tokenizer_config.json")
+        if theirs.pop("auto_map", None):  # names code, which is not copied
+            theirs.pop("tokenizer_class", None)
+        settings = {**settings, **theirs}
+        special = {**special, **kept_json(tokenizer, "special_tokens_map.json")}
+        others = other_files(tokenizer)
+        has_template = "chat_template" in theirs or any(name.startswith("chat_template.") for name in others)
     files = {
         "tokenizer.json": _tokenizer_json(tokenizer),
         "tokenizer_config.json": _json(settings),
         "special_tokens_map.json": _json(special),
     }
-    if _knows_chat(tokenizer):
+    if _knows_chat(tokenizer) and not has_template:
         files["chat_template.jinja"] = CHAT_TEMPLATE.encode()
-    return files
+    return {**files, **others}
 
 
 def stop_ids(tokenizer: Tokenizer) -> list[int]:
-    """The tokens that end a text, ascending: of a document, and of a turn of chat where the tokeniser has it.
+    """Returns the tokens that end a text, ascending: those that the folder of the model names, the end of a document,
+    and the end of a turn of chat where the tokenizer has it.
 
     Ouro's are 0 and 2, though its published configuration names 0 alone (specification, section 1).
     """
-    ends = (tokenizer.eos_id, tokenizer.token_id(IM_END))
+    named = tokenizer.ids.stop if isinstance(tokenizer, FolderTokenizer) else ()
+    ends = (*named, tokenizer.eos_id, tokenizer.token_id(IM_END))
     return sorted({token for token in ends if token is not None})
 
 
@@ -62,6 +88,8 @@ def _knows_chat(tokenizer: Tokenizer) -> bool:
 
 
 def _tokenizer_json(tokenizer: Tokenizer) -> bytes:
+    if isinstance(tokenizer, FolderTokenizer):
+        return tokenizer.tokenizer_json
     content = tokenizer.serialize()
     if tokenizer.kind == JsonTokenizer.kind:
         return content

@@ -38,7 +38,7 @@ class Start:
     model: ModelConfig
     params: Params
     optimizer: optax.OptState | None
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None  # None for a Hugging Face folder without one
     damaged: tuple[DamagedStep, ...] = ()
 
 

@@ -133,7 +133,7 @@ def test_a_folder_becomes_a_checkpoint(tmp_path, dtype):
     assert loaded.recipe.description == "converted from a Hugging Face folder"
     assert loaded.recipe.model == written.model == read_hf_config(tmp_path / "Ouro-tiny")
     assert [loaded.tokenizer.token_id(name) for name in SPECIAL_TOKENS] == [0, 1, 2]
-    assert loaded.tokenizer.serialize() == (tmp_path / "Ouro-tiny" / "tokenizer.json").read_bytes()
+    assert loaded.tokenizer.tokenizer_json == (tmp_path / "Ouro-tiny" / "tokenizer.json").read_bytes()
 
 
 def test_a_short_model_is_evaluated_on_short_sequences(tmp_path):

@@ -166,10 +166,15 @@ def test_a_missing_config(tmp_path):
     assert refusal(tmp_path) == f"{tmp_path}/config.json is missing; copy it from where the model comes from"
 
 
-def test_a_missing_tokenizer(tmp_path):
-    write_hf_folder(tmp_path)
-    (tmp_path / "tokenizer.json").unlink()
-    assert refusal(tmp_path) == f"{tmp_path}/tokenizer.json is missing; copy it from where the model comes from"
+def test_a_missing_tokenizer_where_one_is_needed(tmp_path):
+    write_hf_folder(tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer.json").unlink()
+    with pytest.raises(UserError) as caught:
+        convert_from_hf(tmp_path / "hf", tmp_path / "out")
+    assert str(caught.value) == (
+        f"{tmp_path}/hf has no tokenizer.json, which this needs; copy it from where the model comes from"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 def test_a_damaged_tokenizer(tmp_path):
@@ -181,8 +186,8 @@ def test_a_damaged_tokenizer(tmp_path):
 
 def test_a_tokenizer_of_another_vocabulary(tmp_path):
     write_hf_folder(tmp_path)
-    (tmp_path / "tokenizer.json").write_bytes(tokenizer_json(270))
-    says = "has 270 tokens, but config.json says vocab_size=272; copy both from the same model"
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer_json(273))
+    says = "has 273 tokens, but config.json says vocab_size=272, which is fewer; copy both from the same model"
     assert refusal(tmp_path) == f"{tmp_path}/tokenizer.json {says}"
 
 

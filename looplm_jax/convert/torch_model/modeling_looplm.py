@@ -32,6 +32,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from .configuration_looplm import OuroConfig
 
 Angles = tuple[Tensor, Tensor]  # cosines and sines, float32 [B, 1, S, Dh/2]
+Mask = Tensor | bool  # who sees whom, bool [B, 1, S, P+S]; or, where P = 0, True for causal; or False for everything
 Write = Callable[..., tuple[Tensor, Tensor]]  # from this call's keys and values to those of all P+S tokens
 
 
@@ -67,16 +68,16 @@ class OuroAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, key_width, bias=False)
         self.o_proj = nn.Linear(query_width, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, angles: Angles, mask: Tensor | None, write: Write | None) -> Tensor:
-        """Mix `x` [B, S, D] over the tokens that `mask` [B, 1, S, P+S] shows; None is causal, with P = 0 or S = 1."""
+    def forward(self, x: Tensor, angles: Angles, mask: Mask, write: Write | None) -> Tensor:
+        """Mix `x` [B, S, D] over the tokens that `mask` shows."""
         queries = rotate(self._heads(self.q_proj(x)), angles)
         keys, values = rotate(self._heads(self.k_proj(x)), angles), self._heads(self.v_proj(x))
         if write is not None:
             keys, values = write(keys, values)
-        causal = mask is None and x.shape[1] > 1
+        shown = {"is_causal": mask} if isinstance(mask, bool) else {"attn_mask": mask}
         dropout = self.dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=self.is_grouped
+            queries, keys, values, dropout_p=dropout, enable_gqa=self.is_grouped, **shown
         )
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
@@ -109,7 +110,7 @@ class OuroDecoderLayer(nn.Module):
         self.input_layernorm, self.input_layernorm_2 = norm(), norm()
         self.post_attention_layernorm, self.post_attention_layernorm_2 = norm(), norm()
 
-    def forward(self, x: Tensor, angles: Angles, mask: Tensor | None, write: Write | None) -> Tensor:
+    def forward(self, x: Tensor, angles: Angles, mask: Mask, write: Write | None) -> Tensor:
         """[B, S, D] to [B, S, D]; arguments as in `OuroAttention`."""
         x = x + self.input_layernorm_2(self.self_attn(self.input_layernorm(x), angles, mask, write))
         return x + self.post_attention_layernorm_2(self.mlp(self.post_attention_layernorm(x)))
@@ -148,16 +149,16 @@ def real_tokens(attention_mask: Tensor | None, columns: int) -> Tensor | None:
         shape = list(attention_mask.shape)
         raise ValueError(f"attention_mask must be [batch, {columns}], for cached and new tokens, not {shape}")
     real = attention_mask.bool()
-    return None if not torch.compiler.is_compiling() and real.all() else real
+    return None if not makes_a_graph() and real.all() else real
 
 
-def visible(real: Tensor | None, documents: Tensor | None, past: int, new: int, device: torch.device) -> Tensor | None:
-    """Who sees whom, bool [B, 1, S, P+S]: each token itself, and the real tokens of its document before it.
+def visible(real: Tensor | None, documents: Tensor | None, past: int, new: int, device: torch.device) -> Mask:
+    """Who sees whom: each token itself, and the real tokens of its document before it.
 
-    Padding sees itself too, because a softmax over nothing is not a number. None where no mask has to be made.
+    Padding sees itself too, because a softmax over nothing is not a number. No tensor where none has to be made.
     """
     if real is None and documents is None and (past == 0 or new == 1):
-        return None
+        return bool(past == 0)
     columns = torch.arange(past + new, device=device)
     own = columns[past:, None]
     mask = (columns < own)[None]
@@ -166,6 +167,11 @@ def visible(real: Tensor | None, documents: Tensor | None, past: int, new: int, 
     if documents is not None:
         mask = mask & (documents[:, :, None] == documents[:, None, :])
     return (mask | (columns == own))[:, None]
+
+
+def makes_a_graph() -> bool:
+    """Whether torch.compile, torch.export or torch.jit.trace is recording, so that no value can decide what to do."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def documents_of(position_ids: Tensor) -> Tensor:
@@ -328,6 +334,7 @@ class OuroPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["OuroDecoderLayer"]  # noqa: RUF012 - as transformers has it
+    _keep_in_fp32_modules = ["early_exit_gate"]  # noqa: RUF012 - quantizers skip what is named here
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
 
@@ -351,7 +358,7 @@ class OuroModel(OuroPreTrainedModel):
     past_key_values: a `DynamicCache` of P tokens, which is appended to. It keeps to one number of loops.
     use_cache: make one if none is given. Default: `config.use_cache`, but not in training.
     output_hidden_states: return the states of all T loops.
-    return_dict: a dataclass, by default, or a tuple.
+    return_dict: a dataclass, by default, or a tuple. torch.jit.trace gets a tuple, and no cache, unless it asks.
     loops: T, from 1 up. Default: `config.total_ut_steps`.
     exit_loop: take every token's state from this loop.
     exit_threshold: q in [0, 1]: from the first loop with CDF >= q; 1 is loop T. Default: `config.early_exit_threshold`.
@@ -362,7 +369,8 @@ class OuroModel(OuroPreTrainedModel):
     An early exit saves work where nothing else needs the loops behind it: without a cache the loops stop when every
     token has left, and for one new token after a filled cache when every row has. A row that leaves before the others
     stands still, and the deeper planes of the cache take the keys and values that it left with. All T loops run for a
-    prompt that goes into a cache, in training, for `exit_weighted`, and where hidden states are asked for.
+    prompt that goes into a cache, in training, for `exit_weighted`, where hidden states are asked for, and in what
+    torch.compile, torch.export and torch.jit.trace make of the model, because a graph cannot stop half-way.
     """
 
     def __init__(self, config: OuroConfig) -> None:
@@ -412,13 +420,14 @@ class OuroModel(OuroPreTrainedModel):
         keep_states = given(output_hidden_states, self.config.output_hidden_states)
         exits = self._run(state, angles, mask, cache, Exits(rule, state), waited_for, keep_states)
         output = exits.output(cache.cache if cache else None, keep_states)
-        return output if given(return_dict, self.config.return_dict) else output.to_tuple()
+        return output if given(return_dict, returns_dict(self.config)) else output.to_tuple()
 
     def _open_cache(self, cache: Cache | None, use_cache: bool | None, loops: int) -> LoopCache | None:
         if cache is not None and self._recomputes:
             raise ValueError("gradient checkpointing cannot append to past_key_values; leave out one of them")
         if cache is None:
-            wanted = given(use_cache, self.config.use_cache and not self.training)
+            by_default = self.config.use_cache and not self.training and not torch.jit.is_tracing()
+            wanted = given(use_cache, by_default)
             cache = DynamicCache() if wanted and not self._recomputes else None
         return None if cache is None else LoopCache(cache, loops, len(self.layers))
 
@@ -426,7 +435,7 @@ class OuroModel(OuroPreTrainedModel):
         self,
         state: Tensor,
         angles: Angles,
-        mask: Tensor | None,
+        mask: Mask,
         cache: LoopCache | None,
         exits: Exits,
         waited_for: Tensor | None,
@@ -446,13 +455,13 @@ class OuroModel(OuroPreTrainedModel):
                 gate = gate.masked_fill(~running, float("nan"))
             state = following
             exits.take(state, gate)
-            if may_stop and rule.threshold < 1 and not _any(exits.running, waited_for):
+            if may_stop and rule.threshold < 1 and not makes_a_graph() and not _any(exits.running, waited_for):
                 break
         if cache is not None:
             cache.fill(len(exits.states))
         return exits
 
-    def _one_loop(self, state: Tensor, angles: Angles, mask: Tensor | None, write: Write | None) -> Tensor:
+    def _one_loop(self, state: Tensor, angles: Angles, mask: Mask, write: Write | None) -> Tensor:
         x = state
         for index, layer in enumerate(self.layers):
             x = self.recomputed(layer, x, angles, mask, write and functools.partial(write, index))
@@ -467,10 +476,14 @@ class OuroModel(OuroPreTrainedModel):
         return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
 
 
+# What `generate` hands down and has used already, and what follows from the cache and the mask.
+_WITHOUT_EFFECT = {"assistant_tokenizer", "cache_position", "token_type_ids", "tokenizer"}
+
+
 def refuse_unknown(kwargs: dict[str, Any]) -> None:
-    """Refuse arguments that would change something elsewhere; positions follow from the cache and the mask."""
+    """Refuse arguments that would change something elsewhere."""
     asked = {name for name, value in kwargs.items() if value is not None and value is not False}
-    unknown = sorted(asked - {"cache_position", "token_type_ids"})
+    unknown = sorted(asked - _WITHOUT_EFFECT)
     if unknown:
         raise ValueError(f"this model does not know {', '.join(unknown)}; leave it out")
 
@@ -478,6 +491,11 @@ def refuse_unknown(kwargs: dict[str, Any]) -> None:
 def given(value: Any, default: Any) -> Any:
     """An argument, or what stands for None."""
     return default if value is None else value
+
+
+def returns_dict(config: OuroConfig) -> bool:
+    """Whether a call returns a dataclass by default; torch.jit.trace takes only tuples."""
+    return bool(config.return_dict) and not torch.jit.is_tracing()
 
 
 def _any(tokens: Tensor, among: Tensor | None) -> bool:
@@ -568,7 +586,7 @@ class OuroForCausalLM(OuroPreTrainedModel, GenerationMixin):
         unwanted = {"last_hidden_state"} if keep_states else {"last_hidden_state", "hidden_states"}
         rest = {name: value for name, value in output.items() if name not in unwanted}
         result = OuroCausalLMOutput(loss=loss, logits=logits, **rest)
-        return result if given(return_dict, self.config.return_dict) else result.to_tuple()
+        return result if given(return_dict, returns_dict(self.config)) else result.to_tuple()
 
     def _stage1_loss(
         self, states: tuple[Tensor, ...], gate_logits: Tensor, labels: Tensor, beta: float, items: int | Tensor | None

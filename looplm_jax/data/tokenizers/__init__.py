@@ -1,6 +1,7 @@
 """Text to token ids and back, by SentencePiece, a Hugging Face `tokenizer.json`, or a fixed list of symbols."""
 
 from looplm_jax.data.tokenizers.base import END_OF_TEXT, IM_END, IM_START, Tokenizer, check_vocab
+from looplm_jax.data.tokenizers.folder import FolderTokenizer, TokenIds
 from looplm_jax.data.tokenizers.huggingface import JsonTokenizer
 from looplm_jax.data.tokenizers.loading import deserialize, load_tokenizer
 from looplm_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
@@ -10,9 +11,11 @@ __all__ = [
     "END_OF_TEXT",
     "IM_END",
     "IM_START",
+    "FolderTokenizer",
     "JsonTokenizer",
     "SentencePieceTokenizer",
     "SymbolTokenizer",
+    "TokenIds",
     "Tokenizer",
     "check_vocab",
     "deserialize",

@@ -56,9 +56,9 @@ def not_unicode() -> UserError:
 
 
 def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raise UserError unless the tokeniser has exactly the vocabulary of the model."""
-    if tokenizer.vocab_size != vocab_size:
+    """Raises UserError where the model has fewer ids than the tokenizer; those that it has beyond are never targets."""
+    if tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} tokens but model.vocab_size is {vocab_size}; "
-            f"set model.vocab_size to {tokenizer.vocab_size}, or data.tokenizer to another file"
+            f"set model.vocab_size to at least {tokenizer.vocab_size}, or data.tokenizer to another file"
         )

@@ -18,16 +18,11 @@ class JsonTokenizer(Tokenizer):
 
     kind: ClassVar[str] = "tokenizer.json"
 
-    def __init__(self, content: bytes):
+    def __init__(self, content: bytes, bos_id: int | None = None, eos_id: int | None = None):
         self._content = content
         self._tokenizer = _parse(content)
         self._vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
-        bos, eos = self._first_of(_BOS_NAMES), self._first_of(_EOS_NAMES)
-        ends = [token for token in (bos, eos) if token is not None]
-        if not ends:
-            names = ", ".join(dict.fromkeys(_BOS_NAMES + _EOS_NAMES))
-            raise UserError(f"the tokenizer.json has none of the tokens {names}; add one of them")
-        self._bos_id, self._eos_id = ends[0], ends[-1]
+        self._bos_id, self._eos_id = self._ends(bos_id, eos_id)
 
     @property
     def vocab_size(self) -> int:
@@ -75,6 +70,21 @@ class JsonTokenizer(Tokenizer):
     def serialize(self) -> bytes:
         """The bytes of the `tokenizer.json`."""
         return self._content
+
+    def implied_ids(self) -> tuple[int, int] | None:
+        """Returns bos and eos by the names that are in use, or None where the file has no such token."""
+        ends = [token for token in (self._first_of(_BOS_NAMES), self._first_of(_EOS_NAMES)) if token is not None]
+        return (ends[0], ends[-1]) if ends else None
+
+    def _ends(self, bos: int | None, eos: int | None) -> tuple[int, int]:
+        """Returns bos and eos: those given, else by name, else each in the place of the other."""
+        bos = self._first_of(_BOS_NAMES) if bos is None else bos
+        eos = self._first_of(_EOS_NAMES) if eos is None else eos
+        ends = [token for token in (bos, eos) if token is not None]
+        if not ends:
+            names = ", ".join(dict.fromkeys(_BOS_NAMES + _EOS_NAMES))
+            raise UserError(f"the tokenizer.json has none of the tokens {names}; add one of them")
+        return ends[0], ends[-1]
 
     def _first_of(self, names: Sequence[str]) -> int | None:
         ids = (self._tokenizer.token_to_id(name) for name in names)

@@ -5,6 +5,7 @@ import json
 from looplm_jax.data.sources.files import read_file
 from looplm_jax.data.tokenizers.base import Tokenizer
 from looplm_jax.data.tokenizers.expansion import check_expansion
+from looplm_jax.data.tokenizers.folder import FolderTokenizer
 from looplm_jax.data.tokenizers.huggingface import JsonTokenizer
 from looplm_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from looplm_jax.data.tokenizers.symbols import SymbolTokenizer
@@ -33,6 +34,8 @@ def deserialize(kind: str, content: bytes) -> Tokenizer:
     if kind == JsonTokenizer.kind:
         check_expansion(content)
         return JsonTokenizer(content)
+    if kind == FolderTokenizer.kind:
+        return FolderTokenizer(content)
     if kind == SymbolTokenizer.kind:
         return SymbolTokenizer(json.loads(content))
     known = (SentencePieceTokenizer.kind, JsonTokenizer.kind, SymbolTokenizer.kind)

@@ -51,12 +51,12 @@ class LoopLMAdapter(TemplateLM):
     @property
     def eot_token_id(self) -> int:
         """What ends a document."""
-        return self._loaded.tokenizer.eos_id
+        return self._loaded.need_tokenizer().eos_id
 
     @property
     def prefix_token_id(self) -> int:
         """What stands before a text that has no context."""
-        return self._loaded.tokenizer.bos_id
+        return self._loaded.need_tokenizer().bos_id
 
     @property
     def max_length(self) -> int:
@@ -71,7 +71,7 @@ class LoopLMAdapter(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Ids of a text, after a bos where the settings ask for it and the caller does not object."""
-        tokenizer = self._loaded.tokenizer
+        tokenizer = self._loaded.need_tokenizer()
         add_bos = self._settings.add_bos_token and add_special_tokens is not False
         return [*([tokenizer.bos_id] if add_bos else []), *tokenizer.encode(string)]
 
@@ -126,7 +126,7 @@ class LoopLMAdapter(TemplateLM):
 
     def _generation(self, context: str, generation_kwargs: Mapping[str, Any]) -> Request:
         prompt_ids = self.tok_encode(context) or [self.prefix_token_id]
-        tokenizer, policy = self._loaded.tokenizer, self.policy
+        tokenizer, policy = self._loaded.need_tokenizer(), self.policy
         return generation_request(prompt_ids, generation_kwargs, tokenizer, policy=policy, longest=self.max_length)
 
     def _make_scorer(self, loops: int, policy: ExitPolicy | None) -> WindowScorer:

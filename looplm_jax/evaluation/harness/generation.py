@@ -72,7 +72,7 @@ def generate_texts(
         chunk=min(_LONGEST_CHUNK, window),
         queue=len(requests),
     )
-    engine = Engine(loaded.model, loaded.params, loaded.tokenizer, config=config)
+    engine = Engine(loaded.model, loaded.params, loaded.need_tokenizer(), config=config)
     tickets = [engine.submit(request) for request in requests]
     while engine.step():
         pass
