@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 
 from looplm_jax.config import ModelConfig
-from looplm_jax.convert.layout import TorchTensor, account, array_shapes, torch_layout
+from looplm_jax.convert.layout import TorchTensor, account, array_shapes, refuse_wrappers, torch_layout
 from looplm_jax.convert.weight_files import WeightFolder
 from looplm_jax.errors import UserError
 
@@ -27,6 +27,7 @@ def accounted(
     Raises:
       UserError: a tensor that is missing, surplus or misshapen, by name.
     """
+    refuse_wrappers(weights.tensors, str(weights.path))
     _check_sizes(weights, config)
     layout = [tensor for tensor in torch_layout(array_shapes(config)) if has(tensor)]
     found = {name: stored.shape for name, stored in weights.tensors.items()}

@@ -125,6 +125,29 @@ def unflat_arrays(arrays: Mapping[Path, jax.Array]) -> PyTree:
     return tree
 
 
+# Parts of names that come from what was wrapped around the model when it was saved, and how to save it without.
+_WRAPPERS = {
+    "_orig_mod.": "torch.compile; save model._orig_mod",
+    "base_model.model.": "PEFT; save model.merge_and_unload()",
+    "_fsdp_wrapped_module.": "FSDP; save its full state dict",
+    "_checkpoint_wrapped_module.": "activation checkpointing; save the model without it",
+    "_forward_module.": "a training framework; save the model inside it",
+    "module.": "DataParallel or DistributedDataParallel; save model.module",
+}
+
+
+def refuse_wrappers(names: Iterable[str], where: str) -> None:
+    """Refuses tensors whose names were changed by a wrapper.
+
+    Raises:
+      UserError: one of them, the wrapper, and how to save the model without it.
+    """
+    for name in names:
+        for part, what in _WRAPPERS.items():
+            if f".{part}" in f".{name}":
+                raise UserError(f"{where}: tensor {name} has {part!r} in its name, from {what}, or rename the tensors")
+
+
 def account(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, TorchTensor], where: str) -> None:
     """Refuse tensors that are missing, surplus or of another shape.
 
@@ -136,6 +159,7 @@ def account(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, TorchTens
     Raises:
       UserError: one of them, by name.
     """
+    refuse_wrappers(found, where)
     for name in found:
         if name not in wanted:
             hint = suggest(name, wanted, otherwise="")

@@ -160,6 +160,24 @@ def test_a_field_that_is_not_honoured(tmp_path, changes):
     assert next(iter(changes)) in line
 
 
+@pytest.mark.parametrize(
+    ("prefix", "remedy"),
+    [
+        ("_orig_mod.", "torch.compile; save model._orig_mod"),
+        ("module.", "DataParallel or DistributedDataParallel; save model.module"),
+        ("base_model.model.", "PEFT; save model.merge_and_unload()"),
+        ("module._orig_mod.", "torch.compile; save model._orig_mod"),
+        ("_fsdp_wrapped_module.", "FSDP; save its full state dict"),
+    ],
+)
+def test_names_that_a_wrapper_changed(tmp_path, prefix, remedy):
+    tensors = {prefix + name: tensor for name, tensor in make_tensors(MULTI_HEAD).items()}
+    write_hf_folder(tmp_path, tensors=tensors)
+    line = refusal(tmp_path)
+    assert line.startswith(f"{tmp_path}: tensor {prefix}")
+    assert remedy in line
+
+
 def test_a_missing_config(tmp_path):
     write_hf_folder(tmp_path)
     (tmp_path / "config.json").unlink()
