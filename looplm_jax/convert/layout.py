@@ -6,7 +6,7 @@ own. Nothing else differs. A model with norm placement `pre` has the names of a 
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import flax.linen as nn
 import jax
