@@ -30,6 +30,11 @@ def run_tokenizer(
         _check_inherited(recipe, corpus, tokenizer, inherited)
         tokenizer = inherited
     if tokenizer is None:
+        if recipe.start.checkpoint:
+            raise UserError(
+                f"{recipe.start.checkpoint} has no tokenizer.json; copy it from where the model comes from, "
+                "or set data.tokenizer to it"
+            )
         if not folder.tokenizer.exists():
             console.print(f"training a tokenizer of {recipe.model.vocab_size} pieces")
             texts = data.training_texts(corpus, seed=recipe.data.seed)
