@@ -269,9 +269,7 @@ def test_vocabulary_of_the_model(tokenizer):
     """The model may have more ids, which are never targets, and never fewer."""
     check_vocab(tokenizer, 300)
     check_vocab(tokenizer, 512)
-    with pytest.raises(
-        UserError, match=r"has 300 tokens but model.vocab_size is 299; set model.vocab_size to "
-    ):
+    with pytest.raises(UserError, match=r"has 300 tokens but model.vocab_size is 299; set model.vocab_size to "):
         check_vocab(tokenizer, 299)
 
 
