@@ -49,13 +49,6 @@ def test_a_graph_of_padded_prompts(model, compiled):
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.filterwarnings("ignore")  # of torch.jit, and of transformers about itself
-def test_a_trace_at_another_length(model):
-    traced = torch.jit.trace(model, (random_ids(2, 7),))
-    ids = random_ids(3, 11)
-    torch.testing.assert_close(traced(ids)[0], model(ids).logits)
-
-
 def test_quantizers_leave_the_gate_and_the_head_alone(model):
     skipped = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
     assert {"early_exit_gate", "lm_head"} <= set(skipped)
