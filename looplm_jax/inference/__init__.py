@@ -2,7 +2,7 @@
 
 from looplm_jax.inference.conversation import Conversation
 from looplm_jax.inference.decoder import EngineConfig
-from looplm_jax.inference.engine import Engine, EngineStats
+from looplm_jax.inference.engine import Engine
 from looplm_jax.inference.generate import generate
 from looplm_jax.inference.kept_cache import KeptCache, Turn
 from looplm_jax.inference.kv_cache import CacheStrategy, bytes_per_token
@@ -10,6 +10,7 @@ from looplm_jax.inference.replay import replay, replay_log_probs
 from looplm_jax.inference.requests import NewToken, Request, Result
 from looplm_jax.inference.sampling import Sampling
 from looplm_jax.inference.speculation import Reroute, Screening, SpeculativeResult, speculate
+from looplm_jax.inference.stats import EngineStats
 from looplm_jax.inference.stopping import Finish
 from looplm_jax.inference.ticket import Ticket
 

@@ -1,17 +1,31 @@
 """Requests that an engine can never serve, refused before they wait for anything."""
 
+import dataclasses
+import math
+
 from looplm_jax.config import ModelConfig
 from looplm_jax.data.tokenizers import Tokenizer
 from looplm_jax.errors import UserError
 from looplm_jax.halting import Bounded, ExitPolicy
 from looplm_jax.inference.decoder import EngineConfig
+from looplm_jax.inference.field_checks import real_number, whole_number
+from looplm_jax.inference.kept_cache import KeptCache
 from looplm_jax.inference.requests import Request
 from looplm_jax.inference.slots import MOST_STOP_IDS
 
 
+def usable_ids(model: ModelConfig, tokenizer: Tokenizer | None) -> int:
+    """Returns how many ids may be read and chosen: an embedding may be padded beyond what the tokenizer knows."""
+    return model.vocab_size if tokenizer is None else min(model.vocab_size, tokenizer.vocab_size)
+
+
 def check_request(request: Request, model: ModelConfig, engine: EngineConfig, tokenizer: Tokenizer | None) -> None:
     """Raises UserError, in one line, for a request that does not fit the model or the engine."""
-    _check_tokens(request, model)
+    if not isinstance(request, Request):
+        raise UserError(f"what is submitted must be a Request, not {type(request).__name__}; see Engine.requests")
+    loops = engine.loops or model.loops
+    _check_tokens(request, model, usable_ids(model, tokenizer))
+    _check_past(request.past, model, loops)
     before = 0 if request.past is None else len(request.past)
     wanted = f"{before + len(request.prompt_ids)} tokens of prompt and {request.max_new_tokens} new ones"
     total = before + len(request.prompt_ids) + request.max_new_tokens
@@ -21,11 +35,43 @@ def check_request(request: Request, model: ModelConfig, engine: EngineConfig, to
         )
     if total > engine.capacity:
         raise UserError(f"{wanted} do not fit a cache of {engine.capacity}; use EngineConfig(capacity={total})")
-    _check_policy(request.policy, engine.loops or model.loops)
+    if request.policy is not None:
+        _check_numbers(request.policy)
+    _check_policy(request.policy, loops)
     if len(request.stop_ids) > MOST_STOP_IDS:
         raise UserError(f"at most {MOST_STOP_IDS} stop_ids, not {len(request.stop_ids)}; use stop_strings for more")
     if request.stop_strings and tokenizer is None:
         raise UserError("stop strings need a tokenizer to find them by; give one, or use stop_ids")
+
+
+def _check_numbers(policy: ExitPolicy) -> None:
+    """A number of another type would be rounded, or fail, where the policy becomes a row of a table."""
+    if isinstance(policy, Bounded):
+        _check_numbers(policy.policy)
+        whole_number("min_loops", policy.min_loops, least=1)
+        if policy.max_loops is not None:
+            whole_number("max_loops", policy.max_loops, least=1)
+        return
+    for field in dataclasses.fields(policy) if dataclasses.is_dataclass(policy) else ():
+        name, value = f"{field.name} of {type(policy).__name__}", getattr(policy, field.name)
+        if field.type in (int, "int"):
+            whole_number(name, value)
+        elif field.type in (float, "float") and math.isnan(real_number(name, value)):
+            raise UserError(f"{name} must be a number, not nan")
+
+
+def _check_past(past: KeptCache | None, model: ModelConfig, loops: int) -> None:
+    if past is None:
+        return
+    layers, planes, rows, _, heads, width = past.row.planes.core.keys.shape
+    wanted = (model.num_layers, loops, 1, model.kv_heads, model.head_width)
+    if (layers, planes, rows, heads, width) != wanted:
+        raise UserError(
+            f"the kept cache has {layers} layers, {planes} loops and {heads} heads of {width}, this engine "
+            f"{model.num_layers}, {loops} and {model.kv_heads} of {model.head_width}; use the engine it comes from"
+        )
+    if past.row.lengths.is_deleted():
+        raise UserError("the arrays of the kept cache were deleted; send the whole text again")
 
 
 def _check_policy(policy: ExitPolicy | None, loops: int) -> None:
@@ -40,10 +86,16 @@ def _check_policy(policy: ExitPolicy | None, loops: int) -> None:
         )
 
 
-def _check_tokens(request: Request, model: ModelConfig) -> None:
-    outside = [token for token in request.prompt_ids if not 0 <= token < model.vocab_size]
+def _check_tokens(request: Request, model: ModelConfig, usable: int) -> None:
+    outside = [token for token in request.prompt_ids if not 0 <= token < usable]
     if outside:
         raise UserError(
-            f"token {outside[0]} of the prompt is not in the vocabulary of {model.vocab_size} tokens; "
+            f"token {outside[0]} of the prompt is not in the vocabulary of {usable} tokens; "
             "use the tokenizer that the model was trained with"
+        )
+    unknown = [token for token in request.stop_ids if token >= model.vocab_size]
+    if unknown:
+        raise UserError(
+            f"stop id {unknown[0]} is not in the vocabulary of {model.vocab_size} tokens, so nothing would end at it; "
+            "leave it out"
         )

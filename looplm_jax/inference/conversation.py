@@ -7,6 +7,9 @@
 With a full cache and a fixed number of loops, the answers are those to one prompt with all the turns.
 """
 
+import contextlib
+import dataclasses
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,8 +18,10 @@ from looplm_jax.data.chat import ASSISTANT, Message, tokens_and_mask
 from looplm_jax.data.tokenizers import Tokenizer
 from looplm_jax.errors import UserError
 from looplm_jax.inference.engine import Engine
+from looplm_jax.inference.field_checks import whole_number
 from looplm_jax.inference.kept_cache import KeptCache
 from looplm_jax.inference.requests import NewToken, Request, Result
+from looplm_jax.inference.sampling import Sampling
 from looplm_jax.inference.stopping import Finish
 from looplm_jax.inference.ticket import Ticket
 
@@ -24,9 +29,11 @@ SYSTEM, USER = "system", "user"
 
 
 class Conversation:
-    """Turns of ChatML (`data/chat.py`), answered by an engine.
+    """Turns of ChatML (`data/chat.py`), answered by an engine, one at a time.
 
-    Raises UserError for a tokeniser without the tokens of chat.
+    Each turn draws with random keys of its own: `Sampling.index` counts the turns before it.
+
+    Raises UserError for a tokenizer without the tokens of chat.
     """
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, system: str | None = None):
@@ -35,7 +42,8 @@ class Conversation:
         self._opening, self._closing = _around_an_answer(tokenizer)
         self._stop_ids = tuple(stop_ids(tokenizer))
         self._ticket: Ticket | None = None
-        self.reset()
+        self._answering = threading.Lock()
+        self._forget()
 
     @property
     def messages(self) -> tuple[Message, ...]:
@@ -48,7 +56,11 @@ class Conversation:
         return self._result
 
     def reset(self) -> None:
-        """Forget everything but the system's message."""
+        """Forget everything but the system's message. Raises UserError while an answer is being given."""
+        with self._alone():
+            self._forget()
+
+    def _forget(self) -> None:
         self._messages = list(self._system)
         self._result: Result | None = None
         self._past: KeptCache | None = None
@@ -64,25 +76,35 @@ class Conversation:
           **options: further fields of `Request`. A repetition penalty looks at all turns.
 
         Raises:
-          UserError: no room left in the engine's window, or a request that cannot be served or fails. The conversation
-            then stays as it was.
+          UserError: no room left in the engine's window, a request that cannot be served or fails, or another answer
+            that is not complete. The conversation then stays as it was.
         """
+        with self._alone():
+            yield from self._answer(text, max_new_tokens, options)
+
+    def _answer(self, text: str, max_new_tokens: int | None, options: dict[str, Any]) -> Iterator[NewToken]:
         user = Message(USER, text)
         prompt = [*self._unread, *self._tokens([user]), *self._opening]
         room = self._room(len(prompt))
+        if max_new_tokens is not None:
+            room = min(whole_number("max_new_tokens", max_new_tokens, least=1), room)
         request = Request(
             prompt_ids=tuple(prompt),
-            max_new_tokens=room if max_new_tokens is None else min(max_new_tokens, room),
+            max_new_tokens=room,
             past=self._past,
             keep_cache=True,
-            **{"stop_ids": self._stop_ids, **options},
+            **{"stop_ids": self._stop_ids, "sampling": Sampling(), **options},
         )
-        self._ticket = ticket = self._engine.submit(request)
+        turns = sum(message.role == USER for message in self._messages)
+        request = dataclasses.replace(request, sampling=request.sampling.numbered(turns))
+        self._ticket = ticket = self._engine.submit(request, wait=True)
         try:
             while not ticket.done:
                 self._engine.step()
                 yield from ticket.ready()
             yield from ticket.ready()
+            if ticket.raised:
+                raise ticket.raised[0]
         finally:
             ticket.cancel()
             while not ticket.done:
@@ -93,6 +115,16 @@ class Conversation:
         """End the answer that is under way early; from any thread, or a signal handler."""
         if self._ticket is not None:
             self._ticket.cancel()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """A block that no other may overlap: both would go on from the same cache. Raises UserError where one does."""
+        if not self._answering.acquire(blocking=False):
+            raise UserError("an answer is still being given; read it to its end, or close it, before the next turn")
+        try:
+            yield
+        finally:
+            self._answering.release()
 
     def _take(self, user: Message, result: Result) -> None:
         """Add a turn, unless nothing was read of it."""

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from looplm_jax.errors import UserError
 from looplm_jax.halting import ExitPolicy, FixedLoops
 from looplm_jax.halting.policy_table import PolicyTable
+from looplm_jax.inference.field_checks import whole_number, truth
 from looplm_jax.inference.kv_cache import Cache, CacheStrategy, bucket
 from looplm_jax.inference.placing import on_mesh, placed
 from looplm_jax.inference.prefill import LastToken, admit, empty_row, extract_row, prefill_chunk, widen_row
@@ -36,10 +37,13 @@ _LONGEST_ROW = 1 << 24
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """The size of an engine. Nothing here changes what a request is answered, save `cache`."""
+    """The size of an engine. Nothing here changes what a request is answered, save `cache`.
+
+    Raises UserError for a size that cannot be.
+    """
 
     slots: int = 8  # requests under way at one time
-    capacity: int = 2048  # tokens of a request, prompt and text together
+    capacity: int = 2048  # tokens of a request, prompt and text together; no more than the model has positions
     loops: int | None = None  # the most loops of a token; None: those the model is meant for
     cache: CacheStrategy = CacheStrategy.FULL
     cache_dtype: DTypeLike | None = None  # None: the dtype of the matrix products
@@ -48,6 +52,32 @@ class EngineConfig:
     queue: int = 1024  # requests that may wait
     previews: bool = False  # whether every loop's likeliest token is wanted
     unroll: bool | None = None  # a copy of the weights, an array for each layer; None: on a CPU, where it is faster
+
+    def __post_init__(self) -> None:
+        for name in ("slots", "capacity", "chunk", "ticks", "queue"):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), least=1))
+        if self.loops is not None:
+            object.__setattr__(self, "loops", whole_number("loops", self.loops, least=1))
+        truth("previews", self.previews)
+        if self.unroll is not None:
+            truth("unroll", self.unroll)
+        if not isinstance(self.cache, CacheStrategy):
+            raise UserError(f"cache must be a CacheStrategy, such as CacheStrategy.LAST, not {self.cache!r}")
+        if self.cache_dtype is not None:
+            _check_dtype(self.cache_dtype)
+
+    def fitted(self, positions: int) -> "EngineConfig":
+        """The same, without room for tokens beyond the positions of a model, which no request can have."""
+        return dataclasses.replace(self, capacity=min(self.capacity, positions))
+
+
+def _check_dtype(dtype: DTypeLike) -> None:
+    try:
+        floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        floating = False
+    if not floating:
+        raise UserError(f"cache_dtype must be a floating-point type, such as jnp.bfloat16, not {dtype!r}")
 
 
 class PolicyError(Exception):
@@ -70,19 +100,31 @@ class Reading:
 
 
 class Decoder:
-    """Slots on devices. Methods return at once, with results still being computed."""
+    """Slots on devices. Methods return at once, with results still being computed. Ids from `usable` on are not chosen."""
 
-    def __init__(self, model: LoopLM, params: Params, config: EngineConfig, mesh: Mesh | None = None):
+    def __init__(
+        self, model: LoopLM, params: Params, config: EngineConfig, mesh: Mesh | None = None, *, usable: int | None = None
+    ):
         # A scan over layers copies each layer's weights, on a CPU, before it multiplies by them.
         unrolled = jax.default_backend() == "cpu" if config.unroll is None else config.unroll
         self.model = LoopLM(model.config, model.compute, unrolled=unrolled)
         self.config = config
         self.loops = config.loops or model.config.loops
+        self._usable = model.config.vocab_size if usable is None else usable
         self._params = unroll_layers(params) if unrolled else params
         self._mesh = mesh
         self._dtype = jnp.dtype(config.cache_dtype or compute_dtype(model.compute))
+        self.start_over()
+
+    def start_over(self) -> None:
+        """Empty slots: whatever was in them is lost."""
         self._remembers = False
         self._slots = self._empty_slots()
+
+    @property
+    def lost(self) -> bool:
+        """Whether a program that failed, or was interrupted, took the slots with it: they were donated to it."""
+        return any(leaf.is_deleted() for leaf in jax.tree.leaves(self._slots))
 
     @property
     def cache_bytes(self) -> int:
@@ -160,7 +202,7 @@ class Decoder:
         stop_ids[: len(request.stop_ids)] = request.stop_ids
         return Settings(
             policy=self._slots.settings.policy.row(self._policy(request)),
-            sampling=SamplingTable.of(request.sampling),
+            sampling=SamplingTable.of(request.sampling, self._usable),
             limit=jnp.int32(request.max_new_tokens),
             budget=jnp.float32(request.loops_per_token),
             stop_ids=jnp.asarray(stop_ids),

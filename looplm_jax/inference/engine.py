@@ -12,6 +12,7 @@ ones do not wait for one another. What a tick gave is fetched while the next one
 import collections
 import contextlib
 import dataclasses
+import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -22,32 +23,20 @@ from jax.sharding import Mesh
 
 from looplm_jax.data.tokenizers import Tokenizer
 from looplm_jax.errors import UserError
-from looplm_jax.inference.checks import check_request
+from looplm_jax.inference.checks import check_request, usable_ids
 from looplm_jax.inference.decoder import Decoder, EngineConfig, PolicyError, Reading
+from looplm_jax.inference.deferred_signals import deferred_signals
 from looplm_jax.inference.fair_queue import FairQueue
+from looplm_jax.inference.prompts import Prompt, make_requests
 from looplm_jax.inference.requests import NewToken, Request, Result
+from looplm_jax.inference.stats import EngineStats
 from looplm_jax.inference.stopping import Finish
 from looplm_jax.inference.tick import Ticked
 from looplm_jax.inference.ticket import Ticket
-from looplm_jax.inference.under_way import UnderWay
+from looplm_jax.inference.under_way import RequestError, UnderWay, one_line
 from looplm_jax.models.looplm import LoopLM, Params
 
-Prompt = str | Sequence[int]
-
-
-@dataclasses.dataclass
-class EngineStats:
-    """What was done so far."""
-
-    ticks: int = 0  # passes of the stack
-    loops: int = 0  # loops of tokens in them: ticks times slots at best
-    tokens: int = 0  # new tokens given out
-    prompt_tokens: int = 0
-    seconds_a_tick: float = 0.0  # moving mean
-
-    def timed(self, seconds: float) -> None:
-        """One more tick's time."""
-        self.seconds_a_tick = seconds if not self.seconds_a_tick else 0.9 * self.seconds_a_tick + 0.1 * seconds
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +53,9 @@ class Engine:
 
     Somebody must step it: `generate` and `stream` do; `with engine.serving():` a thread does, and then `submit` is all.
     Methods may be called from any thread.
+
+    What fails for one request ends that request. A failure that takes the cache with it ends the requests in the slots;
+    those that wait are served. Signals wait for the end of a step, so an interrupt leaves an engine that works.
     """
 
     def __init__(
@@ -75,15 +67,17 @@ class Engine:
         config: EngineConfig | None = None,
         mesh: Mesh | None = None,
     ):
-        self.config = config or EngineConfig()
+        self.config = (config or EngineConfig()).fitted(model.config.max_positions)
         self.stats = EngineStats()
         self._tokenizer = tokenizer
         self._model_config = model.config
-        self._decoder = Decoder(model, params, self.config, mesh)
+        self._decoder = Decoder(model, params, self.config, mesh, usable=usable_ids(model.config, tokenizer))
         self._queue: FairQueue[Ticket] = FairQueue(self.config.queue)
         self._slots: list[UnderWay | None] = [None] * self.config.slots
         self._reading: tuple[Ticket, Reading] | None = None
         self._flying: collections.deque[_Tick] = collections.deque()
+        self._given_up: collections.deque[Ticket] = collections.deque()  # cancelled, and not yet seen to be
+        self._stepping = False
         self._stopped = ""  # why it serves nobody any more
         self._lock = threading.RLock()
         self._work = threading.Condition(self._lock)
@@ -99,22 +93,33 @@ class Engine:
         """Tokens that a request may have, prompt and text together."""
         return min(self.config.capacity, self._model_config.max_positions)
 
-    def generate(self, prompts: Sequence[Prompt], **options: Any) -> list[Result]:
+    def generate(self, prompts: Prompt | Sequence[Prompt], *, samples: int = 1, **options: Any) -> list[Result]:
         """Answers to all prompts, in their order; any number of them, a queue's worth at a time.
 
+        Every result has random keys of its own: prompt i draws with `Sampling.index` i, its sample j with `sample` j,
+        counted from those in `options`. A result's own `sampling` therefore reproduces it in any other call.
+
         Args:
-          prompts: texts, or lists of token ids.
+          prompts: texts, or lists of token ids; a text, or a list of ids, by itself is one prompt.
+          samples: results for each prompt, side by side: sample j of prompt i is number `i * samples + j`.
           **options: fields of `Request`, the same for all.
 
         Raises:
           UserError: a prompt or an option that cannot be served; nothing was begun then.
         """
-        waiting, tickets = collections.deque(self.requests(prompts, **options)), list[Ticket]()
+        raised: list[BaseException] = []
+        requests = self.requests(prompts, samples=samples, **options)
+        tickets = [Ticket(request, self._given_up.append, raised) for request in requests]
+        waiting, unanswered = collections.deque(tickets), collections.deque(tickets)
         try:
-            while waiting or not all(ticket.done for ticket in tickets):
-                while waiting and not self._queue.full:
-                    tickets.append(self.submit(waiting.popleft()))
+            while unanswered:
+                while waiting and self._enqueue(waiting[0]):
+                    waiting.popleft()
                 self.step()
+                if raised:
+                    raise raised[0]
+                while unanswered and unanswered[0].done:
+                    unanswered.popleft()
         finally:
             for ticket in tickets:  # after an interrupt nobody waits for the rest
                 ticket.cancel()
@@ -122,53 +127,63 @@ class Engine:
 
     def stream(self, prompt: Prompt, **options: Any) -> Iterator[NewToken]:
         """The tokens of one answer as they come. Closing the iterator cancels the request."""
-        ticket = self.submit(self._request(prompt, options))
+        (request,) = self.requests([prompt], **options)
+        ticket = self.submit(request, wait=True)
         try:
             while not ticket.done:
                 self.step()
                 yield from ticket.ready()
             yield from ticket.ready()
+            if ticket.raised:
+                raise ticket.raised[0]
             if ticket.result().finish is Finish.FAILED:
                 raise UserError(ticket.result().error)
         finally:
             ticket.cancel()
 
-    def requests(self, prompts: Sequence[Prompt], **options: Any) -> list[Request]:
+    def requests(self, prompts: Prompt | Sequence[Prompt], *, samples: int = 1, **options: Any) -> list[Request]:
         """Requests for `submit`; arguments and errors as in `generate`."""
-        return [self._request(prompt, options) for prompt in prompts]
+        requests = make_requests(prompts, self._tokenizer, samples=samples, **options)
+        for request in requests:
+            self._check(request)
+        return requests
 
-    def submit(self, request: Request) -> Ticket:
+    def submit(self, request: Request, *, wait: bool = False) -> Ticket:
         """Put a request into the queue.
+
+        Args:
+          request: what is asked.
+          wait: step the engine until the queue has room, instead of raising.
 
         Raises:
           UserError: it can never be served, or the queue is full.
         """
-        check_request(request, self._model_config, self.config, self._tokenizer)
-        ticket = Ticket(request)
-        with self._work:
-            if self._stopped:
-                raise UserError(self._stopped)
-            if self._queue.full:
-                self._drop_cancelled()
-            if self._queue.full:
-                raise UserError(f"{self.config.queue} requests are waiting; try again when some are answered")
-            self._queue.push(request.client, ticket)
-            self._work.notify()
+        self._check(request)
+        ticket = Ticket(request, self._given_up.append)
+        try:
+            while not self._enqueue(ticket):
+                if not wait:
+                    raise UserError(f"{self.config.queue} requests are waiting; try again when some are answered")
+                self.step()
+        except BaseException:
+            ticket.cancel()  # an interrupt may have come when it was in the queue already
+            raise
         return ticket
 
     def step(self) -> bool:
         """About a chunk of prompts and one tick, as far as there is work; False when there is none left."""
-        with self._lock:
-            self._drop_cancelled()
-            self._read()
-            if any(self._slots):
-                self._flying.append(_Tick(self._decoder.tick(), tuple(self._slots)))
-                self.stats.ticks += self.config.ticks
-            while self._flying and (len(self._flying) > 1 or not any(self._slots)):
-                found = jax.device_get(self._flying[0].ticked)  # an interrupt while it waits loses no tick
-                self._give_out(self._flying.popleft(), found)
-            if not self._flying:
-                self._last_fetch = 0.0  # what passes until there is work again is not a tick's time
+        with deferred_signals, self._lock:
+            if self._stepping:
+                raise UserError("on_token cannot step the engine that calls it; submit a request instead")
+            self._stepping = True
+            try:
+                self._advance()
+            except BaseException as error:
+                self._start_over(error)
+                if not isinstance(error, Exception):
+                    raise
+            finally:
+                self._stepping = False
             return bool(self._flying or any(self._slots) or self._reading or len(self._queue))
 
     @contextlib.contextmanager
@@ -180,30 +195,53 @@ class Engine:
         try:
             yield self
         finally:
-            stopping.set()
-            with self._work:
-                self._work.notify()
+            with deferred_signals, self._lock:
+                stopping.set()
+                self._work.notify_all()
             thread.join()
-            self._cancel_all()
 
     def _serve(self, stopping: threading.Event) -> None:
         try:
             while not stopping.is_set():
                 if not self.step():
-                    with self._work:
+                    with self._lock:
                         if not len(self._queue) and not stopping.is_set():
                             self._work.wait()
-        except Exception as error:  # such as a device out of memory: nobody must wait for ever
-            self._fail_all(f"the engine has stopped ({type(error).__name__}: {error}); make a new one")
+            self._cancel_all()
+        except BaseException as error:  # nobody must wait for ever
+            self._stop(error)
 
-    def _request(self, prompt: Prompt, options: dict[str, Any]) -> Request:
-        if isinstance(prompt, str):
-            if self._tokenizer is None:
-                raise UserError("text needs a tokenizer: Engine(model, params, tokenizer); or give token ids")
-            prompt = [self._tokenizer.bos_id, *self._tokenizer.encode(prompt)]
-        request = Request(prompt_ids=tuple(prompt), **options)
+    def _check(self, request: Request) -> None:
         check_request(request, self._model_config, self.config, self._tokenizer)
-        return request
+
+    def _enqueue(self, ticket: Ticket) -> bool:
+        """Put a ticket into the queue; False when there is no room. Raises UserError for an engine that has stopped."""
+        with deferred_signals, self._lock:
+            if self._stopped:
+                raise UserError(self._stopped)
+            if self._queue.full and not self._stepping:
+                self._drop_cancelled()
+            if ticket.cancelled:
+                self._end_unbegun(ticket, Finish.CANCELLED)
+            elif self._queue.full:
+                return False
+            else:
+                self._queue.push(ticket.request.client, ticket)
+                self._work.notify()
+        return True
+
+    def _advance(self) -> None:
+        """One step."""
+        self._drop_cancelled()
+        self._read()
+        if any(self._slots):
+            self._flying.append(_Tick(self._decoder.tick(), tuple(self._slots)))
+            self.stats.ticks += self.config.ticks
+        while self._flying and (len(self._flying) > 1 or not any(self._slots)):
+            found = jax.device_get(self._flying[0].ticked)
+            self._give_out(self._flying.popleft(), found)
+        if not self._flying:
+            self._last_fetch = 0.0  # what passes until there is work again is not a tick's time
 
     def _read(self) -> None:
         """Prompts, or parts of them, for free slots, until a chunk's worth of tokens was read."""
@@ -212,34 +250,45 @@ class Engine:
             assert self._reading is not None
             ticket, reading = self._reading
             before = len(reading.left)
-            self._decoder.read_chunk(reading)
-            count = before - len(reading.left)
-            self.stats.prompt_tokens += count
-            left -= count
-            if reading.done:
-                self._reading = None
-                self._admit(ticket, reading)
+            with self._ending_only(ticket):
+                self._decoder.read_chunk(reading)
+                count = before - len(reading.left)
+                self.stats.prompt_tokens += count
+                left -= count
+                if reading.done:
+                    self._admit(ticket, reading)
+                    self._reading = None
 
     def _begin_reading(self) -> bool:
         """Take the next prompt from the queue; False if there is none, or no slot for it."""
         while None in self._slots and len(self._queue):
             ticket = self._queue.pop()
-            if not ticket.cancelled:
+            if ticket.cancelled:
+                self._end_unbegun(ticket, Finish.CANCELLED)
+                continue
+            with self._ending_only(ticket):
                 self._reading = ticket, self._decoder.read(ticket.request)
                 return True
-            UnderWay(ticket, self._tokenizer).end(Finish.CANCELLED)
         return False
 
     def _admit(self, ticket: Ticket, reading: Reading) -> None:
         """A prompt that was read gets a slot."""
         slot, owner = self._slots.index(None), UnderWay(ticket, self._tokenizer)
-        try:
-            first = self._decoder.admit(reading, slot)
-        except PolicyError as error:
-            owner.end(Finish.FAILED, error=str(error))
-            return
+        first = self._decoder.admit(reading, slot)
         self._slots[slot] = owner
         self._flying.append(_Tick(first, tuple(self._slots), slot))
+
+    @contextlib.contextmanager
+    def _ending_only(self, ticket: Ticket) -> Iterator[None]:
+        """What fails in the block ends this request, which is not in a slot yet."""
+        try:
+            yield
+        except Exception as error:
+            self._reading = None
+            what = str(error) if isinstance(error, PolicyError | UserError) else f"its prompt: {one_line(error)}"
+            self._end_unbegun(ticket, Finish.FAILED, what)
+            if self._decoder.lost:
+                self._start_over(error)
 
     def _give_out(self, tick: _Tick, found: Ticked) -> None:
         """What a tick gave, to those who were there when it began."""
@@ -271,8 +320,8 @@ class Engine:
         self.stats.tokens += 1
         try:
             finish = owner.push(int(found.tokens), int(found.exit_loops), float(found.log_probs))
-        except Exception as error:  # of the request's own callback: the others go on
-            self._end(slot, owner, Finish.FAILED, f"on_token raised {type(error).__name__}: {error}")
+        except RequestError as error:
+            self._end(slot, owner, Finish.FAILED, str(error))
             return
         if finish is not None:
             self._end(slot, owner, finish)
@@ -286,36 +335,60 @@ class Engine:
         self._slots[slot] = None
         owner.end(finish, lambda tokens: self._decoder.keep(slot, tokens), error)
 
-    def _drop_cancelled(self) -> None:
-        for ticket in self._queue.remove(lambda ticket: ticket.cancelled):
-            UnderWay(ticket, self._tokenizer).end(Finish.CANCELLED)
-        for slot, owner in enumerate(self._slots):
-            if owner is not None and owner.ticket.cancelled:
-                self._end(slot, owner, Finish.CANCELLED)
-        if self._reading is not None and self._reading[0].cancelled:
-            UnderWay(self._reading[0], self._tokenizer).end(Finish.CANCELLED)
-            self._reading = None
+    def _end_unbegun(self, ticket: Ticket, finish: Finish, error: str = "") -> None:
+        UnderWay(ticket, self._tokenizer).end(finish, error=error)
 
-    def _fail_all(self, error: str) -> None:
+    def _drop_cancelled(self) -> None:
+        """End what was cancelled since the last time: the cost does not depend on how many others wait."""
+        while self._given_up:
+            ticket = self._given_up.popleft()
+            if ticket.done:
+                continue
+            if self._queue.discard(ticket.request.client, ticket):
+                self._end_unbegun(ticket, Finish.CANCELLED)
+            elif self._reading is not None and self._reading[0] is ticket:
+                self._reading = None
+                self._end_unbegun(ticket, Finish.CANCELLED)
+            else:
+                for slot, owner in enumerate(self._slots):
+                    if owner is not None and owner.ticket is ticket:
+                        self._end(slot, owner, Finish.CANCELLED)
+
+    def _start_over(self, error: BaseException) -> None:
+        """Empty slots after a failure in the middle of a step: what was in them fails, what waits is served."""
+        _log.info("the requests in the slots have failed", exc_info=error)
+        self._fail_begun(f"the engine had to start over ({one_line(error)})")
+        try:
+            self._decoder.start_over()
+        except Exception as again:
+            self._stop(again)
+
+    def _stop(self, error: BaseException) -> None:
+        """Nothing is served any more, and nobody waits."""
         with self._lock:
-            self._stopped = error
-            owners = [owner for owner in self._slots if owner is not None]
-            waiting = [self._queue.pop() for _ in range(len(self._queue))]
-            waiting += [] if self._reading is None else [self._reading[0]]
-            for owner in owners + [UnderWay(ticket, self._tokenizer) for ticket in waiting]:
-                if not owner.ticket.done:
-                    owner.end(Finish.FAILED, error=error)
-            self._slots, self._reading = [None] * self.config.slots, None
-            self._flying.clear()
+            self._stopped = f"the engine has stopped ({one_line(error)}); make a new one"
+            self._fail_begun(self._stopped)
+            while len(self._queue):
+                self._end_unbegun(self._queue.pop(), Finish.FAILED, self._stopped)
+
+    def _fail_begun(self, error: str) -> None:
+        owners = [owner for owner in self._slots if owner is not None]
+        if self._reading is not None:
+            owners.append(UnderWay(self._reading[0], self._tokenizer))
+        self._slots, self._reading = [None] * self.config.slots, None
+        self._flying.clear()
+        for owner in owners:
+            if not owner.ticket.done:
+                owner.end(Finish.FAILED, error=error)
 
     def _cancel_all(self) -> None:
         with self._lock:
+            while len(self._queue):
+                self._end_unbegun(self._queue.pop(), Finish.CANCELLED)
             for owner in self._slots:
                 if owner is not None:
                     owner.ticket.cancel()
             if self._reading is not None:
                 self._reading[0].cancel()
-            while len(self._queue):
-                UnderWay(self._queue.pop(), self._tokenizer).end(Finish.CANCELLED)
             self._drop_cancelled()
             self._flying.clear()

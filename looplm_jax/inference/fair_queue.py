@@ -1,19 +1,23 @@
 """A bounded queue whose clients take turns: one that asks for much does not keep the others waiting."""
 
 import collections
-from collections.abc import Callable
+from collections.abc import Hashable
 from typing import Generic, TypeVar
 
-T = TypeVar("T")
+T = TypeVar("T", bound=Hashable)
 
 
 class FairQueue(Generic[T]):
-    """First in, first out for each client; between clients in turn."""
+    """First in, first out for each client; between clients in turn.
+
+    Every operation takes the same time, however many items wait.
+    """
 
     def __init__(self, limit: int):
         self._limit = limit
         self._size = 0
-        self._waiting: collections.OrderedDict[str, collections.deque[T]] = collections.OrderedDict()
+        # A dictionary keeps its order and forgets any key in constant time; its values mean nothing.
+        self._waiting: collections.OrderedDict[str, collections.OrderedDict[T, None]] = collections.OrderedDict()
 
     def __len__(self) -> int:
         return self._size
@@ -24,10 +28,10 @@ class FairQueue(Generic[T]):
         return self._size >= self._limit
 
     def push(self, client: str, item: T) -> None:
-        """Add an item. Raises OverflowError when the queue is full."""
+        """Add an item that is not waiting already. Raises OverflowError when the queue is full."""
         if self.full:
             raise OverflowError(f"{self._limit} items are waiting")
-        self._waiting.setdefault(client, collections.deque()).append(item)
+        self._waiting.setdefault(client, collections.OrderedDict())[item] = None
         self._size += 1
 
     def pop(self) -> T:
@@ -35,21 +39,19 @@ class FairQueue(Generic[T]):
         if not self._waiting:
             raise IndexError("nothing waits")
         client, items = self._waiting.popitem(last=False)
-        item = items.popleft()
+        item, _ = items.popitem(last=False)
         self._size -= 1
         if items:
             self._waiting[client] = items  # behind the others
         return item
 
-    def remove(self, unwanted: Callable[[T], bool]) -> list[T]:
-        """Take out all items of a kind, wherever they stand; the others keep their order."""
-        waiting, removed = self._waiting, list[T]()
-        self._waiting = collections.OrderedDict()
-        for client, items in waiting.items():
-            kept = collections.deque[T]()
-            for item in items:
-                (removed if unwanted(item) else kept).append(item)
-            if kept:
-                self._waiting[client] = kept
-        self._size -= len(removed)
-        return removed
+    def discard(self, client: str, item: T) -> bool:
+        """Take out an item of a client; the others keep their order. Returns whether it was waiting."""
+        items = self._waiting.get(client)
+        if items is None or item not in items:
+            return False
+        del items[item]
+        self._size -= 1
+        if not items:
+            del self._waiting[client]
+        return True

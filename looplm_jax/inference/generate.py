@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Collection, Sequence
 
+from looplm_jax.errors import UserError
 from looplm_jax.halting import ExitPolicy
 from looplm_jax.inference.decoder import EngineConfig
 from looplm_jax.inference.engine import Engine
+from looplm_jax.inference.field_checks import token_ids, whole_number
 from looplm_jax.inference.kv_cache import bucket
 from looplm_jax.inference.requests import NewToken, Result
 from looplm_jax.inference.sampling import Sampling
@@ -42,7 +44,10 @@ def generate(
     Raises:
       UserError: an empty prompt, an id beyond the vocabulary, or more positions than the model has.
     """
-    longest = model.config.max_positions
+    longest, prompt_ids = model.config.max_positions, token_ids("prompt_ids", prompt_ids)
+    max_new_tokens = whole_number("max_new_tokens", max_new_tokens, least=1)
+    if not isinstance(policy, ExitPolicy) or isinstance(policy, type):
+        raise UserError(f"policy must be an exit policy, such as QExit(q=0.5), not {policy!r}")
     config = EngineConfig(
         slots=1,
         capacity=bucket(min(max(len(prompt_ids) + max_new_tokens, 1), longest), longest),

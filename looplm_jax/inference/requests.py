@@ -1,11 +1,13 @@
 """What is asked of the engine, and what comes back."""
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable
 
 from looplm_jax.errors import UserError
 from looplm_jax.halting import ExitPolicy
+from looplm_jax.inference.field_checks import real_number, token_ids, truth
 from looplm_jax.inference.kept_cache import KeptCache, Turn
 from looplm_jax.inference.sampling import Sampling
 from looplm_jax.inference.stopping import Finish, StopConditions
@@ -46,13 +48,38 @@ class Request:
     on_token: Callable[[NewToken], None] | None = None
 
     def __post_init__(self) -> None:
+        self._set("prompt_ids", token_ids("prompt_ids", self.prompt_ids))
         if not self.prompt_ids:
             raise UserError("the prompt is empty; give at least one token")
-        _ = self.stop_conditions  # refuses what cannot be
+        self._set("stop_ids", token_ids("stop_ids", self.stop_ids))
+        conditions = self.stop_conditions  # refuses what cannot be
+        self._set("stop_strings", conditions.stop_strings)
+        self._set("max_new_tokens", conditions.max_new_tokens)
+        self._set("loops_per_token", real_number("loops_per_token", self.loops_per_token))
         if not self.loops_per_token >= 1:
-            raise UserError(f"loops_per_token must be at least 1, not {self.loops_per_token}")
+            raise UserError(f"loops_per_token must be at least 1, not {self.loops_per_token:g}")
+        self._set("milliseconds_per_token", real_number("milliseconds_per_token", self.milliseconds_per_token))
         if not self.milliseconds_per_token > 0:
-            raise UserError(f"milliseconds_per_token must be positive, not {self.milliseconds_per_token}")
+            raise UserError(f"milliseconds_per_token must be positive, not {self.milliseconds_per_token:g}")
+        self._set("keep_cache", truth("keep_cache", self.keep_cache))
+        self._check_objects()
+
+    def _check_objects(self) -> None:
+        if not isinstance(self.sampling, Sampling):
+            raise UserError(f"sampling must be a Sampling, such as Sampling(temperature=1.0), not {self.sampling!r}")
+        if self.policy is not None and (isinstance(self.policy, type) or not isinstance(self.policy, ExitPolicy)):
+            raise UserError(f"policy must be an exit policy, such as QExit(q=0.5), not {self.policy!r}")
+        if not isinstance(self.client, str):
+            raise UserError(f"client must be a name, not {self.client!r}")
+        if not isinstance(self.past, KeptCache | None):
+            raise UserError(f"past must be the cache of a Result, not {type(self.past).__name__}")
+        if self.on_token is not None and not callable(self.on_token):
+            raise UserError(f"on_token must be a function, not {self.on_token!r}")
+        if inspect.iscoroutinefunction(self.on_token):
+            raise UserError("on_token is an async function, which would never run; use `async for new in ticket`")
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
 
     @property
     def stop_conditions(self) -> StopConditions:
@@ -76,6 +103,7 @@ class Result:
     text: str
     finish: Finish
     error: str = ""
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)  # of the request: with it, it is answered the same
     history: tuple[Turn, ...] = ()  # what the request went on from
     cache: KeptCache | None = dataclasses.field(default=None, repr=False)  # if kept; holds all tokens but the last
 

@@ -5,8 +5,8 @@ vocabulary for each, and only where a row asks for it.
 """
 
 import dataclasses
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.struct
 import jax
@@ -14,8 +14,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, UInt32
 
 from looplm_jax.errors import UserError
+from looplm_jax.inference.field_checks import MOST, real_number, whole_number
 
-_SEEDS = 2**31
+_LARGEST = float(jnp.finfo(jnp.float32).max)
+_SMALLEST = float(jnp.finfo(jnp.float32).tiny)
 _SIGN_BIT = 31
 
 
@@ -26,6 +28,9 @@ class Sampling:
     Applied in the order repetition penalty, temperature, `top_k`, `top_p`, `min_p`; each counts what the one before it
     has left as the whole. Temperature 0 takes the most probable token after the penalty. Tokens exactly as probable as
     the last one that a cut keeps are kept with it.
+
+    Random draws depend on `seed`, `index` and `sample` (and the number of the token), and on nothing else. `generate`
+    and its kin count `index` and `sample` up from the values here; `Result.sampling` says what a request was given.
     """
 
     temperature: float = 0.0  # logits are divided by it; 0 takes the most probable token
@@ -34,28 +39,43 @@ class Sampling:
     min_p: float = 0.0  # only tokens at least min_p times as probable as the likeliest; 0: all
     repetition_penalty: float = 1.0  # of tokens already there, positive logits are divided by it, others multiplied
     seed: int = 0
+    index: int = 0  # of the request among those that share the seed: a prompt of a call, a turn of a chat
+    sample: int = 0  # of several samples of one prompt
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            if field.type is float:
-                object.__setattr__(self, field.name, float(getattr(self, field.name)))
-        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
+            check = real_number if field.type is float else whole_number
+            bounds = {} if field.type is float else {"least": -MOST - 1, "most": 2**63}
+            object.__setattr__(self, field.name, check(field.name, getattr(self, field.name), **bounds))
+        if not 0 <= self.temperature <= _LARGEST:
             raise UserError(f"temperature must not be negative, not {self.temperature}; 0 takes the likeliest token")
-        if not 0 <= self.top_k < _SEEDS:
+        if not 0 <= self.top_k <= MOST:
             raise UserError(f"top_k must not be negative, not {self.top_k}; 0 keeps all tokens")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p must be in (0, 1], not {self.top_p}; 1 keeps all tokens")
         if not 0 <= self.min_p <= 1:
             raise UserError(f"min_p must be in [0, 1], not {self.min_p}; 0 keeps all tokens")
-        if not (self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty)):
+        if not _SMALLEST <= self.repetition_penalty <= _LARGEST:
             raise UserError(f"repetition_penalty must be positive, not {self.repetition_penalty}; 1 changes nothing")
-        if not 0 <= self.seed < _SEEDS:
-            raise UserError(f"seed must be in 0..{_SEEDS - 1}, not {self.seed}")
+        for name in ("seed", "index", "sample"):
+            if not 0 <= getattr(self, name) <= MOST:
+                raise UserError(f"{name} must be in 0..{MOST}, not {getattr(self, name)}")
+
+    def numbered(self, index: int, sample: int = 0) -> "Sampling":
+        """The same for request `index` of a call and sample `sample` of its prompt, which draw with keys of their own.
+
+        Raises:
+          UserError: a number beyond int32.
+        """
+        return dataclasses.replace(self, index=self.index + index, sample=self.sample + sample)
 
 
 @flax.struct.dataclass
 class SamplingTable:
-    """The `Sampling` of every slot, as arrays: other numbers compile nothing. Fields are those of `Sampling`."""
+    """The `Sampling` of every slot, as arrays: other numbers compile nothing.
+
+    Fields are those of `Sampling`, and `vocabulary`: ids from there on are never chosen.
+    """
 
     temperature: Float[Array, "*N"]
     top_k: Int[Array, "*N"]
@@ -63,13 +83,25 @@ class SamplingTable:
     min_p: Float[Array, "*N"]
     repetition_penalty: Float[Array, "*N"]
     seed: Int[Array, "*N"]
+    index: Int[Array, "*N"]
+    sample: Int[Array, "*N"]
+    vocabulary: Int[Array, "*N"]
 
     @classmethod
-    def of(cls, sampling: Sampling) -> "SamplingTable":
+    def of(cls, sampling: Sampling, vocabulary: int = MOST) -> "SamplingTable":
         """The numbers of one `Sampling`, without axes; they may be traced."""
-        dtypes = {"top_k": jnp.int32, "seed": jnp.int32}
-        names = [field.name for field in dataclasses.fields(Sampling)]
-        return cls(**{name: jnp.asarray(getattr(sampling, name), dtypes.get(name, jnp.float32)) for name in names})
+        numbers: dict[str, Any] = {field.name: getattr(sampling, field.name) for field in dataclasses.fields(Sampling)}
+        return cls(**{name: _column(name, number) for name, number in (numbers | {"vocabulary": vocabulary}).items()})
+
+    @classmethod
+    def of_all(cls, samplings: Sequence[Sampling], vocabulary: int = MOST) -> "SamplingTable":
+        """One row for each of several `Sampling`s."""
+        columns = {
+            field.name: [getattr(sampling, field.name) for sampling in samplings]
+            for field in dataclasses.fields(Sampling)
+        }
+        columns["vocabulary"] = [vocabulary] * len(samplings)
+        return cls(**{name: _column(name, numbers) for name, numbers in columns.items()})
 
     @classmethod
     def empty(cls, slots: int) -> "SamplingTable":
@@ -79,6 +111,11 @@ class SamplingTable:
     def with_sampling(self, slot: int | Int[Array, ""], sampling: Sampling) -> "SamplingTable":
         """The table with one slot's settings replaced."""
         return _replace_row(self, slot, SamplingTable.of(sampling))
+
+
+def _column(name: str, numbers: Any) -> Array:
+    floats = {field.name for field in dataclasses.fields(Sampling) if field.type is float}
+    return jnp.asarray(numbers, jnp.float32 if name in floats else jnp.int32)
 
 
 @jax.jit
@@ -105,13 +142,18 @@ def sample_rows(
     Args:
       logits: float32, of each row's next token.
       table: settings of each row.
-      counts: new tokens that each row has so far. With the seed they make the random key, so that a request's tokens
-        do not depend on its slot or its neighbours.
+      counts: new tokens that each row has so far. With `seed`, `index` and `sample` they make the random key, so that
+        a request's tokens do not depend on its slot or its neighbors.
       seen: tokens in the prompt or among the new tokens of each row; None where no row has a repetition penalty.
     """
-    tokens = _draw(_penalised(logits, table, seen), table, jax.vmap(token_key)(table, counts))
+    tokens = _draw(_allowed(logits, table, seen), table, jax.vmap(token_key)(table, counts))
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
     return Choice(tokens=tokens, log_probs=chosen - jax.nn.logsumexp(logits, axis=-1))
+
+
+def likeliest(logits: Float[Array, "N V"], table: SamplingTable) -> Int[Array, "N"]:
+    """The most probable token of each row by the raw logits, among the ids that may be chosen."""
+    return jnp.argmax(_in_vocabulary(logits, table), axis=-1).astype(jnp.int32)
 
 
 def sample(
@@ -119,13 +161,16 @@ def sample(
 ) -> Int[Array, ""]:
     """One token of one row. Pure; the numbers of `sampling` may be traced."""
     row = SamplingTable.of(sampling)
-    penalised = _penalised(logits, row, seen)[None]
-    return _draw(penalised, jax.tree.map(lambda number: number[None], row), key[None])[0]
+    allowed = _allowed(logits, row, seen)[None]
+    return _draw(allowed, jax.tree.map(lambda number: number[None], row), key[None])[0]
 
 
 def token_key(sampling: Sampling | SamplingTable, number: int | Int[Array, ""]) -> PRNGKeyArray:
-    """The key of the n-th new token, which depends on the seed and on n alone."""
-    return jax.random.fold_in(jax.random.key(sampling.seed), number)
+    """The key of new token `number`, counted from 0, of sample `sample` of request `index` under a seed."""
+    key = jax.random.key(sampling.seed)
+    for part in (sampling.index, sampling.sample, number):
+        key = jax.random.fold_in(key, part)
+    return key
 
 
 def probabilities(
@@ -137,7 +182,7 @@ def probabilities(
     """
     table = sampling if isinstance(sampling, SamplingTable) else SamplingTable.of(sampling)
     table = jax.tree.map(lambda number: jnp.broadcast_to(number, logits.shape[:-1]), table)
-    return jax.nn.softmax(_cut(_penalised(logits, table, seen), table))
+    return jax.nn.softmax(_cut(_allowed(logits, table, seen), table))
 
 
 def _draw(logits: Float[Array, "N V"], table: SamplingTable, keys: Key[Array, "N"]) -> Int[Array, "N"]:
@@ -150,14 +195,21 @@ def _draw(logits: Float[Array, "N V"], table: SamplingTable, keys: Key[Array, "N
     return jax.lax.cond(jnp.any(table.temperature > 0), draw, greedy)
 
 
-def _penalised(
+def _allowed(
     logits: Float[Array, "*N V"], table: SamplingTable, seen: Bool[Array, "*N V"] | None
 ) -> Float[Array, "*N V"]:
-    """The repetition penalty of CTRL (arXiv 1909.05858, section 4.1), on logits as Hugging Face applies it."""
-    if seen is None:
-        return logits
-    penalty = table.repetition_penalty[..., None]
-    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+    """The logits of ids in the vocabulary, after the repetition penalty; minus infinity beyond the vocabulary.
+
+    The penalty is that of CTRL (arXiv 1909.05858, section 4.1), on logits as Hugging Face applies it.
+    """
+    if seen is not None:
+        penalty = table.repetition_penalty[..., None]
+        logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+    return _in_vocabulary(logits, table)
+
+
+def _in_vocabulary(logits: Float[Array, "*N V"], table: SamplingTable) -> Float[Array, "*N V"]:
+    return jnp.where(jnp.arange(logits.shape[-1]) < table.vocabulary[..., None], logits, -jnp.inf)
 
 
 def _cut(logits: Float[Array, "*N V"], table: SamplingTable) -> Float[Array, "*N V"]:

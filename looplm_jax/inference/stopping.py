@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from looplm_jax.data.tokenizers import Tokenizer
 from looplm_jax.errors import UserError
+from looplm_jax.inference.field_checks import whole_number
 from looplm_jax.inference.text_stream import TextStream
 
 
@@ -29,14 +30,15 @@ class StopConditions:
     def __post_init__(self) -> None:
         if isinstance(self.stop_strings, str):
             raise UserError(f"stop_strings must be a list of strings; write [{self.stop_strings!r}]")
+        if not isinstance(self.stop_strings, Sequence) or not all(isinstance(own, str) for own in self.stop_strings):
+            raise UserError(f"stop_strings must be a list of strings, not {self.stop_strings!r}")
         object.__setattr__(self, "stop_ids", frozenset(self.stop_ids))
         object.__setattr__(self, "stop_strings", tuple(self.stop_strings))
         if "" in self.stop_strings:
             raise UserError("a stop string is empty, so every text would end at once; leave it out")
         if any(token < 0 for token in self.stop_ids):
             raise UserError(f"stop id {min(self.stop_ids)} is negative; ids of tokens count from 0")
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        object.__setattr__(self, "max_new_tokens", whole_number("max_new_tokens", self.max_new_tokens, least=1))
 
 
 class _NoText:

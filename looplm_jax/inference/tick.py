@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from looplm_jax.halting.signals import Needs
 from looplm_jax.inference.placing import settled
-from looplm_jax.inference.sampling import Choice, sample_rows
+from looplm_jax.inference.sampling import Choice, likeliest, sample_rows
 from looplm_jax.inference.slots import Slots
 from looplm_jax.models.blocks import Context, KeyValues
 from looplm_jax.models.looplm import LoopLM, ModelCache, Params, compute_dtype, head_matrix
@@ -85,7 +85,7 @@ def tick(model: LoopLM, params: Params, slots: Slots, *, loops: int, previews: b
         choose(model, params, slots, hidden, logits, exited),
         active=slots.active,
         exit_loops=signals.loop,
-        previews=jnp.argmax(logits, axis=-1).astype(jnp.int32) if previews and logits is not None else None,
+        previews=likeliest(logits, slots.settings.sampling) if previews and logits is not None else None,
     )
     memory = jax.tree.map(lambda new: _where(slots.active & ~exited, new, jnp.zeros_like(new)), signals.memory())
     slots = slots.replace(

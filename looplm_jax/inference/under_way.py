@@ -10,6 +10,18 @@ from looplm_jax.inference.stopping import Finish, StopMatcher
 from looplm_jax.inference.ticket import Ticket
 
 
+class RequestError(Exception):
+    """What belongs to one request raised: `who raised Type: text`, in one line."""
+
+    def __init__(self, who: str, error: BaseException):
+        super().__init__(f"{who} raised {one_line(error)}")
+
+
+def one_line(error: BaseException) -> str:
+    """Returns `Type: text` of an error."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 class UnderWay:
     """Takes the tokens of one ticket and gives them on, with their text, until the request ends."""
 
@@ -32,24 +44,41 @@ class UnderWay:
         self.ticket.propose(token)
 
     def push(self, token: int, exit_loop: int, log_prob: float) -> Finish | None:
-        """One more token, given on to the owner; what it ends the request with, if it does."""
-        text = self._matcher.push(token)
+        """One more token, given on to the owner; what it ends the request with, if it does.
+
+        Raises:
+          RequestError: the tokenizer or the owner's callback raised. The request cannot go on; the others can.
+        """
+        try:
+            text = self._matcher.push(token)
+        except BaseException as error:  # `tokenizers` panics with a BaseException
+            raise RequestError("the tokenizer", error) from error
         previews, self._previews = tuple(self._previews), []
         new = NewToken(token=token, exit_loop=exit_loop, log_prob=log_prob, text=text, previews=previews)
         self._made.append(new)
         self._text.append(text)
         self.ticket.give(new)
         if self.ticket.request.on_token is not None:
-            self.ticket.request.on_token(new)
+            try:
+                self.ticket.request.on_token(new)
+            except BaseException as error:
+                if isinstance(error, KeyboardInterrupt | SystemExit):
+                    self.ticket.raised.append(error)
+                raise RequestError("on_token", error) from error
         return self._matcher.finish
 
     def end(self, finish: Finish, keep: Callable[[int], Cache] | None = None, error: str = "") -> None:
-        """The result. `keep` makes the cache to be kept, of so many tokens."""
-        self._text.append(self._matcher.close(finish))
-        request = self.ticket.request
-        cache = None
-        if request.keep_cache and keep is not None and finish is not Finish.FAILED:
-            cache = KeptCache(row=keep(self.tokens_in_cache), turns=(*self._history, self._turn()))
+        """The result, whatever fails on the way. `keep` makes the cache to be kept, of so many tokens."""
+        request, cache = self.ticket.request, None
+        try:
+            self._text.append(self._matcher.close(finish))
+        except BaseException as failure:
+            finish, error = Finish.FAILED, error or str(RequestError("the tokenizer", failure))
+        try:
+            if request.keep_cache and keep is not None and finish is not Finish.FAILED:
+                cache = KeptCache(row=keep(self.tokens_in_cache), turns=(*self._history, self._turn()))
+        except Exception as failure:
+            finish, error = Finish.FAILED, str(RequestError("keeping the cache", failure))
         self.ticket.finish(
             Result(
                 prompt_ids=request.prompt_ids,
@@ -59,6 +88,7 @@ class UnderWay:
                 text="".join(self._text),
                 finish=finish,
                 error=error,
+                sampling=request.sampling,
                 history=self._history,
                 cache=cache,
             )

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Int
 from looplm_jax.inference.kv_cache import Cache, CacheStrategy, bucket, empty_cache
 from looplm_jax.inference.placing import placed, put
 from looplm_jax.inference.requests import Request
-from looplm_jax.inference.sampling import Sampling, SamplingTable
+from looplm_jax.inference.sampling import SamplingTable
 from looplm_jax.inference.speculation.step import SpeculativeRows, read
 from looplm_jax.models.looplm import LoopLM, Params, compute_dtype
 
@@ -19,10 +19,10 @@ _LONGEST_CHUNK = 128
 
 
 def begin(
-    model: LoopLM, params: Params, requests: Sequence[Request], loops: int, mesh: Mesh | None = None
+    model: LoopLM, params: Params, requests: Sequence[Request], loops: int, usable: int, mesh: Mesh | None = None
 ) -> SpeculativeRows:
-    """Rows with a full cache of `loops` planes that have read the prompts, chunk after chunk."""
-    rows = _empty(model, requests, loops, mesh)
+    """Rows with a full cache of `loops` planes that have read the prompts, chunk after chunk. Ids from `usable` on are not chosen."""
+    rows = _empty(model, requests, loops, usable, mesh)
     prompts = [request.prompt_ids[:-1] for request in requests]
     longest = max(len(prompt) for prompt in prompts)
     size = bucket(max(longest, 1), min(_LONGEST_CHUNK, rows.cache.capacity))
@@ -48,7 +48,9 @@ def pad(sequences: Sequence[Sequence[int]], size: int) -> Padded:
     return Padded(tokens=tokens, counts=np.array([len(sequence) for sequence in sequences], np.int32))
 
 
-def _empty(model: LoopLM, requests: Sequence[Request], loops: int, mesh: Mesh | None) -> SpeculativeRows:
+def _empty(
+    model: LoopLM, requests: Sequence[Request], loops: int, usable: int, mesh: Mesh | None
+) -> SpeculativeRows:
     longest = max(len(request.prompt_ids) + request.max_new_tokens for request in requests)
 
     def make() -> Cache:
@@ -65,19 +67,10 @@ def _empty(model: LoopLM, requests: Sequence[Request], loops: int, mesh: Mesh | 
         cache=placed(make, mesh),
         tokens=jnp.asarray([request.prompt_ids[-1] for request in requests], jnp.int32),
         made=jnp.zeros(len(requests), jnp.int32),
-        sampling=_table([request.sampling for request in requests]),
+        sampling=SamplingTable.of_all([request.sampling for request in requests], usable),
         seen=_seen(requests, model.config.vocab_size),
     )
     return put(rows, mesh)
-
-
-def _table(samplings: Sequence[Sampling]) -> SamplingTable:
-    like = SamplingTable.of(Sampling())
-    columns = {
-        field.name: jnp.asarray([getattr(own, field.name) for own in samplings], getattr(like, field.name).dtype)
-        for field in dataclasses.fields(Sampling)
-    }
-    return SamplingTable(**columns)
 
 
 def _seen(requests: Sequence[Request], vocab_size: int) -> Bool[Array, "N V"] | None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from looplm_jax.inference.sampling import Sampling
 from looplm_jax.inference.stopping import Finish
 
 
@@ -20,6 +21,7 @@ class SpeculativeResult:
     finish: Finish
     screened: bool = False  # whether a screen ended it
     error: str = ""
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)  # of the row
     loops: int  # T
     drafted: int  # drafts that were verified; those beyond the last token that was asked for are left out
     accepted: int  # drafts among the tokens

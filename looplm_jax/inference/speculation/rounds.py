@@ -25,6 +25,7 @@ class Rounds:
     draft_loops: int
     drafts: int
     screen: Screen | None
+    usable: int  # ids that a screen may put in
 
     def run(self) -> None:
         """Draft and verify until no row is under way; rows that have ended are idle meanwhile."""
@@ -44,8 +45,8 @@ class Rounds:
         """The tokens that the screen puts in the place of each row's drafts."""
         if self.screen is None:
             return [()] * len(self.rows)
-        drafts, vocab_size = jax.device_get(drafted.tokens).tolist(), self.model.config.vocab_size
-        return [() if row.done else row.screen(self.screen, drafts[row.index], vocab_size) for row in self.rows]
+        drafts = jax.device_get(drafted.tokens).tolist()
+        return [() if row.done else row.screen(self.screen, drafts[row.index], self.usable) for row in self.rows]
 
     def _verify(self, drafted: Draft, rows: Sequence[Row]) -> None:
         if not rows:

@@ -1,5 +1,6 @@
 """A row of a speculative batch, as the host sees it."""
 
+import asyncio
 from collections.abc import Sequence
 
 from looplm_jax.data.tokenizers import Tokenizer
@@ -47,7 +48,7 @@ class Row:
             if Screening(verdict) is Screening.STOP:
                 self._screened = True
                 self._text.append(self._matcher.close(Finish.STOP))
-        except Exception as error:  # of this row's screen: the other rows go on
+        except (Exception, asyncio.CancelledError) as error:  # of this row's screen: the other rows continue
             self._fail(f"screen raised {type(error).__name__}: {error}")
         return ()
 
@@ -82,6 +83,7 @@ class Row:
             finish=Finish.FAILED if self._error else self._matcher.finish,
             screened=self._screened,
             error=self._error,
+            sampling=self.request.sampling,
             loops=self._loops,
             drafted=self._drafted,
             accepted=self._accepted,
@@ -93,7 +95,7 @@ class Row:
         try:
             if self.request.on_token is not None:
                 self.request.on_token(new)
-        except Exception as error:  # of this row's callback: the other rows go on
+        except (Exception, asyncio.CancelledError) as error:  # of this row's callback: the other rows continue
             self._fail(f"on_token raised {type(error).__name__}: {error}")
 
     def _fail(self, error: str) -> None:

@@ -13,8 +13,9 @@ from jax.sharding import Mesh
 
 from looplm_jax.data.tokenizers import Tokenizer
 from looplm_jax.errors import UserError
-from looplm_jax.inference.checks import check_request
+from looplm_jax.inference.checks import check_request, usable_ids
 from looplm_jax.inference.decoder import EngineConfig
+from looplm_jax.inference.field_checks import token_ids, whole_number
 from looplm_jax.inference.kv_cache import CacheStrategy
 from looplm_jax.inference.placing import on_mesh
 from looplm_jax.inference.requests import NewToken, Request
@@ -58,7 +59,8 @@ def speculate(
       drafts: drafts before they are verified, k.
       max_new_tokens: at least 1; fewer come where a stop token does.
       loops: the loop T whose predictions count; default: the loops that the model is meant for.
-      sampling: greedy by default; one for all rows, or one for each. Random keys depend on seed and token alone.
+      sampling: greedy by default; one for all rows, which then count its `index` up from row to row, or one for each,
+        taken as it is. Random keys depend on it and on the number of the token alone.
       stop_ids: tokens that end a row.
       stop_strings: texts that end a row, and are not part of its text; they need a tokenizer.
       tokenizer: for the text of rows; without one there is none.
@@ -72,13 +74,16 @@ def speculate(
     Raises:
       UserError: a prompt that cannot be served, `draft_loops` outside 1..T-1, `drafts` below 1, or another cache.
     """
-    loops = model.config.loops if loops is None else loops
-    _check(draft_loops, loops, drafts, cache)
+    loops = model.config.loops if loops is None else whole_number("loops", loops, least=1)
+    draft_loops, drafts = whole_number("draft_loops", draft_loops), whole_number("drafts", drafts, least=1)
+    _check(draft_loops, loops, cache)
+    if isinstance(prompts, str):
+        raise UserError("prompts must be lists of token ids, not text; encode it with the tokenizer")
     size = EngineConfig(capacity=model.config.max_positions, loops=loops)
     rows = []
     for index, (prompt, own) in enumerate(zip(prompts, _samplings(sampling, len(prompts)), strict=True)):
         request = Request(
-            prompt_ids=tuple(prompt),
+            prompt_ids=token_ids("prompt_ids", prompt),
             max_new_tokens=max_new_tokens,
             sampling=own,
             stop_ids=tuple(stop_ids),
@@ -89,7 +94,8 @@ def speculate(
         rows.append(Row(index, request, loops, tokenizer))
     with on_mesh(mesh):
         if rows:
-            state = begin(model, params, [row.request for row in rows], loops, mesh)
+            usable = usable_ids(model.config, tokenizer)
+            state = begin(model, params, [row.request for row in rows], loops, usable, mesh)
             Rounds(
                 model=model,
                 params=params,
@@ -98,17 +104,16 @@ def speculate(
                 draft_loops=draft_loops,
                 drafts=drafts,
                 screen=screen,
+                usable=usable,
             ).run()
     return [row.result() for row in rows]
 
 
-def _check(draft_loops: int, loops: int, drafts: int, cache: CacheStrategy) -> None:
+def _check(draft_loops: int, loops: int, cache: CacheStrategy) -> None:
     if loops < 2:
         raise UserError(f"self-speculation needs at least 2 loops, not {loops}; generate without it")
     if not 1 <= draft_loops < loops:
         raise UserError(f"draft_loops must be in 1..{loops - 1} to be verified by loop {loops}, not {draft_loops}")
-    if drafts < 1:
-        raise UserError(f"drafts must be at least 1, not {drafts}")
     if cache is not CacheStrategy.FULL:
         raise UserError(
             f"self-speculation needs a full cache, not {cache.value!r}: each loop reads keys and values of its own"
@@ -117,7 +122,7 @@ def _check(draft_loops: int, loops: int, drafts: int, cache: CacheStrategy) -> N
 
 def _samplings(sampling: Sampling | Sequence[Sampling] | None, rows: int) -> Sequence[Sampling]:
     if sampling is None or isinstance(sampling, Sampling):
-        return [sampling or Sampling()] * rows
+        return [(sampling or Sampling()).numbered(index) for index in range(rows)]
     if len(sampling) != rows:
         raise UserError(f"{len(sampling)} samplings for {rows} prompts; give one for all, or one for each")
     return sampling
