@@ -22,6 +22,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     prompt.add_argument("--prompt-file", metavar="FILE", help="file with the text to continue (UTF-8)")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default: 128, or what the positions leave")
+    parser.add_argument(
+        "--samples", type=int, default=1, metavar="N", help="texts for each prompt, each drawn anew (default: 1)"
+    )
+    parser.add_argument(
+        "--index", type=int, default=0, metavar="I", help="draw for the first prompt as for prompt I of a longer list"
+    )
     configure_generation(parser)
     parser.add_argument(
         "--revise", action="store_true", help="show each token as it stands after every loop, and revise it"

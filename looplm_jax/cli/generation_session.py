@@ -1,6 +1,7 @@
 """What `looplm generate` does once its arguments are read: load, generate, show."""
 
 import argparse
+import dataclasses
 import shlex
 import signal
 from collections.abc import Sequence
@@ -14,7 +15,8 @@ from looplm_jax.convert.tokenizer_files import stop_ids
 from looplm_jax.errors import UserError
 from looplm_jax.files import pasted
 from looplm_jax.halting import ExitPolicy, QExit
-from looplm_jax.inference import Engine, Finish, Request, Result, Ticket
+from looplm_jax.inference import Engine, Finish, Request, Result, Sampling, Ticket
+from looplm_jax.inference.field_checks import whole_number
 from looplm_jax.inference.kv_cache import bucket
 from looplm_jax.loading import Loaded, load
 from looplm_jax.printing import show
@@ -26,12 +28,13 @@ _MOST_SLOTS = 8
 def run_generation(prompts: Sequence[str], arguments: argparse.Namespace) -> int:
     """Generate as the arguments of `looplm generate` say. Returns the exit status."""
     options = request_options(arguments)
+    sampling, prompts = repeated(options.pop("sampling"), prompts, arguments)
     loaded = load(arguments.checkpoint, step=arguments.step)
     count, stops = arguments.max_new_tokens, tuple(stop_ids(loaded.need_tokenizer()))
     clocks = [Stopwatch() for _ in prompts]
     requests = [
-        _request(loaded, prompt, count, stop_ids=stops, on_token=clock.tick, **options)
-        for prompt, clock in zip(prompts, clocks, strict=True)
+        _request(loaded, prompt, count, sampling=own, stop_ids=stops, on_token=clock.tick, **options)
+        for prompt, own, clock in zip(prompts, sampling, clocks, strict=True)
     ]
     engine = make_engine(
         loaded,
@@ -50,6 +53,18 @@ def run_generation(prompts: Sequence[str], arguments: argparse.Namespace) -> int
     if status == 0 and not arguments.json:
         show(f"next: {_next_command(arguments, options['policy'], loaded)}")
     return status
+
+
+def repeated(
+    sampling: Sampling, prompts: Sequence[str], arguments: argparse.Namespace
+) -> tuple[list[Sampling], list[str]]:
+    """Each prompt as often as `--samples` says, with random keys of its own. Raises UserError for equal texts."""
+    samples = whole_number("--samples", arguments.samples, least=1)
+    if samples > 1 and sampling.temperature == 0:
+        raise UserError("--samples needs --temperature above 0, such as 1: greedy texts are all the same")
+    first = dataclasses.replace(sampling, index=arguments.index)
+    numbered = [first.numbered(index, sample) for index in range(len(prompts)) for sample in range(samples)]
+    return numbered, [prompt for prompt in prompts for _ in range(samples)]
 
 
 def _request(loaded: Loaded, prompt: str, count: int | None, **options: object) -> Request:
@@ -95,7 +110,7 @@ def view_of(arguments: argparse.Namespace, loaded: Loaded, prompt: str) -> View:
     if console.is_terminal and not console.no_color:
         loops = most_loops(loaded, arguments)
         return ColourView(console, loaded.need_tokenizer(), max_loops=loops, header=header(prompt, loops))
-    several = len(arguments.prompt or ()) > 1
+    several = len(arguments.prompt or ()) > 1 or arguments.samples > 1
     return PlainView(header=f"prompt: {prompt}\n" if several else "")
 
 

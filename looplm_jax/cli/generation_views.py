@@ -140,6 +140,8 @@ class JsonView:
         """Print it."""
         values = {
             "prompt": self._prompt,
+            "index": result.sampling.index,
+            "sample": result.sampling.sample,
             "text": result.text,
             "tokens": result.tokens,
             "pieces": [self._tokenizer.piece(token) for token in result.tokens],

@@ -27,6 +27,7 @@ def run_speculation(prompts: Sequence[str], arguments: argparse.Namespace) -> in
     """
     loops = _loops(arguments)
     options = request_options(arguments)
+    samplings, prompts = generation_session.repeated(options["sampling"], prompts, arguments)
     loaded = generation_session.load(arguments.checkpoint, step=arguments.step)
     for warning in loaded.warnings:
         complain(str(warning))
@@ -48,7 +49,7 @@ def run_speculation(prompts: Sequence[str], arguments: argparse.Namespace) -> in
             drafts=arguments.drafts,
             max_new_tokens=_count(loaded, prompts, arguments),
             loops=loops,
-            sampling=options["sampling"],
+            sampling=samplings,
             stop_ids=tuple(stop_ids(loaded.need_tokenizer())),
             stop_strings=options["stop_strings"],
             tokenizer=loaded.need_tokenizer(),
@@ -110,6 +111,7 @@ def _as_result(result: SpeculativeResult) -> Result:
         text=result.text,
         finish=Finish.CANCELLED if result.screened else result.finish,
         error=result.error,
+        sampling=result.sampling,
     )
 
 

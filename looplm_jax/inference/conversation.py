@@ -109,7 +109,8 @@ class Conversation:
             ticket.cancel()
             while not ticket.done:
                 self._engine.step()
-            self._take(user, ticket.result())
+            if not ticket.raised:
+                self._take(user, ticket.result())
 
     def stop(self) -> None:
         """End the answer that is under way early; from any thread, or a signal handler."""

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from looplm_jax.errors import UserError
 from looplm_jax.halting import ExitPolicy, FixedLoops
 from looplm_jax.halting.policy_table import PolicyTable
-from looplm_jax.inference.field_checks import whole_number, truth
+from looplm_jax.inference.field_checks import truth, whole_number
 from looplm_jax.inference.kv_cache import Cache, CacheStrategy, bucket
 from looplm_jax.inference.placing import on_mesh, placed
 from looplm_jax.inference.prefill import LastToken, admit, empty_row, extract_row, prefill_chunk, widen_row
@@ -100,10 +100,19 @@ class Reading:
 
 
 class Decoder:
-    """Slots on devices. Methods return at once, with results still being computed. Ids from `usable` on are not chosen."""
+    """Slots on devices. Methods return at once, with results still being computed.
+
+    Ids from `usable` on are never chosen; None: all rows of the head are ids.
+    """
 
     def __init__(
-        self, model: LoopLM, params: Params, config: EngineConfig, mesh: Mesh | None = None, *, usable: int | None = None
+        self,
+        model: LoopLM,
+        params: Params,
+        config: EngineConfig,
+        mesh: Mesh | None = None,
+        *,
+        usable: int | None = None,
     ):
         # A scan over layers copies each layer's weights, on a CPU, before it multiplies by them.
         unrolled = jax.default_backend() == "cpu" if config.unroll is None else config.unroll

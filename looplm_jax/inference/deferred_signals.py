@@ -46,12 +46,19 @@ class _DeferredSignals:
         self._depth -= 1  # first: from here on, a signal is passed on, even if it interrupts what follows
         if self._depth:
             return
-        for number, handler in self._handlers.items():
-            if signal.getsignal(number) is self._own:
-                signal.signal(number, handler)
+        try:
+            self._restore()
+        except BaseException:
+            self._restore()
+            raise
         while self._waiting:
             number = self._waiting.pop(0)
             self._handlers[number](number, None)
+
+    def _restore(self) -> None:
+        for number, handler in self._handlers.items():
+            if signal.getsignal(number) is self._own:
+                signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         """The handler of all signals meanwhile."""

@@ -127,7 +127,7 @@ class Engine:
 
     def stream(self, prompt: Prompt, **options: Any) -> Iterator[NewToken]:
         """The tokens of one answer as they come. Closing the iterator cancels the request."""
-        (request,) = self.requests([prompt], **options)
+        (request,) = self.requests([prompt], samples=1, **options)
         ticket = self.submit(request, wait=True)
         try:
             while not ticket.done:

@@ -1,6 +1,7 @@
 """Text as its tokens come in: a character is given out when all of its bytes are there."""
 
-import os.path
+import itertools
+import operator
 from collections.abc import Sequence
 
 from looplm_jax.data.tokenizers import Tokenizer
@@ -45,5 +46,6 @@ class TextStream:
 def _behind(known: str, text: str) -> str:
     """What `text` adds to `known`, whose last characters it replaces where these were bytes of an unfinished one."""
     if known.endswith(_INCOMPLETE) and not text.startswith(known):
-        return text[len(os.path.commonprefix([known, text])) :]
+        same = itertools.takewhile(bool, map(operator.eq, known, text))
+        return text[sum(same) :]
     return text[len(known) :]

@@ -91,12 +91,28 @@ def test_several_prompts_are_answered_as_each_alone(as_json, capsys):
     prompts = [PROMPT, "word4"]
     values = as_json("--temperature", "1", prompts=prompts)
     assert [value["prompt"] for value in values] == prompts
-    alone = [as_json("--temperature", "1", prompts=[prompt]) for prompt in prompts]
+    alone = [as_json("--temperature", "1", "--index", str(index), prompts=[own]) for index, own in enumerate(prompts)]
     assert [value["tokens"] for value in values] == [value["tokens"] for value in alone]
     assert main(["generate", "run", "--prompt", "word4", "--prompt", "word5", "--max-new-tokens", "3"]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert [line for line in printed if line.startswith("prompt: ")] == ["prompt: word4", "prompt: word5"]
     assert printed[-1].startswith("next: looplm generate run --prompt word4 --prompt word5 --exit ")
+
+
+@pytest.mark.parametrize("flags", [[], ["--exit", "loops=3", "--draft-loops", "1"]])
+def test_samples_of_a_prompt_are_drawn_anew(as_json, flags):
+    values = as_json("--temperature", "1", "--samples", "3", *flags, prompts=[PROMPT, PROMPT])
+    assert [(value["index"], value["sample"]) for value in values] == [(i, j) for i in range(2) for j in range(3)]
+    assert len({tuple(value["tokens"]) for value in values}) == 6
+
+
+def test_samples_of_greedy_text_are_refused(capsys):
+    for flags, message in (
+        (["--samples", "2"], "--samples needs --temperature above 0, such as 1: greedy texts are all the same"),
+        (["--samples", "0"], "--samples must be at least 1, not 0"),
+    ):
+        assert main(["generate", "run", "--prompt", PROMPT, *flags]) == 2
+        assert capsys.readouterr().err == f"looplm: {message}\n"
 
 
 def test_a_budget_of_loops_is_kept(as_json):

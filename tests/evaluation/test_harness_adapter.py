@@ -197,3 +197,22 @@ def test_mistakes_in_generation_kwargs(adapter, arguments, message):
 def test_chat_templates_are_refused(adapter):
     with pytest.raises(UserError, match="chat templates are not supported; leave --apply_chat_template out"):
         adapter.apply_chat_template([{"role": "user", "content": "Hello"}])
+
+
+def drawn(*prompts, **changes):
+    arguments = {"max_gen_toks": 8, "do_sample": True, "temperature": 1.0, "until": [], **changes}
+    return requests(*((prompt, arguments) for prompt in prompts))
+
+
+def test_repeats_of_a_prompt_are_drawn_anew(adapter):
+    """In whatever order and company they are asked for."""
+    repeats = adapter.generate_until(drawn(*["12"] * 6))
+    assert len(set(repeats)) == 6
+    assert adapter.generate_until(drawn("ab", "12", "cd", "12"))[1::2] == repeats[:2]
+    assert adapter.generate_until(drawn(*["12"] * 6)) == repeats
+    assert adapter.generate_until(drawn(*["12"] * 6, seed=1)) != repeats
+
+
+def test_sampling_without_a_temperature_is_refused(adapter):
+    with pytest.raises(UserError, match=r"^generation_kwargs do_sample=True needs a temperature above 0"):
+        adapter.generate_until(drawn("12", temperature=0.0))

@@ -1,5 +1,6 @@
 """The harness's own Hugging Face model on the PyTorch twin gives the same answers."""
 
+import collections
 import dataclasses
 import types
 
@@ -9,10 +10,11 @@ from hf_folders import MULTI_HEAD, make_tensors, write_hf_folder
 
 pytest.importorskip("lm_eval")
 pytest.importorskip("tokenizers")
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from lm_eval.models.huggingface import HFLM
+from scipy import stats
 from transformers import PreTrainedTokenizerFast
 
 from looplm_jax.convert.torch_model.modeling_looplm import OuroForCausalLM
@@ -63,3 +65,17 @@ def test_text(both):
     asked = [("12", arguments), ("a cat", arguments), ("0123456789" * 6, arguments)]
     ours, theirs = (model.generate_until(requests(*asked)) for model in both)
     assert ours == theirs
+
+
+@pytest.mark.transformers
+def test_drawn_text_has_the_distribution_of_the_harness_own_model(both):
+    """The first token of many repeats, which both draw from the 50 likeliest where nothing else is said."""
+    arguments = {"until": [], "max_gen_toks": 1, "do_sample": True, "temperature": 1.0}
+    torch.manual_seed(0)
+    ours, theirs = (model.generate_until(requests(*[("12", arguments)] * 400)) for model in both)
+    counts = [collections.Counter(texts) for texts in (ours, theirs)]
+    frequent = [text for text in counts[0] | counts[1] if counts[0][text] + counts[1][text] >= 10]
+    table = [[count[text] for text in frequent] + [400 - sum(count[text] for text in frequent)] for count in counts]
+    assert len(frequent) > 3
+    assert stats.chi2_contingency([row if table[0][-1] + table[1][-1] else row[:-1] for row in table]).pvalue > 1e-3
+    assert len(counts[0]) <= 50

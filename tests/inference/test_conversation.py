@@ -37,9 +37,8 @@ def test_answers_are_those_of_one_prompt_with_all_turns(engine, system):
         chat = Conversation(engine, TOKENIZER, system)
         for turn in range(3):
             text, sampling = spoken(generator), Sampling(temperature=1.0, seed=seed + 10 * turn)
-            expected = in_one_prompt(
-                engine, [*chat.messages, Message("user", text)], max_new_tokens=12, sampling=sampling
-            )
+            turns = [*chat.messages, Message("user", text)]
+            expected = in_one_prompt(engine, turns, max_new_tokens=12, sampling=sampling.numbered(turn))
             made = tuple(chat.say(text, max_new_tokens=12, sampling=sampling))
             assert tuple(new.token for new in made) == expected.tokens == chat.result.tokens
             np.testing.assert_allclose([new.log_prob for new in made], expected.log_probs, atol=1e-4)
@@ -106,6 +105,31 @@ def test_a_turn_that_cannot_be_served_changes_nothing(engine, options, message):
     with pytest.raises(UserError, match=message):
         next(chat.say("word1", **options))
     assert chat.messages == ()
+
+
+def test_turns_draw_with_keys_of_their_own(engine):
+    """The same words again are answered anew; the same conversation again is answered the same."""
+    drawn = Sampling(temperature=1e4, seed=3)  # so that the words before hardly matter
+    chat, answers = Conversation(engine, TOKENIZER), []
+    for _ in range(2):
+        chat.reset()
+        for _ in range(3):
+            answers.append(tuple(new.token for new in chat.say("word1", max_new_tokens=6, sampling=drawn, stop_ids=())))
+    assert answers[:3] == answers[3:]
+    assert len({answer[:2] for answer in answers}) == 3
+
+
+def test_answers_do_not_overlap(engine):
+    """Both would go on from the same cache, and one of them would be lost."""
+    chat, busy = Conversation(engine, TOKENIZER), r"^an answer is still being given; read it to its end, or close it, "
+    answer = chat.say("word1", max_new_tokens=8, stop_ids=())
+    next(answer)
+    for overlapping in (lambda: next(chat.say("word2")), chat.reset):
+        with pytest.raises(UserError, match=busy):
+            overlapping()
+    list(answer)
+    assert len(list(chat.say("word2", max_new_tokens=3, stop_ids=()))) == 3
+    assert [message.content for message in chat.messages[::2]] == ["word1", "word2"]
 
 
 def test_a_turn_that_fails_changes_nothing():

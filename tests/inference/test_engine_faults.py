@@ -1,7 +1,9 @@
 """What goes wrong stays with the request that it went wrong for."""
 
+import asyncio
 import dataclasses
 import re
+import signal
 
 import jax
 import numpy as np
@@ -25,6 +27,10 @@ def engine():
 @pytest.fixture(scope="module")
 def answer(engine):
     return finish(engine, [engine.submit(SOUND)])[0].tokens
+
+
+async def wait_for_ever(new):
+    await asyncio.sleep(1e9)
 
 
 REFUSALS = {
@@ -51,6 +57,30 @@ REFUSALS = {
     "loops_per_token must be at least 1, not 0.5": {"loops_per_token": 0.5},
     "loops_per_token must be at least 1, not nan": {"loops_per_token": float("nan")},
     "milliseconds_per_token must be positive, not 0": {"milliseconds_per_token": 0},
+    "max_new_tokens must be a whole number, not 2.5": {"max_new_tokens": 2.5},
+    "max_new_tokens must be a whole number, not True": {"max_new_tokens": True},
+    "max_new_tokens must be a whole number, not None": {"max_new_tokens": None},
+    "sampling must be a Sampling, such as Sampling(temperature=1.0), not None": {"sampling": None},
+    "sampling must be a Sampling, such as Sampling(temperature=1.0), not {'seed': 1}": {"sampling": {"seed": 1}},
+    "policy must be an exit policy, such as QExit(q=0.5), not 'q=0.5'": {"policy": "q=0.5"},
+    "loops of FixedLoops must be a whole number, not 1.5": {"policy": FixedLoops(loops=1.5)},
+    "max_loops must be a whole number, not 2.5": {"policy": Bounded(QExit(q=0.5), max_loops=2.5)},
+    "stop id 1099511627776 is not in the vocabulary of 97 tokens, so nothing would end at it; leave it out": {
+        "stop_ids": (2**40,)
+    },
+    "stop_ids must be a list or tuple of token ids, not {1}": {"stop_ids": {1}},
+    "each of stop_ids must be a whole number, not 'a'": {"stop_ids": ("a",)},
+    "each of prompt_ids must be a whole number, not 1.5": {"prompt_ids": (1, 1.5)},
+    "each of prompt_ids must be a whole number, not True": {"prompt_ids": (1, True)},
+    "stop_strings must be a list of strings, not (5,)": {"stop_strings": (5,)},
+    "stop_strings must be a list of strings, not {'a'}": {"stop_strings": {"a"}},
+    "loops_per_token must be a number, not '2'": {"loops_per_token": "2"},
+    "milliseconds_per_token must be positive, not nan": {"milliseconds_per_token": float("nan")},
+    "client must be a name, not ['a']": {"client": ["a"]},
+    "keep_cache must be True or False, not 'yes'": {"keep_cache": "yes"},
+    "past must be the cache of a Result, not int": {"past": 3},
+    "on_token must be a function, not 3": {"on_token": 3},
+    "on_token is an async function, which would never run; use `async for new in ticket`": {"on_token": wait_for_ever},
     "a stop string is empty, so every text would end at once; leave it out": {"stop_strings": ("",)},
     "stop id -2 is negative; ids of tokens count from 0": {"stop_ids": (3, -2)},
 }
@@ -207,6 +237,14 @@ def test_a_policy_that_raises_ends_its_own_request_only(answer, fails):
     assert first.tokens == third.tokens == answer
 
 
+@pytest.fixture
+def ctrl_c():
+    """SIGINT raises KeyboardInterrupt, also where the tests were started with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupt():
     raise KeyboardInterrupt
 
@@ -227,6 +265,7 @@ def test_an_interrupted_stream_leaves_its_text_and_a_usable_engine(engine, answe
     assert finish(engine, [engine.submit(SOUND)])[0].tokens == answer
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupt_between_two_ticks_costs_the_others_no_token(engine, answer, monkeypatch):
     """Ctrl-C comes while the host waits for a tick: that is where it spends its time."""
     other, stream = engine.submit(SOUND), engine.stream("abc", max_new_tokens=50)
@@ -236,7 +275,7 @@ def test_an_interrupt_between_two_ticks_costs_the_others_no_token(engine, answer
     def interrupted_once(tree):
         if not raised:
             raised.append(True)
-            interrupt()
+            signal.raise_signal(signal.SIGINT)
         return fetch(tree)
 
     monkeypatch.setattr(jax, "device_get", interrupted_once)
@@ -265,13 +304,57 @@ def test_a_thread_that_serves_survives_bad_requests(engine, answer):
         assert engine.submit(SOUND).result(timeout=60).tokens == answer
 
 
+def test_a_tick_that_fails_ends_what_was_in_the_slots_only(answer, monkeypatch):
+    """The slots were donated to it: they are lost, and made anew."""
+    broken = make_engine(slots=1, queue=3)
+    tick = broken._decoder.tick
+
+    def fail_once():
+        monkeypatch.setattr(broken._decoder, "tick", tick)
+        for leaf in jax.tree.leaves(broken._decoder._slots):
+            leaf.delete()
+        raise MemoryError("out of memory")
+
+    monkeypatch.setattr(broken._decoder, "tick", fail_once)
+    with broken.serving():
+        results = [ticket.result(timeout=60) for ticket in [broken.submit(LONG), broken.submit(SOUND)]]
+    assert [result.finish for result in results] == [Finish.FAILED, Finish.LENGTH]
+    assert results[0].error == "the engine had to start over (MemoryError: out of memory)"
+    assert results[1].tokens == answer
+
+
+@pytest.mark.parametrize("where", ["read", "read_chunk", "admit"])
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_failure_while_a_prompt_is_read_ends_that_request_only(answer, monkeypatch, where, lost):
+    """And those in the slots, if the program that failed took these with it."""
+    broken = make_engine()
+    others = [broken.submit(SOUND), broken.submit(SOUND)]
+    while not all(broken._slots[:2]):
+        broken.step()
+    whole = getattr(broken._decoder, where)
+
+    def fail_once(*_):
+        monkeypatch.setattr(broken._decoder, where, whole)
+        if lost:
+            jax.tree.leaves(broken._decoder._slots)[0].delete()
+        raise RuntimeError("no\nluck")
+
+    monkeypatch.setattr(broken._decoder, where, fail_once)
+    failed, after = finish(broken, [broken.submit(SOUND), broken.submit(SOUND)])
+    assert (failed.finish, failed.error) == (Finish.FAILED, "its prompt: RuntimeError: no luck")
+    assert after.tokens == answer
+    expected = Finish.FAILED if lost else Finish.LENGTH
+    assert [ticket.result(timeout=0).finish for ticket in others] == [expected] * 2
+
+
 def test_nobody_waits_for_an_engine_that_broke(monkeypatch):
     broken = make_engine(slots=1, queue=3)
 
     def no_memory():
         raise MemoryError("out of memory")
 
-    monkeypatch.setattr(broken._decoder, "tick", no_memory)
+    for name in ("tick", "start_over"):
+        monkeypatch.setattr(broken._decoder, name, no_memory)
     with broken.serving():
         results = [ticket.result(timeout=60) for ticket in [broken.submit(SOUND), broken.submit(LONG)]]
         with pytest.raises(UserError, match=r"the engine has stopped \(MemoryError: out of memory\); make a new one"):

@@ -43,8 +43,10 @@ def test_what_is_removed_changes_nothing_for_the_others(items):
     queue = FairQueue(limit=20)
     for number, (client, stays) in enumerate(items):
         queue.push(client, (number, client, stays))
-    removed = queue.remove(lambda item: not item[2])
-    assert sorted(removed) == [(number, client, False) for number, (client, stays) in enumerate(items) if not stays]
+    for number, (client, stays) in enumerate(items):
+        if not stays:
+            assert queue.discard(client, (number, client, stays))
+            assert not queue.discard(client, (number, client, stays))
     order = dict.fromkeys(client for client, _ in items)
     left = [
         [(number, own, True) for number, (own, stays) in enumerate(items) if stays and own == client]

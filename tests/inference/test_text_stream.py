@@ -62,3 +62,31 @@ def test_a_turn_of_chat_is_its_text(tokenizers, text):
         start, end = (tokenizer.token_id(name) for name in ("<|im_start|>", "<|im_end|>"))
         prompt = [start, *tokenizer.encode("assistant\n")]
         assert "".join(stream([*tokenizer.encode(text), end], prompt, tokenizer)) == text
+
+
+@given(text=UNICODE, data=st.data())
+def test_a_character_that_the_prompt_begins_belongs_to_what_follows(tokenizers, text, data):
+    """Up to its last whole character, the prompt and the pieces are the text."""
+    content = text.encode()
+    cut = data.draw(st.integers(0, len(content)))
+    assert prompt_text(content[:cut]) + "".join(stream(content[cut:], content[:cut])) == text
+    for tokenizer in tokenizers:
+        if tokenizer.kind == "sentencepiece":
+            ids = [tokenizer.token_id(f"<0x{byte:02X}>") or piece_id(tokenizer, byte) for byte in content]
+            pieces = stream(ids[cut:], ids[:cut], tokenizer)
+            assert prompt_text(content[:cut]) + "".join(pieces) == tokenizer.decode(ids)
+
+
+def prompt_text(content):
+    """The text of whole characters."""
+    return content.decode(errors="ignore")
+
+
+def piece_id(tokenizer, byte):
+    return tokenizer._processor.piece_to_id(f"<0x{byte:02X}>")
+
+
+def test_bytes_of_the_prompt_that_never_become_a_character_stay_there():
+    assert stream([0x41], [0x42, 0xE6]) == ["A", ""]
+    assert stream([0xE6, 0xBC, 0xA2], [0x42, 0xE6]) == ["", "", "漢", ""]
+    assert stream(b"A", "\ufffd".encode()) == ["A", ""]

@@ -8,7 +8,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simpl
 from tqdm import tqdm
 
 from looplm_jax.errors import UserError
-from looplm_jax.evaluation.harness.generation import generate_texts, generation_request
+from looplm_jax.evaluation.harness.generation import generate_texts, generation_request, with_own_keys
 from looplm_jax.evaluation.harness.scoring import WindowScorer
 from looplm_jax.evaluation.harness.settings import ModelArgs, Settings
 from looplm_jax.evaluation.harness.windows import Window
@@ -95,7 +95,7 @@ class LoopLMAdapter(TemplateLM):
             return []
         results = generate_texts(
             self._loaded,
-            [self._generation(*request.args) for request in requests],
+            with_own_keys([self._generation(*request.args) for request in requests]),
             slots=self._settings.batch_size,
             loops=self._scorer.loops,
             cache=self._settings.cache,

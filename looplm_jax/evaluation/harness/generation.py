@@ -1,19 +1,27 @@
 """Requests for text as the harness words them, and as the engine does."""
 
+import collections
+import dataclasses
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from looplm_jax.convert.tokenizer_files import stop_ids
 from looplm_jax.data.tokenizers import Tokenizer
 from looplm_jax.errors import UserError, suggest
 from looplm_jax.halting import ExitPolicy
 from looplm_jax.inference import CacheStrategy, Engine, EngineConfig, Finish, Request, Result, Sampling
+from looplm_jax.inference.field_checks import real_number, whole_number
 from looplm_jax.inference.kv_cache import bucket
 from looplm_jax.loading import Loaded
 
 NEW_TOKENS = 256  # where a task does not say, as for the harness's own models
+_TOP_K = 50  # likewise of tokens that are drawn: what `transformers` takes where nothing else is said
 _LONGEST_CHUNK = 512
 _OF_LENGTH = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_KEYS = 2**31
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 _NEUTRAL = {"num_beams": 1, "num_return_sequences": 1}  # what tasks say of other engines
 
@@ -41,7 +49,7 @@ def generation_request(
     given = {name: value for name, value in generation_kwargs.items() if value is not None}
     _check_names(given)
     lengths = [given[name] for name in _OF_LENGTH if name in given]
-    new_tokens = int(lengths[0]) if lengths else NEW_TOKENS
+    new_tokens = whole_number("max_gen_toks", lengths[0], least=1) if lengths else NEW_TOKENS
     if new_tokens >= longest:
         raise UserError(
             f"{new_tokens} new tokens leave no room for a prompt in the {longest} that the model reads; "
@@ -56,6 +64,23 @@ def generation_request(
         stop_ids=tuple(stop_ids(tokenizer)),
         stop_strings=tuple(text for text in ([until] if isinstance(until, str) else until) if text),
     )
+
+
+def with_own_keys(requests: Sequence[Request]) -> list[Request]:
+    """The same requests, each with random keys of its own; repeats of one prompt are its samples 0, 1, ...
+
+    Keys come from the prompt and the number of the repeat, so that neither the order of the requests nor what else is
+    asked has an influence on an answer.
+    """
+    seen: collections.Counter[tuple[int, ...]] = collections.Counter()
+    numbered = []
+    for request in requests:
+        digest = hashlib.sha256(np.asarray(request.prompt_ids, "<i4").tobytes()).digest()
+        index, sample = int.from_bytes(digest[:4], "big") % _KEYS, seen[request.prompt_ids]
+        seen[request.prompt_ids] += 1
+        sampling = dataclasses.replace(request.sampling, index=index, sample=sample)
+        numbered.append(dataclasses.replace(request, sampling=sampling))
+    return numbered
 
 
 def generate_texts(
@@ -93,5 +118,9 @@ def _check_names(given: Mapping[str, Any]) -> None:
 def _sampling(given: Mapping[str, Any]) -> Sampling:
     """Greedy unless sampling is asked for: `do_sample`, or a temperature where that is not said."""
     settings = {name: given[name] for name in _SAMPLING if name in given}
-    temperature = settings.pop("temperature", 0.0)
-    return Sampling(temperature=temperature if given.get("do_sample", temperature > 0) else 0.0, **settings)
+    temperature = real_number("temperature", settings.pop("temperature", 0.0))
+    if not given.get("do_sample", temperature > 0):
+        return Sampling(**settings)
+    if temperature == 0:
+        raise UserError("generation_kwargs do_sample=True needs a temperature above 0; 0 takes the likeliest token")
+    return Sampling(**{"temperature": temperature, "top_k": _TOP_K, **settings})

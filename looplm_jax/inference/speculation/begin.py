@@ -21,7 +21,10 @@ _LONGEST_CHUNK = 128
 def begin(
     model: LoopLM, params: Params, requests: Sequence[Request], loops: int, usable: int, mesh: Mesh | None = None
 ) -> SpeculativeRows:
-    """Rows with a full cache of `loops` planes that have read the prompts, chunk after chunk. Ids from `usable` on are not chosen."""
+    """Rows with a full cache of `loops` planes that have read the prompts, chunk after chunk.
+
+    Ids from `usable` on are never chosen.
+    """
     rows = _empty(model, requests, loops, usable, mesh)
     prompts = [request.prompt_ids[:-1] for request in requests]
     longest = max(len(prompt) for prompt in prompts)
@@ -48,9 +51,7 @@ def pad(sequences: Sequence[Sequence[int]], size: int) -> Padded:
     return Padded(tokens=tokens, counts=np.array([len(sequence) for sequence in sequences], np.int32))
 
 
-def _empty(
-    model: LoopLM, requests: Sequence[Request], loops: int, usable: int, mesh: Mesh | None
-) -> SpeculativeRows:
+def _empty(model: LoopLM, requests: Sequence[Request], loops: int, usable: int, mesh: Mesh | None) -> SpeculativeRows:
     longest = max(len(request.prompt_ids) + request.max_new_tokens for request in requests)
 
     def make() -> Cache:
