@@ -160,7 +160,7 @@ def test_a_waiting_request_costs_a_step_nothing():
         return len(counted)
 
     calls(4)  # whatever happens only once
-    assert calls(2000) <= calls(4) + 20
+    assert calls(2000) <= calls(4) + 200
 
 
 @pytest.fixture
@@ -179,7 +179,6 @@ def alarm():
 def test_interrupts_leave_an_engine_that_serves(tries):
     """At any moment of `generate`, by a timer and by SIGINT from another thread."""
     busy, prompts = make_engine(slots=2), [(3, 14)] * 3
-    start = time.perf_counter()
     expected = [result.tokens for result in busy.generate(prompts, max_new_tokens=20)]
     start = time.perf_counter()
     busy.generate(prompts, max_new_tokens=20)
@@ -202,7 +201,7 @@ def test_interrupts_leave_an_engine_that_serves(tries):
                 timer.join()
         assert [result.tokens for result in busy.generate(prompts, max_new_tokens=20)] == expected
     assert interrupted == tries
-    assert callable(signal.getsignal(signal.SIGINT))
+    assert signal.getsignal(signal.SIGINT).__name__ == "interrupt"  # restored
 
 
 @pytest.mark.parametrize(
