@@ -155,8 +155,10 @@ def between(
     return (leaves & (loop >= floor)) | (loop >= ceiling)
 
 
-def check_count(name: str, value: int) -> None:
+def check_count(name: str, value: Any) -> None:
     """Raise UserError for a number of loops that cannot be."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise UserError(f"{name} must be a whole number, not {value!r}")
     if value < 1:
         raise UserError(f"{name} must be at least 1, not {value}")
     if value > _MOST_LOOPS:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 from looplm_jax.config import ModelConfig
 from looplm_jax.data.tokenizers import Tokenizer
@@ -52,7 +53,8 @@ def _check_numbers(policy: ExitPolicy) -> None:
         if policy.max_loops is not None:
             whole_number("max_loops", policy.max_loops, least=1)
         return
-    for field in dataclasses.fields(policy) if dataclasses.is_dataclass(policy) else ():
+    fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(policy) if dataclasses.is_dataclass(policy) else ()
+    for field in fields:
         name, value = f"{field.name} of {type(policy).__name__}", getattr(policy, field.name)
         if field.type in (int, "int"):
             whole_number(name, value)

@@ -156,3 +156,12 @@ def test_what_cannot_be_is_refused_in_one_line(make, message):
     with pytest.raises(UserError) as error:
         make()
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize("loops", [1.5, "2", None, True])
+def test_loops_are_whole_numbers(loops):
+    with pytest.raises(UserError, match=r"^loops must be a whole number, not "):
+        FixedLoops(loops=loops)
+    if loops is not None:
+        with pytest.raises(UserError, match=r"^max_loops must be a whole number, not "):
+            Bounded(QExit(q=0.5), max_loops=loops)

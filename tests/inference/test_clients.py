@@ -142,7 +142,7 @@ def test_a_waiting_request_costs_a_step_nothing():
     """The calls of a step are counted, of Python and of C, with few and with many requests in the queue."""
 
     def calls(waiting):
-        full, counted = make_engine(queue=2000), []
+        full, counted = make_engine(queue=3000), []
         busy = [full.submit(LONG) for _ in range(CONFIG.slots)]
         tickets = [full.submit(SOUND) for _ in range(waiting)]
         while not all(full._slots):

@@ -63,8 +63,6 @@ REFUSALS = {
     "sampling must be a Sampling, such as Sampling(temperature=1.0), not None": {"sampling": None},
     "sampling must be a Sampling, such as Sampling(temperature=1.0), not {'seed': 1}": {"sampling": {"seed": 1}},
     "policy must be an exit policy, such as QExit(q=0.5), not 'q=0.5'": {"policy": "q=0.5"},
-    "loops of FixedLoops must be a whole number, not 1.5": {"policy": FixedLoops(loops=1.5)},
-    "max_loops must be a whole number, not 2.5": {"policy": Bounded(QExit(q=0.5), max_loops=2.5)},
     "stop id 1099511627776 is not in the vocabulary of 97 tokens, so nothing would end at it; leave it out": {
         "stop_ids": (2**40,)
     },
