@@ -1,5 +1,6 @@
 """Whatever is drawn has keys of its own: other prompts, other samples, other turns; the same alone and in a batch."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
@@ -70,7 +71,7 @@ def test_rows_of_speculation_draw_with_keys_of_their_own():
 
 def next_token_distribution(vocabulary):
     model, params = small_model()
-    output = model.apply({"params": params}, np.asarray([PROMPT]), loops=LOOPS)
+    output = model.apply({"params": params}, jnp.asarray([PROMPT], jnp.int32), loops=LOOPS)
     logits = np.asarray(output.hidden[-1, 0, -1] @ head_matrix(params, model.config), np.float64)[:vocabulary]
     weights = np.exp(logits - logits.max())
     return weights / weights.sum()
