@@ -1,13 +1,22 @@
 """Eight fake devices and strict promotion, for every test; set before anything imports JAX."""
 
+import atexit
 import os
+import shutil
 import signal
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # The programs of the tests run for moments, so what counts is the time to compile them.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
+
+# What one process of this session has compiled, the others and those that tests start need not compile again.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="looplm-compiled-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
 import pytest

@@ -41,7 +41,12 @@ def digests(arrays: dict[str, Array]) -> dict[str, str]:
 
 @jax.jit
 def _digest_all(arrays: list[Array]) -> UInt32[Array, "N lanes"]:
-    return jnp.stack([_digest(array, _words(array), ()) for array in arrays])
+    return jnp.stack([_digest_whole(array) for array in arrays])
+
+
+@jax.jit  # traced once for each shape, which parameters and both moments of the optimizer share
+def _digest_whole(array: Array) -> UInt32[Array, "lanes"]:
+    return _digest(array, _words(array), ())
 
 
 @functools.partial(jax.jit, static_argnames="block_bytes")
@@ -105,8 +110,9 @@ def _positions(shape: tuple[int, ...], seed: np.uint32, starts: Sequence[Any]) -
     return position
 
 
+@jax.jit
 def _mix(word: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
-    """The finaliser of MurmurHash3, a bijection of 32-bit words."""
+    """The finalizer of MurmurHash3, a bijection of 32-bit words."""
     word = (word ^ (word >> np.uint32(16))) * np.uint32(0x85EBCA6B)
     word = (word ^ (word >> np.uint32(13))) * np.uint32(0xC2B2AE35)
     return word ^ (word >> np.uint32(16))

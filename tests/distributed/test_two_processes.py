@@ -1,6 +1,7 @@
 """Two real processes on one machine: one run, whatever happens to one of them."""
 
 import functools
+import os
 import resource
 import shutil
 import signal
@@ -18,8 +19,9 @@ TWO = ([], [])
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    return tmp_path_factory.mktemp("compiled")
+def compiled():
+    """The folder of this session's compiled programs."""
+    return os.environ["JAX_COMPILATION_CACHE_DIR"]
 
 
 @pytest.fixture(scope="module")

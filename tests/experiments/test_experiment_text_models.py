@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
-from text_fixtures import programs_on_disk, with_documents
+from text_fixtures import with_documents
 
 from experiments import command
 from experiments import text_model as text_model_module
@@ -39,11 +39,8 @@ MODEL = TEXT_CELLS[Scale.SMOKE].model(0)
 def root(tmp_path_factory):
     """Where early-exit was run, so that the text model is trained."""
     root = with_documents(tmp_path_factory.mktemp("experiments"))
-    caching = programs_on_disk(tmp_path_factory.mktemp("compiled"))
-    next(caching)
     assert main(["experiment", "early-exit", "--root", str(root)]) == 0
-    yield root
-    next(caching, None)
+    return root
 
 
 @pytest.fixture(scope="module")

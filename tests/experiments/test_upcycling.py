@@ -3,26 +3,10 @@
 import json
 from pathlib import Path
 
-import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from experiments import upcycling
 from looplm_jax.convert.upcycle import Order
-
-
-@pytest.fixture(scope="module")
-def programs_compiled_once(tmp_path_factory):
-    """Runs of the same shape have the same programs: they are kept on the disk."""
-    settings = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = [getattr(jax.config, name) for name in settings]
-    for name, value in zip(settings, (str(tmp_path_factory.mktemp("compiled")), 0.0)):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in zip(settings, before):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 def run_smoke(out):
@@ -35,12 +19,11 @@ def run_smoke(out):
 
 
 @pytest.fixture(scope="module")
-def folder(programs_compiled_once, tmp_path_factory):
+def folder(tmp_path_factory):
     """All variants, measured."""
     return run_smoke(tmp_path_factory.mktemp("upcycling"))
 
 
-@pytest.mark.usefixtures("programs_compiled_once")
 def test_both_orders_are_measured_trained_and_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(upcycling, "VARIANTS", [upcycling.Variant(order=order, optimizer=True) for order in Order])
     courses = json.loads((run_smoke(tmp_path) / "results.json").read_text())["courses"]

@@ -1,10 +1,7 @@
-"""A folder of experiments whose documents are there already, and few; and programs that are compiled once."""
+"""A folder of experiments whose documents are there already, and few."""
 
 import json
 from pathlib import Path
-
-import jax
-from jax.experimental.compilation_cache import compilation_cache
 
 
 def with_documents(root):
@@ -15,16 +12,3 @@ def with_documents(root):
     (root / "text-models").mkdir(parents=True)
     (root / "text-models" / "stdlib.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return root
-
-
-def programs_on_disk(folder):
-    """Runs of the same shape have the same programs: they are kept in a folder while this generator waits."""
-    settings = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = [getattr(jax.config, name) for name in settings]
-    for name, value in zip(settings, (str(folder), 0.0), strict=True):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in zip(settings, before, strict=True):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()

@@ -1,23 +1,9 @@
-import jax
-import pytest
-from jax.experimental.compilation_cache import compilation_cache
+import os
 
-SETTINGS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+import pytest
 
 
 @pytest.fixture(scope="session")
-def compiled_programs(tmp_path_factory):
-    return tmp_path_factory.mktemp("compiled")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _each_program_is_compiled_once(compiled_programs):
-    """Runs of the same recipe have the same programs: the tests of this folder keep them on the disk."""
-    before = [getattr(jax.config, name) for name in SETTINGS]
-    for name, value in zip(SETTINGS, (str(compiled_programs), 0.0)):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in zip(SETTINGS, before):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+def compiled_programs():
+    """The folder of this session's compiled programs."""
+    return os.environ["JAX_COMPILATION_CACHE_DIR"]

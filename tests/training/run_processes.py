@@ -35,6 +35,7 @@ class Run:
 
     def __init__(self, *arguments: str | Path, errors: Path, compiled: Path | None = None, program: str = ""):
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ONE_DEVICE, "COLUMNS": "80"}
+        environment.pop("JAX_COMPILATION_CACHE_DIR", None)
         if compiled is not None:
             environment |= {"JAX_COMPILATION_CACHE_DIR": str(compiled)}
             environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
