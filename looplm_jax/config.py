@@ -298,6 +298,7 @@ class SourceConfig:
     kind: RecordKind = _field("what a record is", RecordKind.TEXT)
     text_key: str = _field("field or column that holds the text", "text")
     messages_key: str = _field("field or column that holds the messages of a chat", "messages")
+    special_tokens: bool = _field("names of special tokens in the text, such as <|im_end|>, become these tokens", False)
 
     def __post_init__(self) -> None:
         _check_kinds(self, "source")

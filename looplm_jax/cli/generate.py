@@ -21,6 +21,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--prompt", action="append", metavar="TEXT", help="text to continue; may be repeated, all are continued at once"
     )
     prompt.add_argument("--prompt-file", metavar="FILE", help="file with the text to continue (UTF-8)")
+    parser.add_argument(
+        "--special-tokens",
+        action="store_true",
+        help="names of special tokens in the prompt, such as <|im_end|>, become these tokens (default: they are text)",
+    )
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default: 128, or what the positions leave")
     parser.add_argument(
         "--samples", type=int, default=1, metavar="N", help="texts for each prompt, each drawn anew (default: 1)"

@@ -33,7 +33,16 @@ def run_generation(prompts: Sequence[str], arguments: argparse.Namespace) -> int
     count, stops = arguments.max_new_tokens, tuple(stop_ids(loaded.need_tokenizer()))
     clocks = [Stopwatch() for _ in prompts]
     requests = [
-        _request(loaded, prompt, count, sampling=own, stop_ids=stops, on_token=clock.tick, **options)
+        _request(
+            loaded,
+            prompt,
+            count,
+            arguments.special_tokens,
+            sampling=own,
+            stop_ids=stops,
+            on_token=clock.tick,
+            **options,
+        )
         for prompt, own, clock in zip(prompts, sampling, clocks, strict=True)
     ]
     engine = make_engine(
@@ -67,8 +76,9 @@ def repeated(
     return numbered, [prompt for prompt in prompts for _ in range(samples)]
 
 
-def _request(loaded: Loaded, prompt: str, count: int | None, **options: object) -> Request:
-    prompt_ids = (loaded.need_tokenizer().bos_id, *loaded.need_tokenizer().encode(prompt))
+def _request(loaded: Loaded, prompt: str, count: int | None, special: bool, **options: object) -> Request:
+    tokenizer = loaded.need_tokenizer()
+    prompt_ids = (tokenizer.bos_id, *tokenizer.encode(prompt, special=special))
     count = new_tokens(loaded, len(prompt_ids), count)
     return Request(prompt_ids=prompt_ids, max_new_tokens=count, **options)  # type: ignore[arg-type]
 
@@ -134,7 +144,8 @@ def _next_command(arguments: argparse.Namespace, policy: ExitPolicy, loaded: Loa
         prompt = f"--prompt-file {pasted(arguments.prompt_file)}"
     else:
         prompt = " ".join(map(_prompt_flag, arguments.prompt))
-    return f"looplm generate {pasted(arguments.checkpoint)} {prompt} --exit {other}"
+    special = " --special-tokens" if arguments.special_tokens else ""
+    return f"looplm generate {pasted(arguments.checkpoint)} {prompt}{special} --exit {other}"
 
 
 def _prompt_flag(text: str) -> str:

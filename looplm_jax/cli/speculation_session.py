@@ -44,7 +44,7 @@ def run_speculation(prompts: Sequence[str], arguments: argparse.Namespace) -> in
 
         results = speculate(
             *_unrolled(loaded),
-            _encoded(loaded, prompts),
+            _encoded(loaded, prompts, arguments),
             draft_loops=arguments.draft_loops,
             drafts=arguments.drafts,
             max_new_tokens=_count(loaded, prompts, arguments),
@@ -91,13 +91,14 @@ def _unrolled(loaded: Loaded) -> tuple[LoopLM, dict]:
     return LoopLM(loaded.model.config, loaded.model.compute, unrolled=True), unroll_layers(loaded.params)
 
 
-def _encoded(loaded: Loaded, prompts: Sequence[str]) -> list[list[int]]:
-    return [[loaded.need_tokenizer().bos_id, *loaded.need_tokenizer().encode(prompt)] for prompt in prompts]
+def _encoded(loaded: Loaded, prompts: Sequence[str], arguments: argparse.Namespace) -> list[list[int]]:
+    tokenizer, special = loaded.need_tokenizer(), arguments.special_tokens
+    return [[tokenizer.bos_id, *tokenizer.encode(prompt, special=special)] for prompt in prompts]
 
 
 def _count(loaded: Loaded, prompts: Sequence[str], arguments: argparse.Namespace) -> int:
     """New tokens of each: as many as all of them have positions for, where nothing else is said."""
-    longest = max(map(len, _encoded(loaded, prompts)))
+    longest = max(map(len, _encoded(loaded, prompts, arguments)))
     return generation_session.new_tokens(loaded, longest, arguments.max_new_tokens)
 
 

@@ -39,6 +39,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--messages-key", metavar="NAME", help="field or column that holds the messages of a chat (default: messages)"
     )
     parser.add_argument(
+        "--special-tokens",
+        action="store_true",
+        help="names of special tokens in the text, such as <|im_end|>, become these tokens (default: they are text)",
+    )
+    parser.add_argument(
         "--on-bad-record",
         choices=[choice.value for choice in OnBadRecord],
         default=OnBadRecord.STOP.value,
@@ -114,4 +119,7 @@ def _sources(arguments: argparse.Namespace) -> tuple[SourceConfig, ...]:
     keys = {"text_key": arguments.text_key, "messages_key": arguments.messages_key}
     given = {name: value for name, value in keys.items() if value}
     kind = RecordKind.CHAT if arguments.chat else RecordKind.TEXT
-    return tuple(SourceConfig(path=path, kind=kind, **given) for path in arguments.sources)
+    return tuple(
+        SourceConfig(path=path, kind=kind, special_tokens=arguments.special_tokens, **given)
+        for path in arguments.sources
+    )

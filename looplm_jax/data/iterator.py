@@ -15,6 +15,8 @@ from looplm_jax.data.tokenizers.base import Tokenizer
 from looplm_jax.errors import UserError
 from looplm_jax.resume import may_differ
 
+_SPECIAL_TOKENS = ".special_tokens"  # newer than many saved places in the data, so it counts only where it is set
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Geometry:
@@ -107,6 +109,7 @@ def stream_identity(corpus: Corpus, tokenizer: Tokenizer, geometry: Geometry, se
         f"data.{leaf.path}": getattr(leaf.value, "value", leaf.value)
         for leaf in leaves(corpus.config)
         if not may_differ(f"data.{leaf.path}")
+        if leaf.value or not leaf.path.endswith(_SPECIAL_TOKENS)
     }
     return {
         **config,

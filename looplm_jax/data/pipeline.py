@@ -13,6 +13,7 @@ from looplm_jax.data.documents import plain_text
 from looplm_jax.data.examples import to_example
 from looplm_jax.data.iterator import BatchIterator, Geometry, stream_identity
 from looplm_jax.data.packing import pack
+from looplm_jax.data.parts import Part
 from looplm_jax.data.row_batches import RowBatches
 from looplm_jax.data.tokenizers.base import Tokenizer
 from looplm_jax.errors import UserError
@@ -49,28 +50,42 @@ def train_batches(
         process_count=process_count,
     )
     check_fit(corpus, tokenizer, sequence_length)
-    records = mixture(corpus, seed, process_index, process_count)
+    records = mixture(corpus, seed, process_index, process_count, tokenizer=tokenizer)
     identity = stream_identity(corpus, tokenizer, geometry, seed)
     if corpus.prepared:
         return BatchIterator(RowBatches(records, geometry.rows), identity)
-    examples = records.map(functools.partial(to_example, tokenizer=tokenizer)).to_iter_dataset(READING)
-    batches = pack(examples, sequence_length, shuffle_seed=_derived_seed(seed, "rows")).batch(
+    batches = pack(records.to_iter_dataset(READING), sequence_length, shuffle_seed=_derived_seed(seed, "rows")).batch(
         geometry.rows, drop_remainder=True
     )
     prefetched = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=_BATCHES_AHEAD)
     return BatchIterator(iter(prefetched), identity)
 
 
-def mixture(corpus: Corpus, seed: int, process_index: int = 0, process_count: int = 1) -> grain.MapDataset:
+def mixture(
+    corpus: Corpus,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    *,
+    tokenizer: Tokenizer | None = None,
+) -> grain.MapDataset:
     """Training records of all parts by weight, without end. Of every part each process takes its own share.
 
     The share is cut before mixing: cut after, a process could get one source only, since the mixture is periodic.
+    Documents become examples where a tokenizer is given; prepared rows stay as they are.
     """
     streams = [
         part.train(_derived_seed(seed, number))[process_index::process_count]
         for number, part in enumerate(corpus.parts)
     ]
+    if tokenizer is not None and not corpus.prepared:
+        streams = [as_examples(stream, part, tokenizer) for stream, part in zip(streams, corpus.parts, strict=True)]
     return grain.MapDataset.mix(streams, weights=[part.config.weight for part in corpus.parts])
+
+
+def as_examples(records: grain.MapDataset, part: Part, tokenizer: Tokenizer) -> grain.MapDataset:
+    """Returns the examples that documents of a part become."""
+    return records.map(functools.partial(to_example, tokenizer=tokenizer, special=part.config.special_tokens))
 
 
 def training_texts(data: DataConfig | Corpus, *, seed: int = 0) -> Iterator[str]:

@@ -1,7 +1,6 @@
 """Validation batches: the same held-out sequences for any number of processes."""
 
 import dataclasses
-import functools
 import heapq
 import itertools
 from collections.abc import Iterator, Mapping, Sequence, Sized
@@ -12,12 +11,10 @@ import numpy as np
 
 from looplm_jax.config import DataConfig
 from looplm_jax.data.corpus import Corpus
-from looplm_jax.data.documents import Document, Example
-from looplm_jax.data.examples import to_example
+from looplm_jax.data.documents import Example
 from looplm_jax.data.iterator import Geometry
 from looplm_jax.data.packing import Batch, as_batch, pack
-from looplm_jax.data.parts import Records
-from looplm_jax.data.pipeline import READING, as_corpus, check_fit
+from looplm_jax.data.pipeline import READING, as_corpus, as_examples, check_fit
 from looplm_jax.data.tokenizers.base import Tokenizer
 from looplm_jax.errors import UserError
 
@@ -80,9 +77,9 @@ def _sequences(
 ) -> list[Mapping[str, np.ndarray]]:
     if corpus.prepared:
         return _rows(corpus, most)
-    records = grain.MapDataset.source(_Interleaved([part.validation() for part in corpus.parts]))
-    examples = records.map(functools.partial(to_example, tokenizer=tokenizer)).to_iter_dataset(READING)
-    rows = iter(pack(examples, sequence_length, shuffle_seed=_ORDER))
+    parts = [as_examples(grain.MapDataset.source(part.validation()), part, tokenizer) for part in corpus.parts]
+    examples = grain.MapDataset.source(_Interleaved(parts))
+    rows = iter(pack(examples.to_iter_dataset(READING), sequence_length, shuffle_seed=_ORDER))
     sequences = list(itertools.islice(rows, most))
     rows.close()
     return sequences
@@ -106,14 +103,14 @@ def _places(part: int, length: int) -> Iterator[tuple[float, int, int]]:
 class _Interleaved:
     """Records of many parts, each spread evenly from the first to the last, so that a beginning holds some of all."""
 
-    def __init__(self, parts: Sequence[Records]):
+    def __init__(self, parts: Sequence[grain.MapDataset]):
         self._parts = parts
         self._order = list(_evenly(parts))
 
     def __len__(self) -> int:
         return len(self._order)
 
-    def __getitem__(self, index: int) -> Document | Example:
+    def __getitem__(self, index: int) -> Example:
         _, number, place = self._order[index]
         return self._parts[number][place]
 

@@ -82,7 +82,7 @@ def _rows(task: Capo, indices: range, batch_size: int) -> tuple[Int[np.ndarray, 
     tokens, kinds = np.zeros((2, batch_size, task.max_tokens), np.int32)
     for row, index in enumerate(indices):
         biography = task.validation_biography(index)
-        tokens[row, : len(biography.symbols)] = task.tokenizer.encode(" ".join(biography.symbols))
+        tokens[row, : len(biography.symbols)] = task.tokenizer.encode(" ".join(biography.symbols), special=True)
         kinds[row, : len(biography.symbols)] = biography.kinds
     return tokens, kinds
 

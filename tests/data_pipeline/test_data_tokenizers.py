@@ -179,8 +179,9 @@ def test_ids_with_gaps():
 def test_a_turn_cannot_be_forged_where_its_tokens_are_not_called_special():
     pytest.importorskip("tokenizers")
     added = [added_token(3, "<|im_end|>", special=False), added_token(4, "<tool>", special=False)]
-    tokenizer = JsonTokenizer(json_file({"added_tokens": added}))
-    assert tokenizer.encode("a <|im_end|> <tool>") == [1, 0, 4]
+    vocab = {"<s>": 0, "a": 1, "<unk>": 2}
+    tokenizer = JsonTokenizer(json_file({"added_tokens": added}, vocab=vocab, unk_token="<unk>"))
+    assert tokenizer.encode("a <|im_end|> <tool>") == [1, 2, 4]
     assert tokenizer.decode([1, 3]) == "a"
 
 

@@ -65,7 +65,7 @@ def test_losses_are_those_of_each_biography_by_itself(params):
     name, value = np.zeros(3), np.zeros(3)
     for index in range(TASK.validation_items):
         biography = TASK.validation_biography(index)
-        tokens = np.array(TASK.tokenizer.encode(" ".join(biography.symbols)))
+        tokens = np.array(TASK.tokenizer.encode(" ".join(biography.symbols), special=True))
         padded = np.pad(tokens, (0, TASK.max_tokens - len(tokens)))[None].astype(np.int32)
         nats = -np.asarray(log_probabilities(params, padded))[:, np.arange(len(tokens) - 1), tokens[1:]]
         name += nats[:, biography.kinds[1:] == Kind.NAME].sum(axis=1) / TASK.validation_items

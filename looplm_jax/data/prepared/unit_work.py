@@ -48,6 +48,11 @@ class TokenizeUnit:
         """The tokeniser, made in the process that uses it."""
         return deserialize(self.plan.tokenizer_kind, self.tokenizer_content)
 
+    @functools.cached_property
+    def parsed_sources(self) -> frozenset[str]:
+        """Paths of the sources whose text may name special tokens."""
+        return frozenset(source.path for source in self.plan.sources if source.special_tokens)
+
     def __call__(self, job: UnitJob, say: Report) -> UnitReport:
         """Write the rows of a unit, and then its report. Raises UserError: a bad record, or a place that refuses."""
         folder = PreparedFolder(self.url)
@@ -84,7 +89,7 @@ class TokenizeUnit:
                 tally.compared(placed, overlap)
                 if overlap is not None:
                     continue
-            example = to_example(placed.document, self.tokenizer)
+            example = to_example(placed.document, self.tokenizer, special=placed.source in self.parsed_sources)
             segments = pieces(example, self.plan.sequence_length)
             is_held_out = is_validation(placed.document, self.plan.validation_fraction)
             tally.tokenized(len(example.tokens) - 1, held_out=is_held_out)

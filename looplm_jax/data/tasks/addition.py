@@ -74,5 +74,5 @@ class Addition:
 
     def _example(self, numbers: tuple[int, ...]) -> Example:
         question, answer = [END, *self._written(numbers), "="], [*str(sum(numbers)), END]
-        tokens = self.tokenizer.encode(" ".join(question + answer))
+        tokens = self.tokenizer.encode(" ".join(question + answer), special=True)
         return Example.of(tokens, [False] * len(question) + [True] * len(answer))

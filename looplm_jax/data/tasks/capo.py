@@ -202,7 +202,7 @@ class Capo:
         return Biography(tuple(parts))
 
     def _example(self, biography: Biography) -> Example:
-        tokens = self.tokenizer.encode(" ".join(biography.symbols))
+        tokens = self.tokenizer.encode(" ".join(biography.symbols), special=True)
         return Example.of(tokens, [False] + [True] * (len(tokens) - 1))
 
 

@@ -94,7 +94,7 @@ class Mano:
 
     def _example(self, length: int, expression: Expression) -> Example:
         text = f"<bos> <len_{length}> {' '.join(expression.symbols)} <ans> {expression.value}"
-        tokens = self.tokenizer.encode(text)
+        tokens = self.tokenizer.encode(text, special=True)
         everywhere = self.supervise is Supervise.ALL
         return Example.of(tokens, [False] + [everywhere] * (len(tokens) - 2) + [True])
 

@@ -143,7 +143,7 @@ class Reachability:
 
         name = f"reachability:nodes={self.nodes},distance={self.distance}"
         problem = first_draw(draw, accept, name, "raise nodes")
-        tokens = self.tokenizer.encode(" ".join(["<bos>", problem.graph]))
+        tokens = [self.tokenizer.bos_id, *self.tokenizer.encode(problem.graph)]
         mask = [False] * len(tokens)
         for question in problem.questions:
             asked = self.tokenizer.encode(question)

@@ -121,7 +121,8 @@ class ThreeHop:
     def _asked(self, person: int, relations: tuple[int, ...]) -> Example:
         names = " of ".join(f"the r{relation}" for relation in relations)
         answer = self.answer(person, relations)
-        tokens = self.tokenizer.encode(f"{_END} Who is {names} of p{person} ? Answer: p{answer}")
+        asked = self.tokenizer.encode(f"Who is {names} of p{person} ? Answer: p{answer}")
+        tokens = [self.tokenizer.bos_id, *asked]
         return Example.of(tokens, [False] * (len(tokens) - 1) + [True])
 
 

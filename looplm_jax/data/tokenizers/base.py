@@ -29,8 +29,15 @@ class Tokenizer(Protocol):
     def eos_id(self) -> int:
         """Id that stands after every document."""
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of plain text. Names of special tokens inside the text are text, so users cannot forge a turn of chat."""
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Returns the ids of a text.
+
+        Names of special tokens inside the text are text, so users cannot forge a turn of a chat. With `special` they
+        become these tokens.
+
+        Raises:
+          UserError: half a surrogate pair, or text that the vocabulary expresses by a special token alone.
+        """
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids. Special tokens are left out."""
@@ -53,6 +60,14 @@ class Tokenizer(Protocol):
 def not_unicode() -> UserError:
     """The mistake of encoding half a surrogate pair, as broken bytes on a command line become."""
     return UserError("the text holds half a surrogate pair, which is not Unicode; remove it")
+
+
+def only_as_special(name: str) -> UserError:
+    """Returns the error of a text for a part of which the vocabulary has nothing but a special token."""
+    return UserError(
+        f"the vocabulary expresses part of the text only as the special token {name}, which plain text never becomes; "
+        "change the text, or set special_tokens to parse such names"
+    )
 
 
 def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:

@@ -32,8 +32,9 @@ class FolderTokenizer(JsonTokenizer):
     def __init__(self, content: bytes):
         values = json.loads(content)
         check_expansion(values["tokenizer.json"].encode())
-        super().__init__(values["tokenizer.json"].encode(), values["ids"]["bos"], values["ids"]["eos"])
         self.ids = TokenIds(**{**values["ids"], "stop": tuple(values["ids"]["stop"])})
+        special = {*self.ids.stop} if self.ids.pad is None else {*self.ids.stop, self.ids.pad}
+        super().__init__(values["tokenizer.json"].encode(), self.ids.bos, self.ids.eos, special)
         self.files: Mapping[str, str] = values["files"]
 
     @classmethod

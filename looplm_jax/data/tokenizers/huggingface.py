@@ -1,16 +1,18 @@
 """Hugging Face `tokenizer.json` files, through the optional package `tokenizers`."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
-from looplm_jax.data.tokenizers.base import END_OF_TEXT, IM_END, IM_START, Tokenizer, not_unicode
+from looplm_jax.data.tokenizers.base import END_OF_TEXT, IM_END, IM_START, Tokenizer, not_unicode, only_as_special
+from looplm_jax.data.tokenizers.hidden_names import template_names, unknown_token, with_names_hidden
 from looplm_jax.data.tokenizers.sentencepiece import SPACE_MARK
+from looplm_jax.data.tokenizers.special import is_unknown_name, special_names
 from looplm_jax.errors import UserError
 
 # A tokenizer.json does not say which tokens begin and end a document; these are the names in use, best first.
 _BOS_NAMES = (END_OF_TEXT, "<s>", "<bos>", "<|begin_of_text|>", "[CLS]")
 _EOS_NAMES = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "[SEP]")
-_STRUCTURE = frozenset((*_BOS_NAMES, *_EOS_NAMES, IM_START, IM_END))
 
 
 class JsonTokenizer(Tokenizer):
@@ -18,11 +20,21 @@ class JsonTokenizer(Tokenizer):
 
     kind: ClassVar[str] = "tokenizer.json"
 
-    def __init__(self, content: bytes, bos_id: int | None = None, eos_id: int | None = None):
+    def __init__(
+        self,
+        content: bytes,
+        bos_id: int | None = None,
+        eos_id: int | None = None,
+        special_ids: Collection[int] = (),
+    ):
         self._content = content
         self._tokenizer = _parse(content)
-        self._vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
+        vocabulary = self._tokenizer.get_vocab()
+        self._vocab_size = max(vocabulary.values(), default=-1) + 1
         self._bos_id, self._eos_id = self._ends(bos_id, eos_id)
+        self._unknown = unknown_token(content)
+        self._names = self._special_names(vocabulary, {self._bos_id, self._eos_id, *special_ids})
+        self._special = frozenset(vocabulary[name] for name in self._names)
 
     @property
     def vocab_size(self) -> int:
@@ -39,17 +51,26 @@ class JsonTokenizer(Tokenizer):
         """Id that stands after every document; the bos where the file has no token of such a name."""
         return self._eos_id
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of plain text, without the special tokens of the file's template.
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Returns the ids of a text, without the special tokens of the file's template.
 
-        Raises UserError for a lone surrogate, and for text that a vocabulary without an unknown token cannot express.
+        With `special`, names of special tokens in the text become these tokens, and the ids are those of `transformers`,
+        as they are without it for every text that names none.
+
+        Raises:
+          UserError: a lone surrogate, or text that a vocabulary without an unknown token cannot express.
         """
+        ids = _ids(self._tokenizer, text)
+        named = self._special.intersection(ids)
+        if special or not named:
+            return ids
         try:
-            return self._tokenizer.encode(text, add_special_tokens=False).ids
-        except TypeError:
-            raise not_unicode() from None
-        except BaseException as error:
-            raise _explain(error, "the tokenizer.json cannot encode this text") from None
+            ids = _ids(self._plain, text)
+        except UserError:
+            raise only_as_special(self._tokenizer.id_to_token(min(named))) from None
+        for token in self._structure.intersection(ids):
+            raise only_as_special(self._tokenizer.id_to_token(token))
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids. Special tokens are left out."""
@@ -90,6 +111,43 @@ class JsonTokenizer(Tokenizer):
         ids = (self._tokenizer.token_to_id(name) for name in names)
         return next((token for token in ids if token is not None), None)
 
+    def _special_names(self, vocabulary: Mapping[str, int], ids: Collection[int]) -> frozenset[str]:
+        """Returns the names of all special tokens, and calls those special that the file adds without calling them so.
+
+        Tokens with one of `ids` are special where the file adds them. Words of the model are left as they are: to decode
+        a token that the file does not add is to show it, and a model may be padded with an ordinary word.
+        """
+        by_id = self._tokenizer.get_added_tokens_decoder()
+        added = by_id.values()
+        called = {token.content for token in added if token.special} | {by_id[i].content for i in ids if i in by_id}
+        names = special_names(vocabulary) | called.union(template_names(self._content)).intersection(vocabulary)
+        others = [token for token in added if token.content in names and not token.special]
+        for token in others:
+            token.special = True
+        self._tokenizer.add_special_tokens(others)
+        return names
+
+    @functools.cached_property
+    def _structure(self) -> frozenset[int]:
+        """Special tokens that no text gives: all but that of unknown text, unless it has another meaning too."""
+        if self._unknown is None or not is_unknown_name(self._unknown):
+            return self._special
+        return self._special.difference([self._tokenizer.token_to_id(self._unknown)])
+
+    @functools.cached_property
+    def _plain(self) -> Any:
+        """The same tokenizer, in which no text gives a special token."""
+        return _parse(with_names_hidden(self._content, self._names))
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    try:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+    except TypeError:
+        raise not_unicode() from None
+    except BaseException as error:
+        raise _explain(error, "the tokenizer.json cannot encode this text") from None
+
 
 def _parse(content: bytes) -> Any:
     try:
@@ -102,18 +160,7 @@ def _parse(content: bytes) -> Any:
         raise _explain(error, "this is not a tokenizer.json that Hugging Face tokenizers save") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    _keep_structure_out_of_text(tokenizer)
     return tokenizer
-
-
-def _keep_structure_out_of_text(tokenizer: Any) -> None:
-    """Names of special tokens in a text are text, also where the file has such a token without calling it special."""
-    added = tokenizer.get_added_tokens_decoder().values()
-    plain = [token for token in added if token.content in _STRUCTURE and not token.special]
-    for token in plain:
-        token.special = True
-    tokenizer.add_special_tokens(plain)
-    tokenizer.encode_special_tokens = True
 
 
 def _explain(error: BaseException, what: str) -> BaseException:

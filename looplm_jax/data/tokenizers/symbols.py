@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import ClassVar
 
-from looplm_jax.data.tokenizers.base import Tokenizer
+from looplm_jax.data.tokenizers.base import Tokenizer, only_as_special
 from looplm_jax.errors import UserError, suggest
 
 
@@ -34,9 +34,15 @@ class SymbolTokenizer(Tokenizer):
         """The first symbol."""
         return 0
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of symbols with spaces between. Raises UserError for an unknown symbol."""
-        return [self._id(symbol) for symbol in text.split()]
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Returns the ids of symbols with spaces between.
+
+        Raises UserError for an unknown symbol, and for the first symbol without `special`.
+        """
+        ids = [self._id(symbol) for symbol in text.split()]
+        if not special and self.bos_id in ids:
+            raise only_as_special(self.piece(self.bos_id))
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The symbols with single spaces between."""

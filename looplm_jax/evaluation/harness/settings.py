@@ -21,6 +21,7 @@ class Settings:
     batch_size: int = 8  # requests at one time
     max_length: int | None = None  # tokens that the model reads; None: all its positions
     add_bos_token: bool = False  # before every context; the harness's own models add none to ours either
+    special_tokens: bool = False  # names of special tokens in contexts and texts become these tokens
     cache: CacheStrategy = CacheStrategy.FULL  # of generated text
 
     def __post_init__(self) -> None:
@@ -55,6 +56,7 @@ class ModelArgs:
             batch_size=_batch_size(rest.pop("batch_size", "auto")),
             max_length=_whole("max_length", rest.pop("max_length", None)),
             add_bos_token=_truth("add_bos_token", rest.pop("add_bos_token", False)),
+            special_tokens=_truth("special_tokens", rest.pop("special_tokens", False)),
             cache=_cache(rest.pop("cache", CacheStrategy.FULL.value)),
         )
         for name in rest:
