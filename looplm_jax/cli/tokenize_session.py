@@ -76,6 +76,11 @@ def _say_what_was_written(manifest: Manifest, out: str) -> None:
             f"left out: {left_out.overlapping:,} documents that overlap evaluations, {left_out.near_duplicates:,} "
             "near-duplicates; cleaning.md says more"
         )
+    if left_out.pieces_without_target:
+        print(
+            f"left out: {left_out.pieces_without_target:,} of {left_out.pieces:,} pieces of chats "
+            f"({left_out.pieces_without_target / left_out.pieces:.1%}), in which the assistant says nothing"
+        )
     folder = PreparedFolder(out)
     show(f"wrote {len(manifest.train)} shards to train on, {len(manifest.validation)} held out, to {folder.path}")
     show(f"next: {_next_command(manifest, out)}")

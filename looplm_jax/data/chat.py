@@ -17,9 +17,9 @@ def render(messages: Iterable[Message]) -> str:
 def tokens_and_mask(messages: Iterable[Message], tokenizer: Tokenizer, *, special: bool = False) -> Example:
     """The chat as tokens. Targets are what an assistant says and the `<|im_end|>` that ends it.
 
-    Special tokens come from the structure alone, unless `special`: their names inside a message are text. What is between them is
-    encoded as a whole, as Hugging Face's chat templates are, so a message that begins with white space may share its
-    first token with the line's end before it.
+    Special tokens come from the structure alone, unless `special`: their names inside a message are text. What is
+    between them is encoded as a whole, as Hugging Face's chat templates are, so a message that begins with white space
+    may share its first token with the line's end before it.
 
     Raises:
       UserError: the tokenizer lacks these tokens, or a role is not one line.
@@ -30,7 +30,9 @@ def tokens_and_mask(messages: Iterable[Message], tokenizer: Tokenizer, *, specia
     mask: list[bool] = []
     for message in messages:
         if message.role.splitlines() != [message.role]:
-            raise UserError(f"the role {message.role!r} of a message is not one line; give a name such as {ASSISTANT!r}")
+            raise UserError(
+                f"the role {message.role!r} of a message is not one line; give a name such as {ASSISTANT!r}"
+            )
         head = tokenizer.encode(f"{message.role}\n")
         turn = tokenizer.encode(f"{message.role}\n{message.content}", special=special)
         given = 1 + _shared(head, turn)

@@ -14,8 +14,9 @@ def to_example(record: Document | Example, tokenizer: Tokenizer, *, special: boo
     """
     if isinstance(record, Example):
         return record
-    make = document_example if isinstance(record, str) else tokens_and_mask
-    return make(record, tokenizer, special=special)
+    if isinstance(record, str):
+        return document_example(record, tokenizer, special=special)
+    return tokens_and_mask(record, tokenizer, special=special)
 
 
 def document_example(text: str, tokenizer: Tokenizer, *, special: bool = False) -> Example:

@@ -12,6 +12,7 @@ from looplm_jax.codec import to_dict
 from looplm_jax.config import DataConfig, Recipe
 from looplm_jax.data.corpus import Corpus, open_corpus
 from looplm_jax.data.pipeline import check_fit
+from looplm_jax.data.targets import pieces_left_out
 from looplm_jax.data.tokenizers import Tokenizer, deserialize
 from looplm_jax.distributed import ALONE, Cluster, first_on_process_0
 from looplm_jax.errors import UserError
@@ -86,6 +87,7 @@ def prepare(
         return run_tokenizer(recipe, _speaking(corpora), folder, console, inherited)
 
     tokenizer = first_on_process_0(cluster, "folder", own_folder)
+    _report_pieces_left_out(recipe, corpora, tokenizer, console)
     watch.charge(Activity.OTHER)
     if goes_on:
         position = _restore(recipe, folder, models[0], meshes, store, tokenizer, console)
@@ -123,6 +125,12 @@ def _open_corpora(recipe: Recipe, console: Console) -> tuple[Corpus, ...]:
             check_fit(corpus, corpus.own_tokenizer, stage.sequence_length)
     _check_same_vocabulary(recipe, corpora)
     return corpora
+
+
+def _report_pieces_left_out(recipe: Recipe, corpora: Sequence[Corpus], tokenizer: Tokenizer, console: Console) -> None:
+    for stage, corpus in zip(recipe.stages, corpora, strict=True):
+        for line in pieces_left_out(corpus, tokenizer, stage.sequence_length):
+            console.print(line)
 
 
 def _check_same_vocabulary(recipe: Recipe, corpora: Sequence[Corpus]) -> None:

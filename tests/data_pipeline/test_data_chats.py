@@ -1,20 +1,27 @@
 import dataclasses
+import itertools
 import json
+import re
 
 import numpy as np
 import pytest
 from data_files import WRITERS, as_chat, every_way, json_lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prepared_helpers import LENGTH, prepared, segments
 
 from looplm_jax.cli.main import main
 from looplm_jax.config import DataConfig, OnBadRecord, RecordKind, SourceConfig, sources_like
-from looplm_jax.data import open_corpus, train_batches, training_texts
+from looplm_jax.data import open_corpus, train_batches, training_texts, validation_batches
 from looplm_jax.data.chat import tokens_and_mask
 from looplm_jax.data.documents import Message
 from looplm_jax.data.examples import to_example
+from looplm_jax.data.iterator import Geometry, stream_identity
+from looplm_jax.data.pipeline import mixture
+from looplm_jax.data.prepared.reading import open_prepared
 from looplm_jax.data.sources import open_files
 from looplm_jax.data.splits import document_key
+from looplm_jax.data.targets import pieces_left_out
 from looplm_jax.errors import UserError
 from looplm_jax.recipes import named_recipe
 
@@ -115,6 +122,72 @@ def test_only_the_assistant_is_learnt_from_files(tmp_path, tokenizer):
     assert learnt < {f"answer {number}" for number in range(60)}
     example = to_example(documents[0], tokenizer)
     np.testing.assert_array_equal(example.tokens, tokens_and_mask(documents[0], tokenizer).tokens)
+
+
+LONG = [as_chat(f"question {number} " + "the loop learns of weights " * 40, "yes") for number in range(60)]
+
+
+def test_pieces_without_an_answer_are_left_out(tmp_path, tokenizer):
+    """Whether read directly or prepared, to train on or held out; how many is said."""
+    (tmp_path / "a.jsonl").write_bytes(json_lines(LONG))
+    source = SourceConfig(path=str(tmp_path / "a.jsonl"), kind=CHAT)
+    corpus = open_corpus(DataConfig(sources=(source,), validation_fraction=0.2))
+    manifest = prepared(tokenizer, tmp_path / "out", sources=(source,), validation_fraction=0.2)
+    rows = open_prepared(str(tmp_path / "out"))
+    for part in (rows.train, rows.validation):
+        assert all(segment.loss_mask.any() for segment in segments(part))
+    left_out = manifest.left_out
+    assert left_out.pieces - left_out.pieces_without_target == len(segments(rows.train)) + len(
+        segments(rows.validation)
+    )
+    assert left_out.pieces_without_target > 10 * 60
+    batches = train_batches(corpus, tokenizer, batch_size=2, sequence_length=LENGTH, seed=0)
+    held_out = validation_batches(corpus, tokenizer, batch_size=2, sequence_length=LENGTH)
+    for batch in [*itertools.islice(batches, 20), *held_out]:
+        for row in range(2):
+            learnt = set(batch.segment_ids[row][batch.loss_mask[row] > 0].tolist())
+            assert learnt == set(batch.segment_ids[row].tolist()) - {0}
+    batches.close()
+    [line] = pieces_left_out(corpus, tokenizer, LENGTH)
+    share = 1 - len(segments(rows.train)) / left_out.pieces
+    assert re.search(
+        r"about 9\d% of the pieces of 32 tokens are left out, because the assistant says nothing in th", line
+    )
+    assert left_out.pieces_without_target / left_out.pieces > 0.9
+    assert not list(pieces_left_out(corpus, tokenizer, 4096))
+
+
+def test_names_in_a_chat_are_tokens_where_the_source_says_so(tmp_path, tokenizer):
+    forged = [as_chat("loop?", f"state<|im_end|>{number}") for number in range(9)]
+    (tmp_path / "a.jsonl").write_bytes(json_lines(forged))
+    end = tokenizer.token_id("<|im_end|>")
+    for special, ends in ((False, 2), (True, 3)):
+        source = SourceConfig(path=str(tmp_path / "a.jsonl"), kind=CHAT, special_tokens=special)
+        corpus = open_corpus(DataConfig(sources=(source,), validation_fraction=0.0))
+        example = mixture(corpus, 0, tokenizer=tokenizer)[0]
+        assert example.tokens.tolist().count(end) == ends
+        out = tmp_path / f"{special}"
+        prepared(tokenizer, out, sources=(source,), sequence_length=256, validation_fraction=0.0)
+        assert {segment.tokens.tolist().count(end) for segment in segments(open_prepared(str(out)).train)} == {ends}
+
+
+def test_a_place_in_the_data_does_not_name_fields_that_say_nothing(tmp_path, tokenizer):
+    """A run that was saved before there was `special_tokens` continues."""
+    (tmp_path / "a.jsonl").write_bytes(json_lines(LONG))
+    geometry = Geometry(batch_size=2, sequence_length=32)
+    for special in (False, True):
+        source = SourceConfig(path=str(tmp_path / "a.jsonl"), kind=CHAT, special_tokens=special)
+        corpus = open_corpus(DataConfig(sources=(source,), validation_fraction=0.0))
+        identity = stream_identity(corpus, tokenizer, geometry, 0)
+        assert identity.get("data.sources.0.special_tokens", False) is special
+        assert ("data.sources.0.special_tokens" in identity) is special
+
+
+@pytest.mark.parametrize("role", ["assistant\nI", "", "user\u2028", "a\r"])
+def test_a_role_is_one_line(tokenizer, role):
+    with pytest.raises(UserError, match="of a message is not one line; give a name such as 'assistant'") as error:
+        tokens_and_mask([Message(role, "x")], tokenizer)
+    assert "\n" not in str(error.value)
 
 
 def test_a_tokenizer_is_trained_on_what_is_said(tmp_path):

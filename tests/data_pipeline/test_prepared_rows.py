@@ -34,6 +34,8 @@ def same(ours: Segment, theirs: Segment) -> bool:
 def test_pieces_are_those_of_packing_on_the_fly(example, length):
     ours, theirs = pieces(example, length), chunks(example, length)
     assert len(ours) == len(theirs)
+    assert sum(piece.loss_mask.sum() for piece in ours) == example.loss_mask.sum()
+    assert all(piece.loss_mask.any() for piece in ours)
     for piece, chunk in zip(ours, theirs, strict=True):
         assert piece.tokens[:-1].tolist() == chunk["tokens"].tolist()
         assert piece.tokens[1:].tolist() == chunk["targets"].tolist()

@@ -134,7 +134,11 @@ CASES = [
         for how in HOW
     ),
     *(
-        pytest.param(SentencePieceTokenizer(sentencepiece_model(algorithm, **{place: list(STRUCTURE[3:])})), "", id=f"{algorithm}, {place}")
+        pytest.param(
+            SentencePieceTokenizer(sentencepiece_model(algorithm, **{place: list(STRUCTURE[3:])})),
+            "",
+            id=f"{algorithm}, {place}",
+        )
         for algorithm in ("bpe", "unigram")
         for place in ("control_symbols", "user_defined_symbols")
     ),
@@ -155,7 +159,7 @@ def test_no_text_gives_a_special_token(case, text):
     try:
         ids = one.encode(text)
     except UserError as error:
-        assert kind.startswith("unknown words")  # noqa: PT017
+        assert kind.startswith("unknown words")
         assert "\n" not in str(error)  # noqa: PT017
         return
     assert structure_of(one).isdisjoint(ids)

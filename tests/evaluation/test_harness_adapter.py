@@ -140,7 +140,16 @@ def refuse(window):
 
 def test_model_args(folder):
     given = {"checkpoint": str(folder), "exit": "kl=1e-3,max=6", "batch_size": "auto:4", "max_length": 64}
-    found = ModelArgs.of({**given, "add_bos_token": True, "cache": "last", "device": "cuda:0", "max_batch_size": None})
+    found = ModelArgs.of(
+        {
+            **given,
+            "add_bos_token": True,
+            "special_tokens": True,
+            "cache": "last",
+            "device": "cuda:0",
+            "max_batch_size": None,
+        }
+    )
     assert found == ModelArgs(
         checkpoint=str(folder),
         step=None,
@@ -148,6 +157,7 @@ def test_model_args(folder):
             policy=Bounded(KLDivergence(threshold=1e-3), max_loops=6),
             max_length=64,
             add_bos_token=True,
+            special_tokens=True,
             cache=CacheStrategy.LAST,
         ),
     )

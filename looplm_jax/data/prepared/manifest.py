@@ -50,12 +50,14 @@ class SourceCount:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LeftOut:
-    """Records that are not in any row, and why."""
+    """Records that are not in any row, and why; and pieces of chats without a target, of how many pieces."""
 
     bad_records: int = 0
     first_bad_record: str = ""
     overlapping: int = 0
     near_duplicates: int = 0
+    pieces_without_target: int = 0
+    pieces: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -42,11 +42,12 @@ class Segment:
 def pieces(example: Example, length: int) -> list[Segment]:
     """The example cut into segments of at most `length` positions.
 
-    The last token of a piece is the first of the next, so no target is lost.
+    The last token of a piece is the first of the next, so no target is lost. Segments without a target are left out.
     """
     mask = example.loss_mask[1:]
     starts = range(0, len(mask), length)
-    return [Segment(example.tokens[start : start + length + 1], mask[start : start + length]) for start in starts]
+    segments = (Segment(example.tokens[start : start + length + 1], mask[start : start + length]) for start in starts)
+    return [segment for segment in segments if segment.loss_mask.any()]
 
 
 def token_type(vocab_size: int) -> np.dtype:

@@ -82,4 +82,6 @@ def _left_out(reports: Sequence[UnitReport]) -> LeftOut:
         first_bad_record=next((part.first_bad_record for part in parts if part.first_bad_record), ""),
         overlapping=sum(part.overlapping for part in parts),
         near_duplicates=sum(part.near_duplicates for part in parts),
+        pieces_without_target=sum(part.pieces_without_target for part in parts),
+        pieces=sum(part.pieces for part in parts),
     )

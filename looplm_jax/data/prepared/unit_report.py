@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import time
 from collections import Counter
 
@@ -52,7 +53,7 @@ class Tally:
     def __init__(self, bad: BadRecordPolicy, say: Report):
         self.bad = bad
         self.findings = Findings()
-        self.train_documents = self.held_out = self.near_duplicates = 0
+        self.train_documents = self.held_out = self.near_duplicates = self.pieces = self.pieces_without_target = 0
         self._documents: Counter[str] = Counter()
         self._bytes: Counter[str] = Counter()
         self._say = say
@@ -72,8 +73,11 @@ class Tally:
         """A document was looked through for items of evaluations."""
         self.findings.add(placed.source, f"{placed.file}:{placed.place[0]}:{placed.place[1]}", overlap)
 
-    def tokenized(self, tokens: int, *, held_out: bool) -> None:
-        """A document was kept."""
+    def tokenized(self, tokens: int, pieces: int, length: int, *, held_out: bool) -> None:
+        """A document was kept: as many of its pieces of `length` tokens as have a target."""
+        total = math.ceil(tokens / length)
+        self.pieces += total
+        self.pieces_without_target += total - pieces
         self._news = dataclasses.replace(self._news, tokens=self._news.tokens + tokens)
         if held_out:
             self.held_out += 1
@@ -98,4 +102,6 @@ class Tally:
             first_bad_record=self.bad.first,
             overlapping=self.findings.dropped.total(),
             near_duplicates=self.near_duplicates,
+            pieces_without_target=self.pieces_without_target,
+            pieces=self.pieces,
         )

@@ -90,9 +90,10 @@ class TokenizeUnit:
                 if overlap is not None:
                     continue
             example = to_example(placed.document, self.tokenizer, special=placed.source in self.parsed_sources)
-            segments = pieces(example, self.plan.sequence_length)
+            length = self.plan.sequence_length
+            segments = pieces(example, length)
             is_held_out = is_validation(placed.document, self.plan.validation_fraction)
-            tally.tokenized(len(example.tokens) - 1, held_out=is_held_out)
+            tally.tokenized(len(example.tokens) - 1, len(segments), length, held_out=is_held_out)
             if is_held_out:
                 held_out += segments
             else:

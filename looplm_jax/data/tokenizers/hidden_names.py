@@ -22,7 +22,7 @@ def unknown_token(content: bytes) -> str | None:
 def with_names_hidden(content: bytes, names: Collection[str]) -> bytes:
     """The tokenizer with the same ids, in which the tokens of these names have random ones.
 
-    The library's `encode_special_tokens` would not do: it only stops the search for added tokens, after which WordLevel,
+    The library's `encode_special_tokens` would not do: it only stops the search for added tokens. After that WordLevel,
     WordPiece, Unigram, and BPE with `ignore_merges` find the name among the words of the vocabulary.
     """
     file = json.loads(content)

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
-from looplm_jax.data.tokenizers.base import END_OF_TEXT, IM_END, IM_START, Tokenizer, not_unicode, only_as_special
+from looplm_jax.data.tokenizers.base import END_OF_TEXT, Tokenizer, not_unicode, only_as_special
 from looplm_jax.data.tokenizers.hidden_names import template_names, unknown_token, with_names_hidden
 from looplm_jax.data.tokenizers.sentencepiece import SPACE_MARK
 from looplm_jax.data.tokenizers.special import is_unknown_name, special_names
@@ -54,8 +54,8 @@ class JsonTokenizer(Tokenizer):
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Returns the ids of a text, without the special tokens of the file's template.
 
-        With `special`, names of special tokens in the text become these tokens, and the ids are those of `transformers`,
-        as they are without it for every text that names none.
+        With `special`, names of special tokens in the text become these tokens, and the ids are those of
+        `transformers`; without it they are the same for every text that names none.
 
         Raises:
           UserError: a lone surrogate, or text that a vocabulary without an unknown token cannot express.

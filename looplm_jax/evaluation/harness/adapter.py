@@ -73,7 +73,10 @@ class LoopLMAdapter(TemplateLM):
         """Ids of a text, after a bos where the settings ask for it and the caller does not object."""
         tokenizer = self._loaded.need_tokenizer()
         add_bos = self._settings.add_bos_token and add_special_tokens is not False
-        return [*([tokenizer.bos_id] if add_bos else []), *tokenizer.encode(string, special=self._settings.special_tokens)]
+        return [
+            *([tokenizer.bos_id] if add_bos else []),
+            *tokenizer.encode(string, special=self._settings.special_tokens),
+        ]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Raises UserError: a chat is tokens, and names of special tokens in a text are text to our tokenisers."""

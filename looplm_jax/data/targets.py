@@ -1,0 +1,33 @@
+"""How much of the chats of a mixture has nothing to learn from: pieces in which the assistant says nothing."""
+
+import math
+from collections.abc import Iterator
+
+from looplm_jax.config import RecordKind
+from looplm_jax.data.corpus import Corpus
+from looplm_jax.data.examples import chunks
+from looplm_jax.data.pipeline import as_examples
+from looplm_jax.data.tokenizers.base import Tokenizer
+
+_CHATS = 64
+
+
+def pieces_left_out(corpus: Corpus, tokenizer: Tokenizer, sequence_length: int) -> Iterator[str]:
+    """Yields a line for each source of which pieces have no target and are left out.
+
+    A random sample of its chats is looked at. Every token of a text is a target, and `looplm tokenize` counts the
+    pieces of what it prepares.
+    """
+    for part in corpus.texts:
+        if part.config.kind is not RecordKind.CHAT:
+            continue
+        count = min(part.train_documents, _CHATS)
+        examples = as_examples(part.train(0), part, tokenizer)
+        sample = [examples[index] for index in range(count)]
+        pieces = sum(math.ceil((len(example.tokens) - 1) / sequence_length) for example in sample)
+        kept = sum(len(chunks(example, sequence_length)) for example in sample)
+        if kept < pieces:
+            yield (
+                f"{part.config.path}: about {1 - kept / pieces:.0%} of the pieces of {sequence_length} tokens are left "
+                f"out, because the assistant says nothing in them (counted in {count} chats)"
+            )
