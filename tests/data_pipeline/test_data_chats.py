@@ -149,7 +149,6 @@ def test_pieces_without_an_answer_are_left_out(tmp_path, tokenizer):
             assert learnt == set(batch.segment_ids[row].tolist()) - {0}
     batches.close()
     [line] = pieces_left_out(corpus, tokenizer, LENGTH)
-    share = 1 - len(segments(rows.train)) / left_out.pieces
     assert re.search(
         r"about 9\d% of the pieces of 32 tokens are left out, because the assistant says nothing in th", line
     )
