@@ -114,8 +114,8 @@ class JsonTokenizer(Tokenizer):
     def _special_names(self, vocabulary: Mapping[str, int], ids: Collection[int]) -> frozenset[str]:
         """Returns the names of all special tokens, and calls those special that the file adds without calling them so.
 
-        Tokens with one of `ids` are special where the file adds them. Words of the model are left as they are: to decode
-        a token that the file does not add is to show it, and a model may be padded with an ordinary word.
+        Tokens with one of `ids` are special where the file adds them. Words of the model are left as they are: to
+        decode a token that the file does not add is to show it, and a model may be padded with an ordinary word.
         """
         by_id = self._tokenizer.get_added_tokens_decoder()
         added = by_id.values()
