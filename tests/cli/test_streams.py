@@ -179,7 +179,7 @@ def test_generated_text_and_names_never_steer_a_terminal(environment, tmp_path):
             return NewToken(token=0, text=text, exit_loop=1, log_prob=0.0, previews=())
 
         loaded = types.SimpleNamespace(
-            tokenizer=None, model=types.SimpleNamespace(config=types.SimpleNamespace(loops=2))
+            need_tokenizer=lambda: None, model=types.SimpleNamespace(config=types.SimpleNamespace(loops=2))
         )
         arguments = types.SimpleNamespace(json=False, prompt=["a", "b"], exit="q=0.5")
         view = generation_session.view_of(arguments, loaded, "prompt \\x1b]0;pwned\\x07")
