@@ -40,6 +40,7 @@ from looplm_jax.convert.placement import place_tensors
 from looplm_jax.convert.weight_files import WeightFolder
 from looplm_jax.errors import UserError
 from looplm_jax.models.looplm import LoopLM, boxed_params
+from looplm_jax.random_keys import seeded_key
 from looplm_jax.sharding import check_divides, first_device, make_mesh
 
 _DESCRIPTION = "starts from the weights of a dense model"
@@ -190,4 +191,4 @@ def _initial(
         return {path: (scales[path] * everything[path]).astype(target.dtype) for path, target in targets.items()}
 
     shardings = {path: target.sharding for path, target in targets.items()}
-    return jax.jit(make, out_shardings=shardings)(jax.random.key(seed))
+    return jax.jit(make, out_shardings=shardings)(seeded_key(seed))

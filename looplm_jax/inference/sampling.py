@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, UInt32
 
 from looplm_jax.errors import UserError
 from looplm_jax.inference.field_checks import MOST, real_number, whole_number
+from looplm_jax.random_keys import seeded_key
 
 _LARGEST = float(jnp.finfo(jnp.float32).max)
 _SMALLEST = float(jnp.finfo(jnp.float32).tiny)
@@ -167,7 +168,7 @@ def sample(
 
 def token_key(sampling: Sampling | SamplingTable, number: int | Int[Array, ""]) -> PRNGKeyArray:
     """The key of new token `number`, counted from 0, of sample `sample` of request `index` under a seed."""
-    key = jax.random.key(sampling.seed)
+    key = seeded_key(sampling.seed)
     for part in (sampling.index, sampling.sample, number):
         key = jax.random.fold_in(key, part)
     return key

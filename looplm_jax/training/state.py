@@ -14,11 +14,10 @@ from jaxtyping import Array, Int, UInt32
 from looplm_jax.config import Recipe, Stage
 from looplm_jax.errors import UserError, suggest
 from looplm_jax.models.looplm import LoopLM, Params, boxed_params, boxed_shapes
+from looplm_jax.random_keys import seeded_key
 from looplm_jax.sharding import abstract, use_mesh
 from looplm_jax.training.guard import GuardState, initial_guard, next_stage_guard
 from looplm_jax.training.optimizer import adamw
-
-_PRNG = "threefry2x32"  # whatever JAX is told to use otherwise: a resumed run has the same keys
 
 
 @flax.struct.dataclass
@@ -51,7 +50,7 @@ def split_params(params: Params, trainable: Sequence[str]) -> tuple[Params, Para
 
 def boxed_state(recipe: Recipe, model: LoopLM, stage: Stage) -> TrainState:
     """The first state of a run as `stage` needs it, parameters boxed with their logical axis names."""
-    params = boxed_params(model, jax.random.fold_in(jax.random.key(recipe.seed, impl=_PRNG), 0))
+    params = boxed_params(model, jax.random.fold_in(seeded_key(recipe.seed), 0))
     return _around(params, recipe, stage)
 
 
@@ -63,7 +62,7 @@ def _around(params: Params, recipe: Recipe, stage: Stage) -> TrainState:
         params=params,
         optimizer=adamw(recipe.optimizer).init(moving),
         guard=initial_guard(recipe.guard),
-        key=jax.random.key_data(jax.random.fold_in(jax.random.key(recipe.seed, impl=_PRNG), 1)),
+        key=jax.random.key_data(jax.random.fold_in(seeded_key(recipe.seed), 1)),
     )
 
 

@@ -1,5 +1,6 @@
 """Whatever is drawn has keys of its own: other prompts, other samples, other turns; the same alone and in a batch."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from serving_models import CONFIG, LOOPS, Letters, finish, make_engine, small_mo
 from looplm_jax.errors import UserError
 from looplm_jax.halting import FixedLoops
 from looplm_jax.inference import Engine, Sampling, replay, speculate
+from looplm_jax.inference.sampling import token_key
 from looplm_jax.models.looplm import head_matrix
 
 DRAWN = Sampling(temperature=1.0, seed=11)
@@ -54,6 +56,12 @@ def test_an_engine_of_another_shape_draws_the_same(engine):
         ],
     )
     assert [own.tokens for own in reversed(found)] == [own.tokens for own in expected]
+
+
+def test_keys_do_not_depend_on_the_environment():
+    wanted = jax.random.key_data(token_key(DRAWN, 3))
+    with jax.default_prng_impl("rbg"):
+        np.testing.assert_array_equal(jax.random.key_data(token_key(DRAWN, 3)), wanted)
 
 
 @pytest.mark.parametrize("samples", [0, 1.5, True])
