@@ -170,7 +170,7 @@ def _decode_scalar(kind: type, value: Any, where: str) -> Any:
         raise UserError(f"{where}: expected {name}, got {value!r}")
     try:
         number = kind(value)
-    except ValueError:
+    except (ValueError, OverflowError):  # the latter: a whole number beyond every float
         raise UserError(f"{where}: expected {name}, got {value!r}") from None
     if number != number or number in (float("inf"), float("-inf")):
         raise UserError(f"{where}: expected a finite number, got {value!r}")

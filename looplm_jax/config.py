@@ -6,7 +6,7 @@ help text beside each field is what `looplm train --help` prints.
 
 import dataclasses
 import enum
-import math
+import sys
 import typing
 from collections.abc import Iterable
 from typing import Any
@@ -39,7 +39,7 @@ def _check_kinds(config: Any, where: str) -> None:
             _require(abs(value) < _TOO_LARGE, f"{name} must be below 2**63, not {value}")
         elif field.type is float:
             _require(_is_number(value, int | float), f"{name} must be a number, not {value!r}")
-            _require(math.isfinite(value), f"{name} must be a finite number, not {value}")
+            _require(abs(value) <= sys.float_info.max, f"{name} must be a finite number, not {value}")
         elif isinstance(field.type, type) and not typing.get_origin(field.type):
             _require(isinstance(value, field.type), f"{name} must be of type {field.type.__name__}, not {value!r}")
         else:
@@ -330,6 +330,7 @@ class ReadLimits:
     row_group_bytes: int = _field("largest row group of Parquet, counting the column that is read, decompressed", 2**32)
 
     def __post_init__(self) -> None:
+        _check_kinds(self, "data.limits")
         for name, value in dataclasses.asdict(self).items():
             _require(value >= 1, f"data.limits.{name} must be at least 1, not {value}")
 

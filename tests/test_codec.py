@@ -108,6 +108,7 @@ def without(tree, *path):
         ({**to_dict(MODEL), "init_std": "small"}, "init_std: expected a number, got 'small'"),
         ({**to_dict(MODEL), "init_std": "nan"}, "init_std: expected a finite number, got 'nan'"),
         ({**to_dict(MODEL), "init_std": float("inf")}, "init_std: expected a finite number, got inf"),
+        ({**to_dict(MODEL), "init_std": 10**400}, f"init_std: expected a number, got {10**400}"),
         ({**to_dict(MODEL), "init_std": [1]}, "init_std: expected a number, got [1]"),
         ({**to_dict(MODEL), "tied_head": "maybe"}, "tied_head: expected true or false, got 'maybe'"),
         ({**to_dict(MODEL), "tied_head": 1}, "tied_head: expected true or false, got 1"),

@@ -15,6 +15,7 @@ from looplm_jax.config import (
     Objective,
     OptimizerConfig,
     PriorConfig,
+    ReadLimits,
     Recipe,
     Schedule,
     SourceConfig,
@@ -43,6 +44,7 @@ ALL = [
     MeshConfig,
     OptimizerConfig,
     PriorConfig,
+    ReadLimits,
 ]
 
 
@@ -138,6 +140,9 @@ WRONG = [
     (ModelConfig, {"rope_theta": 0.0}, "model.rope_theta must be positive, not 0.0"),
     (ModelConfig, {"init_std": -0.1}, "model.init_std must be positive, not -0.1"),
     (ModelConfig, {"vocab_size": 2**63}, f"model.vocab_size must be below 2**63, not {2**63}"),
+    (OptimizerConfig, {"clip_norm": 10**400}, f"optimizer.clip_norm must be a finite number, not {10**400}"),
+    (ReadLimits, {"record_bytes": 0}, "data.limits.record_bytes must be at least 1, not 0"),
+    (ReadLimits, {"window_bytes": 2.5}, "data.limits.window_bytes must be a whole number, not 2.5"),
     (Recipe, {"seed": 2**64}, f"seed must be below 2**63, not {2**64}"),
     (
         Recipe,
