@@ -42,7 +42,6 @@ def run_training(recipe: Recipe, out: AnyPath, options: Options | None = None) -
     """
     options = options or Options()
     cluster = join(options.told)
-    require_platform()
     if cluster.count == 1:
         check_alone()
         return _run_training(recipe, out, options, cluster)
@@ -59,6 +58,7 @@ def run_training(recipe: Recipe, out: AnyPath, options: Options | None = None) -
 
 
 def _run_training(recipe: Recipe, out: AnyPath, options: Options, cluster: Cluster) -> int:
+    require_platform()
     console = progress_console(quiet=cluster.index > 0)
     console.print(_announcement(recipe, out, cluster))
     try:

@@ -45,7 +45,7 @@ class Meeting:
         listener.settimeout(_POLL_SECONDS)
         news = _News(patience)
         while missing := self._missing():
-            with contextlib.suppress(TimeoutError):
+            with contextlib.suppress(TimeoutError, ConnectionError):  # the latter: a stranger that left already
                 self._greet_in_a_thread(listener.accept()[0])
             if news.over:
                 message = f"{_named(missing)} of {self._count} did not arrive within {patience:.0f} seconds"

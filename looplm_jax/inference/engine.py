@@ -116,10 +116,10 @@ class Engine:
                 while waiting and self._enqueue(waiting[0]):
                     waiting.popleft()
                 self.step()
-                if raised:
-                    raise raised[0]
                 while unanswered and unanswered[0].done:
                     unanswered.popleft()
+                if raised:  # asked last: a callback that raises does so before its request is done
+                    raise raised[0]
         finally:
             for ticket in tickets:  # after an interrupt nobody waits for the rest
                 ticket.cancel()

@@ -133,7 +133,9 @@ def _locked_file(folder: Path, held: contextlib.ExitStack) -> int:
     path = folder / OWNER_FILE
 
     def busy() -> None:
-        holder = _parse(path.read_bytes()) or "another process"
+        holder: object = "another process"
+        with contextlib.suppress(FileNotFoundError):  # the other process ended and removed it a moment ago
+            holder = _parse(path.read_bytes()) or holder
         raise UserError(
             f"{folder} is in use by {holder}, which trains in it; wait for it or stop it, or choose another --out"
         ) from None

@@ -106,8 +106,7 @@ def train(
     folder = check_folder(out, recipe)
     check_same(cluster, "configuration", {**to_dict(recipe), "out": str(folder.path)})
     with StopRequest() as request, contextlib.ExitStack() as closing:
-        ownership = closing.enter_context(own(folder.path)) if cluster.index == 0 else NotOwner()
-        check_folder(out, recipe)  # again: until now another process may have written there
+        ownership = _owned(folder, recipe, closing) if cluster.index == 0 else NotOwner()
         for note in settings_without_effect(recipe):
             console.print(note)
         stop = Agreement(cluster, request)
@@ -149,6 +148,13 @@ def train(
             _sum_up(run)
     skipped = int(end.state.guard.skipped)
     return Outcome(folder=folder, step=int(end.state.step), skipped=skipped, stopped_by=end.stopped_by)
+
+
+def _owned(folder: RunFolder, recipe: Recipe, closing: contextlib.ExitStack) -> Ownership:
+    """Takes the folder until `closing` ends, and checks it again: another run may have written to it until now."""
+    ownership = closing.enter_context(own(folder.path))
+    check_folder(folder.path, recipe)
+    return ownership
 
 
 def _train_stage(run: _Run, position: Position) -> _StageEnd:

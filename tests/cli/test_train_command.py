@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 
 from looplm_jax import codec
+from looplm_jax.cli import training_session
 from looplm_jax.cli.main import main
 from looplm_jax.config import Recipe, Schedule
 from looplm_jax.data.tokenizer_training import train_sentencepiece
+from looplm_jax.distributed import Alone
+from looplm_jax.errors import UserError
 from looplm_jax.recipes import RECIPES, named_recipe
 
 ADJECTIVES, NOUNS = ("deep", "shared", "looped", "gated", "early"), ("layer", "state", "exit", "token", "step", "loss")
@@ -180,3 +183,26 @@ def test_tokenizers_that_do_not_fit(tmp_path, capsys, monkeypatch):
     ends_with(capsys, book, "there is too little text for a vocabulary of 4096: it gives at most")
     ends_with(capsys, ["--data", "mano", "--tokenizer", "other.model"], "'mano' has a vocabulary of its own; leave")
     assert {path.name for path in Path("runs/text-small").iterdir()} == {"config.json"}
+
+
+def test_a_platform_that_is_not_here_ends_all_processes(monkeypatch, tmp_path):
+    ended = []
+
+    class Ended(Exception):
+        pass
+
+    class Two(Alone):
+        count = 2
+
+        def end(self, message, status):
+            ended.append((message, status))
+            raise Ended
+
+    def refuse():
+        raise UserError("JAX cannot use the platform")
+
+    monkeypatch.setattr(training_session, "join", lambda _: Two())
+    monkeypatch.setattr(training_session, "require_platform", refuse)
+    with pytest.raises(Ended):
+        training_session.run_training(named_recipe("text-small"), tmp_path / "run")
+    assert ended == [("JAX cannot use the platform", 2)]

@@ -96,6 +96,29 @@ def test_nothing_that_a_stranger_says_keeps_a_process_out(said):
     assert time.monotonic() - started < 5
 
 
+def test_a_stranger_that_leaves_before_it_is_accepted_ends_nothing():
+    class Listener:
+        def __init__(self):
+            self.ours, self.theirs = socket.socketpair()
+            self.answers = iter([ConnectionAbortedError(), self.ours])
+
+        def settimeout(self, seconds):
+            pass
+
+        def accept(self):
+            answer = next(self.answers, TimeoutError())
+            if isinstance(answer, Exception):
+                raise answer
+            return answer, None
+
+    listener = Listener()
+    listener.theirs.sendall(json.dumps([TOKEN.hex(), 1, 2]).encode() + b"\n")
+    links = Meeting(TOKEN, 2).accept(listener)
+    assert sorted(links) == [1]
+    links[1].close()
+    listener.theirs.close()
+
+
 def test_silent_strangers_delay_nobody():
     process_0 = Arrivals(2)
     strangers = [process_0.stranger(b"[") for _ in range(20)]

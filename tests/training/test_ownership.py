@@ -101,6 +101,15 @@ def test_a_second_trainer_is_refused_and_the_log_of_the_first_is_whole(tmp_path,
     assert not (folder / OWNER_FILE).exists()
 
 
+def test_a_holder_that_has_just_removed_its_file_is_another_process(tmp_path, monkeypatch):
+    def gone(path):
+        raise FileNotFoundError(path)
+
+    with own(tmp_path):
+        monkeypatch.setattr(type(tmp_path), "read_bytes", gone)
+        assert refused(tmp_path).startswith(f"{tmp_path} is in use by another process, which trains in it; wait")
+
+
 @pytest.mark.parametrize("start", ["new", "empty"])
 def test_a_run_that_fails_leaves_no_folder_of_its_own(start, tmp_path):
     if start == "empty":
