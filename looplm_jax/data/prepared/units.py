@@ -86,8 +86,7 @@ def describe_inputs(units: Sequence[Unit]) -> str:
 def digest_contents(units: Sequence[Unit]) -> str:
     """Returns a digest that changes when a file changes, also where its size does not.
 
-    Local files are read whole, which takes about a hundredth of the time that tokenizing them does. Of others, the
-    store says which version it holds.
+    Local files are read whole. Of others, the store says which version it holds.
     """
     files = {part.file.name: part.file for unit in units for part in unit.parts}
     with concurrent.futures.ThreadPoolExecutor(_FILES_AT_ONCE) as threads:
