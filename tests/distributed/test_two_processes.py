@@ -131,7 +131,8 @@ def test_another_configuration_is_refused_by_all(compiled, tmp_path):
     assert not run.exists()
 
 
-@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_other(victim, compiled, tmp_path):
     recipe, run = write_recipe(tmp_path / "recipe.json", steps=100_000), tmp_path / "run"
     with Processes(tmp_path, TWO, "--recipe", recipe, "--out", run, compiled=compiled) as both:
@@ -146,6 +147,7 @@ def test_a_killed_process_ends_the_other(victim, compiled, tmp_path):
         assert f"process {victim}" in last
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_stops_both_at_one_step(compiled, tmp_path):
     recipe, run = write_recipe(tmp_path / "recipe.json", steps=100_000), tmp_path / "run"
     with Processes(tmp_path, TWO, "--recipe", recipe, "--out", run, compiled=compiled) as both:

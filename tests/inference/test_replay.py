@@ -153,6 +153,7 @@ def test_replay_of_one_result():
     np.testing.assert_allclose(found, results[2].log_probs, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_in_turn_and_at_once_are_the_same_function():
     """Of a full cache: states, and gradients through them, one of which runs backward by a rule of its own."""
     model, params, results = generated(CacheStrategy.LAST)

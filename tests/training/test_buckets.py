@@ -128,6 +128,7 @@ def test_checkpoints_in_a_bucket_are_evaluated_and_generate(bucket, tmp_path, ca
     assert f"looplm generate {folder}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_bucket_that_is_read_only_for_a_while_costs_nothing(bucket, local, refusing):  # noqa: F811
     refusing(6)
     outcome, said = train(f"{bucket}/run")

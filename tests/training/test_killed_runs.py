@@ -15,6 +15,7 @@ from run_processes import ONE_DEVICE, PATIENCE, Run, metrics, newest, steps_logg
 from training_cases import GATE, RECIPE, STAGE, assert_identical
 
 from looplm_jax.checkpoints.step import list_steps
+from looplm_jax.cli.main import main
 from looplm_jax.config import CheckpointConfig, EvaluationConfig
 
 BEFORE_TRAINING = (3, 7)  # kills that fall while the process starts, compiles or restores
@@ -41,13 +42,13 @@ def untouched(recipe, compiled_programs, tmp_path_factory):
     return folder
 
 
-def assert_same_end(folder, untouched, kinds=("train", "evaluation")):
+def assert_same_end(folder, untouched, kinds=("train", "evaluation"), total=TOTAL):
     ours, wanted = newest(folder), newest(untouched)
-    assert ours["step"] == wanted["step"] == TOTAL
+    assert ours["step"] == wanted["step"] == total
     assert ours["data"] == wanted["data"]
     assert_identical(ours["state"], wanted["state"])
     assert metrics(folder, kinds) == metrics(untouched, kinds)
-    assert [row["step"] for row in metrics(folder, ("train",))] == list(range(1, TOTAL + 1))
+    assert [row["step"] for row in metrics(folder, ("train",))] == list(range(1, total + 1))
 
 
 def unfinished_saves(folder):
@@ -69,7 +70,23 @@ def assert_stopped(run, number, step):
     assert "Traceback" not in run.said
 
 
-@pytest.mark.parametrize(("kills", "least_cut_short"), [(4, 1), pytest.param(10, 3, marks=pytest.mark.slow)])
+def test_a_killed_run_resumes_bit_for_bit(compiled_programs, tmp_path):
+    """One kill; `test_kills_leave_no_trace` has many, at any moment."""
+    stages = (dataclasses.replace(STAGE, steps=60), dataclasses.replace(GATE, steps=4))
+    recipe = write_recipe(tmp_path / "short.json", dataclasses.replace(LONG, stages=stages))
+    folder, untouched = tmp_path / "run", tmp_path / "untouched"
+    with Run("--recipe", recipe, "--out", folder, errors=tmp_path / "errors", compiled=compiled_programs) as run:
+        wait_for_a_save(run, folder)
+        run.process.kill()
+        assert run.finish() == -signal.SIGKILL, run.said
+
+    for out in (folder, untouched):
+        assert main(["train", "--recipe", str(recipe), "--out", str(out)]) == 0
+    assert_same_end(folder, untouched, total=64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kills", "least_cut_short"), [(10, 3)])
 def test_kills_leave_no_trace(kills, least_cut_short, recipe, untouched, compiled_programs, tmp_path):
     chance, folder, errors = random.Random(0), tmp_path / "run", tmp_path / "errors"
     cut_short, reached = 0, [0]
@@ -92,6 +109,7 @@ def test_kills_leave_no_trace(kills, least_cut_short, recipe, untouched, compile
     assert_same_end(folder, untouched)
 
 
+@pytest.mark.slow
 def test_stopped_runs_end_alike(recipe, untouched, compiled_programs, tmp_path):
     """Stopped in a compilation, in training and in an evaluation; each saves where it was, and says so in one line."""
     folder, errors = tmp_path / "run", tmp_path / "errors"
@@ -131,7 +149,7 @@ def test_stopped_runs_end_alike(recipe, untouched, compiled_programs, tmp_path):
     assert_same_end(folder, untouched, kinds=("train",))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_run_is_stopped_while_it_trains_its_tokenizer(number, tmp_path):
     words = random.Random(0)
     alphabet = "abcdefghijklmnopqrstuvwxyz"
@@ -150,6 +168,7 @@ def test_a_run_is_stopped_while_it_trains_its_tokenizer(number, tmp_path):
     assert {path.name for path in (tmp_path / "run").iterdir()} <= {"config.json"}
 
 
+@pytest.mark.slow
 def test_a_run_whose_terminal_is_closed_saves(recipe, compiled_programs, tmp_path):
     """Every write to it fails from then on, and the system sends SIGHUP."""
     folder = tmp_path / "run"

@@ -56,6 +56,7 @@ def recipe(books, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_folder_that_vanishes(books, recipe, compiled_programs, tmp_path, monkeypatch):
     monkeypatch.setattr(packing, "_SHUFFLED_PIECES", WINDOW)
     folder, away = tmp_path / "run", tmp_path / "away"
