@@ -165,7 +165,7 @@ def test_a_folder_reads_json_lines_of_any_name_and_counts_the_rest(tmp_path):
         ("a.csv", b"text\nx\n", r"a.csv: .csv is not read; convert it to .jsonl or .parquet"),
         ("a.bin", b"\x00\x01", "a.bin is neither text nor of a known kind"),
         ("a", b"PAR1....", "a: its content is that of a .parquet file; give it that ending"),
-        ("b", gzip.compress(b"x"), "b: its content is that of a .gz file"),
+        ("b", gzip.compress(b"x", mtime=0), "b: its content is that of a .gz file"),
         ("a.txt", "text".encode("utf-16"), "a.txt is UTF-16; convert it to UTF-8"),
         ("a.jsonl", '{"text": "x"}\n'.encode("utf-16"), "a.jsonl is UTF-16; convert it to UTF-8"),
     ],
