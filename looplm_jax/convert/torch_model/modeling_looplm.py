@@ -157,8 +157,11 @@ def visible(real: Tensor | None, documents: Tensor | None, past: int, new: int, 
 
     Padding sees itself too, because a softmax over nothing is not a number. No tensor where none has to be made.
     """
-    if real is None and documents is None and (past == 0 or new == 1):
-        return bool(past == 0)
+    if real is None and documents is None:
+        if past == 0:  # a constant on each branch: what torch.compile records knows only symbols of `past`
+            return True
+        if new == 1:
+            return False
     columns = torch.arange(past + new, device=device)
     own = columns[past:, None]
     mask = (columns < own)[None]
@@ -261,8 +264,10 @@ class ExitRule:
 
     def leaves(self, log_survival: Tensor, loop: int) -> Tensor:
         """Tokens that leave after `loop` if not before: `CDF >= q`, asked as `log S <= log(1 - q)`."""
-        reached = torch.log1p(torch.tensor(-self.threshold, dtype=torch.float32))
-        return (log_survival <= reached) | (loop >= self.latest)
+        if loop >= self.latest:
+            return torch.ones_like(log_survival, dtype=torch.bool)
+        reached = torch.log1p(torch.full((), -self.threshold, dtype=torch.float32, device=log_survival.device))
+        return log_survival <= reached
 
 
 class Exits:
@@ -305,7 +310,7 @@ class Exits:
             gate_logits=gate_logits,
             exit_probabilities=probabilities,
             exit_loops=self.loops,
-            loops_run=torch.tensor(len(self.states), device=self.hidden.device),
+            loops_run=torch.full((), len(self.states), device=self.hidden.device),
         )
 
 
