@@ -22,6 +22,13 @@ def visible(text: str, *, keep: str = "\n\t") -> str:
     return _STEERING.sub(lambda found: found[0] if found[0] in keep else _escape(found[0]), text)
 
 
+def literal(text: str) -> str:
+    """Returns the text such that Rich shows it as it is: visible, and without markup."""
+    from rich.markup import escape
+
+    return escape(visible(text))
+
+
 def one_line(message: str) -> str:
     """Returns the message as a single visible line."""
     return visible(" ".join(message.split()), keep="")

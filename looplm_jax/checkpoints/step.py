@@ -102,7 +102,7 @@ def start_writing(
 ) -> Writing:
     """Starts to write a step, in place of what may be at `path`; once this returns, the arrays may be donated.
 
-    A link at `path` gives way; what it points to is another's.
+    A link at `path` is replaced, and what it points to is left as it is.
 
     Compression needs up to as much memory again as the arrays; without it they are written from where they are.
     """

@@ -9,7 +9,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from looplm_jax.printing import complain, show, visible
+from looplm_jax.printing import complain, literal, show
 
 if TYPE_CHECKING:
     from looplm_jax.checkpoints import StepReport
@@ -45,7 +45,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _print(path: str, reports: "list[StepReport]") -> None:
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     from looplm_jax.files import pasted
@@ -56,7 +55,7 @@ def _print(path: str, reports: "list[StepReport]") -> None:
         kept = "always" if report.permanent else "while new"
         state = "[red]damaged" if report.damage else "[yellow]unknown" if report.unknown else "[green]sound"
         sizes = f"{report.parameters:,}", f"{report.bytes:,}"
-        table.add_row(str(report.step), escape(visible(stage)), *sizes, kept, state)
+        table.add_row(str(report.step), literal(stage), *sizes, kept, state)
     Console(highlight=False).print(table)
     newest = next((report.metadata for report in reports if report.metadata), None)
     if newest is not None:

@@ -1,14 +1,13 @@
 """The tables that `looplm plan` prints."""
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from looplm_jax.planning.collectives import Collective
 from looplm_jax.planning.search import SearchResult, Trial
 from looplm_jax.planning.stage_plan import Inside, StagePlan
 from looplm_jax.planning.timing import Timing
-from looplm_jax.printing import visible
+from looplm_jax.printing import literal
 
 _GIB, _GB = 2**30, 10**9
 
@@ -17,7 +16,7 @@ def print_stage(plan: StagePlan, out: Console) -> None:
     """Everything about one stage."""
     mesh = " ".join(f"{name}={size}" for name, size in plan.mesh.items() if size > 1) or "one device"
     verdict = "fits" if plan.fits else "DOES NOT FIT"
-    out.print(f"\n[bold]{_name(plan.stage)}[/] on {plan.target} ({mesh}): [bold]{verdict}[/], {_memory(plan)}")
+    out.print(f"\n[bold]{literal(plan.stage)}[/] on {plan.target} ({mesh}): [bold]{verdict}[/], {_memory(plan)}")
     out.print(f"  compiled in {plan.compile_seconds:.0f} s for {plan.devices} device(s)")
     if plan.inside is not None:
         _print_inside(plan.inside, out)
@@ -27,15 +26,10 @@ def print_stage(plan: StagePlan, out: Console) -> None:
         out.print(f"  change: {line}", markup=False)
 
 
-def _name(stage: str) -> str:
-    """As a terminal shows it: a name is no markup."""
-    return escape(visible(stage))
-
-
 def print_search(stage: str, result: SearchResult, out: Console) -> None:
     """What was tried for a stage, and which choices nothing else beats in both time and memory."""
     table = Table(
-        "", "flags", "GiB a device", "at best", "sent, GB", title=f"{_name(stage)}: best first, * = nothing beats it"
+        "", "flags", "GiB a device", "at best", "sent, GB", title=f"{literal(stage)}: best first, * = nothing beats it"
     )
     for trial in result.trials:
         table.add_row("*" if trial in result.best else "", trial.candidate.flags, *_trial(trial))

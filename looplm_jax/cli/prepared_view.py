@@ -3,14 +3,13 @@
 import json
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from looplm_jax.codec import to_dict
 from looplm_jax.data.prepared.manifest import Manifest, Shard
 from looplm_jax.data.prepared.reading import open_prepared
 from looplm_jax.files import pasted
-from looplm_jax.printing import show, visible
+from looplm_jax.printing import literal, show
 
 
 def show_prepared(path: str, *, as_json: bool) -> int:
@@ -51,7 +50,7 @@ def _totals(shards: tuple[Shard, ...], length: int) -> list[str]:
 def _sources(manifest: Manifest) -> Table:
     table = Table("source", "documents read", "bytes of text")
     for source in manifest.sources:
-        table.add_row(escape(visible(source.path)), f"{source.documents:,}", f"{source.bytes:,}")
+        table.add_row(literal(source.path), f"{source.documents:,}", f"{source.bytes:,}")
     return table
 
 

@@ -1,7 +1,6 @@
 """What `looplm tokenize` does around the work itself: show how far it is, end cleanly, say what was written."""
 
 import os
-import shlex
 import signal
 from types import FrameType
 
@@ -12,6 +11,7 @@ from looplm_jax.data.prepared.plan import Order
 from looplm_jax.data.prepared.prepare import prepare
 from looplm_jax.data.prepared.reading import open_prepared
 from looplm_jax.data.prepared.verification import verify
+from looplm_jax.files import pasted
 from looplm_jax.printing import complain, show
 from looplm_jax.recipes import named_recipe
 from looplm_jax.stop_signals import stop_signals
@@ -89,11 +89,11 @@ def _say_what_was_written(manifest: Manifest, out: str) -> None:
 def _next_command(manifest: Manifest, out: str) -> str:
     """A command that trains the default recipe on it, with the fields that must differ."""
     recipe, plan = named_recipe("text-small"), manifest.plan
-    command = ["looplm", "train", "--data", f"./{out}" if out.startswith("-") else out]
+    command = ["looplm", "train", "--data", pasted(out)]
     if any(stage.sequence_length != plan.sequence_length for stage in recipe.stages):
         command += ["--stage.sequence_length", str(plan.sequence_length)]
     if recipe.model.max_positions < plan.sequence_length:
         command += ["--model.max_positions", str(plan.sequence_length)]
     if recipe.model.vocab_size != plan.vocab_size:
         command += ["--model.vocab_size", str(plan.vocab_size)]
-    return shlex.join(command)
+    return " ".join(command)

@@ -3,12 +3,11 @@
 import dataclasses
 from collections.abc import Sequence
 
-from rich.markup import escape
 from rich.table import Table as RichTable
 
 from looplm_jax.evaluation.depth_sweep import DepthSweep
 from looplm_jax.evaluation.exit_curve import ExitCurve
-from looplm_jax.printing import visible
+from looplm_jax.printing import literal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,11 +21,11 @@ class Table:
 
     def rich(self) -> RichTable:
         """For a terminal; the marked row is bold."""
-        table = RichTable(title=_literal(self.title), title_justify="left")
+        table = RichTable(title=literal(self.title), title_justify="left")
         for column in self.columns:
-            table.add_column(_literal(column), justify="right")
+            table.add_column(literal(column), justify="right")
         for index, row in enumerate(self.rows):
-            table.add_row(*map(_literal, row), style="bold" if index == self.marked else None)
+            table.add_row(*map(literal, row), style="bold" if index == self.marked else None)
         return table
 
     def markdown(self) -> str:
@@ -37,11 +36,6 @@ class Table:
         ]
         lines = [self.columns, ["---:"] * len(self.columns), *rows]
         return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def _literal(text: str) -> str:
-    """As a terminal shows it: names of tasks are no markup."""
-    return escape(visible(text))
 
 
 def depth_table(sweep: DepthSweep) -> Table:

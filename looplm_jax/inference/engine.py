@@ -33,7 +33,7 @@ from looplm_jax.inference.stats import EngineStats
 from looplm_jax.inference.stopping import Finish
 from looplm_jax.inference.tick import Ticked
 from looplm_jax.inference.ticket import Ticket
-from looplm_jax.inference.under_way import RequestError, UnderWay, one_line
+from looplm_jax.inference.under_way import RequestError, UnderWay, described
 from looplm_jax.models.looplm import LoopLM, Params
 
 _log = logging.getLogger(__name__)
@@ -285,7 +285,7 @@ class Engine:
             yield
         except Exception as error:
             self._reading = None
-            what = str(error) if isinstance(error, PolicyError | UserError) else f"its prompt: {one_line(error)}"
+            what = str(error) if isinstance(error, PolicyError | UserError) else f"its prompt: {described(error)}"
             self._end_unbegun(ticket, Finish.FAILED, what)
             if self._decoder.lost:
                 self._start_over(error)
@@ -357,7 +357,7 @@ class Engine:
     def _start_over(self, error: BaseException) -> None:
         """Empty slots after a failure in the middle of a step: what was in them fails, what waits is served."""
         _log.info("the requests in the slots have failed", exc_info=error)
-        self._fail_begun(f"the engine had to start over ({one_line(error)})")
+        self._fail_begun(f"the engine had to start over ({described(error)})")
         try:
             self._decoder.start_over()
         except Exception as again:
@@ -366,7 +366,7 @@ class Engine:
     def _stop(self, error: BaseException) -> None:
         """Nothing is served any more, and nobody waits."""
         with self._lock:
-            self._stopped = f"the engine has stopped ({one_line(error)}); make a new one"
+            self._stopped = f"the engine has stopped ({described(error)}); make a new one"
             self._fail_begun(self._stopped)
             while len(self._queue):
                 self._end_unbegun(self._queue.pop(), Finish.FAILED, self._stopped)

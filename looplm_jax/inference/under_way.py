@@ -8,18 +8,19 @@ from looplm_jax.inference.kv_cache import Cache
 from looplm_jax.inference.requests import NewToken, Result
 from looplm_jax.inference.stopping import Finish, StopMatcher
 from looplm_jax.inference.ticket import Ticket
+from looplm_jax.printing import one_line
 
 
 class RequestError(Exception):
     """What belongs to one request raised: `who raised Type: text`, in one line."""
 
     def __init__(self, who: str, error: BaseException):
-        super().__init__(f"{who} raised {one_line(error)}")
+        super().__init__(f"{who} raised {described(error)}")
 
 
-def one_line(error: BaseException) -> str:
-    """Returns `Type: text` of an error."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
+def described(error: BaseException) -> str:
+    """Returns `Type: text` of an error, in one line."""
+    return one_line(f"{type(error).__name__}: {error}")
 
 
 class UnderWay:

@@ -47,9 +47,9 @@ class Log(Protocol):
 class MetricsLog:
     """Appends to `metrics.jsonl` and `tensorboard/`, and gives the same scalars to `mirrors`.
 
-    Opened at a step, it forgets the lines after it: they will be written again. Damaged lines are left out, which
-    `warn` is told. What is refused later by the disk or the bucket is said to `warn`, kept, and tried again with the
-    next line.
+    Opened at a step, it forgets the lines after it: they will be written again. Damaged lines are left out, with a
+    warning. What the disk or the bucket refuses later is kept, with a warning, and tried again with the next line.
+    `warn` gets each warning.
 
     Raises:
       UserError: it refuses already now.
@@ -153,7 +153,7 @@ def _warn_on_stderr(line: str) -> None:
 def read_metrics(folder: AnyPath, *, warn: Callable[[str], None] = _warn_on_stderr) -> list[dict[str, Any]]:
     """Returns the rows of `metrics.jsonl`; none if there is no file.
 
-    A last line that a killed process left incomplete is left out, and so are damaged lines, which `warn` is told.
+    A last line that a killed process left incomplete is left out, and so are damaged lines, with one call of `warn`.
 
     Raises:
       UserError: the disk or the bucket refuses.

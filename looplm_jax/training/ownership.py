@@ -45,7 +45,7 @@ class Ownership(Protocol):
 
 
 class NotOwner:
-    """What the processes of a run other than process 0 have: they leave the folder to it."""
+    """The `Ownership` of every process but process 0, which holds the folder for all."""
 
     def check(self) -> None:
         """Does nothing."""
@@ -81,11 +81,11 @@ class Owner:
         return time.time() - self.heartbeat < STALE_SECONDS
 
     def is_this_process(self) -> bool:
-        """Whether an earlier run of this process left it, as where it could not be removed."""
+        """Whether this process wrote it in an earlier run and could not remove it."""
         return (self.boot, self.host, self.pid) == (_boot_id(), socket.gethostname(), os.getpid())
 
     def is_in_another_container(self) -> bool:
-        """Whether it is on this machine under another name: locks reach there, and process numbers do not."""
+        """Whether it is in another container of this machine, where locks work and process numbers are other ones."""
         return self.boot == _boot_id() and self.host != socket.gethostname()
 
     def __str__(self) -> str:
@@ -98,7 +98,7 @@ def own(folder: AnyPath) -> Iterator[Ownership]:
 
     Raises:
       UserError: another process trains in it, or it cannot be written to.
-      HeldElsewhereError: so does one on another machine, as far as can be told.
+      HeldElsewhereError: a process on another machine trains in it, or did so in the last `STALE_SECONDS`.
     """
     with _own_local(folder) if isinstance(folder, Path) else _own_object(folder) as owned:
         beating = threading.Event()

@@ -10,6 +10,7 @@ from looplm_jax.inference.speculation.result import SpeculativeResult
 from looplm_jax.inference.speculation.screening import Reroute, Screen, ScreenedRow, Screening
 from looplm_jax.inference.speculation.step import Verified
 from looplm_jax.inference.stopping import Finish, StopMatcher
+from looplm_jax.inference.under_way import RequestError
 
 
 class Row:
@@ -49,7 +50,7 @@ class Row:
                 self._screened = True
                 self._text.append(self._matcher.close(Finish.STOP))
         except (Exception, asyncio.CancelledError) as error:  # of this row's screen: the other rows continue
-            self._fail(f"screen raised {type(error).__name__}: {error}")
+            self._fail(str(RequestError("screen", error)))
         return ()
 
     def verify(self, verified: Verified) -> None:
@@ -96,7 +97,7 @@ class Row:
             if self.request.on_token is not None:
                 self.request.on_token(new)
         except (Exception, asyncio.CancelledError) as error:  # of this row's callback: the other rows continue
-            self._fail(f"on_token raised {type(error).__name__}: {error}")
+            self._fail(str(RequestError("on_token", error)))
 
     def _fail(self, error: str) -> None:
         self._error = error
