@@ -33,11 +33,11 @@ class _DeferredSignals:
         if threading.current_thread() is not threading.main_thread():
             return
         if self._depth == 0:
-            for number in _SIGNALS:
-                handler = signal.getsignal(number)
-                if callable(handler) and handler is not self._own:
-                    self._handlers[number] = handler
-                    signal.signal(number, self._own)
+            try:
+                self._install()
+            except BaseException:  # of a handler that was passed on: nothing is deferred then
+                self._restore()
+                raise
         self._depth += 1  # last: until here, a signal is passed on, and what it raises leaves nothing behind
 
     def __exit__(self, *exception: object) -> None:
@@ -54,6 +54,13 @@ class _DeferredSignals:
         while self._waiting:
             number = self._waiting.pop(0)
             self._handlers[number](number, None)
+
+    def _install(self) -> None:
+        for number in _SIGNALS:
+            handler = signal.getsignal(number)
+            if callable(handler) and handler is not self._own:
+                self._handlers[number] = handler
+                signal.signal(number, self._own)
 
     def _restore(self) -> None:
         for number, handler in self._handlers.items():

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from looplm_jax.distributed import LOST, Join, join, meeting
+from looplm_jax.distributed import LOST, Join, join, meeting, star
 from looplm_jax.distributed.link import Link
 from looplm_jax.distributed.meeting import Meeting, reach
 from looplm_jax.distributed.star import Member
@@ -255,8 +255,9 @@ def test_outside_a_pod_nothing_says_which_processes_there_are(monkeypatch):
 
 
 @pytest.mark.parametrize("stopped", [0, 1])
-def test_a_stopped_process_is_named_on_all_of_them_and_learns_it_later(stopped):
+def test_a_stopped_process_is_named_on_all_of_them_and_learns_it_later(stopped, monkeypatch):
     """The stopped one sends no heartbeats and reads nothing until the others have gone."""
+    monkeypatch.setattr(star, "_LAST_SECONDS", 0.2)  # how long process 0 waits for the others
     ours, theirs = socket.socketpair()
     ended = {0: queue.SimpleQueue(), 1: queue.SimpleQueue()}
 

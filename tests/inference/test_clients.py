@@ -12,6 +12,7 @@ from serving_models import CONFIG, finish, make_engine, small_model
 from looplm_jax.errors import UserError
 from looplm_jax.halting import FixedLoops, QExit
 from looplm_jax.inference import CacheStrategy, Engine, EngineConfig, Finish, Request
+from looplm_jax.inference.deferred_signals import deferred_signals
 
 SOUND = Request(prompt_ids=(1,), max_new_tokens=6, policy=QExit(q=0.5))
 LONG = Request(prompt_ids=(1, 2), max_new_tokens=100, policy=FixedLoops(loops=3))
@@ -202,6 +203,22 @@ def test_interrupts_leave_an_engine_that_serves(tries):
         assert [result.tokens for result in busy.generate(prompts, max_new_tokens=20)] == expected
     assert interrupted == tries
     assert signal.getsignal(signal.SIGINT).__name__ == "interrupt"  # restored
+
+
+@pytest.mark.usefixtures("alarm")
+def test_an_interrupt_on_the_way_into_a_step_leaves_no_handler_behind(monkeypatch):
+    whole, before, interrupts = signal.getsignal, signal.getsignal(signal.SIGINT), [KeyboardInterrupt]
+
+    def getsignal(number):
+        if number == signal.SIGALRM and interrupts:  # SIGINT is deferred by then
+            assert whole(signal.SIGINT) is not before
+            raise interrupts.pop()
+        return whole(number)
+
+    monkeypatch.setattr(signal, "getsignal", getsignal)
+    with pytest.raises(KeyboardInterrupt), deferred_signals:
+        pass
+    assert whole(signal.SIGINT) is before
 
 
 @pytest.mark.parametrize(
