@@ -11,6 +11,7 @@ from rich.console import Console
 from looplm_jax.cli.engine_session import make_engine, most_loops, request_options, sign_of_life
 from looplm_jax.cli.generation_views import ColourView, PlainView, Stopwatch, View, legend
 from looplm_jax.cli.interrupts import interrupt_calls
+from looplm_jax.convert.tokenizer_files import has_other_chat_template
 from looplm_jax.data.tokenizers import Tokenizer
 from looplm_jax.errors import UserError, suggest
 from looplm_jax.halting import parse_exit_policy
@@ -34,8 +35,11 @@ def run_chat(arguments: argparse.Namespace) -> int:
     loaded = load(arguments.checkpoint, step=arguments.step)
     window = _window(arguments.window, loaded.model.config.max_positions)
     engine = make_engine(loaded, arguments, window=window)
-    conversation = Conversation(engine, loaded.need_tokenizer(), arguments.system)
-    return ChatSession(conversation, loaded.need_tokenizer(), options, max_loops=most_loops(loaded, arguments)).run()
+    tokenizer = loaded.need_tokenizer()
+    conversation = Conversation(engine, tokenizer, arguments.system)
+    if has_other_chat_template(tokenizer):
+        complain("note: the chat template of this model is not ChatML, but this chat is; answers may suffer")
+    return ChatSession(conversation, tokenizer, options, max_loops=most_loops(loaded, arguments)).run()
 
 
 class ChatSession:

@@ -20,7 +20,7 @@ from looplm_jax.convert.model_card import model_card, training_record
 from looplm_jax.convert.ouro_config import to_ouro_config
 from looplm_jax.convert.output_folder import fresh_folder
 from looplm_jax.convert.shard_files import WrittenWeights, write_weights
-from looplm_jax.convert.tokenizer_files import stop_ids, tokenizer_files
+from looplm_jax.convert.tokenizer_files import code_left_out, stop_ids, tokenizer_files
 from looplm_jax.data.tokenizers import FolderTokenizer, Tokenizer, deserialize
 from looplm_jax.errors import UserError
 
@@ -31,7 +31,7 @@ _TORCH_FILES = ("configuration_looplm.py", "modeling_looplm.py")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ToHf:
-    """What was written, and warnings about newer steps that were passed over."""
+    """What was written, and warnings about newer steps that were passed over and about what was left out."""
 
     out: Path
     step: int
@@ -74,7 +74,7 @@ def convert_to_hf(
     with fresh_folder(out) as folder:
         restored = restore_params(source, array_shapes(model), step=step)
         dtype = dtype or _widest(restored.state)
-        _write_small_files(folder, source, restored, dtype)  # first, as a tokenizer may be refused
+        left_out = _write_small_files(folder, source, restored, dtype)  # first, as a tokenizer may be refused
         weights = _write_weights(folder, restored.state, dtype, max_shard_bytes)
         files = tuple(sorted(path.name for path in folder.iterdir()))
     return ToHf(
@@ -83,7 +83,7 @@ def convert_to_hf(
         dtype=dtype,
         weights=weights,
         files=files,
-        warnings=tuple(str(damaged) for damaged in restored.damaged),
+        warnings=(*map(str, restored.damaged), *left_out),
     )
 
 
@@ -108,7 +108,8 @@ def _read(arrays: dict[ArrayPath, np.ndarray], dtype: np.dtype, tensor: TorchTen
     return tensor.to_torch(ours.view(f"u{dtype.itemsize}"))
 
 
-def _write_small_files(folder: Path, source: str, restored: Restored, dtype: str) -> None:
+def _write_small_files(folder: Path, source: str, restored: Restored, dtype: str) -> tuple[str, ...]:
+    """Writes everything but the weights. Returns warnings about what is left out."""
     metadata = restored.metadata
     recipe = metadata.recipe()
     tokenizer = deserialize(metadata.tokenizer_kind, metadata.tokenizer)
@@ -127,6 +128,7 @@ def _write_small_files(folder: Path, source: str, restored: Restored, dtype: str
     if isinstance(tokenizer, FolderTokenizer):
         card = card.replace("---\n", f"---\n{tokenizer.files.get('README.md', '')}", 1)  # the license of the weights
     (folder / "README.md").write_text(card, encoding="utf-8")
+    return code_left_out(tokenizer)
 
 
 def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -83,6 +83,23 @@ def stop_ids(tokenizer: Tokenizer) -> list[int]:
     return sorted({token for token in ends if token is not None})
 
 
+def has_other_chat_template(tokenizer: Tokenizer) -> bool:
+    """Returns whether the folder of the model brought a chat template, and none that names the tokens of ChatML."""
+    if not isinstance(tokenizer, FolderTokenizer):
+        return False
+    files = [tokenizer.files[name] for name in ("chat_template.jinja", "chat_template.json") if name in tokenizer.files]
+    in_settings = kept_json(tokenizer, "tokenizer_config.json").get("chat_template")  # a text, or a list of named ones
+    templates = [*files, *([] if in_settings is None else [str(in_settings)])]
+    return bool(templates) and not any(IM_START in template for template in templates)
+
+
+def code_left_out(tokenizer: Tokenizer) -> tuple[str, ...]:
+    """Returns a warning where the folder of the model named code for its tokenizer, which is not exported."""
+    if isinstance(tokenizer, FolderTokenizer) and kept_json(tokenizer, "tokenizer_config.json").get("auto_map"):
+        return ("auto_map of tokenizer_config.json is left out: the code that it names is not copied",)
+    return ()
+
+
 def _knows_chat(tokenizer: Tokenizer) -> bool:
     return None not in (tokenizer.token_id(IM_START), tokenizer.token_id(IM_END))
 

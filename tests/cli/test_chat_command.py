@@ -5,11 +5,12 @@ import signal
 import sys
 
 import pytest
+from hf_folders import tokenizer_json
 from tiny_chat import make_loaded
 
 from looplm_jax.cli import chat_session
 from looplm_jax.cli.main import main
-from looplm_jax.data.tokenizers import SymbolTokenizer
+from looplm_jax.data.tokenizers import FolderTokenizer, SymbolTokenizer, TokenIds
 from looplm_jax.inference import Conversation
 
 TURN = ["text", "loops", "summary"]
@@ -124,6 +125,22 @@ def test_a_tokenizer_without_chat(chat, loaded):
     status, printed, (error,) = chat("word1", model=dataclasses.replace(loaded, tokenizer=words))
     assert (status, printed) == (2, [])
     assert error.startswith("looplm: the tokenizer has no token <|im_start|>, which the chat format needs; use one")
+
+
+@pytest.mark.parametrize(
+    ("template", "notes"),
+    [
+        ("[INST] {{ messages }}", ["looplm: note: the chat template of this model is not ChatML, but this chat is;"]),
+        ("<|im_start|>{{ messages }}", []),
+    ],
+)
+def test_a_template_that_is_not_chatml_is_named(chat, template, notes):
+    pytest.importorskip("tokenizers")
+    ids = TokenIds(bos=0, eos=0, pad=None, stop=(0,))
+    tokenizer = FolderTokenizer.of(tokenizer_json(272), ids, {"chat_template.jinja": template})
+    status, printed, errors = chat(model=make_loaded(tokenizer, max_positions=64))
+    assert (status, printed) == (0, [])
+    assert [error.removesuffix(" answers may suffer") for error in errors] == notes
 
 
 @pytest.mark.parametrize(

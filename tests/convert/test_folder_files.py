@@ -7,7 +7,7 @@ from hf_folders import tokenizer_json
 
 from looplm_jax.convert.folder_files import read_folder_tokenizer
 from looplm_jax.convert.to_hf import _generation_config
-from looplm_jax.convert.tokenizer_files import CHAT_TEMPLATE, stop_ids, tokenizer_files
+from looplm_jax.convert.tokenizer_files import CHAT_TEMPLATE, has_other_chat_template, stop_ids, tokenizer_files
 from looplm_jax.data.chat import Message, tokens_and_mask
 from looplm_jax.data.tokenizers import JsonTokenizer, deserialize
 from looplm_jax.errors import UserError
@@ -98,6 +98,25 @@ def test_a_template_in_the_settings_goes_out_again(tmp_path, template):
     assert "auto_map" not in settings
     assert "chat_template.jinja" not in files
     assert files["tokenizer.json"] == tokenizer_json(272)
+
+
+@pytest.mark.parametrize(
+    ("template", "other"),
+    [
+        ("<start_of_turn>{{ messages }}", True),
+        ([{"name": "default", "template": "[INST] {{ messages }}"}], True),
+        (CHAT_TEMPLATE, False),
+        ([{"name": "default", "template": CHAT_TEMPLATE}], False),
+        (None, False),
+    ],
+)
+def test_templates_that_are_not_chatml(tmp_path, template, other):
+    added = {"1": {"content": START}}  # a token that the template does not use
+    tokenizer, _ = read(tmp_path, tokenizer_config={"chat_template": template, "added_tokens_decoder": added})
+    assert has_other_chat_template(tokenizer) is other
+    if isinstance(template, str):
+        (tmp_path / "chat_template.jinja").write_text(template)
+        assert has_other_chat_template(read(tmp_path, tokenizer_config={})[0]) is other
 
 
 def test_files_go_out_as_they_came(tmp_path):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hf_folders import tokenizer_json
 from safetensors import safe_open
 from safetensors.numpy import load_file
 from tiny_checkpoints import TINY, changed, random_params, read_json, tiny_recipe, write_checkpoint
@@ -16,7 +17,7 @@ from looplm_jax.config import Injection, NormPlacement
 from looplm_jax.convert import to_hf
 from looplm_jax.convert.layout import array_shapes, flat_arrays, torch_layout
 from looplm_jax.convert.to_hf import convert_to_hf
-from looplm_jax.data.tokenizers import SymbolTokenizer
+from looplm_jax.data.tokenizers import FolderTokenizer, SymbolTokenizer, TokenIds
 from looplm_jax.errors import UserError
 from looplm_jax.models.looplm import count_params
 
@@ -85,6 +86,17 @@ def test_the_files_and_what_is_said_of_them(run, tmp_path):
         f"wrote step 30, {done.weights.bytes:,} bytes of float32 in 1 file(s), to {tmp_path}/out"
     )
     assert done.weights.bytes == sum(tensor.nbytes for tensor in weights(tmp_path / "out").values())
+
+
+def test_code_of_a_tokenizer_is_left_out_and_named(tmp_path):
+    pytest.importorskip("tokenizers")
+    files = {"tokenizer_config.json": '{"auto_map": {"AutoTokenizer": ["theirs.Tokenizer", null]}}'}
+    tokenizer = FolderTokenizer.of(tokenizer_json(272), TokenIds(bos=0, eos=0, pad=None, stop=(0,)), files)
+    recipe = tiny_recipe(changed(vocab_size=272, num_layers=1))
+    done = convert_to_hf(write_checkpoint(tmp_path / "run", recipe, tokenizer=tokenizer), tmp_path / "out")
+    named = "auto_map of tokenizer_config.json is left out: the code that it names is not copied"
+    assert str(done).splitlines()[0] == named
+    assert "auto_map" not in read_json(tmp_path / "out" / "tokenizer_config.json")
 
 
 def test_configurations(run, tmp_path):
