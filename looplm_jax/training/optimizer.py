@@ -49,10 +49,11 @@ def learning_rate(stage: Stage, step: Int[Array, ""]) -> Float[Array, ""]:
             rate = jnp.full_like(step, peak)
         case Schedule.COSINE:
             done = _fraction(step, max(stage.warmup_steps - 1, 0), last)
-            rate = final + (peak - final) * 0.5 * (1.0 + jnp.cos(jnp.pi * done))
+            left = 0.5 * (1.0 + jnp.cos(jnp.pi * done))
+            rate = peak * left + final * (1.0 - left)  # exact at both ends
         case Schedule.WARMUP_STABLE_DECAY:
             done = _fraction(step, last - stage.decay_steps, last)
-            rate = final + (peak - final) * (1.0 - done)
+            rate = peak * (1.0 - done) + final * done
     return warmup * rate
 
 

@@ -60,6 +60,13 @@ def test_the_last_step_of_a_decay_has_exactly_the_final_rate(schedule, changes):
     assert (got[:-1] > FINAL).all()
 
 
+@pytest.mark.parametrize("schedule", Schedule)
+def test_the_step_before_a_decay_has_exactly_the_peak(schedule):
+    got = rates(schedule, warmup_steps=4, decay_steps=5)
+    peaks = {Schedule.CONSTANT: slice(3, 20), Schedule.COSINE: slice(3, 4), Schedule.WARMUP_STABLE_DECAY: slice(3, 15)}
+    assert (got[peaks[schedule]] == np.float32(PEAK)).all()
+
+
 def test_a_cosine_of_one_step_has_the_peak():
     np.testing.assert_allclose(rates(Schedule.COSINE, steps=1, warmup_steps=0), [PEAK], rtol=1e-6)
 
