@@ -83,11 +83,11 @@ def open_corpus(data: DataConfig, say: Callable[[str], object] | None = None) ->
     prepared = _open_prepared(data)
     if prepared:
         return Corpus(config=data, texts=(), tasks=(), prepared=prepared)
-    located = [_located(data, source) for source in data.sources if not is_task(source.path)]
+    sources = [source for source in data.sources if not is_task(source.path)]
+    located = [dataclasses.replace(source, path=locate(data.root, source.path)) for source in sources]
     found = [find_inputs(source.path, source, data.limits) for source in located]
     if say is not None and found:
         say(summarize(found))
-    sources = (source for source in data.sources if not is_task(source.path))
     texts = tuple(itertools.starmap(functools.partial(_open_text, data), zip(sources, located, found, strict=True)))
     tasks = tuple(TaskPart(source, make_task(source.path)) for source in data.sources if is_task(source.path))
     _check_split(data, texts)
@@ -102,10 +102,6 @@ def locate(root: str, path: str) -> str:
     if "://" not in root and glob.has_magic(path):
         root = glob.escape(root)  # the folder is meant as it is called, whatever is below it
     return f"{root.rstrip('/')}/{path}"
-
-
-def _located(data: DataConfig, source: SourceConfig) -> SourceConfig:
-    return dataclasses.replace(source, path=locate(data.root, source.path))
 
 
 def _open_text(data: DataConfig, config: SourceConfig, located: SourceConfig, files: Inputs) -> TextPart:
@@ -134,8 +130,7 @@ def _open_prepared(data: DataConfig) -> tuple[PreparedPart, ...]:
     parts = tuple(PreparedPart(source, open_prepared(path)) for source, path in found)
     for part in parts[1:]:
         _check_alike(parts[0], part)
-    for part in parts:
-        check_at_start(part.corpus)
+    check_at_start([part.corpus for part in parts])
     if data.validation_fraction > 0 and not any(part.manifest.validation for part in parts):
         raise UserError(
             "no row of the prepared sources is held out; prepare one with --validation-fraction, or set "

@@ -65,7 +65,7 @@ def test_a_large_corpus_is_checked_by_the_edges_of_its_shards(whole, tmp_path, m
     if not known:
         shards = tuple(dataclasses.replace(shard, edges="") for shard in corpus.manifest.train)
         corpus = dataclasses.replace(corpus, manifest=dataclasses.replace(corpus.manifest, train=shards))
-    check_at_start(corpus)
+    check_at_start([corpus])
     assert 1 <= len(read) < len(corpus.manifest.shards)
 
     path = out / "train-00001.arrayrecord"
@@ -76,12 +76,12 @@ def test_a_large_corpus_is_checked_by_the_edges_of_its_shards(whole, tmp_path, m
         with pytest.raises(
             UserError, match=r"train-00001.arrayrecord is damaged or missing \(its bytes have changed\)"
         ):
-            check_at_start(corpus)
+            check_at_start([corpus])
     else:
-        check_at_start(corpus)
+        check_at_start([corpus])
     path.write_bytes(changed[:-1])
     with pytest.raises(UserError, match=r"train-00001.arrayrecord is damaged or missing \(it has [\d,]+ bytes, not"):
-        check_at_start(corpus)
+        check_at_start([corpus])
 
 
 def test_ids_beyond_the_vocabulary_are_not_trained_on(whole, tmp_path):

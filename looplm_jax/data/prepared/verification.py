@@ -2,8 +2,9 @@
 
 import concurrent.futures
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 
+from looplm_jax.data.prepared.folder import PreparedFolder
 from looplm_jax.data.prepared.manifest import Shard, read_tokenizer
 from looplm_jax.data.prepared.reading import PreparedCorpus
 from looplm_jax.data.prepared.shards import check_edges, check_shard, damaged
@@ -27,24 +28,25 @@ def verify(corpus: PreparedCorpus) -> list[str]:
     return lines
 
 
-def check_at_start(corpus: PreparedCorpus) -> None:
+def check_at_start(corpora: Sequence[PreparedCorpus]) -> None:
     """Checks the length and the edges of every shard, and all bytes of as many as make a gigabyte.
 
-    So a corpus of up to a gigabyte is checked whole, and a larger one in a time that grows with its files alone.
+    So a mixture of up to a gigabyte is checked whole, and a larger one in a time that grows with its files alone.
 
     Raises:
       UserError: a shard is missing, damaged, or of another preparation.
     """
-    folder, shards = corpus.folder, corpus.manifest.shards
-    with concurrent.futures.ThreadPoolExecutor(_EDGES_AT_ONCE) as threads:
-        _refuse(corpus, shards, threads.map(functools.partial(check_edges, folder), shards))
-    step = max(-(-sum(shard.bytes for shard in shards) // _BYTES_AT_START), 1)
-    whole = shards[::step]
-    with concurrent.futures.ThreadPoolExecutor(_READS_AT_ONCE) as threads:
-        _refuse(corpus, whole, threads.map(functools.partial(check_shard, folder), whole))
+    shards = [(corpus, shard) for corpus in corpora for shard in corpus.manifest.shards]
+    _refuse(shards, check_edges, _EDGES_AT_ONCE)
+    step = max(-(-sum(shard.bytes for _, shard in shards) // _BYTES_AT_START), 1)
+    _refuse(shards[::step], check_shard, _READS_AT_ONCE)
 
 
-def _refuse(corpus: PreparedCorpus, shards: Sequence[Shard], found: Iterable[str | None]) -> None:
-    for shard, why in zip(shards, found, strict=True):
-        if why is not None:
-            raise damaged(corpus.folder, shard, why)
+def _refuse(
+    shards: Sequence[tuple[PreparedCorpus, Shard]], check: Callable[[PreparedFolder, Shard], str | None], at_once: int
+) -> None:
+    with concurrent.futures.ThreadPoolExecutor(at_once) as threads:
+        found = threads.map(lambda pair: check(pair[0].folder, pair[1]), shards)
+        for (corpus, shard), why in zip(shards, found, strict=True):
+            if why is not None:
+                raise damaged(corpus.folder, shard, why)
