@@ -1,6 +1,8 @@
 """Invalid UTF-8 inside Parquet and datasets is a bad record with file and row; and row groups that are too large."""
 
+import errno
 import itertools
+import os
 
 import pyarrow
 import pyarrow.parquet
@@ -62,6 +64,18 @@ def test_a_row_group_that_is_too_large(tmp_path):
     [file] = find_inputs(str(path), limits=ReadLimits(row_group_bytes=4000))
     with pytest.raises(UserError, match=r"column 'text' of row group 0 takes [\d,]+ bytes, and data.limits.row_group"):
         list(scan(file, SourceConfig(path=str(path)), BadRecordPolicy(OnBadRecord.STOP)))
+
+
+def test_a_disk_that_refuses_is_not_a_damaged_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(texts([b"x"]), path)
+
+    def refuse(*args, **options):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(pyarrow.parquet, "ParquetFile", refuse)
+    with pytest.raises(UserError, match=r"a.parquet: cannot be read \(Input/output error\)"):
+        open_files(SourceConfig(path=str(path)))
 
 
 def test_a_text_that_is_repeated_is_in_memory_once(tmp_path):

@@ -159,6 +159,20 @@ def test_a_folder_reads_json_lines_of_any_name_and_counts_the_rest(tmp_path):
     assert len(spans(next(iter(find_inputs(str(tmp_path)))), 1)) > 1
 
 
+def test_many_kinds_are_one_short_line(tmp_path):
+    write(tmp_path / "a.jsonl", "x")
+    for number in range(300):
+        (tmp_path / f"log.{number:03d}").touch()
+    for name in ("a.csv", "b.csv", "c.x\x1b[31m\ny"):
+        (tmp_path / name).touch()
+    line = summary(tmp_path)
+    assert line.startswith("reading 1 file (1 .jsonl); left out 303 (")
+    assert line.endswith("2 .csv, 294 of other kinds)")
+    assert line.isprintable()
+    (tmp_path / "a.jsonl").unlink()
+    refused(r"no file matches .*; left out 303 \(.*2 .csv, 294 of other kinds\); check", tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -15,10 +15,12 @@ from looplm_jax.data.sources.local_paths import Entry
 from looplm_jax.data.sources.recognition import holds_records, recognize
 from looplm_jax.errors import UserError
 from looplm_jax.files import check_regular
+from looplm_jax.printing import one_line
 
 _LINES = (".json", ".jsonl", ".ndjson")
 _RECORDS = (".array_record", ".arrayrecord", *_LINES, ".parquet")
 _TEXTS = (".md", ".py", ".rst", ".txt")
+_KINDS_SHOWN = 8
 _DESCRIPTION = ".json"  # beside the data, it is more often a description than data; name it to read it
 
 
@@ -58,9 +60,12 @@ def find_files(
 
 
 def describe(counts: Mapping[str, int]) -> str:
-    """Returns how many files there are, in all and of each kind."""
-    kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(counts.items()))
-    return f"{sum(counts.values()):,} ({kinds})"
+    """Returns, in one line, how many files there are, in all and of each kind; of many kinds, the most frequent."""
+    frequent = sorted(counts, key=lambda kind: (-counts[kind], kind))[:_KINDS_SHOWN]
+    kinds = [f"{counts[kind]:,} {one_line(kind)}" for kind in sorted(frequent)]
+    total = sum(counts.values())
+    others = total - sum(counts[kind] for kind in frequent)
+    return f"{total:,} ({', '.join(kinds)}{f', {others:,} of other kinds' if others else ''})"
 
 
 class _Finder:

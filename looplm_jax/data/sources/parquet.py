@@ -34,7 +34,7 @@ class Parquet:
     def scan(self, file: DataFile, source: SourceConfig, bad: BadRecordPolicy, span: Span) -> Iterator[Found]:
         """The documents of a range of row groups; one of them is in memory at a time."""
         with file.open() as stream:
-            table = _open_column(stream, file, source)
+            table = _open_column(stream, file, source, span)
             for group in range(span.start, min(span.end, table.num_row_groups)):
                 for row, value in enumerate(_column(file, table, source, group)):
                     try:
@@ -54,7 +54,7 @@ class Parquet:
 @functools.lru_cache(maxsize=_ROW_GROUPS_IN_MEMORY)
 def _row_group(file: DataFile, version: tuple[int, int], source: SourceConfig, group: int) -> Any:
     with file.open() as stream:
-        table = _open_column(stream, file, source)
+        table = _open_column(stream, file, source, Span(group, group + 1))
         if group >= table.num_row_groups:
             raise IndexError(f"there are {table.num_row_groups} row groups")
         return _column(file, table, source, group)
@@ -72,6 +72,7 @@ def _column(file: DataFile, table: Any, source: SourceConfig, group: int) -> Any
     try:
         return table.read_row_group(group, columns=[source.key]).column(0)
     except (pyarrow.ArrowException, OSError, MemoryError) as error:
+        _raise_refusal(error)
         reason = " ".join(str(error).split())
         raise UserError(f"{file.name}: cannot be read as Parquet ({reason}); copy or make the file again") from None
 
@@ -103,7 +104,8 @@ def _where(file: DataFile, table: Any, group: int, row: int) -> str:
     return f"{file.name}: row {before + row}"
 
 
-def _open_column(stream: Any, file: DataFile, source: SourceConfig) -> Any:
+def _open_column(stream: Any, file: DataFile, source: SourceConfig, span: Span) -> Any:
+    """Returns an open file that has the column, ready to read a range of its row groups."""
     table = _open(stream, file)
     names = table.schema_arrow.names
     if source.key not in names:
@@ -111,7 +113,7 @@ def _open_column(stream: Any, file: DataFile, source: SourceConfig) -> Any:
         raise UserError(
             f"{file.name}: there is no column {source.key!r}{suggest(source.key, names)}; set {setting} to one"
         )
-    groups = range(table.num_row_groups)
+    groups = range(span.start, min(span.end, table.num_row_groups))
     repeated = {
         leaf.path_in_schema for group in groups for leaf in _leaves(table, source, group) if leaf.has_dictionary_page
     }
@@ -125,7 +127,14 @@ def _open(stream: Any, file: DataFile, repeated: Iterable[str] = (), metadata: A
 
     try:
         return pyarrow.parquet.ParquetFile(stream, read_dictionary=sorted(repeated), metadata=metadata)
-    except (pyarrow.ArrowException, OSError, MemoryError):
+    except (pyarrow.ArrowException, OSError, MemoryError) as error:
+        _raise_refusal(error)
         raise UserError(
             f"{file.name}: not a Parquet file, or cut off; copy it again, or give it the ending of what it is"
         ) from None
+
+
+def _raise_refusal(error: BaseException) -> None:
+    """Raises the error again where the disk refused to read; Arrow's own, for damaged files, have no number."""
+    if isinstance(error, OSError) and error.errno is not None:
+        raise error
