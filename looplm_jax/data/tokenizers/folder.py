@@ -60,5 +60,6 @@ class FolderTokenizer(JsonTokenizer):
     @property
     def fingerprint(self) -> str:
         """SHA-256 of what makes tokens of text: that of the `tokenizer.json` alone where it implies the same ids."""
-        told = b"" if self.implied_ids() == (self.bos_id, self.eos_id) else f"{self.bos_id} {self.eos_id}".encode()
-        return hashlib.sha256(self._content + told).hexdigest()
+        implied = self.implied_ids() == (self.bos_id, self.eos_id)
+        ids = b"" if implied else f"{self.bos_id} {self.eos_id}".encode()
+        return hashlib.sha256(self._content + ids).hexdigest()

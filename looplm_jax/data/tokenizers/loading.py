@@ -38,5 +38,5 @@ def deserialize(kind: str, content: bytes) -> Tokenizer:
         return FolderTokenizer(content)
     if kind == SymbolTokenizer.kind:
         return SymbolTokenizer(json.loads(content))
-    known = (SentencePieceTokenizer.kind, JsonTokenizer.kind, SymbolTokenizer.kind)
+    known = (SentencePieceTokenizer.kind, JsonTokenizer.kind, FolderTokenizer.kind, SymbolTokenizer.kind)
     raise UserError(f"no such kind of tokenizer {kind!r}{suggest(kind, known)}")
