@@ -54,7 +54,7 @@ def load(folder: epath.Path, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[s
     Raises:
       DamagedError: an array is missing, altered, or of another shape or dtype.
       UnreadableError: the disk or the bucket refused to give it.
-      UserError: JAX cannot use the platform that it was told to.
+      UserError: JAX cannot use the platform that JAX_PLATFORMS names.
     """
     require_platform()  # one that is not here is no fault of the files
     context = ts.Context()

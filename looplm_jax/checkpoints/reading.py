@@ -116,8 +116,8 @@ def candidates(path: str, step: int | None = None) -> list[StepFolder]:
 def newest_good(folders: Sequence[StepFolder], read: Callable[[StepFolder], T]) -> Found[T]:
     """What `read` returns for the first folder that it finds undamaged.
 
-    What the disk or the bucket refuses is asked for again. A step that still cannot be read is not passed over:
-    nothing says that it is damaged, and what is older is less.
+    Reads that the disk or the bucket refuses are tried again. A step that still cannot be read is not skipped: nothing
+    says that it is damaged, and an older one would lose work.
 
     Raises:
       UserError: there is none, or the disk refuses one.

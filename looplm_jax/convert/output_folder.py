@@ -49,6 +49,7 @@ def _absent_or_empty(out: Path) -> Path:
 
 @contextlib.contextmanager
 def _only_writer(staging: Path, out: Path) -> Iterator[None]:
+    """Makes the folder and keeps other processes out of it. Raises UserError where another process writes there now."""
 
     def busy() -> None:
         raise UserError(f"{out} is being written by another process; choose another folder") from None
