@@ -9,6 +9,16 @@ from typing import Any
 
 
 @contextlib.contextmanager
+def hangups_are_not_ignored() -> Iterator[None]:
+    """Processes that start in the block handle SIGHUP as in a terminal, also where the tests run under `nohup`."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@contextlib.contextmanager
 def running(command: list[Any], **options: Any) -> Iterator[subprocess.Popen]:
     """Starts a process in a session of its own, and kills it and its children at the end of the block."""
     with subprocess.Popen(list(map(str, command)), start_new_session=True, **options) as process:

@@ -3,13 +3,13 @@
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import jax
+from processes import hangups_are_not_ignored
 from training_cases import RECIPE
 
 from looplm_jax.checkpoints import CheckpointStore, inspect_steps
@@ -43,9 +43,8 @@ class Run:
         with errors.open("w") as stream:
             start = ["-c", program] if program else ["-m", "looplm_jax.cli.main"]
             command = [sys.executable, *start, "train", *map(str, arguments)]
-            self.process = subprocess.Popen(
-                command, env=environment, stdout=subprocess.DEVNULL, stderr=stream, preexec_fn=_hangups_are_not_ignored
-            )
+            with hangups_are_not_ignored():
+                self.process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=stream)
 
     def __enter__(self) -> "Run":
         return self
@@ -78,11 +77,6 @@ class Run:
         self.process.send_signal(number)
         self.process.wait(timeout=PATIENCE)
         return time.monotonic() - started
-
-
-def _hangups_are_not_ignored() -> None:
-    """Where the tests themselves run under `nohup`, they are."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def steps_logged(folder: Path) -> int:
