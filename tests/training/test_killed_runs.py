@@ -72,7 +72,7 @@ def assert_stopped(run, number, step):
 
 def test_a_killed_run_resumes_bit_for_bit(compiled_programs, tmp_path):
     """One kill; `test_kills_leave_no_trace` has many, at any moment."""
-    stages = (dataclasses.replace(STAGE, steps=60), dataclasses.replace(GATE, steps=4))
+    stages = (dataclasses.replace(STAGE, steps=14), dataclasses.replace(GATE, steps=2))
     recipe = write_recipe(tmp_path / "short.json", dataclasses.replace(LONG, stages=stages))
     folder, untouched = tmp_path / "run", tmp_path / "untouched"
     with Run("--recipe", recipe, "--out", folder, errors=tmp_path / "errors", compiled=compiled_programs) as run:
@@ -82,7 +82,7 @@ def test_a_killed_run_resumes_bit_for_bit(compiled_programs, tmp_path):
 
     for out in (folder, untouched):
         assert main(["train", "--recipe", str(recipe), "--out", str(out)]) == 0
-    assert_same_end(folder, untouched, total=64)
+    assert_same_end(folder, untouched, total=16)
 
 
 @pytest.mark.slow
