@@ -19,6 +19,7 @@ PROGRAM = Path(__file__).with_name("saver_program.py")
 # Its numbers must be those of this process: the same compiler options, on one device.
 ONE_DEVICE = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
 ENVIRONMENT = {**os.environ, "XLA_FLAGS": ONE_DEVICE, "JAX_PLATFORMS": "cpu"}
+del ENVIRONMENT["JAX_COMPILATION_CACHE_DIR"]  # a program that a kill cuts short is not for others
 
 
 def start(folder, *arguments):

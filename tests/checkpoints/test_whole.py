@@ -1,11 +1,11 @@
 """Steps without a tree: read by name, written whole or not at all."""
 
 import dataclasses
-import resource
 
 import numpy as np
 import pytest
 from checkpoint_cases import make_metadata, make_state
+from full_disk import files_of_at_most
 
 from looplm_jax.checkpoints import CheckpointStore, whole
 from looplm_jax.checkpoints.tree import flatten
@@ -52,13 +52,8 @@ def test_a_damaged_step_is_passed_over_and_named(tmp_path):
 
 def test_a_disk_that_refuses_is_one_line_and_leaves_nothing(tmp_path, capfd):
     write_whole(tmp_path, dataclasses.replace(WHOLE, step=2))
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))  # no file may be longer
-    try:
-        with pytest.raises(UserError) as caught:
-            write_whole(tmp_path, WHOLE)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with files_of_at_most(3000), pytest.raises(UserError) as caught:
+        write_whole(tmp_path, WHOLE)
     assert str(caught.value) == (
         f"File too large while writing {tmp_path}/checkpoints/3: mend that and run the same command again"
     )

@@ -3,13 +3,13 @@
 import dataclasses
 import io
 import json
-import resource
 import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from full_disk import files_of_at_most
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -230,13 +230,8 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
 
 @pytest.mark.parametrize("size", [100, 2000])
 def test_a_disk_that_refuses_leaves_nothing_behind(size, base, tmp_path):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))  # no file may be longer
-    try:
-        with pytest.raises(UserError) as caught:
-            upcycle(base, tmp_path / "out", layers=4, order=Order.STACK)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with files_of_at_most(size), pytest.raises(UserError) as caught:
+        upcycle(base, tmp_path / "out", layers=4, order=Order.STACK)
     assert str(caught.value) == (
         f"File too large while writing {tmp_path}/out/checkpoints/{STEP}: mend that and run the same command again"
     )
