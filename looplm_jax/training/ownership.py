@@ -113,7 +113,7 @@ def own(folder: AnyPath) -> Iterator[Ownership]:
 
 @contextlib.contextmanager
 def _own_local(folder: Path) -> Iterator["_LocalOwnership"]:
-    is_new = not folder.exists()
+    new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
     with writing(folder):
         make_folder(folder)
     try:
@@ -123,9 +123,9 @@ def _own_local(folder: Path) -> Iterator["_LocalOwnership"]:
             held.callback(owned.release)
             yield owned
     finally:
-        if is_new:
-            with contextlib.suppress(OSError):  # it holds the run
-                folder.rmdir()
+        with contextlib.suppress(OSError):  # they hold the run
+            for path in new_folders:
+                path.rmdir()
 
 
 def _locked_file(folder: Path, held: contextlib.ExitStack) -> int:
