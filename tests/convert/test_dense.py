@@ -176,7 +176,7 @@ def test_a_checkpoint_is_written_that_loads(folder, tmp_path, dtype):
     assert {str(leaf.dtype) for leaf in leaves} == {summary.dtype} == {dtype or "bfloat16"}
     assert summary.parameters == sum(leaf.size for leaf in leaves)
     assert (loaded.step, loaded.recipe.name, loaded.recipe.model.loops) == (0, "dense", 2)
-    assert loaded.tokenizer.serialize() == tokenizer_json(VOCAB)
+    assert loaded.tokenizer.tokenizer_json == tokenizer_json(VOCAB)
     assert loaded.model.apply({"params": loaded.params}, jnp.zeros((1, 4), jnp.int32)).hidden.shape == (2, 1, 4, 32)
 
 
