@@ -343,7 +343,9 @@ class DataConfig:
     root: str = _field(
         "folder or URL in which relative paths of sources lie, where `{length}` is the stage's sequence_length", ""
     )
-    tokenizer: str = _field("a SentencePiece .model or a tokenizer.json; empty: train one on the data", "")
+    tokenizer: str = _field(
+        "a SentencePiece .model, a tokenizer.json or a Hugging Face folder; empty: train one on the data", ""
+    )
     validation_fraction: float = _field("share of documents held out, chosen by a hash of their text", 0.02)
     seed: int = _field("seed of the order of documents", 0)
     on_bad_record: OnBadRecord = _field("what a record that cannot be read does", OnBadRecord.STOP)

@@ -11,6 +11,7 @@ import argparse
 from looplm_jax.codec import leaves
 from looplm_jax.config import DataConfig, OnBadRecord, ReadLimits, RecordKind, SourceConfig
 from looplm_jax.errors import UserError
+from looplm_jax.printing import complain
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +23,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="a glob, a folder or an fsspec URL of .jsonl, .txt, .parquet, .arrayrecord, compressed or not; "
         "or huggingface:dataset,split=...",
     )
-    parser.add_argument("--tokenizer", metavar="FILE", help="a SentencePiece .model or a tokenizer.json")
+    parser.add_argument(
+        "--tokenizer", metavar="PATH", help="a SentencePiece .model, a tokenizer.json or a Hugging Face folder"
+    )
     parser.add_argument("--sequence-length", type=int, metavar="S", help="positions of a row")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="a new folder, here or at gs://")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
@@ -89,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
         _check(arguments)
         order = Order(
             sources=_sources(arguments),
-            tokenizer=load_tokenizer(arguments.tokenizer),
+            tokenizer=load_tokenizer(arguments.tokenizer, warn=complain),
             sequence_length=arguments.sequence_length,
             validation_fraction=arguments.validation_fraction,
             on_bad_record=OnBadRecord(arguments.on_bad_record),
@@ -108,7 +111,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> None:
     if not arguments.tokenizer:
-        raise UserError("say which tokenizer: --tokenizer FILE, a SentencePiece .model or a tokenizer.json")
+        raise UserError(
+            "say which tokenizer: --tokenizer PATH, a SentencePiece .model, a tokenizer.json or a Hugging Face folder"
+        )
     if arguments.sequence_length is None:
         raise UserError("say how long a row is: --sequence-length S, that of the stages it is for")
     if arguments.workers is not None and arguments.workers < 1:

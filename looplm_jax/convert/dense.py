@@ -31,7 +31,6 @@ from looplm_jax.convert.from_hf import (
     parameter_targets,
     read_hf_tokenizer,
 )
-from looplm_jax.convert.json_files import read_json_object
 from looplm_jax.convert.layout import Path as ArrayPath
 from looplm_jax.convert.layout import TorchTensor, flat_arrays, unflat_arrays
 from looplm_jax.convert.ouro_config import from_llama_config
@@ -39,6 +38,7 @@ from looplm_jax.convert.output_folder import fresh_folder
 from looplm_jax.convert.placement import place_tensors
 from looplm_jax.convert.weight_files import WeightFolder
 from looplm_jax.errors import UserError
+from looplm_jax.json_files import read_json_object
 from looplm_jax.models.looplm import LoopLM, boxed_params
 from looplm_jax.random_keys import seeded_key
 from looplm_jax.sharding import check_divides, first_device, make_mesh

@@ -12,8 +12,6 @@ from jax.typing import DTypeLike
 from looplm_jax.config import MeshConfig, ModelConfig
 from looplm_jax.convert.accounting import accounted
 from looplm_jax.convert.converted import Converted, converted_recipe, summary, write_converted
-from looplm_jax.convert.folder_files import read_folder_tokenizer
-from looplm_jax.convert.json_files import read_json_object
 from looplm_jax.convert.layout import Path as ArrayPath
 from looplm_jax.convert.layout import flat_arrays, unflat_arrays
 from looplm_jax.convert.ouro_config import from_ouro_config
@@ -21,7 +19,9 @@ from looplm_jax.convert.output_folder import fresh_folder
 from looplm_jax.convert.placement import place_tensors
 from looplm_jax.convert.weight_files import WeightFolder, has_weights
 from looplm_jax.data.tokenizers import Tokenizer
+from looplm_jax.data.tokenizers.folder_files import read_folder_tokenizer
 from looplm_jax.errors import UserError
+from looplm_jax.json_files import read_json_object
 from looplm_jax.models.looplm import Params, boxed_shapes
 from looplm_jax.sharding import abstract, check_divides, first_device, make_mesh
 

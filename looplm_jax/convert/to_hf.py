@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from looplm_jax.checkpoints import Restored, read_metadata, restore_params
-from looplm_jax.convert.folder_files import kept_json
 from looplm_jax.convert.layout import Path as ArrayPath
 from looplm_jax.convert.layout import TorchTensor, array_shapes, flat_arrays, torch_layout
 from looplm_jax.convert.model_card import model_card, training_record
@@ -22,6 +21,7 @@ from looplm_jax.convert.output_folder import fresh_folder
 from looplm_jax.convert.shard_files import WrittenWeights, write_weights
 from looplm_jax.convert.tokenizer_files import code_left_out, stop_ids, tokenizer_files
 from looplm_jax.data.tokenizers import FolderTokenizer, Tokenizer, deserialize
+from looplm_jax.data.tokenizers.folder_files import kept_json
 from looplm_jax.errors import UserError
 
 DEFAULT_SHARD_BYTES = 5 * 10**9

@@ -4,7 +4,6 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from looplm_jax.convert.folder_files import kept_json, other_files
 from looplm_jax.convert.sentencepiece_json import sentencepiece_json
 from looplm_jax.data.tokenizers import (
     IM_END,
@@ -14,6 +13,7 @@ from looplm_jax.data.tokenizers import (
     SentencePieceTokenizer,
     Tokenizer,
 )
+from looplm_jax.data.tokenizers.folder_files import kept_json, other_files
 
 # The chat of `data/chat.py`. The blocks of generation mark its targets, for `return_assistant_tokens_mask`.
 CHAT_TEMPLATE = """\

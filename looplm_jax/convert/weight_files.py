@@ -15,8 +15,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from looplm_jax.checkpoints.errors import brief
-from looplm_jax.convert.json_files import read_json_object
 from looplm_jax.errors import UserError
+from looplm_jax.json_files import read_json_object
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLED = ("*.bin", "*.pt", "*.pth")

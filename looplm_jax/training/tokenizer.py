@@ -1,13 +1,17 @@
 """The tokeniser of a run: the one it was given, its task's own, its checkpoint's, or one trained on its data."""
 
+from pathlib import Path
+
 from rich.console import Console
 
 from looplm_jax import data
 from looplm_jax.config import Recipe
+from looplm_jax.convert.from_hf import is_hf_folder
 from looplm_jax.data.corpus import Corpus
-from looplm_jax.data.tokenizers import Tokenizer
+from looplm_jax.data.tokenizers import FolderTokenizer, Tokenizer
 from looplm_jax.errors import UserError
-from looplm_jax.files import write_atomically
+from looplm_jax.files import pasted, write_atomically
+from looplm_jax.printing import literal
 from looplm_jax.training.run_folder import RunFolder
 
 
@@ -25,7 +29,7 @@ def run_tokenizer(
     if tokenizer is not None and recipe.data.tokenizer:
         _check_own(recipe, corpus, tokenizer)
     if tokenizer is None and recipe.data.tokenizer:
-        tokenizer = data.load_tokenizer(recipe.data.tokenizer)
+        tokenizer = data.load_tokenizer(recipe.data.tokenizer, warn=lambda note: console.print(literal(note)))
     if inherited is not None:
         _check_inherited(recipe, corpus, tokenizer, inherited)
         tokenizer = inherited
@@ -64,7 +68,18 @@ def _check_inherited(recipe: Recipe, corpus: Corpus, tokenizer: Tokenizer | None
         raise UserError(f"{task!r} has another vocabulary than {origin}; start from a checkpoint of the same task")
     if corpus.prepared:
         rows = corpus.prepared[0].config.path
-        raise UserError(f"{rows!r} is prepared with another tokenizer than that of {origin}; prepare it with that one")
+        raise UserError(
+            f"{rows!r} is prepared with another tokenizer than that of {origin}; {_how_to_prepare(origin, inherited)}"
+        )
     raise UserError(
         f"{recipe.data.tokenizer} is another tokenizer than that of {origin}; leave data.tokenizer empty to use that"
     )
+
+
+def _how_to_prepare(origin: str, inherited: Tokenizer) -> str:
+    """What to type for rows that a start from `origin` can read."""
+    if is_hf_folder(Path(origin)):
+        return f"prepare it with --tokenizer {pasted(origin)}"
+    if isinstance(inherited, FolderTokenizer):
+        return f"prepare it with --tokenizer FOLDER, which `looplm convert to-hf {pasted(origin)} FOLDER` writes"
+    return "prepare it with that one"

@@ -84,7 +84,7 @@ def test_it_says_what_it_wrote_and_what_to_type_next(here, capsys):
 MISTAKES = [
     (["--out", "out"], "there is nothing to prepare; name files, for example looplm tokenize 'mine/*.jsonl'"),
     (["a.jsonl"], "the following arguments are required: --out; see `looplm tokenize --help`"),
-    (["a.jsonl", "--out", "out", *LENGTH], "say which tokenizer: --tokenizer FILE, a SentencePiece .model or"),
+    (["a.jsonl", "--out", "out", *LENGTH], "say which tokenizer: --tokenizer PATH, a SentencePiece .model, a"),
     (["a.jsonl", "--out", "out", "--tokenizer", "t.model"], "say how long a row is: --sequence-length S"),
     (["a.jsonl", "--out", "out", "--tokenizer", "none.model", *LENGTH], "none.model: there is no such file"),
     (["a.jsonl", "--out", "out", "--tokenizer", "a.jsonl", *LENGTH], "a.jsonl: a tokenizer is a SentencePiece"),
@@ -121,7 +121,7 @@ def test_chats_need_a_tokenizer_for_chats(here, refused):
     import looplm_jax.data.tokenizers as tokenizers
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizers, "load_tokenizer", lambda path: symbols)
+        patch.setattr(tokenizers, "load_tokenizer", lambda path, **_: symbols)
         line = refused("tokenize", "a.jsonl", "--chat", "--out", "out", "--tokenizer", "s.json", *LENGTH)
     assert line == "the tokenizer has no token <|im_start|>, which the chat format needs; use one made for chat"
     assert not Path("out").exists()

@@ -5,11 +5,11 @@ import json
 import pytest
 from hf_folders import tokenizer_json
 
-from looplm_jax.convert.folder_files import read_folder_tokenizer
 from looplm_jax.convert.to_hf import _generation_config
 from looplm_jax.convert.tokenizer_files import CHAT_TEMPLATE, has_other_chat_template, stop_ids, tokenizer_files
 from looplm_jax.data.chat import Message, tokens_and_mask
-from looplm_jax.data.tokenizers import JsonTokenizer, deserialize
+from looplm_jax.data.tokenizers import JsonTokenizer, deserialize, load_tokenizer
+from looplm_jax.data.tokenizers.folder_files import read_folder_tokenizer
 from looplm_jax.errors import UserError
 
 pytest.importorskip("tokenizers")
@@ -175,3 +175,22 @@ def test_the_mask_of_our_template_is_that_of_training(tmp_path):
         example = tokens_and_mask(chat, ours)
         assert made["input_ids"] == example.tokens.tolist()
         assert made["assistant_masks"] == [int(target) for target in example.loss_mask.tolist()]
+
+
+def test_a_folder_is_given_as_a_tokenizer(tmp_path):
+    config = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 275, "vocab_size": 280}
+    ours, _ = read(tmp_path, config=config)
+    warned = []
+    given = load_tokenizer(str(tmp_path), warn=warned.append)
+    assert (given.serialize(), given.fingerprint, warned) == (ours.serialize(), ours.fingerprint, [])
+    assert given.fingerprint != load_tokenizer(str(tmp_path / "tokenizer.json")).fingerprint
+
+
+def test_a_tokenizer_needs_no_model_beside_it(tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer_json(272))
+    warned = []
+    given = load_tokenizer(str(tmp_path), warn=warned.append)
+    assert given.fingerprint == load_tokenizer(str(tmp_path / "tokenizer.json")).fingerprint
+    assert warned == [
+        f"{tmp_path}: no file names the {kind} token; '<|endoftext|>' (0) is used" for kind in ("bos", "eos")
+    ]

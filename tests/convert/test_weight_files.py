@@ -12,9 +12,9 @@ import pytest
 from hf_folders import write_weights
 from safetensors.numpy import save_file
 
-from looplm_jax.convert.json_files import read_json_object
 from looplm_jax.convert.weight_files import INDEX, SINGLE, WeightFolder, has_weights
 from looplm_jax.errors import UserError
+from looplm_jax.json_files import read_json_object
 
 TWO = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 

@@ -131,8 +131,9 @@ def test_load_by_ending(tmp_path, tokenizer, json_tokenizer):
     [
         ("t.model", b"nonsense", r"t.model: this is not a SentencePiece model"),
         ("t.json", b"{}", r"t.json: this is not a tokenizer.json"),
-        ("t.txt", b"", r"t.txt: a tokenizer is a SentencePiece .model or a tokenizer.json"),
+        ("t.txt", b"", r"t.txt: a tokenizer is a SentencePiece .model, a tokenizer.json or a Hugging Face folder"),
         ("t.model", None, r"t.model: there is no such file"),
+        ("", None, r" has no tokenizer.json; give a folder that has one, or a SentencePiece .model"),
     ],
 )
 def test_load_errors(tmp_path, name, content, message):

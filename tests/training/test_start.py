@@ -15,10 +15,11 @@ from training_cases import GATE, MODEL, RECIPE, STAGE, assert_identical, one_sta
 
 from looplm_jax.checkpoints import read_metadata
 from looplm_jax.checkpoints.whole import read_whole, write_whole
+from looplm_jax.cli.main import main
 from looplm_jax.codec import from_dict, to_dict
 from looplm_jax.config import DataConfig, MeshConfig, ModelConfig, Recipe, Schedule, SourceConfig, StartConfig
 from looplm_jax.convert.to_hf import convert_to_hf
-from looplm_jax.data import train_sentencepiece
+from looplm_jax.data import load_tokenizer, train_sentencepiece
 from looplm_jax.errors import UserError
 from looplm_jax.models.looplm import LoopLM
 from looplm_jax.sharding import make_mesh
@@ -287,6 +288,31 @@ def test_a_run_starts_from_a_hugging_face_folder(exported, trained_on_text, text
     saved = read_whole(trained_on_text).arrays
     wanted = [saved[name].astype(jnp.bfloat16).astype(jnp.float32) for name in sorted(saved) if "params." in name]
     assert_identical(arrays(position.state.params), wanted)
+
+
+def test_rows_prepared_with_the_folder_of_the_start(exported, texts, tmp_path):
+    folder = shutil.copytree(exported, tmp_path / "hf")
+    config = json.loads((folder / "config.json").read_text())
+    turn = load_tokenizer(str(folder)).token_id("<|im_end|>")
+    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": turn}))
+    options = (str(texts / "second.txt"), "--sequence-length", str(SHORT.sequence_length), "--workers", "1")
+    options += ("--validation-fraction", "0.4")
+    recipe = on_text(tmp_path / "rows", started(folder))
+
+    main(["tokenize", *options, "--tokenizer", str(folder / "tokenizer.json"), "--out", str(tmp_path / "rows")])
+    with pytest.raises(UserError) as caught:
+        prepared(tmp_path / "run", recipe)
+    assert str(caught.value) == (
+        f"{str(tmp_path / 'rows')!r} is prepared with another tokenizer than that of {folder}; "
+        f"prepare it with --tokenizer {folder}"
+    )
+
+    shutil.rmtree(tmp_path / "rows")
+    main(["tokenize", *options, "--tokenizer", str(folder), "--out", str(tmp_path / "rows")])
+    for given in ("", str(folder)):
+        data = dataclasses.replace(recipe.data, tokenizer=given)
+        _, said = prepared(tmp_path / "run", dataclasses.replace(recipe, data=data))
+        assert said.splitlines()[-1] == f"starting from the parameters of {folder}"
 
 
 def test_a_hugging_face_folder_of_another_shape_or_with_an_optimizer_is_refused(exported, texts, tmp_path):

@@ -12,9 +12,10 @@ from looplm_jax.data.prepared.folder import MANIFEST, PLAN, SHARD, SIGNATURES, U
 from looplm_jax.data.prepared.manifest import Plan, as_json
 from looplm_jax.data.prepared.units import UNIT_BYTES, Unit, describe_inputs, digest_contents
 from looplm_jax.data.sources.discovery import find_files
-from looplm_jax.data.tokenizers import JsonTokenizer, Tokenizer
+from looplm_jax.data.tokenizers import FolderTokenizer, JsonTokenizer, Tokenizer
 from looplm_jax.errors import UserError
 
+_TOKENIZER_FILES = {JsonTokenizer.kind: "tokenizer.json", FolderTokenizer.kind: "tokenizer_folder.json"}
 _LEFT_BEHIND = (UNFINISHED, f"{PLAN}.new")  # by a process that was killed in its first moments
 
 
@@ -109,7 +110,7 @@ def claim_folder(folder: PreparedFolder, plan: Plan, tokenizer: Tokenizer) -> st
     """Write what is known before the first unit; returns the name of the tokeniser's file."""
     if not is_begun(folder):
         folder.remove_folder("units")
-    name = "tokenizer.json" if plan.tokenizer_kind == JsonTokenizer.kind else "tokenizer.model"
+    name = _TOKENIZER_FILES.get(plan.tokenizer_kind, "tokenizer.model")
     folder.write(PLAN, as_json(plan))
     folder.write(name, tokenizer.serialize())
     return name

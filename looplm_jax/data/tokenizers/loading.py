@@ -1,30 +1,54 @@
 """Tokenisers from files, and from the bytes inside a checkpoint."""
 
 import json
+import os
+from collections.abc import Callable
+from pathlib import Path
 
 from looplm_jax.data.sources.files import read_file
 from looplm_jax.data.tokenizers.base import Tokenizer
 from looplm_jax.data.tokenizers.expansion import check_expansion
 from looplm_jax.data.tokenizers.folder import FolderTokenizer
+from looplm_jax.data.tokenizers.folder_files import read_folder_tokenizer
 from looplm_jax.data.tokenizers.huggingface import JsonTokenizer
 from looplm_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from looplm_jax.data.tokenizers.symbols import SymbolTokenizer
 from looplm_jax.errors import UserError, suggest
 
 
-def load_tokenizer(path: str) -> Tokenizer:
-    """The tokeniser in a `.model` or `.json` file, local or at any fsspec URL.
+def load_tokenizer(path: str, *, warn: Callable[[str], object] = lambda _: None) -> Tokenizer:
+    """Returns the tokenizer of a `.model` or `.json` file, local or at any fsspec URL, or of a Hugging Face folder.
 
-    Raises UserError, naming the file: missing, unreadable, of another format, or of a package that is not installed.
+    Args:
+      path: the file, or the folder, whose files name the ids that begin and end a document.
+      warn: gets a line about each id that the files of a folder leave open or contradict.
+
+    Raises:
+      UserError: the file is missing, unreadable, of another format, or of a package that is not installed.
     """
+    folder = Path(os.path.expanduser(path))
+    if folder.is_dir():
+        return _of_folder(folder, warn)
     kinds = {".model": SentencePieceTokenizer.kind, ".json": JsonTokenizer.kind}
     suffix = next((suffix for suffix in kinds if str(path).endswith(suffix)), None)
     if suffix is None:
-        raise UserError(f"{path}: a tokenizer is a SentencePiece .model or a tokenizer.json; set data.tokenizer to one")
+        raise UserError(
+            f"{path}: a tokenizer is a SentencePiece .model, a tokenizer.json or a Hugging Face folder; "
+            "set data.tokenizer to one"
+        )
     try:
         return deserialize(kinds[suffix], read_file(str(path)))
     except UserError as error:
         raise error if str(path) in str(error) else UserError(f"{path}: {error}") from None
+
+
+def _of_folder(folder: Path, warn: Callable[[str], object]) -> Tokenizer:
+    if not (folder / "tokenizer.json").exists():
+        raise UserError(f"{folder} has no tokenizer.json; give a folder that has one, or a SentencePiece .model")
+    tokenizer, notes = read_folder_tokenizer(folder)
+    for note in notes:
+        warn(note)
+    return tokenizer
 
 
 def deserialize(kind: str, content: bytes) -> Tokenizer:

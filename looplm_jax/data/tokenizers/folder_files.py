@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from looplm_jax.convert.json_files import read_json_object
 from looplm_jax.data.sources.files import read_file
-from looplm_jax.data.tokenizers import FolderTokenizer, JsonTokenizer, TokenIds
 from looplm_jax.data.tokenizers.expansion import check_expansion
+from looplm_jax.data.tokenizers.folder import FolderTokenizer, TokenIds
+from looplm_jax.data.tokenizers.huggingface import JsonTokenizer
 from looplm_jax.errors import UserError
+from looplm_jax.json_files import read_json_object
 
 # The first of these that names a token decides; names that everybody uses come last (`JsonTokenizer`).
 _BY_ID = ("config.json", "generation_config.json")
@@ -27,8 +28,12 @@ _LARGEST_TEXT = 2**20
 Named = Mapping[str, Mapping[str, tuple[int, ...]]]  # kind of token -> file -> the ids that the file names
 
 
-def read_folder_tokenizer(folder: Path, vocab_size: int) -> tuple[FolderTokenizer, tuple[str, ...]]:
+def read_folder_tokenizer(folder: Path, vocab_size: int | None = None) -> tuple[FolderTokenizer, tuple[str, ...]]:
     """Returns the tokenizer of a folder, and notes about what its files leave open, contradict or lose.
+
+    Args:
+      folder: has a `tokenizer.json`; the other files may be missing.
+      vocab_size: ids of the model, which may be more than those of the tokenizer; None: what `config.json` says.
 
     Raises:
       UserError: a file is damaged, its package is not installed, or an id is outside the vocabulary.
@@ -37,7 +42,9 @@ def read_folder_tokenizer(folder: Path, vocab_size: int) -> tuple[FolderTokenize
     content = read_file(str(file))
     try:
         check_expansion(content)
-        named, notes = _named_ids(folder, JsonTokenizer(content, 0, 0), vocab_size)
+        plain = JsonTokenizer(content, 0, 0)
+        vocab_size = vocab_size or _vocab_size(folder) or plain.vocab_size
+        named, notes = _named_ids(folder, plain, vocab_size)
         bos, eos, pad = (_first(named[kind]) for kind in _KINDS)
         tokenizer = JsonTokenizer(content, bos, eos)
     except UserError as error:
@@ -54,7 +61,7 @@ def read_folder_tokenizer(folder: Path, vocab_size: int) -> tuple[FolderTokenize
 def _named_ids(folder: Path, tokenizer: JsonTokenizer, vocab_size: int) -> tuple[Named, list[str]]:
     named: dict[str, dict[str, tuple[int, ...]]] = {kind: {} for kind in _KINDS}
     for name in (*_BY_ID, *_BY_NAME):
-        values = read_json_object(folder / name) if (folder / name).is_file() else {}
+        values = _object(folder / name)
         for kind in _KINDS:
             largest = vocab_size if kind == "pad" else tokenizer.vocab_size
             if name in _BY_ID:
@@ -65,6 +72,16 @@ def _named_ids(folder: Path, tokenizer: JsonTokenizer, vocab_size: int) -> tuple
             if ids:
                 named[kind][name] = ids
     return named, list(_contradictions(folder, named))
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """Returns the JSON object of a file, empty where there is no such file."""
+    return read_json_object(path) if path.is_file() else {}
+
+
+def _vocab_size(folder: Path) -> int | None:
+    value = _object(folder / "config.json").get("vocab_size")
+    return value if isinstance(value, int) else None
 
 
 def _listed_ids(value: Any, where: str, largest: int) -> tuple[int, ...]:
@@ -108,7 +125,7 @@ def _kept_files(folder: Path) -> tuple[dict[str, str], list[str]]:
             lost.append(f"{folder / name} is not kept: it is no UTF-8 text of at most 1 MiB")
         else:
             files[name] = text
-    config = read_json_object(folder / "config.json")
+    config = _object(folder / "config.json")
     files["config.json"] = json.dumps({f"{kind}_token_id": config.get(f"{kind}_token_id") for kind in _KINDS})
     fields = _license_fields(folder / "README.md")
     return {**files, **({"README.md": fields} if fields else {})}, lost
