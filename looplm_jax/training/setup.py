@@ -128,9 +128,10 @@ def _open_corpora(recipe: Recipe, console: Console) -> tuple[Corpus, ...]:
 
 
 def _report_pieces_left_out(recipe: Recipe, corpora: Sequence[Corpus], tokenizer: Tokenizer, console: Console) -> None:
-    for stage, corpus in zip(recipe.stages, corpora, strict=True):
-        for line in pieces_left_out(corpus, tokenizer, stage.sequence_length):
-            console.print(line)
+    stages = zip(recipe.stages, corpora, strict=True)
+    lines = (line for stage, corpus in stages for line in pieces_left_out(corpus, tokenizer, stage.sequence_length))
+    for line in dict.fromkeys(lines):  # stages may share a source
+        console.print(line, markup=False)
 
 
 def _check_same_vocabulary(recipe: Recipe, corpora: Sequence[Corpus]) -> None:
