@@ -66,6 +66,7 @@ def test_every_kind_of_file(mine, tmp_path, monkeypatch, capsys):
     assert "going on from step 4 of stage gate" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_url_in_a_process_of_its_own(mine, tmp_path):
     (mine / "lines.jsonl").unlink()
     command = [

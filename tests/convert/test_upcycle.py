@@ -88,7 +88,11 @@ def base(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", params=[(2, Order.INTERLEAVE), (2, Order.STACK), (3, Order.STACK)], ids=str)
+@pytest.fixture(
+    scope="module",
+    params=[(2, Order.INTERLEAVE), pytest.param((2, Order.STACK), marks=pytest.mark.slow), (3, Order.STACK)],
+    ids=str,
+)
 def deeper(request, base, tmp_path_factory):
     """The upcycled checkpoint, and the original of each of its layers."""
     copies, order = request.param
@@ -189,6 +193,7 @@ def by_hand(single: LoopLM, original, chosen, tokens):
     return jnp.stack(hidden)
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_it_with_the_state_of_the_optimizer(base, tmp_path, capsys):
     plain = dataclasses.replace(RECIPE, model=dataclasses.replace(RECIPE.model, prelude_layers=0, coda_layers=0))
     train(plain, tmp_path / "run", console=Console(file=io.StringIO()))

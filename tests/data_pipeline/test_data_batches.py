@@ -146,7 +146,7 @@ def test_seed_fixes_the_order(stream):
 @pytest.mark.parametrize(
     "geometry", [{}, {"batch_size": 3, "sequence_length": 17}, {"process_index": 1, "process_count": 2}]
 )
-@pytest.mark.parametrize("batches", [0, 1, 7, 16, 17, 40])
+@pytest.mark.parametrize("batches", [1, 17, *(pytest.param(count, marks=pytest.mark.slow) for count in (0, 7, 16, 40))])
 def test_resume_is_exact(stream, batches, geometry):
     original = stream(**geometry)
     take(original, batches)
