@@ -23,6 +23,7 @@ _OF_TASKS = (
     "batch_size",
     "max_length",
     "add_bos_token",
+    "special_tokens",
 )
 _OF_HELD_OUT_DATA = ("sequences", "data", "validation_fraction")
 _COUNTS = ("max_loops", "sequences", "limit", "batch_size")
@@ -74,6 +75,12 @@ def _configure_tasks(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--add-bos-token", action="store_true", default=None, help="put a bos before every context (default: none)"
+    )
+    group.add_argument(
+        "--special-tokens",
+        action="store_true",
+        default=None,
+        help="names of special tokens in texts, such as <|im_end|>, become these tokens (default: they are text)",
     )
 
 

@@ -46,7 +46,7 @@ def run_task_evaluation(arguments: argparse.Namespace) -> int:
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:
-    given = {name: getattr(arguments, name) for name in ("batch_size", "max_length", "add_bos_token")}
+    given = {name: getattr(arguments, name) for name in ("batch_size", "max_length", "add_bos_token", "special_tokens")}
     policy = exit_policy(loops=arguments.loops, rule=arguments.exit)
     return Settings(policy=policy, **{name: value for name, value in given.items() if value is not None})
 

@@ -12,6 +12,8 @@ from lm_eval.tasks import manager
 
 from looplm_jax.cli.main import main
 from looplm_jax.evaluation.harness import __main__ as harness
+from looplm_jax.evaluation.harness import adapter
+from looplm_jax.evaluation.harness.adapter import LoopLMAdapter
 from looplm_jax.evaluation.harness.running import TaskRun
 from looplm_jax.evaluation.harness.tables import task_table
 
@@ -80,6 +82,21 @@ def test_a_sweep_has_a_column_for_every_depth(evaluate):
     assert choices[0]["acc,none"] == choices[1]["acc,none"]
 
 
+def test_names_of_special_tokens_become_tokens_where_the_flag_says_so(evaluate, monkeypatch):
+    read = []
+
+    class Adapter(LoopLMAdapter):
+        def __init__(self, *arguments, **named):
+            super().__init__(*arguments, **named)
+            read.append(self.tok_encode("<|im_end|>"))
+
+    monkeypatch.setattr(adapter, "LoopLMAdapter", Adapter)
+    evaluate("--tasks", "looplm_smoke_choice", "--loops", "1")
+    evaluate("--tasks", "looplm_smoke_choice", "--loops", "1", "--special-tokens", file="tasks-2.json")
+    assert len(read[0]) > 1
+    assert read[1] == [2]
+
+
 def test_numbers_and_filters_in_a_table():
     metrics = {"alias": "a", "exact_match,strict": 0.5, "exact_match_stderr,strict": 0.1, "word_perplexity,none": 1e7}
     table = task_table(TaskRun(results={"results": {"a": metrics}}), "tasks")
@@ -102,6 +119,7 @@ def test_numbers_and_filters_in_a_table():
         (["--tasks", "x", "--sequences", "3"], "--sequences is for held-out documents: leave it or --tasks out"),
         (["--limit", "3"], "--limit is for tasks: give --tasks too"),
         (["--add-bos-token"], "--add-bos-token is for tasks: give --tasks too"),
+        (["--special-tokens"], "--special-tokens is for tasks: give --tasks too"),
         (["--tasks", "looplm_smoke_continue", "--max-length", "8"], "8 new tokens leave no room for a prompt in the 8"),
     ],
 )
