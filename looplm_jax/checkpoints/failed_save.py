@@ -54,16 +54,17 @@ def echoes_unheard() -> Iterator[None]:
 def remove_failed(folder: epath.Path, step: int) -> None:
     """Removes what `folder` holds of an unfinished `step`, and again what such threads make anew, until it stays away.
 
-    Half a minute at most.
+    Half a minute at most. What the disk refuses to list or to delete stays.
     """
     deadline = time.monotonic() + _LONGEST_SECONDS
     left = True
-    while left and time.monotonic() < deadline:
-        for unfinished in _unfinished(folder, step):
-            with contextlib.suppress(OSError):
-                delete(unfinished)
-        time.sleep(_QUIET_SECONDS)
-        left = bool(_unfinished(folder, step))
+    with contextlib.suppress(OSError):  # the user reads why the save failed, not that the folder cannot be listed
+        while left and time.monotonic() < deadline:
+            for unfinished in _unfinished(folder, step):
+                with contextlib.suppress(OSError):
+                    delete(unfinished)
+            time.sleep(_QUIET_SECONDS)
+            left = bool(_unfinished(folder, step))
 
 
 def _unfinished(folder: epath.Path, step: int) -> list[StepFolder]:

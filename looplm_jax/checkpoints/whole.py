@@ -55,7 +55,7 @@ def write_whole(folder: Path, whole: WholeStep) -> None:
     """Writes `<folder>/checkpoints/<step>`, and waits until it is committed; it is never deleted as an old one.
 
     Raises:
-      UserError: the disk refused it. Nothing of it remains.
+      UserError: the disk refused it. Nothing of it remains that the disk lets go.
     """
     path = checkpoint_path(folder) / "checkpoints" / str(whole.step)
     with echoes_unheard():

@@ -1,13 +1,14 @@
 """Steps without a tree: read by name, written whole or not at all."""
 
 import dataclasses
+import errno
 
 import numpy as np
 import pytest
 from checkpoint_cases import make_metadata, make_state
 from full_disk import files_of_at_most
 
-from looplm_jax.checkpoints import CheckpointStore, whole
+from looplm_jax.checkpoints import CheckpointStore, failed_save, whole
 from looplm_jax.checkpoints.tree import flatten
 from looplm_jax.checkpoints.whole import WholeStep, read_records, read_whole, write_whole
 from looplm_jax.errors import UserError
@@ -60,6 +61,16 @@ def test_a_disk_that_refuses_is_one_line_and_leaves_nothing(tmp_path, capfd):
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
     assert read_whole(tmp_path).step == 2
     assert capfd.readouterr().err == ""
+
+
+def test_a_disk_that_refuses_to_list_as_well_does_not_hide_why_it_refused(tmp_path, monkeypatch):
+    def refuse(_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(failed_save, "list_steps", refuse)
+    with files_of_at_most(3000), pytest.raises(UserError) as caught:
+        write_whole(tmp_path, WHOLE)
+    assert str(caught.value).startswith(f"File too large while writing {tmp_path}/checkpoints/3: ")
 
 
 def test_a_mistake_of_the_program_is_not_taken_for_a_full_disk(tmp_path, monkeypatch):
