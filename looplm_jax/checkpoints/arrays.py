@@ -19,8 +19,10 @@ import tensorstore as ts
 from etils import epath
 from jaxtyping import Array
 
-from looplm_jax.checkpoints.errors import DamagedError, UnreadableError, brief
+from looplm_jax.checkpoints.errors import DamagedError, RefusedError, UnreadableError, brief
 from looplm_jax.checkpoints.paths import kvstore
+from looplm_jax.errors import UserError
+from looplm_jax.files import check_regular, in_bucket
 from looplm_jax.sharding.platform import require_platform
 
 OS_ERROR = re.compile(r"(?:os_error_code='|OS error )(\d+)")  # in the messages of TensorStore
@@ -53,10 +55,12 @@ def load(folder: epath.Path, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[s
 
     Raises:
       DamagedError: an array is missing, altered, or of another shape or dtype.
-      UnreadableError: the disk or the bucket refused to give it.
+      UnreadableError: the disk or the bucket refused to give it, or a file is a named pipe or a device.
       UserError: JAX cannot use the platform that JAX_PLATFORMS names.
     """
     require_platform()  # one that is not here is no fault of the files
+    if not in_bucket(folder):
+        _check_regular_files(folder)
     context = ts.Context()
     opened = {name: ts.open(_spec(folder, name), open=True, read=True, context=context) for name in targets}
     waiting = collections.deque(sorted(targets, key=lambda name: _bytes(targets[name]), reverse=True))
@@ -71,6 +75,23 @@ def load(folder: epath.Path, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[s
         with _naming(first):
             arrays[first] = reads.pop(first).result()  # and with it the parts that were read
     return {name: arrays[name] for name in targets}
+
+
+def _check_regular_files(folder: str | os.PathLike[str]) -> None:
+    """Raises UnreadableError where there is a named pipe or a device, for which TensorStore would wait forever."""
+    try:
+        with os.scandir(folder) as entries:
+            found = list(entries)
+    except OSError:
+        return  # TensorStore says why
+    for entry in found:
+        if entry.is_dir(follow_symlinks=False):
+            _check_regular_files(entry.path)
+        elif not entry.is_file(follow_symlinks=False):
+            try:
+                check_regular(entry.path)
+            except UserError as error:
+                raise UnreadableError(str(error)) from None
 
 
 def _bytes(target: jax.ShapeDtypeStruct) -> int:
@@ -102,7 +123,7 @@ def _naming(name: str) -> Iterator[None]:
     except _ERRORS_OF_TENSORSTORE as error:
         refused = _refusal(error)
         if refused is not None:
-            raise UnreadableError(f"array {name} cannot be read ({refused})") from error
+            raise RefusedError(f"array {name} cannot be read ({refused})") from error
         raise DamagedError(f"array {name} cannot be read ({brief(error)})") from error
 
 

@@ -20,10 +20,14 @@ class OtherVersionError(Exception):
 
 
 class UnreadableError(Exception):
-    """The disk or the bucket refused to give a part of a step, which says nothing about what the files hold.
+    """A part of a step cannot be read, which says nothing about what was saved.
 
     Callers of this package see a `UserError` in its place.
     """
+
+
+class RefusedError(UnreadableError):
+    """The disk or the bucket refused to give a part of a step. The next attempt may succeed."""
 
 
 class SaveError(UserError):

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from looplm_jax.checkpoints.errors import DamagedError, OtherVersionError, UnreadableError
+from looplm_jax.checkpoints.errors import DamagedError, OtherVersionError, RefusedError, UnreadableError
 from looplm_jax.checkpoints.metadata import ArrayRecord, Metadata, Sidecar
 from looplm_jax.checkpoints.reading import candidates
 from looplm_jax.checkpoints.step import StepFolder, read_arrays, read_sidecar
@@ -78,7 +78,7 @@ def _inspect(folder: StepFolder) -> StepReport:
     sidecar: Sidecar | None = None
     damage = unknown = None
     try:
-        sidecar = retried(lambda: read_sidecar(folder), UnreadableError)
+        sidecar = retried(lambda: read_sidecar(folder), RefusedError)
         for name, record in sidecar.arrays.items():
             _read(folder, name, record, sidecar.arrays)
     except DamagedError as error:
@@ -101,4 +101,4 @@ def _inspect(folder: StepFolder) -> StepReport:
 
 def _read(folder: StepFolder, name: str, record: ArrayRecord, records: dict[str, ArrayRecord]) -> None:
     target = jax.ShapeDtypeStruct(record.shape, jnp.dtype(record.dtype))
-    retried(lambda: read_arrays(folder, {name: target}, records), UnreadableError)
+    retried(lambda: read_arrays(folder, {name: target}, records), RefusedError)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from looplm_jax.checkpoints.errors import DamagedError, OtherVersionError, UnreadableError
+from looplm_jax.checkpoints.errors import DamagedError, OtherVersionError, RefusedError, UnreadableError
 from looplm_jax.checkpoints.metadata import ArrayRecord, Metadata, Sidecar
 from looplm_jax.checkpoints.paths import checkpoint_path
 from looplm_jax.checkpoints.step import StepFolder, list_steps, read_arrays, read_sidecar
@@ -125,7 +125,7 @@ def newest_good(folders: Sequence[StepFolder], read: Callable[[StepFolder], T]) 
     passed_over: list[DamagedStep] = []
     for folder in folders:
         try:
-            return Found(value=retried(lambda: read(folder), UnreadableError), damaged=tuple(passed_over))  # noqa: B023
+            return Found(value=retried(lambda: read(folder), RefusedError), damaged=tuple(passed_over))  # noqa: B023
         except DamagedError as error:
             passed_over.append(DamagedStep(step=folder.step, why=str(error)))
         except OtherVersionError as error:

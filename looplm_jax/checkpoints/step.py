@@ -19,7 +19,7 @@ from orbax.checkpoint import v1 as ocp
 
 from looplm_jax.checkpoints.arrays import OS_ERROR, load
 from looplm_jax.checkpoints.digest import digests
-from looplm_jax.checkpoints.errors import DamagedError, UnreadableError, brief
+from looplm_jax.checkpoints.errors import DamagedError, RefusedError, UnreadableError, brief
 from looplm_jax.checkpoints.metadata import ArrayRecord, Metadata, Sidecar, decode, encode
 from looplm_jax.errors import UserError
 from looplm_jax.files import NO_SPACE, check_regular, forget_listing, in_bucket, refusal, retried
@@ -126,7 +126,7 @@ def read_sidecar(folder: StepFolder) -> Sidecar:
     Raises:
       DamagedError: the step was not finished, or its metadata is missing or altered.
       OtherVersionError: its metadata is of another version.
-      UnreadableError: the disk or the bucket refused to give it.
+      UnreadableError: the disk or the bucket refused to give it, or it is a named pipe or a device.
     """
     if not folder.committed:
         raise DamagedError("it was not finished")
@@ -142,7 +142,7 @@ def read_sidecar(folder: StepFolder) -> Sidecar:
         refused = refusal(error, path)
         if refused is None:
             raise
-        raise UnreadableError(f"{_SIDECAR}/{_SIDECAR_FILE} cannot be read ({refused})") from error
+        raise RefusedError(f"{_SIDECAR}/{_SIDECAR_FILE} cannot be read ({refused})") from error
     return decode(value)
 
 
@@ -153,7 +153,7 @@ def read_arrays(
 
     Raises:
       DamagedError: an array is missing or altered.
-      UnreadableError: the disk or the bucket refused to give it.
+      UnreadableError: the disk or the bucket refused to give it, or it is a named pipe or a device.
     """
     arrays = load(folder.path / _ARRAYS, targets)
     found = digests(arrays)

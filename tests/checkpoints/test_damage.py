@@ -215,6 +215,22 @@ def test_a_step_that_the_disk_refuses_is_neither_passed_over_nor_deleted(folder,
 
 
 @pytest.mark.parametrize("part", REFUSED)
+def test_a_named_pipe_is_refused_at_once(folder, monkeypatch, part):
+    path = REFUSED[part](folder / "3")
+    path.rename(path.with_name("hidden"))
+    os.mkfifo(path)
+    monkeypatch.setattr(looplm_files.time, "sleep", lambda seconds: pytest.fail(f"waited for {seconds} s"))
+    store = CheckpointStore(folder, keep=1)
+    with pytest.raises(UserError, match=rf"{path} is a named pipe, not a file; .* nothing says .* is damaged"):
+        store.restore(abstract(make_state()))
+    report = inspect_steps(str(folder), step=3)[0]
+    assert report.damage is None
+    assert report.problem.startswith(f"could not be checked: {path} is a named pipe")
+    give_again(path)
+    assert store.restore(abstract(make_state())).step == 3
+
+
+@pytest.mark.parametrize("part", REFUSED)
 def test_a_refusal_that_passes_is_waited_for(folder, monkeypatch, part):
     path = REFUSED[part](folder / "3")
     refuse(path)
