@@ -24,6 +24,7 @@ from looplm_jax.data.prepared.reading import open_prepared
 from looplm_jax.data.prepared.row import pieces
 from looplm_jax.data.prepared.units import cut
 from looplm_jax.data.prepared.verification import verify
+from looplm_jax.data.sources.files import DataFile
 from looplm_jax.data.splits import is_validation
 from looplm_jax.data.tokenizers import SymbolTokenizer
 from looplm_jax.errors import UserError
@@ -147,6 +148,7 @@ OTHERS = {
 @pytest.mark.parametrize(("difference", "changes"), OTHERS.items())
 def test_another_command_on_the_same_folder_is_refused(difference, changes, whole, files, tokenizer, monkeypatch):
     monkeypatch.chdir(files[0].parent)
+    monkeypatch.setattr(DataFile, "digest", lambda file: pytest.fail(f"read all of {file.name} before it refused"))
     before = content(whole)
     with pytest.raises(UserError, match=r"is prepared by another command \(") as refusal:
         prepared(tokenizer, whole, *files, **changes)

@@ -57,7 +57,10 @@ class Order:
 
 
 def make_plan(order: Order, units: Sequence[Unit]) -> Plan:
-    """Everything that fixes the bytes. A bad record stops a command or is left out; no bytes depend on it."""
+    """Returns everything that fixes the bytes but the contents of the files, which `with_contents` adds.
+
+    A bad record stops a command or is left out; no bytes depend on it.
+    """
     return Plan(
         sources=order.sources,
         input=describe_inputs(units),
@@ -69,12 +72,27 @@ def make_plan(order: Order, units: Sequence[Unit]) -> Plan:
         validation_fraction=order.validation_fraction,
         decontaminate=_describe_evaluations(order),
         near_duplicates=order.near_duplicates,
-        contents=digest_contents(units),
     )
 
 
+def with_contents(folder: PreparedFolder, plan: Plan, units: Sequence[Unit]) -> Plan:
+    """Returns the plan with a digest of the contents of the files, for which local ones are read whole.
+
+    Raises:
+      UserError: what the folder holds was prepared from files of equal sizes and other contents.
+    """
+    plan = dataclasses.replace(plan, contents=digest_contents(units))
+    saved = _read_plan(folder) if PLAN in folder.names() and is_begun(folder) else plan
+    if saved.contents not in ("", plan.contents):  # plans from before there was a digest have none
+        raise UserError(
+            f"{folder.path} was prepared from files that have changed since, although their sizes have not; choose "
+            "another --out"
+        )
+    return plan
+
+
 def check_folder(folder: PreparedFolder, plan: Plan) -> None:
-    """Refuse a folder in which there is something else. Nothing is written.
+    """Refuses a folder in which there is something else, whatever the files contain. Nothing is written.
 
     Raises:
       UserError: it holds what another command prepares (the differences are named), or files of another kind.
@@ -88,11 +106,6 @@ def check_folder(folder: PreparedFolder, plan: Plan) -> None:
         return  # what failed before its first row was written gives way
     saved = _read_plan(folder)
     changed = differences(dataclasses.replace(saved, contents=""), dataclasses.replace(plan, contents=""))
-    if not changed and saved.contents and saved.contents != plan.contents:
-        raise UserError(
-            f"{folder.path} was prepared from files that have changed since, although their sizes have not; choose "
-            "another --out"
-        )
     if changed:
         raise UserError(
             f"{folder.path} is prepared by another command ({'; '.join(changed)}: there, here); "

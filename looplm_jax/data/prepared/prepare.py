@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from looplm_jax.data.cleaning import DuplicatesReport, NearDuplicates, load_evaluation_ngrams
 from looplm_jax.data.prepared.folder import MANIFEST, SIGNATURES, PreparedFolder
 from looplm_jax.data.prepared.manifest import Manifest, as_json, read_manifest
-from looplm_jax.data.prepared.plan import Order, check_folder, claim_folder, make_plan
+from looplm_jax.data.prepared.plan import Order, check_folder, claim_folder, make_plan, with_contents
 from looplm_jax.data.prepared.pool import Progress, run_jobs
 from looplm_jax.data.prepared.signatures import SignUnit, leave_out, signatures_name
 from looplm_jax.data.prepared.summary import make_manifest, write_cleaning_report
@@ -61,6 +61,7 @@ def prepare(
     units = cut(order.sources, order.unit_bytes, found)
     plan = make_plan(order, units)
     check_folder(folder, plan)
+    plan = with_contents(folder, plan, units)
     with folder.only_writer() as scratch:
         if is_complete(folder):
             return read_manifest(folder)
