@@ -17,6 +17,7 @@ from looplm_jax.data.tokenizers import Tokenizer, deserialize
 from looplm_jax.distributed import ALONE, Cluster, first_on_process_0
 from looplm_jax.errors import UserError
 from looplm_jax.models.looplm import LoopLM
+from looplm_jax.printing import literal
 from looplm_jax.training.goodput import Activity, Stopwatch
 from looplm_jax.training.program import stage_mesh
 from looplm_jax.training.resuming import with_window
@@ -169,6 +170,8 @@ def _first_state(recipe: Recipe, model: LoopLM, mesh: Mesh, start: Start | None,
         return initial_state(recipe, model, recipe.stages[0], mesh)
     for damaged in start.damaged:
         console.print(f"warning: {damaged}; passed over", style="yellow")
+    for note in start.notes:
+        console.print(f"note: {literal(note)}")
     console.print(describe_start(start, recipe.model))
     return started_state(start, recipe, model, mesh)
 

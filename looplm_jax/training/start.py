@@ -40,6 +40,7 @@ class Start:
     optimizer: optax.OptState | None
     tokenizer: Tokenizer | None  # None for a Hugging Face folder without one
     damaged: tuple[DamagedStep, ...] = ()
+    notes: tuple[str, ...] = ()  # about what a Hugging Face folder leaves open or contradicts
 
 
 def read_start(recipe: Recipe, model: LoopLM, mesh: Mesh) -> Start:
@@ -117,7 +118,14 @@ def _from_hf_folder(recipe: Recipe, mesh: Mesh) -> Start:
     if recipe.start.optimizer:
         raise _without_optimizer(path)
     found = load_hf(path, mesh=mesh, dtype=jnp.float32)
-    return Start(origin=path, model=found.config, params=found.params, optimizer=None, tokenizer=found.tokenizer)
+    return Start(
+        origin=path,
+        model=found.config,
+        params=found.params,
+        optimizer=None,
+        tokenizer=found.tokenizer,
+        notes=found.notes,
+    )
 
 
 def _filled_in(model: ModelConfig) -> ModelConfig:

@@ -29,7 +29,9 @@ def run_tokenizer(
     if tokenizer is not None and recipe.data.tokenizer:
         _check_own(recipe, corpus, tokenizer)
     if tokenizer is None and recipe.data.tokenizer:
-        tokenizer = data.load_tokenizer(recipe.data.tokenizer, warn=lambda note: console.print(literal(note)))
+        tokenizer = data.load_tokenizer(
+            recipe.data.tokenizer, warn=lambda note: console.print(f"note: {literal(note)}")
+        )
     if inherited is not None:
         _check_inherited(recipe, corpus, tokenizer, inherited)
         tokenizer = inherited

@@ -203,6 +203,8 @@ def test_an_optimizer_state_without_a_checkpoint_is_refused():
 
 # The tokeniser.
 
+READING = "reading 1 file (1 .txt)"
+
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
@@ -231,7 +233,7 @@ def test_a_run_that_goes_on_needs_the_checkpoint_no_more_not_even_for_its_tokeni
     start = shutil.copytree(trained_on_text, tmp_path / "start")
     recipe = on_text(texts / "second.txt", started(start, stages=(dataclasses.replace(SHORT, steps=4),)))
     said = train(tmp_path / "run", recipe)
-    assert said.splitlines()[0] == f"starting from the parameters of {start}, step 2"
+    assert said.splitlines()[:2] == [READING, f"starting from the parameters of {start}, step 2"]
     assert "training a tokenizer" not in said
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3, 4]
     finished = read_whole(tmp_path / "run")
@@ -240,7 +242,7 @@ def test_a_run_that_goes_on_needs_the_checkpoint_no_more_not_even_for_its_tokeni
 
     shutil.rmtree(start)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
-    assert train(tmp_path / "run", recipe).splitlines()[0] == "going on from step 2 of stage pretrain"
+    assert train(tmp_path / "run", recipe).splitlines()[:2] == [READING, "going on from step 2 of stage pretrain"]
     again = read_whole(tmp_path / "run")
     assert (again.step, again.metadata) == (finished.step, finished.metadata)
     assert_identical(again.arrays, finished.arrays)
@@ -284,7 +286,7 @@ def exported(trained_on_text, tmp_path_factory):
 def test_a_run_starts_from_a_hugging_face_folder(exported, trained_on_text, texts, tmp_path):
     recipe = on_text(texts / "second.txt", started(exported, mesh=MESHES[1]))
     position, said = prepared(tmp_path / "run", recipe)
-    assert said == f"starting from the parameters of {exported}\n"
+    assert said == f"{READING}\nstarting from the parameters of {exported}\n"
     saved = read_whole(trained_on_text).arrays
     wanted = [saved[name].astype(jnp.bfloat16).astype(jnp.float32) for name in sorted(saved) if "params." in name]
     assert_identical(arrays(position.state.params), wanted)
@@ -312,6 +314,7 @@ def test_rows_prepared_with_the_folder_of_the_start(exported, texts, tmp_path):
     for given in ("", str(folder)):
         data = dataclasses.replace(recipe.data, tokenizer=given)
         _, said = prepared(tmp_path / "run", dataclasses.replace(recipe, data=data))
+        assert f"note: {folder}: tokenizer_config.json has eos 0, but config.json has {turn}, which is used" in said
         assert said.splitlines()[-1] == f"starting from the parameters of {folder}"
 
 
