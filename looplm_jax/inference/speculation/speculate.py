@@ -15,7 +15,7 @@ from looplm_jax.data.tokenizers import Tokenizer
 from looplm_jax.errors import UserError
 from looplm_jax.inference.checks import check_request, usable_ids
 from looplm_jax.inference.decoder import EngineConfig
-from looplm_jax.inference.field_checks import token_ids, whole_number
+from looplm_jax.inference.field_checks import MOST, token_ids, whole_number
 from looplm_jax.inference.kv_cache import CacheStrategy
 from looplm_jax.inference.placing import on_mesh
 from looplm_jax.inference.requests import NewToken, Request
@@ -75,7 +75,7 @@ def speculate(
       UserError: a prompt that cannot be served, `draft_loops` outside 1..T-1, `drafts` below 1, or another cache.
     """
     loops = model.config.loops if loops is None else whole_number("loops", loops, least=1)
-    draft_loops, drafts = whole_number("draft_loops", draft_loops), whole_number("drafts", drafts, least=1)
+    draft_loops, drafts = whole_number("draft_loops", draft_loops, least=-MOST), whole_number("drafts", drafts, least=1)
     _check(draft_loops, loops, cache)
     if isinstance(prompts, str):
         raise UserError("prompts must be lists of token ids, not text; encode it with the tokenizer")
