@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from looplm_jax import data
-from looplm_jax.checkpoints import CheckpointStore, Metadata
+from looplm_jax.checkpoints import CheckpointStore, Metadata, SaveError
 from looplm_jax.codec import to_dict
 from looplm_jax.config import Recipe, Stage
 from looplm_jax.data import ValidationBatches
@@ -117,7 +117,7 @@ def train(
         check_same(cluster, "data", identities(setup))
         saver = Saver(setup.store, cluster)
         if cluster.count == 1:  # of many processes the others may be gone where this one fails
-            closing.callback(setup.store.close)
+            closing.push(_closed(setup.store, console))
         position = setup.position
         step = int(position.state.step)
         progress = closing.enter_context(TrainingProgress(console, total_steps=recipe.total_steps, step=step))
@@ -148,6 +148,20 @@ def train(
             _sum_up(run)
     skipped = int(end.state.guard.skipped)
     return Outcome(folder=folder, step=int(end.state.step), skipped=skipped, stopped_by=end.stopped_by)
+
+
+def _closed(store: CheckpointStore, console: Console) -> Callable[..., None]:
+    """Returns what closes the store when a run ends. A save that fails then does not hide what ended the run."""
+
+    def close(_: object, ended_by: BaseException | None, __: object) -> None:
+        try:
+            store.close()
+        except SaveError as error:
+            if ended_by is None:
+                raise
+            console.print(f"NOT SAVED: {error}", style="yellow", markup=False)
+
+    return close
 
 
 def _owned(folder: RunFolder, recipe: Recipe, closing: contextlib.ExitStack) -> Ownership:

@@ -184,6 +184,17 @@ def replaced(folder):
 
 
 @pytest.mark.parametrize("change", [moved, shutil.rmtree, replaced])
+def test_a_folder_that_is_moved_or_removed_is_noticed(change, tmp_path):
+    folder = tmp_path / "run"
+    with own(folder) as owned:
+        owned.check()
+        change(folder)
+        with pytest.raises(UserError, match=LOST):
+            owned.check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", [moved, shutil.rmtree, replaced])
 def test_a_folder_that_is_moved_or_removed_ends_the_run_and_nothing_is_written_in_its_place(change, tmp_path):
     folder, seen = tmp_path / "run", []
 
