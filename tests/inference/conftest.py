@@ -1,7 +1,20 @@
 import pytest
 from inference_models import make_model
+from serving_models import SOUND, finish, make_engine
 
 
 @pytest.fixture(scope="session")
 def tiny_model():
     return make_model()
+
+
+@pytest.fixture(scope="module")
+def engine():
+    """An engine in whose queue three requests fit."""
+    return make_engine(queue=3)
+
+
+@pytest.fixture(scope="module")
+def answer(engine):
+    """The tokens of a request that nothing disturbs."""
+    return finish(engine, [engine.submit(SOUND)])[0].tokens

@@ -8,25 +8,14 @@ import signal
 import jax
 import numpy as np
 import pytest
-from serving_models import CONFIG, finish, make_engine, small_model
+from serving_models import CONFIG, SOUND, finish, make_engine, small_model
 
 from looplm_jax.errors import UserError
 from looplm_jax.halting import Bounded, Custom, FixedLoops, Needs, QExit
 from looplm_jax.inference import Engine, Finish, Request
 
 DAMAGED = 96
-SOUND = Request(prompt_ids=(1,), max_new_tokens=6, policy=QExit(q=0.5))
 LONG = Request(prompt_ids=(1, 2), max_new_tokens=100, policy=FixedLoops(loops=2))
-
-
-@pytest.fixture(scope="module")
-def engine():
-    return make_engine(queue=3)
-
-
-@pytest.fixture(scope="module")
-def answer(engine):
-    return finish(engine, [engine.submit(SOUND)])[0].tokens
 
 
 async def wait_for_ever(new):

@@ -129,7 +129,7 @@ def test_the_metrics_tell_every_step(finished):
         assert sum(row["exit_pdf"]) == pytest.approx(1, abs=1e-5)
         assert all(row[name] > 0 for name in ("tokens", "gradient_norm", *RATES))
     # The last step of a schedule has its final rate, which is 0 here.
-    assert [row["step"] for row in training if row["learning_rate"] == 0] == [STAGE.steps]
+    assert [row["step"] for row in training if row["learning_rate"] <= 0] == [STAGE.steps]
     # Every third step, and at the end of each stage.
     assert [row["step"] for row in rows if row["kind"] == "evaluation"] == [3, 6, 9, 10]
 
