@@ -6,11 +6,10 @@ import shutil
 import signal
 import tempfile
 
+from xla_flags import quick_to_compile
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-# The programs of the tests run for moments, so what counts is the time to compile them.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-)
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick_to_compile(devices=8)}"
 
 # What one process of this session has compiled, the others and those that tests start need not compile again.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

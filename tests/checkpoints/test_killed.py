@@ -11,14 +11,14 @@ import jax.numpy as jnp
 from checkpoint_cases import assert_identical
 from processes import running
 from saver_program import abstract_state, metadata_of, state_of
+from xla_flags import quick_to_compile
 
 from looplm_jax.checkpoints import CheckpointStore
 
 KILLS = 10
 PROGRAM = Path(__file__).with_name("saver_program.py")
 # Its numbers must be those of this process: the same compiler options, on one device.
-ONE_DEVICE = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
-ENVIRONMENT = {**os.environ, "XLA_FLAGS": ONE_DEVICE, "JAX_PLATFORMS": "cpu"}
+ENVIRONMENT = {**os.environ, "XLA_FLAGS": quick_to_compile(devices=1), "JAX_PLATFORMS": "cpu"}
 del ENVIRONMENT["JAX_COMPILATION_CACHE_DIR"]  # a program that a kill cuts short is not for others
 
 

@@ -9,6 +9,7 @@ import fsspec
 import pyarrow
 import pyarrow.parquet
 import pytest
+from xla_flags import QUICK_TO_COMPILE
 
 from looplm_jax import load
 from looplm_jax.cli.main import main
@@ -79,7 +80,7 @@ def test_a_url_in_a_process_of_its_own(mine, tmp_path):
         "--data",
         f"file://{mine}",
     ]
-    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "XLA_FLAGS": QUICK_TO_COMPILE, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [*command, "--out", "here", *SMALL], cwd=tmp_path, env=environment, capture_output=True, text=True
     )

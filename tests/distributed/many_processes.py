@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from xla_flags import quick_to_compile
+
 from looplm_jax.codec import to_dict
 from looplm_jax.config import (
     CheckpointConfig,
@@ -56,7 +58,7 @@ class Processes:
         environment = {
             **os.environ,
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0",
+            "XLA_FLAGS": quick_to_compile(devices=1),
             "JAX_COMPILATION_CACHE_DIR": str(compiled),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 from processes import hangups_are_not_ignored
 from training_cases import RECIPE
+from xla_flags import quick_to_compile
 
 from looplm_jax.checkpoints import CheckpointStore, inspect_steps
 from looplm_jax.codec import to_dict
@@ -19,7 +20,7 @@ from looplm_jax.training.metrics import read_metrics
 
 PATIENCE = 240  # seconds, on a machine with much else to do
 RATES = ("tokens_per_second", "model_flops_per_second")
-ONE_DEVICE = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
+ONE_DEVICE = quick_to_compile(devices=1)
 
 
 def write_recipe(path: Path, recipe: Recipe = RECIPE) -> Path:
