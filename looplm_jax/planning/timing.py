@@ -38,9 +38,8 @@ class Timing:
 def step_flops(model: ModelConfig, stage: Stage) -> float:
     """Operations of one step by formula, over all devices; nothing is counted twice."""
     tokens = stage.batch_size * stage.sequence_length
-    gate_only = stage.objective is Objective.GATE
     per_token = train_flops_per_token(
-        model, loops=stage.loops, sequence_length=stage.sequence_length, gate_only=gate_only
+        model, loops=stage.loops, sequence_length=stage.sequence_length, objective=stage.objective
     )
     return float(per_token * tokens)
 

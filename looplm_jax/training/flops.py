@@ -1,6 +1,6 @@
 """Floating-point operations of the model, by formula: compiled programs count the body of a scan once."""
 
-from looplm_jax.config import ModelConfig
+from looplm_jax.config import ModelConfig, Objective
 
 
 def forward_flops_per_token(config: ModelConfig, *, loops: int, sequence_length: int) -> int:
@@ -20,11 +20,17 @@ def forward_flops_per_token(config: ModelConfig, *, loops: int, sequence_length:
     return config.prelude_layers * layer + loops * per_loop
 
 
-def train_flops_per_token(config: ModelConfig, *, loops: int, sequence_length: int, gate_only: bool = False) -> int:
-    """Operations of one token's train step: the backward pass costs twice the forward pass, or nothing where only
-    the gate learns.
+def train_flops_per_token(
+    config: ModelConfig, *, loops: int, sequence_length: int, objective: Objective = Objective.EXPECTED_LOSS
+) -> int:
+    """Returns the operations of one token's train step: the backward pass costs twice the forward pass, or nothing
+    where only the gate learns. The loss after the last loop has one head.
 
-    What rematerialisation computes again is not counted: these are the model's operations, not the hardware's.
+    What rematerialization computes again is not counted: these are the model's operations, not the hardware's.
     """
     forward = forward_flops_per_token(config, loops=loops, sequence_length=sequence_length)
-    return forward if gate_only else 3 * forward
+    if objective is Objective.GATE:
+        return forward
+    if objective is Objective.LAST_LOSS:
+        forward -= (loops - 1) * 2 * config.width * config.vocab_size
+    return 3 * forward

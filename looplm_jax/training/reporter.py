@@ -5,13 +5,13 @@ from typing import Any, cast
 
 from jax.sharding import Mesh
 
-from looplm_jax.config import Objective, Recipe, Stage
+from looplm_jax.config import Recipe, Stage
 from looplm_jax.errors import UserError
 from looplm_jax.training.flops import train_flops_per_token
 from looplm_jax.training.goodput import Stopwatch
 from looplm_jax.training.metrics import TRAIN, Log, as_values
 from looplm_jax.training.progress import TrainingProgress
-from looplm_jax.training.step import StepMetrics
+from looplm_jax.training.step import StepMetrics, is_logged
 from looplm_jax.training.utilisation import memory_use, model_flop_utilisation, peak_flops
 
 
@@ -58,7 +58,7 @@ class Reporter:
         values["tokens_per_second"] = rate
         values["model_flops_per_second"] = rate * self._flops_per_token(loops)
         values |= model_flop_utilisation(values["model_flops_per_second"], self._peak)
-        if step % self._recipe.log_every == 0 or step == self._recipe.total_steps:
+        if is_logged(self._recipe, step):
             measured = {**values, **memory_use(), **self._watch.read_out()}
             self._log.write(TRAIN, step, {"stage": self._stage.name, "loops": loops, **measured})
             self.restart_clock()
@@ -66,9 +66,12 @@ class Reporter:
         self._give_up_if_hopeless(int(metrics.skipped_in_a_row), step)
 
     def _flops_per_token(self, loops: int) -> int:
-        gate_only = self._stage.objective is Objective.GATE
-        length = self._stage.sequence_length
-        return train_flops_per_token(self._recipe.model, loops=loops, sequence_length=length, gate_only=gate_only)
+        return train_flops_per_token(
+            self._recipe.model,
+            loops=loops,
+            sequence_length=self._stage.sequence_length,
+            objective=self._stage.objective,
+        )
 
     def _give_up_if_hopeless(self, skipped_in_a_row: int, step: int) -> None:
         if skipped_in_a_row >= self._recipe.guard.patience:

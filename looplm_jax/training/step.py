@@ -32,7 +32,11 @@ class DeviceBatch:
 
 @flax.struct.dataclass
 class StepMetrics:
-    """What a step reports; means over the batch's unmasked tokens."""
+    """What a step reports; means over the batch's unmasked tokens.
+
+    Where only the loss after the last loop is trained on, the losses of the loops before it are 0 at steps that are
+    not logged: they are not computed.
+    """
 
     loss: Float[Array, ""]
     exits: Stage1Metrics
@@ -54,7 +58,8 @@ def make_train_step(recipe: Recipe, model: LoopLM, stage: Stage, *, first_step: 
 
     def train_step(state: TrainState, batch: DeviceBatch) -> tuple[TrainState, StepMetrics]:
         moving, frozen = split_params(state.params, stage.trained_groups)
-        loss, exits, gradients = _accumulate(model, stage, loops, moving, frozen, batch)
+        logged = is_logged(recipe, state.step + 1)
+        loss, exits, gradients = _accumulate(model, stage, loops, logged, moving, frozen, batch)
         norm = optax.tree.norm(gradients)
         rate = learning_rate(stage, state.step - first_step)
         updates, optimizer_state = direction(recipe.optimizer, gradients, state.optimizer, moving)
@@ -85,15 +90,32 @@ def make_train_step(recipe: Recipe, model: LoopLM, stage: Stage, *, first_step: 
     return train_step
 
 
+def is_logged(recipe: Recipe, step: int | Int[Array, ""]) -> bool | Bool[Array, ""]:
+    """Whether the metrics of a step, counted from 1, are logged."""
+    return (step % recipe.log_every == 0) | (step == recipe.total_steps)
+
+
 def _accumulate(
-    model: LoopLM, stage: Stage, loops: int, moving: Params, frozen: Params, batch: DeviceBatch
+    model: LoopLM,
+    stage: Stage,
+    loops: int,
+    logged: bool | Bool[Array, ""],
+    moving: Params,
+    frozen: Params,
+    batch: DeviceBatch,
 ) -> tuple[Float[Array, ""], Stage1Metrics, Params]:
     """Loss, metrics and gradients over all parts of a batch, each part counting by its unmasked tokens."""
     copies = gather_stacks(model, {**frozen, **moving}) if model.compute.gather is Gather.PER_STEP else {}
 
     def objective(moving: Params, part: DeviceBatch) -> tuple[Array, Stage1Metrics]:
         variables = {"params": {**frozen, **moving}, "gathered": copies}
-        return _OBJECTIVES[stage.objective](model, stage, loops, variables, part)
+        match stage.objective:
+            case Objective.EXPECTED_LOSS:
+                return _expected_loss(model, stage, loops, variables, part)
+            case Objective.GATE:
+                return _gate_loss(model, stage, loops, variables, part)
+            case Objective.LAST_LOSS:
+                return _last_loss(model, loops, variables, part, logged)
 
     def over_part(part: DeviceBatch) -> PyTree:
         (loss, exits), gradients = jax.value_and_grad(objective, has_aux=True)(moving, part)
@@ -149,26 +171,41 @@ def _gate_loss(
 
 
 def _last_loss(
-    model: LoopLM, stage: Stage, loops: int, variables: dict[str, Params], part: DeviceBatch
+    model: LoopLM, loops: int, variables: dict[str, Params], part: DeviceBatch, logged: bool | Bool[Array, ""]
 ) -> tuple[Float[Array, ""], Stage1Metrics]:
+    """Returns the loss after the last loop, which is Eq. 4 over that loop alone: the last gate has no part in it."""
     output = _apply(model, variables, part, loops)
-    return stage1_from_hidden(
-        output.hidden,
-        head_matrix(variables["params"], model.config),
+    head, chunk = head_matrix(variables["params"], model.config), model.compute.loss_chunk
+    loss, last = stage1_from_hidden(
+        output.hidden[-1:],
+        head,
         part.targets,
-        jnp.full_like(output.gate_logits, _NEVER),
+        output.gate_logits[-1:],
         beta=0.0,
         mask=part.loss_mask,
-        chunk=model.compute.loss_chunk,
+        chunk=chunk,
     )
+    if loops == 1:
+        return loss, last
 
+    def earlier_losses(hidden: Float[Array, "t B S D"], head: Float[Array, "D V"]) -> Float[Array, "t"]:
+        losses = token_losses(hidden, head, part.targets, chunk=chunk)
+        return stage1(losses, jnp.zeros_like(losses), beta=0.0, mask=part.loss_mask)[1].loss_per_loop
 
-_NEVER = -1e9  # gate logit of a token that does not leave before the last loop; finite, so that its entropy is 0
-_OBJECTIVES = {
-    Objective.EXPECTED_LOSS: _expected_loss,
-    Objective.GATE: _gate_loss,
-    Objective.LAST_LOSS: _last_loss,
-}
+    earlier = jax.lax.cond(
+        logged,
+        earlier_losses,
+        lambda *_: jnp.zeros(loops - 1),
+        *jax.lax.stop_gradient((output.hidden[:-1], head)),
+    )
+    exits = Stage1Metrics(
+        loss_per_loop=jnp.concatenate([earlier, last.loss_per_loop]),
+        exit_pdf=jnp.zeros(loops).at[-1].set(1.0),
+        expected_loss=loss,
+        exit_entropy=last.exit_entropy,
+        mean_exit_loop=jnp.float32(loops),
+    )
+    return loss, exits
 
 
 def _apply(model: LoopLM, variables: dict[str, Params], part: DeviceBatch, loops: int) -> LoopLMOutput:

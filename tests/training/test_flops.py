@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from training_cases import MODEL
 
-from looplm_jax.config import ComputeConfig, Injection, Remat
+from looplm_jax.config import ComputeConfig, Injection, Objective, Remat
 from looplm_jax.models.looplm import LoopLM, head_matrix, init_params
 from looplm_jax.models.presets import ouro_1_4b
 from looplm_jax.training.flops import forward_flops_per_token, train_flops_per_token
@@ -58,4 +58,6 @@ def test_loops_layers_and_training_multiply():
     assert forward(4, prelude_layers=1) - forward(4) == forward(1, coda_layers=1) - forward(1)
     train = train_flops_per_token(WIDE, loops=4, sequence_length=LENGTH)
     assert train == 3 * forward(4)
-    assert train_flops_per_token(WIDE, loops=4, sequence_length=LENGTH, gate_only=True) == forward(4)
+    assert train_flops_per_token(WIDE, loops=4, sequence_length=LENGTH, objective=Objective.GATE) == forward(4)
+    last = train_flops_per_token(WIDE, loops=4, sequence_length=LENGTH, objective=Objective.LAST_LOSS)
+    assert train - last == 3 * 3 * 2 * WIDE.width * WIDE.vocab_size

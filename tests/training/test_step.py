@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 from training_cases import GATE, MODEL, RECIPE, STAGE, assert_identical, one_stage, random_batch
 
 from looplm_jax.config import Dtype, GateTarget, Objective, OptimizerConfig, PriorConfig, PriorKind
@@ -191,14 +192,60 @@ def test_the_last_loss_is_that_after_the_last_loop_and_leaves_the_gate_alone():
     model, given = model_of(one_stage(stage)), jax.tree.map(jnp.asarray, dataclasses.asdict(batch))
     packed = {name: given[name] for name in ("positions", "segment_ids")}
 
-    def after_the_last_loop(params):
-        hidden = model.apply({"params": params}, given["tokens"], loops=LOOPS, **packed).hidden[-1:]
-        losses = token_losses(hidden, head_matrix(params, model.config), given["targets"])[0]
-        return jnp.sum(losses * given["loss_mask"]) / jnp.sum(given["loss_mask"], dtype=jnp.float32)
+    def all_heads_with_the_weight_on_the_last(params):
+        hidden = model.apply({"params": params}, given["tokens"], loops=LOOPS, **packed).hidden
+        losses = token_losses(hidden, head_matrix(params, model.config), given["targets"])
+        weights = np.array([0.0] * (LOOPS - 1) + [1.0], np.float32)[:, None, None] * given["loss_mask"]
+        return jnp.sum(losses * weights) / jnp.sum(given["loss_mask"], dtype=jnp.float32)
 
-    gradients = jax.grad(after_the_last_loop)(state.params)
+    loss, gradients = jax.value_and_grad(all_heads_with_the_weight_on_the_last)(state.params)
+    assert float(metrics.loss) == pytest.approx(float(loss), rel=1e-5)
     moments = jax.tree.map(lambda mean: mean / (1 - STEADY.b1), after.optimizer[1].mu)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), moments, gradients)
+
+
+def head_products(jaxpr, *, logged):
+    """Products with the vocabulary of a program, as often as its loops run them; `logged` picks the branches."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            shapes = [var.aval.shape for var in (*equation.invars, *equation.outvars)]
+            total += any(MODEL.vocab_size in shape for shape in shapes)
+        inner = list(jaxprs_in_params(equation.params))
+        if equation.primitive.name == "cond":
+            inner = [inner[logged]]
+        times = equation.params["length"] if equation.primitive.name == "scan" else 1
+        total += times * sum(head_products(each, logged=logged) for each in inner)
+    return total
+
+
+def test_the_last_loss_has_one_head_whatever_the_number_of_loops():
+    stage = dataclasses.replace(STAGE, objective=Objective.LAST_LOSS)
+
+    def program(stage, loops):
+        recipe = one_stage(stage)
+        state = abstract_state(recipe, model_of(recipe), stage, MESH)
+        train_step = make_train_step(recipe, model_of(recipe), stage, first_step=0, loops=loops)
+        with use_mesh(MESH):
+            return jax.make_jaxpr(train_step)(state, abstract_batch(stage, MESH)).jaxpr
+
+    assert head_products(program(STAGE, 4), logged=False) == 4 * 3  # logits, and gradients of states and of the head
+    programs = {loops: program(stage, loops) for loops in (1, 2, 5)}
+    assert {head_products(each, logged=False) for each in programs.values()} == {3}
+    assert [head_products(each, logged=True) for each in programs.values()] == [3, 3 + 1, 3 + 4]
+
+
+def test_losses_of_earlier_loops_are_computed_where_they_are_logged():
+    stage = dataclasses.replace(STAGE, objective=Objective.LAST_LOSS, accumulation=2)
+    recipe = dataclasses.replace(one_stage(stage), log_every=2)
+    programs = StagePrograms(recipe, model_of(recipe), stage, MESH, first_step=0)
+    programs.compile(LOOPS)
+    state, metrics = initial_state(recipe, model_of(recipe), stage, MESH), []
+    for _ in range(2):
+        state, after = programs.run(LOOPS, state, place(random_batch(1), stage, MESH))
+        metrics.append(as_values(after))
+    assert [row["loss_per_loop"][-1] for row in metrics] == [row["loss"] for row in metrics]
+    assert [row["loss_per_loop"][0] > 0 for row in metrics] == [False, True]
 
 
 def test_bfloat16_is_for_the_products_only():
