@@ -4,7 +4,10 @@ import signal
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
-    """Returns Ctrl-C, SIGTERM, and SIGHUP unless this process was started with SIGHUP ignored, as `nohup` does."""
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
-        return (signal.SIGTERM, signal.SIGINT)
-    return (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    """Returns SIGTERM, and SIGINT and SIGHUP unless this process was started with them ignored.
+
+    `nohup` starts a command with SIGHUP ignored, and a script its background jobs with SIGINT ignored, so that what
+    the terminal sends does not end them.
+    """
+    from_terminal = (number for number in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN)
+    return (signal.SIGTERM, *from_terminal)

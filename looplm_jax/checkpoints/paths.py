@@ -12,7 +12,7 @@ from etils.epath import gpath
 from looplm_jax.errors import UserError
 from looplm_jax.files import any_path, in_bucket
 
-_FORBIDDEN_IN_BUCKETS = re.compile(r"[\x00-\x1f\x7f#?*\[\]\\]")
+_FORBIDDEN_IN_BUCKETS = re.compile(r"[\x00-\x1f\x7f#?*+;\[\]\\]")
 
 
 class _LocalPath(gpath.PosixGPath):

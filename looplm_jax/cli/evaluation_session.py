@@ -18,11 +18,12 @@ from looplm_jax.evaluation.tables import depth_table, exit_table
 from looplm_jax.files import pasted
 from looplm_jax.loading import Loaded, load
 from looplm_jax.printing import complain, show
-from looplm_jax.sharding import use_mesh
+from looplm_jax.sharding import require_compilation, use_mesh
 
 
 def run_evaluation(arguments: argparse.Namespace) -> int:
     """Evaluate as the arguments of `looplm evaluate` say. Returns the exit status."""
+    require_compilation()
     loaded = load(arguments.checkpoint, step=arguments.step)
     for warning in loaded.warnings:
         complain(str(warning))

@@ -20,12 +20,14 @@ from looplm_jax.evaluation.harness.settings import Settings, exit_policy
 from looplm_jax.evaluation.tables import Table
 from looplm_jax.loading import Loaded, load
 from looplm_jax.printing import complain, show
+from looplm_jax.sharding import require_compilation
 
 _QUIET = {"TQDM_DISABLE": "1", "DISABLE_MULTIPROC": "1"}  # no bars of its own, and no fork of a process that runs JAX
 
 
 def run_task_evaluation(arguments: argparse.Namespace) -> int:
     """Run tasks as the arguments of `looplm evaluate` say. Returns the exit status."""
+    require_compilation()
     settings = _settings(arguments)
     names = _task_names(arguments)
     _prepare_lm_eval()

@@ -16,7 +16,7 @@ from looplm_jax.evaluation.run_report import evaluate_command, write_run_report
 from looplm_jax.files import AnyPath
 from looplm_jax.models.looplm import count_params
 from looplm_jax.printing import show
-from looplm_jax.sharding import require_platform
+from looplm_jax.sharding import require_compilation, require_platform
 from looplm_jax.training.metrics import EventSink
 from looplm_jax.training.profiling import ProfiledSteps
 from looplm_jax.training.progress import progress_console
@@ -59,6 +59,7 @@ def run_training(recipe: Recipe, out: AnyPath, options: Options | None = None) -
 
 def _run_training(recipe: Recipe, out: AnyPath, options: Options, cluster: Cluster) -> int:
     require_platform()
+    require_compilation()
     console = progress_console(quiet=cluster.index > 0)
     console.print(_announcement(recipe, out, cluster))
     try:

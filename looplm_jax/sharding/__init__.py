@@ -12,7 +12,13 @@ from looplm_jax.sharding.mesh import (
     partition,
     use_mesh,
 )
-from looplm_jax.sharding.platform import first_device, require_platform, target_kind, target_platform
+from looplm_jax.sharding.platform import (
+    first_device,
+    require_compilation,
+    require_platform,
+    target_kind,
+    target_platform,
+)
 from looplm_jax.sharding.processes import place_rows, process_rows, to_host
 from looplm_jax.sharding.sequences import heads_from_devices, heads_to_devices, sequence_shards
 from looplm_jax.sharding.tokens import on_own_tokens
@@ -33,6 +39,7 @@ __all__ = [
     "partition",
     "place_rows",
     "process_rows",
+    "require_compilation",
     "require_platform",
     "sequence_shards",
     "target_kind",

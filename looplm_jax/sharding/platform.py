@@ -44,3 +44,13 @@ def require_platform() -> None:
             f"JAX cannot use the platform {named!r} here ({reason or 'it is not installed, or has no device'}); "
             "set JAX_PLATFORMS=cpu, which is always available, or unset it"
         ) from None
+
+
+def require_compilation() -> None:
+    """Checks that programs are compiled, which training, evaluation and the engine count on.
+
+    Raises:
+      UserError: JAX_DISABLE_JIT is set.
+    """
+    if jax.config.values["jax_disable_jit"]:
+        raise UserError("this command runs compiled programs; unset JAX_DISABLE_JIT")

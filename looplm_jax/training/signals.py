@@ -23,7 +23,7 @@ class Stopped(Exception):
 
 class StopRequest:
     """While entered, the first SIGTERM, SIGHUP or Ctrl-C is remembered instead of ending the process; a second Ctrl-C
-    ends it at once. A SIGHUP that the process was started to ignore, as under `nohup`, stays ignored.
+    ends it at once. A SIGHUP or SIGINT that the process was started to ignore stays ignored (see `stop_signals`).
 
     Signals reach only the main thread of Python; elsewhere nothing is installed and no request ever comes.
     """

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import jax.numpy as jnp
+import pytest
 from checkpoint_cases import assert_identical
 from processes import running
 from saver_program import abstract_state, metadata_of, state_of
@@ -15,7 +16,6 @@ from xla_flags import quick_to_compile
 
 from looplm_jax.checkpoints import CheckpointStore
 
-KILLS = 10
 PROGRAM = Path(__file__).with_name("saver_program.py")
 # Its numbers must be those of this process: the same compiler options, on one device.
 ENVIRONMENT = {**os.environ, "XLA_FLAGS": quick_to_compile(devices=1), "JAX_PLATFORMS": "cpu"}
@@ -44,10 +44,11 @@ def newest(folder):
     return committed
 
 
-def test_the_newest_committed_step_survives_every_kill(tmp_path):
+@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_the_newest_committed_step_survives_every_kill(kills, tmp_path):
     chance = random.Random(0)
     reached = []
-    for _ in range(KILLS):
+    for _ in range(kills):
         with start(tmp_path / "run") as process:
             assert process.stdout.readline()
             assert (
@@ -57,7 +58,7 @@ def test_the_newest_committed_step_survives_every_kill(tmp_path):
             process.kill()
         reached.append(newest(tmp_path / "run"))
     assert reached == sorted(reached)
-    assert reached[-1] >= KILLS
+    assert reached[-1] >= kills
 
 
 def test_a_disk_that_refuses_to_write_ends_in_one_line(tmp_path):

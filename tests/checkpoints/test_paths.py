@@ -64,7 +64,7 @@ def test_a_name_that_cannot_be_kept_is_refused_before_anything_is_written(tmp_pa
     assert not os.listdir(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["a#b", "a?b", "a*b", "a[1]", "a\\b", "a\nb"])
+@pytest.mark.parametrize("name", ["a#b", "a?b", "a*b", "a[1]", "a\\b", "a\nb", "a+b", "a;b"])
 def test_a_name_in_a_bucket_that_tools_misread_is_refused(name):
     pytest.importorskip("gcsfs")
     with pytest.raises(UserError, match=r"in its name, which tools for buckets misread; rename it"):

@@ -2,6 +2,7 @@ import errno
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from looplm_jax.cli import inspect as inspect_command
@@ -100,3 +101,14 @@ def test_a_reader_that_goes_away_is_no_mistake(monkeypatch):
 def test_help_does_not_wait_for_jax():
     program = "import sys; from looplm_jax.cli.main import main; main(['--help']); sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], stdout=subprocess.DEVNULL).returncode == 0
+
+
+@pytest.mark.parametrize("command", [["train", "--out"], ["evaluate"], ["generate", "--prompt", "1"]])
+def test_programs_that_nobody_may_compile_are_refused_in_one_line(command, recipe_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(jax.config.values, "jax_disable_jit", True)
+    given = ["--recipe", str(recipe_file)] if command[0] == "train" else []
+    assert main([*command, str(tmp_path / "run"), *given]) == 2
+    assert (
+        capsys.readouterr().err.splitlines()[-1] == "looplm: this command runs compiled programs; unset JAX_DISABLE_JIT"
+    )
+    assert not (tmp_path / "run").exists()

@@ -13,6 +13,7 @@ from gcs_emulator import bucket, gcs  # noqa: F401
 from many_processes import Processes, losses, steps_logged, write_recipe
 
 from looplm_jax.checkpoints import inspect_steps
+from looplm_jax.cli.main import main
 from looplm_jax.files import any_path
 
 TWO = ([], [])
@@ -25,12 +26,11 @@ def compiled():
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory, compiled):
-    """The run of a single process."""
+def alone(tmp_path_factory):
+    """The run of a single process, this one, on one device."""
     folder = tmp_path_factory.mktemp("alone")
     recipe = write_recipe(folder / "recipe.json")
-    with Processes(folder, [[]], "--recipe", recipe, "--out", folder / "run", compiled=compiled) as run:
-        assert run.finish() == [0], run.everything()
+    assert main(["train", "--recipe", str(recipe), "--out", str(folder / "run"), "--mesh.data", "1"]) == 0
     return folder / "run"
 
 

@@ -37,7 +37,7 @@ def both(tmp_path_factory):
         tokenizer_file=str(folder / "tokenizer.json"), bos_token=end, eos_token=end, pad_token=end
     )
     model = OuroForCausalLM.from_pretrained(folder).eval()
-    theirs = HFLM(pretrained=model, tokenizer=tokenizer, max_length=WINDOW, batch_size=4)
+    theirs = HFLM(pretrained=model, tokenizer=tokenizer, max_length=WINDOW, batch_size=40)
     return LoopLMAdapter(load(folder), Settings(max_length=WINDOW)), theirs
 
 

@@ -39,6 +39,7 @@ def run(folder: Path) -> int:
     return demo.main(["--out", str(folder), *(word for item in SMALL.items() for word in ("--set", *item))])
 
 
+@pytest.mark.slow
 def test_the_demo_runs_to_its_report_and_a_second_time_does_nothing_again(folder, capsys):
     assert run(folder) == 0
     assert "next: looplm generate" in capsys.readouterr().out

@@ -65,6 +65,7 @@ def test_figures_are_drawn(tmp_path):
         assert (tmp_path / name).stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_capo_runs_at_smoke_scale(capsys, tmp_path):
     assert main(["experiment", "capo", "--root", str(tmp_path)]) == 0
     records = json.loads((tmp_path / "capo" / "smoke" / "results.json").read_text())["records"]

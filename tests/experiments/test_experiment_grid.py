@@ -208,6 +208,7 @@ def stopped_in_the_second_cell(arguments):
     return process.returncode, "".join(said)
 
 
+@pytest.mark.slow
 def test_mano_is_stopped_while_it_compiles_goes_on_and_then_does_nothing(capsys, tmp_path):
     arguments = ["experiment", "mano", "--root", str(tmp_path)]
     status, said = stopped_in_the_second_cell(arguments)

@@ -126,6 +126,7 @@ def test_the_construction_is_exact_where_it_should_be_and_only_there():
         assert sum(counts[-1] for counts in result["exact"][broken].values()) < 30
 
 
+@pytest.mark.slow
 def test_reachability_runs_at_smoke_scale_and_again_does_nothing(capsys, tmp_path):
     arguments = ["experiment", "reachability", "--root", str(tmp_path)]
     assert main(arguments) == 0

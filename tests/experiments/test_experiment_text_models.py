@@ -85,6 +85,7 @@ def test_the_other_experiments_find_the_model_trained(root, capsys):
     assert "67.45" in (root / "depth" / "smoke" / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_share_of_the_grid_of_priors_runs(root):
     assert main(["experiment", "prior", "--root", str(root), "--share", "1/2"]) == 0
     result = result_of(root, "prior")
@@ -96,6 +97,7 @@ def test_a_share_of_the_grid_of_priors_runs(root):
     assert "1 of 2 cells" in (root / "prior" / "smoke" / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_kv_sharing_runs_at_smoke_scale(root):
     assert main(["experiment", "kv-sharing", "--root", str(root)]) == 0
     result = result_of(root, "kv-sharing")

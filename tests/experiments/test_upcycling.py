@@ -24,6 +24,7 @@ def folder(tmp_path_factory):
     return run_smoke(tmp_path_factory.mktemp("upcycling"))
 
 
+@pytest.mark.slow
 def test_both_orders_are_measured_trained_and_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(upcycling, "VARIANTS", [upcycling.Variant(order=order, optimizer=True) for order in Order])
     courses = json.loads((run_smoke(tmp_path) / "results.json").read_text())["courses"]

@@ -32,12 +32,16 @@ def test_a_signal_is_remembered_until_someone_asks(number):
     assert signal.getsignal(number) is before
 
 
-def test_a_hangup_that_was_ignored_before_stays_ignored():
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with StopRequest() as stop:
-        send(signal.SIGHUP)
-        stop.check()
-    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_a_signal_of_the_terminal_that_was_ignored_before_stays_ignored(number):
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            send(number)
+            stop.check()
+        assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
 
 
 def test_a_second_interrupt_is_not_remembered():
