@@ -6,7 +6,7 @@ from looplm_jax import codec
 from looplm_jax.cli.home import expand_home_everywhere
 from looplm_jax.config import Recipe
 from looplm_jax.errors import UserError, suggest
-from looplm_jax.recipes import Scale, named_recipe, scaled
+from looplm_jax.recipes import RECIPES, Scale, named_recipe, scaled
 
 
 def chosen_recipe(name: str, scale: str) -> Recipe:
@@ -16,6 +16,27 @@ def chosen_recipe(name: str, scale: str) -> Recipe:
 
         return scaled(read_recipe(Path(name)), Scale(scale))
     return scaled(named_recipe(name), Scale(scale))
+
+
+def recipe_or_checkpoint(name: str, scale: str) -> Recipe:
+    """Returns a recipe, or that of a checkpoint or a Hugging Face folder, without its arrays. Raises UserError."""
+    if name in RECIPES or name.endswith(".json"):
+        return chosen_recipe(name, scale)
+    if "://" not in name and not Path(name).exists():
+        hint = suggest(name, RECIPES, otherwise="; name a recipe, a .json file or a checkpoint")
+        raise UserError(f"there is no recipe and no checkpoint {name!r}{hint}")
+    return scaled(_recipe_of(name), Scale(scale))
+
+
+def _recipe_of(checkpoint: str) -> Recipe:
+    from looplm_jax.checkpoints import read_metadata
+    from looplm_jax.convert.converted import converted_recipe
+    from looplm_jax.convert.from_hf import is_hf_folder, read_hf_config
+
+    folder = Path(checkpoint)
+    return (
+        converted_recipe(folder, read_hf_config(folder)) if is_hf_folder(folder) else read_metadata(checkpoint).recipe()
+    )
 
 
 def with_overrides(recipe: Recipe, overrides: list[str], flags: list[str], command: str) -> Recipe:

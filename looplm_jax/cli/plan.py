@@ -1,7 +1,10 @@
 """Compile the train step of each stage of a recipe for a TPU slice that need not be here, and say what it would take.
 
+With --decode: a tick of the engine, which generates text, instead of the train steps.
+
     looplm plan ouro-1.4b --topology v5e:16x16
     looplm plan ouro-1.4b --topology v5p:8x8x8 --slices 2 --stage long-context --json plan.json
+    looplm plan ouro-1.4b --decode --topology v5e:1x1 --slots 8 --capacity 2048 --loops-mean 2.3
 
 Says whether it fits, bytes by kind, what devices send each other, and the best possible time; where it does not fit,
 what to change. Needs neither a TPU nor a network. Fields of the recipe are flags, as in `looplm train`.
@@ -10,26 +13,30 @@ what to change. Needs neither a TPU nor a network. Fields of the recipe are flag
 import argparse
 from pathlib import Path
 
-from looplm_jax.cli.chosen_recipe import chosen_recipe, with_overrides
+from looplm_jax.cli.chosen_recipe import chosen_recipe, recipe_or_checkpoint, with_overrides
+from looplm_jax.codec import parse_flags
+from looplm_jax.errors import UserError
 from looplm_jax.recipes import RECIPES, Scale
 
 OVERRIDES = True
+_OF_STAGES = ("search", "limit", "slices", "stage")
+_OF_DECODE = ("slots", "capacity", "filled", "cache", "loops_mean")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of `looplm plan`."""
-    parser.add_argument("recipe", help=f"{', '.join(RECIPES)}, or a .json file")
+    parser.add_argument("recipe", help=f"{', '.join(RECIPES)}, or a .json file; with --decode also a checkpoint")
     parser.add_argument(
         "--topology", required=True, help="a slice, such as v5e:16x16 or v5p:4x8x8; or here: the attached devices"
     )
-    parser.add_argument("--slices", type=int, default=1, help="how many such slices (default: 1)")
+    parser.add_argument("--slices", type=int, help="how many such slices (default: 1)")
     parser.add_argument("--stage", action="append", metavar="NAME", help="only this stage; may be repeated")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything to this file too")
     parser.add_argument(
         "--search", action="store_true", help="try accumulation, remat, mesh and gathering; print the best choices"
     )
     parser.add_argument(
-        "--limit", type=int, default=8, help="--search: programs compiled for a stage, the most promising (default: 8)"
+        "--limit", type=int, help="--search: programs compiled for a stage, the most promising (default: 8)"
     )
     parser.add_argument(
         "--scale",
@@ -37,10 +44,24 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=Scale.FULL.value,
         help="tiny: every stage of the recipe at a thousandth of the size (default: full)",
     )
+    decode = parser.add_argument_group("a tick of the engine")
+    decode.add_argument("--decode", action="store_true", help="plan one tick of the engine instead of the train steps")
+    decode.add_argument("--slots", type=int, metavar="N", help="requests at one time (default: 8)")
+    decode.add_argument("--capacity", type=int, metavar="N", help="positions of each slot (default: 2048)")
+    decode.add_argument("--filled", type=int, metavar="N", help="positions of each slot in use (default: half of them)")
+    decode.add_argument(
+        "--cache",
+        choices=["full", "last", "average", "first"],
+        help="loops whose keys and values are kept (default: full)",
+    )
+    decode.add_argument("--loops-mean", type=float, metavar="T", help="loops of a token on average, if some exit early")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Plan, print and write. Status 1 if a stage does not fit."""
+    """Plan, print and write. Status 1 if a stage, or the tick, does not fit."""
+    _refuse_without_effect(arguments)
+    if arguments.decode:
+        return _run_decode(arguments)
     recipe = chosen_recipe(arguments.recipe, arguments.scale)
     recipe = with_overrides(recipe, arguments.overrides, arguments.flags, "plan")
     from looplm_jax.cli.plan_session import PlanRequest, run_plan
@@ -50,10 +71,38 @@ def run(arguments: argparse.Namespace) -> int:
             recipe=recipe,
             given=arguments.recipe,
             topology=arguments.topology,
-            slices=arguments.slices,
+            slices=1 if arguments.slices is None else arguments.slices,
             stages=tuple(arguments.stage or ()),
             out=arguments.json,
             search=arguments.search,
-            limit=arguments.limit,
+            limit=8 if arguments.limit is None else arguments.limit,
         )
     )
+
+
+def _run_decode(arguments: argparse.Namespace) -> int:
+    recipe = recipe_or_checkpoint(arguments.recipe, arguments.scale)
+    recipe = with_overrides(recipe, arguments.overrides, arguments.flags, "plan")
+    from looplm_jax.cli.decode_plan_session import run_decode_plan
+    from looplm_jax.inference import CacheStrategy
+    from looplm_jax.planning.decode_plan import DecodeRequest
+
+    given = {name: getattr(arguments, name) for name in ("slots", "capacity", "filled", "loops_mean")}
+    if arguments.cache is not None:
+        given["cache"] = CacheStrategy(arguments.cache)
+    request = DecodeRequest(**{name: value for name, value in given.items() if value is not None})
+    return run_decode_plan(recipe, request, given=arguments.recipe, topology=arguments.topology, out=arguments.json)
+
+
+def _refuse_without_effect(arguments: argparse.Namespace) -> None:
+    """Raises UserError for a flag of the other kind of plan."""
+    unused = _OF_STAGES if arguments.decode else _OF_DECODE
+    named = [name for name in unused if getattr(arguments, name) not in (None, False)]
+    if named:
+        flag = f"--{named[0].replace('_', '-')}"
+        remedy = "leave one of them out" if arguments.decode else "add --decode"
+        raise UserError(f"{flag} has no effect {'with' if arguments.decode else 'without'} --decode; {remedy}")
+    if arguments.decode:
+        for path in parse_flags(arguments.overrides):
+            if "." in path and not path.startswith("model.") and path != "compute.dtype":
+                raise UserError(f"--{path} has no effect with --decode; only --model.* and --compute.dtype do")

@@ -40,7 +40,7 @@ class PlanRequest:
     limit: int = 8
 
 
-class _Progress:
+class Progress:
     """Says what is being compiled. A signal ends it at once, though a compilation cannot be stopped."""
 
     def __init__(self, console: Console, stop: StopRequest):
@@ -51,17 +51,18 @@ class _Progress:
         if not self._console.is_terminal:
             self._console.print(f"compiling {what}")
             return self._stop.run(function)
-        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich import progress as bars
 
-        columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
-        with Progress(*columns, console=self._console, transient=True) as bar:
+        text = bars.TextColumn("{task.description}", markup=False)
+        columns = bars.SpinnerColumn(), text, bars.TimeElapsedColumn()
+        with bars.Progress(*columns, console=self._console, transient=True) as bar:
             bar.add_task(visible(f"compiling {what}"))
             return self._stop.run(function)
 
 
 def run_plan(request: PlanRequest) -> int:
     """Plan every stage that was asked for. Returns 1 if one does not fit; a signal ends the process."""
-    _check_out(request.out)
+    check_out(request.out)
     stages = _chosen_stages(request)
     target = find_target(request.topology, request.slices)
     for stage in stages:
@@ -69,20 +70,18 @@ def run_plan(request: PlanRequest) -> int:
     console, out = progress_console(), Console(highlight=False, soft_wrap=True)
     with StopRequest() as stop:
         try:
-            progress = _Progress(console, stop)
+            progress = Progress(console, stop)
             plan = _search_all if request.search else _plan_all
             found, fits = plan(request, stages, target, progress, out)
         except Stopped as stopped:
             leave(console, f"stopped by {stopped.signal.name}; nothing was written", stopped.signal)
-    if request.out is not None:
-        request.out.write_text(strict_json.dumps(found, indent=2) + "\n")
-        show(f"wrote {request.out}")
+    write_plan(request.out, found)
     show(_next(request, fits))
     return 0 if fits else 1
 
 
 def _plan_all(
-    request: PlanRequest, stages: Sequence[Stage], target: Target, progress: _Progress, out: Console
+    request: PlanRequest, stages: Sequence[Stage], target: Target, progress: Progress, out: Console
 ) -> tuple[list[dict], bool]:
     plans: list[StagePlan] = []
     for number, stage in enumerate(stages, 1):
@@ -93,7 +92,7 @@ def _plan_all(
 
 
 def _search_all(
-    request: PlanRequest, stages: Sequence[Stage], target: Target, progress: _Progress, out: Console
+    request: PlanRequest, stages: Sequence[Stage], target: Target, progress: Progress, out: Console
 ) -> tuple[list[dict], bool]:
     found: list[dict] = []
     fits = True
@@ -118,11 +117,19 @@ def _chosen_stages(request: PlanRequest) -> list[Stage]:
     return [stage for stage in request.recipe.stages if not request.stages or stage.name in request.stages]
 
 
-def _check_out(out: Path | None) -> None:
+def check_out(out: Path | None) -> None:
+    """Refuses a file that cannot be written, or that exists. Raises UserError."""
     if out is not None and out.exists():
         raise UserError(f"{out} exists already; name another file, or remove it")
     if out is not None and not out.absolute().parent.is_dir():
         raise UserError(f"there is no folder {out.parent} to write {out.name} to")
+
+
+def write_plan(out: Path | None, plan: list[dict]) -> None:
+    """Writes a plan as JSON, if it was asked for."""
+    if out is not None:
+        out.write_text(strict_json.dumps(plan, indent=2) + "\n")
+        show(f"wrote {out}")
 
 
 def _next(request: PlanRequest, fits: bool) -> str:

@@ -20,12 +20,12 @@ def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[None]:
 
 def placed(make: Callable[[], T], mesh: Mesh | None) -> T:
     """What `make()` returns, made where it belongs. Arrays of six axes are keys and values, `[L, P, N, C, K, Dh]`."""
-    return make() if mesh is None else jax.jit(make, out_shardings=_shardings(jax.eval_shape(make), mesh))()
+    return make() if mesh is None else jax.jit(make, out_shardings=shardings(jax.eval_shape(make), mesh))()
 
 
 def put(tree: T, mesh: Mesh | None) -> T:
     """Arrays that are there already, where they belong."""
-    return tree if mesh is None else jax.device_put(tree, _shardings(tree, mesh))
+    return tree if mesh is None else jax.device_put(tree, shardings(tree, mesh))
 
 
 def settled(tree: T) -> T:
@@ -35,7 +35,8 @@ def settled(tree: T) -> T:
     return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, _spec(leaf)), tree)
 
 
-def _shardings(tree: PyTree, mesh: Mesh) -> PyTree:
+def shardings(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Returns where each array of a tree, which may be abstract, is on a mesh."""
     return jax.tree.map(lambda leaf: NamedSharding(mesh, _spec(leaf)), tree)
 
 

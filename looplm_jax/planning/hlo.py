@@ -1,12 +1,13 @@
 """A compiled program as XLA prints it: which instructions run, how often in a step, and inside which loops."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _END_OF_THREAD = "}, execution_thread="
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _OPCODE = re.compile(r" ([a-z][\w\-]*)\(")
 _CALLED = re.compile(r"(?:calls|body|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
@@ -15,6 +16,9 @@ _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONSTANT = re.compile(r"^s32\[\]\S* constant\((\d+)\)")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
+_WITH_LAYOUT = re.compile(_ARRAY.pattern + r"(?:\{([^}]*)\})?")
+_TILE = re.compile(r"T\(([\d,]+)\)")
+_MEMORY_SPACE = re.compile(r"S\((\d+)\)")
 _OPERAND = re.compile(r"%([\w.\-]+)")
 _BITS = {"pred": 8, "bf16": 16, "token": 0}
 _CALLS_OTHERS = ("fusion", "call", "conditional", "async-start")
@@ -31,6 +35,7 @@ class Instruction:
     shape: str
     opcode: str
     rest: str
+    is_root: bool = False
 
     @property
     def op_name(self) -> str:
@@ -43,6 +48,12 @@ class Instruction:
         """Names of its operands."""
         return _OPERAND.findall(self.rest[: _closing(self.rest, 0)])
 
+    @property
+    def called(self) -> list[str]:
+        """Names of the computations that it runs: its fusion or call, the body of its loop, or its branches."""
+        branches = _BRANCHES.search(self.rest)
+        return _CALLED.findall(self.rest) + (_OPERAND.findall(branches[1]) if branches else [])
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Computation:
@@ -54,6 +65,15 @@ class Computation:
     def shape_of(self, name: str) -> str:
         """The shape of the instruction of that name, empty if there is none."""
         return next((each.shape for each in self.instructions if each.name == name), "")
+
+    def named(self, name: str) -> Instruction:
+        """Returns the instruction of that name."""
+        return next(each for each in self.instructions if each.name == name)
+
+    @property
+    def root(self) -> Instruction:
+        """The instruction whose result is that of the computation."""
+        return next((each for each in self.instructions if each.is_root), self.instructions[-1])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +99,7 @@ class Program:
     computations: dict[str, Computation]
 
     def runs(self) -> Iterator[Run]:
-        """Every instruction that a step runs. Both sides of a condition count."""
+        """Every instruction that a step runs. Both sides of a condition count; a loop that data end counts once."""
         yield from self._visit(self.entry, 1, (), self.entry, fused=False)
 
     def _visit(self, name: str, times: int, loops: tuple[str, ...], region: str, *, fused: bool) -> Iterator[Run]:
@@ -87,27 +107,25 @@ class Program:
         for each in computation.instructions:
             yield Run(instruction=each, computation=computation, times=times, loops=loops, region=region, fused=fused)
             if each.opcode == "while":
-                body = _CALLED.findall(each.rest)[0]
+                body = each.called[0]
                 inner = (*loops, _loop_name(each.op_name))
-                yield from self._visit(body, times * self._trip_count(each), inner, body, fused=False)
+                yield from self._visit(body, times * (self.trip_count(each) or 1), inner, body, fused=False)
             elif each.opcode in _CALLS_OTHERS:
-                for called in self._called(each):
+                for called in filter(self.computations.__contains__, each.called):
                     yield from self._visit(called, times, loops, region, fused=fused or each.opcode == "fusion")
 
-    def _called(self, instruction: Instruction) -> list[str]:
-        branches = _BRANCHES.search(instruction.rest)
-        names = _CALLED.findall(instruction.rest) + (_OPERAND.findall(branches[1]) if branches else [])
-        return [name for name in names if name in self.computations]
+    def trip_count(self, loop: Instruction) -> int | None:
+        """Returns how often a loop runs, or None where that depends on data.
 
-    def _trip_count(self, loop: Instruction) -> int:
-        """As XLA prints it, or else the constant that the loop's counter is compared with: scans count up from 0."""
+        XLA prints the number, or it is the constant that the loop's counter is compared with: scans count up from 0.
+        """
         known = _TRIP_COUNT.search(loop.rest)
         if known:
             return int(known[1])
         condition = _CONDITION.search(loop.rest)
         lines = self.computations[condition[1]].instructions if condition else ()
         limits = [found for each in lines if (found := _CONSTANT.match(f"{each.shape} {each.opcode}({each.rest}"))]
-        return int(limits[0][1]) if len(limits) == 1 else 1
+        return int(limits[0][1]) if len(limits) == 1 else None
 
 
 def parse(text: str) -> Program:
@@ -128,6 +146,20 @@ def parse(text: str) -> Program:
         elif lines:
             lines[-1] += line  # notes on a TPU's kernels go over several lines
     return Program(entry=entry, computations=computations)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ArrayShape:
+    """An array as a program holds it. `bytes` contains what its layout pads to whole tiles."""
+
+    elements: int
+    bytes: int
+    in_main_memory: bool  # not in a faster memory that the compiler manages, nor on the host
+
+
+def array_shapes(shape: str) -> list[ArrayShape]:
+    """Returns the arrays of a shape: one, or those of a tuple, nested ones too."""
+    return [_array_shape(*found) for found in _WITH_LAYOUT.findall(shape)]
 
 
 def array_bytes(shape: str) -> list[int]:
@@ -156,7 +188,13 @@ def _parse_instruction(line: str) -> Instruction | None:
     opcode = _OPCODE.search(line, shape_end if shape_end > at else at)
     if opcode is None:
         return None
-    return Instruction(name=start[1], shape=line[at : opcode.start()], opcode=opcode[1], rest=line[opcode.end() :])
+    return Instruction(
+        name=start[2],
+        shape=line[at : opcode.start()],
+        opcode=opcode[1],
+        rest=line[opcode.end() :],
+        is_root=start[1] is not None,
+    )
 
 
 def _closing(text: str, start: int) -> int:
@@ -167,6 +205,29 @@ def _closing(text: str, start: int) -> int:
         if depth == 0:
             return at
     return len(text)
+
+
+def _array_shape(dtype: str, dims: str, layout: str) -> ArrayShape:
+    space = _MEMORY_SPACE.search(layout)
+    padded = _padded_elements([int(size) for size in dims.split(",") if size], layout)
+    return ArrayShape(
+        elements=_elements(dims),
+        bytes=padded * element_bits(dtype) // 8,
+        in_main_memory=space is None or space[1] == "0",
+    )
+
+
+def _padded_elements(dims: list[int], layout: str) -> int:
+    """Elements with the padding of the outermost tile, whose last size is that of the fastest axis."""
+    tile = _TILE.search(layout)
+    order = [int(axis) for axis in layout.partition(":")[0].split(",") if axis]
+    if tile is None or len(order) != len(dims) or not dims:
+        return math.prod(dims)
+    fastest_first = [dims[axis] for axis in order]
+    sizes = [int(size) for size in reversed(tile[1].split(","))]
+    for at, size in enumerate(sizes[: len(dims)]):
+        fastest_first[at] = -(-fastest_first[at] // size) * size
+    return math.prod(fastest_first)
 
 
 def _elements(dims: str) -> int:

@@ -53,15 +53,32 @@ def compiled_memory(state: TrainState, analysis: Any, capacity: int | None) -> M
     )
 
 
-def overfull_memory(state: TrainState, error: str, capacity: int | None) -> Memory | None:
+def overfull_memory(state: TrainState, error: str) -> Memory | None:
     """The account in the compiler's refusal of a step that does not fit; None if the error is of another kind."""
+    found = refusal(error)
+    if found is None:
+        return None
+    alone = state_memory(state, found.limit)
+    return dataclasses.replace(alone, activations=found.used - (0 if found.only_temporaries else alone.total))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """Bytes that a program would use, of those that there are; `only_temporaries` are counted where it says so."""
+
+    used: int
+    limit: int
+    only_temporaries: bool
+
+
+def refusal(error: str) -> Refusal | None:
+    """Returns the account in the refusal of a program that does not fit; None for an error of another kind."""
     whole, temporaries = _USED.search(error), _TEMPORARIES.search(error)
     found = whole or temporaries
     if found is None:
         return None
     used, limit = (int(float(found[at]) * _UNITS[found[at + 1].upper()]) for at in (1, 3))
-    alone = state_memory(state, limit)
-    return dataclasses.replace(alone, activations=used - alone.total if whole else used)
+    return Refusal(used=used, limit=limit, only_temporaries=whole is None)
 
 
 def shard_bytes(tree: PyTree) -> int:

@@ -93,7 +93,7 @@ def _compile(
         try:
             program = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            memory = overfull_memory(state, str(error), capacity)
+            memory = overfull_memory(state, str(error))
             if memory is None:
                 raise
             return None, memory

@@ -77,7 +77,7 @@ def find_target(topology: str, slices: int = 1) -> Target:
     family, shape = _parse(topology)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("the TPU compiler is not installed; run `pip install 'looplm_jax[tpu]'`")
-    devices = _slice_devices(topology, family, slices)
+    devices = _slice_devices(topology, family, shape, slices)
     name = topology if slices == 1 else f"{slices} x {topology}"
     return Target(name=name, devices=devices, chip=known_chip(devices[0].device_kind), shape=shape, slices=slices)
 
@@ -109,12 +109,14 @@ def _parse(topology: str) -> tuple[str, tuple[int, ...]]:
     return family, shape
 
 
-def _slice_devices(topology: str, family: str, slices: int) -> tuple[jax.Device, ...]:
+def _slice_devices(topology: str, family: str, shape: tuple[int, ...], slices: int) -> tuple[jax.Device, ...]:
     options: dict[str, object] = {}
     if family in _ONE_DEVICE_A_CHIP:
         options["chip_config_name"] = _ONE_DEVICE_A_CHIP[family]
+    if slices > 1 or 1 in shape[:2]:  # a host of fewer chips than the compiler expects has to be named
+        options["chips_per_host_bounds"] = (min(shape[0], 2), min(shape[1], 2), 1)
     if slices > 1:
-        options |= {"num_slices": slices, "chips_per_host_bounds": (2, 2, 1)}
+        options["num_slices"] = slices
     try:
         with without_network():
             return tuple(topologies.get_topology_desc(topology, platform="tpu", **options).devices)

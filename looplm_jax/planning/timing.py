@@ -77,3 +77,42 @@ def estimate(
         days=stage.steps * step / _SECONDS_A_DAY,
         model_flops_utilisation=flops / devices / chip.peak_bf16_flops / step,
     )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeTiming:
+    """Seconds of one tick at the published bandwidths, and what follows from them when every slot is taken.
+
+    A tick cannot be faster than its slowest part: what it reads and writes, or what devices send each other.
+    """
+
+    memory: float
+    links: float
+    floor: float  # seconds for the bytes of the floor alone
+    ticks_per_second: float
+    tokens_per_second: float  # every token takes all loops
+    tokens_per_second_at_mean: float | None  # tokens take `loops_mean` loops on average
+
+    @property
+    def tick(self) -> float:
+        """The best possible time of a tick."""
+        return max(self.memory, self.links)
+
+
+def decode_timing(
+    target: Target, *, moved: int, floor: int, sent: int, slots: int, loops: int, loops_mean: float | None
+) -> DecodeTiming | None:
+    """The times of a tick that moves and sends so many bytes; None where the chip's bandwidths are not known."""
+    chip, bandwidth = target.chip, target.link_bandwidth
+    if chip is None or bandwidth is None:
+        return None
+    memory, links = moved / chip.hbm_bandwidth, sent / bandwidth if sent else 0.0
+    ticks = 1 / max(memory, links)
+    return DecodeTiming(
+        memory=memory,
+        links=links,
+        floor=floor / chip.hbm_bandwidth,
+        ticks_per_second=ticks,
+        tokens_per_second=ticks * slots / loops,
+        tokens_per_second_at_mean=ticks * slots / loops_mean if loops_mean else None,
+    )

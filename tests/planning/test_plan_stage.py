@@ -120,11 +120,11 @@ def test_the_compilers_refusal_is_an_account():
     mesh = stage_mesh(recipe_with(STAGE, mesh=MeshConfig(data=4)), STAGE, find_target("here").devices)
     state = abstract_state(recipe_with(STAGE), LoopLM(recipe_with().model), STAGE, mesh)
     message = "RESOURCE_EXHAUSTED: XLA:TPU ... Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm."
-    memory = overfull_memory(state, message, None)
+    memory = overfull_memory(state, message)
     assert (memory.total, memory.capacity) == (int(20.5 * 2**30), int(15.75 * 2**30))
     message = "RESOURCE_EXHAUSTED: total memory required for HLO temporaries (2.00G) exceeds available HBM (1.00G)."
-    assert overfull_memory(state, message, None).activations == 2 * 2**30
-    assert overfull_memory(state, "INTERNAL: something else", None) is None
+    assert overfull_memory(state, message).activations == 2 * 2**30
+    assert overfull_memory(state, "INTERNAL: something else") is None
 
 
 def test_on_an_unknown_chip_nothing_is_said_of_time():

@@ -1,0 +1,40 @@
+"""What `looplm plan --decode` does around the planning itself."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from looplm_jax.cli.decode_plan_table import print_decode
+from looplm_jax.cli.interrupts import leave
+from looplm_jax.cli.plan_session import Progress, check_out, write_plan
+from looplm_jax.config import Recipe
+from looplm_jax.errors import UserError
+from looplm_jax.planning.decode_plan import DecodeRequest, decode_mesh, plan_decode
+from looplm_jax.planning.targets import find_target
+from looplm_jax.printing import show
+from looplm_jax.training.progress import progress_console
+from looplm_jax.training.signals import Stopped, StopRequest
+
+
+def run_decode_plan(recipe: Recipe, request: DecodeRequest, *, given: str, topology: str, out: Path | None) -> int:
+    """Plans a tick, prints and writes it. Returns 1 if it does not fit; a signal ends the process."""
+    check_out(out)
+    request.check(recipe.model)
+    target = find_target(topology)
+    if target.devices[0].platform == "cpu":
+        raise UserError("--decode plans for accelerators, and there is none here; choose a slice such as v5e:1x1")
+    decode_mesh(recipe.model, target)  # what does not divide is refused before compiling
+    console = progress_console()
+    with StopRequest() as stop:
+        try:
+            what = f"a tick of {request.slots} slots for {target.name}"
+            plan = Progress(console, stop).compile(
+                what, lambda: plan_decode(recipe.model, recipe.compute, request, target)
+            )
+        except Stopped as stopped:
+            leave(console, f"stopped by {stopped.signal.name}; nothing was written", stopped.signal)
+    print_decode(given, plan, Console(highlight=False, soft_wrap=True))
+    write_plan(out, [plan.to_json()])
+    if not plan.fits:
+        show("next: the same command with one of the changes above")
+    return 0 if plan.fits else 1

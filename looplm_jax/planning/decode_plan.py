@@ -1,0 +1,292 @@
+"""One tick of the engine, compiled for chips that need not be here: whether it fits, and how near it is to the floor.
+
+The floor is what no tick can do without: every parameter once, in the type of the matrix products, the filled positions
+of the cache once, and the new position of every slot.
+"""
+
+import dataclasses
+import re
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from looplm_jax.config import ComputeConfig, MeshConfig, ModelConfig
+from looplm_jax.errors import UserError
+from looplm_jax.halting.policy_table import PolicyTable
+from looplm_jax.inference import CacheStrategy
+from looplm_jax.inference.kv_cache import bytes_per_token
+from looplm_jax.inference.placing import shardings
+from looplm_jax.inference.slots import Slots, empty_slots
+from looplm_jax.inference.tick import run_ticks
+from looplm_jax.models.looplm import LoopLM, Params, boxed_shapes, compute_dtype
+from looplm_jax.planning.collectives import collectives
+from looplm_jax.planning.hlo import parse
+from looplm_jax.planning.memory import refusal, shard_bytes
+from looplm_jax.planning.targets import Target, without_network
+from looplm_jax.planning.timing import DecodeTiming, decode_timing
+from looplm_jax.planning.traffic import Buffer, CacheUse, Traffic, program_traffic
+from looplm_jax.sharding import abstract, make_mesh, use_mesh
+
+_PARAMETER = re.compile(r"^params\W+(\w+)")
+_CACHE = "slots.cache.planes"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeRequest:
+    """The engine to plan for. `filled` positions of each slot are read in a tick, new tokens included.
+
+    Raises UserError for a size that cannot be.
+    """
+
+    slots: int = 8
+    capacity: int = 2048
+    cache: CacheStrategy = CacheStrategy.FULL
+    filled: int | None = None  # None: half of the capacity
+    loops_mean: float | None = None  # loops of a token on average, where tokens exit early
+
+    def __post_init__(self) -> None:
+        for name in ("slots", "capacity"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        if self.filled is not None and not 0 <= self.filled <= self.capacity:
+            raise UserError(f"--filled must be between 0 and --capacity={self.capacity}, not {self.filled}")
+
+    @property
+    def positions(self) -> int:
+        """Positions of each slot that a tick reads."""
+        return self.capacity // 2 if self.filled is None else self.filled
+
+    def check(self, model: ModelConfig) -> None:
+        """Refuses what this model cannot do. Raises UserError."""
+        if self.capacity > model.max_positions:
+            raise UserError(
+                f"--capacity={self.capacity} is beyond model.max_positions={model.max_positions}; no request is longer"
+            )
+        if self.loops_mean is not None and not 1 <= self.loops_mean <= model.loops:
+            raise UserError(
+                f"--loops-mean must be between 1 and the {model.loops} loops of the model, not {self.loops_mean:g}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeMemory:
+    """Bytes of one device by the compiler's account. `other` is the program itself and padding of arrays to tiles."""
+
+    parameters: int
+    cache: int
+    temporaries: int
+    other: int
+    capacity: int | None
+
+    @property
+    def total(self) -> int:
+        """All that the device must hold."""
+        return self.parameters + self.cache + self.temporaries + self.other
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Floor:
+    """Bytes that one device must move in a tick. Of an embedding that is not the head, one row per slot."""
+
+    parameters: int
+    cache_read: int
+    cache_written: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.parameters + self.cache_read + self.cache_written
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodePlan:
+    """A tick on a target. `moved` is None where it does not fit, `timing` also for unknown chips."""
+
+    target: str
+    devices: int
+    dtype: str
+    loops: int
+    request: DecodeRequest
+    fits: bool
+    memory: DecodeMemory
+    moved: Traffic | None
+    floor: Floor
+    sent: int  # bytes that each device sends to others in a tick
+    timing: DecodeTiming | None
+    compile_seconds: float
+
+    @property
+    def ratio(self) -> float | None:
+        """Bytes moved over those of the floor."""
+        return None if self.moved is None else self.moved.total / self.floor.total
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, with enums by name."""
+        moved = self.moved and {
+            buffer.value: {"read": self.moved.read[buffer], "written": self.moved.written[buffer]} for buffer in Buffer
+        }
+        request = dataclasses.asdict(self.request) | {
+            "cache": self.request.cache.value,
+            "filled": self.request.positions,
+        }
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        nested = {
+            name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+            for name, value in fields.items()
+        }
+        return nested | {"request": request, "moved": moved, "ratio": self.ratio}
+
+
+def decode_mesh(model: ModelConfig, target: Target) -> Mesh:
+    """Returns the mesh of a decoder: every device of the target has its share of the heads.
+
+    Raises:
+      UserError: the heads, the feed-forward width or the vocabulary do not divide over the devices.
+    """
+    devices = len(target.devices)
+    sizes = {
+        "num_heads": model.num_heads,
+        "num_kv_heads": model.kv_heads,
+        "mlp_width": model.mlp_width,
+        "vocab_size": model.vocab_size,
+    }
+    for name, size in sizes.items():
+        if size % devices:
+            raise UserError(
+                f"a decoder shares the heads of the model among its devices, and the {devices} of {target.name} do not "
+                f"divide model.{name}={size}; choose a topology with fewer"
+            )
+    return make_mesh(MeshConfig(data=1, fsdp=1, tensor=devices), target.devices)
+
+
+def plan_decode(model: ModelConfig, compute: ComputeConfig, request: DecodeRequest, target: Target) -> DecodePlan:
+    """Compiles the tick that the engine would run, and reads from the program what it needs and moves.
+
+    Raises:
+      UserError: the request is not one of this model, or the model does not divide over the target's devices.
+    """
+    request.check(model)
+    mesh = decode_mesh(model, target)
+    network = LoopLM(model, compute)
+    with use_mesh(mesh):
+        dtype = compute_dtype(compute)
+    params, slots = abstract_params(model, dtype, mesh), _abstract_slots(network, request, dtype, mesh)
+    started = time.perf_counter()
+    program, memory = _compile(network, params, slots, mesh, target)
+    seconds = time.perf_counter() - started
+    floor, moved, sent = decode_floor(params, model, request, devices=mesh.devices.size), None, 0
+    if program is not None:
+        parsed = parse(program.as_text() or "")
+        use = _cache_use(model, request, dtype, devices=mesh.devices.size)
+        moved = program_traffic(parsed, _holds(model), use)
+        sent = sum(each.bytes for each in collectives(parsed, mesh.devices.size))
+    return DecodePlan(
+        target=target.name,
+        devices=mesh.devices.size,
+        dtype=str(dtype),
+        loops=model.loops,
+        request=request,
+        fits=program is not None and (memory.capacity is None or memory.total <= memory.capacity),
+        memory=memory,
+        moved=moved,
+        floor=floor,
+        sent=sent,
+        timing=None
+        if moved is None
+        else decode_timing(
+            target,
+            moved=moved.total,
+            floor=floor.total,
+            sent=sent,
+            slots=request.slots,
+            loops=model.loops,
+            loops_mean=request.loops_mean,
+        ),
+        compile_seconds=seconds,
+    )
+
+
+def abstract_params(model: ModelConfig, dtype: jnp.dtype, mesh: Mesh) -> Params:
+    """Returns shapes and shardings of the parameters of a decoder, in the type of the matrix products."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding),
+        abstract(boxed_shapes(model), mesh),
+    )
+
+
+def decode_floor(params: Params, model: ModelConfig, request: DecodeRequest, *, devices: int) -> Floor:
+    """Returns what a tick must move on each of `devices` devices, whose abstract parameters are given."""
+    parameters = shard_bytes(params)
+    embedding = params["embedding"]
+    if not model.tied_head:
+        rows = request.slots * model.width * embedding.dtype.itemsize
+        parameters += rows // devices - shard_bytes(embedding)
+    position = bytes_per_token(model, CacheStrategy.LAST, loops=1, dtype=embedding.dtype) // devices
+    return Floor(
+        parameters=parameters,
+        cache_read=request.slots * request.positions * position,
+        cache_written=request.slots * position,
+    )
+
+
+def _cache_use(model: ModelConfig, request: DecodeRequest, dtype: jnp.dtype, *, devices: int) -> CacheUse:
+    position = 2 * model.kv_heads * model.head_width * dtype.itemsize // devices
+    return CacheUse(slots=request.slots, read=request.positions * position, written=position)
+
+
+def _abstract_slots(model: LoopLM, request: DecodeRequest, dtype: jnp.dtype, mesh: Mesh) -> Slots:
+    def make() -> Slots:
+        return empty_slots(
+            model,
+            request.cache,
+            rows=request.slots,
+            capacity=request.capacity,
+            loops=model.config.loops,
+            cache_dtype=dtype,
+            policies=PolicyTable.empty(request.slots),
+        )
+
+    with use_mesh(mesh):
+        shapes = jax.eval_shape(make)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings(shapes, mesh),
+    )
+
+
+def _compile(
+    model: LoopLM, params: Params, slots: Slots, mesh: Mesh, target: Target
+) -> tuple[jax.stages.Compiled | None, DecodeMemory]:
+    """The program and its memory, or no program and the memory that it would have needed."""
+    parameters, cache = shard_bytes(params), shard_bytes(slots.cache.planes)
+    memory = DecodeMemory(parameters=parameters, cache=cache, temporaries=0, other=0, capacity=target.capacity)
+    with without_network(), use_mesh(mesh):
+        lowered = run_ticks.lower(model, params, slots, loops=model.config.loops)
+        try:
+            program = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            refused = refusal(str(error))
+            if refused is None:
+                raise
+            temporaries = refused.used if refused.only_temporaries else max(refused.used - memory.total, 0)
+            return None, dataclasses.replace(memory, temporaries=temporaries, capacity=refused.limit)
+    analysis: Any = program.memory_analysis()
+    held = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    other = held + analysis.generated_code_size_in_bytes - parameters - cache
+    return program, dataclasses.replace(memory, temporaries=analysis.temp_size_in_bytes, other=other)
+
+
+def _holds(model: ModelConfig) -> Any:
+    head = "embedding" if model.tied_head else "head"
+
+    def holds(name: str) -> Buffer:
+        parameter = _PARAMETER.match(name)
+        if parameter:
+            return Buffer.HEAD if parameter[1] == head else Buffer.WEIGHTS
+        return Buffer.CACHE if name.startswith(_CACHE) else Buffer.TEMPORARY
+
+    return holds

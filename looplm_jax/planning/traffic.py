@@ -1,0 +1,223 @@
+"""Bytes that a compiled program reads from and writes to the main memory of a chip, by what the arrays hold.
+
+Every instruction counts with what it reads of its operands and what it writes, as often as its loops run. Of an operand
+that is only sliced, the slice is read; of an array that is updated in place, the update is written. Arrays in the
+faster memory that the compiler manages cost nothing; to copy an array there is to read it.
+"""
+
+import dataclasses
+import enum
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+from looplm_jax.planning.hlo import ArrayShape, Computation, Instruction, Program, array_shapes
+from looplm_jax.planning.windows import elements_read, elements_written, parameter_number
+
+_SAME_VALUE = ("bitcast", "opt-barrier", "add-dependency", "domain")
+_NO_WORK = ("constant", "after-all", "partition-id", "replica-id")
+_COMPUTES = ("dot", "convolution", "reduce", "reduce-window", "custom-call")  # what does none of these moves data
+_INDEX = re.compile(r"index=(\d+)")
+_ALIASES = re.compile(r"output_to_operand_aliasing=\{((?:\{[^{}]*\}: \(\d+, \{[^{}]*\}\)(?:, )?)+)\}")
+_ALIAS = re.compile(r"\{([\d, ]*)\}: \((\d+),")
+_DECLARED = re.compile(r'"bytes_accessed":"?(\d+)')
+_KERNEL = 'custom_call_target="tpu_custom_call"'
+
+
+class Buffer(enum.Enum):
+    """What an array holds. Copies of the weights are temporaries."""
+
+    WEIGHTS = "weights"
+    HEAD = "head"
+    CACHE = "cache"
+    CACHE_COPY = "copies of the cache"
+    TEMPORARY = "temporaries"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """Bytes read from and written to main memory."""
+
+    read: Counter[Buffer] = dataclasses.field(default_factory=Counter)
+    written: Counter[Buffer] = dataclasses.field(default_factory=Counter)
+
+    def __add__(self, other: "Traffic") -> "Traffic":
+        return Traffic(read=self.read + other.read, written=self.written + other.written)
+
+    def times(self, count: int) -> "Traffic":
+        """Returns what so many runs move."""
+        return Traffic(read=_scaled(self.read, count), written=_scaled(self.written, count))
+
+    @property
+    def total(self) -> int:
+        """All bytes, in both directions."""
+        return self.read.total() + self.written.total()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheUse:
+    """What attention of one layer needs of the cache of one slot, which a program may leave to its data.
+
+    Hand-written kernels are taken to read and write this much for each slot in every call, and a loop whose end depends
+    on data to run until it has read this much.
+    """
+
+    slots: int = 1
+    read: int = 0  # bytes
+    written: int = 0
+
+
+_Value: TypeAlias = "Buffer | tuple[_Value, ...]"  # what an array holds, or each element of a tuple
+
+
+def program_traffic(program: Program, holds: Callable[[str], Buffer], cache: CacheUse = CacheUse()) -> Traffic:
+    """Returns what one run of a program moves. Of the branches of a condition the one that moves most counts.
+
+    Args:
+      program: as `hlo.parse` read it.
+      holds: what a parameter of the program holds, by its name in the traced function, such as `params['head']`.
+      cache: what attention needs of the cache, where the program does not say.
+    """
+    entry = program.computations[program.entry]
+    parameters = sorted((each for each in entry.instructions if each.opcode == "parameter"), key=parameter_number)
+    _, moved = _Count(program, cache).computation(entry, [holds(each.op_name) for each in parameters])
+    return moved
+
+
+class _Count:
+    """Walks through a program and follows what every array holds."""
+
+    def __init__(self, program: Program, cache: CacheUse):
+        self._program = program
+        self._cache = cache
+
+    def computation(self, computation: Computation, arguments: Sequence[_Value]) -> tuple[_Value, Traffic]:
+        """What the result of a computation holds, given what its arguments hold, and what it moves."""
+        values: dict[str, _Value] = {}
+        shapes = {each.name: each.shape for each in computation.instructions}
+        moved = Traffic()
+        for each in computation.instructions:
+            if each.opcode == "parameter":
+                values[each.name] = arguments[parameter_number(each)]
+                continue
+            operands = [_Operand(name=name, value=values[name], shape=shapes[name]) for name in each.operands]
+            values[each.name], own = self._instruction(computation, each, operands)
+            moved += own
+        return values[computation.root.name], moved
+
+    def _instruction(
+        self, scope: Computation, each: Instruction, operands: Sequence["_Operand"]
+    ) -> tuple[_Value, Traffic]:
+        nothing, values = Traffic(), [operand.value for operand in operands]
+        match each.opcode:
+            case "tuple":
+                return tuple(values), nothing
+            case "get-tuple-element":
+                return _item(values[0], each), nothing
+            case "while":
+                _, once = self.computation(self._program.computations[each.called[0]], values)
+                return values[0], once.times(self._program.trip_count(each) or self._trips_of_data(once))
+            case "call" | "async-start":
+                return self.computation(self._program.computations[each.called[0]], values)
+            case "conditional":
+                branches = [self._program.computations[name] for name in each.called]
+                done = [self.computation(branch, [value]) for branch, value in zip(branches, values[1:], strict=True)]
+                return max(done, key=lambda pair: pair[1].total)
+            case "custom-call":
+                return self._custom_call(each, operands)
+            case opcode if opcode in _SAME_VALUE or opcode.endswith(("-done", "-update")):
+                return values[0], nothing
+            case opcode if opcode in _NO_WORK:
+                return Buffer.TEMPORARY, nothing
+        return self._work(scope, each, operands)
+
+    def _trips_of_data(self, once: Traffic) -> int:
+        """How often a loop that ends by the data runs, given what it moves each time."""
+        return -(-self._cache.read // once.read[Buffer.CACHE]) if once.read[Buffer.CACHE] else 1
+
+    def _work(self, scope: Computation, each: Instruction, operands: Sequence["_Operand"]) -> tuple[_Value, Traffic]:
+        started = each.opcode.endswith("-start")  # its shape lists the result, the operand, and a context
+        results = array_shapes(each.shape)[:1] if started else array_shapes(each.shape)
+        holds = {operand.name: operand.buffer for operand in operands}
+        moves_cache = not self._computes(each) and bool({Buffer.CACHE, Buffer.CACHE_COPY} & set(holds.values()))
+        moved, values = Traffic(), []
+        for result, write in zip(results, elements_written(self._program, scope, each), strict=False):
+            fresh = Buffer.CACHE_COPY if moves_cache else Buffer.TEMPORARY
+            values.append(fresh if write.target is None else holds[write.target])
+            moved.written[values[-1]] += _share(result, write.elements)
+        copies = moves_cache and any(result.in_main_memory for result in results)
+        for position, operand in enumerate(operands):
+            wanted = elements_read(self._program, each, position, operand.shape)
+            source = Buffer.CACHE_COPY if copies and operand.buffer is Buffer.CACHE else operand.buffer
+            moved.read[source] += sum(_share(array, wanted) for array in array_shapes(operand.shape))
+        return _as_result(values, each), moved
+
+    def _computes(self, each: Instruction) -> bool:
+        if each.opcode != "fusion":
+            return each.opcode in _COMPUTES
+        return any(map(self._computes, self._program.computations[each.called[0]].instructions))
+
+    def _custom_call(self, each: Instruction, operands: Sequence["_Operand"]) -> tuple[_Value, Traffic]:
+        if _KERNEL not in each.rest:  # marks of the compiler's own
+            return Buffer.TEMPORARY, Traffic()
+        moved, results, aliases = Traffic(), array_shapes(each.shape), _aliases(each)
+        values = [operands[aliases[at]].buffer if at in aliases else Buffer.TEMPORARY for at in range(len(results))]
+        for at, result in enumerate(results):
+            if at not in aliases:
+                moved.written[Buffer.TEMPORARY] += _share(result, result.elements)
+        for operand in operands:
+            if operand.buffer is not Buffer.CACHE:
+                moved.read[operand.buffer] += sum(
+                    _share(array, array.elements) for array in array_shapes(operand.shape)
+                )
+        if any(operand.buffer is Buffer.CACHE for operand in operands):
+            moved.read[Buffer.CACHE] += self._cache.slots * self._cache.read
+            moved.written[Buffer.CACHE] += self._cache.slots * self._cache.written if Buffer.CACHE in values else 0
+        elif declared := _DECLARED.search(each.rest):
+            largest = max(moved.read, key=moved.read.__getitem__, default=Buffer.TEMPORARY)
+            moved.read.clear()
+            moved.read[largest] = max(int(declared[1]) - moved.written.total(), 0)
+        return _as_result(values, each), moved
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Operand:
+    name: str
+    value: _Value
+    shape: str
+
+    @property
+    def buffer(self) -> Buffer:
+        """What it holds; of a tuple, what its first array holds."""
+        value = self.value
+        while isinstance(value, tuple):
+            value = value[0] if value else Buffer.TEMPORARY
+        return value
+
+
+def _item(value: _Value, each: Instruction) -> _Value:
+    index = _INDEX.search(each.rest)
+    assert index is not None
+    return value[int(index[1])] if isinstance(value, tuple) else value
+
+
+def _as_result(values: Sequence[_Value], each: Instruction) -> _Value:
+    return tuple(values) if each.shape.startswith("(") and not each.opcode.endswith("-start") else values[0]
+
+
+def _share(array: ArrayShape, elements: int) -> int:
+    """Bytes of so many elements of an array, with their share of its padding, if they are in main memory."""
+    whole = array.elements
+    return array.bytes * min(elements, whole) // whole if array.in_main_memory and whole else 0
+
+
+def _scaled(counts: Counter[Buffer], factor: int) -> Counter[Buffer]:
+    return Counter({buffer: factor * count for buffer, count in counts.items()})
+
+
+def _aliases(each: Instruction) -> dict[int, int]:
+    """Results of a custom call that are operands of it, updated in place: which is which."""
+    found = _ALIASES.search(each.rest)
+    pairs = _ALIAS.findall(found[1]) if found else []
+    return {int(result or 0): int(operand) for result, operand in pairs}
