@@ -9,7 +9,7 @@ from looplm_jax.cli.interrupts import leave
 from looplm_jax.cli.plan_session import Progress, check_out, write_plan
 from looplm_jax.config import Recipe
 from looplm_jax.errors import UserError
-from looplm_jax.planning.decode_plan import DecodeRequest, decode_mesh, plan_decode
+from looplm_jax.planning.decode_plan import DecodeRequest, check_heads, plan_decode
 from looplm_jax.planning.targets import find_target
 from looplm_jax.printing import show
 from looplm_jax.training.progress import progress_console
@@ -21,9 +21,9 @@ def run_decode_plan(recipe: Recipe, request: DecodeRequest, *, given: str, topol
     check_out(out)
     request.check(recipe.model)
     target = find_target(topology)
-    if target.devices[0].platform == "cpu":
-        raise UserError("--decode plans for accelerators, and there is none here; choose a slice such as v5e:1x1")
-    decode_mesh(recipe.model, target)  # what does not divide is refused before compiling
+    if target.devices[0].platform != "tpu":
+        raise UserError(f"--decode plans for TPUs, unlike {target.name}; choose a slice such as v5e:1x1")
+    check_heads(recipe.model, target)
     console = progress_console()
     with StopRequest() as stop:
         try:

@@ -87,7 +87,10 @@ def _run_decode(arguments: argparse.Namespace) -> int:
     from looplm_jax.inference import CacheStrategy
     from looplm_jax.planning.decode_plan import DecodeRequest
 
-    given = {name: getattr(arguments, name) for name in ("slots", "capacity", "filled", "loops_mean")}
+    given = {name: getattr(arguments, name) for name in ("slots", "filled", "loops_mean")}
+    given["capacity"] = arguments.capacity
+    if arguments.capacity is None:
+        given["capacity"] = min(DecodeRequest.capacity, recipe.model.max_positions)
     if arguments.cache is not None:
         given["cache"] = CacheStrategy(arguments.cache)
     request = DecodeRequest(**{name: value for name, value in given.items() if value is not None})

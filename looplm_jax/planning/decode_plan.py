@@ -132,16 +132,12 @@ class DecodePlan:
             "cache": self.request.cache.value,
             "filled": self.request.positions,
         }
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        nested = {
-            name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
-            for name, value in fields.items()
-        }
-        return nested | {"request": request, "moved": moved, "ratio": self.ratio}
+        whole = dataclasses.asdict(dataclasses.replace(self, moved=None))
+        return whole | {"request": request, "moved": moved, "ratio": self.ratio}
 
 
-def decode_mesh(model: ModelConfig, target: Target) -> Mesh:
-    """Returns the mesh of a decoder: every device of the target has its share of the heads.
+def check_heads(model: ModelConfig, target: Target) -> None:
+    """Refuses a target among whose devices a model cannot be divided as a decoder divides it: by heads.
 
     Raises:
       UserError: the heads, the feed-forward width or the vocabulary do not divide over the devices.
@@ -156,10 +152,9 @@ def decode_mesh(model: ModelConfig, target: Target) -> Mesh:
     for name, size in sizes.items():
         if size % devices:
             raise UserError(
-                f"a decoder shares the heads of the model among its devices, and the {devices} of {target.name} do not "
+                f"a decoder divides the heads of a model among its devices, and the {devices} of {target.name} do not "
                 f"divide model.{name}={size}; choose a topology with fewer"
             )
-    return make_mesh(MeshConfig(data=1, fsdp=1, tensor=devices), target.devices)
 
 
 def plan_decode(model: ModelConfig, compute: ComputeConfig, request: DecodeRequest, target: Target) -> DecodePlan:
@@ -169,7 +164,8 @@ def plan_decode(model: ModelConfig, compute: ComputeConfig, request: DecodeReque
       UserError: the request is not one of this model, or the model does not divide over the target's devices.
     """
     request.check(model)
-    mesh = decode_mesh(model, target)
+    check_heads(model, target)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=len(target.devices)), target.devices)
     network = LoopLM(model, compute)
     with use_mesh(mesh):
         dtype = compute_dtype(compute)

@@ -154,7 +154,7 @@ class ArrayShape:
 
     elements: int
     bytes: int
-    in_main_memory: bool  # not in a faster memory that the compiler manages, nor on the host
+    in_main_memory: bool  # not in a faster memory that the compiler manages, as are scalars, nor on the host
 
 
 def array_shapes(shape: str) -> list[ArrayShape]:
@@ -213,7 +213,7 @@ def _array_shape(dtype: str, dims: str, layout: str) -> ArrayShape:
     return ArrayShape(
         elements=_elements(dims),
         bytes=padded * element_bits(dtype) // 8,
-        in_main_memory=space is None or space[1] == "0",
+        in_main_memory=bool(dims) and (space is None or space[1] == "0"),
     )
 
 

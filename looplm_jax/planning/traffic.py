@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from looplm_jax.planning.hlo import ArrayShape, Computation, Instruction, Program, array_shapes
-from looplm_jax.planning.windows import elements_read, elements_written, parameter_number
+from looplm_jax.planning.windows import elements_read, elements_written, parameter_number, results
 
 _SAME_VALUE = ("bitcast", "opt-barrier", "add-dependency", "domain")
 _NO_WORK = ("constant", "after-all", "partition-id", "replica-id")
@@ -137,16 +137,15 @@ class _Count:
         return -(-self._cache.read // once.read[Buffer.CACHE]) if once.read[Buffer.CACHE] else 1
 
     def _work(self, scope: Computation, each: Instruction, operands: Sequence["_Operand"]) -> tuple[_Value, Traffic]:
-        started = each.opcode.endswith("-start")  # its shape lists the result, the operand, and a context
-        results = array_shapes(each.shape)[:1] if started else array_shapes(each.shape)
+        made = results(each)
         holds = {operand.name: operand.buffer for operand in operands}
         moves_cache = not self._computes(each) and bool({Buffer.CACHE, Buffer.CACHE_COPY} & set(holds.values()))
-        moved, values = Traffic(), []
-        for result, write in zip(results, elements_written(self._program, scope, each), strict=False):
+        moved, values, copies = Traffic(), [], False
+        for result, write in zip(made, elements_written(self._program, scope, each), strict=True):
             fresh = Buffer.CACHE_COPY if moves_cache else Buffer.TEMPORARY
             values.append(fresh if write.target is None else holds[write.target])
             moved.written[values[-1]] += _share(result, write.elements)
-        copies = moves_cache and any(result.in_main_memory for result in results)
+            copies |= moves_cache and write.target is None and result.in_main_memory
         for position, operand in enumerate(operands):
             wanted = elements_read(self._program, each, position, operand.shape)
             source = Buffer.CACHE_COPY if copies and operand.buffer is Buffer.CACHE else operand.buffer
@@ -159,11 +158,11 @@ class _Count:
         return any(map(self._computes, self._program.computations[each.called[0]].instructions))
 
     def _custom_call(self, each: Instruction, operands: Sequence["_Operand"]) -> tuple[_Value, Traffic]:
-        if _KERNEL not in each.rest:  # marks of the compiler's own
-            return Buffer.TEMPORARY, Traffic()
-        moved, results, aliases = Traffic(), array_shapes(each.shape), _aliases(each)
-        values = [operands[aliases[at]].buffer if at in aliases else Buffer.TEMPORARY for at in range(len(results))]
-        for at, result in enumerate(results):
+        if _KERNEL not in each.rest:  # a mark of the compiler's own, or memory set aside
+            return operands[0].value if operands else Buffer.TEMPORARY, Traffic()
+        moved, made, aliases = Traffic(), array_shapes(each.shape), _aliases(each)
+        values = [operands[aliases[at]].buffer if at in aliases else Buffer.TEMPORARY for at in range(len(made))]
+        for at, result in enumerate(made):
             if at not in aliases:
                 moved.written[Buffer.TEMPORARY] += _share(result, result.elements)
         for operand in operands:

@@ -3,9 +3,9 @@
 import dataclasses
 import re
 
-from looplm_jax.planning.hlo import Computation, Instruction, Program, array_shapes
+from looplm_jax.planning.hlo import ArrayShape, Computation, Instruction, Program, array_shapes
 
-_SLICES = ("slice", "dynamic-slice", "gather")
+_SLICES = ("slice", "dynamic-slice", "gather", "slice-start", "dynamic-slice-start")
 _UPDATES = ("dynamic-update-slice", "scatter")
 _ELEMENT_BY_ELEMENT = ("bitcast", "convert", "copy", "reshape", "transpose")
 _NUMBER = re.compile(r"(\d+)\)")
@@ -29,8 +29,8 @@ def parameter_number(parameter: Instruction) -> int:
 def elements_read(program: Program, user: Instruction, position: int, shape: str) -> int:
     """Returns how many elements an instruction reads of its operand at a position, which has the given shape."""
     if user.opcode in _SLICES and position == 0:
-        return elements(user.shape)
-    if user.opcode in _UPDATES and position == 0:
+        return sum(array.elements for array in results(user))
+    if user.opcode in _UPDATES and position < len(results(user)):
         return 0
     if user.opcode == "fusion":
         fused = program.computations[user.called[0]]
@@ -47,13 +47,19 @@ def elements_written(program: Program, scope: Computation, each: Instruction) ->
             for write in _written_in_fusion(program, fused, fused.root)
         ]
     if each.opcode in _UPDATES:
-        return [
-            Write(
-                elements=elements(scope.shape_of(each.operands[-1 if each.opcode == "scatter" else 1])),
-                target=each.operands[0],
-            )
-        ]
-    return [Write(elements=array.elements) for array in array_shapes(each.shape)]
+        targets = each.operands[: len(results(each))]
+        update = each.operands[1] if each.opcode == "dynamic-update-slice" else each.operands[-1]
+        return [Write(elements=elements(scope.shape_of(update)), target=target) for target in targets]
+    return [Write(elements=array.elements) for array in results(each)]
+
+
+def results(each: Instruction) -> list[ArrayShape]:
+    """Returns the arrays that an instruction makes. What starts one in the background lists its operands, too."""
+    arrays = array_shapes(each.shape)
+    if not each.opcode.endswith("-start") or len(arrays) == 1:
+        return arrays
+    at = 0 if each.opcode == "copy-start" else min(len(each.operands), len(arrays) - 1)
+    return arrays[at : at + 1]
 
 
 def elements(shape: str) -> int:
@@ -97,10 +103,10 @@ def _written_in_fusion(program: Program, fused: Computation, value: Instruction)
         case "fusion" | "dynamic-update-slice" | "scatter":
             found: list[Write] = []
             for write, whole in zip(elements_written(program, fused, value), fresh, strict=True):
-                earlier = _written_in_fusion(program, fused, fused.named(write.target))[0] if write.target else whole
-                in_place = earlier.target is not None
-                found.append(
-                    Write(elements=earlier.elements + write.elements, target=earlier.target) if in_place else whole
+                (before, *_) = (
+                    _written_in_fusion(program, fused, fused.named(write.target)) if write.target else [whole]
                 )
+                after = Write(elements=before.elements + write.elements, target=before.target)
+                found.append(whole if before.target is None else after)
             return found
     return fresh
