@@ -6,17 +6,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from looplm_jax.checkpoints import read_metadata, restore_params
-from looplm_jax.config import MeshConfig, Recipe
+from looplm_jax.config import ComputeConfig, MeshConfig, Recipe
 from looplm_jax.convert.converted import converted_recipe
 from looplm_jax.convert.from_hf import is_hf_folder, load_hf, needed_tokenizer
 from looplm_jax.data.tokenizers import Tokenizer, deserialize
 from looplm_jax.errors import UserError
-from looplm_jax.models.looplm import LoopLM, Params, boxed_shapes
-from looplm_jax.sharding import abstract, check_divides, first_device, make_mesh
+from looplm_jax.models.looplm import LoopLM, Params, boxed_shapes, compute_dtype
+from looplm_jax.sharding import abstract, check_divides, first_device, make_mesh, use_mesh
+
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,11 +63,12 @@ def load(
       path: a run folder, its `checkpoints` folder, one step, or a Hugging Face folder.
       step: which step; default: the newest good one.
       mesh: devices to spread the parameters over; default: the first device alone.
-      dtype: of the parameters; default: as they are stored.
+      dtype: of the parameters, float32, bfloat16 or float16; default: on a CPU as they are stored, elsewhere that of
+        the matrix products, to which every pass would cast them.
 
     Raises:
-      UserError: not a checkpoint, no good step, a Hugging Face folder that `convert.from_hf.load_hf` refuses, or a mesh
-        that does not fit.
+      UserError: not a checkpoint, no good step, a Hugging Face folder that `convert.from_hf.load_hf` refuses, a mesh
+        that does not fit, or a dtype that the devices lack.
     """
     devices = make_mesh(mesh or MeshConfig(), None if mesh else first_device())
     if is_hf_folder(Path(path)):
@@ -72,10 +76,32 @@ def load(
     return _load_checkpoint(os.fspath(path), step, devices, dtype)
 
 
+def parameter_dtype(dtype: DTypeLike | None, compute: ComputeConfig, mesh: Mesh) -> jnp.dtype | None:
+    """Returns the type in which parameters are held on the devices of a mesh; None: as they are stored.
+
+    Raises:
+      UserError: `dtype` is of another kind, or the devices cannot multiply in it.
+    """
+    platform = mesh.devices.flat[0].platform
+    if dtype is None:
+        with use_mesh(mesh):
+            return None if platform == "cpu" else compute_dtype(compute)
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = str(dtype)
+    known = [each for each in _DTYPES if platform != "tpu" or each != "float16"]
+    if name not in known:
+        lacks = f"a {platform.upper()} has no {name}" if name in _DTYPES else f"dtype {name!r} is not for parameters"
+        raise UserError(f"{lacks}; choose {' or '.join(known)}")
+    return jnp.dtype(dtype)
+
+
 def _load_checkpoint(path: str, step: int | None, mesh: Mesh, dtype: DTypeLike | None) -> Loaded:
     metadata = read_metadata(path, step)
     recipe = metadata.recipe()
     model = LoopLM(recipe.model, recipe.compute)
+    dtype = parameter_dtype(dtype, recipe.compute, mesh)
     check_divides(mesh, recipe.model)
     wanted = abstract(boxed_shapes(recipe.model), mesh)
     restored = restore_params(path, wanted, step=step, dtype=dtype)
@@ -93,7 +119,7 @@ def _load_checkpoint(path: str, step: int | None, mesh: Mesh, dtype: DTypeLike |
 def _load_hf_folder(path: Path, step: int | None, mesh: Mesh, dtype: DTypeLike | None) -> Loaded:
     if step is not None:
         raise UserError(f"{path} is a Hugging Face folder, which has no steps; leave step out")
-    found = load_hf(path, mesh=mesh, dtype=dtype)
+    found = load_hf(path, mesh=mesh, dtype=parameter_dtype(dtype, ComputeConfig(), mesh))
     recipe = converted_recipe(path, found.config)
     return Loaded(
         model=LoopLM(recipe.model, recipe.compute),

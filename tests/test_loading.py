@@ -13,8 +13,10 @@ from looplm_jax.convert.from_hf import convert_from_hf
 from looplm_jax.errors import UserError
 from looplm_jax.halting import FixedLoops
 from looplm_jax.inference import generate
-from looplm_jax.loading import load
+from looplm_jax.loading import load, parameter_dtype
 from looplm_jax.models.looplm import LoopLM
+from looplm_jax.planning.targets import find_target
+from looplm_jax.sharding import first_device, make_mesh
 
 pytest.importorskip("tokenizers")
 CUBE = MeshConfig(data=2, fsdp=2, tensor=2)
@@ -113,3 +115,29 @@ def test_a_mesh_that_does_not_fit(hf_folder, checkpoint):
     for path in (hf_folder, checkpoint):
         with pytest.raises(UserError, match=r"mesh\.tensor=8 does not divide model\.num_heads=4"):
             load(path, mesh=MeshConfig(tensor=8))
+
+
+@pytest.mark.parametrize(
+    ("compute", "held"), [(Dtype.AUTO, "bfloat16"), (Dtype.BFLOAT16, "bfloat16"), (Dtype.FLOAT32, "float32")]
+)
+def test_an_accelerator_holds_parameters_in_the_type_of_its_products(compute, held):
+    pytest.importorskip("libtpu", reason="the TPU compiler (libtpu) is not installed")
+    mesh = make_mesh(MeshConfig(), find_target("v5e:1x1").devices)
+    assert parameter_dtype(None, ComputeConfig(dtype=compute), mesh) == jnp.dtype(held)
+    assert parameter_dtype("float32", ComputeConfig(dtype=compute), mesh) == jnp.float32
+    with pytest.raises(UserError, match=r"^a TPU has no float16; choose float32 or bfloat16$"):
+        parameter_dtype(jnp.float16, ComputeConfig(dtype=compute), mesh)
+
+
+def test_a_cpu_holds_them_as_they_are_stored():
+    assert parameter_dtype(None, ComputeConfig(), make_mesh(MeshConfig(), first_device())) is None
+
+
+@pytest.mark.parametrize("dtype", ["float64", jnp.int8, "float8_e4m3fn", "brain"])
+def test_parameters_are_of_three_types(hf_folder, checkpoint, dtype):
+    name = dtype if isinstance(dtype, str) else "int8"
+    for path in (hf_folder, checkpoint):
+        with pytest.raises(
+            UserError, match=rf"^dtype '{name}' is not for parameters; choose float32 or bfloat16 or float16$"
+        ):
+            load(path, dtype=dtype)

@@ -32,7 +32,7 @@ _HELP = """\
 def run_chat(arguments: argparse.Namespace) -> int:
     """Chat as the arguments of `looplm chat` say. Returns the exit status: 2 where a piped line was a mistake."""
     options = {**request_options(arguments), "max_new_tokens": arguments.max_new_tokens}
-    loaded = load(arguments.checkpoint, step=arguments.step)
+    loaded = load(arguments.checkpoint, step=arguments.step, dtype=arguments.dtype)
     window = _window(arguments.window, loaded.model.config.max_positions)
     engine = make_engine(loaded, arguments, window=window)
     tokenizer = loaded.need_tokenizer()

@@ -10,7 +10,7 @@ looplm_smoke, which are here; they need pip install 'looplm_jax[eval]'.
 
 import argparse
 
-from looplm_jax.cli.generation_flags import EXIT_RULES
+from looplm_jax.cli.generation_flags import EXIT_RULES, configure_dtype
 from looplm_jax.errors import UserError
 
 _OF_TASKS = (
@@ -35,6 +35,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", type=int, help="which step (default: the newest good one)")
     parser.add_argument("--max-loops", type=int, metavar="T", help="deepest loop (default: twice the trained depth)")
     parser.add_argument("--out", metavar="DIR", help="where to write (default: <run>/evaluation/step_N)")
+    configure_dtype(parser)
     _configure_held_out_data(parser.add_argument_group("held-out documents"))
     _configure_tasks(parser.add_argument_group("tasks of lm-evaluation-harness"))
     parser.epilog = EXIT_RULES

@@ -24,7 +24,7 @@ from looplm_jax.sharding import require_compilation, use_mesh
 def run_evaluation(arguments: argparse.Namespace) -> int:
     """Evaluate as the arguments of `looplm evaluate` say. Returns the exit status."""
     require_compilation()
-    loaded = load(arguments.checkpoint, step=arguments.step)
+    loaded = load(arguments.checkpoint, step=arguments.step, dtype=arguments.dtype)
     for warning in loaded.warnings:
         complain(str(warning))
     out = Path(arguments.out) if arguments.out else default_out(arguments.checkpoint, loaded.step)

@@ -16,6 +16,15 @@ exit rules, each optionally with bounds on loops, as in kl=1e-3,min=2,max=6:
 """
 
 
+def configure_dtype(parser: argparse.ArgumentParser) -> None:
+    """Adds `--dtype`."""
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="of the parameters (default: as stored on a CPU, elsewhere that of the matrix products)",
+    )
+
+
 def configure_generation(parser: argparse.ArgumentParser) -> None:
     """Add them, and the exit rules below."""
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): the most probable token")
@@ -47,4 +56,5 @@ def configure_generation(parser: argparse.ArgumentParser) -> None:
         help="loops whose keys and values are kept of a new token (default: full)",
     )
     parser.add_argument("--step", type=int, help="which step (default: the newest good one)")
+    configure_dtype(parser)
     parser.epilog = EXIT_RULES

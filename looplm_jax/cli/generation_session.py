@@ -29,7 +29,7 @@ def run_generation(prompts: Sequence[str], arguments: argparse.Namespace) -> int
     """Generate as the arguments of `looplm generate` say. Returns the exit status."""
     options = request_options(arguments)
     sampling, prompts = repeated(options.pop("sampling"), prompts, arguments)
-    loaded = load(arguments.checkpoint, step=arguments.step)
+    loaded = load(arguments.checkpoint, step=arguments.step, dtype=arguments.dtype)
     count, stops = arguments.max_new_tokens, tuple(stop_ids(loaded.need_tokenizer()))
     clocks = [Stopwatch() for _ in prompts]
     requests = [

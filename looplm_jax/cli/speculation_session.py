@@ -28,7 +28,7 @@ def run_speculation(prompts: Sequence[str], arguments: argparse.Namespace) -> in
     loops = _loops(arguments)
     options = request_options(arguments)
     samplings, prompts = generation_session.repeated(options["sampling"], prompts, arguments)
-    loaded = generation_session.load(arguments.checkpoint, step=arguments.step)
+    loaded = generation_session.load(arguments.checkpoint, step=arguments.step, dtype=arguments.dtype)
     for warning in loaded.warnings:
         complain(str(warning))
     first = generation_session.view_of(arguments, loaded, prompts[0])

@@ -31,7 +31,7 @@ def run_task_evaluation(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments)
     names = _task_names(arguments)
     _prepare_lm_eval()
-    loaded = load(arguments.checkpoint, step=arguments.step)
+    loaded = load(arguments.checkpoint, step=arguments.step, dtype=arguments.dtype)
     for warning in loaded.warnings:
         complain(str(warning))
     out = Path(arguments.out) if arguments.out else default_out(arguments.checkpoint, loaded.step)

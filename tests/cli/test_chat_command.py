@@ -29,7 +29,7 @@ def chat(loaded, monkeypatch, capsys):
         text = io.StringIO("".join(f"{line}\n" for line in lines))
         monkeypatch.setattr(sys, "stdin", text)
         monkeypatch.setattr(text, "isatty", lambda: by_hand)
-        monkeypatch.setattr(chat_session, "load", lambda path, *, step: model)
+        monkeypatch.setattr(chat_session, "load", lambda path, *, step, dtype: model)
         status = main(["chat", "run", "--max-new-tokens", "6", *flags])
         printed = capsys.readouterr()
         return status, printed.out.splitlines(), [line for line in printed.err.splitlines() if "step 9" not in line]
@@ -157,7 +157,7 @@ def test_flags_that_cannot_be(flags, message, chat):
 
 
 def test_input_that_is_not_text(chat, monkeypatch, capsys, loaded):
-    monkeypatch.setattr(chat_session, "load", lambda path, *, step: loaded)
+    monkeypatch.setattr(chat_session, "load", lambda path, *, step, dtype: loaded)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\n"), encoding="utf-8"))
     assert main(["chat", "run"]) == 2
     assert capsys.readouterr().err.endswith("looplm: the input is not UTF-8 text; convert it\n")

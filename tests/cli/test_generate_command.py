@@ -27,9 +27,14 @@ def loaded():
 @pytest.fixture(autouse=True)
 def checkpoint(loaded, monkeypatch):
     """Any path but `none` is a checkpoint of the tiny model."""
-    monkeypatch.setattr(
-        generation_session, "load", lambda path, *, step=None: load(path, step=step) if path == "none" else loaded
-    )
+    asked = []
+
+    def load_tiny(path, *, step, dtype):
+        asked.append(dtype)
+        return load(path, step=step, dtype=dtype) if path == "none" else loaded
+
+    monkeypatch.setattr(generation_session, "load", load_tiny)
+    return asked
 
 
 @pytest.fixture
@@ -63,6 +68,14 @@ def test_plain(capsys):
     assert f"{len(counts)} tokens, 2.00 loops per token on average" in summary
     assert last == f"next: looplm generate run --prompt '{PROMPT}' --exit q=0.5"
     assert printed.err == "looplm: step 9 is bad\n"
+
+
+@pytest.mark.parametrize(("flags", "dtype"), [([], None), (["--dtype", "bfloat16"], "bfloat16")])
+def test_the_type_of_the_parameters(checkpoint, capsys, flags, dtype):
+    assert main(["generate", "run", "--prompt", PROMPT, "--max-new-tokens", "2", *flags]) == 0
+    assert checkpoint == [dtype]
+    assert main(["generate", "run", "--prompt", PROMPT, "--dtype", "float8"]) == 2
+    assert "argument --dtype: invalid choice: 'float8'" in capsys.readouterr().err
 
 
 def test_json(tmp_path, capsys):
@@ -242,7 +255,7 @@ def test_an_interruption_keeps_the_text(form, as_json, monkeypatch, capsys):
 def test_damaged_parameters_are_a_mistake_in_one_line(loaded, monkeypatch, capsys):
     broken = jax.tree.map(lambda leaf: np.full(leaf.shape, np.nan, np.float32), loaded.params)
     damaged = dataclasses.replace(loaded, params=broken)
-    monkeypatch.setattr(generation_session, "load", lambda path, *, step: damaged)
+    monkeypatch.setattr(generation_session, "load", lambda path, *, step, dtype: damaged)
     assert main(["generate", "run", "--prompt", PROMPT, "--max-new-tokens", "4"]) == 2
     printed = capsys.readouterr()
     assert "0 tokens, 0.00 loops per token on average; failed" in printed.out

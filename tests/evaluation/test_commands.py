@@ -13,8 +13,8 @@ from looplm_jax.loading import load
 def checkpoint(loaded, monkeypatch):
     """Any path but `none` is a checkpoint of the tiny model."""
 
-    def load_tiny(path, *, step=None):
-        return load(path, step=step) if path == "none" else loaded
+    def load_tiny(path, *, step, dtype):
+        return load(path, step=step, dtype=dtype) if path == "none" else loaded
 
     monkeypatch.setattr(evaluation_session, "load", load_tiny)
 
