@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := JAX_PLATFORMS=cpu $(BIN)/python
 
-.PHONY: demo test coverage test-slow test-transformers4 test-wheel lint types bench setup torch clean
+.PHONY: demo test coverage test-slow test-tpu-compile test-transformers4 test-wheel lint types bench setup torch clean
 
 # PyTorch and what runs our exported models. The older transformers lies beside the newer one, to be put before it.
 TORCH := torch==2.13.0 transformers==5.23.0 peft==0.21.2 accelerate==1.15.0
@@ -15,15 +15,19 @@ demo: $(VENV)/ready  ## the main job on two CPU cores: corpus, tokenizer, Stage 
 	$(RUN) -m experiments.demo --out runs/demo
 
 PYTEST := -m pytest tests --durations=20 --numprocesses 2 --dist loadfile --no-loadscope-reorder
+DEFAULT := not slow and not tpu_compile
 
 test: $(VENV)/ready-dev  ## the default test suite
-	$(RUN) $(PYTEST) -m "not slow"
+	$(RUN) $(PYTEST) -m "$(DEFAULT)"
 
 coverage: $(VENV)/ready-dev  ## the same, counting the lines that it runs, which takes longer
-	$(RUN) $(PYTEST) -m "not slow" --cov --cov-report=term:skip-covered
+	$(RUN) $(PYTEST) -m "$(DEFAULT)" --cov --cov-report=term:skip-covered
 
 test-slow: $(VENV)/ready-dev  ## the tests that take minutes
 	$(RUN) $(PYTEST) -m slow
+
+test-tpu-compile: $(VENV)/ready-dev  ## compile decoders of up to 2.6B for TPUs, none of which is needed
+	$(RUN) $(PYTEST) -m tpu_compile
 
 test-transformers4: $(VENV)/ready-dev $(VENV)/ready-torch  ## the tests that run transformers, on its version 4
 	PYTHONPATH=$(VENV)/transformers4 $(RUN) -m pytest tests -m transformers

@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from looplm_jax.config import ModelConfig
+from looplm_jax.inference.cache_attention import PastView
 from looplm_jax.models.blocks import Context, KeyValues, make_context
 from looplm_jax.models.looplm import ModelCache
 
@@ -37,20 +38,6 @@ class CacheStrategy(enum.Enum):
     def shares(self) -> bool:
         """Whether all loops read one plane."""
         return self is not CacheStrategy.FULL
-
-
-@flax.struct.dataclass
-class PastView:
-    """What the rows of a cache read at the loops they are at, layer by layer, without a copy of the other planes."""
-
-    stacked: KeyValues  # [L, P, N, C, K, Dh]
-    planes: Int[Array, "N"]
-    dtype: DTypeLike = flax.struct.field(pytree_node=False)
-
-    def layer(self, index: int | Int[Array, ""]) -> KeyValues:
-        """Keys and values of one layer, `[N, C, K, Dh]`, each row from its own plane."""
-        rows = jnp.arange(self.planes.size)
-        return jax.tree.map(lambda x: x[index, self.planes, rows].astype(self.dtype), self.stacked)
 
 
 @flax.struct.dataclass
@@ -85,24 +72,34 @@ class Cache:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self.planes))
 
     def context(self, config: ModelConfig, tokens: int = 1) -> Context:
-        """What the next `tokens` tokens of each row see: the tokens of the row, and those of them before."""
-        slots = jnp.broadcast_to(jnp.arange(self.capacity), (self.rows, self.capacity))
-        filled = (slots < self.lengths[:, None]).astype(jnp.int32)
+        """What the next `tokens` tokens of each row see of one another; a view of the cache shows what is before."""
         positions = self.lengths[:, None] + jnp.arange(tokens)
-        return make_context(config, positions, jnp.ones_like(positions), slots, filled)
+        return make_context(config, positions, jnp.ones_like(positions))
 
-    def past(self, stacked: KeyValues | None, loops_done: Int[Array, "N"], dtype: DTypeLike) -> PastView | None:
+    def past(
+        self,
+        stacked: KeyValues | None,
+        loops_done: Int[Array, "N"],
+        dtype: DTypeLike,
+        *,
+        differentiable: bool = False,
+    ) -> PastView | None:
         """What each row reads of core or coda, in the loop that follows `loops_done`."""
+        planes = jnp.zeros_like(loops_done) if self.strategy.shares else jnp.minimum(loops_done, self.depth - 1)
+        return self._view(stacked, planes, dtype, differentiable)
+
+    def past_prelude(self, dtype: DTypeLike, *, differentiable: bool = False) -> PastView | None:
+        """What each row reads of the prelude."""
+        return self._view(self.planes.prelude, jnp.zeros_like(self.lengths), dtype, differentiable)
+
+    def _view(
+        self, stacked: KeyValues | None, planes: Int[Array, "N"], dtype: DTypeLike, differentiable: bool
+    ) -> PastView | None:
         if stacked is None:
             return None
-        planes = jnp.zeros_like(loops_done) if self.strategy.shares else jnp.minimum(loops_done, self.depth - 1)
-        return PastView(stacked=stacked, planes=planes, dtype=dtype)
-
-    def past_prelude(self, dtype: DTypeLike) -> PastView | None:
-        """What each row reads of the prelude."""
-        if self.planes.prelude is None:
-            return None
-        return PastView(stacked=self.planes.prelude, planes=jnp.zeros_like(self.lengths), dtype=dtype)
+        return PastView(
+            stacked=stacked, planes=planes, lengths=self.lengths, dtype=dtype, differentiable=differentiable
+        )
 
     def write(self, own: ModelCache, loops_done: Int[Array, "N"], active: Bool[Array, "N"]) -> "Cache":
         """The keys and values of the next position of each active row, `[L, N, 1, K, Dh]`, after one more loop.
@@ -130,6 +127,10 @@ class Cache:
     def advance(self, count: Int[Array, "N"]) -> "Cache":
         """The cache with `count` more positions in each row."""
         return dataclasses.replace(self, lengths=self.lengths + count)
+
+    def emptied(self, rows: Bool[Array, "N"]) -> "Cache":
+        """The cache as if some rows held no tokens, so that these are not read."""
+        return dataclasses.replace(self, lengths=jnp.where(rows, 0, self.lengths))
 
     def _put(
         self,

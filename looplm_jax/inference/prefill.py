@@ -14,11 +14,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
 from looplm_jax.halting.first_exit import exit_loops
-from looplm_jax.inference.kv_cache import Cache, CacheStrategy, PastView, empty_cache, share, unshare
+from looplm_jax.inference.kv_cache import Cache, CacheStrategy, empty_cache, share, unshare
 from looplm_jax.inference.placing import settled
 from looplm_jax.inference.slots import Settings, Slots, fresh_memory
 from looplm_jax.inference.tick import Ticked, bound, choose, logits_of, receive
-from looplm_jax.models.blocks import KeyValues
 from looplm_jax.models.looplm import LoopLM, ModelCache, Params, compute_dtype
 
 
@@ -54,10 +53,7 @@ def prefill_chunk(
     embedded, prelude = apply(tokens[None], context, row.past_prelude(dtype), True, method="embed")
 
     def loop(state: Float[Array, "1 S D"], plane: Int[Array, ""]) -> tuple[Array, PyTree]:
-        def view(stacked: KeyValues | None) -> PastView | None:
-            return None if stacked is None else PastView(stacked=stacked, planes=plane[None], dtype=dtype)
-
-        past = view(row.planes.core), view(row.planes.coda)
+        past = row.past(row.planes.core, plane[None], dtype), row.past(row.planes.coda, plane[None], dtype)
         output, core, coda = apply(state, embedded, context, *past, True, method="loop_step")
         last = LastToken(hidden=output.hidden[0, count - 1], gate_logits=output.gate_logits[0, count - 1])
         return output.state, (last, core, coda)

@@ -13,9 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from looplm_jax.config import Remat
+from looplm_jax.inference.cache_attention import PastView
 from looplm_jax.inference.kv_cache import Cache, CacheStrategy, empty_cache, share
 from looplm_jax.inference.requests import Result
 from looplm_jax.inference.rollouts import Rollouts, Turns
@@ -147,11 +149,12 @@ def _read_prompts(
     """
     apply, dtype, rows = bound(model, params), compute_dtype(model.compute), jnp.arange(cache.rows)
     context = cache.context(model.config, prompts.shape[1])
-    embedded, prelude = apply(prompts, context, cache.past_prelude(dtype), True, method="embed")
+    past = cache.past_prelude(dtype, differentiable=True)
+    embedded, prelude = apply(prompts, context, past, True, method="embed")
 
     def loop(state: Float[Array, "B P D"], done: Int[Array, ""]) -> tuple[Array, PyTree]:
         planes = jnp.broadcast_to(done, rows.shape)
-        past = cache.past(cache.planes.core, planes, dtype), cache.past(cache.planes.coda, planes, dtype)
+        past = _read_at(cache, planes, dtype)
         output, core, coda = apply(state, embedded, context, *past, True, method="loop_step")
         return output.state, (output.hidden[rows, lengths - 1], core, coda)
 
@@ -163,6 +166,12 @@ def _read_prompts(
     planes = ModelCache(core=core, prelude=jax.tree.map(lambda x: x[:, None], prelude), coda=coda)
     kept = share(Cache(planes=planes, lengths=lengths, strategy=CacheStrategy.FULL), cache.strategy)
     return _append(cache, kept), hidden
+
+
+def _read_at(cache: Cache, loops_done: Int[Array, "B"], dtype: DTypeLike) -> list[PastView | None]:
+    """What each row reads of core and coda in the loop that follows, in the form that gradients go through."""
+    stacks = cache.planes.core, cache.planes.coda
+    return [cache.past(stacked, loops_done, dtype, differentiable=True) for stacked in stacks]
 
 
 def _append(cache: Cache, new: Cache) -> Cache:
@@ -239,12 +248,13 @@ def _run_token(
     """The next token of each row: the keys and values that a cache keeps of it, and the state it leaves with."""
     apply, dtype, rows = bound(model, params), compute_dtype(model.compute), cache.rows
     context = cache.context(model.config)
-    embedded, prelude = apply(tokens[:, None], context, cache.past_prelude(dtype), True, method="embed")
+    past = cache.past_prelude(dtype, differentiable=True)
+    embedded, prelude = apply(tokens[:, None], context, past, True, method="embed")
 
     def loop(carry: PyTree, number: Int[Array, ""]) -> tuple[PyTree, None]:
         state, hidden, own = carry
         done = jnp.full(rows, number)
-        past = cache.past(cache.planes.core, done, dtype), cache.past(cache.planes.coda, done, dtype)
+        past = _read_at(cache, done, dtype)
         output, core, coda = apply(state, embedded, context, *past, True, method="loop_step")
         own = own.write(ModelCache(core=core, prelude=prelude, coda=coda), done, done < exits)
         hidden = jnp.where((done + 1 == exits)[:, None], output.hidden[:, 0], hidden)

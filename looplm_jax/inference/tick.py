@@ -69,7 +69,8 @@ def tick(model: LoopLM, params: Params, slots: Slots, *, loops: int, previews: b
     embedded, prelude = _embed(apply, model, slots, context)
     first = (done == 0)[:, None, None]
     state = jnp.where(first, apply(embedded, method="initial_state"), slots.state)
-    past = cache.past(cache.planes.core, done, dtype), cache.past(cache.planes.coda, done, dtype)
+    seen = cache.emptied(~slots.active)
+    past = seen.past(cache.planes.core, done, dtype), seen.past(cache.planes.coda, done, dtype)
     output, core, coda = apply(state, embedded, context, *past, True, method="loop_step")
     hidden = output.hidden[:, 0]
     # What is not finite would harm the next request of the slot. That the write waits for the state, and so for all
@@ -163,7 +164,7 @@ def _embed(apply: Any, model: LoopLM, slots: Slots, context: Context) -> tuple[F
     tokens = slots.tokens[:, None]
     if slots.embedded is None:
         return apply(tokens, context, method="embed")
-    past = slots.cache.past_prelude(compute_dtype(model.compute))
+    past = slots.cache.emptied(~slots.active).past_prelude(compute_dtype(model.compute))
 
     def run() -> PyTree:
         return apply(tokens, context, past, True, method="embed")

@@ -25,25 +25,32 @@ class KeyValues:
     keys: Float[Array, "*L B C K Dh"]
     values: Float[Array, "*L B C K Dh"]
 
-    def layer(self, index: int | Int[Array, ""]) -> "KeyValues":
-        """Those of one layer."""
-        return jax.tree.map(lambda x: x[index], self)
+    def attend(
+        self, layer: int | Int[Array, ""], queries: Float[Array, "B S H Dh"], own: "KeyValues", context: "Context"
+    ) -> Float[Array, "B S H Dh"]:
+        """Returns attention to those of one layer, as far as `context.past_mask` goes, and to the tokens at hand."""
+        assert context.mask is not None
+        assert context.past_mask is not None
+        keys, values = (self.keys[layer], own.keys), (self.values[layer], own.values)
+        return attention.attend(queries, keys, values, (context.past_mask, context.mask))
 
 
 @runtime_checkable
 class Past(Protocol):
-    """Keys and values of earlier tokens, layer by layer: `KeyValues`, or a view of a cache."""
+    """Earlier tokens, layer by layer: `KeyValues`, or a view of a cache, which is attended to where it is."""
 
-    def layer(self, index: int | Int[Array, ""]) -> KeyValues:
-        """Those of one layer, `[B, C, K, Dh]`."""
+    def attend(
+        self, layer: int | Int[Array, ""], queries: Float[Array, "B S H Dh"], own: KeyValues, context: "Context"
+    ) -> Float[Array, "B S H Dh"]:
+        """Returns attention of `queries` to the earlier tokens in one layer and to the tokens at hand, `own`."""
 
 
 @flax.struct.dataclass
 class Context:
     """What every layer of every loop shares: rotary angles of the tokens at hand, and who sees whom.
 
-    Who sees whom among them is a `mask`, or else for `kernel` to tell from positions and segment ids. `past_mask` is
-    None when there is no cache.
+    Who sees whom among them is a `mask`, or else for `kernel` to tell from positions and segment ids. `past_mask` says
+    the same of `KeyValues` that come before them; a view of a cache needs none.
     """
 
     cos: Float[Array, "B S 1 half"]
@@ -133,9 +140,13 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B S D"], context: Context, past: KeyValues | None = None
+        self,
+        x: Float[Array, "B S D"],
+        context: Context,
+        past: Past | None = None,
+        layer: int | Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B S D"], KeyValues]:
-        """Output, and this call's own keys and values."""
+        """Output, and this call's own keys and values. `layer` says which one of `past` is its own."""
         config, std = self.config, self.config.init_std
         kv_shape = (config.kv_heads, config.head_width)
         query_shape = (config.num_heads, config.head_width)
@@ -144,21 +155,24 @@ class Attention(nn.Module):
         values = Projection(kv_shape, ("embed", "kv_heads", "head_dim"), std, name="value")(x)
         queries = attention.rotate(queries, context.cos, context.sin)
         own = KeyValues(keys=attention.rotate(keys, context.cos, context.sin), values=values)
-        mixed = _mix(queries, own, context, past)
+        mixed = _mix(queries, own, context, past, layer)
         out = Projection((config.width,), ("heads", "head_dim", "embed"), std, contracted=2, name="out")(mixed)
         return out, own
 
 
 def _mix(
-    queries: Float[Array, "B S H Dh"], own: KeyValues, context: Context, past: KeyValues | None
+    queries: Float[Array, "B S H Dh"],
+    own: KeyValues,
+    context: Context,
+    past: Past | None,
+    layer: int | Int[Array, ""] | None,
 ) -> Float[Array, "B S H Dh"]:
     if context.kernel is not None:
         return self_attention(context.kernel, queries, own.keys, own.values, context.positions, context.segment_ids)
     assert context.mask is not None
-    if past is None or context.past_mask is None:
+    if past is None or layer is None:
         return attention.attend(queries, (own.keys,), (own.values,), (context.mask,))
-    masks = context.past_mask, context.mask
-    return attention.attend(queries, (past.keys, own.keys), (past.values, own.values), masks)
+    return past.attend(layer, queries, own, context)
 
 
 class SwiGLU(nn.Module):
@@ -187,8 +201,7 @@ class Block(nn.Module):
     ) -> tuple[Float[Array, "B S D"], KeyValues | None]:
         """Output, and keys and values when `return_cache`. `layer` says which one of `past` is its own."""
         x = checkpoint_name(x, _LAYER_INPUT)
-        earlier = past.layer(layer) if past is not None and layer is not None else None
-        mixed, own = Attention(self.config, name="attention")(self._norm("attention_norm", x), context, earlier)
+        mixed, own = Attention(self.config, name="attention")(self._norm("attention_norm", x), context, past, layer)
         x = x + self._post_norm("attention_post_norm", mixed)
         x = x + self._post_norm("mlp_post_norm", SwiGLU(self.config, name="mlp")(self._norm("mlp_norm", x)))
         x = nn.with_logical_constraint(x, ("batch", "sequence", "embed_activation"))

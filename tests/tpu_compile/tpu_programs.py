@@ -27,11 +27,12 @@ _ALONE = {
 }
 
 
-def tpu_mesh(topology: str, config: MeshConfig) -> Mesh:
-    """A mesh over a slice such as `v5e:2x2`; the test is skipped where there is no TPU compiler."""
+def tpu_mesh(topology: str, config: MeshConfig, devices: int | None = None) -> Mesh:
+    """A mesh over a slice such as `v5e:2x2`, or its first `devices`; the test is skipped without a TPU compiler."""
     pytest.importorskip("libtpu", reason="the TPU compiler (libtpu) is not installed")
     os.environ.update(_ALONE)
-    return make_mesh(config, topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    whole = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    return make_mesh(config, whole.devices[:devices])
 
 
 def compiled_step(mesh: Mesh, *, model: ModelConfig = MODEL, **changes: Any) -> Any:

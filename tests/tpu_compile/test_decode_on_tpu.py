@@ -1,0 +1,158 @@
+"""The programs of a decoder that a TPU would run: none of their loops makes an array of the size of a row's cache."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from tpu_programs import tpu_mesh
+
+from looplm_jax.config import ComputeConfig, MeshConfig, ModelConfig, Remat
+from looplm_jax.halting import PolicyTable
+from looplm_jax.inference.decoder import EngineConfig
+from looplm_jax.inference.kv_cache import CacheStrategy, empty_cache
+from looplm_jax.inference.placing import shardings
+from looplm_jax.inference.prefill import empty_row, prefill_chunk
+from looplm_jax.inference.sampling import SamplingTable
+from looplm_jax.inference.slots import empty_slots
+from looplm_jax.inference.speculation.step import SpeculativeRows, draft
+from looplm_jax.inference.tick import run_ticks
+from looplm_jax.models import presets
+from looplm_jax.models.looplm import LoopLM, boxed_shapes
+from looplm_jax.planning import hlo
+from looplm_jax.sharding import abstract, use_mesh
+
+SMALL = ModelConfig(vocab_size=512, width=256, mlp_width=256, num_layers=2, num_heads=8, head_dim=128, loops=2)
+CAPACITY = 16384  # so that the cache is larger than the fast memory, which small arrays are moved to
+AROUND = {"prelude_layers": 1, "coda_layers": 1}
+MOVES_NOTHING = {"tuple", "get-tuple-element", "parameter", "bitcast", "while", "conditional", "constant"}
+IN_PLACE = ("dynamic-update-slice", "scatter")
+
+
+class Chips:
+    """A network on a mesh of one or more chips, and the programs of its decoder as these would run them."""
+
+    def __init__(self, topology="v5e:2x2", config=SMALL, *, tensor=1):
+        self.mesh = tpu_mesh(topology, MeshConfig(data=1, tensor=tensor), devices=tensor)
+        self.model = LoopLM(config, ComputeConfig(remat=Remat.NONE))
+        self.params = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16, sharding=leaf.sharding),
+            abstract(boxed_shapes(config), self.mesh),
+        )
+
+    def tick(self, *, slots=3, capacity=CAPACITY, strategy=CacheStrategy.FULL):
+        arrays = self._abstract(
+            lambda: empty_slots(
+                self.model,
+                strategy,
+                rows=slots,
+                capacity=capacity,
+                loops=self.model.config.loops,
+                cache_dtype=jnp.bfloat16,
+                policies=PolicyTable.empty(slots),
+            )
+        )
+        return self._compiled(run_ticks, arrays, loops=self.model.config.loops)
+
+    def chunk(self, *, tokens=128, capacity=CAPACITY):
+        row = self._abstract(
+            lambda: empty_row(self.model, capacity=capacity, loops=self.model.config.loops, dtype=jnp.bfloat16)
+        )
+        numbers = jax.ShapeDtypeStruct((tokens,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+        return self._compiled(prefill_chunk, row, *numbers)
+
+    def draft(self, *, rows=3, capacity=CAPACITY):
+        def make():
+            return SpeculativeRows(
+                cache=empty_cache(
+                    self.model.config,
+                    CacheStrategy.FULL,
+                    rows=rows,
+                    capacity=capacity,
+                    loops=self.model.config.loops,
+                    dtype=jnp.bfloat16,
+                ),
+                tokens=jnp.zeros(rows, jnp.int32),
+                made=jnp.zeros(rows, jnp.int32),
+                sampling=SamplingTable.empty(rows),
+                seen=None,
+            )
+
+        return self._compiled(draft, self._abstract(make), loops=1, drafts=2)
+
+    def _abstract(self, make):
+        with use_mesh(self.mesh):
+            shapes = jax.eval_shape(make)
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            shapes,
+            shardings(shapes, self.mesh),
+        )
+
+    def _compiled(self, program, *arrays, **settings):
+        with use_mesh(self.mesh):
+            traced = program.trace(self.model, self.params, *arrays, **settings)
+            return traced.lower(lowering_platforms=("tpu",)).compile()
+
+
+def arrays_made(compiled):
+    """Bytes of each array that an instruction makes rather than updates, with the line that tells which."""
+    for run in hlo.parse(compiled.as_text()).runs():
+        made = run.instruction
+        in_place = any(name in made.name.replace("_", "-") for name in IN_PLACE)
+        if not (run.fused or in_place or made.opcode in MOVES_NOTHING or made.opcode.endswith("-start")):
+            yield max(hlo.array_bytes(made.shape), default=0), f"{made.name} {made.shape}"
+
+
+def assert_reads_in_place(chips, compiled):
+    """No array is as large as the keys of one layer and plane of one row, let alone of all of them."""
+    config, devices = chips.model.config, chips.mesh.size
+    size, line = max(arrays_made(compiled))
+    assert size < 2 * CAPACITY * config.kv_heads * config.head_width // devices, line
+    assert compiled.memory_analysis().temp_size_in_bytes < 2**24
+
+
+def test_no_layer_of_a_tick_copies_the_cache():
+    chips = Chips()
+    compiled = chips.tick()
+    assert "decode_attention" in compiled.as_text()
+    assert_reads_in_place(chips, compiled)
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize("strategy", CacheStrategy)
+@pytest.mark.parametrize("tensor", [1, 4])
+def test_no_cache_is_copied_in_a_tick(strategy, tensor):
+    chips = Chips(config=dataclasses.replace(SMALL, **AROUND), tensor=tensor)
+    assert_reads_in_place(chips, chips.tick(strategy=strategy))
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize("changes", [{}, AROUND, {"num_kv_heads": 2}])
+def test_a_chunk_of_a_prompt_reads_its_row_in_place(changes):
+    chips = Chips(config=dataclasses.replace(SMALL, **changes))
+    assert_reads_in_place(chips, chips.chunk())
+
+
+@pytest.mark.tpu_compile
+def test_drafts_read_their_rows_in_place():
+    chips = Chips(config=dataclasses.replace(SMALL, **AROUND))
+    assert_reads_in_place(chips, chips.draft())
+
+
+@pytest.mark.tpu_compile
+def test_the_default_engine_fits_the_smallest_chip():
+    size = EngineConfig()
+    compiled = Chips("v5e:2x2", presets.ouro_1_4b()).tick(slots=size.slots, capacity=size.capacity)
+    assert compiled.memory_analysis().temp_size_in_bytes < 2**24
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2", "v5p:2x2x1"])
+@pytest.mark.parametrize("config", [presets.ouro_1_4b, presets.ouro_2_6b])
+@pytest.mark.parametrize("slots", [1, 8, 32])
+def test_ticks_of_every_size_and_generation_need_no_room_beside_the_cache(topology, config, slots):
+    """Of 512 positions, 256 with 32 slots, so that cache and parameters fit."""
+    chips = Chips(topology, config())
+    compiled = chips.tick(slots=slots, capacity=256 if slots == 32 else 512, strategy=CacheStrategy.LAST)
+    assert compiled.memory_analysis().temp_size_in_bytes < 2**24
