@@ -72,7 +72,7 @@ def assert_stopped(run, number, step):
 
 def test_a_killed_run_resumes_bit_for_bit(compiled_programs, tmp_path):
     """One kill; `test_kills_leave_no_trace` has many, at any moment."""
-    stages = (dataclasses.replace(STAGE, steps=16),)
+    stages = (dataclasses.replace(STAGE, steps=16, min_loops=0),)
     recipe = write_recipe(tmp_path / "short.json", dataclasses.replace(LONG, stages=stages))
     folder, untouched = tmp_path / "run", tmp_path / "untouched"
     with Run("--recipe", recipe, "--out", folder, errors=tmp_path / "errors", compiled=compiled_programs) as run:
