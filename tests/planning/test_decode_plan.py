@@ -120,7 +120,7 @@ def test_a_tick_for_v5e_reads_every_weight_once():
     assert as_json["ratio"] == plan.moved.total / plan.floor.total
 
 
-@pytest.mark.slow
+@pytest.mark.tpu_compile
 @pytest.mark.usefixtures("tpu_compiler")
 def test_a_cache_that_is_too_large_does_not_fit():
     plan = plan_decode(MODEL, COMPUTE, DecodeRequest(slots=64, capacity=65536), find_target("v5e:1x1"))
@@ -130,7 +130,7 @@ def test_a_cache_that_is_too_large_does_not_fit():
     assert plan.memory.total > plan.memory.capacity
 
 
-@pytest.mark.slow
+@pytest.mark.tpu_compile
 @pytest.mark.usefixtures("tpu_compiler")
 def test_every_parameter_of_the_model_of_1_4_billion_is_read_once():
     plan = plan_decode(presets.ouro_1_4b(), COMPUTE, DecodeRequest(slots=1, filled=2048), find_target("v5e:1x1"))
@@ -140,7 +140,7 @@ def test_every_parameter_of_the_model_of_1_4_billion_is_read_once():
     assert plan.ratio < 1.15
 
 
-@pytest.mark.slow
+@pytest.mark.tpu_compile
 @pytest.mark.usefixtures("tpu_compiler")
 def test_chips_that_share_the_heads_exchange_states():
     alone, shared = (
