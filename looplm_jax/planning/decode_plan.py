@@ -268,7 +268,7 @@ def _compile(
             refused = refusal(str(error))
             if refused is None:
                 raise
-            temporaries = refused.used if refused.only_temporaries else max(refused.used - memory.total, 0)
+            temporaries = max(refused.used - memory.total, 0)
             return None, dataclasses.replace(memory, temporaries=temporaries, capacity=refused.limit)
     analysis: Any = program.memory_analysis()
     held = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes

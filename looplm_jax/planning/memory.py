@@ -59,26 +59,27 @@ def overfull_memory(state: TrainState, error: str) -> Memory | None:
     if found is None:
         return None
     alone = state_memory(state, found.limit)
-    return dataclasses.replace(alone, activations=found.used - (0 if found.only_temporaries else alone.total))
+    return dataclasses.replace(alone, activations=max(found.used - alone.total, 0))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Refusal:
-    """Bytes that a program would use, of those that there are; `only_temporaries` are counted where it says so."""
+    """Bytes that a program would use, its arguments included, and those that there are."""
 
     used: int
     limit: int
-    only_temporaries: bool
 
 
 def refusal(error: str) -> Refusal | None:
-    """Returns the account in the refusal of a program that does not fit; None for an error of another kind."""
-    whole, temporaries = _USED.search(error), _TEMPORARIES.search(error)
-    found = whole or temporaries
+    """Returns the account in the refusal of a program that does not fit; None for an error of another kind.
+
+    What the compiler calls temporaries there contains the arguments.
+    """
+    found = _USED.search(error) or _TEMPORARIES.search(error)
     if found is None:
         return None
     used, limit = (int(float(found[at]) * _UNITS[found[at + 1].upper()]) for at in (1, 3))
-    return Refusal(used=used, limit=limit, only_temporaries=whole is None)
+    return Refusal(used=used, limit=limit)
 
 
 def shard_bytes(tree: PyTree) -> int:

@@ -52,5 +52,5 @@ def require_compilation() -> None:
     Raises:
       UserError: JAX_DISABLE_JIT is set.
     """
-    if jax.config.jax_disable_jit:
+    if jax.config.values["jax_disable_jit"]:
         raise UserError("this command runs compiled programs; unset JAX_DISABLE_JIT")

@@ -127,7 +127,7 @@ def test_a_cache_that_is_too_large_does_not_fit():
     assert not plan.fits
     assert plan.moved is plan.timing is plan.ratio is None
     assert plan.memory.total > plan.memory.cache == 64 * 65536 * 3 * 2 * 2 * MODEL.width * 2
-    assert plan.memory.total > plan.memory.capacity
+    assert plan.memory.capacity < plan.memory.total < 1.1 * (plan.memory.parameters + plan.memory.cache)
 
 
 @pytest.mark.tpu_compile

@@ -123,7 +123,7 @@ def test_the_compilers_refusal_is_an_account():
     memory = overfull_memory(state, message)
     assert (memory.total, memory.capacity) == (int(20.5 * 2**30), int(15.75 * 2**30))
     message = "RESOURCE_EXHAUSTED: total memory required for HLO temporaries (2.00G) exceeds available HBM (1.00G)."
-    assert overfull_memory(state, message).activations == 2 * 2**30
+    assert overfull_memory(state, message).total == 2 * 2**30  # with the arguments
     assert overfull_memory(state, "INTERNAL: something else") is None
 
 
