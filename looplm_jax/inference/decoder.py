@@ -31,6 +31,7 @@ from looplm_jax.inference.slots import (
 from looplm_jax.inference.tick import Ticked, run_ticks
 from looplm_jax.models.blocks import unroll_layers
 from looplm_jax.models.looplm import LoopLM, Params, compute_dtype
+from looplm_jax.sharding import target_platform
 
 _LONGEST_ROW = 1 << 24
 
@@ -99,6 +100,14 @@ class Reading:
         return not self.left
 
 
+def in_dtype_of_products(params: Params, dtype: DTypeLike) -> Params:
+    """Returns parameters in the type that every tick casts them to, save the gate, which it does not cast."""
+    return {
+        name: value if name == "gate" else jax.tree.map(lambda leaf: leaf.astype(dtype), value)
+        for name, value in params.items()
+    }
+
+
 class Decoder:
     """Slots on devices. Methods return at once, with results still being computed.
 
@@ -120,9 +129,12 @@ class Decoder:
         self.config = config
         self.loops = config.loops or model.config.loops
         self._usable = model.config.vocab_size if usable is None else usable
-        self._params = unroll_layers(params) if unrolled else params
         self._mesh = mesh
-        self._dtype = jnp.dtype(config.cache_dtype or compute_dtype(model.compute))
+        with on_mesh(mesh):
+            products = compute_dtype(model.compute)
+            held = params if target_platform() == "cpu" else in_dtype_of_products(params, products)
+        self._params = unroll_layers(held) if unrolled else held
+        self._dtype = jnp.dtype(config.cache_dtype or products)
         self.start_over()
 
     def start_over(self) -> None:
