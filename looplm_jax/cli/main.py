@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn, Protocol
 
+from looplm_jax.cli.compilation_cache import OFF, keep_compiled_programs
 from looplm_jax.cli.home import expand_paths
 from looplm_jax.errors import UserError, suggest
 from looplm_jax.printing import complain, steady_streams
@@ -23,6 +24,9 @@ _COMMANDS = {
     "inspect": "what a checkpoint holds, and whether it is sound",
     "convert": "Hugging Face and PyTorch weights in and out; deeper stacks; dense models",
 }
+
+
+_COMPILING = ("train", "evaluate", "generate", "chat", "experiment")
 
 
 class Command(Protocol):
@@ -98,13 +102,20 @@ def _dispatch(arguments: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.configure(parser)
+    if name in _COMPILING:
+        parser.add_argument(OFF, action="store_true", help="do not keep compiled programs in ~/.cache/looplm_jax")
     if not getattr(command, "OVERRIDES", False):
         namespace = parser.parse_args(arguments[1:])
-        expand_paths(namespace)
-        return command.run(namespace)
+        return _run(command, namespace)
     namespace, overrides = parser.parse_known_args(arguments[1:])
-    expand_paths(namespace)
     namespace.overrides, namespace.flags = overrides, parser.known_flags()
+    return _run(command, namespace)
+
+
+def _run(command: Command, namespace: argparse.Namespace) -> int:
+    expand_paths(namespace)
+    if not getattr(namespace, "no_compilation_cache", True):
+        keep_compiled_programs()
     return command.run(namespace)
 
 

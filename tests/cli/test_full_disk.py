@@ -126,7 +126,7 @@ def fails_alone(*arguments, longest_file=0):
     """The whole standard error of a process of its own: threads of a save that fails must not write there either."""
     command = [sys.executable, "-c", LIMITED, str(longest_file), *map(str, arguments)]
     environment = {**os.environ, "XLA_FLAGS": QUICK_TO_COMPILE, "JAX_PLATFORMS": "cpu"}
-    environment.pop("JAX_COMPILATION_CACHE_DIR")  # programs that a full disk cuts short are not for others
+    environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # programs that a full disk cuts short are not for others
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     lines = [line for line in done.stderr.splitlines() if not PROGRESS.match(line)]

@@ -37,7 +37,9 @@ class Run:
     def __init__(self, *arguments: str | Path, errors: Path, compiled: Path | None = None, program: str = ""):
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ONE_DEVICE, "COLUMNS": "80"}
         environment.pop("JAX_COMPILATION_CACHE_DIR", None)
-        if compiled is not None:
+        if compiled is None:
+            environment |= {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+        else:
             environment |= {"JAX_COMPILATION_CACHE_DIR": str(compiled)}
             environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         self._errors = errors

@@ -1,0 +1,112 @@
+"""Compiled programs on the disk: what one command compiled, the next one reads.
+
+JAX's own persistent cache, in `~/.cache/looplm_jax` (or `$XDG_CACHE_HOME/looplm_jax`) unless the environment names
+another folder. A cache that cannot be used costs time and nothing else.
+"""
+
+import contextlib
+import glob
+import os
+import re
+import stat
+import sys
+import time
+import warnings
+from collections.abc import Callable, MutableMapping
+from pathlib import Path
+from typing import Any
+
+from looplm_jax.printing import complain
+
+OFF = "--no-compilation-cache"
+_FOLDER = "JAX_COMPILATION_CACHE_DIR"
+_SETTINGS = {
+    _FOLDER: "",
+    "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**30),  # bytes; what was not used for longest makes room
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",  # a command runs many small programs
+    "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none",
+}
+_WRITING_SECONDS = 60.0  # an entry without its time of use is being written, or was cut short if it is older
+_PROBLEM = re.compile(r"Error (reading|writing) persistent compilation cache entry for '(.*?)': ")
+
+
+def keep_compiled_programs(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Turns the cache on, for this process and those that it starts. To be called before JAX is imported.
+
+    What the user has set in the environment stays. Says in one line why there is no cache, where that can be fixed.
+    """
+    if "jax" in sys.modules or _FOLDER in environment:
+        return
+    if environment.get("JAX_ENABLE_COMPILATION_CACHE", "1").lower() in ("0", "false"):
+        return
+    folder = _default_folder(environment)
+    if folder is None:
+        return
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        problem = _problem(folder)
+        if problem is None:
+            _remove_cut_short(folder)
+    except OSError as error:
+        problem = error.strerror or str(error)
+    if problem is not None:
+        complain(f"note: compiled programs are not kept: {folder}: {problem}; {OFF} leaves this note out")
+        return
+    for name, value in _SETTINGS.items():
+        environment.setdefault(name, value)
+    environment[_FOLDER] = str(folder)
+    warnings.showwarning = _without_the_cache(folder, warnings.showwarning)
+    warnings.filterwarnings("always", message=_PROBLEM.pattern)
+
+
+def _default_folder(environment: MutableMapping[str, str]) -> Path | None:
+    """Returns the folder, or None where there is no home."""
+    base = environment.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(base):
+        return Path(base) / "looplm_jax"
+    home = os.path.expanduser("~")
+    return Path(home) / ".cache" / "looplm_jax" if os.path.isabs(home) else None
+
+
+def _problem(folder: Path) -> str | None:
+    """Returns why the folder must not be used. Programs in it are run, so nobody else may write to it."""
+    found = folder.stat()
+    if found.st_uid != os.geteuid():
+        return "it belongs to another user"
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"other users may write to it; `chmod go-w {folder}`"
+    return None if os.access(folder, os.R_OK | os.W_OK | os.X_OK) else "it cannot be written"
+
+
+def _remove_cut_short(folder: Path) -> None:
+    """Removes entries of processes that were killed while they wrote: JAX could not make room beside them."""
+    for entry in folder.glob("*-cache"):
+        used = entry.with_name(f"{entry.name.removesuffix('-cache')}-atime")
+        with contextlib.suppress(FileNotFoundError):  # another process made room
+            if not used.exists() and time.time() - entry.stat().st_mtime > _WRITING_SECONDS:
+                entry.unlink()
+
+
+def _without_the_cache(folder: Path, show: Callable[..., None]) -> Callable[..., None]:
+    """Returns a `warnings.showwarning` that takes damaged entries away, and says once that one cannot be written."""
+    said = False
+
+    def shown(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:
+        nonlocal said
+        found = _PROBLEM.match(str(message))
+        if found is None:
+            show(message, category, *where, **options)
+        elif found[1] == "reading":
+            _remove(folder, found[2])  # the program is compiled now, and written in its place
+        elif not said:
+            said = True
+            complain(f"note: compiled programs are not kept: {str(message)[found.end() :]}")
+
+    return shown
+
+
+def _remove(folder: Path, program: str) -> None:
+    """Removes all entries of a program."""
+    for path in folder.glob(f"{glob.escape(program)}-*"):
+        with contextlib.suppress(OSError):
+            path.unlink()
