@@ -1,6 +1,7 @@
 """The mesh of a stage, its compiled programs, and batches on their way to the devices."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, UInt32
 
-from looplm_jax.config import Recipe, Stage
+from looplm_jax.config import CheckpointConfig, DataConfig, EvaluationConfig, Recipe, Stage
 from looplm_jax.data.packing import Batch
 from looplm_jax.models.looplm import LoopLM
 from looplm_jax.sharding import (
@@ -53,10 +54,8 @@ class StagePrograms:
 
     def compile(self, loops: int) -> None:
         """Trace and compile. The state is donated: it is updated where it lies."""
-        lowered = lower_step(
-            self._recipe, self._model, self._stage, self._mesh, first_step=self._first_step, loops=loops
-        )
-        self._programs[loops] = lowered.compile()
+        computed = _what_a_step_computes(self._recipe)
+        self._programs[loops] = compiled_step(computed, self._model, self._stage, self._mesh, self._first_step, loops)
 
     def run(self, loops: int, state: TrainState, batch: DeviceBatch) -> tuple[TrainState, StepMetrics]:
         """One step. `state` is used up."""
@@ -65,6 +64,31 @@ class StagePrograms:
     def text(self, loops: int) -> str:
         """The compiled program, as text."""
         return self._programs[loops].as_text()
+
+
+def _what_a_step_computes(recipe: Recipe) -> Recipe:
+    """Returns the recipe with defaults where it says nothing about a train step: its seed, its data, what is saved."""
+    return dataclasses.replace(
+        recipe,
+        name="",
+        description="",
+        seed=0,
+        data=DataConfig(),
+        checkpoint=CheckpointConfig(),
+        evaluation=EvaluationConfig(),
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def compiled_step(
+    recipe: Recipe, model: LoopLM, stage: Stage, mesh: Mesh, first_step: int, loops: int
+) -> jax.stages.Compiled:
+    """Returns the compiled train step of a stage.
+
+    Kept: runs of one process that differ in their seeds or their data, as the cells of an experiment do, and a run that
+    is resumed, have the same program.
+    """
+    return lower_step(recipe, model, stage, mesh, first_step=first_step, loops=loops).compile()
 
 
 def lower_step(

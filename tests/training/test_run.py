@@ -88,6 +88,7 @@ def finished(tmp_path_factory, traces):
         return traced
 
     folder = tmp_path_factory.mktemp("finished") / "run"
+    program.compiled_step.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(program, "make_train_step", counting)
         outcome, said = train(folder)
@@ -245,7 +246,9 @@ def resume_as_users_do(folder, recipe=RECIPE):
     with pytest.MonkeyPatch.context() as patch:
         options = {"xla_cpu_use_fusion_emitters": True}
         patch.setattr(jax.stages.Lowered, "compile", lambda lowered: compile_(lowered, compiler_options=options))
+        program.compiled_step.cache_clear()
         train(folder, recipe)
+        program.compiled_step.cache_clear()
 
 
 @pytest.fixture(scope="module")
