@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +15,7 @@ from looplm_jax.data.tokenizers.base import Tokenizer
 from looplm_jax.errors import UserError
 from looplm_jax.resume import may_differ
 
+PROBLEMS = "problems"  # how problems of tasks are drawn: in blocks, or one by one where a saved place does not say
 _SPECIAL_TOKENS = ".special_tokens"  # newer than many saved places in the data, so it counts only where it is set
 
 
@@ -57,10 +58,17 @@ class Stream(Protocol):
 
 
 class BatchIterator:
-    """An endless stream of batches, read ahead, that can be taken up again exactly where it was."""
+    """An endless stream of batches, read ahead, that can be taken up again exactly where it was.
 
-    def __init__(self, batches: Stream, identity: Mapping[str, Any]):
+    Args:
+      batches: the stream.
+      identity: what fixes its order.
+      one_by_one: opens the stream of versions that drew problems of tasks one by one, for places that they saved.
+    """
+
+    def __init__(self, batches: Stream, identity: Mapping[str, Any], *, one_by_one: Callable[[], Stream] | None = None):
         self._identity = dict(identity)
+        self._one_by_one = one_by_one
         self._held = [batches]
         # Grain's threads must be gone before the interpreter takes its modules apart, also where nobody calls `close`.
         self._close = weakref.finalize(self, _close, self._held)
@@ -82,16 +90,22 @@ class BatchIterator:
           UserError: the state belongs to other data, another tokeniser or another geometry; every difference is named.
         """
         saved = state["identity"]
+        identity, reopen = self._identity, None
+        if self._one_by_one is not None and PROBLEMS not in saved:
+            identity, reopen = {key: value for key, value in identity.items() if key != PROBLEMS}, self._one_by_one
         changed = [
-            f"{key}: {saved.get(key)!r} then, {self._identity.get(key)!r} now"
-            for key in {**saved, **self._identity}
-            if saved.get(key) != self._identity.get(key) and not may_differ(key)
+            f"{key}: {saved.get(key)!r} then, {identity.get(key)!r} now"
+            for key in {**saved, **identity}
+            if saved.get(key) != identity.get(key) and not may_differ(key)
         ]
         if changed:
             raise UserError(
                 f"the saved place in the data belongs to another set-up ({'; '.join(changed)}); "
                 "set these back, or start a new run"
             )
+        if reopen is not None:
+            self._held[0].close()
+            self._held[0], self._identity, self._one_by_one = reopen(), identity, None
         self._held[0].set_state(copy.deepcopy(state["position"]))
 
     def close(self) -> None:
@@ -118,4 +132,5 @@ def stream_identity(corpus: Corpus, tokenizer: Tokenizer, geometry: Geometry, se
         "tokenizer": tokenizer.fingerprint,
         "seed": seed,
         **dataclasses.asdict(geometry),
+        **({PROBLEMS: "blocks"} if corpus.tasks else {}),
     }

@@ -11,10 +11,11 @@ from looplm_jax.config import DataConfig
 from looplm_jax.data.corpus import Corpus, open_corpus
 from looplm_jax.data.documents import plain_text
 from looplm_jax.data.examples import to_example
-from looplm_jax.data.iterator import BatchIterator, Geometry, stream_identity
+from looplm_jax.data.iterator import BatchIterator, Geometry, Stream, stream_identity
 from looplm_jax.data.packing import pack
 from looplm_jax.data.parts import Part
 from looplm_jax.data.row_batches import RowBatches
+from looplm_jax.data.task_batches import Blocks, TaskBatches
 from looplm_jax.data.tokenizers.base import Tokenizer
 from looplm_jax.errors import UserError
 
@@ -50,15 +51,24 @@ def train_batches(
         process_count=process_count,
     )
     check_fit(corpus, tokenizer, sequence_length)
-    records = mixture(corpus, seed, process_index, process_count, tokenizer=tokenizer)
     identity = stream_identity(corpus, tokenizer, geometry, seed)
+
+    def records() -> grain.MapDataset:
+        return mixture(corpus, seed, process_index, process_count, tokenizer=tokenizer)
+
+    def packed() -> Stream:
+        rows = pack(records().to_iter_dataset(READING), sequence_length, shuffle_seed=_derived_seed(seed, "rows"))
+        batches = rows.batch(geometry.rows, drop_remainder=True)
+        return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=_BATCHES_AHEAD))
+
     if corpus.prepared:
-        return BatchIterator(RowBatches(records, geometry.rows), identity)
-    batches = pack(records.to_iter_dataset(READING), sequence_length, shuffle_seed=_derived_seed(seed, "rows")).batch(
-        geometry.rows, drop_remainder=True
-    )
-    prefetched = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=_BATCHES_AHEAD)
-    return BatchIterator(iter(prefetched), identity)
+        return BatchIterator(RowBatches(records(), geometry.rows), identity)
+    if corpus.tasks:
+        seeds = [_derived_seed(seed, number) for number in range(len(corpus.tasks))]
+        blocks = Blocks(corpus.tasks, seeds, sequence_length)
+        batches = TaskBatches(blocks, geometry.rows, first=process_index, stride=process_count)
+        return BatchIterator(batches, identity, one_by_one=packed)
+    return BatchIterator(packed(), identity)
 
 
 def mixture(

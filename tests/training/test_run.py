@@ -258,7 +258,8 @@ def resumed(finished, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("window", [2, 3, 200])
+# Not 2: the spread of two losses that happen to be close makes the next one a spike.
+@pytest.mark.parametrize("window", [3, 4, 200])
 def test_a_run_is_resumed_bit_for_bit_with_another_window_of_its_guard(copy, resumed, window):
     recipe = dataclasses.replace(RECIPE, guard=GuardConfig(window=window))
     resume_as_users_do(copy, recipe)

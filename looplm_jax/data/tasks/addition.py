@@ -9,12 +9,18 @@ behind the sign. A sixteenth of all problems, by hash, is kept out of training.
 import dataclasses
 import functools
 
+import numpy as np
+from jaxtyping import Int
+
 from looplm_jax.data.documents import Example
-from looplm_jax.data.tasks.draws import first_draw, generator, is_held_out
+from looplm_jax.data.tasks.base import Problems
+from looplm_jax.data.tasks.draws import draw_again, first_draw, generator, is_held_out
 from looplm_jax.data.tokenizers.symbols import SymbolTokenizer
 from looplm_jax.errors import UserError
 
 END = "<end>"
+_SIGNS = 11, 12  # ids of "+" and "="; a digit is one more than its value
+_WRITTEN = np.frombuffer(b" 0123456789+=", np.uint8)  # ids as characters
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,8 +54,25 @@ class Addition:
     @property
     def max_tokens(self) -> int:
         """Tokens of the longest problem: signs and digits of all numbers, the sum, and the marks around."""
-        most = max(self.longest, self.terms)
-        return most * (self.digits + 1) + len(str(most * (10**self.digits - 1))) + 2
+        return self._columns(max(self.longest, self.terms))
+
+    def train_problems(self, seed: int, start: int, count: int) -> Problems:
+        """Returns training problems of a seed, none held out, how many numbers each adds drawn uniformly."""
+        random = generator("addition-problems", seed, start, count)
+        terms = random.choice(self.counts, size=count)
+        shape = count, self._columns(self.longest)
+        tokens, used, targets = np.zeros(shape, np.int32), np.zeros(shape, bool), np.zeros(shape, bool)
+        for adds in self.counts:
+            places = np.flatnonzero(terms == adds)
+            question, answer = self._sums(random, len(places), adds)
+            width, end = question.shape[1], question.shape[1] + answer.shape[1]
+            tokens[places, :width], tokens[places, width:end] = question, answer
+            used[places, :width] = True
+            # The first digit that is not 0, what follows it, the last digit and the mark.
+            used[places, width:end] = np.logical_or.accumulate(answer > 1, axis=1)
+            used[places, end - 2 : end] = True
+            targets[places, width:end] = True
+        return Problems.of_columns(tokens, targets, used)
 
     def train_example(self, seed: int, index: int) -> Example:
         """Problem `index` of the training stream of a seed, never a held-out one."""
@@ -59,6 +82,33 @@ class Addition:
     def validation_example(self, index: int) -> Example:
         """Held-out problem `index`, of `terms` numbers."""
         return self._example(self._draw("addition-validation", 0, index, self.terms, held_out=True))
+
+    def _columns(self, terms: int) -> int:
+        return terms * (self.digits + 1) + len(str(terms * (10**self.digits - 1))) + 2
+
+    def _sums(
+        self, random: np.random.Generator, count: int, terms: int
+    ) -> tuple[Int[np.ndarray, "N Q"], Int[np.ndarray, "N A"]]:
+        """Returns questions, and answers with zeros before them, of problems that add `terms` numbers each."""
+
+        def draw(places: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n Q"]:
+            numbers = random.integers(10**self.digits, size=(len(places), terms))
+            written = np.full((len(places), terms, self.digits + 1), _SIGNS[0])
+            written[..., :-1] = 1 + _digits(numbers, self.digits)
+            written[:, -1, -1] = _SIGNS[1]
+            end = np.zeros((len(places), 1), written.dtype)
+            return np.concatenate([end, written.reshape(len(places), -1)], axis=1)
+
+        def written(question: Int[np.ndarray, "Q"]) -> str:
+            return _WRITTEN[question[1:-1]].tobytes().decode()
+
+        every = np.arange(count)
+        questions = draw(every)
+        draw_again(questions, draw, written, every, f"addition:digits={self.digits}", "raise digits")
+        digits = questions[:, 1:].reshape(count, terms, self.digits + 1)[..., :-1] - 1
+        sums = (digits.sum(axis=1) * 10 ** np.arange(self.digits - 1, -1, -1)).sum(axis=1)
+        answers = 1 + _digits(sums, len(str(terms * (10**self.digits - 1))))
+        return questions, np.pad(answers, [(0, 0), (0, 1)])
 
     def _draw(self, stream: str, seed: int, index: int, count: int, *, held_out: bool) -> tuple[int, ...]:
         def draw(attempt: int) -> tuple[int, ...]:
@@ -76,3 +126,8 @@ class Addition:
         question, answer = [END, *self._written(numbers), "="], [*str(sum(numbers)), END]
         tokens = self.tokenizer.encode(" ".join(question + answer), special=True)
         return Example.of(tokens, [False] * len(question) + [True] * len(answer))
+
+
+def _digits(numbers: Int[np.ndarray, "*N"], count: int) -> Int[np.ndarray, "*N count"]:
+    """Returns the last `count` digits of numbers."""
+    return numbers[..., None] // 10 ** np.arange(count - 1, -1, -1) % 10

@@ -28,6 +28,7 @@ import numpy as np
 from jaxtyping import Int8, Int64
 
 from looplm_jax.data.documents import Example
+from looplm_jax.data.tasks.base import Problems
 from looplm_jax.data.tasks.capo_pools import CITIES, FACT_POOLS, NAME_POOLS, NAMES, Entry, symbols_of
 from looplm_jax.data.tasks.capo_templates import END, TEMPLATES, Attribute, words_of_templates
 from looplm_jax.data.tasks.draws import generator
@@ -136,6 +137,10 @@ class Capo:
     def validation_items(self) -> int:
         """Everybody, `validation_draws` times."""
         return self.validation_draws * self.people
+
+    def train_problems(self, seed: int, start: int, count: int) -> Problems:
+        """Returns problems `start` to `start + count` of the training stream of a seed."""
+        return Problems.of(self.train_example(seed, index) for index in range(start, start + count))
 
     def train_example(self, seed: int, index: int) -> Example:
         """The next person of an exposure, which goes through all people in an order of its own."""

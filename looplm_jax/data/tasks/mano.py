@@ -15,9 +15,11 @@ import functools
 from collections.abc import Iterator
 
 import numpy as np
+from jaxtyping import Int
 
 from looplm_jax.data.documents import Example
-from looplm_jax.data.tasks.draws import first_draw, generator, is_held_out
+from looplm_jax.data.tasks.base import Problems
+from looplm_jax.data.tasks.draws import draw_again, first_draw, generator, is_held_out
 from looplm_jax.data.tokenizers.symbols import SymbolTokenizer
 from looplm_jax.errors import UserError
 
@@ -69,6 +71,28 @@ class Mano:
         """Accuracy of a uniform guess at the value."""
         return 1 / self.modulus
 
+    def train_problems(self, seed: int, start: int, count: int) -> Problems:
+        """Returns training problems of a seed: lengths uniform in 1..L, no expression held out."""
+        random = generator("mano-problems", seed, start, count)
+        lengths = random.integers(1, self.length + 1, size=count)
+
+        def draw(places: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n W"]:
+            return draw_expressions(random, lengths[places], self.modulus, 2 * self.length + 1)
+
+        expressions = draw(np.arange(count))
+        longest = np.flatnonzero(lengths == self.length)
+        draw_again(expressions, draw, self._written, longest, self._name, "raise length or modulus")
+
+        first_symbol = 2 + self.length  # behind <bos>, <ans> and the lengths
+        tokens = np.zeros((count, self.max_tokens), np.int32)
+        tokens[:, 1], tokens[:, 2:-2] = 1 + lengths, first_symbol + expressions
+        places, ends = np.arange(count), 2 * lengths + 3
+        tokens[places, ends] = 1
+        tokens[places, ends + 1] = first_symbol + len(OPERATORS) + values(expressions, self.modulus)
+        columns = np.arange(self.max_tokens)
+        first_target = ends + 1 if self.supervise is Supervise.ANSWER else np.ones_like(ends)
+        return Problems.of_columns(tokens, columns >= first_target[:, None], columns <= ends[:, None] + 1)
+
     def train_example(self, seed: int, index: int) -> Example:
         """Problem `index` of the training stream of a seed: length uniform in 1..L, never a held-out one."""
         length = int(generator("train", seed, index).integers(1, self.length + 1))
@@ -84,8 +108,21 @@ class Mano:
         def draw(attempt: int) -> Expression:
             return draw_expression(generator(stream, seed, index, attempt), length, self.modulus)
 
-        name = f"mano:length={self.length},modulus={self.modulus}"
-        return first_draw(draw, lambda drawn: self.is_held_out(drawn) is held_out, name, "raise length or modulus")
+        return first_draw(
+            draw, lambda drawn: self.is_held_out(drawn) is held_out, self._name, "raise length or modulus"
+        )
+
+    @property
+    def _name(self) -> str:
+        return f"mano:length={self.length},modulus={self.modulus}"
+
+    def _written(self, expression: Int[np.ndarray, "W"]) -> str:
+        return " ".join(map(self._symbols.__getitem__, expression.tolist()))
+
+    @functools.cached_property
+    def _symbols(self) -> list[str]:
+        """The symbols of expressions by the numbers that `draw_expressions` gives them."""
+        return [*OPERATORS, *map(str, range(self.modulus))]
 
     def is_held_out(self, expression: Expression) -> bool:
         """Whether the expression belongs to validation, whatever the seed."""
@@ -134,3 +171,45 @@ def _apply(operator: str, left: int, right: int) -> int:
     if operator == "+":
         return left + right
     return left - right if operator == "-" else left * right
+
+
+def draw_expressions(
+    random: np.random.Generator, lengths: Int[np.ndarray, "N"], modulus: int, width: int
+) -> Int[np.ndarray, "N width"]:
+    """Returns gen(length) of the paper for each length, in prefix order: an operator by its number, an operand n as
+    n + 3, and -1 behind the end.
+
+    The stack of each problem holds the lengths of the expressions to come, the next one on top.
+    """
+    count = len(lengths)
+    rows = np.arange(count)
+    operators = random.integers(len(OPERATORS), size=(width, count))
+    operands = random.integers(modulus, size=(width, count)) + len(OPERATORS)
+    splits = random.random((width, count))
+    stack = np.zeros((count, width + 1), np.int64)
+    stack[:, 1], top = lengths, np.ones(count, np.int64)  # the lowest place stands for the end
+    symbols = np.full((width, count), -1)
+    for place in range(width):
+        length = stack[rows, top]
+        is_operator = length > 0
+        symbols[place] = np.where(is_operator, operators[place], np.where(top > 0, operands[place], -1))
+        left = (splits[place] * length).astype(np.int64)
+        stack[rows, top] = np.where(is_operator, length - 1 - left, 0)
+        top = np.maximum(top + np.where(is_operator, 1, -1), 0)
+        stack[rows, top] = np.where(is_operator, left, stack[rows, top])
+    return np.ascontiguousarray(symbols.T)
+
+
+def values(expressions: Int[np.ndarray, "N W"], modulus: int) -> Int[np.ndarray, "N"]:
+    """Returns the values of expressions as `draw_expressions` gives them, read from the right with a stack for each."""
+    count, width = expressions.shape
+    rows = np.arange(count)
+    stack, size = np.zeros((count, width + 2), np.int64), np.zeros(count, np.int64)
+    for symbol in expressions.T[::-1]:
+        is_operator = (symbol >= 0) & (symbol < len(OPERATORS))
+        left, right = stack[rows, size - 1], stack[rows, size - 2]
+        result = np.where(symbol == 0, left + right, np.where(symbol == 1, left - right, left * right)) % modulus
+        size = size + np.where(is_operator, -1, symbol >= 0)
+        written = np.where(is_operator, result, np.where(symbol >= 0, symbol - len(OPERATORS), stack[rows, size - 1]))
+        stack[rows, size - 1] = written
+    return stack[:, 0]

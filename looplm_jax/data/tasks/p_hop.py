@@ -19,9 +19,11 @@ import functools
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Int
 
 from looplm_jax.data.documents import Example
-from looplm_jax.data.tasks.draws import first_draw, generator, is_held_out
+from looplm_jax.data.tasks.base import Problems
+from looplm_jax.data.tasks.draws import draw_again, first_draw, generator, is_held_out
 from looplm_jax.data.tokenizers.symbols import SymbolTokenizer
 from looplm_jax.errors import UserError
 
@@ -73,6 +75,19 @@ class PHop:
         """Accuracy of a uniform guess at the symbol."""
         return 1 / self.alphabet
 
+    def train_problems(self, seed: int, start: int, count: int) -> Problems:
+        """Returns training problems of a seed, none held out."""
+        random = generator("phop-problems", seed, start, count)
+        hops = random.integers(self.fewest or self.hops, self.hops + 1, size=count)
+        tokens = np.zeros((count, self.max_tokens), np.int32)
+        if self.fewest:
+            tokens[:, 0] = self.alphabet + hops  # behind <none> and the symbols
+        for number in np.unique(hops):
+            places = np.flatnonzero(hops == number)
+            tokens[places, -self.length - 1 :] = self._answered(random, len(places), int(number))
+        is_answer = np.broadcast_to(np.arange(self.max_tokens) == self.max_tokens - 1, tokens.shape)
+        return Problems.of_columns(tokens, is_answer, np.ones_like(is_answer))
+
     def train_example(self, seed: int, index: int) -> Example:
         """Problem `index` of the training stream of a seed, never a held-out one."""
         hops = self.hops
@@ -84,6 +99,24 @@ class PHop:
         """Held-out problem `index`, of `hops` hops."""
         return self._problem("phop-validation", 0, index, self.hops, held_out=True)
 
+    def _answered(self, random: np.random.Generator, count: int, hops: int) -> Int[np.ndarray, "N length+1"]:
+        """Returns the tokens of sequences of which none is held out, and the answer to each behind it."""
+
+        def draw(places: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n length+1"]:
+            if self.sequences is Sequences.CHAIN:
+                return 1 + draw_chains(random, len(places), hops=hops, length=self.length, alphabet=self.alphabet)
+            sequences = random.integers(self.alphabet, size=(len(places), self.length))
+            found = find_all(sequences, hops)
+            answers = np.where(found > 0, 1 + sequences[np.arange(len(places)), found - 1], 0)
+            return np.column_stack([1 + sequences, answers])
+
+        every = np.arange(count)
+        problems = draw(every)
+        draw_again(
+            problems, draw, lambda row: _written(row[:-1] - 1), every, f"phop:length={self.length}", "raise length"
+        )
+        return problems
+
     def _problem(self, stream: str, seed: int, index: int, hops: int, *, held_out: bool) -> Example:
         def draw(attempt: int) -> list[int]:
             random = generator(stream, seed, index, attempt)
@@ -92,7 +125,7 @@ class PHop:
             return draw_chain(random, hops=hops, length=self.length, alphabet=self.alphabet)
 
         def accept(drawn: list[int]) -> bool:
-            return is_held_out(" ".join(map(str, drawn))) is held_out
+            return is_held_out(_written(np.array(drawn))) is held_out
 
         sequence = first_draw(draw, accept, f"phop:length={self.length}", "raise length")
         place = find(sequence, len(sequence), hops)
@@ -104,6 +137,15 @@ class PHop:
 
 def _said(hops: int) -> str:
     return f"<hops_{hops}>"
+
+
+def _written(sequence: Int[np.ndarray, "length"]) -> str:
+    """Returns a sequence as numbers with spaces between."""
+    if sequence.max() > 9:
+        return " ".join(map(str, sequence.tolist()))
+    characters = np.full(2 * len(sequence) - 1, ord(" "), np.uint8)
+    characters[::2] = ord("0") + sequence
+    return characters.tobytes().decode()
 
 
 def find(sequence: Sequence[int], start: int, hops: int) -> int:
@@ -136,3 +178,45 @@ def draw_chain(random: np.random.Generator, *, hops: int, length: int, alphabet:
         backwards += [found, sought]
     backwards += random.integers(alphabet, size=length - len(backwards)).tolist()
     return backwards[::-1]
+
+
+def find_all(sequences: Int[np.ndarray, "N length"], hops: int) -> Int[np.ndarray, "N"]:
+    """Returns `find(sequence, length, hops)` of every sequence."""
+    count, length = sequences.shape
+    rows, places = np.arange(count), np.full(count, length)
+    for _ in range(hops):
+        sought = sequences[rows, places - 1]
+        is_before = np.arange(1, length) < places[:, None]
+        same = (sequences[:, :-1] == sought[:, None]) & is_before
+        last = length - 1 - same[:, ::-1].argmax(axis=1)
+        places = np.where(same.any(axis=1), last + 1, 0)
+    return places
+
+
+def draw_chains(
+    random: np.random.Generator, count: int, *, hops: int, length: int, alphabet: int
+) -> Int[np.ndarray, "count length+1"]:
+    """Returns sequences as `draw_chain` draws them, pairs among fillers laid out from the end, and where each leads."""
+    kind = np.min_scalar_type(2 * alphabet)
+    items = length - 1 - hops  # fillers and pairs
+    first = random.integers(alphabet, size=(count, 1))
+    moves = random.integers(1, alphabet, size=(count, hops))
+    symbols = (np.cumsum(np.concatenate([first, moves], axis=1), axis=1) % alphabet).astype(kind)
+    pairs = np.argpartition(random.random((count, items)), hops - 1, axis=1)[:, :hops]
+    pairs.sort(axis=1)
+    others = random.integers(1, alphabet, size=(count, items), dtype=kind)
+    behind = np.arange(items) > pairs[:, -1:]  # all pairs: what comes there may be any symbol
+    others[behind] = random.integers(alphabet, size=int(behind.sum()), dtype=kind)
+
+    # Of each item, the pairs before it, and with them its place from the end and the symbol that is looked up there.
+    is_pair = np.zeros((count, items), bool)
+    np.put_along_axis(is_pair, pairs, values=True, axis=1)
+    before = np.cumsum(is_pair, axis=1) - is_pair
+    row = np.arange(count)[:, None]
+    fillers = (symbols[row, before] + others) % kind.type(alphabet)
+    backwards = np.empty((count, length), kind)
+    backwards[:, 0] = symbols[:, 0]
+    backwards[row, 1 + np.arange(items) + before] = fillers
+    places = 1 + pairs + np.arange(hops)
+    backwards[row, places], backwards[row, places + 1] = symbols[:, 1:], symbols[:, :-1]
+    return np.column_stack([backwards[:, ::-1], symbols[:, -1]])

@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Float
 
 from looplm_jax.data.documents import Example
+from looplm_jax.data.tasks.base import Problems
 from looplm_jax.data.tasks.draws import first_draw, generator, is_held_out
 from looplm_jax.data.tokenizers.symbols import SymbolTokenizer
 from looplm_jax.errors import UserError
@@ -106,6 +107,10 @@ class Reachability:
     def chance(self) -> float:
         """Accuracy of a guess: yes or no, or any root."""
         return 1 / 2 if self.asks is Asks.PATH else 1 / self.trees
+
+    def train_problems(self, seed: int, start: int, count: int) -> Problems:
+        """Returns problems `start` to `start + count` of the training stream of a seed."""
+        return Problems.of(self.train_example(seed, index) for index in range(start, start + count))
 
     def train_example(self, seed: int, index: int) -> Example:
         """Problem `index` of the training stream of a seed; none of its questions is a held-out one."""

@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from looplm_jax.data.documents import Example
+from looplm_jax.data.tasks.base import Problems
 from looplm_jax.data.tasks.draws import generator
 from looplm_jax.data.tokenizers.symbols import SymbolTokenizer
 from looplm_jax.errors import UserError
@@ -76,6 +77,10 @@ class ThreeHop:
     def chance(self) -> float:
         """Accuracy of a uniform guess at a person of the right layer."""
         return 1 / self.people
+
+    def train_problems(self, seed: int, start: int, count: int) -> Problems:
+        """Returns problems `start` to `start + count` of the training stream of a seed."""
+        return Problems.of(self.train_example(seed, index) for index in range(start, start + count))
 
     def train_example(self, seed: int, index: int) -> Example:
         """A question of the training set: the sets of all seeds are the same, their orders are not."""
