@@ -9,6 +9,7 @@ from experiments.benchmarks import train_step_gpu
 TINY = ("--shape", "tiny", "--steps", "1", "--turns", "1", "--remat", "layer")
 
 
+@pytest.mark.slow
 def test_our_side_is_measured_in_a_process_of_its_own(capsys, tmp_path):
     train_step_gpu.main([*TINY, "--no-twin", "--json", str(tmp_path / "figures.json")])
     (side,) = json.loads((tmp_path / "figures.json").read_text())

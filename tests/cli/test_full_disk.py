@@ -146,6 +146,7 @@ def test_a_checkpoint(recipe_file, trained, tmp_path):
     assert good_steps(run) == [2]
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full(recipe_file, small_disk, refused):
     line = fails_alone("--recipe", recipe_file, "--out", small_disk / "run")
     assert line.startswith("looplm: no space left on the disk while saving step ")

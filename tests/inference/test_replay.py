@@ -98,7 +98,9 @@ def test_replay_gives_the_log_probabilities_of_generation(strategy):
         assert not row[len(result.tokens) :].any()
 
 
-@pytest.mark.parametrize("strategy", [CacheStrategy.FULL, CacheStrategy.AVERAGE, *SLOW])
+@pytest.mark.parametrize(
+    "strategy", [CacheStrategy.FULL, pytest.param(CacheStrategy.AVERAGE, marks=pytest.mark.slow), *SLOW]
+)
 def test_a_turn_that_went_on_from_a_kept_cache_is_replayed_whole(strategy):
     """In one batch, of turns with much, little and no history."""
     model, params, _ = generated(strategy)

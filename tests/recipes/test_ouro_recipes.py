@@ -136,6 +136,7 @@ def pipeline(corpora, tmp_path_factory):
     return folder, recipe, ends
 
 
+@pytest.mark.slow
 def test_stages_of_every_kind_follow_each_other(corpora, tmp_path):
     """The first one, a longer context on another base, and the gate: `test_the_pipeline_…` is slow, and has all."""
     recipe = tiny("ouro-1.4b", corpora)

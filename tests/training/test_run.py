@@ -191,6 +191,7 @@ def hang(model, params, held_out):
     threading.Event().wait(5)
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_a_signal_cut_short_is_made_up(tmp_path, finished):
     folder = tmp_path / "run"
     outcome = run.train(RECIPE, folder, evaluate=hang, console=Console(file=io.StringIO()))
