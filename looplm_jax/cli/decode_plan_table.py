@@ -5,13 +5,14 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.table import Table
 
+from looplm_jax.cli.plan_tables import memory_text
 from looplm_jax.inference import CacheStrategy
 from looplm_jax.planning.decode_plan import DecodePlan
 from looplm_jax.planning.timing import DecodeTiming
 from looplm_jax.planning.traffic import Buffer, Traffic
 from looplm_jax.printing import literal
 
-_GIB, _GB = 2**30, 10**9
+_GB = 10**9
 
 
 def print_decode(name: str, plan: DecodePlan, out: Console) -> None:
@@ -67,9 +68,7 @@ def _memory(plan: DecodePlan) -> str:
         "temporaries": memory.temporaries,
         "other": memory.other,
     }
-    parts = ", ".join(f"{name} {size / _GIB:.3f}" for name, size in kinds.items())
-    limit = f" of {memory.capacity / _GIB:.2f}" if memory.capacity else ""
-    return f"{memory.total / _GIB:.2f}{limit} GiB a device ({parts})"
+    return memory_text(kinds, total=memory.total, capacity=memory.capacity)
 
 
 def _changes(plan: DecodePlan) -> Iterator[str]:

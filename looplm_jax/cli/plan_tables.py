@@ -1,5 +1,7 @@
 """The tables that `looplm plan` prints."""
 
+from collections.abc import Mapping
+
 from rich.console import Console
 from rich.table import Table
 
@@ -53,10 +55,15 @@ def _memory(plan: StagePlan) -> str:
         "activations": memory.activations,
         "other": memory.other,
     }
-    parts = ", ".join(f"{name} {size / _GIB:.3f}" for name, size in kinds.items())
-    limit = f" of {memory.capacity / _GIB:.2f}" if memory.capacity else ""
     host = f"; {memory.host / _GIB:.2f} GiB in the host's memory" if memory.host else ""
-    return f"{memory.total / _GIB:.2f}{limit} GiB a device ({parts}){host}"
+    return memory_text(kinds, total=memory.total, capacity=memory.capacity) + host
+
+
+def memory_text(kinds: Mapping[str, int], *, total: int, capacity: int | None) -> str:
+    """Returns the bytes of a device in GiB, in all and by kind, beside its capacity where that is known."""
+    parts = ", ".join(f"{name} {size / _GIB:.3f}" for name, size in kinds.items())
+    limit = f" of {capacity / _GIB:.2f}" if capacity else ""
+    return f"{total / _GIB:.2f}{limit} GiB a device ({parts})"
 
 
 def _print_inside(inside: Inside, out: Console) -> None:
