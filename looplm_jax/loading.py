@@ -16,7 +16,7 @@ from looplm_jax.convert.converted import converted_recipe
 from looplm_jax.convert.from_hf import is_hf_folder, load_hf, needed_tokenizer
 from looplm_jax.data.tokenizers import Tokenizer, deserialize
 from looplm_jax.errors import UserError
-from looplm_jax.models.looplm import LoopLM, Params, boxed_shapes, compute_dtype
+from looplm_jax.models.looplm import UNCAST, LoopLM, Params, boxed_shapes, compute_dtype
 from looplm_jax.sharding import abstract, check_divides, first_device, make_mesh, use_mesh
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -64,7 +64,7 @@ def load(
       step: which step; default: the newest good one.
       mesh: devices to spread the parameters over; default: the first device alone.
       dtype: of the parameters, float32, bfloat16 or float16; default: on a CPU as they are stored, elsewhere that of
-        the matrix products, to which every pass would cast them.
+        the matrix products, to which every pass would cast them, and as they are stored for the gate, which none casts.
 
     Raises:
       UserError: not a checkpoint, no good step, a Hugging Face folder that `convert.from_hf.load_hf` refuses, a mesh
@@ -74,6 +74,11 @@ def load(
     if is_hf_folder(Path(path)):
         return _load_hf_folder(Path(path), step, devices, dtype)
     return _load_checkpoint(os.fspath(path), step, devices, dtype)
+
+
+def _cast(dtype: DTypeLike | None, compute: ComputeConfig, mesh: Mesh) -> dict[str, Any]:
+    """Returns how parameters are cast as they are read: a dtype that is asked for holds for all of them."""
+    return {"dtype": parameter_dtype(dtype, compute, mesh), "uncast": UNCAST if dtype is None else ()}
 
 
 def parameter_dtype(dtype: DTypeLike | None, compute: ComputeConfig, mesh: Mesh) -> jnp.dtype | None:
@@ -101,10 +106,10 @@ def _load_checkpoint(path: str, step: int | None, mesh: Mesh, dtype: DTypeLike |
     metadata = read_metadata(path, step)
     recipe = metadata.recipe()
     model = LoopLM(recipe.model, recipe.compute)
-    dtype = parameter_dtype(dtype, recipe.compute, mesh)
+    cast = _cast(dtype, recipe.compute, mesh)
     check_divides(mesh, recipe.model)
     wanted = abstract(boxed_shapes(recipe.model), mesh)
-    restored = restore_params(path, wanted, step=step, dtype=dtype)
+    restored = restore_params(path, wanted, step=step, **cast)
     return Loaded(
         model=model,
         params=restored.state,
@@ -119,7 +124,7 @@ def _load_checkpoint(path: str, step: int | None, mesh: Mesh, dtype: DTypeLike |
 def _load_hf_folder(path: Path, step: int | None, mesh: Mesh, dtype: DTypeLike | None) -> Loaded:
     if step is not None:
         raise UserError(f"{path} is a Hugging Face folder, which has no steps; leave step out")
-    found = load_hf(path, mesh=mesh, dtype=parameter_dtype(dtype, ComputeConfig(), mesh))
+    found = load_hf(path, mesh=mesh, **_cast(dtype, ComputeConfig(), mesh))
     recipe = converted_recipe(path, found.config)
     return Loaded(
         model=LoopLM(recipe.model, recipe.compute),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hf_folders import GROUPED, write_hf_folder
 
+from looplm_jax import loading
 from looplm_jax.config import ComputeConfig, Dtype, MeshConfig
 from looplm_jax.convert.from_hf import convert_from_hf
 from looplm_jax.errors import UserError
@@ -127,6 +128,18 @@ def test_an_accelerator_holds_parameters_in_the_type_of_its_products(compute, he
     assert parameter_dtype("float32", ComputeConfig(dtype=compute), mesh) == jnp.float32
     with pytest.raises(UserError, match=r"^a TPU has no float16; choose float32 or bfloat16$"):
         parameter_dtype(jnp.float16, ComputeConfig(dtype=compute), mesh)
+
+
+def test_an_accelerator_holds_the_gate_as_it_is_stored(tmp_path, monkeypatch):
+    write_hf_folder(tmp_path / "hf", GROUPED, dtype=jnp.float32)
+    convert_from_hf(tmp_path / "hf", tmp_path / "run")
+    stored = load(tmp_path / "hf").params
+    monkeypatch.setattr(loading, "parameter_dtype", lambda dtype, *_: jnp.dtype(dtype or jnp.bfloat16))
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), stored)
+
+    for path in (tmp_path / "hf", tmp_path / "run"):
+        assert_same(load(path).params, {**narrow, "gate": stored["gate"]})
+        assert_same(load(path, dtype=jnp.bfloat16).params, narrow)
 
 
 def test_a_cpu_holds_them_as_they_are_stored():

@@ -72,6 +72,7 @@ def restore_params(
     step: int | None = None,
     prefix: str = "params",
     dtype: DTypeLike | None = None,
+    uncast: Sequence[str] = (),
 ) -> Restored:
     """One part of a saved state, `params` if not told otherwise; the rest is not read.
 
@@ -81,6 +82,7 @@ def restore_params(
       step: the step; None means the newest good one.
       prefix: the name of the part in the state.
       dtype: what arrays of floating-point numbers are cast to; None: they stay as they are stored.
+      uncast: top-level groups of the part that stay as they are stored whatever `dtype` is.
 
     Raises:
       UserError: `path` is not a checkpoint, no step is good, or the part has other arrays than asked for.
@@ -91,7 +93,8 @@ def restore_params(
         stored = {name: _as_stored(target, sidecar.arrays.get(name)) for name, target in wanted.items()}
         return unflatten(stored, abstract_params, prefix)
 
-    return restore(candidates(path, step), describe, prefix=prefix, dtype=dtype)
+    groups = [f"{prefix}.{group}" for group in uncast]
+    return restore(candidates(path, step), describe, prefix=prefix, dtype=dtype, uncast=groups)
 
 
 def candidates(path: str, step: int | None = None) -> list[StepFolder]:
@@ -151,10 +154,11 @@ def restore(
     *,
     prefix: str = "",
     dtype: DTypeLike | None = None,
+    uncast: Sequence[str] = (),
 ) -> Restored:
     """The newest good state among `folders`, or its part `prefix`, as the tree that `describe` makes of its sidecar.
 
-    Arrays of floating-point numbers are cast to `dtype` where one is given.
+    Arrays of floating-point numbers are cast to `dtype` where one is given, but for those below a name in `uncast`.
 
     Raises:
       UserError: no step is good, or the state has other arrays.
@@ -167,7 +171,7 @@ def restore(
         _require_same_arrays(folder, records, targets)
         arrays = read_arrays(folder, targets, records)
         if dtype is not None:
-            _cast_each(arrays, dtype)
+            _cast_each(arrays, dtype, uncast)
         state = unflatten(arrays, abstract, prefix)
         return Restored(step=folder.step, state=state, metadata=sidecar.metadata, damaged=())
 
@@ -179,9 +183,10 @@ def _as_stored(target: jax.ShapeDtypeStruct, record: ArrayRecord | None) -> jax.
     return target if record is None else target.update(dtype=jnp.dtype(record.dtype))
 
 
-def _cast_each(arrays: dict[str, Array], dtype: DTypeLike) -> None:
+def _cast_each(arrays: dict[str, Array], dtype: DTypeLike, uncast: Sequence[str]) -> None:
     """Casts in place of the dictionary's own values: each array is freed before the next is cast."""
-    for name in arrays:
+    kept = {name for group in uncast for name in below(arrays, group)}
+    for name in arrays.keys() - kept:
         if jnp.issubdtype(arrays[name].dtype, jnp.floating):
             arrays[name] = arrays[name].astype(dtype)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -43,7 +44,9 @@ def is_hf_folder(path: Path) -> bool:
     return has_weights(path) and not (path / "checkpoints").is_dir()
 
 
-def load_hf(path: str | os.PathLike[str], *, mesh: Mesh, dtype: DTypeLike | None = None) -> HfModel:
+def load_hf(
+    path: str | os.PathLike[str], *, mesh: Mesh, dtype: DTypeLike | None = None, uncast: Sequence[str] = ()
+) -> HfModel:
     """The model of a Hugging Face Ouro folder, tensor by tensor straight to where each part of it belongs.
 
     Every tensor is accounted for before the first one is read.
@@ -52,6 +55,7 @@ def load_hf(path: str | os.PathLike[str], *, mesh: Mesh, dtype: DTypeLike | None
       path: the folder: config.json, safetensors, tokenizer.json.
       mesh: the devices to spread the parameters over.
       dtype: float32, bfloat16 or float16; None: as the files have it.
+      uncast: top-level groups of parameters that stay as the files have them whatever `dtype` is.
 
     Raises:
       UserError: a file is missing, damaged or pickled; a field of the config is not honoured; a tensor is missing,
@@ -64,6 +68,9 @@ def load_hf(path: str | os.PathLike[str], *, mesh: Mesh, dtype: DTypeLike | None
     layout = accounted(weights, config)
     tokenizer, notes = read_hf_tokenizer(folder, config.vocab_size)
     targets = parameter_targets(config, mesh, dtype or weights.one_dtype(tensor.name for tensor in layout))
+    for tensor in layout:
+        if tensor.path[0] in uncast:
+            targets[tensor.path] = targets[tensor.path].update(dtype=weights.tensors[tensor.name].dtype)
     params = unflat_arrays(place_tensors(weights, layout, targets))
     return HfModel(config=config, params=params, tokenizer=tokenizer, notes=notes)
 

@@ -30,7 +30,7 @@ from looplm_jax.inference.slots import (
 )
 from looplm_jax.inference.tick import Ticked, run_ticks
 from looplm_jax.models.blocks import unroll_layers
-from looplm_jax.models.looplm import LoopLM, Params, compute_dtype
+from looplm_jax.models.looplm import UNCAST, LoopLM, Params, compute_dtype
 from looplm_jax.sharding import target_platform
 
 _LONGEST_ROW = 1 << 24
@@ -103,7 +103,7 @@ class Reading:
 def in_dtype_of_products(params: Params, dtype: DTypeLike) -> Params:
     """Returns parameters in the type that every tick casts them to, save the gate, which it does not cast."""
     return {
-        name: value if name == "gate" else jax.tree.map(lambda leaf: leaf.astype(dtype), value)
+        name: value if name in UNCAST else jax.tree.map(lambda leaf: leaf.astype(dtype), value)
         for name, value in params.items()
     }
 

@@ -26,6 +26,7 @@ from looplm_jax.models.blocks import Context, KeyValues, Past, RMSNorm, Stack, m
 from looplm_jax.sharding import target_platform
 
 _STACKS = ("prelude", "core", "coda")
+UNCAST = ("gate",)  # groups of parameters that no pass casts to the dtype of its products: probabilities come of them
 Params = dict[str, Any]  # nested, by the names of modules; leaves are arrays
 
 
