@@ -74,15 +74,17 @@ class Dtype(enum.Enum):
 
 
 class AttentionKernel(enum.Enum):
-    """What computes self-attention: XLA, a TPU's splash kernel, or a GPU's cuDNN.
+    """What computes self-attention: XLA, a TPU's splash kernel, or a GPU's cuDNN or Triton kernel.
 
-    `auto` takes splash on TPU and cuDNN on GPU where shapes and dtype allow, and XLA elsewhere.
+    `auto` takes splash on TPU where shapes allow. On a GPU, where shapes and dtype allow, it takes cuDNN below 8,192
+    tokens and Triton from there on. Elsewhere it takes XLA.
     """
 
     AUTO = "auto"
     XLA = "xla"
     SPLASH = "splash"
     CUDNN = "cudnn"
+    TRITON = "triton"
 
 
 class Remat(enum.Enum):

@@ -32,12 +32,14 @@ def matmuls(program: Program, meant: str) -> Matmuls:
 
 
 def attention_kernel(program: Program) -> str:
-    """`splash`, `cudnn`, or `xla`: what computes self-attention."""
+    """Returns what computes self-attention: `splash`, `cudnn`, `triton` or `xla`."""
     names = [run.instruction.name for run in program.runs() if run.instruction.opcode == "custom-call"]
     if any(name.startswith("splash_") for name in names):
         return "splash"
     targets = custom_calls(program)
-    return "cudnn" if any("fmha" in target for target in targets) else "xla"
+    if any("fmha" in target for target in targets):
+        return "cudnn"
+    return "triton" if any("gpu.triton" in target for target in targets) else "xla"
 
 
 def custom_calls(program: Program) -> tuple[str, ...]:

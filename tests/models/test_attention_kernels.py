@@ -1,21 +1,28 @@
 """All kernels mean the same, on one device and on a mesh that shares rows, heads and sequences."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from looplm_jax.config import AttentionKernel, ComputeConfig, MeshConfig
+from looplm_jax.config import AttentionKernel, ComputeConfig, Dtype, MeshConfig, ModelConfig, Recipe, Stage
 from looplm_jax.errors import UserError
 from looplm_jax.models.attention import attend, visible
-from looplm_jax.models.attention_kernels import choose_kernel, cudnn, self_attention, xla
+from looplm_jax.models.attention_kernels import choice, choose_kernel, cudnn, self_attention, triton, xla
+from looplm_jax.models.looplm import LoopLM
 from looplm_jax.sharding import make_mesh, use_mesh
+from looplm_jax.training.program import abstract_batch
+from looplm_jax.training.state import abstract_state
+from looplm_jax.training.step import make_train_step
 
 LENGTH = 256
-KERNELS = [AttentionKernel.XLA, AttentionKernel.SPLASH]
+KERNELS = [AttentionKernel.XLA, AttentionKernel.SPLASH, AttentionKernel.TRITON]
 
 
 @pytest.fixture(autouse=True)
@@ -63,13 +70,26 @@ def test_every_kernel_computes_plain_attention_and_its_gradients(kernel):
     assert_same(functools.partial(self_attention, kernel), arrays())
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@given(
+    st.lists(st.integers(1, LENGTH - 1), min_size=1, max_size=8, unique=True).map(sorted),
+    st.lists(st.integers(0, 9), min_size=9, max_size=9, unique=True),
+)
+def test_triton_keeps_documents_apart_wherever_they_are_cut(cuts, names):
+    """Ids are in any order, and 0, that of padding, is one of them."""
+    lengths = np.diff([0, *cuts, LENGTH])
+    segments = np.repeat(names[: len(lengths)], lengths)[None]
+    positions = np.concatenate([np.arange(length) for length in lengths])[None]
+    queries, keys, values = arrays(rows=1)[:3]
+    places = (jnp.asarray(positions, jnp.int32), jnp.asarray(segments, jnp.int32))
+    assert_same(triton.triton_attention, (queries, keys, values, *places))
+
+
 @pytest.mark.parametrize(
-    ("mesh", "kv_heads"),
+    ("kernel", "mesh", "kv_heads"),
     [
-        (MeshConfig(data=2, fsdp=2, tensor=2), 2),
-        (MeshConfig(data=2, context=4), 2),
-        (MeshConfig(tensor=2, context=4, data=1), 8),
+        *((kernel, MeshConfig(data=2, fsdp=2, tensor=2), 2) for kernel in KERNELS[:2]),
+        *((kernel, MeshConfig(data=2, context=4), 2) for kernel in KERNELS),
+        *((kernel, MeshConfig(tensor=2, context=4, data=1), 8) for kernel in KERNELS[:2]),
     ],
 )
 def test_a_mesh_changes_nothing(kernel, mesh, kv_heads):
@@ -97,6 +117,8 @@ def chosen(
 def test_auto_takes_the_kernel_of_the_platform_that_the_program_is_for():
     assert chosen("tpu", "TPU v5 lite") is AttentionKernel.SPLASH
     assert chosen("gpu", "NVIDIA H200") is AttentionKernel.CUDNN
+    assert chosen("gpu", "NVIDIA H200", length=8190) is AttentionKernel.CUDNN
+    assert chosen("gpu", "NVIDIA H200", length=8192) is AttentionKernel.TRITON
     assert chosen("cpu", "cpu") is AttentionKernel.XLA
 
 
@@ -105,6 +127,9 @@ def test_auto_takes_xla_where_a_kernel_does_not_fit():
     assert chosen("gpu", "NVIDIA H200", dtype=jnp.float32) is AttentionKernel.XLA
     assert chosen("gpu", "NVIDIA H200", head_width=100) is AttentionKernel.XLA
     assert chosen("gpu", "NVIDIA H200", length=4097) is AttentionKernel.XLA
+    assert chosen("gpu", "NVIDIA H200", length=8194) is AttentionKernel.XLA
+    assert chosen("gpu", "NVIDIA H200", length=8192, dtype=jnp.float32) is AttentionKernel.XLA
+    assert chosen("gpu", "NVIDIA H200", length=8192, head_width=256) is AttentionKernel.XLA
 
 
 def test_short_sequences_keep_their_mask_unless_devices_share_them():
@@ -123,6 +148,15 @@ def test_short_sequences_keep_their_mask_unless_devices_share_them():
             "compute.attention=cudnn needs a GPU; set compute.attention=auto",
         ),
         ("gpu", {"attention": AttentionKernel.CUDNN, "dtype": jnp.float32}, "cudnn needs bfloat16, .* not float32"),
+        ("gpu", {"attention": AttentionKernel.CUDNN, "length": 8192}, "below 8192 .* not bfloat16, 8192 tokens"),
+        (
+            "cpu",
+            {"attention": AttentionKernel.TRITON},
+            "compute.attention=triton needs a GPU; set compute.attention=auto",
+        ),
+        ("gpu", {"attention": AttentionKernel.TRITON, "dtype": jnp.float32}, "triton needs bfloat16, .* not float32"),
+        ("gpu", {"attention": AttentionKernel.TRITON, "length": 8200}, "a multiple of 128 tokens .* 8200 tokens"),
+        ("gpu", {"attention": AttentionKernel.TRITON, "head_width": 256}, "up to 128, .* heads of 256; set"),
     ],
 )
 def test_a_kernel_that_cannot_do_it_is_refused(platform, options, message):
@@ -144,3 +178,28 @@ def test_on_a_gpu_the_lowered_program_calls_cudnn_forward_and_backward(monkeypat
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     for call in ("__cudnn$fmhaScaleBiasSoftmax", "__cudnn$fmhaScaleBiasSoftmaxBackward"):
         assert f"@{call}(" in text
+    assert square_arrays(text, LENGTH)  # the bias
+
+
+def square_arrays(text, length):
+    """The shapes in a lowered program that have two dimensions of at least `length`."""
+    shapes = {tuple(map(int, shape.split("x"))) for shape in re.findall(r"tensor<(\d+(?:x\d+)*)x\w+>", text)}
+    return [shape for shape in shapes if sum(size >= length for size in shape) > 1]
+
+
+def test_no_array_of_a_train_step_for_gpus_has_8192_queries_and_as_many_keys(monkeypatch):
+    """Rows and heads are sharded over a mesh, as is the state."""
+    for module in (choice, triton):
+        monkeypatch.setattr(module, "target_platform", lambda: "gpu")
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2))
+    model = ModelConfig(vocab_size=512, width=128, mlp_width=128, num_layers=1, num_heads=2, head_dim=64, loops=2)
+    stage = Stage(name="s", steps=2, batch_size=2, sequence_length=8192, loops=2)
+    compute = ComputeConfig(dtype=Dtype.BFLOAT16)
+    recipe, network = Recipe(name="r", model=model, stages=(stage,), compute=compute), LoopLM(model, compute)
+    step = make_train_step(recipe, network, stage, first_step=0, loops=2)
+    inputs = abstract_state(recipe, network, stage, mesh), abstract_batch(stage, mesh)
+    with use_mesh(mesh):
+        traced = jax.jit(step).trace(*inputs)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @__gpu$xla.gpu.triton(") >= 3  # forward, and two kernels backward
+    assert not square_arrays(text, 8192)

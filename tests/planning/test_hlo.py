@@ -107,6 +107,19 @@ def test_products_and_kernels():
     assert custom_calls(program) == ("AsyncCollectiveStart", "splash_mha_fwd")
 
 
+@pytest.mark.parametrize(
+    ("target", "kernel"),
+    [
+        ("__gpu$xla.gpu.triton", "triton"),
+        ("__cudnn$fmhaScaleBiasSoftmaxBackward", "cudnn"),
+        ("__cublas$gemm", "xla"),
+    ],
+)
+def test_the_attention_of_a_gpu_is_known_by_what_it_calls(target, kernel):
+    text = TEXT.replace("splash_mha_fwd", "pallas_call").replace("tpu_custom_call", target)
+    assert attention_kernel(parse(text)) == kernel
+
+
 def test_bytes_of_shapes():
     assert array_bytes("(f32[2,3]{1,0:T(8,128)}, bf16[]{:T(128)}, pred[7]{0}, token[])") == [24, 2, 7, 0]
 

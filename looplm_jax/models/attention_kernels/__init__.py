@@ -1,4 +1,4 @@
-"""Causal self-attention within documents, by XLA, a TPU's splash kernel or a GPU's cuDNN: one function, one meaning."""
+"""Causal self-attention within documents: one function, computed by XLA, splash on TPU, or cuDNN or Triton on GPU."""
 
 from looplm_jax.models.attention_kernels.choice import choose_kernel
 from looplm_jax.models.attention_kernels.self_attention import self_attention

@@ -5,10 +5,11 @@ from jax.typing import DTypeLike
 
 from looplm_jax.config import AttentionKernel, ComputeConfig
 from looplm_jax.errors import UserError
-from looplm_jax.models.attention_kernels import cudnn, splash
+from looplm_jax.models.attention_kernels import cudnn, splash, triton
 from looplm_jax.sharding import sequence_shards, target_platform
 
 _SHORT = 2048  # tokens in a row up to which a mask [B, S, S], made once for all layers, is the cheapest
+_ON_GPU = {AttentionKernel.CUDNN: cudnn, AttentionKernel.TRITON: triton}
 
 
 def choose_kernel(compute: ComputeConfig, *, length: int, head_width: int, dtype: DTypeLike) -> AttentionKernel | None:
@@ -22,24 +23,22 @@ def choose_kernel(compute: ComputeConfig, *, length: int, head_width: int, dtype
         kernel = _automatic(length, head_width, dtype)
     elif kernel is AttentionKernel.SPLASH:
         splash.check(length)
-    elif kernel is AttentionKernel.CUDNN:
-        _check_cudnn(length, head_width, dtype)
+    elif kernel in _ON_GPU:
+        if target_platform() != "gpu":
+            raise UserError(f"compute.attention={kernel.value} needs a GPU; set compute.attention=auto")
+        _ON_GPU[kernel].check(length, head_width, dtype)
     whole = sequence_shards() == 1 or length % sequence_shards() != 0
     return None if kernel is AttentionKernel.XLA and whole and length <= _SHORT else kernel
 
 
 def _automatic(length: int, head_width: int, dtype: DTypeLike) -> AttentionKernel:
-    # The compiler cannot cut a TPU kernel over devices: a mesh in use says how, and one device needs no cutting.
+    # The compiler cannot shard a Pallas kernel: a mesh in use says how, and one device needs no sharding.
     cut = not jax.sharding.get_abstract_mesh().empty or jax.device_count() == 1
     platform = target_platform()
     if platform == "tpu" and splash.fits(length) and cut:
         return AttentionKernel.SPLASH
     if platform == "gpu" and cudnn.fits(length, head_width, dtype):
         return AttentionKernel.CUDNN
+    if platform == "gpu" and triton.fits(length, head_width, dtype) and cut:
+        return AttentionKernel.TRITON
     return AttentionKernel.XLA
-
-
-def _check_cudnn(length: int, head_width: int, dtype: DTypeLike) -> None:
-    if target_platform() != "gpu":
-        raise UserError("compute.attention=cudnn needs a GPU; set compute.attention=auto")
-    cudnn.check(length, head_width, dtype)

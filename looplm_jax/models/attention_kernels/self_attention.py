@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from looplm_jax.config import AttentionKernel
 from looplm_jax.models.attention_kernels.cudnn import cudnn_attention
 from looplm_jax.models.attention_kernels.splash import splash_attention
+from looplm_jax.models.attention_kernels.triton import triton_attention
 from looplm_jax.models.attention_kernels.xla import xla_attention
 from looplm_jax.sharding import divides, heads_from_devices, heads_to_devices, partition, sequence_shards
 
@@ -18,6 +19,7 @@ _KERNELS = {
     AttentionKernel.XLA: xla_attention,
     AttentionKernel.SPLASH: splash_attention,
     AttentionKernel.CUDNN: cudnn_attention,
+    AttentionKernel.TRITON: triton_attention,
 }
 
 
