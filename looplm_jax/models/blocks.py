@@ -240,6 +240,7 @@ class Stack(nn.Module):
             in_axes=(0, nn.broadcast, nn.broadcast),
             length=self.length,
             metadata_params={nn.PARTITION_NAME: "layers"},
+            check_constancy_invariants=False,  # layers share nothing, and to check that would be to trace them twice
         )
         numbers = None if past is None else jnp.arange(self.length)
         return layers(self.config, return_cache, name="layers")(x, numbers, past, context)

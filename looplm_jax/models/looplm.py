@@ -136,7 +136,15 @@ class LoopLM(nn.Module):
         if self.compute.remat is Remat.LOOP:
             loop = nn.remat(loop, prevent_cse=False)
         shared = ["params", gathered.COLLECTION]
-        scan = nn.scan(loop, variable_broadcast=shared, split_rngs={"params": False}, length=loops)
+        scan = nn.scan(
+            loop,
+            variable_broadcast=shared,
+            split_rngs={"params": False},
+            length=loops,
+            # Flax traces the loop twice to check that its parameters are the same in all loops, which only those can
+            # violate that are made in it.
+            check_constancy_invariants=self.is_initializing(),
+        )
         _, (hidden, gate_logits, core_cache, coda_cache) = scan(self, self.initial_state(embedded), None)
         cache = ModelCache(core=core_cache, prelude=prelude_cache, coda=coda_cache) if return_cache else None
         return LoopLMOutput(hidden=hidden, gate_logits=gate_logits), cache
