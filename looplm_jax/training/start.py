@@ -4,10 +4,7 @@ optimiser's state, put straight where the run keeps them.
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
-import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
@@ -20,8 +17,7 @@ from looplm_jax.convert.from_hf import is_hf_folder, load_hf, read_hf_config
 from looplm_jax.data.tokenizers import Tokenizer, deserialize
 from looplm_jax.errors import UserError
 from looplm_jax.models.looplm import LoopLM, Params
-from looplm_jax.sharding import use_mesh
-from looplm_jax.training.state import TrainState, abstract_state, boxed_state
+from looplm_jax.training.state import TrainState, abstract_state, state_around
 
 _NO_SHAPE = ("loops", "rope_theta", "norm_eps", "max_positions", "init_std")
 _OPTIMIZER = "optimizer"
@@ -57,19 +53,7 @@ def read_start(recipe: Recipe, model: LoopLM, mesh: Mesh) -> Start:
 
 def started_state(start: Start, recipe: Recipe, model: LoopLM, mesh: Mesh) -> TrainState:
     """The first state of a run, as `training.state.initial_state`, with what `start` holds in the place of the same."""
-    given: dict[str, Any] = {"params": start.params}
-    if start.optimizer is not None:
-        given["optimizer"] = start.optimizer
-    nothing: dict[str, Any] = dict.fromkeys(given)  # what would be thrown away is never made
-
-    def rest(state: TrainState) -> TrainState:
-        return dataclasses.replace(state, **nothing)
-
-    stage = recipe.stages[0]
-    placed = jax.tree.map(lambda leaf: leaf.sharding, rest(abstract_state(recipe, model, stage, mesh)))
-    with use_mesh(mesh):
-        made = jax.jit(lambda: rest(nn.meta.unbox(boxed_state(recipe, model, stage))), out_shardings=placed)()
-    return dataclasses.replace(made, **given)
+    return state_around(start.params, recipe, model, recipe.stages[0], mesh, start.optimizer)
 
 
 def describe_start(start: Start, ours: ModelConfig) -> str:

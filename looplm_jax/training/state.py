@@ -1,20 +1,23 @@
 """What a run is made of at one step, and how it passes from one stage to the next."""
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, UInt32
 
-from looplm_jax.config import Recipe, Stage
+from looplm_jax.config import ModelConfig, Recipe, Stage
 from looplm_jax.errors import UserError, suggest
 from looplm_jax.models.looplm import LoopLM, Params, boxed_params, boxed_shapes
-from looplm_jax.random_keys import seeded_key
+from looplm_jax.random_keys import from_raw, seeded_key
 from looplm_jax.sharding import abstract, use_mesh
 from looplm_jax.training.guard import GuardState, initial_guard, next_stage_guard
 from looplm_jax.training.optimizer import adamw
@@ -48,14 +51,8 @@ def split_params(params: Params, trainable: Sequence[str]) -> tuple[Params, Para
     return moving, {name: value for name, value in params.items() if name not in groups}
 
 
-def boxed_state(recipe: Recipe, model: LoopLM, stage: Stage) -> TrainState:
-    """The first state of a run as `stage` needs it, parameters boxed with their logical axis names."""
-    params = boxed_params(model, jax.random.fold_in(seeded_key(recipe.seed), 0))
-    return _around(params, recipe, stage)
-
-
 def _around(params: Params, recipe: Recipe, stage: Stage) -> TrainState:
-    """The rest of a first state. Boxed where the parameters are."""
+    """The first state of a run with these parameters. Boxed where the parameters are."""
     moving, _ = split_params(params, stage.trained_groups)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -73,9 +70,41 @@ def abstract_state(recipe: Recipe, model: LoopLM, stage: Stage, mesh: Mesh) -> T
 
 def initial_state(recipe: Recipe, model: LoopLM, stage: Stage, mesh: Mesh) -> TrainState:
     """The first state of a run, made where it will live. The same numbers on any mesh."""
-    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(recipe, model, stage, mesh))
+    key = jax.random.key_data(jax.random.fold_in(seeded_key(recipe.seed), 0))
+    make = _initializer(model.config, mesh)
     with use_mesh(mesh):
-        return jax.jit(lambda: nn.meta.unbox(boxed_state(recipe, model, stage)), out_shardings=placed)()
+        params = make(jax.device_get(key))
+    return state_around(params, recipe, model, stage, mesh)
+
+
+def state_around(
+    params: Params, recipe: Recipe, model: LoopLM, stage: Stage, mesh: Mesh, optimizer: optax.OptState | None = None
+) -> TrainState:
+    """Returns the first state of a run with these parameters, and with this optimizer state if one is given."""
+    given = {"params": params} if optimizer is None else {"params": params, "optimizer": optimizer}
+    nothing: dict[str, Any] = dict.fromkeys(given)  # what would be thrown away is never made
+
+    def rest(params: Params) -> TrainState:
+        return dataclasses.replace(_around(params, recipe, stage), **nothing)
+
+    placed = dataclasses.replace(abstract_state(recipe, model, stage, mesh), **nothing)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, placed)
+    with use_mesh(mesh):
+        return dataclasses.replace(jax.jit(rest, out_shardings=shardings)(params), **given)
+
+
+@functools.lru_cache(maxsize=8)
+def _initializer(config: ModelConfig, mesh: Mesh) -> Callable[[UInt32[np.ndarray, "2"]], Params]:
+    """Returns the program that makes initial parameters from a raw key, each where it will live.
+
+    Kept: runs of one process that differ in their seeds, as the cells of an experiment do, have the same program.
+    """
+    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract(boxed_shapes(config), mesh))
+
+    def make(raw: UInt32[Array, "2"]) -> Params:
+        return nn.meta.unbox(boxed_params(LoopLM(config), from_raw(raw)))
+
+    return jax.jit(make, out_shardings=placed)
 
 
 def enter_stage(state: TrainState, recipe: Recipe, model: LoopLM, index: int, mesh: Mesh) -> TrainState:
