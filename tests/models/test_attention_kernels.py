@@ -155,7 +155,7 @@ def test_short_sequences_keep_their_mask_unless_devices_share_them():
             "compute.attention=triton needs a GPU; set compute.attention=auto",
         ),
         ("gpu", {"attention": AttentionKernel.TRITON, "dtype": jnp.float32}, "triton needs bfloat16, .* not float32"),
-        ("gpu", {"attention": AttentionKernel.TRITON, "length": 8200}, "a multiple of 128 tokens .* 8200 tokens"),
+        ("gpu", {"attention": AttentionKernel.TRITON, "length": 8200}, "a multiple of 64 tokens .* 8200 tokens"),
         ("gpu", {"attention": AttentionKernel.TRITON, "head_width": 256}, "up to 128, .* heads of 256; set"),
     ],
 )
