@@ -46,7 +46,7 @@ test-wheel:  ## build the wheel, install it with what it declares where nothing 
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/shellcheck --external-sources --check-sourced tpu_setup/tpu tpu_setup/host/*.sh
+	$(BIN)/shellcheck --external-sources --check-sourced tpu_setup/tpu tpu_setup/host/*.sh experiments/benchmarks/gpu.sh
 
 types: $(VENV)/ready-dev
 	$(BIN)/mypy

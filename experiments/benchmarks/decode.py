@@ -3,6 +3,7 @@ the bytes and the operations of a tick need at least, and against a plain PyTorc
 
     python -m experiments.benchmarks.decode                          # two cores: 12 layers of width 1024, float32
     python -m experiments.benchmarks.decode --shape ouro-1.4b        # an accelerator: the 1.4B shape, bfloat16
+    python -m experiments.benchmarks.decode --shape tiny             # whether it runs at all
 
 Weights are random, with a gate that is wide enough for exits to differ from token to token. A tick reads the weights
 of the stack once, one plane of the cache of each slot, and, where a slot chooses a token, the head. The bandwidth and
@@ -44,7 +45,11 @@ def _cpu_shape() -> ModelConfig:
     )
 
 
-SHAPES = {"cpu": (_cpu_shape, Dtype.FLOAT32), "ouro-1.4b": (presets.ouro_1_4b, Dtype.BFLOAT16)}
+SHAPES = {
+    "cpu": (_cpu_shape, Dtype.FLOAT32),
+    "ouro-1.4b": (presets.ouro_1_4b, Dtype.BFLOAT16),
+    "tiny": (presets.tiny, Dtype.FLOAT32),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,12 +100,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="turns that all ways to decode take (default: 3)")
     parser.add_argument("--pairs", type=int, default=5, help="turns that we and the twin take (default: 5)")
     parser.add_argument("--no-twin", action="store_true", help="leave out PyTorch")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="no other batch size begins after this time (default: all do)"
+    )
     parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args(argv)
+    end = time.monotonic() + arguments.seconds
     bench = _prepare(arguments.shape, arguments.tokens, arguments.rounds)
-    lines = [line for batch in arguments.batches for line in _measure(bench, batch)]
+    _print_heading(bench)
+    lines = []
+    for batch in arguments.batches:
+        if time.monotonic() > end:
+            print(f"batch {batch} was not begun: --seconds were over")
+            continue
+        measured = _measure(bench, batch)
+        _print(measured)
+        lines += measured
     speedup = None if arguments.no_twin else _beside_the_twin(bench, arguments.pairs)
-    _print(bench, lines, speedup)
+    if speedup is not None:
+        print(f"batch 1, fixed T, beside the PyTorch twin with a cache, median of pairs: {speedup:.2f}x")
     if arguments.json:
         values = {"lines": [dataclasses.asdict(line) for line in lines], "speedup_over_twin": speedup}
         arguments.json.write_text(json.dumps({**values, "ceiling": dataclasses.asdict(bench.ceiling)}, indent=2))
@@ -258,16 +276,21 @@ def _beside_the_twin(bench: Bench, pairs: int) -> float:
     return statistics.median(decode_twin() / decode_ours() for _ in range(pairs))
 
 
-def _print(bench: Bench, lines: Sequence[Line], speedup: float | None) -> None:
+def _print_heading(bench: Bench) -> None:
     bandwidth, flops = bench.ceiling.bandwidth / 1e9, bench.ceiling.flops / 1e9
     print(f"{jax.devices()[0].device_kind}: {bandwidth:.1f} GB/s, {flops:.0f} GFLOP/s measured")
-    print("| batch | | tokens/s | mean loops | of fixed T | share of the floor |\n|---|---|---|---|---|---|")
+    print(
+        "| batch | | tokens/s | mean loops | of fixed T | share of the floor |\n|---|---|---|---|---|---|", flush=True
+    )
+
+
+def _print(lines: Sequence[Line]) -> None:
     for line in lines:
         share = "" if line.floor_share is None else f"{line.floor_share:.2f}"
         rate = f"{line.tokens_per_second:.1f}"
-        print(f"| {line.batch} | {line.name} | {rate} | {line.mean_loops:.2f} | {line.gain:.2f}x | {share} |")
-    if speedup is not None:
-        print(f"batch 1, fixed T, beside the PyTorch twin with a cache, median of pairs: {speedup:.2f}x")
+        print(
+            f"| {line.batch} | {line.name} | {rate} | {line.mean_loops:.2f} | {line.gain:.2f}x | {share} |", flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 product, its memory, and a plain PyTorch twin under `torch.compile` beside it.
 
     python -m experiments.benchmarks.train_step_gpu                  # 24 layers, T = 4, sequences of 4,096, bfloat16
+    python -m experiments.benchmarks.train_step_gpu --length 16384 --batch 1    # documents in the Triton kernel
     python -m experiments.benchmarks.train_step_gpu --shape tiny     # whether it runs at all, on any machine
 
 Both do whole steps of Eq. 4 with AdamW: float32 parameters, bfloat16 matrix products, cross-entropy over all 49,152
@@ -9,12 +10,14 @@ tokens of the vocabulary at every loop. Each layer of the twin is compiled, its 
 `scaled_dot_product_attention`, and it is measured with and without computing layers again in the backward pass; what
 fits and is faster counts. Each side has the GPU for itself, in a process of its own, several times in turn; times are
 medians over all steps, model FLOPs are by formula (`looplm_jax.training.flops`), and the ceiling is a product of two
-square matrices in bfloat16.
+square matrices in bfloat16. With `--seconds` no turn begins for which too little time is left, and the table has what
+was measured until then.
 """
 
 import argparse
 import dataclasses
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -64,11 +67,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure every side in turn, print a table and write the JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(SHAPES), default="ouro-1.4b")
+    parser.add_argument("--length", type=int, help="tokens of a sequence (default: those of the shape)")
     parser.add_argument("--batch", type=int, default=4, help="sequences in a step (default: 4)")
     parser.add_argument("--steps", type=int, default=8, help="counted steps of each turn (default: 8)")
     parser.add_argument("--turns", type=int, default=2, help="turns of each side (default: 2)")
     parser.add_argument("--remat", choices=[each.value for each in Remat], nargs="+", default=["layer", "dots"])
     parser.add_argument("--no-twin", action="store_true", help="leave out PyTorch")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="time for everything (default: what it takes)")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
@@ -78,30 +83,52 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = [f"looplm_jax, remat {remat}" for remat in arguments.remat]
     if not arguments.no_twin:
         names += ["PyTorch twin, recomputing", "PyTorch twin"]
-    turns = [_in_own_process(name, arguments) for _ in range(arguments.turns) for name in names]
-    sides = [_together([turn for turn in turns if turn.name == name]) for name in names]
-    _print(SHAPES[arguments.shape], arguments.batch, sides)
+    turns = _take_turns(names, arguments)
+    sides = [_together(name, [turn for turn in turns if turn.name == name]) for name in names]
+    _print(_shape(arguments), arguments.batch, sides)
     if arguments.json:
         arguments.json.write_text(json.dumps([dataclasses.asdict(side) for side in sides], indent=2))
         print(f"wrote {arguments.json}")
 
 
-def _in_own_process(name: str, arguments: argparse.Namespace) -> Side:
+def _shape(arguments: argparse.Namespace) -> Shape:
+    shape = SHAPES[arguments.shape]
+    return dataclasses.replace(shape, length=arguments.length or shape.length)
+
+
+def _take_turns(names: Sequence[str], arguments: argparse.Namespace) -> list[Side]:
+    """Returns what was measured, turn by turn, as long as the time left is enough for the longest turn so far."""
+    end, longest = time.monotonic() + arguments.seconds, 0.0
+    turns = []
+    for name in [*names] * arguments.turns:
+        start = time.monotonic()
+        if end - start <= longest:
+            break
+        turns.append(_in_own_process(name, arguments, None if end == math.inf else end - start))
+        longest = max(longest, time.monotonic() - start)
+    return turns
+
+
+def _in_own_process(name: str, arguments: argparse.Namespace, seconds: float | None) -> Side:
     command = [sys.executable, "-m", "experiments.benchmarks.train_step_gpu", "--side", name]
-    for flag in ("shape", "batch", "steps"):
-        command += [f"--{flag}", str(getattr(arguments, flag))]
-    result = subprocess.run(command, capture_output=True, text=True)
+    values = {"shape": arguments.shape, "length": _shape(arguments).length}
+    for flag, value in (values | {"batch": arguments.batch, "steps": arguments.steps}).items():
+        command += [f"--{flag}", str(value)]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return Side(name=name, failed="not done when --seconds were over")
     if result.returncode:
         lines = [line for line in result.stderr.splitlines() if "memory" in line.lower()] or result.stderr.splitlines()
         return Side(name=name, failed=lines[-1][:200] if lines else f"exit status {result.returncode}")
     return Side(**json.loads(result.stdout.splitlines()[-1]))
 
 
-def _together(turns: Sequence[Side]) -> Side:
-    """The steps of all turns of a side; the best ceiling that was measured."""
+def _together(name: str, turns: Sequence[Side]) -> Side:
+    """Returns the steps of all turns of a side, and the best ceiling that was measured."""
     worked = [turn for turn in turns if not turn.failed]
     if not worked:
-        return turns[0]
+        return turns[0] if turns else Side(name=name, failed="not begun: too little was left of --seconds")
     return dataclasses.replace(
         worked[-1],
         seconds=tuple(second for turn in worked for second in turn.seconds),
@@ -110,7 +137,7 @@ def _together(turns: Sequence[Side]) -> Side:
 
 
 def _side(name: str, arguments: argparse.Namespace) -> Side:
-    shape = SHAPES[arguments.shape]
+    shape = _shape(arguments)
     batch = random_batch(shape, arguments.batch)
     if name.startswith("looplm_jax"):
         return _ours(name, Remat(name.split()[-1]), shape, batch, arguments.steps)

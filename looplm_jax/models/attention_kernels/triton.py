@@ -32,8 +32,8 @@ def check(length: int, head_width: int, dtype: DTypeLike) -> None:
     """Refuse what the kernel cannot take. Raises UserError."""
     if not fits(length, head_width, dtype):
         raise UserError(
-            f"compute.attention=triton needs bfloat16, a multiple of {_LARGEST} tokens and heads of a multiple of 8 up to "
-            f"{_WIDEST}, not {jnp.dtype(dtype).name}, {length} tokens and heads of {head_width}; "
+            f"compute.attention=triton needs bfloat16, a multiple of {_LARGEST} tokens and heads of a multiple of 8 "
+            f"up to {_WIDEST}, not {jnp.dtype(dtype).name}, {length} tokens and heads of {head_width}; "
             "set compute.attention=auto"
         )
 
