@@ -26,14 +26,9 @@ from jaxtyping import install_import_hook
 CHECKED = ("models", "halting", "losses", "sharding", "training", "evaluation")
 install_import_hook([f"looplm_jax.{package}" for package in CHECKED], "shape_checks.checked")
 
-from looplm_jax.data import packing
-
 # A job in the background (`nohup`, some CI runners) inherits SIGINT as ignored, and so would every process of a test.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-# Every stream, and every one that is resumed, fills its window first; the laws are those of any window.
-packing._SHUFFLED_PIECES = 256
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "allow")

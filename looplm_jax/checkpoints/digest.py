@@ -27,15 +27,18 @@ def digests(arrays: dict[str, Array]) -> dict[str, str]:
 
     Arrays are digested by one program, compiled once for each set of names, shapes and shardings; only large ones that
     lie on one device are digested block after block, as not every compiler fuses the mixing into the sum, and blocks
-    stay in caches. Only the digests leave the devices. All processes must call this together.
+    stay in caches. Small ones in the memory of the host are digested by NumPy, which takes less time than to compile.
+    Only the digests leave the devices. All processes must call this together.
     """
+    by_numpy = {name for name, array in arrays.items() if array.nbytes <= _BLOCK_BYTES and _in_host_memory(array)}
     large = {name for name, array in arrays.items() if array.nbytes > _BLOCK_BYTES and len(array.devices()) == 1}
-    small = sorted(set(arrays) - large)
+    small = sorted(set(arrays) - large - by_numpy)
     pending = {
         name: _digest_in_blocks(arrays[name], _BLOCK_BYTES) for name in large
     }  # all are begun before any is waited for
     words = dict(zip(small, _on_host(_digest_all([arrays[name] for name in small])), strict=True)) if small else {}
     words |= {name: np.asarray(lanes) for name, lanes in pending.items()}
+    words |= {name: _digest_by_numpy(np.asarray(arrays[name])) for name in by_numpy}
     return {name: "".join(f"{word:08x}" for word in words[name]) for name in sorted(words)}
 
 
@@ -47,6 +50,18 @@ def _digest_all(arrays: list[Array]) -> UInt32[Array, "N lanes"]:
 @jax.jit  # traced once for each shape, which parameters and both moments of the optimizer share
 def _digest_whole(array: Array) -> UInt32[Array, "lanes"]:
     return _digest(array, _words(array), ())
+
+
+def _digest_by_numpy(array: np.ndarray) -> np.ndarray:
+    narrow = {1: np.uint8, 2: np.uint16}.get(array.dtype.itemsize, np.uint32)
+    words = np.ravel(array).view(narrow).astype(np.uint32)
+    two_words = (2,) if array.dtype.itemsize > words.itemsize else ()
+    with np.errstate(over="ignore"):  # scalars that wrap around warn, arrays do not
+        return _digest(array, words.reshape(array.shape + two_words), (), np)
+
+
+def _in_host_memory(array: Array) -> bool:
+    return array.is_fully_addressable and next(iter(array.devices())).platform == "cpu"
 
 
 @functools.partial(jax.jit, static_argnames="block_bytes")
@@ -82,11 +97,14 @@ def _sum(count: int, part: Callable[[UInt32[Array, ""]], UInt32[Array, "lanes"]]
     return jax.lax.fori_loop(0, count, add, jnp.zeros(_LANES, jnp.uint32))
 
 
-def _digest(array: Array, words: UInt32[Array, "..."], starts: Sequence[Any]) -> UInt32[Array, "lanes"]:
-    """Both lanes of the part of `array` that begins at `starts` (one for each axis, or none) and has these words."""
-    seeds = [np.uint32(zlib.crc32(f"{array.dtype}{array.shape}{lane}".encode())) for lane in range(_LANES)]
-    mixed = (_mix(words ^ _positions(words.shape, seed, starts)) for seed in seeds)
-    return jnp.stack([jnp.sum(lane, dtype=jnp.uint32) for lane in mixed])
+def _digest(array: Any, words: UInt32[Any, "..."], starts: Sequence[Any], xp: Any = jnp) -> UInt32[Any, "lanes"]:
+    """Both lanes of the part of `array` that begins at `starts` (one for each axis, or none) and has these words.
+
+    `xp` is the library that computes them, `jax.numpy` or NumPy.
+    """
+    seeds = [zlib.crc32(f"{array.dtype}{array.shape}{lane}".encode()) for lane in range(_LANES)]
+    mixed = (_mix(words ^ _positions(words.shape, seed, starts, xp)) for seed in seeds)
+    return xp.stack([xp.sum(lane, dtype=np.uint32) for lane in mixed])
 
 
 def _words(array: Array) -> UInt32[Array, "..."]:
@@ -97,21 +115,20 @@ def _words(array: Array) -> UInt32[Array, "..."]:
     return jax.lax.bitcast_convert_type(array, narrow).astype(jnp.uint32)
 
 
-def _positions(shape: tuple[int, ...], seed: np.uint32, starts: Sequence[Any]) -> UInt32[Array, "..."]:
+def _positions(shape: tuple[int, ...], seed: int, starts: Sequence[Any], xp: Any) -> UInt32[Any, "..."]:
     """A hash of each multi-index, the leading axes counted from `starts`.
 
     It is the sum of a hash per axis, so that no flat index has to fit in 32 bits.
     """
-    position = jnp.full(shape, seed)
+    position = xp.full(shape, np.uint32(seed))
     for axis, size in enumerate(shape):
-        index = jax.lax.broadcasted_iota(jnp.uint32, [size if i == axis else 1 for i in range(len(shape))], axis)
+        index = xp.arange(size, dtype=np.uint32).reshape([-1 if i == axis else 1 for i in range(len(shape))])
         index += starts[axis] if axis < len(starts) else np.uint32(0)
-        position += _mix(index ^ _mix(jnp.uint32(seed) + jnp.uint32(axis + 1)))
+        position += _mix(index ^ _mix(np.array([seed + axis + 1]).astype(np.uint32)))
     return position
 
 
-@jax.jit
-def _mix(word: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+def _mix(word: UInt32[Any, "..."]) -> UInt32[Any, "..."]:
     """The finalizer of MurmurHash3, a bijection of 32-bit words."""
     word = (word ^ (word >> np.uint32(16))) * np.uint32(0x85EBCA6B)
     word = (word ^ (word >> np.uint32(13))) * np.uint32(0xC2B2AE35)

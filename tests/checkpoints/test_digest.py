@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from looplm_jax.checkpoints import digests
-from looplm_jax.checkpoints.digest import _digest_all
+from looplm_jax.checkpoints.digest import _digest_all, _digest_by_numpy
 
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.int32, jnp.uint32, jnp.int8)
 
@@ -67,7 +67,29 @@ def test_no_arrays_have_no_digests():
     assert digests({}) == {}
 
 
-def test_a_tree_is_digested_by_one_program_compiled_once():
+@pytest.fixture
+def on_devices(monkeypatch):
+    """Arrays of this process's CPU are digested as those of an accelerator are."""
+    monkeypatch.setattr("looplm_jax.checkpoints.digest._in_host_memory", lambda _: False)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, jnp.bool_])
+def test_the_digest_does_not_depend_on_what_computes_it(dtype, on_devices):
+    random = np.random.default_rng(0)
+    shapes = [(), (1,), (5,), (3, 4), (2, 3, 4), (0, 3)]
+    arrays = {str(shape): jnp.asarray(random.integers(0, 99, shape)).astype(dtype) for shape in shapes}
+    by_numpy = {name: _digest_by_numpy(np.asarray(array)) for name, array in arrays.items()}
+    assert digests(arrays) == {name: "".join(f"{word:08x}" for word in words) for name, words in by_numpy.items()}
+
+
+def test_elements_of_64_bits_are_two_words(on_devices):
+    with jax.enable_x64(True):
+        array = jnp.asarray(np.random.default_rng(0).standard_normal((3, 4)))
+        assert array.dtype == jnp.float64
+        assert digest(array) == "".join(f"{word:08x}" for word in _digest_by_numpy(np.asarray(array)))
+
+
+def test_a_tree_is_digested_by_one_program_compiled_once(on_devices):
     arrays = {"a": jnp.ones((3, 5)), "b": jnp.arange(7)}
     digests(arrays)
     before = _digest_all._cache_size()
@@ -86,7 +108,7 @@ def test_the_digest_does_not_depend_on_the_size_of_blocks(monkeypatch, block, dt
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
-def test_the_digest_does_not_depend_on_the_sharding():
+def test_the_digest_does_not_depend_on_the_sharding(on_devices):
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:8])
     array = jax.random.normal(jax.random.key(0), (8, 16))
     found = {

@@ -8,6 +8,12 @@ from looplm_jax.data.tokenizer_training import train_sentencepiece
 __all__ = ["bucket", "gcs"]
 
 
+@pytest.fixture(autouse=True)
+def small_windows(monkeypatch):
+    """Every stream fills its window first, also one that is resumed. What is tested holds for windows of any size."""
+    monkeypatch.setattr("looplm_jax.data.packing._SHUFFLED_PIECES", 256)
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return train_sentencepiece(make_texts(200), 300)
