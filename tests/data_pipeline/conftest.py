@@ -14,6 +14,12 @@ def small_windows(monkeypatch):
     monkeypatch.setattr("looplm_jax.data.packing._SHUFFLED_PIECES", 256)
 
 
+@pytest.fixture
+def full_windows(small_windows, monkeypatch):
+    """Windows as users have them."""
+    monkeypatch.setattr("looplm_jax.data.packing._SHUFFLED_PIECES", 4096)
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return train_sentencepiece(make_texts(200), 300)

@@ -241,7 +241,7 @@ def test_a_mixture_holds_problems_by_weight():
     assert 0.1 < np.mean(everything[:100]) < 0.4
 
 
-def test_a_run_that_began_with_problems_drawn_one_by_one_resumes_with_the_same_batches():
+def test_a_run_that_began_with_problems_drawn_one_by_one_resumes_with_the_same_batches(full_windows):
     """The place and the batches after it are those of the version before problems were drawn in blocks."""
     saved = json.loads(EARLIER_PLACE.read_text())
     resumed = stream(corpus_of("mano:length=4"))
