@@ -22,6 +22,7 @@ def print_decode(name: str, plan: DecodePlan, out: Console) -> None:
     out.print(f"\n[bold]{literal(name)}[/], a tick on {plan.target}: [bold]{verdict}[/], {_memory(plan)}")
     out.print(
         f"  {request.slots} slot(s) of {request.capacity:,} positions, {request.positions:,} of each filled; "
+        f"{request.pool.pages:,} page(s) of {request.pool.page_size:,}; "
         f"cache {request.cache.value}, {plan.loops} loops, {plan.dtype}; "
         f"compiled in {plan.compile_seconds:.0f} s for {plan.devices} device(s)"
     )
@@ -77,5 +78,8 @@ def _changes(plan: DecodePlan) -> Iterator[str]:
         yield "keep one plane of the cache for all loops: --cache last"
     if request.slots > 1:
         yield f"fewer requests at one time: --slots {request.slots // 2}"
+    fewer = max(request.pool.pages // 2, request.pool.pages_per_slot)
+    if fewer < request.pool.pages:
+        yield f"fewer pages, for which requests may have to wait: --pages {fewer}"
     yield f"shorter requests: --capacity {max(request.capacity // 2, 1)}"
     yield "more chips, among which the heads are divided: a larger --topology"

@@ -20,7 +20,7 @@ from looplm_jax.recipes import RECIPES, Scale
 
 OVERRIDES = True
 _OF_STAGES = ("search", "limit", "slices", "stage")
-_OF_DECODE = ("slots", "capacity", "filled", "cache", "loops_mean")
+_OF_DECODE = ("slots", "capacity", "page_size", "pages", "filled", "cache", "loops_mean")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +47,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     decode = parser.add_argument_group("a tick of the engine")
     decode.add_argument("--decode", action="store_true", help="plan one tick of the engine instead of the train steps")
     decode.add_argument("--slots", type=int, metavar="N", help="requests at one time (default: 8)")
-    decode.add_argument("--capacity", type=int, metavar="N", help="positions of each slot (default: 2048)")
+    decode.add_argument("--capacity", type=int, metavar="N", help="positions of the longest request (default: 2048)")
+    decode.add_argument("--page-size", type=int, metavar="N", help="positions of a page of the cache (default: 128)")
+    decode.add_argument(
+        "--pages",
+        type=int,
+        metavar="N",
+        help="pages that all slots share (default: as many as all need for the longest request)",
+    )
     decode.add_argument("--filled", type=int, metavar="N", help="positions of each slot in use (default: half of them)")
     decode.add_argument(
         "--cache",
@@ -87,7 +94,7 @@ def _run_decode(arguments: argparse.Namespace) -> int:
     from looplm_jax.inference import CacheStrategy
     from looplm_jax.planning.decode_plan import DecodeRequest
 
-    given = {name: getattr(arguments, name) for name in ("slots", "filled", "loops_mean")}
+    given = {name: getattr(arguments, name) for name in ("slots", "page_size", "pages", "filled", "loops_mean")}
     given["capacity"] = arguments.capacity
     if arguments.capacity is None:
         given["capacity"] = min(DecodeRequest.capacity, recipe.model.max_positions)

@@ -27,16 +27,22 @@ _MASKED = -1e30
 class PastView:
     """What the rows of a cache read, each at its own plane, layer by layer. Implements `Past`."""
 
-    stacked: KeyValues  # [L, P, N, C, K, Dh]
+    stacked: KeyValues  # [L, P, M, c, K, Dh]
     planes: Int[Array, "N"]
+    table: Int[Array, "N W"]  # pages of each row
     lengths: Int[Array, "N"]
     dtype: DTypeLike = flax.struct.field(pytree_node=False)
     differentiable: bool = flax.struct.field(pytree_node=False, default=False)
 
     @property
+    def page_size(self) -> int:
+        """Positions of a page, c."""
+        return self.stacked.keys.shape[3]
+
+    @property
     def capacity(self) -> int:
         """Positions of a row, C."""
-        return self.stacked.keys.shape[3]
+        return self.table.shape[1] * self.page_size
 
     def attend(
         self, layer: int | Int[Array, ""], queries: Float[Array, "N S H Dh"], own: KeyValues, context: Context
@@ -45,10 +51,10 @@ class PastView:
         assert context.mask is not None
         if self.differentiable or target_platform() != "tpu":
             return self._gathered(layer, queries, own, context.mask)
-        if queries.shape[1] == 1 and decode_kernel.fits(self.capacity, queries.shape[3]):
+        if queries.shape[1] == 1 and decode_kernel.fits(self.page_size, queries.shape[3]):
             one = KeyValues(keys=own.keys[:, 0], values=own.values[:, 0])
-            mixed = decode_kernel.decode_attention(queries[:, 0], one, self.stacked, layer, self.planes, self.lengths)
-            return mixed[:, None]
+            where = layer, self.planes, self.table, self.lengths
+            return decode_kernel.decode_attention(queries[:, 0], one, self.stacked, *where)[:, None]
         return attend_row_by_row(self, layer, queries, own, context.mask)
 
     def _gathered(
@@ -58,10 +64,15 @@ class PastView:
         own: KeyValues,
         mask: Bool[Array, "N S S"],
     ) -> Float[Array, "N S H Dh"]:
-        rows = jnp.arange(self.planes.size)
-        past = jax.tree.map(lambda x: x[layer, self.planes, rows].astype(self.dtype), self.stacked)
+        rows = self.planes.size
+
+        def row_by_row(whole: Float[Array, "L P M c K Dh"]) -> Float[Array, "N C K Dh"]:
+            pages = whole.at[layer, self.planes[:, None], self.table].get(mode="clip")
+            return pages.reshape(rows, self.capacity, *whole.shape[4:]).astype(self.dtype)
+
+        past = jax.tree.map(row_by_row, self.stacked)
         filled = jnp.arange(self.capacity) < self.lengths[:, None]
-        past_mask = jnp.broadcast_to(filled[:, None], (rows.size, queries.shape[1], self.capacity))
+        past_mask = jnp.broadcast_to(filled[:, None], (rows, queries.shape[1], self.capacity))
         return attention.attend(queries, (past.keys, own.keys), (past.values, own.values), (past_mask, mask))
 
 
@@ -82,19 +93,21 @@ def attend_row_by_row(
     mask: Bool[Array, "N S S"],
 ) -> Float[Array, "N S H Dh"]:
     """Returns what `PastView.attend` does, reading the filled blocks of one row after another."""
-    size = min(_BLOCK, view.capacity)
+    size = min(_BLOCK, view.page_size)
+    blocks_per_page = -(-view.page_size // size)
 
     def one_row(row: tuple[Array, Array, Array, Array, KeyValues, Array]) -> Array:
-        number, plane, length, queries, own, mask = row
+        pages, plane, length, queries, own, mask = row
         tokens, num_heads, head_width = queries.shape
         kv_heads = own.keys.shape[1]
         grouped = (queries * head_width**-0.5).reshape(tokens, kv_heads, num_heads // kv_heads, head_width)
 
         def block(index: Array, mixture: _Mixture) -> _Mixture:
-            start = jnp.minimum(index * size, view.capacity - size)
-            positions = start + jnp.arange(size)
-            seen = (positions >= index * size) & (positions < length)
-            at = layer, plane, number, start
+            page, within = index // blocks_per_page, index % blocks_per_page * size
+            start = jnp.minimum(within, view.page_size - size)
+            offsets = start + jnp.arange(size)
+            seen = (offsets >= within) & (page * view.page_size + offsets < length)
+            at = layer, plane, pages[page], start
             past = jax.tree.map(lambda x: _block_at(x, at, size).astype(view.dtype), view.stacked)
             return _mix_in(mixture, grouped, past, jnp.broadcast_to(seen, (tokens, size)))
 
@@ -103,16 +116,16 @@ def attend_row_by_row(
             top=jnp.full((*shape, 1), _MASKED), total=jnp.zeros((*shape, 1)), values=jnp.zeros((*shape, head_width))
         )
         with_own = _mix_in(nothing, grouped, own, mask)
-        mixture = jax.lax.fori_loop(0, -(-length // size), block, with_own)
+        whole, rest = jnp.divmod(length, view.page_size)
+        mixture = jax.lax.fori_loop(0, whole * blocks_per_page + -(-rest // size), block, with_own)
         mixed = (mixture.values / mixture.total).astype(queries.dtype)
         return jnp.moveaxis(mixed, 2, 0).reshape(queries.shape)
 
-    numbers = jnp.arange(view.planes.size)
-    return jax.lax.map(one_row, (numbers, view.planes, view.lengths, queries, own, mask))
+    return jax.lax.map(one_row, (view.table, view.planes, view.lengths, queries, own, mask))
 
 
-def _block_at(whole: Float[Array, "L P N C K Dh"], at: tuple[Any, ...], size: int) -> Float[Array, "c K Dh"]:
-    """Returns `size` positions of a row, laid out as in the cache: otherwise the whole cache is brought into the order
+def _block_at(whole: Float[Array, "L P M c K Dh"], at: tuple[Any, ...], size: int) -> Float[Array, "b K Dh"]:
+    """Returns `size` positions of a page, laid out as in the cache: otherwise the whole cache is brought into the order
     that suits the products best.
     """
     block = jax.lax.dynamic_slice(whole, (*at, 0, 0), (1, 1, 1, size, *whole.shape[4:]))

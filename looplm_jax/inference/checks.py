@@ -27,15 +27,20 @@ def check_request(request: Request, model: ModelConfig, engine: EngineConfig, to
     loops = engine.loops or model.loops
     _check_tokens(request, model, usable_ids(model, tokenizer))
     _check_past(request.past, model, loops)
-    before = 0 if request.past is None else len(request.past)
-    wanted = f"{before + len(request.prompt_ids)} tokens of prompt and {request.max_new_tokens} new ones"
-    total = before + len(request.prompt_ids) + request.max_new_tokens
+    total = request.most_tokens
+    wanted = f"{total - request.max_new_tokens} tokens of prompt and {request.max_new_tokens} new ones"
     if total > model.max_positions:
         raise UserError(
             f"{wanted} are beyond model.max_positions={model.max_positions}; shorten the prompt or ask for fewer"
         )
     if total > engine.capacity:
         raise UserError(f"{wanted} do not fit a cache of {engine.capacity}; use EngineConfig(capacity={total})")
+    pool = engine.pool
+    if pool.needed(total) > pool.pages:
+        raise UserError(
+            f"{wanted} take {pool.needed(total)} pages of {pool.page_size} tokens, and the cache has {pool.pages}: "
+            f"{pool.needed(total) - pool.pages} are missing; use EngineConfig(pages={pool.needed(total)})"
+        )
     if request.policy is not None:
         _check_numbers(request.policy)
     _check_policy(request.policy, loops)

@@ -1,7 +1,8 @@
-"""A TPU kernel for one decoded token per slot: it reads the filled blocks of each slot's row, straight from the cache.
+"""A TPU kernel for one decoded token per slot: it reads the filled blocks of a slot's pages, straight from the cache.
 
-Blocks of positions come from HBM by DMA while the block before is computed with, from one slot to the next without a
-pause. All heads share one product: scores of a query head with keys of another head are masked, so no array is
+Blocks of positions, none larger than a page, come from HBM by DMA while the block before is computed with, from one
+slot to the next without a pause. The pages of all slots are listed in scalar memory, where the DMA looks up where a
+block is. All heads share one product: scores of a query head with keys of another head are masked, so no array is
 transposed. On anything but a TPU the kernel is interpreted, slowly, for tests.
 """
 
@@ -26,9 +27,9 @@ _MASKED = -1e30  # not -inf: the maximum of a block with every key masked stays 
 _ANOTHER_HEAD = 1 << 30  # a position that no row has
 
 
-def fits(capacity: int, head_width: int) -> bool:
-    """Returns whether the kernel can read a cache of this capacity and head width."""
-    return head_width % _LANES == 0 and math.gcd(capacity, _LANES) >= _SMALLEST_BLOCK
+def fits(page_size: int, head_width: int) -> bool:
+    """Returns whether the kernel can read a cache with pages of this size and heads of this width."""
+    return head_width % _LANES == 0 and math.gcd(page_size, _LANES) >= _SMALLEST_BLOCK
 
 
 def decode_attention(
@@ -37,6 +38,7 @@ def decode_attention(
     stacked: KeyValues,
     layer: int | Int[Array, ""],
     planes: Int[Array, "N"],
+    table: Int[Array, "N W"],
     lengths: Int[Array, "N"],
 ) -> Float[Array, "N H Dh"]:
     """Returns softmax attention of one token per slot to its row and to itself, scores scaled by `Dh ** -0.5`.
@@ -44,19 +46,21 @@ def decode_attention(
     Args:
       queries: of the tokens.
       own: keys and values of the tokens, `[N, K, Dh]`.
-      stacked: the cache, `[L, P, N, C, K, Dh]`.
+      stacked: the cache, `[L, P, M, c, K, Dh]`.
       layer: which layer of the cache to read.
       planes: which plane each slot reads.
+      table: the pages of each slot; what it has beyond those that are filled is not looked at.
       lengths: filled positions of each slot.
     """
-    arrays = queries, own.keys, own.values, stacked.keys, stacked.values, jnp.asarray(layer, jnp.int32), planes, lengths
+    where = jnp.asarray(layer, jnp.int32), planes, table, lengths
+    arrays = queries, own.keys, own.values, stacked.keys, stacked.values, *where
     if jax.sharding.get_abstract_mesh().empty:
         return _on_one_device(*arrays)
     heads, kv_heads = partition(None, "heads", None), partition(None, "kv_heads", None)
     cache, whole = partition(None, None, None, None, "kv_heads", None), partition()
     mapped = jax.shard_map(
         _on_one_device,
-        in_specs=(heads, kv_heads, kv_heads, cache, cache, whole, whole, whole),
+        in_specs=(heads, kv_heads, kv_heads, cache, cache, whole, whole, whole, whole),
         out_specs=heads,
         check_vma=False,  # Pallas kernels do not tell along which axes their results vary
     )
@@ -67,28 +71,29 @@ def _on_one_device(
     queries: Float[Array, "N H Dh"],
     own_keys: Float[Array, "N K Dh"],
     own_values: Float[Array, "N K Dh"],
-    keys: Float[Array, "L P N C K Dh"],
-    values: Float[Array, "L P N C K Dh"],
+    keys: Float[Array, "L P M c K Dh"],
+    values: Float[Array, "L P M c K Dh"],
     layer: Int[Array, ""],
     planes: Int[Array, "N"],
+    table: Int[Array, "N W"],
     lengths: Int[Array, "N"],
 ) -> Float[Array, "N H Dh"]:
-    depth, slots, capacity, kv_heads, head_width = keys.shape[1:]
-    num_heads = queries.shape[1]
-    block = _block_size(capacity, kv_heads * head_width * keys.dtype.itemsize)
+    depth, all_pages, page_size, kv_heads, head_width = keys.shape[1:]
+    slots, num_heads, _ = queries.shape
+    block = _block_size(page_size, kv_heads * head_width * keys.dtype.itemsize)
     columns = block * kv_heads
     # The last two axes of a block are those of its tiles in memory: one row of tiles for each position and head.
-    flat = (-1, capacity * kv_heads, head_width)
-    rows = (layer * depth + planes) * slots + jnp.arange(slots)
+    flat = (-1, page_size * kv_heads, head_width)
+    pages = (layer * depth + planes)[:, None] * all_pages + table
     blocks = -(-lengths // block)
     next_filled = jax.lax.cummin(jnp.where(blocks > 0, jnp.arange(slots), slots), reverse=True)
-    schedule = rows, lengths, jnp.cumsum(blocks) - blocks, jnp.append(next_filled, slots)
+    schedule = pages.reshape(-1), lengths, jnp.cumsum(blocks) - blocks, jnp.append(next_filled, slots)
 
     def per_slot(*shape: int) -> pl.BlockSpec:
         return pl.BlockSpec((1, *shape), lambda slot, *_: (slot, 0, 0))
 
     return pl.pallas_call(
-        functools.partial(_kernel, block=block),
+        functools.partial(_kernel, block=block, blocks_per_page=page_size // block, pages_per_slot=table.shape[1]),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(schedule),
             grid=(slots,),
@@ -122,9 +127,9 @@ def _on_one_device(
     )
 
 
-def _block_size(capacity: int, position_bytes: int) -> int:
-    """Returns the positions of a block: a power of two that divides the capacity."""
-    size = math.gcd(capacity, _LANES)
+def _block_size(page_size: int, position_bytes: int) -> int:
+    """Returns the positions of a block: a power of two that divides the page."""
+    size = math.gcd(page_size, _LANES)
     while size > _SMALLEST_BLOCK and size * position_bytes > _BLOCK_BYTES:
         size //= 2
     return size
@@ -138,7 +143,7 @@ def _positions(num_heads: int, kv_heads: int, block: int) -> Int[np.ndarray, "H 
 
 
 def _kernel(
-    rows: Any,  # of the flattened cache, by slot
+    pages: Any,  # of the flattened cache: those of the first slot, those of the second, and so on
     lengths: Any,
     blocks_before: Any,  # blocks of all slots before this one: its parity says which buffer comes next
     next_filled: Any,  # entry n: the first slot from n on that has blocks; the number of slots where none has
@@ -154,6 +159,8 @@ def _kernel(
     arrived: Any,
     *,
     block: int,
+    blocks_per_page: int,
+    pages_per_slot: int,
 ) -> None:
     slot, slots = pl.program_id(0), pl.num_programs(0)
     columns = positions.shape[1]
@@ -161,10 +168,11 @@ def _kernel(
     query = queries[0]
 
     def copies(of: Array, number: Array, buffer: Array) -> list[Any]:
-        where = pl.ds(pl.multiple_of(number * columns, columns), columns)
+        page = pages[of * pages_per_slot + number // blocks_per_page]
+        where = pl.ds(pl.multiple_of(number % blocks_per_page * columns, columns), columns)
         pairs = (cache_keys, key_buffers), (cache_values, value_buffers)
         return [
-            pltpu.make_async_copy(whole.at[rows[of], where], buffers.at[buffer], arrived.at[buffer, which])
+            pltpu.make_async_copy(whole.at[page, where], buffers.at[buffer], arrived.at[buffer, which])
             for which, (whole, buffers) in enumerate(pairs)
         ]
 

@@ -8,14 +8,27 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
+from jaxtyping import Int
 
 from looplm_jax.errors import UserError
 from looplm_jax.halting import ExitPolicy, FixedLoops
 from looplm_jax.halting.policy_table import PolicyTable
 from looplm_jax.inference.field_checks import truth, whole_number
 from looplm_jax.inference.kv_cache import Cache, CacheStrategy, bucket
+from looplm_jax.inference.page_pool import PagePool, PoolSize
 from looplm_jax.inference.placing import on_mesh, placed
-from looplm_jax.inference.prefill import LastToken, admit, empty_row, extract_row, prefill_chunk, widen_row
+from looplm_jax.inference.prefill import (
+    LastToken,
+    Place,
+    admit,
+    after_chunk,
+    empty_row,
+    extract_row,
+    fill_pages,
+    prefill_chunk,
+    row_of_pages,
+    widen_row,
+)
 from looplm_jax.inference.requests import Request
 from looplm_jax.inference.sampling import SamplingTable
 from looplm_jax.inference.slots import (
@@ -45,6 +58,8 @@ class EngineConfig:
 
     slots: int = 8  # requests under way at one time
     capacity: int = 2048  # tokens of a request, prompt and text together; no more than the model has positions
+    page_size: int = 128  # positions of a page of the cache; no more than `capacity`
+    pages: int | None = None  # pages that all slots share; None: as many as all need for requests of `capacity` tokens
     loops: int | None = None  # the most loops of a token; None: those the model is meant for
     cache: CacheStrategy = CacheStrategy.FULL
     cache_dtype: DTypeLike | None = None  # None: the dtype of the matrix products
@@ -55,10 +70,11 @@ class EngineConfig:
     unroll: bool | None = None  # a copy of the weights, an array for each layer; None: on a CPU, where it is faster
 
     def __post_init__(self) -> None:
-        for name in ("slots", "capacity", "chunk", "ticks", "queue"):
+        for name in ("slots", "capacity", "page_size", "chunk", "ticks", "queue"):
             object.__setattr__(self, name, whole_number(name, getattr(self, name), least=1))
-        if self.loops is not None:
-            object.__setattr__(self, "loops", whole_number("loops", self.loops, least=1))
+        for name in ("pages", "loops"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, whole_number(name, getattr(self, name), least=1))
         truth("previews", self.previews)
         if self.unroll is not None:
             truth("unroll", self.unroll)
@@ -66,6 +82,11 @@ class EngineConfig:
             raise UserError(f"cache must be a CacheStrategy, such as CacheStrategy.LAST, not {self.cache!r}")
         if self.cache_dtype is not None:
             _check_dtype(self.cache_dtype)
+
+    @property
+    def pool(self) -> PoolSize:
+        """Pages of the cache."""
+        return PoolSize.of(slots=self.slots, capacity=self.capacity, page_size=self.page_size, pages=self.pages)
 
     def fitted(self, positions: int) -> "EngineConfig":
         """The same, without room for tokens beyond the positions of a model, which no request can have."""
@@ -87,11 +108,12 @@ class PolicyError(Exception):
 
 @dataclasses.dataclass
 class Reading:
-    """A prompt on its way into a slot."""
+    """A prompt on its way into a slot, which has the pages for all tokens of its request."""
 
     request: Request
-    row: Cache
+    pages: tuple[int, ...]
     left: Sequence[int]
+    row: Cache | None = None  # of its own, if it is not read into the pages
     last: LastToken | None = None
 
     @property
@@ -138,8 +160,10 @@ class Decoder:
         self.start_over()
 
     def start_over(self) -> None:
-        """Empty slots: whatever was in them is lost."""
+        """Empty slots: whatever was in them, or on its way there, is lost."""
         self._remembers = False
+        self._pool = PagePool(self.config.pool.pages)
+        self._held: dict[int, tuple[int, ...]] = {}  # pages of the request in each slot
         self._slots = self._empty_slots()
 
     @property
@@ -152,18 +176,14 @@ class Decoder:
         """Bytes of the cache of all slots."""
         return self._slots.cache.nbytes
 
+    def has_room(self, request: Request) -> bool:
+        """Whether enough pages are free for all tokens of a request."""
+        return self._pages_of(request) <= self._pool.free
+
     def read(self, request: Request) -> Reading:
-        """Begin with a prompt; call `read_chunk` until it is done."""
-        before = 0 if request.past is None else len(request.past)
-        chunk = self.config.chunk
-        whole, rest = divmod(len(request.prompt_ids), chunk)
-        capacity = bucket(before + whole * chunk + (bucket(rest, chunk) if rest else 0), _LONGEST_ROW)
-        with on_mesh(self._mesh):
-            if request.past is None:
-                row = self._empty_row(capacity)
-            else:
-                row = widen_row(request.past.row, capacity=max(capacity, request.past.row.capacity))
-        return Reading(request=request, row=row, left=request.prompt_ids)
+        """Begin with a prompt that there is room for; call `read_chunk` until it is done, or `abandon` it."""
+        pages = self._pool.reserve(self._pages_of(request))
+        return Reading(request=request, pages=pages, left=request.prompt_ids)
 
     def read_chunk(self, reading: Reading) -> None:
         """One more chunk of a prompt."""
@@ -171,8 +191,19 @@ class Decoder:
         tokens = np.full(bucket(size, self.config.chunk), reading.left[size - 1], np.int32)
         tokens[:size] = reading.left[:size]
         with on_mesh(self._mesh):
-            reading.row, reading.last = prefill_chunk(self.model, self._params, reading.row, tokens, np.int32(size))
+            row = self._row(reading)
+            row, last = prefill_chunk(self.model, self._params, row, tokens, np.int32(size))
+            reading.last = last if reading.last is None else after_chunk(reading.last, last)
+        if self._shares:
+            reading.row = row
+        else:
+            self._set_planes(row)
         reading.left = reading.left[size:]
+
+    def abandon(self, reading: Reading) -> None:
+        """Give up a prompt that is in no slot."""
+        self._pool.release(reading.pages)
+        reading.pages = ()
 
     def admit(self, reading: Reading, slot: int) -> Ticked:
         """Put a prompt that was read into a slot; its first token, as a tick would give it, without axes.
@@ -188,10 +219,16 @@ class Decoder:
             seen = np.zeros(self.model.config.vocab_size, bool)
             seen[[*request.prompt_ids, *(request.past.tokens if request.past else ())]] = True
         settings = self._settings(request)
+        place = Place(
+            slot=np.int32(slot),
+            pages=self._padded(reading.pages),
+            length=np.int32(request.tokens_before + len(request.prompt_ids)),
+        )
         with on_mesh(self._mesh):
             self._slots, first = admit(
-                self.model, self._params, self._slots, reading.row, reading.last, np.int32(slot), settings, seen
+                self.model, self._params, self._slots, reading.row, reading.last, place, settings, seen
             )
+        self._held[slot], reading.pages = reading.pages, ()
         return first
 
     def tick(self) -> Ticked:
@@ -204,8 +241,9 @@ class Decoder:
         return ticked
 
     def release(self, slot: int) -> None:
-        """Stop the request of a slot."""
+        """Stop the request of a slot, whose pages are free for whatever is computed after this."""
         self._slots = release(self._slots, np.int32(slot))
+        self._pool.release(self._held.pop(slot))
 
     def set_budget(self, slot: int, loops_per_token: float) -> None:
         """Another budget for the request of a slot."""
@@ -217,6 +255,44 @@ class Decoder:
         row = extract_row(self._slots.cache, np.int32(slot), loops=self.loops, capacity=capacity)
         # A pass that began before the host knew of the end may have added tokens that nobody was given.
         return dataclasses.replace(row, lengths=jnp.full(1, tokens, jnp.int32))
+
+    @property
+    def _shares(self) -> bool:
+        """Whether slots have fewer planes than a prompt needs while it is read."""
+        return self.config.cache.shares
+
+    def _pages_of(self, request: Request) -> int:
+        return self.config.pool.needed(request.most_tokens)
+
+    def _padded(self, pages: tuple[int, ...]) -> Int[np.ndarray, "W"]:
+        """The entries of the table for these pages."""
+        size = self.config.pool
+        row = np.full(size.pages_per_slot, size.pages, np.int32)
+        row[: len(pages)] = pages
+        return row
+
+    def _row(self, reading: Reading) -> Cache:
+        """What the next chunk of a prompt is read into, with whatever came before."""
+        if reading.row is not None:
+            return reading.row
+        request, chunk = reading.request, self.config.chunk
+        whole, rest = divmod(len(request.prompt_ids), chunk)
+        wanted = request.tokens_before + whole * chunk + (bucket(rest, chunk) if rest else 0)
+        capacity, past = bucket(wanted, _LONGEST_ROW), None if request.past is None else request.past.row
+        if not self._shares:
+            return self._row_of_pages(reading, capacity)
+        return self._empty_row(capacity) if past is None else widen_row(past, capacity=max(capacity, past.capacity))
+
+    def _row_of_pages(self, reading: Reading, capacity: int) -> Cache:
+        request = reading.request
+        pages = self._padded(reading.pages)[: self.config.pool.needed(capacity)]
+        filled = request.tokens_before + len(request.prompt_ids) - len(reading.left)
+        row = row_of_pages(self._slots.cache, pages, filled)
+        return row if request.past is None or reading.last is not None else fill_pages(row, request.past.row)
+
+    def _set_planes(self, cache: Cache) -> None:
+        """Keys and values of all pages, after a program that they were donated to."""
+        self._slots = self._slots.replace(cache=dataclasses.replace(self._slots.cache, planes=cache.planes))
 
     def _settings(self, request: Request) -> Settings:
         stop_ids = np.full(MOST_STOP_IDS, NO_TOKEN, np.int32)
@@ -253,8 +329,8 @@ class Decoder:
             return empty_slots(
                 self.model,
                 config.cache,
+                config.pool,
                 rows=config.slots,
-                capacity=config.capacity,
                 loops=self.loops,
                 cache_dtype=self._dtype,
                 policies=PolicyTable.empty(config.slots),

@@ -260,9 +260,15 @@ class Engine:
                     self._reading = None
 
     def _begin_reading(self) -> bool:
-        """Take the next prompt from the queue; False if there is none, or no slot for it."""
+        """Take the next prompt from the queue; False if there is none, no slot for it, or too few pages.
+
+        While it waits for pages, so do those behind it: small requests that overtake it could keep it waiting for ever.
+        """
         while None in self._slots and len(self._queue):
-            ticket = self._queue.pop()
+            ticket = self._queue.first()
+            if not (ticket.cancelled or self._decoder.has_room(ticket.request)):
+                return False
+            self._queue.pop()
             if ticket.cancelled:
                 self._end_unbegun(ticket, Finish.CANCELLED)
                 continue
@@ -270,6 +276,11 @@ class Engine:
                 self._reading = ticket, self._decoder.read(ticket.request)
                 return True
         return False
+
+    def _abandon_reading(self) -> None:
+        if self._reading is not None:
+            self._decoder.abandon(self._reading[1])
+            self._reading = None
 
     def _admit(self, ticket: Ticket, reading: Reading) -> None:
         """A prompt that was read gets a slot."""
@@ -284,7 +295,7 @@ class Engine:
         try:
             yield
         except Exception as error:
-            self._reading = None
+            self._abandon_reading()
             what = str(error) if isinstance(error, PolicyError | UserError) else f"its prompt: {described(error)}"
             self._end_unbegun(ticket, Finish.FAILED, what)
             if self._decoder.lost:
@@ -347,7 +358,7 @@ class Engine:
             if self._queue.discard(ticket.request.client, ticket):
                 self._end_unbegun(ticket, Finish.CANCELLED)
             elif self._reading is not None and self._reading[0] is ticket:
-                self._reading = None
+                self._abandon_reading()
                 self._end_unbegun(ticket, Finish.CANCELLED)
             else:
                 for slot, owner in enumerate(self._slots):

@@ -34,6 +34,12 @@ class FairQueue(Generic[T]):
         self._waiting.setdefault(client, collections.OrderedDict())[item] = None
         self._size += 1
 
+    def first(self) -> T:
+        """What `pop` would return, which stays. Raises IndexError when nothing waits."""
+        if not self._waiting:
+            raise IndexError("nothing waits")
+        return next(iter(next(iter(self._waiting.values()))))
+
     def pop(self) -> T:
         """The oldest item of the client whose turn it is. Raises IndexError when nothing waits."""
         if not self._waiting:

@@ -7,6 +7,10 @@ full cache, or the one plane there is; of its own position, its own keys and val
     LAST      its last loop
     AVERAGE   the mean of its loops
     FIRST     its first loop
+
+Rows share the memory in pages: a page is a few positions of every layer and plane, so one table, `[N, W]`, says where a
+row is in all of them. In each layer and plane a page is contiguous, as a kernel reads it; a tick moves the bytes that
+it would move for rows in one piece.
 """
 
 import dataclasses
@@ -20,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from looplm_jax.config import ModelConfig
 from looplm_jax.inference.cache_attention import PastView
+from looplm_jax.inference.page_pool import PoolSize
 from looplm_jax.models.blocks import Context, KeyValues, make_context
 from looplm_jax.models.looplm import ModelCache
 
@@ -44,17 +49,35 @@ class CacheStrategy(enum.Enum):
 class Cache:
     """Row n holds tokens at positions `0 .. lengths[n] - 1`; what lies behind them is never looked at.
 
-    Keys and values are `[L, P, N, C, K, Dh]` for P planes and a capacity of C positions; a prelude has one plane.
+    Keys and values are `[L, P, M, c, K, Dh]` for P planes and M pages of c positions; a prelude has one plane. Position
+    p of row n is position `p % c` of page `table[n, p // c]`; entries beyond what a row may fill are M, not a page.
+    Without a table row n is page n, as long as the row.
     """
 
     planes: ModelCache
     lengths: Int[Array, "N"]
     strategy: CacheStrategy = flax.struct.field(pytree_node=False)
+    table: Int[Array, "N W"] | None = None
+
+    @property
+    def pages(self) -> int:
+        """Pages of all rows, M."""
+        return self.planes.core.keys.shape[2]
+
+    @property
+    def page_size(self) -> int:
+        """Positions of a page, c."""
+        return self.planes.core.keys.shape[3]
+
+    @property
+    def page_table(self) -> Int[Array, "N W"]:
+        """The pages of each row."""
+        return jnp.arange(self.rows)[:, None] if self.table is None else self.table
 
     @property
     def capacity(self) -> int:
         """Positions of a row, C."""
-        return self.planes.core.keys.shape[3]
+        return self.page_size * (1 if self.table is None else self.table.shape[1])
 
     @property
     def depth(self) -> int:
@@ -68,7 +91,7 @@ class Cache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all keys and values: `rows * capacity * bytes_per_token(...)`."""
+        """Bytes of all keys and values: `pages * page_size * bytes_per_token(...)`."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self.planes))
 
     def context(self, config: ModelConfig, tokens: int = 1) -> Context:
@@ -98,8 +121,18 @@ class Cache:
         if stacked is None:
             return None
         return PastView(
-            stacked=stacked, planes=planes, lengths=self.lengths, dtype=dtype, differentiable=differentiable
+            stacked=stacked,
+            planes=planes,
+            table=self.page_table,
+            lengths=self.lengths,
+            dtype=dtype,
+            differentiable=differentiable,
         )
+
+    def places(self, rows: Int[Array, "*B"], positions: Int[Array, "*B"]) -> tuple[Int[Array, "*B"], Int[Array, "*B"]]:
+        """Returns the page that holds each position of a row, and where in it; M for positions beyond the capacity."""
+        number, offset = jnp.divmod(positions, self.page_size)
+        return self.page_table.at[rows, number].get(mode="fill", fill_value=self.pages), offset
 
     def write(self, own: ModelCache, loops_done: Int[Array, "N"], active: Bool[Array, "N"]) -> "Cache":
         """The keys and values of the next position of each active row, `[L, N, 1, K, Dh]`, after one more loop.
@@ -114,11 +147,9 @@ class Cache:
         coda = None if own.coda is None else jax.tree.map(put, self.planes.coda, own.coda)
         prelude = self.planes.prelude
         if own.prelude is not None:
-            first = active & (loops_done == 0)
-            where = jnp.where(first, self.lengths, self.capacity)
-            rows = jnp.arange(self.rows)
+            pages, offsets = self._next_places(active & (loops_done == 0))
             prelude = jax.tree.map(
-                lambda whole, new: whole.at[:, 0, rows, where].set(new[:, :, 0].astype(whole.dtype), mode="drop"),
+                lambda whole, new: whole.at[:, 0, pages, offsets].set(new[:, :, 0].astype(whole.dtype), mode="drop"),
                 prelude,
                 own.prelude,
             )
@@ -132,45 +163,65 @@ class Cache:
         """The cache as if some rows held no tokens, so that these are not read."""
         return dataclasses.replace(self, lengths=jnp.where(rows, 0, self.lengths))
 
+    def _next_places(self, written: Bool[Array, "*P N"]) -> tuple[Int[Array, "*P N"], Int[Array, "N"]]:
+        """Where the next position of each row is. What is not written has no page, so that it is dropped."""
+        pages, offsets = self.places(jnp.arange(self.rows), self.lengths)
+        return jnp.where(written, pages, self.pages), offsets
+
     def _put(
         self,
-        whole: Float[Array, "L P N C K Dh"],
+        whole: Float[Array, "L P M c K Dh"],
         new: Float[Array, "L N K Dh"],
         loops_done: Int[Array, "N"],
         active: Bool[Array, "N"],
-    ) -> Float[Array, "L P N C K Dh"]:
+    ) -> Float[Array, "L P M c K Dh"]:
         if self.strategy is CacheStrategy.FIRST:
             active = active & (loops_done == 0)
         planes = jnp.arange(self.depth)[:, None]
-        rows = jnp.arange(self.rows)[None]
-        # Positions beyond the capacity are dropped: rows that do not write, and the planes above a row's loop.
-        written = active & (self.strategy.shares | (planes >= loops_done))
-        positions = jnp.where(written, self.lengths, self.capacity)
+        # Not written: rows without work, and the planes of loops that a token has done before.
+        pages, offsets = self._next_places(active & (self.strategy.shares | (planes >= loops_done)))
         if self.strategy is CacheStrategy.AVERAGE:
-            before = whole.at[:, 0, rows[0], positions[0]].get(mode="fill", fill_value=0).astype(jnp.float32)
+            before = whole.at[:, 0, pages[0], offsets].get(mode="fill", fill_value=0).astype(jnp.float32)
             share = 1.0 / (loops_done + 1).astype(jnp.float32)
             new = before + (new.astype(jnp.float32) - before) * share[:, None, None]
         spread = jnp.broadcast_to(new[:, None], (new.shape[0], self.depth, *new.shape[1:])).astype(whole.dtype)
-        return whole.at[:, planes, rows, positions].set(spread, mode="drop")
+        return whole.at[:, planes, pages, offsets].set(spread, mode="drop")
 
 
 def empty_cache(
     config: ModelConfig, strategy: CacheStrategy, *, rows: int, capacity: int, loops: int, dtype: DTypeLike
 ) -> Cache:
-    """A cache of `rows` rows without tokens, for tokens of up to `loops` loops."""
+    """Returns a cache of `rows` rows without tokens, each in one piece, for tokens of up to `loops` loops."""
+    return Cache(
+        planes=_no_tokens(config, strategy, rows, capacity, loops, dtype),
+        lengths=jnp.zeros(rows, jnp.int32),
+        strategy=strategy,
+    )
 
+
+def empty_pool(
+    config: ModelConfig, strategy: CacheStrategy, size: PoolSize, *, rows: int, loops: int, dtype: DTypeLike
+) -> Cache:
+    """Returns a cache of `rows` rows that share the pages of a pool and have none yet."""
+    return Cache(
+        planes=_no_tokens(config, strategy, size.pages, size.page_size, loops, dtype),
+        lengths=jnp.zeros(rows, jnp.int32),
+        strategy=strategy,
+        table=jnp.full((rows, size.pages_per_slot), size.pages, jnp.int32),
+    )
+
+
+def _no_tokens(
+    config: ModelConfig, strategy: CacheStrategy, pages: int, page_size: int, loops: int, dtype: DTypeLike
+) -> ModelCache:
     def planes(layers: int, count: int) -> KeyValues | None:
-        shape = (layers, count, rows, capacity, config.kv_heads, config.head_width)
+        shape = (layers, count, pages, page_size, config.kv_heads, config.head_width)
         return KeyValues(keys=jnp.zeros(shape, dtype), values=jnp.zeros(shape, dtype)) if layers else None
 
     depth = 1 if strategy.shares else loops
     core = planes(config.num_layers, depth)
     assert core is not None
-    return Cache(
-        planes=ModelCache(core=core, prelude=planes(config.prelude_layers, 1), coda=planes(config.coda_layers, depth)),
-        lengths=jnp.zeros(rows, jnp.int32),
-        strategy=strategy,
-    )
+    return ModelCache(core=core, prelude=planes(config.prelude_layers, 1), coda=planes(config.coda_layers, depth))
 
 
 def bytes_per_token(config: ModelConfig, strategy: CacheStrategy, *, loops: int, dtype: DTypeLike) -> int:
@@ -183,7 +234,7 @@ def bytes_per_token(config: ModelConfig, strategy: CacheStrategy, *, loops: int,
 def share(full: Cache, strategy: CacheStrategy) -> Cache:
     """A full cache as `strategy` keeps it: the last plane, the mean of the planes, or the first one."""
 
-    def keep(stacked: Float[Array, "L P N C K Dh"]) -> Float[Array, "L p N C K Dh"]:
+    def keep(stacked: Float[Array, "L P M c K Dh"]) -> Float[Array, "L p M c K Dh"]:
         match strategy:
             case CacheStrategy.FULL:
                 return stacked
@@ -195,7 +246,8 @@ def share(full: Cache, strategy: CacheStrategy) -> Cache:
                 return stacked[:, :1]
 
     core, coda = jax.tree.map(keep, (full.planes.core, full.planes.coda))
-    return Cache(planes=dataclasses.replace(full.planes, core=core, coda=coda), lengths=full.lengths, strategy=strategy)
+    planes = dataclasses.replace(full.planes, core=core, coda=coda)
+    return dataclasses.replace(full, planes=planes, strategy=strategy)
 
 
 def unshare(shared: Cache, loops: int) -> Cache:
@@ -203,12 +255,12 @@ def unshare(shared: Cache, loops: int) -> Cache:
     if not shared.strategy.shares:
         return shared
 
-    def repeat(stacked: Float[Array, "L p N C K Dh"]) -> Float[Array, "L P N C K Dh"]:
+    def repeat(stacked: Float[Array, "L p M c K Dh"]) -> Float[Array, "L P M c K Dh"]:
         return jnp.repeat(stacked, loops, axis=1)
 
     core, coda = jax.tree.map(repeat, (shared.planes.core, shared.planes.coda))
     planes = dataclasses.replace(shared.planes, core=core, coda=coda)
-    return Cache(planes=planes, lengths=shared.lengths, strategy=CacheStrategy.FULL)
+    return dataclasses.replace(shared, planes=planes, strategy=CacheStrategy.FULL)
 
 
 def bucket(length: int, longest: int) -> int:

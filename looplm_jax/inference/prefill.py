@@ -1,7 +1,9 @@
-"""Prompts into slots: chunk after chunk through all T loops, in a row of their own, which then becomes a slot.
+"""Prompts into slots: chunk after chunk through all T loops.
 
-Sharing planes between loops while a prompt is read costs more than ten points on GSM8K (paper v4, section 5.4.2), so a
-row always has T planes; a slot keeps of them what its cache keeps.
+Sharing planes between loops while a prompt is read costs more than ten points on GSM8K (paper v4, section 5.4.2), so it
+is read in a row with T planes. A full cache has them: the row is made of the pages that the request has reserved, which
+chunks read and write where they are. With other caches a prompt has a row of its own until it becomes a slot, whose
+pages keep what the cache keeps.
 """
 
 import dataclasses
@@ -10,8 +12,9 @@ import functools
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, PyTree
+import numpy as np
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from looplm_jax.halting.first_exit import exit_loops
 from looplm_jax.inference.kv_cache import Cache, CacheStrategy, empty_cache, share, unshare
@@ -29,9 +32,23 @@ class LastToken:
     gate_logits: Float[Array, "T"]
 
 
+@flax.struct.dataclass
+class Place:
+    """Where a request is: its slot, its pages, padded to those of the longest row, and the tokens it has there."""
+
+    slot: Int[ArrayLike, ""]
+    pages: Int[ArrayLike, "W"]
+    length: Int[ArrayLike, ""]
+
+
 def empty_row(model: LoopLM, *, capacity: int, loops: int, dtype: DTypeLike) -> Cache:
-    """The cache of one prompt, with a plane for each loop."""
+    """The cache of one prompt, in one piece, with a plane for each loop."""
     return empty_cache(model.config, CacheStrategy.FULL, rows=1, capacity=capacity, loops=loops, dtype=dtype)
+
+
+def row_of_pages(cache: Cache, pages: Int[np.ndarray, "w"], length: int) -> Cache:
+    """Returns the row that some pages of a full cache make, of which `length` positions are filled."""
+    return dataclasses.replace(cache, lengths=jnp.full(1, length, jnp.int32), table=jnp.asarray(pages[None]))
 
 
 @functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("row",))
@@ -40,10 +57,12 @@ def prefill_chunk(
 ) -> tuple[Cache, LastToken]:
     """Append the first `count` of `tokens` to a row, through as many loops as it has planes.
 
+    Nothing is written of a chunk whose last state is not finite: the next owner of a page must find finite numbers.
+
     Args:
       model: the network.
       params: its parameters.
-      row: what came before; donated. There must be room for S tokens.
+      row: what came before; donated. There must be room for `count` tokens.
       tokens: a chunk, padded on the right to a static size; what stands in the padding has no influence.
       count: tokens of it, at least 1.
     """
@@ -60,21 +79,48 @@ def prefill_chunk(
 
     start = apply(embedded, method="initial_state")
     _, (last, core, coda) = jax.lax.scan(loop, start, jnp.arange(row.depth))
-    # Of a prompt that fails nothing is wanted. That the write waits for all loops, and so for all that was read of the
-    # prelude, is what lets XLA update it in place.
-    sound = jnp.isfinite(last.hidden).all()
-    prelude = jax.tree.map(lambda x: jnp.where(sound, x, 0), prelude)
-    return settled((_append(row, ModelCache(core=core, prelude=prelude, coda=coda), count), last))
+    # That the write waits for all loops, and so for all that was read of the row, is what lets XLA update it in place.
+    written = (jnp.arange(size) < count) & jnp.isfinite(last.hidden).all()
+    row = _append(row, ModelCache(core=core, prelude=prelude, coda=coda), written)
+    return settled((row.advance(count), last))
 
 
-def _append(row: Cache, own: ModelCache, count: Int[Array, ""]) -> Cache:
-    def put(whole: Float[Array, "L P 1 C K Dh"], new: Float[Array, "P L 1 S K Dh"]) -> Float[Array, "L P 1 C K Dh"]:
-        start = (0, 0, 0, row.lengths[0], 0, 0)
-        return jax.lax.dynamic_update_slice(whole, jnp.swapaxes(new, 0, 1).astype(whole.dtype), start)
+def _append(row: Cache, own: ModelCache, written: Bool[Array, "S"]) -> Cache:
+    tokens = jnp.arange(written.size)
+    pages, offsets = row.places(jnp.zeros_like(tokens), row.lengths[0] + tokens)
+    pages = jnp.where(written, pages, row.pages)
+
+    def put(whole: Float[Array, "L P M c K Dh"], new: Float[Array, "P L 1 S K Dh"]) -> Float[Array, "L P M c K Dh"]:
+        return whole.at[:, :, pages, offsets].set(jnp.swapaxes(new[:, :, 0], 0, 1).astype(whole.dtype), mode="drop")
 
     prelude = jax.tree.map(lambda x: x[None], own.prelude)
     planes = jax.tree.map(put, row.planes, dataclasses.replace(own, prelude=prelude))
-    return dataclasses.replace(row, planes=planes, lengths=row.lengths + count)
+    return dataclasses.replace(row, planes=planes)
+
+
+@jax.jit
+def after_chunk(before: LastToken, last: LastToken) -> LastToken:
+    """Returns `last`, made not finite if the chunk before was not, which has left nothing to attend to."""
+    sound = jnp.isfinite(before.hidden).all()
+    return settled(dataclasses.replace(last, hidden=jnp.where(sound, last.hidden, jnp.nan)))
+
+
+@functools.partial(jax.jit, donate_argnames=("row",))
+def fill_pages(row: Cache, past: Cache) -> Cache:
+    """Returns a row of pages with the tokens of a row in one piece. The row of pages is donated."""
+    return settled(_fill(row, past, row.page_table[0]))
+
+
+def _fill(cache: Cache, row: Cache, pages: Int[Array, "W"]) -> Cache:
+    size = cache.page_size
+    used = min(-(-row.capacity // size), pages.size)
+
+    def put(whole: Float[Array, "L P M c K Dh"], own: Float[Array, "L P 1 C K Dh"]) -> Float[Array, "L P M c K Dh"]:
+        own = _resized(own, used * size)
+        cut = own.reshape(*own.shape[:2], used, size, *own.shape[4:]).astype(whole.dtype)
+        return whole.at[:, :, pages[:used]].set(cut, mode="drop")
+
+    return dataclasses.replace(cache, planes=jax.tree.map(put, cache.planes, row.planes))
 
 
 @functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("slots",))
@@ -82,9 +128,9 @@ def admit(
     model: LoopLM,
     params: Params,
     slots: Slots,
-    row: Cache,
+    row: Cache | None,
     last: LastToken,
-    slot: Int[Array, ""],
+    place: Place,
     settings: Settings,
     prompt_seen: Array | None,
 ) -> tuple[Slots, Ticked]:
@@ -94,9 +140,9 @@ def admit(
       model: the network.
       params: its parameters.
       slots: requests under way; donated.
-      row: the cache of the prompt; may have more capacity than a slot, if its tokens fit.
+      row: the cache of the prompt; may have more capacity than a slot, if its tokens fit. None: it is in the pages.
       last: what the loops say of its last token.
-      slot: where to put it.
+      place: where to put it.
       settings: of this request, without the axis N.
       prompt_seen: tokens of the prompt, `[V]`, where slots remember them.
 
@@ -110,7 +156,7 @@ def admit(
         functools.partial(logits_of, model, params),
     )
     one = Slots(
-        cache=share(row, slots.cache.strategy),
+        cache=slots.cache,
         tokens=jnp.zeros(1, jnp.int32),
         state=jnp.zeros_like(slots.state[:1]),
         embedded=None if slots.embedded is None else jnp.zeros_like(slots.embedded[:1]),
@@ -124,24 +170,20 @@ def admit(
     first = choose(model, params, one, last.hidden[exits[0] - 1][None], None, one.active)
     first = dataclasses.replace(first, exit_loops=exits)
     one = receive(one, first)
-    # Whoever has the slot next must not find there what is not finite.
-    sound = jax.tree.map(lambda x: jnp.where(first.failed[0], 0, x), one.cache)
-    cache = _insert(slots.cache, sound, slot)
+    cache = slots.cache
+    if row is not None:
+        cache = _fill(cache, share(row, cache.strategy), jnp.asarray(place.pages))
+    cache = dataclasses.replace(
+        cache,
+        lengths=cache.lengths.at[place.slot].set(place.length),
+        table=cache.page_table.at[place.slot].set(place.pages),
+    )
     rest = jax.tree.map(
-        lambda whole, own: jax.lax.dynamic_update_index_in_dim(whole, own[0].astype(whole.dtype), slot, axis=0),
+        lambda whole, own: jax.lax.dynamic_update_index_in_dim(whole, own[0].astype(whole.dtype), place.slot, axis=0),
         slots.replace(cache=None),
         one.replace(cache=None),
     )
     return settled((rest.replace(cache=cache), jax.tree.map(lambda x: x[0], first)))
-
-
-def _insert(cache: Cache, row: Cache, slot: Int[Array, ""]) -> Cache:
-    def put(whole: Float[Array, "L P N C K Dh"], own: Float[Array, "L P 1 c K Dh"]) -> Float[Array, "L P N C K Dh"]:
-        fitting = own[:, :, :, : whole.shape[3]].astype(whole.dtype)
-        return jax.lax.dynamic_update_slice(whole, fitting, (0, 0, slot, 0, 0, 0))
-
-    planes = jax.tree.map(put, cache.planes, row.planes)
-    return dataclasses.replace(cache, planes=planes, lengths=cache.lengths.at[slot].set(row.lengths[0]))
 
 
 @functools.partial(jax.jit, static_argnames=("loops", "capacity"))
@@ -150,20 +192,29 @@ def extract_row(cache: Cache, slot: Int[Array, ""], *, loops: int, capacity: int
 
     `capacity` is at least the tokens of the slot; it may be more or less than the capacity of the slots.
     """
+    used = min(-(-capacity // cache.page_size), cache.page_table.shape[1])
+    pages = jax.lax.dynamic_index_in_dim(cache.page_table, slot, keepdims=False)[:used]
 
-    def take(whole: Float[Array, "L P N C K Dh"]) -> Float[Array, "L P 1 c K Dh"]:
-        own = jax.lax.dynamic_slice_in_dim(whole, slot, 1, axis=2)[:, :, :, :capacity]
-        return jnp.pad(own, [(0, capacity - own.shape[3]) if axis == 3 else (0, 0) for axis in range(6)])
+    def take(whole: Float[Array, "L P M c K Dh"]) -> Float[Array, "L P 1 C K Dh"]:
+        own = whole.at[:, :, pages].get(mode="clip")
+        return _resized(own.reshape(*own.shape[:2], 1, -1, *own.shape[4:]), capacity)
 
-    lengths = jax.lax.dynamic_slice_in_dim(cache.lengths, slot, 1)
-    return unshare(dataclasses.replace(cache, planes=jax.tree.map(take, cache.planes), lengths=lengths), loops)
+    row = dataclasses.replace(
+        cache,
+        planes=jax.tree.map(take, cache.planes),
+        lengths=jax.lax.dynamic_slice_in_dim(cache.lengths, slot, 1),
+        table=None,
+    )
+    return unshare(row, loops)
 
 
 @functools.partial(jax.jit, static_argnames=("capacity",))
 def widen_row(row: Cache, *, capacity: int) -> Cache:
     """A copy of a row with room for `capacity` tokens, no fewer than it has."""
+    return dataclasses.replace(row, planes=jax.tree.map(lambda whole: _resized(whole, capacity), row.planes))
 
-    def widen(whole: Float[Array, "L P 1 c K Dh"]) -> Float[Array, "L P 1 C K Dh"]:
-        return jnp.pad(whole, [(0, capacity - whole.shape[3]) if axis == 3 else (0, 0) for axis in range(6)])
 
-    return dataclasses.replace(row, planes=jax.tree.map(widen, row.planes))
+def _resized(row: Float[Array, "L P 1 C K Dh"], capacity: int) -> Float[Array, "L P 1 c K Dh"]:
+    """The first `capacity` positions of a row, and zeros after them if it has fewer."""
+    kept = row[:, :, :, :capacity]
+    return jnp.pad(kept, [(0, capacity - kept.shape[3]) if axis == 3 else (0, 0) for axis in range(6)])

@@ -82,6 +82,16 @@ class Request:
         object.__setattr__(self, name, value)
 
     @property
+    def tokens_before(self) -> int:
+        """Tokens of the kept cache that it continues."""
+        return 0 if self.past is None else len(self.past)
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens that it may have in all: those of the kept cache, the prompt, and all new ones."""
+        return self.tokens_before + len(self.prompt_ids) + self.max_new_tokens
+
+    @property
     def stop_conditions(self) -> StopConditions:
         """What ends its text."""
         return StopConditions(

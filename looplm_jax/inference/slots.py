@@ -13,7 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 from looplm_jax.halting import ExitPolicy
 from looplm_jax.halting.policy_table import PolicyTable
 from looplm_jax.halting.signals import LoopMemory
-from looplm_jax.inference.kv_cache import Cache, CacheStrategy, empty_cache
+from looplm_jax.inference.kv_cache import Cache, CacheStrategy, empty_pool
+from looplm_jax.inference.page_pool import PoolSize
 from looplm_jax.inference.sampling import SamplingTable
 from looplm_jax.models.looplm import LoopLM, compute_dtype
 
@@ -62,19 +63,19 @@ class Slots:
 def empty_slots(
     model: LoopLM,
     strategy: CacheStrategy,
+    size: PoolSize,
     *,
     rows: int,
-    capacity: int,
     loops: int,
     cache_dtype: DTypeLike,
     policies: PolicyTable,
     remember_tokens: bool = False,
 ) -> Slots:
-    """`rows` slots without requests, with room for `capacity` tokens of up to `loops` loops each."""
+    """Returns `rows` slots without requests, which share the pages of a pool, for tokens of up to `loops` loops."""
     config, dtype = model.config, compute_dtype(model.compute)
     state = jnp.zeros((rows, 1, config.width), dtype)
     return Slots(
-        cache=empty_cache(config, strategy, rows=rows, capacity=capacity, loops=loops, dtype=cache_dtype),
+        cache=empty_pool(config, strategy, size, rows=rows, loops=loops, dtype=cache_dtype),
         tokens=jnp.zeros(rows, jnp.int32),
         state=state,
         embedded=jnp.zeros_like(state) if config.prelude_layers else None,

@@ -18,6 +18,7 @@ from looplm_jax.errors import UserError
 from looplm_jax.halting.policy_table import PolicyTable
 from looplm_jax.inference import CacheStrategy
 from looplm_jax.inference.kv_cache import bytes_per_token
+from looplm_jax.inference.page_pool import PoolSize
 from looplm_jax.inference.placing import shardings
 from looplm_jax.inference.slots import Slots, empty_slots
 from looplm_jax.inference.tick import run_ticks
@@ -43,21 +44,49 @@ class DecodeRequest:
 
     slots: int = 8
     capacity: int = 2048
+    page_size: int = 128
+    pages: int | None = None  # None: as many as all slots need for requests of `capacity` tokens
     cache: CacheStrategy = CacheStrategy.FULL
-    filled: int | None = None  # None: half of the capacity
+    filled: int | None = None  # None: half of the capacity, or of the pages where these are fewer
     loops_mean: float | None = None  # loops of a token on average, where tokens exit early
 
     def __post_init__(self) -> None:
-        for name in ("slots", "capacity"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
-        if self.filled is not None and not 0 <= self.filled <= self.capacity:
-            raise UserError(f"--filled must be between 0 and --capacity={self.capacity}, not {self.filled}")
+        for name in ("slots", "capacity", "page_size", "pages"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        self._check_pool()
+
+    def _check_pool(self) -> None:
+        pool, filled = self.pool, self.filled
+        missing = pool.pages_per_slot - pool.pages
+        if missing > 0:
+            raise UserError(
+                f"one request of --capacity={self.capacity} takes {pool.pages_per_slot} pages of {pool.page_size} "
+                f"positions, and there are {pool.pages}: {missing} are missing; use --pages {pool.pages_per_slot}"
+            )
+        if filled is None:
+            return
+        if not 0 <= filled <= self.capacity:
+            raise UserError(f"--filled must be between 0 and --capacity={self.capacity}, not {filled}")
+        missing = self.slots * pool.needed(filled) - pool.pages
+        if missing > 0:
+            raise UserError(
+                f"--filled={filled} takes {pool.pages + missing} pages of {pool.page_size} positions in {self.slots} "
+                f"slots, and there are {pool.pages}: {missing} are missing; use --pages {pool.pages + missing}"
+            )
+
+    @property
+    def pool(self) -> PoolSize:
+        """Pages that the slots share."""
+        return PoolSize.of(slots=self.slots, capacity=self.capacity, page_size=self.page_size, pages=self.pages)
 
     @property
     def positions(self) -> int:
         """Positions of each slot that a tick reads."""
-        return self.capacity // 2 if self.filled is None else self.filled
+        if self.filled is not None:
+            return self.filled
+        return min(self.capacity, self.pool.positions // self.slots) // 2
 
     def check(self, model: ModelConfig) -> None:
         """Refuses what this model cannot do. Raises UserError."""
@@ -131,6 +160,8 @@ class DecodePlan:
         request = dataclasses.asdict(self.request) | {
             "cache": self.request.cache.value,
             "filled": self.request.positions,
+            "page_size": self.request.pool.page_size,
+            "pages": self.request.pool.pages,
         }
         whole = dataclasses.asdict(dataclasses.replace(self, moved=None))
         return whole | {"request": request, "moved": moved, "ratio": self.ratio}
@@ -238,8 +269,8 @@ def _abstract_slots(model: LoopLM, request: DecodeRequest, dtype: jnp.dtype, mes
         return empty_slots(
             model,
             request.cache,
+            request.pool,
             rows=request.slots,
-            capacity=request.capacity,
             loops=model.config.loops,
             cache_dtype=dtype,
             policies=PolicyTable.empty(request.slots),

@@ -115,6 +115,10 @@ def test_a_slice_that_no_host_can_have(plan_file, capsys):
             "--filled must be between 0 and --capacity=64, not 65",
         ),
         (
+            ["--topology", "v5e:1x1", "--capacity", "64", "--page-size", "16", "--pages", "3"],
+            "one request of --capacity=64 takes 4 pages of 16 positions, and there are 3: 1 are missing; use --pages 4",
+        ),
+        (
             ["--topology", "v5e:1x1", "--capacity", "64", "--loops-mean", "1.5"],
             "--loops-mean must be between 1 and the 1 loops of the model",
         ),
@@ -162,7 +166,7 @@ def test_neither_a_recipe_nor_a_checkpoint(given, message, tmp_path, monkeypatch
     assert message in line
 
 
-@pytest.mark.parametrize("flag", ["--slots", "--capacity", "--filled", "--loops-mean"])
+@pytest.mark.parametrize("flag", ["--slots", "--capacity", "--page-size", "--pages", "--filled", "--loops-mean"])
 def test_flags_of_a_tick_need_decode(plan_file, flag, capsys):
     assert main(["plan", plan_file, "--topology", "here", flag, "3"]) == 2
     assert f"{flag} has no effect without --decode; add --decode" in capsys.readouterr().err
@@ -215,7 +219,7 @@ def test_a_plan_of_a_tick(plan_file, planned, tmp_path, capsys):
     printed = capsys.readouterr()
     assert "compiling a tick of 1 slots for v5e:1x1" in printed.err
     assert f"{plan_file}, a tick on v5e:1x1: fits" in printed.out
-    assert "1 slot(s) of 64 positions, 10 of each filled; cache last, 1 loops, bfloat16" in printed.out
+    assert "1 slot(s) of 64 positions, 10 of each filled; 1 page(s) of 64; cache last, 1 loops, bfloat16" in printed.out
     assert "cache                          3.000        0.000" in printed.out
     assert "copies of the cache            0.000        1.000" in printed.out
     assert "floor: 1.000 GB (parameters once 0.999, filled cache once 0.001" in printed.out
@@ -226,7 +230,15 @@ def test_a_plan_of_a_tick(plan_file, planned, tmp_path, capsys):
     assert plan["fits"]
     assert plan["ratio"] == 4
     assert plan["moved"]["cache"] == {"read": 3 * 10**9, "written": 0}
-    assert plan["request"] == {"slots": 1, "capacity": 64, "cache": "last", "filled": 10, "loops_mean": 1.0}
+    assert plan["request"] == {
+        "slots": 1,
+        "capacity": 64,
+        "page_size": 64,
+        "pages": 1,
+        "cache": "last",
+        "filled": 10,
+        "loops_mean": 1.0,
+    }
 
 
 def test_a_tick_that_does_not_fit(plan_file, planned, capsys):
@@ -236,6 +248,7 @@ def test_a_tick_that_does_not_fit(plan_file, planned, capsys):
     printed = capsys.readouterr().out
     assert "DOES NOT FIT, 17.00 of 16.00 GiB a device (parameters 1.000, cache 16.000" in printed
     assert "change: fewer requests at one time: --slots 4" in printed
+    assert "change: fewer pages, for which requests may have to wait: --pages 4" in printed
     assert "change: shorter requests: --capacity 32" in printed
     assert "next: the same command with one of the changes above" in printed
 

@@ -9,7 +9,7 @@ from looplm_jax.halting import QExit
 from looplm_jax.inference import Engine, EngineConfig, Request
 
 LOOPS = 3
-CONFIG = EngineConfig(slots=3, capacity=128, chunk=16, unroll=False)
+CONFIG = EngineConfig(slots=3, capacity=128, chunk=16, page_size=32, unroll=False)
 SOUND = Request(prompt_ids=(1,), max_new_tokens=6, policy=QExit(q=0.5))
 
 

@@ -1,4 +1,4 @@
-"""Three ways to attend to a cache: a gather, row by row, and the kernel of a TPU, interpreted."""
+"""Three ways to attend to pages of a cache: a gather, row by row, and the kernel of a TPU, interpreted."""
 
 import functools
 
@@ -13,9 +13,12 @@ from looplm_jax.inference.cache_attention import PastView, attend_row_by_row
 from looplm_jax.inference.decode_kernel import decode_attention, fits
 from looplm_jax.models.blocks import KeyValues
 
-LAYERS, PLANES, ROWS, CAPACITY, WIDTH = 2, 3, 4, 96, 128
+LAYERS, PLANES, ROWS, WIDTH = 2, 3, 4, 128
+PAGES, PAGE_SIZE, PAGES_PER_ROW = 14, 32, 3
+CAPACITY = PAGES_PER_ROW * PAGE_SIZE
 positions_filled = st.lists(st.integers(0, CAPACITY), min_size=ROWS, max_size=ROWS)
 planes_read = st.lists(st.integers(0, PLANES - 1), min_size=ROWS, max_size=ROWS)
+pages_in_any_order = st.permutations(range(PAGES))
 
 
 @functools.cache
@@ -25,7 +28,7 @@ def arrays(tokens, heads, kv_heads):
     def normal(*shape):
         return generator.normal(size=shape).astype(np.float32)
 
-    own, cached = (ROWS, tokens, kv_heads, WIDTH), (LAYERS, PLANES, ROWS, CAPACITY, kv_heads, WIDTH)
+    own, cached = (ROWS, tokens, kv_heads, WIDTH), (LAYERS, PLANES, PAGES, PAGE_SIZE, kv_heads, WIDTH)
     return (
         normal(ROWS, tokens, heads, WIDTH),
         KeyValues(keys=normal(*own), values=normal(*own)),
@@ -33,19 +36,33 @@ def arrays(tokens, heads, kv_heads):
     )
 
 
-def by_definition(queries, own, stacked, layer, planes, lengths):
+def by_definition(queries, own, view, layer):
     """Token after token, head after head, over the keys that it sees and no others."""
     mixed, heads_a_key = np.empty(queries.shape), queries.shape[2] // own.keys.shape[2]
     for row, token, head in np.ndindex(queries.shape[:3]):
-        at = layer, planes[row], row, slice(lengths[row]), head // heads_a_key
-        mine = row, slice(token + 1), head // heads_a_key
+        kv_head, positions = head // heads_a_key, np.arange(view.lengths[row])
+        at = layer, view.planes[row], view.table[row, positions // PAGE_SIZE], positions % PAGE_SIZE, kv_head
+        mine = row, slice(token + 1), kv_head
         keys, values = (
             np.concatenate([past[at], new[mine]])
-            for past, new in ((stacked.keys, own.keys), (stacked.values, own.values))
+            for past, new in ((view.stacked.keys, own.keys), (view.stacked.values, own.values))
         )
         weights = np.exp(keys @ queries[row, token, head] / np.sqrt(WIDTH))
         mixed[row, token, head] = weights @ values / weights.sum()
     return mixed
+
+
+def table_of(pages, lengths):
+    """As many pages as each row has filled, and no page after them."""
+    table = np.array(pages[: ROWS * PAGES_PER_ROW], np.int32).reshape(ROWS, PAGES_PER_ROW)
+    return np.where(np.arange(PAGES_PER_ROW) * PAGE_SIZE < np.array(lengths)[:, None], table, PAGES)
+
+
+@jax.jit
+def gathered(queries, own, view, layer):
+    tokens = queries.shape[1]
+    mask = jnp.broadcast_to(jnp.tril(jnp.ones((tokens, tokens), bool)), (ROWS, tokens, tokens))
+    return view._gathered(layer, queries, own, mask)
 
 
 @jax.jit
@@ -58,25 +75,26 @@ def row_by_row(queries, own, view, layer):
 @jax.jit
 def by_kernel(queries, own, view, layer):
     one = jax.tree.map(lambda x: x[:, 0], own)
-    return decode_attention(queries[:, 0], one, view.stacked, layer, view.planes, view.lengths)[:, None]
+    return decode_attention(queries[:, 0], one, view.stacked, layer, view.planes, view.table, view.lengths)[:, None]
 
 
-@pytest.mark.parametrize(("program", "tokens"), [(row_by_row, 1), (row_by_row, 3), (by_kernel, 1)])
+@pytest.mark.parametrize(("program", "tokens"), [(gathered, 3), (row_by_row, 1), (row_by_row, 3), (by_kernel, 1)])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
 def test_all_filled_positions_of_the_own_row_and_plane_are_attended_to(program, tokens, heads, kv_heads):
     queries, own, stacked = arrays(tokens, heads, kv_heads)
 
     @settings(max_examples=10)
-    @given(positions_filled, planes_read, st.integers(0, LAYERS - 1))
-    def check(lengths, planes, layer):
+    @given(positions_filled, planes_read, pages_in_any_order, st.integers(0, LAYERS - 1))
+    def check(lengths, planes, pages, layer):
         view = PastView(
             stacked=stacked,
             planes=np.array(planes, np.int32),
+            table=table_of(pages, lengths),
             lengths=np.array(lengths, np.int32),
             dtype=jnp.float32,
         )
         found = program(queries, own, view, np.int32(layer))
-        np.testing.assert_allclose(found, by_definition(queries, own, stacked, layer, planes, lengths), atol=2e-5)
+        np.testing.assert_allclose(found, by_definition(queries, own, view, layer), atol=2e-5)
 
     check()
 

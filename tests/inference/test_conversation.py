@@ -16,7 +16,7 @@ STOPS = (0, 2)
 @pytest.fixture(scope="module")
 def engine():
     loaded = make_loaded()
-    return Engine(*loaded, TOKENIZER, config=EngineConfig(slots=1, capacity=128, chunk=64))
+    return Engine(*loaded, TOKENIZER, config=EngineConfig(slots=1, capacity=128, chunk=64, page_size=32))
 
 
 def spoken(generator, most=7):

@@ -17,7 +17,11 @@ def test_clients_take_turns_and_each_is_served_in_order(clients):
     queue = FairQueue(limit=20)
     for number, client in enumerate(clients):
         queue.push(client, (client, number))
-    served = drain(queue)
+    served = []
+    while len(queue):
+        first = queue.first()
+        served.append(queue.pop())
+        assert first == served[-1]
     assert sorted(served) == sorted((client, number) for number, client in enumerate(clients))
     rounds = collections.defaultdict(list)
     turns = collections.Counter()
@@ -66,5 +70,6 @@ def test_the_queue_is_bounded():
     with pytest.raises(OverflowError, match="2 items are waiting"):
         queue.push("c", 3)
     assert drain(queue) == [1, 2]
-    with pytest.raises(IndexError, match="nothing waits"):
-        queue.pop()
+    for operation in (queue.first, queue.pop):
+        with pytest.raises(IndexError, match="nothing waits"):
+            operation()

@@ -131,8 +131,8 @@ def test_one_program_for_a_bucket(tiny_model):
     make(PROMPT * 3, 7, 0.9, 0.5)
     make([7] * 60, 4, 1.0, 0.0)
     assert sizes() == before
-    make([7] * 60, 5, 1.0, 0.0)  # 65 positions: the cache is of the next bucket, the prompt is not
-    assert [after - count for after, count in zip(sizes(), before, strict=True)] == [0, 1, 1]
+    make([7] * 60, 5, 1.0, 0.0)  # 65 positions: the cache, which prompts are read into, is of the next bucket
+    assert [after - count for after, count in zip(sizes(), before, strict=True)] == [1, 1, 1]
 
 
 def test_the_last_position_can_be_filled(tiny_model):

@@ -41,7 +41,7 @@ REQUESTS = [
 def make_engine(strategy):
     """A model, its parameters, and an engine with this cache."""
     model, params = make_model(**SHAPES[strategy])
-    config = EngineConfig(slots=3, capacity=64, chunk=64, cache=strategy, unroll=False)
+    config = EngineConfig(slots=3, capacity=64, chunk=64, page_size=16, cache=strategy, unroll=False)
     return model, params, Engine(model, params, config=config)
 
 

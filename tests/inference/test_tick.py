@@ -4,19 +4,22 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from inference_models import make_model
 from jax.extend.core import jaxprs_in_params
 
 from looplm_jax.halting import Confidence, FixedLoops, KLDivergence, PolicyTable, QExit
 from looplm_jax.inference.kv_cache import CacheStrategy
-from looplm_jax.inference.prefill import LastToken, admit, empty_row, prefill_chunk
+from looplm_jax.inference.page_pool import PoolSize
+from looplm_jax.inference.prefill import LastToken, Place, admit, empty_row, prefill_chunk, row_of_pages
 from looplm_jax.inference.slots import empty_slots
 from looplm_jax.inference.tick import run_ticks, tick
 from looplm_jax.models.blocks import unroll_layers
 from looplm_jax.models.looplm import LoopLM
 
 LOOPS, ROWS, CAPACITY = 3, 5, 64
+POOL = PoolSize(pages=20, page_size=16, pages_per_slot=4)
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +32,8 @@ def shape_of_slots(model, strategy=CacheStrategy.FULL, kinds=(FixedLoops, QExit)
         lambda: empty_slots(
             model,
             strategy,
+            POOL,
             rows=ROWS,
-            capacity=CAPACITY,
             loops=LOOPS,
             cache_dtype=jnp.float32,
             policies=PolicyTable.empty(ROWS, kinds),
@@ -71,13 +74,16 @@ def test_a_prompt_is_put_into_a_slot_in_place(strategy, changes):
     model, params = unrolled_model(changes)
     slots = shape_of_slots(model, strategy)
     settings = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), slots.settings)
-    lowered = admit.lower(model, params, slots, shape_of_row(model), last_token(model), index(), settings, None)
+    place = Place(slot=index(), pages=jax.ShapeDtypeStruct((POOL.pages_per_slot,), jnp.int32), length=index())
+    lowered = admit.lower(model, params, slots, shape_of_row(model), last_token(model), place, settings, None)
     assert_in_place(lowered, slots.cache.planes)
 
 
-def test_a_chunk_is_added_to_a_row_in_place():
+@pytest.mark.parametrize("in_pages", [False, True])
+def test_a_chunk_is_added_to_a_row_in_place(in_pages):
     model, params = unrolled_model({"prelude_layers": 1, "coda_layers": 1})
-    row = shape_of_row(model)
+    pages = np.arange(POOL.pages_per_slot, dtype=np.int32)
+    row = row_of_pages(shape_of_slots(model).cache, pages, 0) if in_pages else shape_of_row(model)
     lowered = prefill_chunk.lower(model, params, row, jax.ShapeDtypeStruct((16,), jnp.int32), index())
     assert_in_place(lowered, row.planes)
 

@@ -74,6 +74,34 @@ def test_half_of_the_capacity_is_filled_unless_told_otherwise():
     assert DecodeRequest(capacity=2048, filled=0).positions == 0
 
 
+def test_half_of_the_pages_are_filled_where_they_are_fewer_than_the_slots_could_take():
+    assert DecodeRequest(slots=8, capacity=2048, pages=64).positions == 512
+    assert DecodeRequest(slots=2, capacity=2048, pages=64).positions == 1024
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"pages": 10},
+            "one request of --capacity=2048 takes 16 pages of 128 positions, and there are 10: 6 are missing; "
+            "use --pages 16",
+        ),
+        (
+            {"page_size": 4096, "pages": 7, "filled": 1},
+            "--filled=1 takes 8 pages of 2048 positions in 8 slots, and there are 7: 1 are missing; use --pages 8",
+        ),
+        ({"pages": 0}, "--pages must be at least 1, not 0"),
+        ({"page_size": 0}, "--page-size must be at least 1, not 0"),
+        ({"filled": 2049}, "--filled must be between 0 and --capacity=2048, not 2049"),
+    ],
+)
+def test_a_pool_that_is_too_small(options, message):
+    with pytest.raises(UserError) as caught:
+        DecodeRequest(**options)
+    assert str(caught.value) == message
+
+
 def test_tokens_of_a_second():
     timing = decode_timing(V5E, moved=819 * 10**7, floor=819 * 10**6, sent=0, slots=8, loops=4, loops_mean=2.0)
     assert timing.tick == pytest.approx(0.01)
@@ -102,7 +130,7 @@ def test_more_devices_than_heads(model, devices, message):
 def test_a_tick_for_v5e_reads_every_weight_once():
     """Of a model whose embedding and layers are too large for the fast memory of the chip."""
     model = dataclasses.replace(MODEL, vocab_size=2**16, width=1024, mlp_width=4096, num_layers=4, num_heads=8)
-    request = DecodeRequest(slots=4, capacity=256, cache=CacheStrategy.LAST, loops_mean=1.5)
+    request = DecodeRequest(slots=4, capacity=256, pages=6, cache=CacheStrategy.LAST, loops_mean=1.5)
     plan = plan_decode(model, COMPUTE, request, find_target("v5e:1x1"))
     assert plan.fits
     assert plan.dtype == "bfloat16"
@@ -112,10 +140,18 @@ def test_a_tick_for_v5e_reads_every_weight_once():
     assert written[Buffer.WEIGHTS] == written[Buffer.HEAD] == 0
     assert written[Buffer.CACHE] >= plan.floor.cache_written
     assert plan.memory.parameters + plan.memory.cache < plan.memory.total < plan.memory.capacity
-    assert plan.memory.cache == 4 * 256 * 4 * 2 * 1024 * 2
+    assert plan.memory.cache == 6 * 128 * 4 * 2 * 1024 * 2
     assert plan.timing.tokens_per_second_at_mean == pytest.approx(2 * plan.timing.tokens_per_second)
     as_json = json.loads(json.dumps(plan.to_json()))
-    assert as_json["request"] == {"slots": 4, "capacity": 256, "cache": "last", "filled": 128, "loops_mean": 1.5}
+    assert as_json["request"] == {
+        "slots": 4,
+        "capacity": 256,
+        "page_size": 128,
+        "pages": 6,
+        "cache": "last",
+        "filled": 96,
+        "loops_mean": 1.5,
+    }
     assert as_json["moved"]["head"] == {"read": read[Buffer.HEAD], "written": 0}
     assert as_json["ratio"] == plan.moved.total / plan.floor.total
 

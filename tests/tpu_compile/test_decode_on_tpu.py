@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from tpu_programs import tpu_mesh
 
@@ -11,8 +12,9 @@ from looplm_jax.config import ComputeConfig, MeshConfig, ModelConfig, Remat
 from looplm_jax.halting import PolicyTable
 from looplm_jax.inference.decoder import EngineConfig
 from looplm_jax.inference.kv_cache import CacheStrategy, empty_cache
+from looplm_jax.inference.page_pool import PoolSize
 from looplm_jax.inference.placing import shardings
-from looplm_jax.inference.prefill import empty_row, prefill_chunk
+from looplm_jax.inference.prefill import empty_row, prefill_chunk, row_of_pages
 from looplm_jax.inference.sampling import SamplingTable
 from looplm_jax.inference.slots import empty_slots
 from looplm_jax.inference.speculation.step import SpeculativeRows, draft
@@ -40,24 +42,32 @@ class Chips:
             abstract(boxed_shapes(config), self.mesh),
         )
 
-    def tick(self, *, slots=3, capacity=CAPACITY, strategy=CacheStrategy.FULL):
-        arrays = self._abstract(
+    def slots(self, *, slots=3, capacity=CAPACITY, strategy=CacheStrategy.FULL):
+        return self._abstract(
             lambda: empty_slots(
                 self.model,
                 strategy,
+                PoolSize.of(slots=slots, capacity=capacity, page_size=128),
                 rows=slots,
-                capacity=capacity,
                 loops=self.model.config.loops,
                 cache_dtype=jnp.bfloat16,
                 policies=PolicyTable.empty(slots),
             )
         )
-        return self._compiled(run_ticks, arrays, loops=self.model.config.loops)
 
-    def chunk(self, *, tokens=128, capacity=CAPACITY):
-        row = self._abstract(
+    def tick(self, **size):
+        return self._compiled(run_ticks, self.slots(**size), loops=self.model.config.loops)
+
+    def row(self, capacity=CAPACITY):
+        return self._abstract(
             lambda: empty_row(self.model, capacity=capacity, loops=self.model.config.loops, dtype=jnp.bfloat16)
         )
+
+    def row_of_pages(self):
+        cache = self.slots().cache
+        return row_of_pages(cache, np.arange(cache.table.shape[1], dtype=np.int32), 0)
+
+    def chunk(self, row, *, tokens=128):
         numbers = jax.ShapeDtypeStruct((tokens,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
         return self._compiled(prefill_chunk, row, *numbers)
 
@@ -131,7 +141,8 @@ def test_no_cache_is_copied_in_a_tick(strategy, tensor):
 @pytest.mark.parametrize("changes", [{}, AROUND, {"num_kv_heads": 2}])
 def test_a_chunk_of_a_prompt_reads_its_row_in_place(changes):
     chips = Chips(config=dataclasses.replace(SMALL, **changes))
-    assert_reads_in_place(chips, chips.chunk())
+    for row in (chips.row(), chips.row_of_pages()):
+        assert_reads_in_place(chips, chips.chunk(row))
 
 
 @pytest.mark.tpu_compile
