@@ -8,14 +8,8 @@ from looplm_jax.data.tokenizer_training import train_sentencepiece
 __all__ = ["bucket", "gcs"]
 
 
-@pytest.fixture(autouse=True)
-def small_windows(monkeypatch):
-    """Every stream fills its window first, also one that is resumed. What is tested holds for windows of any size."""
-    monkeypatch.setattr("looplm_jax.data.packing._SHUFFLED_PIECES", 256)
-
-
 @pytest.fixture
-def full_windows(small_windows, monkeypatch):
+def full_windows(monkeypatch):
     """Windows as users have them."""
     monkeypatch.setattr("looplm_jax.data.packing._SHUFFLED_PIECES", 4096)
 
