@@ -1,5 +1,6 @@
 """The sandwich block and a stack of them: `nn.scan` over layers, so that the program does not grow with L."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -130,7 +131,39 @@ class Projection(nn.Module):
         """Multiply the `contracted` trailing axes away."""
         shape = (*x.shape[-self.contracted :], *self.features)
         kernel = parameter(self, "kernel", nn.initializers.normal(self.init_std), self.axes, shape)
-        return jnp.tensordot(x, kernel.astype(x.dtype), axes=self.contracted)
+        product = _cpu_product if target_platform() == "cpu" else _product
+        return product(x, kernel.astype(x.dtype), self.contracted)
+
+
+def _product(x: Array, kernel: Array, contracted: int) -> Array:
+    return jnp.tensordot(x, kernel, axes=contracted)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _cpu_product(x: Array, kernel: Array, contracted: int) -> Array:
+    """Returns the same as `_product`, with a gradient that XLA's CPU compiler computes faster.
+
+    JAX computes the gradient of the kernel as cotangents times inputs, transposed. For that the compiler transposes the
+    cotangents of every projection, the widest arrays of a layer among them, and leaves its fast library of products.
+    """
+    return _product(x, kernel, contracted)
+
+
+def _cpu_product_forward(x: Array, kernel: Array, contracted: int) -> tuple[Array, tuple[Array, Array]]:
+    return _product(x, kernel, contracted), (x, kernel)
+
+
+def _cpu_product_backward(contracted: int, saved: tuple[Array, Array], cotangents: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    tokens = tuple(range(x.ndim - contracted))
+    features = kernel.ndim - contracted
+    trailing = tuple(range(cotangents.ndim - features, cotangents.ndim)), tuple(range(contracted, kernel.ndim))
+    x_grad = jax.lax.dot_general(cotangents, kernel, (trailing, ((), ())))
+    kernel_grad = jax.lax.dot_general(x, cotangents, ((tokens, tokens), ((), ())))
+    return x_grad, kernel_grad
+
+
+_cpu_product.defvjp(_cpu_product_forward, _cpu_product_backward)
 
 
 class Attention(nn.Module):
