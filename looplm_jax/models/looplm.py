@@ -9,6 +9,7 @@ loops. A coda runs on the way from every loop's state to its head and gate; the 
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -237,7 +238,12 @@ def head_matrix(params: Params, config: ModelConfig) -> Float[Array, "D V"]:
 
 def init_params(model: LoopLM, key: PRNGKeyArray) -> Params:
     """Initial float32 parameters as plain arrays (Normal(0, 0.02); ones for norms; zero for the gate's bias)."""
-    return jax.jit(lambda key: nn.meta.unbox(boxed_params(model, key)))(key)
+    return _initializer(model.config)(key)
+
+
+@functools.lru_cache(maxsize=8)
+def _initializer(config: ModelConfig) -> Callable[[PRNGKeyArray], Params]:
+    return jax.jit(lambda key: nn.meta.unbox(boxed_params(LoopLM(config), key)))
 
 
 def boxed_params(model: LoopLM, key: PRNGKeyArray) -> PyTree:
