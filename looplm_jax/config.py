@@ -90,11 +90,15 @@ class AttentionKernel(enum.Enum):
 class Remat(enum.Enum):
     """What the backward pass recomputes: nothing, all but the matmuls, each layer, or each whole loop.
 
-    `offload` recomputes each layer from a start that waits in the memory of the host.
+    `save_qkv` recomputes each layer but for queries, keys, values and the outputs of attention and feed-forward;
+    `save_outputs` saves the two outputs alone. `offload` recomputes each layer from a start that waits in the memory of
+    the host.
     """
 
     NONE = "none"
     DOTS = "dots"
+    SAVE_QKV = "save_qkv"
+    SAVE_OUTPUTS = "save_outputs"
     LAYER = "layer"
     LOOP = "loop"
     OFFLOAD = "offload"
@@ -108,6 +112,20 @@ class Gather(enum.Enum):
 
     PER_LAYER = "per_layer"
     PER_STEP = "per_step"
+
+
+class Reduce(enum.Enum):
+    """When gradients are summed over devices: in every loop of the model, once per microbatch, or once per step.
+
+    `microbatch` and `step` hold the gradient of all parameters on every device, and need `gather=per_step`:
+    `microbatch` in the type of the matrix products, `step` in float32. `auto` is `step` where each device holds all
+    parameters anyway, and `loop` where they are sharded.
+    """
+
+    AUTO = "auto"
+    LOOP = "loop"
+    MICROBATCH = "microbatch"
+    STEP = "step"
 
 
 class Objective(enum.Enum):
@@ -223,10 +241,16 @@ class ComputeConfig:
     attention: AttentionKernel = _field("what computes self-attention", AttentionKernel.AUTO)
     remat: Remat = _field("what the backward pass recomputes", Remat.LAYER)
     gather: Gather = _field("when parameters that are spread over devices are gathered", Gather.PER_LAYER)
+    reduce: Reduce = _field("when gradients are summed over devices", Reduce.AUTO)
     loss_chunk: int = _field("positions of a sequence whose logits exist at one time", 128)
 
     def __post_init__(self) -> None:
         _check_kinds(self, "compute")
+        _require(
+            self.reduce in (Reduce.AUTO, Reduce.LOOP) or self.gather is Gather.PER_STEP,
+            f"compute.reduce={self.reduce.value} needs whole parameters on every device; "
+            "set compute.gather=per_step, or compute.reduce=loop",
+        )
         _require(self.loss_chunk >= 1, f"compute.loss_chunk must be at least 1, not {self.loss_chunk}")
 
 

@@ -19,7 +19,7 @@ from looplm_jax.errors import UserError
 from looplm_jax.recipes import RECIPES, Scale
 
 OVERRIDES = True
-_OF_STAGES = ("search", "limit", "slices", "stage")
+_OF_STAGES = ("search", "limit", "write", "slices", "stage")
 _OF_DECODE = ("slots", "capacity", "page_size", "pages", "filled", "cache", "loops_mean")
 
 
@@ -33,7 +33,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stage", action="append", metavar="NAME", help="only this stage; may be repeated")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything to this file too")
     parser.add_argument(
-        "--search", action="store_true", help="try accumulation, remat, mesh and gathering; print the best choices"
+        "--search",
+        action="store_true",
+        help="try accumulation, remat, mesh, gathering and reduction; print the best choices",
+    )
+    parser.add_argument(
+        "--write", type=Path, metavar="FILE", help="--search: write the recipe with the fastest choice to this .json"
     )
     parser.add_argument(
         "--limit", type=int, help="--search: programs compiled for a stage, the most promising (default: 8)"
@@ -83,6 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
             out=arguments.json,
             search=arguments.search,
             limit=8 if arguments.limit is None else arguments.limit,
+            write=arguments.write,
         )
     )
 
@@ -106,6 +112,8 @@ def _run_decode(arguments: argparse.Namespace) -> int:
 
 def _refuse_without_effect(arguments: argparse.Namespace) -> None:
     """Raises UserError for a flag of the other kind of plan."""
+    if arguments.write is not None and not arguments.search and not arguments.decode:
+        raise UserError("--write has no effect without --search; add --search")
     unused = _OF_STAGES if arguments.decode else _OF_DECODE
     named = [name for name in unused if getattr(arguments, name) not in (None, False)]
     if named:

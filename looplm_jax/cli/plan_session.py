@@ -12,10 +12,11 @@ from rich.console import Console
 from looplm_jax import strict_json
 from looplm_jax.cli.interrupts import leave
 from looplm_jax.cli.plan_tables import print_search, print_stage
+from looplm_jax.codec import to_dict
 from looplm_jax.config import Recipe, Stage
 from looplm_jax.errors import UserError, suggest
 from looplm_jax.files import pasted
-from looplm_jax.planning.search import Candidate, search
+from looplm_jax.planning.search import Candidate, SearchResult, chosen_recipe, search
 from looplm_jax.planning.stage_plan import StagePlan, plan_stage
 from looplm_jax.planning.targets import HERE, Target, find_target
 from looplm_jax.printing import show, visible
@@ -38,6 +39,7 @@ class PlanRequest:
     out: Path | None = None
     search: bool = False
     limit: int = 8
+    write: Path | None = None
 
 
 class Progress:
@@ -64,6 +66,7 @@ def run_plan(request: PlanRequest) -> int:
     """Plan every stage that was asked for. Returns 1 if one does not fit; a signal ends the process."""
     check_out(request.out)
     stages = _chosen_stages(request)
+    _check_write(request, stages)
     target = find_target(request.topology, request.slices)
     for stage in stages:
         stage_mesh(request.recipe, stage, target.devices)  # what does not divide is refused before compiling
@@ -105,6 +108,7 @@ def _search_all(
         result = search(request.recipe, stage, target, compiled, limit=request.limit)
         print_search(stage.name, result, out)
         fits = fits and bool(result.best)
+        _write_recipe(request.write, result)
         found += [{"flags": trial.candidate.flags, **dataclasses.asdict(trial.plan)} for trial in result.trials]
     return found, fits
 
@@ -125,6 +129,25 @@ def check_out(out: Path | None) -> None:
         raise UserError(f"there is no folder {out.parent} to write {out.name} to")
 
 
+def _check_write(request: PlanRequest, stages: Sequence[Stage]) -> None:
+    check_out(request.write)
+    if request.write is None:
+        return
+    if request.write.suffix != ".json":
+        raise UserError(f"--write {request.write} must end in .json, as recipes do")
+    if len(stages) > 1:
+        raise UserError(
+            "compute.* and mesh.* are the same for all stages; name the one to choose them for with --stage"
+        )
+
+
+def _write_recipe(out: Path | None, result: SearchResult) -> None:
+    recipe = chosen_recipe(result)
+    if out is not None and recipe is not None:
+        out.write_text(strict_json.dumps(to_dict(recipe), indent=2) + "\n")
+        show(f"wrote {out}")
+
+
 def write_plan(out: Path | None, plan: list[dict]) -> None:
     """Writes a plan as JSON, if it was asked for."""
     if out is not None:
@@ -135,6 +158,10 @@ def write_plan(out: Path | None, plan: list[dict]) -> None:
 def _next(request: PlanRequest, fits: bool) -> str:
     if not fits:
         return "next: the same command with one of the changes above, or --search"
+    if request.write is not None:
+        return (
+            f"next: looplm plan {pasted(str(request.write))} --topology {shlex.quote(request.topology)}  # all stages"
+        )
     if request.search:
         command = f"looplm plan {pasted(request.given)} --topology {shlex.quote(request.topology)}"
         return f"next: {command}  # with the flags you like best"

@@ -76,11 +76,19 @@ def _print_inside(inside: Inside, out: Console) -> None:
     if not inside.collectives:
         return
     table = Table(
-        "devices exchange", "inside the loops over", "with", "times a step", "each sends, GB", box=None, padding=(0, 2)
+        "devices exchange",
+        "inside the loops over",
+        "with",
+        "times a step",
+        "each sends, GB",
+        "while",
+        box=None,
+        padding=(0, 2),
     )
     for each in inside.collectives:
         loops = " > ".join("t" if name == "loops" else name for name in each.loops)
-        table.add_row(each.kind, loops, _with(each), f"{each.count:,}", f"{each.bytes / _GB:.3f}")
+        meanwhile = "computing" if each.asynchronous else "waiting"
+        table.add_row(each.kind, loops, _with(each), f"{each.count:,}", f"{each.bytes / _GB:.3f}", meanwhile)
     out.print(table)
 
 
@@ -92,7 +100,8 @@ def _print_timing(timing: Timing, out: Console) -> None:
     network = f", network between slices {_seconds(timing.network)}" if timing.network else ""
     out.print(
         f"  a step: {timing.model_flops:.3e} model FLOPs, {_seconds(timing.peak)} at the peak, "
-        f"{_seconds(timing.compute)} with what is computed again; links {_seconds(timing.links)}{network}"
+        f"{_seconds(timing.compute)} with what is computed again; "
+        f"links {_seconds(timing.links)}, {_seconds(timing.waiting)} of it waiting{network}"
     )
     out.print(
         f"  at best {_seconds(timing.step)} a step, {timing.tokens_per_second:,.0f} tokens/s, "

@@ -32,6 +32,7 @@ def stage1(
     *,
     beta: float,
     mask: Float[Array, "*B"] | None = None,
+    count: Float[Array, ""] | None = None,
     log_prior: Float[Array, "T"] | None = None,
 ) -> tuple[Float[Array, ""], Stage1Metrics]:
     """Eq. 4 on losses of any origin.
@@ -41,10 +42,11 @@ def stage1(
       gate_logits: exit gate before its sigmoid.
       beta: weight of the entropy, or of the divergence from `log_prior`.
       mask: 1 for tokens that count; default all.
+      count: tokens to divide sums by, where these are a part of a batch; default: those that count.
       log_prior: log-probabilities over loops; None is Eq. 4 as printed.
     """
     log_pdf = log_exit_distribution(gate_logits)
-    weights = _mean_weights(mask, gate_logits)
+    weights = mean_weights(mask, count, gate_logits)
     expected = jnp.sum(jnp.exp(log_pdf) * token_losses * weights)
     return _finish(expected, token_losses, log_pdf, weights, beta, log_prior)
 
@@ -57,6 +59,7 @@ def stage1_from_hidden(
     *,
     beta: float,
     mask: Float[Array, "B S"] | None = None,
+    count: Float[Array, ""] | None = None,
     log_prior: Float[Array, "T"] | None = None,
     chunk: int = 128,
 ) -> tuple[Float[Array, ""], Stage1Metrics]:
@@ -67,15 +70,17 @@ def stage1_from_hidden(
     pass takes four.
     """
     log_pdf = log_exit_distribution(gate_logits)
-    weights = _mean_weights(mask, gate_logits)
+    weights = mean_weights(mask, count, gate_logits)
     expected, token_losses = weighted_token_losses(hidden, head, targets, jnp.exp(log_pdf) * weights, chunk=chunk)
     return _finish(expected, token_losses, log_pdf, weights, beta, log_prior)
 
 
-def _mean_weights(mask: Float[Array, "*B"] | None, gate_logits: Float[Array, "T *B"]) -> Float[Array, "*B"]:
-    """Weights that turn a sum over tokens into a mean over unmasked ones; all zero where none is."""
+def mean_weights(
+    mask: Float[Array, "*B"] | None, count: Float[Array, ""] | None, gate_logits: Float[Array, "T *B"]
+) -> Float[Array, "*B"]:
+    """Returns weights that turn a sum over tokens into a mean over unmasked ones; all zero where none is."""
     mask = jnp.ones(gate_logits.shape[1:], jnp.float32) if mask is None else mask.astype(jnp.float32)
-    return mask / jnp.maximum(jnp.sum(mask), 1.0)
+    return mask / jnp.maximum(jnp.sum(mask) if count is None else count, 1.0)
 
 
 def _finish(

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from looplm_jax.config import GateTarget
+from looplm_jax.losses.stage1 import mean_weights
 
 
 @flax.struct.dataclass
@@ -32,6 +33,7 @@ def stage2(
     k: float = 50.0,
     gamma: float = 0.005,
     mask: Float[Array, "*B"] | None = None,
+    count: Float[Array, ""] | None = None,
     target: GateTarget = GateTarget.AS_PRINTED,
 ) -> tuple[Float[Array, ""], Stage2Metrics]:
     """Eq. 5 and 6. Gradients reach `gate_logits` only.
@@ -42,6 +44,7 @@ def stage2(
       k: slope of the target.
       gamma: gain at which going on and stopping are even, nats.
       mask: 1 for tokens that count; default all.
+      count: tokens to divide sums by, where these are a part of a batch; default: those that count.
       target: which gain trains which gate.
     """
     losses = jax.lax.stop_gradient(token_losses)
@@ -50,8 +53,7 @@ def stage2(
     logits = gate_logits.astype(jnp.float32)
     logits = logits[1:] if target is GateTarget.AS_PRINTED else logits[:-1]
     per_token = -(go_on * jax.nn.log_sigmoid(-logits) + (1.0 - go_on) * jax.nn.log_sigmoid(logits))
-    mask = jnp.ones(logits.shape[1:], jnp.float32) if mask is None else mask.astype(jnp.float32)
-    weights = mask / jnp.maximum(jnp.sum(mask), 1.0)
+    weights = mean_weights(mask, count, logits)
     over_tokens = tuple(range(1, logits.ndim))
     adaptive = jnp.sum(per_token * weights, axis=over_tokens)
     metrics = Stage2Metrics(continue_target=jnp.sum(go_on * weights, axis=over_tokens), adaptive_loss=adaptive)

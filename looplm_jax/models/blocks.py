@@ -13,10 +13,17 @@ from jaxtyping import Array, Bool, Float, Int
 
 from looplm_jax.config import AttentionKernel, ModelConfig, NormPlacement, Remat
 from looplm_jax.models import attention, gathered
-from looplm_jax.models.attention_kernels import self_attention
-from looplm_jax.sharding import target_platform
+from looplm_jax.models.attention_kernels import OUTPUT, self_attention
+from looplm_jax.sharding import target_platform, whole_sequences
 
+# Names under which a layer's values may be saved for the backward pass.
 _LAYER_INPUT = "layer_input"
+_QUERIES_KEYS_VALUES = "queries_keys_values"
+_MLP_OUTPUT = "mlp_output"
+_SAVED = {
+    Remat.SAVE_OUTPUTS: (OUTPUT, _MLP_OUTPUT),
+    Remat.SAVE_QKV: (OUTPUT, _MLP_OUTPUT, _QUERIES_KEYS_VALUES),
+}
 
 
 @flax.struct.dataclass
@@ -81,11 +88,16 @@ def make_context(
     past_mask = None
     if past_positions is not None and past_segment_ids is not None:
         past_mask = attention.visible(positions, segment_ids, past_positions, past_segment_ids)
-    rows = (positions, segment_ids)
     if kernel:  # once here, not in every layer: kernels work on whole sequences
-        rows = nn.with_logical_constraint(rows, (("batch", None), ("batch", None)))
+        positions, segment_ids = whole_sequences(positions), whole_sequences(segment_ids)
     return Context(
-        cos=cos, sin=sin, positions=rows[0], segment_ids=rows[1], mask=mask, past_mask=past_mask, kernel=kernel
+        cos=cos,
+        sin=sin,
+        positions=positions,
+        segment_ids=segment_ids,
+        mask=mask,
+        past_mask=past_mask,
+        kernel=kernel,
     )
 
 
@@ -187,7 +199,9 @@ class Attention(nn.Module):
         keys = Projection(kv_shape, ("embed", "kv_heads", "head_dim"), std, name="key")(x)
         values = Projection(kv_shape, ("embed", "kv_heads", "head_dim"), std, name="value")(x)
         queries = attention.rotate(queries, context.cos, context.sin)
-        own = KeyValues(keys=attention.rotate(keys, context.cos, context.sin), values=values)
+        keys = attention.rotate(keys, context.cos, context.sin)
+        queries, keys, values = (checkpoint_name(x, _QUERIES_KEYS_VALUES) for x in (queries, keys, values))
+        own = KeyValues(keys=keys, values=values)
         mixed = _mix(queries, own, context, past, layer)
         out = Projection((config.width,), ("heads", "head_dim", "embed"), std, contracted=2, name="out")(mixed)
         return out, own
@@ -204,7 +218,7 @@ def _mix(
         return self_attention(context.kernel, queries, own.keys, own.values, context.positions, context.segment_ids)
     assert context.mask is not None
     if past is None or layer is None:
-        return attention.attend(queries, (own.keys,), (own.values,), (context.mask,))
+        return checkpoint_name(attention.attend(queries, (own.keys,), (own.values,), (context.mask,)), OUTPUT)
     return past.attend(layer, queries, own, context)
 
 
@@ -219,7 +233,8 @@ class SwiGLU(nn.Module):
         config, std = self.config, self.config.init_std
         gate = Projection((config.mlp_width,), ("embed", "mlp"), std, name="gate")(x)
         up = Projection((config.mlp_width,), ("embed", "mlp"), std, name="up")(x)
-        return Projection((config.width,), ("mlp", "embed"), std, name="down")(nn.silu(gate) * up)
+        out = Projection((config.width,), ("mlp", "embed"), std, name="down")(nn.silu(gate) * up)
+        return checkpoint_name(out, _MLP_OUTPUT)
 
 
 class Block(nn.Module):
@@ -305,9 +320,13 @@ def _one_tree_a_layer(stacked: dict[str, Any]) -> dict[str, Any]:
 def _rematted(remat: Remat) -> type[Block]:
     if remat is Remat.LAYER:
         return nn.remat(Block, prevent_cse=False)
+    policies = jax.checkpoint_policies
     if remat is Remat.DOTS:
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        kernel = policies.save_only_these_names(OUTPUT)  # which has matmuls of its own
+        policy = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, kernel)
         return nn.remat(Block, prevent_cse=False, policy=policy)
+    if remat in _SAVED:
+        return nn.remat(Block, prevent_cse=False, policy=policies.save_only_these_names(*_SAVED[remat]))
     if remat is Remat.OFFLOAD:
         return nn.remat(Block, prevent_cse=False, policy=_offloaded())
     return Block

@@ -1,7 +1,8 @@
-"""Whole copies of weights that the mesh spreads over devices, made once and used by every loop.
+"""Copies of parameters that are sharded over devices, all-gathered once and used by every loop.
 
-All loops use the same weights. Left to itself, a program gathers each layer's shares again in every loop, forward and
-backward. The copies come in beside the parameters, as a collection of the same names; gradients go to the parameters.
+All loops use the same weights. Left to itself, a program gathers the shards of each layer again in every loop, forward
+and backward. The copies come in beside the parameters, as a collection of the same names; gradients go to the
+parameters, whose values are not read.
 """
 
 import functools
@@ -18,7 +19,7 @@ COLLECTION = "gathered"
 
 
 def gather(params: Any, axes: Any, dtype: DTypeLike) -> Any:
-    """Copies in `dtype`, cut no more along the model width.
+    """Returns copies in `dtype`, sharded no more along the model width.
 
     Args:
       params: a tree of float32 parameters.
@@ -33,21 +34,25 @@ def gather(params: Any, axes: Any, dtype: DTypeLike) -> Any:
     return jax.tree.map(whole, params, axes)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def use_copy(parameter: Float[Array, "..."], copy: Float[Array, "..."], axes: tuple[str, ...]) -> Float[Array, "..."]:
-    """`copy`, whose gradient is that of `parameter`: added up in float32, and cut as it is."""
-    del parameter, axes
+    """Returns `copy`, whose gradient is that of `parameter`: summed in its type, and sharded as it is."""
+    return _use_copy(parameter, copy, axes, parameter.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _use_copy(parameter: Array, copy: Array, axes: tuple[str, ...], dtype: jnp.dtype) -> Array:
+    del parameter, axes, dtype
     return copy
 
 
-def _forward(parameter: Array, copy: Array, axes: tuple[str, ...]) -> tuple[Array, None]:
-    del parameter, axes
+def _forward(parameter: Array, copy: Array, axes: tuple[str, ...], dtype: jnp.dtype) -> tuple[Array, None]:
+    del parameter, axes, dtype
     return copy, None
 
 
-def _backward(axes: tuple[str, ...], saved: None, cotangent: Array) -> tuple[Array, None]:
+def _backward(axes: tuple[str, ...], dtype: jnp.dtype, saved: None, cotangent: Array) -> tuple[Array, None]:
     del saved
-    return nn.with_logical_constraint(cotangent, axes).astype(jnp.float32), None
+    return nn.with_logical_constraint(cotangent, axes).astype(dtype), None
 
 
-use_copy.defvjp(_forward, _backward)
+_use_copy.defvjp(_forward, _backward)

@@ -10,7 +10,7 @@ loops. A coda runs on the way from every loop's state to its head and gate; the 
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import flax.struct
@@ -24,10 +24,11 @@ from looplm_jax.errors import UserError
 from looplm_jax.models import gathered
 from looplm_jax.models.attention_kernels import choose_kernel
 from looplm_jax.models.blocks import Context, KeyValues, Past, RMSNorm, Stack, make_context, parameter
-from looplm_jax.sharding import target_platform
+from looplm_jax.sharding import target_platform, whole_length
 
 _STACKS = ("prelude", "core", "coda")
 UNCAST = ("gate",)  # groups of parameters that no pass casts to the dtype of its products: probabilities come of them
+_IN_PRODUCTS = (*_STACKS, "injection")
 Params = dict[str, Any]  # nested, by the names of modules; leaves are arrays
 
 
@@ -123,7 +124,7 @@ class LoopLM(nn.Module):
             segment_ids = jnp.ones_like(tokens)
         kernel = choose_kernel(
             self.compute,
-            length=tokens.shape[1],
+            length=whole_length(tokens.shape[1]),
             head_width=self.config.head_width,
             dtype=compute_dtype(self.compute),
         )
@@ -165,6 +166,10 @@ class LoopLM(nn.Module):
         if not self.config.prelude_layers:
             return x, None
         return self.prelude(x, context, past, return_cache)
+
+    def head_weights(self) -> Float[Array, "D V"]:
+        """Returns the matrix from hidden states to logits, or the gathered copy that came with it."""
+        return self.embedding.T if self.config.tied_head else self.head
 
     def initial_state(self, embedded: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """What loop 1 starts from: the embedded input, or zero where injection adds it in every loop."""
@@ -225,10 +230,26 @@ def gather_stacks(model: LoopLM, params: Params) -> Params:
 
     They go to `LoopLM.apply` as the collection `gathered`, for programs that run many loops on one set of parameters.
     """
-    boxed = boxed_shapes(model.config)
     stacks = {name: value for name, value in params.items() if name in _STACKS}
-    axes = nn.get_partition_spec({name: boxed[name] for name in stacks})
-    return gathered.gather(stacks, axes, compute_dtype(model.compute))
+    axes = parameter_axes(model.config)
+    return gathered.gather(stacks, {name: axes[name] for name in stacks}, compute_dtype(model.compute))
+
+
+def parameter_axes(config: ModelConfig) -> PyTree:
+    """Returns the logical names of the axes of every parameter."""
+    return cast(PyTree, nn.get_partition_spec(boxed_shapes(config)))
+
+
+def copy_dtypes(model: LoopLM) -> PyTree:
+    """Returns the type that the model uses each parameter in, of those in one array for all layers.
+
+    Embedding and head are in float32: their gradients are sums over all tokens, made in float32.
+    """
+    matrices = compute_dtype(model.compute)
+    return {
+        name: jax.tree.map(lambda _, own=matrices if name in _IN_PRODUCTS else jnp.float32: jnp.dtype(own), group)
+        for name, group in nn.meta.unbox(boxed_shapes(model.config)).items()
+    }
 
 
 def head_matrix(params: Params, config: ModelConfig) -> Float[Array, "D V"]:
@@ -272,5 +293,6 @@ def _starts_as_add(key: PRNGKeyArray, shape: tuple[int, int], dtype: DTypeLike) 
 def _check_call(config: ModelConfig, tokens: Int[Array, "B S"], loops: int) -> None:
     if loops < 1:
         raise UserError(f"loops must be at least 1, not {loops}")
-    if tokens.shape[1] > config.max_positions:
-        raise UserError(f"{tokens.shape[1]} tokens are beyond model.max_positions={config.max_positions}")
+    length = whole_length(tokens.shape[1])
+    if length > config.max_positions:
+        raise UserError(f"{length} tokens are beyond model.max_positions={config.max_positions}")

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from jax.sharding import Mesh
 
-from looplm_jax.config import Gather, Recipe, Remat, Stage
+from looplm_jax.config import Gather, Recipe, Reduce, Remat, Stage
 from looplm_jax.planning.collectives import Collective
 from looplm_jax.planning.memory import Memory
 
@@ -20,9 +20,13 @@ def advice(
 
 def _to_fit(recipe: Recipe, stage: Stage, mesh: Mesh, memory: Memory) -> Iterator[str]:
     shares = mesh.shape["data"] * mesh.shape["fsdp"]
-    if recipe.compute.gather is Gather.PER_STEP:
+    if recipe.compute.reduce is Reduce.STEP:
+        yield "hold gradients in the type of the matrix products: --compute.reduce microbatch"
+    elif recipe.compute.reduce is Reduce.MICROBATCH:
+        yield "hold the shards of gradients alone: --compute.reduce loop"
+    elif recipe.compute.gather is Gather.PER_STEP:
         yield "gather the weights of each layer when it runs: --compute.gather per_layer"
-    if recipe.compute.remat in (Remat.NONE, Remat.DOTS):
+    if recipe.compute.remat in (Remat.NONE, Remat.DOTS, Remat.SAVE_QKV, Remat.SAVE_OUTPUTS):
         yield "compute the layers again in the backward pass: --compute.remat layer"
     parts = next_accumulation(stage, shares)
     if parts is not None:

@@ -11,6 +11,7 @@ from looplm_jax.planning.hlo import Program, Run, array_bytes
 
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _FUSED_REDUCE_SCATTER = "all-reduce-scatter"  # an all-reduce of which each device keeps its share
+_STARTED = '"AsyncCollectiveStart"'
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _LISTED_GROUPS = re.compile(r"replica_groups=\{(\{[\d,{}]*\})\}")
 _IOTA_GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
@@ -25,6 +26,7 @@ class Collective:
     """All exchanges of one kind inside the same loops: how many a step, and what each device sends in them.
 
     `loops` names the loops from the outermost in. Where it is `between_slices`, `devices` is the number of slices.
+    Devices compute during those that are `asynchronous`, and wait for the others.
     """
 
     kind: str
@@ -33,6 +35,7 @@ class Collective:
     count: int
     bytes: int
     between_slices: bool = False
+    asynchronous: bool = False
 
     @property
     def in_loop_over_t(self) -> bool:
@@ -42,7 +45,7 @@ class Collective:
 
 def collectives(program: Program, devices: int, slices: int = 1) -> tuple[Collective, ...]:
     """Every exchange of a step among `devices` devices in so many slices, largest first."""
-    totals: dict[tuple[str, tuple[str, ...], int, bool], list[int]] = defaultdict(lambda: [0, 0])
+    totals: dict[tuple[str, tuple[str, ...], int, bool, bool], list[int]] = defaultdict(lambda: [0, 0])
     seen: set[tuple[str, str, str]] = set()
     for run in program.runs():
         between = _between_slices(run)
@@ -51,12 +54,20 @@ def collectives(program: Program, devices: int, slices: int = 1) -> tuple[Collec
             continue
         size = slices if between else max(map(len, replica_groups(run.instruction.rest, devices)))
         sent = _sent_between(kind, run, slices) if between else _sent(kind, run, size)
-        total = totals[kind, run.loops, size, between is not None]
+        total = totals[kind, run.loops, size, between is not None, between is not None or _is_asynchronous(run)]
         total[0] += run.times
         total[1] += sent * run.times
     found = [
-        Collective(kind=kind, loops=loops, devices=size, between_slices=between, count=count, bytes=sent)
-        for (kind, loops, size, between), (count, sent) in totals.items()
+        Collective(
+            kind=kind,
+            loops=loops,
+            devices=size,
+            between_slices=between,
+            asynchronous=asynchronous,
+            count=count,
+            bytes=sent,
+        )
+        for (kind, loops, size, between, asynchronous), (count, sent) in totals.items()
         if size > 1
     ]
     return tuple(sorted(found, key=lambda each: -each.bytes))
@@ -91,6 +102,11 @@ def _kind(run: Run) -> str | None:
     if opcode == "all-reduce" and run.computation.name.startswith(_FUSED_REDUCE_SCATTER):
         return "reduce-scatter"
     return opcode if opcode in _KINDS else None
+
+
+def _is_asynchronous(run: Run) -> bool:
+    """Whether it is started here and waited for later; a TPU may say so by what the fusion around it calls."""
+    return run.asynchronously or (run.fused and any(_STARTED in each.rest for each in run.computation.instructions))
 
 
 def _is_repeated(run: Run, seen: set[tuple[str, str, str]]) -> bool:

@@ -24,7 +24,12 @@ _BITS = {"pred": 8, "bf16": 16, "token": 0}
 _CALLS_OTHERS = ("fusion", "call", "conditional", "async-start")
 
 # How the scans of the train step are told apart: by the end of the name that JAX gives them.
-_LOOP_NAMES = (("LoopLM.prefill/while", "loops"), ("core/while", "layers"), ("jit(train_step)/while", "accumulation"))
+_LOOP_NAMES = (
+    ("LoopLM.prefill/while", "loops"),
+    ("core/while", "layers"),
+    ("jit(train_step)/while", "accumulation"),
+    ("jit(train_step)/shard_map/while", "accumulation"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,7 +85,8 @@ class Computation:
 class Run:
     """An instruction as a step runs it: how many times, inside which loops (outermost first).
 
-    `region` is the body that it belongs to, through whatever fusions; `fused` says whether there is one.
+    `region` is the body that it belongs to, through whatever fusions; `fused` says whether there is one. What runs
+    `asynchronously` is started and waited for by instructions of their own.
     """
 
     instruction: Instruction
@@ -89,6 +95,7 @@ class Run:
     loops: tuple[str, ...]
     region: str
     fused: bool
+    asynchronously: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,17 +109,36 @@ class Program:
         """Every instruction that a step runs. Both sides of a condition count; a loop that data end counts once."""
         yield from self._visit(self.entry, 1, (), self.entry, fused=False)
 
-    def _visit(self, name: str, times: int, loops: tuple[str, ...], region: str, *, fused: bool) -> Iterator[Run]:
+    def _visit(
+        self,
+        name: str,
+        times: int,
+        loops: tuple[str, ...],
+        region: str,
+        *,
+        fused: bool,
+        asynchronously: bool = False,
+    ) -> Iterator[Run]:
         computation = self.computations[name]
         for each in computation.instructions:
-            yield Run(instruction=each, computation=computation, times=times, loops=loops, region=region, fused=fused)
+            yield Run(
+                instruction=each,
+                computation=computation,
+                times=times,
+                loops=loops,
+                region=region,
+                fused=fused,
+                asynchronously=asynchronously or each.opcode.endswith("-start"),
+            )
             if each.opcode == "while":
                 body = each.called[0]
                 inner = (*loops, _loop_name(each.op_name))
                 yield from self._visit(body, times * (self.trip_count(each) or 1), inner, body, fused=False)
             elif each.opcode in _CALLS_OTHERS:
+                inside = fused or each.opcode == "fusion"
+                started = asynchronously or each.opcode == "async-start"
                 for called in filter(self.computations.__contains__, each.called):
-                    yield from self._visit(called, times, loops, region, fused=fused or each.opcode == "fusion")
+                    yield from self._visit(called, times, loops, region, fused=inside, asynchronously=started)
 
     def trip_count(self, loop: Instruction) -> int | None:
         """Returns how often a loop runs, or None where that depends on data.

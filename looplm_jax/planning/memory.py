@@ -44,13 +44,16 @@ def state_memory(state: TrainState, capacity: int | None) -> Memory:
 
 
 def compiled_memory(state: TrainState, analysis: Any, capacity: int | None) -> Memory:
-    """The compiler's account of a step, of which the state is a part."""
+    """Returns the compiler's account of a step, of which the state is a part.
+
+    Activations are what is held at the worst moment. The size of all temporaries is no measure of it: it counts some of
+    those inside a loop beside others that are never held at the same time.
+    """
     alone = state_memory(state, capacity)
     outside = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     other = outside + analysis.generated_code_size_in_bytes - alone.parameters - alone.optimizer
-    return dataclasses.replace(
-        alone, activations=analysis.temp_size_in_bytes, other=other, host=analysis.host_temp_size_in_bytes
-    )
+    activations = max(analysis.peak_memory_in_bytes - outside, 0)
+    return dataclasses.replace(alone, activations=activations, other=other, host=analysis.host_temp_size_in_bytes)
 
 
 def overfull_memory(state: TrainState, error: str) -> Memory | None:

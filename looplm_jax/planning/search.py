@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
-from looplm_jax.config import Gather, MeshConfig, ModelConfig, Recipe, Remat, Stage
+from looplm_jax.config import ComputeConfig, Gather, MeshConfig, ModelConfig, Recipe, Reduce, Remat, Stage
 from looplm_jax.errors import UserError
 from looplm_jax.models.looplm import LoopLM
 from looplm_jax.planning.memory import shard_bytes
@@ -14,7 +14,14 @@ from looplm_jax.planning.timing import recomputed_flops
 from looplm_jax.training.program import stage_mesh
 from looplm_jax.training.state import abstract_state
 
-_REMATS = (Remat.DOTS, Remat.LAYER, Remat.OFFLOAD, Remat.LOOP)
+_REMATS = (Remat.DOTS, Remat.SAVE_QKV, Remat.SAVE_OUTPUTS, Remat.LAYER, Remat.OFFLOAD, Remat.LOOP)
+_EXCHANGES = (
+    (Gather.PER_LAYER, Reduce.AUTO),
+    (Gather.PER_STEP, Reduce.LOOP),
+    (Gather.PER_STEP, Reduce.MICROBATCH),
+    (Gather.PER_STEP, Reduce.STEP),
+)
+_GRADIENT_BYTES = {Reduce.AUTO: 0, Reduce.LOOP: 0, Reduce.MICROBATCH: 2, Reduce.STEP: 4}  # of an element, unsharded
 _BYTES = 2  # of an element in bfloat16
 _SHARES = (1, 2, 4, 8)  # devices along tensor, context, and copies of the parameters
 _MOST_SEQUENCES = 8  # of a device at one time
@@ -79,9 +86,9 @@ def search(recipe: Recipe, stage: Stage, target: Target, compile_plan: Compile, 
 
 
 def candidates(recipe: Recipe, stage: Stage, target: Target) -> Iterator[Candidate]:
-    """Every combination of mesh, accumulation, remat policy and gathering that divides over the devices."""
-    for mesh, remat, gather in itertools.product(_meshes(len(target.devices)), _REMATS, Gather):
-        compute = dataclasses.replace(recipe.compute, remat=remat, gather=gather)
+    """Every combination of mesh, accumulation, remat policy, gathering and reduction that divides over the devices."""
+    for mesh, remat, (gather, reduce) in itertools.product(_meshes(len(target.devices)), _REMATS, _EXCHANGES):
+        compute = dataclasses.replace(recipe.compute, remat=remat, gather=gather, reduce=reduce)
         shares = mesh.data * mesh.fsdp
         for parts in _accumulations(stage, shares):
             changed = dataclasses.replace(stage, accumulation=parts, context=0)
@@ -97,13 +104,16 @@ def candidates(recipe: Recipe, stage: Stage, target: Target) -> Iterator[Candida
 
 
 def can_fit(candidate: Candidate, target: Target, state_bytes: int) -> bool:
-    """Whether the state, whole copies of the weights and what the backward pass starts from leave any room."""
+    """Whether the state, whole copies of the weights, their gradients and what the backward pass starts from leave any
+    room.
+    """
     if target.capacity is None:
         return True
     stage, mesh, compute = candidate.stage, candidate.recipe.mesh, candidate.recipe.compute
     needed = state_bytes
     if compute.gather is Gather.PER_STEP:
-        needed += _BYTES * stack_parameters(candidate.recipe.model) // mesh.tensor
+        copies = _BYTES + _GRADIENT_BYTES[compute.reduce]
+        needed += copies * stack_parameters(candidate.recipe.model) // mesh.tensor
     sharing = mesh.data * mesh.fsdp * mesh.context
     tokens = stage.batch_size * stage.sequence_length // stage.accumulation // sharing
     return needed + tokens * _BYTES * stage.loops * _kept_widths(candidate) <= target.capacity
@@ -113,6 +123,23 @@ def pareto(trials: Sequence[Trial]) -> tuple[Trial, ...]:
     """Those that fit and that no other beats in both time and memory."""
     fitting = [trial for trial in trials if trial.plan.fits]
     return tuple(trial for trial in fitting if not any(_beats(other, trial) for other in fitting))
+
+
+def chosen_recipe(result: SearchResult) -> Recipe | None:
+    """Returns the recipe with the fastest settings that fit, or None if none does.
+
+    Devices that share a sequence become the stage's own, so that the other stages keep theirs.
+    """
+    if not result.best:
+        return None
+    candidate = min(result.best, key=_time).candidate
+    recipe, stage, mesh = candidate.recipe, candidate.stage, candidate.recipe.mesh
+    own = dataclasses.replace(stage, context=mesh.context if mesh.context > 1 else 0)
+    return dataclasses.replace(
+        recipe,
+        stages=tuple(own if each is stage else each for each in recipe.stages),
+        mesh=dataclasses.replace(mesh, fsdp=mesh.fsdp * mesh.context, context=1),
+    )
 
 
 def stack_parameters(model: ModelConfig) -> int:
@@ -125,12 +152,18 @@ def stack_parameters(model: ModelConfig) -> int:
 def _kept_widths(candidate: Candidate) -> int:
     """Elements that a token keeps on the device for the backward pass in each loop, at least."""
     model = candidate.recipe.model
-    if candidate.recipe.compute.remat is Remat.LAYER:
-        return model.num_layers * model.width
-    if candidate.recipe.compute.remat is Remat.DOTS:
-        heads = (model.num_heads + 2 * model.kv_heads) * model.head_width
-        return model.num_layers * (heads + 2 * model.width + 2 * model.mlp_width)
-    return model.width
+    inner, kv_inner = model.num_heads * model.head_width, model.kv_heads * model.head_width
+    starts, outputs, heads = model.width, model.width + inner, inner + 2 * kv_inner
+    match candidate.recipe.compute.remat:
+        case Remat.LAYER:
+            return model.num_layers * starts
+        case Remat.SAVE_OUTPUTS:
+            return model.num_layers * (starts + outputs)
+        case Remat.SAVE_QKV:
+            return model.num_layers * (starts + outputs + heads)
+        case Remat.DOTS:
+            return model.num_layers * (starts + outputs + heads + model.width + 2 * model.mlp_width)
+    return starts
 
 
 def _state_bytes(candidate: Candidate, target: Target) -> int:
@@ -163,15 +196,28 @@ def _accumulations(stage: Stage, shares: int) -> Iterator[int]:
 
 
 def _weight(recipe: Recipe, stage: Stage) -> tuple[float, ...]:
-    """Arithmetic that is done twice; devices that share heads or sequences; how often weights are sent; copies."""
+    """Returns what is recomputed; devices that share heads or sequences; how often weights and gradients are sent;
+    microbatches; copies.
+    """
     mesh = recipe.mesh
     again = recomputed_flops(recipe.model_of(stage), stage, recipe.compute.remat)
-    passes = 1 if recipe.compute.gather is Gather.PER_STEP else stage.loops * stage.accumulation
-    return again, mesh.tensor * mesh.context, passes, stage.accumulation, mesh.data
+    return again, mesh.tensor * mesh.context, _times_sent(recipe.compute, stage), stage.accumulation, mesh.data
+
+
+def _times_sent(compute: ComputeConfig, stage: Stage) -> int:
+    """How often a step gathers all weights and sums all gradients."""
+    passes = stage.loops * stage.accumulation
+    match compute.reduce:
+        case Reduce.STEP:
+            return 2
+        case Reduce.MICROBATCH:
+            return 1 + stage.accumulation
+    return passes + (1 if compute.gather is Gather.PER_STEP else 2 * passes)
 
 
 def _flags(recipe: Recipe, stage: Stage) -> str:
     sizes = {name: size for name, size in dataclasses.asdict(recipe.mesh).items() if size > 1 or name == "fsdp"}
     mesh = " ".join(f"--mesh.{name} {size}" for name, size in ({"data": 1} | sizes).items())
-    compute = f"--compute.remat {recipe.compute.remat.value} --compute.gather {recipe.compute.gather.value}"
+    names = ("remat", "gather", "reduce")
+    compute = " ".join(f"--compute.{name} {getattr(recipe.compute, name).value}" for name in names)
     return f"--stages.{stage.name}.accumulation {stage.accumulation} {compute} {mesh}"

@@ -1,4 +1,4 @@
-"""The best possible time of a step: what arithmetic and links allow when nothing waits for the other."""
+"""The best possible time of a step: what arithmetic and links allow where only synchronous exchanges wait."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,15 +9,15 @@ from looplm_jax.planning.targets import Target
 from looplm_jax.training.flops import forward_flops_per_token, train_flops_per_token
 
 _SECONDS_A_DAY = 86400
-_RECOMPUTING = (Remat.LAYER, Remat.LOOP, Remat.OFFLOAD)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Timing:
     """Seconds of one step on every device at its published peaks.
 
-    `compute` counts what rematerialisation does again; `links` and `network` are all exchanges at the full bandwidth of
-    every link. A step cannot be faster than the longest of them.
+    `compute` counts what rematerialization does again; `links` and `network` are all exchanges at the full bandwidth of
+    every link. The exchanges of `waiting` are synchronous: nothing is computed meanwhile. A step cannot be faster than
+    `compute` and `waiting` together, nor than `links` or `network`.
     """
 
     model_flops: float  # of one step, over all devices
@@ -25,6 +25,7 @@ class Timing:
     compute: float
     links: float
     network: float
+    waiting: float
     tokens_per_second: float
     days: float  # for all steps of the stage
     model_flops_utilisation: float  # at best
@@ -32,7 +33,7 @@ class Timing:
     @property
     def step(self) -> float:
         """The best possible time of a step."""
-        return max(self.compute, self.links, self.network)
+        return max(self.compute + self.waiting, self.links, self.network)
 
 
 def step_flops(model: ModelConfig, stage: Stage) -> float:
@@ -45,12 +46,28 @@ def step_flops(model: ModelConfig, stage: Stage) -> float:
 
 
 def recomputed_flops(model: ModelConfig, stage: Stage, remat: Remat) -> float:
-    """Operations of one step that the backward pass does again: a forward pass without its heads."""
-    if remat not in _RECOMPUTING or stage.objective is Objective.GATE:
+    """Returns the operations of one step that the backward pass does again: a forward pass without its heads, and
+    without what is saved.
+    """
+    if remat in (Remat.NONE, Remat.DOTS) or stage.objective is Objective.GATE:
         return 0.0
     forward = forward_flops_per_token(model, loops=stage.loops, sequence_length=stage.sequence_length)
     heads = stage.loops * 2 * model.width * model.vocab_size
-    return float((forward - heads) * stage.batch_size * stage.sequence_length)
+    layers = model.prelude_layers + stage.loops * (model.num_layers + model.coda_layers)
+    saved = layers * _saved_flops(model, stage.sequence_length, remat)
+    return float((forward - heads - saved) * stage.batch_size * stage.sequence_length)
+
+
+def _saved_flops(model: ModelConfig, sequence_length: int, remat: Remat) -> int:
+    """Operations of a token in one layer whose results are saved for the backward pass."""
+    inner, kv_inner = model.num_heads * model.head_width, model.kv_heads * model.head_width
+    outputs = 2 * inner * (sequence_length + 1) + 2 * model.width * model.mlp_width
+    match remat:
+        case Remat.SAVE_OUTPUTS:
+            return outputs
+        case Remat.SAVE_QKV:
+            return outputs + 2 * model.width * (inner + 2 * kv_inner)
+    return 0
 
 
 def estimate(
@@ -66,13 +83,15 @@ def estimate(
     inside = sum(each.bytes for each in exchanges if not each.between_slices)
     links = inside / bandwidth if inside else 0.0
     network = beyond / chip.network_bandwidth if beyond and chip.network_bandwidth else 0.0
-    step = max(compute, links, network)
+    waiting = sum(each.bytes for each in exchanges if not each.asynchronous) / bandwidth
+    step = max(compute + waiting, links, network)
     return Timing(
         model_flops=flops,
         peak=flops / devices / chip.peak_bf16_flops,
         compute=compute,
         links=links,
         network=network,
+        waiting=waiting,
         tokens_per_second=stage.batch_size * stage.sequence_length / step,
         days=stage.steps * step / _SECONDS_A_DAY,
         model_flops_utilisation=flops / devices / chip.peak_bf16_flops / step,

@@ -1,5 +1,6 @@
 """One program for one device, a laptop's fake ones and a pod: only the mesh differs."""
 
+from looplm_jax.sharding.local import gather, on_each_device, reduce, reduce_sums, token_axes
 from looplm_jax.sharding.mesh import (
     LOGICAL_AXIS_RULES,
     abstract,
@@ -20,7 +21,13 @@ from looplm_jax.sharding.platform import (
     target_platform,
 )
 from looplm_jax.sharding.processes import place_rows, process_rows, to_host
-from looplm_jax.sharding.sequences import heads_from_devices, heads_to_devices, sequence_shards
+from looplm_jax.sharding.sequences import (
+    heads_from_devices,
+    heads_to_devices,
+    sequence_shards,
+    whole_length,
+    whole_sequences,
+)
 from looplm_jax.sharding.tokens import on_own_tokens
 
 __all__ = [
@@ -32,18 +39,25 @@ __all__ = [
     "check_sequence",
     "divides",
     "first_device",
+    "gather",
     "heads_from_devices",
     "heads_to_devices",
     "make_mesh",
+    "on_each_device",
     "on_own_tokens",
     "partition",
     "place_rows",
     "process_rows",
+    "reduce",
+    "reduce_sums",
     "require_compilation",
     "require_platform",
     "sequence_shards",
     "target_kind",
     "target_platform",
     "to_host",
+    "token_axes",
     "use_mesh",
+    "whole_length",
+    "whole_sequences",
 ]

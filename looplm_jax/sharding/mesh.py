@@ -21,20 +21,23 @@ from looplm_jax.sharding.slices import arrange
 # Axis of a parameter or an activation -> axis of the mesh. Parameters are spread over `fsdp` and `context` along the
 # model width and over `tensor` along heads, feed-forward width and vocabulary; activations follow the batch and the
 # sequence, and their width stays whole.
-LOGICAL_AXIS_RULES = (
+LOGICAL_AXIS_RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("batch", ("data", "fsdp")),
-    ("sequence", "context"),
+    ("sequence", ("context",)),
     ("embed", ("fsdp", "context")),
-    ("heads", "tensor"),
-    ("kv_heads", "tensor"),
-    ("mlp", "tensor"),
-    ("vocab", "tensor"),
-    ("head_dim", None),
-    ("layers", None),
-    ("norm", None),
-    ("embed_in", None),
-    ("embed_activation", None),
+    ("heads", ("tensor",)),
+    ("kv_heads", ("tensor",)),
+    ("mlp", ("tensor",)),
+    ("vocab", ("tensor",)),
+    ("head_dim", ()),
+    ("layers", ()),
+    ("norm", ()),
+    ("embed_in", ()),
+    ("embed_activation", ()),
 )
+
+
+Axes = PartitionSpec | Sequence[str | None]  # logical axes of an array; None is one that stays whole
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -126,9 +129,23 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def partition(*axes: str | None) -> PartitionSpec:
-    """Where an array with these logical axes lies on a mesh; None is an axis that stays whole."""
-    spec = nn.logical_to_mesh_axes(axes, LOGICAL_AXIS_RULES)
+    """Returns the sharding of an array with these logical axes, None for an axis that stays whole.
+
+    Inside a `shard_map` over some axes of the mesh it is that of the array of one device, over the other axes.
+    """
+    spec = nn.logical_to_mesh_axes(axes, free_rules())
     return PartitionSpec() if spec is None else spec
+
+
+def free_rules() -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """Returns the rules without those axes of the mesh that a `shard_map` around the traced code is over."""
+    taken = jax.sharding.get_abstract_mesh().manual_axes
+    return tuple((name, tuple(axis for axis in axes if axis not in taken)) for name, axes in LOGICAL_AXIS_RULES)
+
+
+def mesh_axes(spec: PartitionSpec) -> tuple[str, ...]:
+    """Returns the axes of the mesh that a sharding names."""
+    return tuple(name for entry in spec if entry for name in ((entry,) if isinstance(entry, str) else entry))
 
 
 def divides(shape: Sequence[int], spec: PartitionSpec) -> bool:

@@ -10,9 +10,9 @@ import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, PyTree
 
-from looplm_jax.sharding.mesh import divides, partition
+from looplm_jax.sharding.local import token_axes
+from looplm_jax.sharding.mesh import Axes, divides, partition
 
-Axes = tuple[str | None, ...]  # logical axes of an array
 F = TypeVar("F", bound=Callable[..., tuple[PyTree, PyTree]])
 
 
@@ -25,8 +25,8 @@ def on_own_tokens(function: F, inputs: tuple[Axes, ...], outputs: Axes) -> F:
       outputs: the same of the arrays of tokens that it gives.
 
     Returns:
-      A function of the whole arrays, its sums over all tokens. It is `function` itself where there is no mesh, or
-      tokens do not divide over it.
+      A function of the whole arrays, its sums over all tokens. It is `function` itself where there is no mesh, where
+      tokens do not divide over it, and in a local region, whose arrays are those of one device.
     """
 
     def whole(*arrays: Array) -> tuple[PyTree, PyTree]:
@@ -46,9 +46,5 @@ def on_own_tokens(function: F, inputs: tuple[Axes, ...], outputs: Axes) -> F:
         own, sums = function(*arrays)
         return own, jax.lax.psum(sums, devices)
 
-    devices = _mesh_axes(partition("batch", "sequence"))
-    return function if jax.sharding.get_abstract_mesh().empty else whole  # type: ignore[return-value]
-
-
-def _mesh_axes(spec: PartitionSpec) -> tuple[str, ...]:
-    return tuple(name for entry in spec for name in ((entry,) if isinstance(entry, str) else entry))
+    devices = token_axes()
+    return whole if devices else function  # type: ignore[return-value]

@@ -10,24 +10,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from looplm_jax.config import Gather, Objective, PriorKind, Recipe, Stage
+from looplm_jax.config import Objective, PriorKind, Recipe, Stage
 from looplm_jax.halting.priors import log_prior
 from looplm_jax.losses import Stage1Metrics, stage1, stage1_from_hidden, stage2, token_losses
-from looplm_jax.models.looplm import LoopLM, LoopLMOutput, Params, gather_stacks, head_matrix
+from looplm_jax.models.looplm import LoopLM, LoopLMOutput
+from looplm_jax.training.gradients import DeviceBatch, Variables, loss_and_gradients
 from looplm_jax.training.guard import is_sound, update_guard
 from looplm_jax.training.optimizer import direction, learning_rate
 from looplm_jax.training.state import TrainState, split_params
-
-
-@flax.struct.dataclass
-class DeviceBatch:
-    """A batch on the devices: `A` parts that are accumulated, of `B` sequences each."""
-
-    tokens: Int[Array, "A B S"]
-    targets: Int[Array, "A B S"]
-    segment_ids: Int[Array, "A B S"]
-    positions: Int[Array, "A B S"]
-    loss_mask: Float[Array, "A B S"]
 
 
 @flax.struct.dataclass
@@ -59,7 +49,17 @@ def make_train_step(recipe: Recipe, model: LoopLM, stage: Stage, *, first_step: 
     def train_step(state: TrainState, batch: DeviceBatch) -> tuple[TrainState, StepMetrics]:
         moving, frozen = split_params(state.params, stage.trained_groups)
         logged = is_logged(recipe, state.step + 1)
-        loss, exits, gradients = _accumulate(model, stage, loops, logged, moving, frozen, batch)
+
+        def objective(variables: Variables, part: DeviceBatch, count: Float[Array, ""]) -> tuple[Array, Stage1Metrics]:
+            match stage.objective:
+                case Objective.EXPECTED_LOSS:
+                    return _expected_loss(model, stage, loops, variables, part, count)
+                case Objective.GATE:
+                    return _gate_loss(model, stage, loops, variables, part, count)
+                case Objective.LAST_LOSS:
+                    return _last_loss(model, loops, variables, part, count, logged)
+
+        (loss, exits), gradients = loss_and_gradients(objective, model, moving, frozen, batch)
         norm = optax.tree.norm(gradients)
         rate = learning_rate(stage, state.step - first_step)
         updates, optimizer_state = direction(recipe.optimizer, gradients, state.optimizer, moving)
@@ -95,68 +95,29 @@ def is_logged(recipe: Recipe, step: int | Int[Array, ""]) -> bool | Bool[Array, 
     return (step % recipe.log_every == 0) | (step == recipe.total_steps)
 
 
-def _accumulate(
-    model: LoopLM,
-    stage: Stage,
-    loops: int,
-    logged: bool | Bool[Array, ""],
-    moving: Params,
-    frozen: Params,
-    batch: DeviceBatch,
-) -> tuple[Float[Array, ""], Stage1Metrics, Params]:
-    """Loss, metrics and gradients over all parts of a batch, each part counting by its unmasked tokens."""
-    copies = gather_stacks(model, {**frozen, **moving}) if model.compute.gather is Gather.PER_STEP else {}
-
-    def objective(moving: Params, part: DeviceBatch) -> tuple[Array, Stage1Metrics]:
-        variables = {"params": {**frozen, **moving}, "gathered": copies}
-        match stage.objective:
-            case Objective.EXPECTED_LOSS:
-                return _expected_loss(model, stage, loops, variables, part)
-            case Objective.GATE:
-                return _gate_loss(model, stage, loops, variables, part)
-            case Objective.LAST_LOSS:
-                return _last_loss(model, loops, variables, part, logged)
-
-    def over_part(part: DeviceBatch) -> PyTree:
-        (loss, exits), gradients = jax.value_and_grad(objective, has_aux=True)(moving, part)
-        return loss, exits, gradients
-
-    if stage.accumulation == 1:
-        return over_part(jax.tree.map(lambda x: x[0], batch))
-    counts = jnp.sum(batch.loss_mask, axis=(1, 2), dtype=jnp.float32)
-    shares = counts / jnp.maximum(jnp.sum(counts), 1.0)
-
-    def add(total: PyTree, part_and_share: tuple[DeviceBatch, Array]) -> tuple[PyTree, None]:
-        part, share = part_and_share
-        return jax.tree.map(lambda a, b: a + share * b, total, over_part(part)), None
-
-    shapes = jax.eval_shape(over_part, jax.tree.map(lambda x: x[0], batch))
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    return jax.lax.scan(add, zeros, (batch, shares))[0]
-
-
 def _expected_loss(
-    model: LoopLM, stage: Stage, loops: int, variables: dict[str, Params], part: DeviceBatch
+    model: LoopLM, stage: Stage, loops: int, variables: Variables, part: DeviceBatch, count: Float[Array, ""]
 ) -> tuple[Float[Array, ""], Stage1Metrics]:
     output = _apply(model, variables, part, loops)
     prior = None if stage.prior.kind is PriorKind.UNIFORM else log_prior(stage.prior, loops)
     return stage1_from_hidden(
         output.hidden,
-        head_matrix(variables["params"], model.config),
+        _head(model, variables),
         part.targets,
         output.gate_logits,
         beta=stage.beta,
         mask=part.loss_mask,
+        count=count,
         log_prior=prior,
         chunk=model.compute.loss_chunk,
     )
 
 
 def _gate_loss(
-    model: LoopLM, stage: Stage, loops: int, variables: dict[str, Params], part: DeviceBatch
+    model: LoopLM, stage: Stage, loops: int, variables: Variables, part: DeviceBatch, count: Float[Array, ""]
 ) -> tuple[Float[Array, ""], Stage1Metrics]:
     output = _apply(model, variables, part, loops)
-    head = head_matrix(variables["params"], model.config)
+    head = _head(model, variables)
     losses = jax.lax.stop_gradient(token_losses(output.hidden, head, part.targets, chunk=model.compute.loss_chunk))
     loss, _ = stage2(
         losses,
@@ -164,18 +125,24 @@ def _gate_loss(
         k=stage.gain_slope,
         gamma=stage.gain_threshold,
         mask=part.loss_mask,
+        count=count,
         target=stage.gate_target,
     )
-    _, exits = stage1(losses, jax.lax.stop_gradient(output.gate_logits), beta=0.0, mask=part.loss_mask)
+    _, exits = stage1(losses, jax.lax.stop_gradient(output.gate_logits), beta=0.0, mask=part.loss_mask, count=count)
     return loss, exits
 
 
 def _last_loss(
-    model: LoopLM, loops: int, variables: dict[str, Params], part: DeviceBatch, logged: bool | Bool[Array, ""]
+    model: LoopLM,
+    loops: int,
+    variables: Variables,
+    part: DeviceBatch,
+    count: Float[Array, ""],
+    logged: bool | Bool[Array, ""],
 ) -> tuple[Float[Array, ""], Stage1Metrics]:
     """Returns the loss after the last loop, which is Eq. 4 over that loop alone: the last gate has no part in it."""
     output = _apply(model, variables, part, loops)
-    head, chunk = head_matrix(variables["params"], model.config), model.compute.loss_chunk
+    head, chunk = _head(model, variables), model.compute.loss_chunk
     loss, last = stage1_from_hidden(
         output.hidden[-1:],
         head,
@@ -183,6 +150,7 @@ def _last_loss(
         output.gate_logits[-1:],
         beta=0.0,
         mask=part.loss_mask,
+        count=count,
         chunk=chunk,
     )
     if loops == 1:
@@ -190,7 +158,7 @@ def _last_loss(
 
     def earlier_losses(hidden: Float[Array, "t B S D"], head: Float[Array, "D V"]) -> Float[Array, "t"]:
         losses = token_losses(hidden, head, part.targets, chunk=chunk)
-        return stage1(losses, jnp.zeros_like(losses), beta=0.0, mask=part.loss_mask)[1].loss_per_loop
+        return stage1(losses, jnp.zeros_like(losses), beta=0.0, mask=part.loss_mask, count=count)[1].loss_per_loop
 
     earlier = jax.lax.cond(
         logged,
@@ -200,15 +168,19 @@ def _last_loss(
     )
     exits = Stage1Metrics(
         loss_per_loop=jnp.concatenate([earlier, last.loss_per_loop]),
-        exit_pdf=jnp.zeros(loops).at[-1].set(1.0),
+        exit_pdf=jnp.zeros(loops).at[-1].set(last.exit_pdf[0]),
         expected_loss=loss,
         exit_entropy=last.exit_entropy,
-        mean_exit_loop=jnp.float32(loops),
+        mean_exit_loop=loops * last.mean_exit_loop,
     )
     return loss, exits
 
 
-def _apply(model: LoopLM, variables: dict[str, Params], part: DeviceBatch, loops: int) -> LoopLMOutput:
+def _head(model: LoopLM, variables: Variables) -> Float[Array, "D V"]:
+    return cast(Array, model.apply(variables, method="head_weights"))
+
+
+def _apply(model: LoopLM, variables: Variables, part: DeviceBatch, loops: int) -> LoopLMOutput:
     output = model.apply(variables, part.tokens, loops=loops, positions=part.positions, segment_ids=part.segment_ids)
     return cast(LoopLMOutput, output)
 

@@ -20,6 +20,7 @@ from looplm_jax.planning.targets import Target
 from looplm_jax.planning.timing import decode_timing
 from looplm_jax.planning.traffic import Buffer, Traffic
 from looplm_jax.sharding.chips import known_chip
+from looplm_jax.training.run_folder import read_recipe
 
 
 @pytest.fixture
@@ -49,9 +50,12 @@ def test_a_plan_for_the_devices_that_are_here(plan_file, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_search_prints_what_nothing_beats(plan_file, capsys):
-    assert main(["plan", plan_file, "--topology", "here", "--search", "--limit", "2"]) == 0
+def test_a_search_prints_what_nothing_beats(plan_file, tmp_path, capsys):
+    chosen = tmp_path / "chosen.json"
+    assert main(["plan", plan_file, "--topology", "here", "--search", "--limit", "2", "--write", str(chosen)]) == 0
     printed = capsys.readouterr()
+    assert f"wrote {chosen}\nnext: looplm plan {chosen} --topology here" in printed.out
+    assert read_recipe(chosen).stages[0].name == "only"
     assert "(2 of 2) for 8 x cpu" in printed.err
     assert "--stages.only.accumulation 1" in printed.out
     assert "*" in printed.out
@@ -71,6 +75,16 @@ def test_a_search_prints_what_nothing_beats(plan_file, capsys):
         (["--topology", "here", "--mesh.data", "1", "--mesh.fsdp", "8", "--stage.batch_size", "12"], "does not divide"),
         (["--topology", "here", "--json", "nowhere/plan.json"], "there is no folder nowhere to write plan.json to"),
         (["--topology", "here", "--search", "--limit", "0"], "--limit must be at least 1, not 0"),
+        (["--topology", "here", "--write", "r.json"], "--write has no effect without --search; add --search"),
+        (
+            ["--topology", "here", "--search", "--write", "nowhere/r.json"],
+            "there is no folder nowhere to write r.json to",
+        ),
+        (["--topology", "here", "--search", "--write", "r.yaml"], "--write r.yaml must end in .json, as recipes do"),
+        (
+            ["--topology", "here", "--compute.reduce", "step"],
+            "compute.reduce=step needs whole parameters on every device",
+        ),
         (["--topology", "here", "--lim", "3"], "unknown flag '--lim'; did you mean '--limit'?"),
         ([], "the following arguments are required: --topology"),
     ],

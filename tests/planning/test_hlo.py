@@ -76,13 +76,40 @@ def test_what_loops_repeat_is_multiplied():
     assert gather.in_loop_over_t
     assert gather.count == 5 * 3  # once a layer, though two fusions show it
     assert gather.bytes == 15 * (32 * 4 * 2) * 3 // 4  # each sends all but one of four shares on
+    assert gather.asynchronous
 
 
 def test_an_all_reduce_of_which_a_share_is_kept_is_a_reduce_scatter():
     scatter = found()["reduce-scatter", False]
     assert (scatter.loops, scatter.count, scatter.bytes) == ((), 1, 64 * 4 * 3 // 4)
     assert not scatter.in_loop_over_t
+    assert not scatter.asynchronous
     assert found().keys() == {("all-gather", False), ("reduce-scatter", False)}
+
+
+def test_what_is_started_and_waited_for_later_is_asynchronous():
+    wrapped = """
+%async (p.9: f32[64]) -> f32[64] {
+  %p.9 = f32[64]{0} parameter(0)
+  ROOT %all-reduce.9 = f32[64]{0} all-reduce(%p.9), channel_id=8, replica_groups={{0,1,2,3}}, to_apply=%add
+}
+
+ENTRY"""
+    started = """
+  %sum = ((f32[64]{0}), f32[64]{0}, s32[]) async-start(%g), calls=%async
+  %summed = f32[64]{0} async-done(%sum)
+  %start = (bf16[8,4]{1,0}, bf16[32,4]{1,0}) all-gather-start(%a), channel_id=10, replica_groups=[1,4]<=[4]
+  %done = bf16[32,4]{1,0} all-gather-done(%start)
+  %at.once = bf16[32,4]{1,0} all-gather(%a), channel_id=11, replica_groups=[1,4]<=[4], dimensions={0}
+"""
+    text = TEXT.replace("\nENTRY", wrapped).replace("  %while.2", started + "  %while.2")
+    outside = [each for each in collectives(parse(text), 4) if not each.loops]
+    assert sorted((each.kind, each.asynchronous, each.count) for each in outside) == [
+        ("all-gather", False, 1),
+        ("all-gather", True, 1),
+        ("all-reduce", True, 1),
+        ("reduce-scatter", False, 1),
+    ]
 
 
 @pytest.mark.parametrize(("kind", "shares"), [("ALL_REDUCE", 2 * 2 / 3), ("ALL_GATHER", 2)])

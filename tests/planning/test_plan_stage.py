@@ -6,9 +6,10 @@ import jax
 import pytest
 from plan_cases import GATE, STAGE, recipe_with, with_stage
 
-from looplm_jax.config import Gather, MeshConfig, Remat
+from looplm_jax.config import Gather, MeshConfig, Reduce, Remat
 from looplm_jax.models.looplm import LoopLM
 from looplm_jax.planning.memory import overfull_memory, shard_bytes, state_memory
+from looplm_jax.planning.search import stack_parameters
 from looplm_jax.planning.stage_plan import plan_stage
 from looplm_jax.planning.targets import find_target
 from looplm_jax.training.program import lower_step, stage_mesh
@@ -28,8 +29,10 @@ def sent(plan, kind):
 
 @needs_compiler
 def test_a_small_step_for_v5e():
-    """Weights are gathered before the loops; attention is splash; every product is in bfloat16; all is donated."""
-    recipe = recipe_with(STAGE, gather=Gather.PER_STEP)
+    """Weights are gathered before the loops, and gradients summed after them; attention is splash; every product is in
+    bfloat16; all is donated.
+    """
+    recipe = recipe_with(STAGE, gather=Gather.PER_STEP, reduce=Reduce.STEP)
     plan = plan_stage(recipe, STAGE, find_target("v5e:2x2"))
     assert plan.fits
     assert plan.advice == ()
@@ -38,9 +41,11 @@ def test_a_small_step_for_v5e():
     assert plan.inside.matmuls.by_type.keys() == {"bf16"}
     assert plan.inside.matmuls.float32_at == ()
     assert plan.inside.donated == plan.inside.state_arrays
-    assert sent(plan, "all-gather") == sent(plan, "collective-permute") == 0
-    assert sent(plan, "reduce-scatter") > 0
-    assert plan.timing.step == max(plan.timing.compute, plan.timing.links) > 0
+    assert [each for each in plan.inside.collectives if each.loops] == []
+    gradients = 4 * stack_parameters(recipe.model)
+    reduced = sum(each.bytes for each in plan.inside.collectives if each.kind in ("reduce-scatter", "all-reduce"))
+    assert 0.75 * gradients < reduced < 4 * gradients
+    assert plan.timing.step == max(plan.timing.compute + plan.timing.waiting, plan.timing.links) > 0
     assert plan.timing.peak < plan.timing.compute
     assert 0 < plan.memory.parameters < plan.memory.optimizer < plan.memory.total < plan.memory.capacity == 16 * 2**30
 
@@ -58,6 +63,7 @@ def test_gathering_once_a_step_saves_what_the_loops_would_send():
     stack = dataclasses.replace(plans[0].memory, optimizer=0).parameters
     assert sent(plans[1], "all-gather") == 0
     assert gathered[0] - gathered[1] > 8 * stack
+    assert sent(plans[1], "reduce-scatter") > 0
 
 
 @needs_compiler

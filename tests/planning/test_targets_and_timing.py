@@ -6,12 +6,12 @@ import jax
 import pytest
 from plan_cases import GATE, MODEL, STAGE, recipe_with, with_stage
 
-from looplm_jax.config import Gather, MeshConfig, Remat
+from looplm_jax.config import Gather, MeshConfig, Reduce, Remat
 from looplm_jax.errors import UserError
 from looplm_jax.planning.advice import advice, next_accumulation
 from looplm_jax.planning.collectives import Collective
 from looplm_jax.planning.memory import Memory
-from looplm_jax.planning.search import Candidate, Trial, candidates, pareto, search
+from looplm_jax.planning.search import Candidate, SearchResult, Trial, candidates, chosen_recipe, pareto, search
 from looplm_jax.planning.stage_plan import StagePlan
 from looplm_jax.planning.targets import Target, find_target, without_network
 from looplm_jax.planning.timing import estimate, recomputed_flops, step_flops
@@ -60,14 +60,34 @@ def test_the_environment_is_as_before(monkeypatch):
 
 
 def test_the_best_time_is_the_longest_of_what_a_step_needs():
-    sent = Collective(kind="all-reduce", loops=("loops",), devices=4, count=1, bytes=10**12)
+    sent = Collective(kind="all-reduce", loops=("loops",), devices=4, count=1, bytes=10**12, asynchronous=True)
     timing = estimate(MODEL, STAGE, Remat.LAYER, target(V5E, (16, 16)), [sent], devices=4)
     assert timing.step == timing.links == pytest.approx(10**12 / 200e9)
     assert timing.days == pytest.approx(STAGE.steps * timing.step / 86400)
     assert timing.tokens_per_second == pytest.approx(STAGE.batch_size * STAGE.sequence_length / timing.step)
+    assert timing.waiting == 0
     beyond = dataclasses.replace(sent, between_slices=True)
     assert estimate(MODEL, STAGE, Remat.LAYER, target(V5E, (16, 16)), [beyond], devices=4).network > timing.links
     assert estimate(MODEL, STAGE, Remat.LAYER, target(None, ()), [sent], devices=4) is None
+
+
+def test_nothing_is_computed_during_synchronous_exchanges():
+    waited = Collective(kind="all-reduce", loops=(), devices=4, count=1, bytes=10**9)
+    hidden = dataclasses.replace(waited, asynchronous=True)
+    timing = estimate(MODEL, STAGE, Remat.LAYER, target(V5E, (16, 16)), [waited, hidden], devices=4)
+    assert timing.links == 2 * timing.waiting == pytest.approx(2 * 10**9 / 200e9)
+    assert timing.step == max(timing.compute + timing.waiting, timing.links)
+    assert timing.model_flops_utilisation == pytest.approx(timing.peak / timing.step)
+
+
+def test_less_is_recomputed_where_more_is_saved():
+    again = [
+        recomputed_flops(MODEL, STAGE, remat) for remat in (Remat.LAYER, Remat.SAVE_OUTPUTS, Remat.SAVE_QKV, Remat.DOTS)
+    ]
+    tokens = STAGE.batch_size * STAGE.sequence_length * STAGE.loops * MODEL.num_layers
+    queries_keys_values = 3 * 2 * MODEL.width**2
+    assert again[1] - again[2] == tokens * queries_keys_values
+    assert again[0] > again[1] > again[2] > again[3] == 0
 
 
 def test_what_is_computed_again():
@@ -94,6 +114,9 @@ def test_what_to_change_depends_on_what_is_too_large():
     assert advised(full, spread, large) == ("cut the batch into more parts: --stages.first.accumulation 2",)
     (first, *_) = advised(full, spread, large, gather=Gather.PER_STEP)
     assert "--compute.gather per_layer" in first
+    for reduce, sooner in ((Reduce.STEP, "microbatch"), (Reduce.MICROBATCH, "loop")):
+        (first, *_) = advised(full, spread, large, gather=Gather.PER_STEP, reduce=reduce)
+        assert f"--compute.reduce {sooner}" in first
     assert "--compute.remat layer" in advised(full, spread, large, remat=Remat.DOTS)[0]
     assert "--mesh.data 1 --mesh.fsdp -1" in advised(full, MeshConfig(data=8), large)[-1]
     least = with_stage(accumulation=2)
@@ -126,6 +149,20 @@ def test_what_nothing_beats():
     assert pareto([fast, small, beaten, alike, broken]) == (fast, small, alike)
 
 
+def test_the_chosen_recipe_leaves_other_stages_as_they_are():
+    """The fastest choice is written with its devices of a sequence in the stage, and the rest of its mesh for all."""
+    fast, slow = trial(1, 9), trial(2, 1)
+    mesh, stage = MeshConfig(data=2, fsdp=2, context=2), with_stage(accumulation=4)
+    recipe = recipe_with(stage, GATE, mesh=mesh, remat=Remat.SAVE_QKV)
+    fast = dataclasses.replace(fast, candidate=Candidate(recipe=recipe, stage=stage, flags="", weight=()))
+    chosen = chosen_recipe(SearchResult(trials=(fast, slow), best=(slow, fast), cannot_fit=0, passed_over=0))
+    assert chosen.mesh == MeshConfig(data=2, fsdp=4)
+    assert chosen.compute == recipe.compute
+    assert chosen.stages == (dataclasses.replace(stage, context=2), GATE)
+    assert chosen.mesh_of(chosen.stages[0]) == mesh
+    assert chosen_recipe(SearchResult(trials=(slow,), best=(), cannot_fit=0, passed_over=0)) is None
+
+
 def test_candidates_divide_and_name_their_flags():
     here = find_target("here")
     tried = list(candidates(recipe_with(STAGE), STAGE, here))
@@ -136,6 +173,7 @@ def test_candidates_divide_and_name_their_flags():
         assert sizes[0] * sizes[1] * sizes[2] * sizes[3] == 8
         assert each.stage.batch_size % (each.stage.accumulation * sizes[0] * sizes[1]) == 0
         assert each.recipe.stages == (each.stage,)
+    assert {each.recipe.compute.reduce for each in tried} == set(Reduce)
 
 
 def test_what_cannot_fit_is_not_compiled():

@@ -1,4 +1,6 @@
-"""When weights are gathered, and where layers wait for the backward pass, changes nothing about what is learnt."""
+"""When weights are gathered, when gradients are summed, and what is saved for the backward pass changes nothing about
+what is learnt.
+"""
 
 import dataclasses
 
@@ -6,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from looplm_jax.config import ComputeConfig, Gather, MeshConfig, ModelConfig, Objective, Recipe, Remat, Stage
+from looplm_jax.config import ComputeConfig, Gather, MeshConfig, ModelConfig, Objective, Recipe, Reduce, Remat, Stage
 from looplm_jax.data.packing import Batch
 from looplm_jax.models.looplm import LoopLM
 from looplm_jax.sharding import make_mesh
@@ -28,14 +30,14 @@ def batch():
         targets=tokens[:, 1:],
         segment_ids=np.ones((8, 16), np.int32),
         positions=np.tile(np.arange(16, dtype=np.int32), (8, 1)),
-        loss_mask=np.ones((8, 16), np.float32),
+        loss_mask=(generator.random((8, 16)) < np.linspace(0, 1, 8)[:, None]).astype(np.float32),
     )
 
 
-def step(stage=STAGE, model=MODEL, **compute):
+def step(stage=STAGE, model=MODEL, mesh=MESH, **compute):
     """One step: the loss, the norm of the gradient, Adam's mean of gradients, and the program."""
     recipe = Recipe(name="r", model=model, stages=(stage,), compute=ComputeConfig(loss_chunk=16, **compute))
-    mesh, network = make_mesh(MESH), LoopLM(model, recipe.compute)
+    mesh, network = make_mesh(mesh), LoopLM(model, recipe.compute)
     programs = StagePrograms(recipe, network, stage, mesh, first_step=0)
     programs.compile(stage.loops)
     state, metrics = programs.run(stage.loops, initial_state(recipe, network, stage, mesh), place(batch(), stage, mesh))
@@ -63,6 +65,25 @@ def test_the_same_gradients(plain, gathered):
     assert_same(gathered, plain)
 
 
+@pytest.mark.parametrize("reduce", [Reduce.MICROBATCH, Reduce.STEP])
+def test_the_same_gradients_when_they_are_summed_after_the_loops(plain, reduce):
+    """Devices and microbatches have different numbers of tokens to learn from; some have none."""
+    found = step(gather=Gather.PER_STEP, reduce=reduce)
+    assert_same(found, plain)
+    kernel = found[2]["core"]["layers"]["mlp"]["up"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape) == (2, 16, 24)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [MeshConfig(data=8), MeshConfig(data=1, fsdp=2, tensor=2, context=2)], ids=str)
+@pytest.mark.parametrize("objective", Objective)
+def test_every_objective_when_gradients_are_summed_once_a_step(mesh, objective):
+    model = dataclasses.replace(MODEL, num_layers=1, prelude_layers=1, coda_layers=1, tied_head=True)
+    stage = dataclasses.replace(STAGE, objective=objective, accumulation=1)
+    found = step(stage, model, mesh, gather=Gather.PER_STEP, reduce=Reduce.STEP)
+    assert_same(found, step(stage, model, MeshConfig(data=1)))
+
+
 def test_gradients_stay_spread_as_the_parameters_are(gathered):
     kernel = gathered[2]["core"]["layers"]["mlp"]["up"]["kernel"]
     assert kernel.sharding.shard_shape(kernel.shape) == (2, 16, 24)
@@ -71,8 +92,14 @@ def test_gradients_stay_spread_as_the_parameters_are(gathered):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "compute",
-    [{"gather": Gather.PER_STEP, "remat": Remat.NONE}, {"remat": Remat.OFFLOAD}],
-    ids=["gathered, nothing recomputed", "offloaded"],
+    [
+        {"gather": Gather.PER_STEP, "remat": Remat.NONE},
+        {"remat": Remat.OFFLOAD},
+        {"gather": Gather.PER_STEP, "reduce": Reduce.STEP, "remat": Remat.SAVE_OUTPUTS},
+        {"remat": Remat.SAVE_QKV},
+        {"remat": Remat.DOTS},
+    ],
+    ids=["gathered, nothing recomputed", "offloaded", "outputs saved", "queries, keys and values saved", "dots saved"],
 )
 def test_the_same_gradients_with_every_way_to_keep_activations(plain, compute):
     assert_same(step(**compute), plain)

@@ -2,5 +2,6 @@
 
 from looplm_jax.models.attention_kernels.choice import choose_kernel
 from looplm_jax.models.attention_kernels.self_attention import self_attention
+from looplm_jax.models.attention_kernels.splash import OUTPUT
 
-__all__ = ["choose_kernel", "self_attention"]
+__all__ = ["OUTPUT", "choose_kernel", "self_attention"]

@@ -6,20 +6,27 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from looplm_jax.config import AttentionKernel
 from looplm_jax.models.attention_kernels.cudnn import cudnn_attention
-from looplm_jax.models.attention_kernels.splash import splash_attention
+from looplm_jax.models.attention_kernels.splash import OUTPUT, splash_attention
 from looplm_jax.models.attention_kernels.triton import triton_attention
 from looplm_jax.models.attention_kernels.xla import xla_attention
 from looplm_jax.sharding import divides, heads_from_devices, heads_to_devices, partition, sequence_shards
 
+
+def _named(kernel: Callable[..., Array]) -> Callable[..., Array]:
+    """Returns a kernel whose output may be saved under its name; splash names it itself, beside the softmax's sums."""
+    return lambda *arrays: checkpoint_name(kernel(*arrays), OUTPUT)
+
+
 _KERNELS = {
-    AttentionKernel.XLA: xla_attention,
+    AttentionKernel.XLA: _named(xla_attention),
     AttentionKernel.SPLASH: splash_attention,
-    AttentionKernel.CUDNN: cudnn_attention,
-    AttentionKernel.TRITON: triton_attention,
+    AttentionKernel.CUDNN: _named(cudnn_attention),
+    AttentionKernel.TRITON: _named(triton_attention),
 }
 
 
@@ -39,16 +46,17 @@ def self_attention(
     arrays = queries, keys, values, positions, segment_ids
     mesh, heads = jax.sharding.get_abstract_mesh(), partition("batch", "sequence", "heads", None)
     if kernel is AttentionKernel.XLA and sequence_shards() == 1:
-        return xla_attention(*arrays)  # which the compiler cuts over the mesh by itself
+        return _KERNELS[kernel](*arrays)  # which the compiler shards over the mesh by itself
     if mesh.empty:
         return _KERNELS[kernel](*arrays)
     if not divides(queries.shape, heads):
-        return xla_attention(*arrays)
+        return _KERNELS[AttentionKernel.XLA](*arrays)
     kv_heads, rows = partition("batch", "sequence", "kv_heads", None), partition("batch", None)
     mapped = jax.shard_map(
         functools.partial(_on_whole_sequences, _KERNELS[kernel]),
         in_specs=(heads, kv_heads, kv_heads, rows, rows),
         out_specs=heads,
+        axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
         check_vma=False,  # Pallas kernels do not tell along which axes their results vary
     )
     return mapped(*arrays)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from looplm_jax.errors import UserError
 from looplm_jax.sharding import target_kind, target_platform
 
+OUTPUT = "attention_output"  # what the backward pass may find saved under this name, with its softmax statistics
 _LANES = 128  # of a vector register; a block of keys holds a multiple
 
 # Queries and keys of a block, by generation. Each block has a fixed cost beside its 4 * block^2 * Dh operations, and
@@ -51,6 +52,7 @@ def splash_attention(
         head_shards=1,
         q_seq_shards=1,
         interpret=target_platform() != "tpu",
+        residual_checkpoint_name=OUTPUT,
     )
 
     def one_row(q: Array, k: Array, v: Array, segments: Array) -> Array:  # [H, S, Dh]

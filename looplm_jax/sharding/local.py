@@ -1,0 +1,93 @@
+"""Regions of a program in which each device has its own tokens and whole parameters, and sums only what it is told to.
+
+Outside of one the compiler decides where gradients are summed over devices, and does so wherever a product is: in every
+turn of every loop. Inside, `gather` and `reduce` are the only exchanges along the axes of the mesh that tokens lie on;
+the `tensor` axis is left to the compiler.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import flax.linen as nn
+import jax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, PyTree
+
+from looplm_jax.sharding.mesh import LOGICAL_AXIS_RULES, Axes, free_rules, mesh_axes, partition
+
+R = TypeVar("R")
+
+
+def token_axes() -> tuple[str, ...]:
+    """Returns the axes of the mesh in use along which devices have different tokens; none inside a local region."""
+    return () if jax.sharding.get_abstract_mesh().empty else mesh_axes(partition("batch", "sequence"))
+
+
+def on_each_device(
+    function: Callable[..., tuple[R, PyTree]], in_axes: tuple[PyTree, ...], out_axes: PyTree
+) -> Callable[..., tuple[R, PyTree]]:
+    """Returns `function` as a local region. It returns sums over all devices, the same on each, and shards of arrays.
+
+    Args:
+      function: what every device runs on its shards.
+      in_axes: logical axes of its arguments, a tree for each one.
+      out_axes: logical axes of the arrays of which it returns shards.
+    """
+    devices = token_axes()
+
+    def specs(axes: PyTree) -> PyTree:
+        return jax.tree.map(lambda names: _along(devices, names), axes, is_leaf=_is_axes)
+
+    def local(*arguments: PyTree) -> tuple[R, PyTree]:
+        with nn.logical_axis_rules(free_rules()):
+            return function(*arguments)
+
+    return jax.shard_map(
+        local,
+        in_specs=tuple(map(specs, in_axes)),
+        out_specs=(PartitionSpec(), specs(out_axes)),
+        axis_names=set(devices),
+        check_vma=False,
+    )
+
+
+def gather(shard: Array, axes: Axes) -> Array:
+    """Returns the whole of an array with these logical axes, inside a local region."""
+    for dimension, names in _sharded(axes):
+        shard = jax.lax.all_gather(shard, names, axis=dimension, tiled=True)
+    return shard
+
+
+def reduce(array: Array, axes: Axes) -> Array:
+    """Returns the shard of this device of the sum of an array over all devices, inside a local region."""
+    devices = _local_axes()
+    for dimension, names in _sharded(axes):
+        array = jax.lax.psum_scatter(array, names, scatter_dimension=dimension, tiled=True)
+        devices = tuple(name for name in devices if name not in names)
+    return jax.lax.psum(array, devices)
+
+
+def reduce_sums(sums: PyTree) -> PyTree:
+    """Returns sums over the tokens of all devices, given those over the tokens of each, inside a local region."""
+    return jax.lax.psum(sums, _local_axes())
+
+
+def _local_axes() -> tuple[str, ...]:
+    return jax.sharding.get_abstract_mesh().manual_axes
+
+
+def _sharded(axes: Axes) -> list[tuple[int, tuple[str, ...]]]:
+    """The dimensions that are sharded along the axes of a local region, and along which of them."""
+    spec = _along(_local_axes(), axes)
+    return [(dimension, names) for dimension, entry in enumerate(spec) if (names := mesh_axes(PartitionSpec(entry)))]
+
+
+def _along(devices: tuple[str, ...], axes: Axes) -> PartitionSpec:
+    """Where an array with these logical axes lies along some axes of the mesh."""
+    spec = nn.logical_to_mesh_axes(tuple(axes), LOGICAL_AXIS_RULES) or PartitionSpec()
+    entries = (mesh_axes(PartitionSpec(entry)) for entry in spec)
+    return PartitionSpec(*(tuple(name for name in names if name in devices) or None for names in entries))
+
+
+def _is_axes(node: PyTree) -> bool:
+    return isinstance(node, PartitionSpec | tuple) and all(name is None or isinstance(name, str) for name in node)

@@ -1,0 +1,131 @@
+"""Loss and gradients of a batch: over its microbatches, and over the devices that share each of them."""
+
+import functools
+from collections.abc import Callable
+from typing import TypeAlias
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PyTree
+
+from looplm_jax.config import ComputeConfig, Gather, Reduce
+from looplm_jax.losses import Stage1Metrics
+from looplm_jax.models.looplm import LoopLM, Params, copy_dtypes, gather_stacks, parameter_axes
+from looplm_jax.sharding import gather, on_each_device, reduce, reduce_sums, token_axes
+
+
+@flax.struct.dataclass
+class DeviceBatch:
+    """A batch on the devices: `A` microbatches of `B` sequences each."""
+
+    tokens: Int[Array, "A B S"]
+    targets: Int[Array, "A B S"]
+    segment_ids: Int[Array, "A B S"]
+    positions: Int[Array, "A B S"]
+    loss_mask: Float[Array, "A B S"]
+
+
+Variables: TypeAlias = dict[str, Params]
+Sums: TypeAlias = tuple[Float[Array, ""], Stage1Metrics]  # over some tokens, divided by the number of all
+# The loss and metrics of a microbatch `[B, S]`: its sums, divided by the tokens that the whole batch learns from.
+LossOf: TypeAlias = Callable[[Variables, DeviceBatch, Float[Array, ""]], Sums]
+
+
+def loss_and_gradients(
+    loss_of: LossOf, model: LoopLM, moving: Params, frozen: Params, batch: DeviceBatch
+) -> tuple[Sums, Params]:
+    """Returns loss and metrics of a batch, means over its unmasked tokens, and the gradients of `moving`."""
+    count = jnp.sum(batch.loss_mask, dtype=jnp.float32)
+    match when_reduced(model.compute):
+        case Reduce.LOOP:
+            return _reduced_by_the_compiler(loss_of, model, moving, frozen, batch, count)
+        case when:
+            return _reduced_once(loss_of, model, when, moving, frozen, batch, count)
+
+
+def when_reduced(compute: ComputeConfig) -> Reduce:
+    """Returns when gradients are summed over the devices of the mesh in use; never `auto`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if all(mesh.shape[axis] == 1 for axis in token_axes()):
+        return Reduce.LOOP  # there is one device, or none that has tokens of its own
+    if compute.reduce is not Reduce.AUTO:
+        return compute.reduce
+    return Reduce.STEP if mesh.shape["fsdp"] * mesh.shape["context"] == 1 else Reduce.LOOP
+
+
+def _reduced_by_the_compiler(
+    loss_of: LossOf, model: LoopLM, moving: Params, frozen: Params, batch: DeviceBatch, count: Float[Array, ""]
+) -> tuple[Sums, Params]:
+    copies = gather_stacks(model, {**frozen, **moving}) if model.compute.gather is Gather.PER_STEP else {}
+
+    def of_microbatch(microbatch: DeviceBatch) -> tuple[Sums, Params]:
+        def loss(moving: Params) -> Sums:
+            return loss_of({"params": {**frozen, **moving}, "gathered": copies}, microbatch, count)
+
+        return jax.value_and_grad(loss, has_aux=True)(moving)
+
+    return _sum_over_microbatches(of_microbatch, batch)
+
+
+def _reduced_once(
+    loss_of: LossOf,
+    model: LoopLM,
+    when: Reduce,
+    moving: Params,
+    frozen: Params,
+    batch: DeviceBatch,
+    count: Float[Array, ""],
+) -> tuple[Sums, Params]:
+    """Gradients add up on each device, in the place that one array has, until they are summed over all devices."""
+    axes, dtypes = parameter_axes(model.config), copy_dtypes(model)
+    sums_in = jax.tree.map(lambda own: own if when is Reduce.MICROBATCH else jnp.dtype(jnp.float32), dtypes)
+
+    def on_device(params: Params, batch: DeviceBatch, count: Array) -> tuple[Sums, Params]:
+        copies = jax.tree.map(lambda shard, dtype, names: gather(shard.astype(dtype), names), params, dtypes, axes)
+
+        def reduced(batch: DeviceBatch) -> tuple[Sums, Params]:
+            # Zeros of this batch: those of all would be one more array of the size of the parameters, to copy from.
+            zero, _ = jax.lax.optimization_barrier((jnp.zeros(()), batch.tokens))
+            zeros = jax.tree.map(functools.partial(_filled, zero), copies, sums_in, axes)
+            accumulators = jax.tree.map(jax.new_ref, {name: zeros[name] for name in moving})
+
+            def of_microbatch(microbatch: DeviceBatch) -> Sums:
+                def loss(moving: Params) -> Sums:
+                    return loss_of({"params": {**zeros, **moving}, "gathered": copies}, microbatch, count)
+
+                value, pull_back, metrics = jax.vjp(loss, {name: zeros[name] for name in moving}, has_aux=True)
+                pull_back.with_refs(accumulators)(jnp.ones_like(value))
+                return value, metrics
+
+            sums = _sum_over_microbatches(of_microbatch, batch)
+            gradients = jax.tree.map(lambda ref, names: reduce(jax.freeze(ref), names), accumulators, moving_axes)
+            return sums, jax.tree.map(lambda x: x.astype(jnp.float32), gradients)
+
+        if when is Reduce.STEP:
+            sums, gradients = reduced(batch)
+        else:
+            sums, gradients = _sum_over_microbatches(lambda one: reduced(jax.tree.map(lambda x: x[None], one)), batch)
+        return reduce_sums(sums), gradients
+
+    moving_axes = {name: axes[name] for name in moving}
+    batch_axes = jax.tree.map(lambda _: (None, "batch", "sequence"), batch)
+    return on_each_device(on_device, (axes, batch_axes, ()), moving_axes)({**frozen, **moving}, batch, count)
+
+
+def _filled(value: Float[Array, ""], like: Array, dtype: jnp.dtype, axes: PyTree) -> Array:
+    return nn.with_logical_constraint(jnp.broadcast_to(value.astype(dtype), like.shape), axes)
+
+
+def _sum_over_microbatches(function: Callable[[DeviceBatch], PyTree], batch: DeviceBatch) -> PyTree:
+    """Returns the sum of `function` over the microbatches of a batch."""
+    first = jax.tree.map(lambda x: x[0], batch)
+    if batch.tokens.shape[0] == 1:
+        return function(first)
+
+    def add(total: PyTree, microbatch: DeviceBatch) -> tuple[PyTree, None]:
+        return jax.tree.map(jnp.add, total, function(microbatch)), None
+
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function, first))
+    return jax.lax.scan(add, zeros, batch)[0]
