@@ -24,6 +24,7 @@ from looplm_jax.config import (
     Objective,
     Recipe,
     RecordKind,
+    Reduce,
     Schedule,
     SourceConfig,
     Stage,
@@ -55,34 +56,45 @@ _MID_TRAIN = (("sft-mix", 90), (_PRETRAIN, 30), (_ANNEAL, 180))  # billions of t
 _THINKING = {"thinking-math": 3500, "thinking-code": 3200, "thinking-science": 808, "thinking-chat": 767}  # thousands
 
 
+# A v5e holds the gradient of all parameters of the smaller model, but not of the larger one. `docs/planning.md` has the
+# settings for chips with more memory.
+_ONCE_A_STEP = ComputeConfig(gather=Gather.PER_STEP, reduce=Reduce.STEP)
+_IN_EVERY_LOOP = ComputeConfig(gather=Gather.PER_STEP, reduce=Reduce.LOOP)
+
+
 def ouro_1_4b() -> Recipe:
     """Ouro-1.4B: 24 layers, from nothing through 7.7T tokens, then Stage II for the gate."""
-    return _recipe("ouro-1.4b", ouro_1_4b.__doc__, presets.ouro_1_4b(), (*_first_stages(), *_later_stages()))
+    stages = (*_first_stages(), *_later_stages())
+    return _recipe("ouro-1.4b", ouro_1_4b.__doc__, presets.ouro_1_4b(), stages, _ONCE_A_STEP)
 
 
 def ouro_2_6b() -> Recipe:
     """Ouro-2.6B: 48 layers. Start it from Ouro-1.4B as it was after `pretrain-2`, its 24 layers doubled."""
-    return _recipe("ouro-2.6b", ouro_2_6b.__doc__, presets.ouro_2_6b(), _later_stages())
+    return _recipe("ouro-2.6b", ouro_2_6b.__doc__, presets.ouro_2_6b(), _later_stages(), _IN_EVERY_LOOP)
 
 
 def ouro_1_4b_thinking() -> Recipe:
     """Ouro-1.4B-Thinking: fine-tuning on 8.3M chats. Start it from `ouro-1.4b`."""
-    return _recipe("ouro-1.4b-thinking", ouro_1_4b_thinking.__doc__, presets.ouro_1_4b(), (_fine_tuning(),))
+    stages = (_fine_tuning(),)
+    return _recipe("ouro-1.4b-thinking", ouro_1_4b_thinking.__doc__, presets.ouro_1_4b(), stages, _ONCE_A_STEP)
 
 
 def ouro_2_6b_thinking() -> Recipe:
     """Ouro-2.6B-Thinking: fine-tuning on 8.3M chats. Start it from `ouro-2.6b`."""
-    return _recipe("ouro-2.6b-thinking", ouro_2_6b_thinking.__doc__, presets.ouro_2_6b(), (_fine_tuning(),))
+    stages = (_fine_tuning(),)
+    return _recipe("ouro-2.6b-thinking", ouro_2_6b_thinking.__doc__, presets.ouro_2_6b(), stages, _IN_EVERY_LOOP)
 
 
-def _recipe(name: str, description: str | None, model: ModelConfig, stages: tuple[Stage, ...]) -> Recipe:
+def _recipe(
+    name: str, description: str | None, model: ModelConfig, stages: tuple[Stage, ...], compute: ComputeConfig
+) -> Recipe:
     return Recipe(
         name=name,
         description=description or "",
         model=dataclasses.replace(model, rope_theta=1e4 if name == "ouro-1.4b" else 1e6),
         stages=stages,
         mesh=MeshConfig(data=1, fsdp=-1),
-        compute=ComputeConfig(gather=Gather.PER_STEP),
+        compute=compute,
         data=DataConfig(sources=_mixture(_PRETRAIN), validation_fraction=1e-5),
         checkpoint=CheckpointConfig(every=1000, keep=3),
         evaluation=EvaluationConfig(every=5000, sequences=512),
