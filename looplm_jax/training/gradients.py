@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias, cast
 
 import flax.linen as nn
 import flax.struct
@@ -96,7 +96,7 @@ def _reduced_once(
                     return loss_of({"params": {**zeros, **moving}, "gathered": copies}, microbatch, count)
 
                 value, pull_back, metrics = jax.vjp(loss, {name: zeros[name] for name in moving}, has_aux=True)
-                pull_back.with_refs(accumulators)(jnp.ones_like(value))
+                cast(Any, pull_back).with_refs(accumulators)(jnp.ones_like(value))
                 return value, metrics
 
             sums = _sum_over_microbatches(of_microbatch, batch)
