@@ -93,7 +93,7 @@ def assert_distributed(tokens, probabilities):
     assert stats.chisquare(observed, wanted, sum_check=False).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("by", ["prompts", "samples"])
+@pytest.mark.parametrize("by", ["prompts", pytest.param("samples", marks=pytest.mark.slow)])
 def test_draws_of_one_call_are_distributed_as_the_model_says(by):
     wide = make_engine(slots=16)
     count = {"samples": 600} if by == "samples" else {}

@@ -33,7 +33,9 @@ def theirs(pair, ids, mask, **options):
     return [tuple(row) for row in made[:, ids.shape[1] :].tolist()]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow) if case == "grouped_T4" else case for case in CASES]
+)
 def test_greedy_tokens_are_identical_alone_and_left_padded(case):
     pair = twins(case)
     prompts = [pair.tokens(1, length, seed=length)[0] for length in LENGTHS]

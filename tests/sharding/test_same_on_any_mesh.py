@@ -66,7 +66,9 @@ def run(mesh_config: MeshConfig, accumulation: int):
     return losses, state
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "2x4x1" else name for name in MESHES]
+)
 def test_same_losses_and_parameters_on_every_mesh(name, capfd):
     """Accumulated in two parts on the mesh, in one part on the single device."""
     reference_losses, reference = run(ONE, accumulation=1)
