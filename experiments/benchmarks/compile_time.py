@@ -18,7 +18,7 @@ from looplm_jax.config import ComputeConfig, MeshConfig, Recipe, Stage
 from looplm_jax.models import presets
 from looplm_jax.models.looplm import LoopLM
 from looplm_jax.sharding import make_mesh
-from looplm_jax.training.program import StagePrograms
+from looplm_jax.training.program import lower_step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,11 +50,10 @@ def compile_step(layers: int, loops: int) -> Compiled:
     stage = Stage(name="bench", steps=1, batch_size=8, sequence_length=256, loops=loops)
     recipe = Recipe(name="bench", model=config, stages=(stage,))
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    programs = StagePrograms(recipe, LoopLM(config, ComputeConfig()), stage, mesh, first_step=0)
     start = time.perf_counter()
-    programs.compile(loops)
+    compiled = lower_step(recipe, LoopLM(config, ComputeConfig()), stage, mesh, first_step=0, loops=loops).compile()
     seconds = time.perf_counter() - start
-    return Compiled(seconds=seconds, instructions=programs.text(loops).count(" = "))
+    return Compiled(seconds=seconds, instructions=compiled.as_text().count(" = "))
 
 
 if __name__ == "__main__":
