@@ -53,7 +53,7 @@ def compile_step(layers: int, loops: int) -> Compiled:
     start = time.perf_counter()
     compiled = lower_step(recipe, LoopLM(config, ComputeConfig()), stage, mesh, first_step=0, loops=loops).compile()
     seconds = time.perf_counter() - start
-    return Compiled(seconds=seconds, instructions=compiled.as_text().count(" = "))
+    return Compiled(seconds=seconds, instructions=(compiled.as_text() or "").count(" = "))
 
 
 if __name__ == "__main__":
