@@ -32,14 +32,15 @@ _KERNELS = {
 
 def self_attention(
     kernel: AttentionKernel,
-    queries: Float[Array, "B S H Dh"],
-    keys: Float[Array, "B S K Dh"],
-    values: Float[Array, "B S K Dh"],
+    queries: Float[Array, "B s H Dh"],
+    keys: Float[Array, "B s K Dh"],
+    values: Float[Array, "B s K Dh"],
     positions: Int[Array, "B S"],
     segment_ids: Int[Array, "B S"],
-) -> Float[Array, "B S H Dh"]:
+) -> Float[Array, "B s H Dh"]:
     """Grouped-query softmax attention of each token to its own document, up to its own position.
 
+    In a local region, queries, keys and values are those of one device, its `s` of the `S` positions of each sequence.
     Scores are scaled by `Dh ** -0.5` and their softmax is in float32. Documents lie in columns one after another, and
     positions grow along each.
     """
