@@ -1,6 +1,7 @@
 """Eight fake devices and strict promotion, for every test; set before anything imports JAX."""
 
 import atexit
+import gc
 import os
 import shutil
 import signal
@@ -57,6 +58,18 @@ def small_windows(request):
         if request.path.stem not in BESIDE_PROCESSES:
             patch.setattr("looplm_jax.data.packing._SHUFFLED_PIECES", 256)
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def settled_heap():
+    """Leaves out of later searches for garbage what a module leaves behind.
+
+    JAX keeps what it has traced and compiled. After a thousand tests, to search it again and again takes longer than
+    to trace anything.
+    """
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 LONGEST = ("test_killed_runs", "test_two_processes", "test_replay", "test_buckets", "test_vanished_source")
