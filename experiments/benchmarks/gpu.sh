@@ -3,7 +3,7 @@
 # share of what the GPU was measured to do in the same run: operations of a matrix product, bytes of a sum.
 #
 #   experiments/benchmarks/gpu.sh            # needs looplm_jax[cuda13], and torch for the twin
-#   experiments/benchmarks/gpu.sh --tiny     # whether everything runs, on any machine, in about three minutes
+#   experiments/benchmarks/gpu.sh --tiny     # whether everything runs, on any machine, in a few minutes
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
