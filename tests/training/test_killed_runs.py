@@ -11,6 +11,7 @@ import time
 
 import pytest
 from etils import epath
+from processes import hangups_are_not_ignored, running
 from run_processes import ONE_DEVICE, PATIENCE, Run, metrics, newest, steps_logged, write_recipe
 from training_cases import GATE, RECIPE, STAGE, assert_identical
 
@@ -26,6 +27,13 @@ LONG = dataclasses.replace(
     evaluation=EvaluationConfig(every=25, sequences=8),
 )
 TOTAL = sum(stage.steps for stage in LONG.stages)
+
+# Runs a command whose standard input is the terminal of its session, which gets SIGHUP when that is closed.
+ON_ITS_TERMINAL = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
 
 
 @pytest.fixture(scope="module")
@@ -171,19 +179,19 @@ def test_a_run_is_stopped_while_it_trains_its_tokenizer(number, tmp_path):
 @pytest.mark.slow
 def test_a_run_whose_terminal_is_closed_saves(recipe, compiled_programs, tmp_path):
     """Every write to it fails from then on, and the system sends SIGHUP."""
-    folder = tmp_path / "run"
-    pid, terminal = pty.fork()
-    if pid == 0:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        compiled = {"JAX_COMPILATION_CACHE_DIR": str(compiled_programs), "XLA_FLAGS": ONE_DEVICE}
-        command = [sys.executable, "-m", "looplm_jax.cli.main", "train", "--recipe", recipe, "--out", folder]
-        os.execve(sys.executable, list(map(str, command)), {**os.environ, **compiled})
-    deadline = time.monotonic() + PATIENCE
-    while steps_logged(folder) < 2 and time.monotonic() < deadline:
-        if select.select([terminal], [], [], 0.01)[0]:
-            os.read(terminal, 65536)
-    os.close(terminal)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGHUP
+    folder, (terminal, screen) = tmp_path / "run", pty.openpty()
+    train = ["-m", "looplm_jax.cli.main", "train", "--recipe", recipe, "--out", folder]
+    compiled = {"JAX_COMPILATION_CACHE_DIR": str(compiled_programs), "XLA_FLAGS": ONE_DEVICE}
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), screen)
+    command = [sys.executable, "-c", ON_ITS_TERMINAL, sys.executable, *train]
+    with hangups_are_not_ignored(), running(command, **streams, env={**os.environ, **compiled}) as process:
+        os.close(screen)
+        deadline = time.monotonic() + PATIENCE
+        while steps_logged(folder) < 2 and time.monotonic() < deadline:
+            if select.select([terminal], [], [], 0.01)[0]:
+                os.read(terminal, 65536)
+        os.close(terminal)
+        assert process.wait(PATIENCE) == 128 + signal.SIGHUP
     assert newest(folder)["step"] == steps_logged(folder) >= 2
 
 
