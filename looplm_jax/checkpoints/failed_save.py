@@ -32,7 +32,10 @@ class _Unheard:
 
 
 def leave_echoes_unheard() -> None:
-    """After a failed save, where the process goes on: its threads may end at any later time."""
+    """Silences, from here to the end of the process, threads of a save that fails.
+
+    Call it before the save starts: such a thread may end before the failure is reported, or at any later time.
+    """
     if not isinstance(sys.unraisablehook, _Unheard):
         sys.unraisablehook = _Unheard(sys.unraisablehook)
 

@@ -78,6 +78,7 @@ class CheckpointStore:
             self._require_newest(step)
             self._sweep()
             self._set_aside(step)
+            leave_echoes_unheard()
             path = self._folder / str(step)
             writing = start_writing(path, flatten(state), metadata, permanent=permanent)
         self._pending = _Pending(step=step, writing=writing)
@@ -188,7 +189,6 @@ class CheckpointStore:
             if not self._is_abandoned:  # by now another save may be under way
                 with contextlib.suppress(OSError):
                     self._sweep()
-            leave_echoes_unheard()
             raise SaveError(self._failure(step, reason)) from error
 
     def _failure(self, step: int, reason: str) -> str:

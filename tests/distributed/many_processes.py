@@ -8,9 +8,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import IO
 
 from xla_flags import quick_to_compile
 
@@ -63,19 +65,21 @@ class Processes:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
         coordinator = f"localhost:{_free_port()}"
-        self.processes = []
+        self.processes, self._copies = [], []
         for index, flags in enumerate(own):
             joining = ["--coordinator", coordinator, "--processes", str(len(own)), "--process", str(index)]
             command = [sys.executable, "-m", "looplm_jax.cli.main", "train", *map(str, shared), *flags]
-            with self._errors[index].open("w") as stream:
-                self.processes.append(
-                    subprocess.Popen(
-                        command + (joining if len(own) > 1 else []),
-                        env=environment,
-                        stdout=subprocess.DEVNULL,
-                        stderr=stream,
-                    )
-                )
+            process = subprocess.Popen(
+                command + (joining if len(own) > 1 else []),
+                env=environment,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+            )
+            self.processes.append(process)
+            self._errors[index].touch()
+            copy = threading.Thread(target=_copy, args=(process.stderr, self._errors[index]), daemon=True)
+            copy.start()
+            self._copies.append(copy)
 
     def __enter__(self) -> "Processes":
         return self
@@ -85,6 +89,8 @@ class Processes:
             if process.poll() is None:
                 process.kill()
             process.wait()
+        for copy in self._copies:
+            copy.join(PATIENCE)
 
     def said(self, index: int) -> str:
         """The standard error of a process so far."""
@@ -107,8 +113,11 @@ class Processes:
             time.sleep(0.02)
 
     def finish(self) -> list[int]:
-        """All exit statuses."""
-        return [process.wait(timeout=PATIENCE) for process in self.processes]
+        """All exit statuses, once everything that the processes said is there."""
+        statuses = [process.wait(timeout=PATIENCE) for process in self.processes]
+        for copy in self._copies:
+            copy.join(PATIENCE)
+        return statuses
 
     def everything(self) -> str:
         """All standard errors, for a test that failed."""
@@ -129,6 +138,14 @@ def steps_logged(folder: Path) -> int:
 def losses(folder: Path, kind: str = "train") -> dict[int, list[float]]:
     """The losses of every step."""
     return {row["step"]: row["loss_per_loop"] for row in read_metrics(folder) if row["kind"] == kind}
+
+
+def _copy(stream: IO[bytes], path: Path) -> None:
+    """Copies a stream to a file as it comes: what a process says must not end where its files may not grow."""
+    with stream, path.open("wb") as file:
+        while chunk := os.read(stream.fileno(), 2**16):
+            file.write(chunk)
+            file.flush()
 
 
 def _free_port() -> int:
