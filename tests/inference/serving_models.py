@@ -7,6 +7,7 @@ from inference_models import make_model
 
 from looplm_jax.halting import QExit
 from looplm_jax.inference import Engine, EngineConfig, Request
+from looplm_jax.models.looplm import LoopLM
 
 LOOPS = 3
 CONFIG = EngineConfig(slots=3, capacity=128, chunk=16, page_size=32, unroll=False)
@@ -16,7 +17,7 @@ SOUND = Request(prompt_ids=(1,), max_new_tokens=6, policy=QExit(q=0.5))
 class Letters:
     """A tokenizer of one character for each token; the first is special."""
 
-    vocab_size, bos_id, eos_id = 97, 0, 0
+    vocab_size, bos_id, eos_id = 96, 0, 0
 
     def encode(self, text):
         return [ord(character) - 31 for character in text]
@@ -27,7 +28,11 @@ class Letters:
 
 @functools.cache
 def small_model():
-    return make_model(num_layers=1, loops=LOOPS)
+    """Of 96 tokens, which divide over the devices of a mesh."""
+    model, params = make_model(num_layers=1, loops=LOOPS)
+    config = dataclasses.replace(model.config, vocab_size=Letters.vocab_size)
+    params = {**params, "embedding": params["embedding"][:96], "head": params["head"][:, :96]}
+    return LoopLM(config, model.compute), params
 
 
 def make_engine(**changes):

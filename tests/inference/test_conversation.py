@@ -11,12 +11,13 @@ from looplm_jax.inference import Conversation, Engine, EngineConfig, Finish, Sam
 
 OPENING = [TOKENIZER.token_id("<|im_start|>"), TOKENIZER.token_id("assistant")]
 STOPS = (0, 2)
+CONFIG = EngineConfig(slots=1, capacity=128, chunk=64, page_size=32)
 
 
 @pytest.fixture(scope="module")
 def engine():
     loaded = make_loaded()
-    return Engine(*loaded, TOKENIZER, config=EngineConfig(slots=1, capacity=128, chunk=64, page_size=32))
+    return Engine(*loaded, TOKENIZER, config=CONFIG)
 
 
 def spoken(generator, most=7):
@@ -135,7 +136,7 @@ def test_answers_do_not_overlap(engine):
 def test_a_turn_that_fails_changes_nothing():
     loaded = make_loaded()
     broken = jax.tree.map(lambda leaf: np.full(leaf.shape, np.nan, np.float32), loaded.params)
-    engine = Engine(loaded.model, broken, TOKENIZER, config=EngineConfig(slots=1, capacity=128, chunk=64))
+    engine = Engine(loaded.model, jax.device_put(broken), TOKENIZER, config=CONFIG)
     chat = Conversation(engine, TOKENIZER)
     with pytest.raises(UserError, match="logits were not finite"):
         list(chat.say("word1", max_new_tokens=4))

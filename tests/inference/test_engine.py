@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from inference_models import make_model
 from serving_models import CONFIG, LOOPS, Letters, finish, make_engine, small_model
 
 from looplm_jax.config import MeshConfig
@@ -106,20 +105,19 @@ def test_keys_and_values_spread_over_a_mesh_change_no_answer(alone):
         assert_same(result, expected, atol=1e-4)
 
 
-def test_parameters_spread_as_in_training_change_no_answer():
+def test_parameters_spread_as_in_training_change_no_answer(alone):
     """Over data, width and heads at once; rows need not divide over them."""
-    model, params = make_model(num_layers=1, loops=LOOPS, vocab_size=96)
+    model, params = small_model()
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     wanted = abstract(boxed_shapes(model.config), mesh)
     spread = jax.tree.map(lambda leaf, like: jax.device_put(np.asarray(leaf), like.sharding), params, wanted)
     assert spread["embedding"].addressable_shards[0].data.shape == (48, model.config.width // 2)
-    single, sharded = Engine(model, params, config=CONFIG), Engine(model, spread, config=CONFIG, mesh=mesh)
-    expected = finish(single, [single.submit(request) for request in REQUESTS])
+    sharded = Engine(model, spread, Letters(), config=CONFIG, mesh=mesh)
     programs = (prefill_chunk, admit, run_ticks)
     before = [program._cache_size() for program in programs]
     results = finish(sharded, [sharded.submit(request) for request in REQUESTS])
-    for result, own in zip(results, expected, strict=True):
-        assert_same(result, own, atol=1e-4)
+    for result, expected in zip(results, alone, strict=True):
+        assert_same(result, expected, atol=1e-4)
     assert [program._cache_size() for program in programs] == [size + 1 for size in before]  # nothing moves about
 
 
@@ -265,7 +263,7 @@ def test_what_is_unfinished_when_serving_ends_is_cancelled(engine, alone):
     assert_same(finish(engine, [engine.submit(REQUESTS[0])])[0], alone[0])
 
 
-@pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [100, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_nothing_grows_with_the_number_of_requests(count):
     small = make_engine(queue=50)
     few = Request(prompt_ids=(3,), max_new_tokens=2, policy=FixedLoops(loops=1))

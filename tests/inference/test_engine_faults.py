@@ -14,7 +14,7 @@ from looplm_jax.errors import UserError
 from looplm_jax.halting import Bounded, Custom, FixedLoops, Needs, QExit
 from looplm_jax.inference import Engine, Finish, Request
 
-DAMAGED = 96
+DAMAGED = 95
 LONG = Request(prompt_ids=(1, 2), max_new_tokens=100, policy=FixedLoops(loops=2))
 
 
@@ -24,10 +24,10 @@ async def wait_for_ever(new):
 
 REFUSALS = {
     "the prompt is empty; give at least one token": {"prompt_ids": ()},
-    "token 97 of the prompt is not in the vocabulary of 97 tokens; use the tokenizer that the model was trained with": {
-        "prompt_ids": (1, 97)
+    "token 96 of the prompt is not in the vocabulary of 96 tokens; use the tokenizer that the model was trained with": {
+        "prompt_ids": (1, 96)
     },
-    "token -1 of the prompt is not in the vocabulary of 97 tokens; use the tokenizer that the model was trained with": {
+    "token -1 of the prompt is not in the vocabulary of 96 tokens; use the tokenizer that the model was trained with": {
         "prompt_ids": (-1,)
     },
     "100 tokens of prompt and 29 new ones are beyond model.max_positions=128; shorten the prompt or ask for fewer": {
@@ -52,7 +52,7 @@ REFUSALS = {
     "sampling must be a Sampling, such as Sampling(temperature=1.0), not None": {"sampling": None},
     "sampling must be a Sampling, such as Sampling(temperature=1.0), not {'seed': 1}": {"sampling": {"seed": 1}},
     "policy must be an exit policy, such as QExit(q=0.5), not 'q=0.5'": {"policy": "q=0.5"},
-    "stop id 1099511627776 is not in the vocabulary of 97 tokens, so nothing would end at it; leave it out": {
+    "stop id 1099511627776 is not in the vocabulary of 96 tokens, so nothing would end at it; leave it out": {
         "stop_ids": (2**40,)
     },
     "stop_ids must be a list or tuple of token ids, not {1}": {"stop_ids": {1}},

@@ -34,7 +34,9 @@ def _forward(model, params, tokens, loops):
     return jax.nn.log_softmax(logits), output.gate_logits[:, 0]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "shape", ["grouped-query", pytest.param("multi-head, injection", marks=pytest.mark.slow), "prelude, coda, tied"]
+)
 def test_full_cache_equals_full_forward(shape):
     model, params = make_model(**SHAPES[shape])
     made = generate(model, params, PROMPT, max_new_tokens=12, policy=FixedLoops(loops=3))
@@ -45,8 +47,8 @@ def test_full_cache_equals_full_forward(shape):
     assert set(made.exit_loops) == {3}
 
 
-def test_more_loops_than_the_model_is_meant_for(tiny_model):
-    model, params = tiny_model
+def test_more_loops_than_the_model_is_meant_for():
+    model, params = make_model(num_layers=1)
     made = generate(model, params, PROMPT, max_new_tokens=5, policy=FixedLoops(loops=6))
     log_probs, _ = full_forward(model, params, [*PROMPT, *made.tokens], loops=6)
     assert made.tokens == tuple(np.argmax(log_probs[5, len(PROMPT) - 1 : -1], axis=-1))

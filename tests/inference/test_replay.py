@@ -21,8 +21,9 @@ LOOPS = 3
 LONGEST = 128
 PLAIN = {"num_layers": 1, "loops": LOOPS}
 RICH = {**PLAIN, "prelude_layers": 1, "coda_layers": 1, "injection": Injection.ADD}
+# One model and one plain decoder serve all but the average, whose model has every part that a cache may hold.
 SHAPES = {
-    CacheStrategy.FULL: RICH,
+    CacheStrategy.FULL: PLAIN,
     CacheStrategy.LAST: PLAIN,
     CacheStrategy.AVERAGE: RICH,
     CacheStrategy.FIRST: PLAIN,
@@ -89,7 +90,7 @@ def test_the_engine_decodes_as_the_strategy_is_defined(strategy):
         np.testing.assert_allclose(result.log_probs, log_probs, atol=1e-4)
 
 
-@pytest.mark.parametrize("strategy", CacheStrategy)
+@pytest.mark.parametrize("strategy", [CacheStrategy.FULL, CacheStrategy.LAST, CacheStrategy.AVERAGE, SLOW[1]])
 def test_replay_gives_the_log_probabilities_of_generation(strategy):
     model, params, results = generated(strategy)
     log_probs = replay_log_probs(model, params, batch_of(results), strategy=strategy, loops=LOOPS)
@@ -113,7 +114,7 @@ def test_a_turn_that_went_on_from_a_kept_cache_is_replayed_whole(strategy):
 
 
 def test_history_says_what_the_cache_holds():
-    first, second, third = conversed(CacheStrategy.AVERAGE)[:3]
+    first, second, third = conversed(CacheStrategy.FULL)[:3]
     assert (first.history, second.history, third.history) == ((), first.cache.turns, second.cache.turns)
     assert [turn.prompt_ids for turn in third.cache.turns] == [own.prompt_ids for own in (first, second, third)]
     assert [turn.tokens for turn in third.history] == [own.tokens[:-1] for own in (first, second)]
@@ -128,14 +129,19 @@ def test_gradients_of_replay_are_slopes(strategy):
     rollouts = cut(batch_of(results[2:]))
     generator = np.random.default_rng(0)
     weights = np.where(rollouts.mask, generator.normal(size=rollouts.tokens.shape), 0).astype(np.float32)
-    replayed = functools.partial(replay_log_probs, model, rollouts=rollouts, strategy=strategy, loops=LOOPS)
-    gradient = jax.device_get(jax.jit(jax.grad(lambda params: jnp.vdot(weights, replayed(params))))(params))
+
+    def weighted(params):
+        log_probs = replay_log_probs(model, params, rollouts, strategy=strategy, loops=LOOPS)
+        return jnp.vdot(weights, log_probs), log_probs
+
+    program = jax.jit(jax.grad(weighted, has_aux=True))
+    gradient = jax.device_get(program(params)[0])
     elsewhere = jax.tree.map(lambda leaf: generator.normal(size=leaf.shape).astype(np.float32), gradient)
     for direction in (gradient, elsewhere):
         unit = normalised(direction)
         slope = sum(np.vdot(a, b) for a, b in zip(jax.tree.leaves(unit), jax.tree.leaves(gradient)))
         values = [
-            np.vdot(weights, np.asarray(replayed(moved(params, step, unit)), np.float64)) for step in (1e-3, -1e-3)
+            np.vdot(weights, np.asarray(program(moved(params, step, unit))[1], np.float64)) for step in (1e-3, -1e-3)
         ]
         assert (values[0] - values[1]) / 2e-3 == pytest.approx(slope, rel=0.02, abs=0.02)
 

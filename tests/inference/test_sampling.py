@@ -127,7 +127,7 @@ def test_frequencies_are_those_of_the_distribution(settings):
     table = jax.tree.map(lambda number: jnp.broadcast_to(number, draws), SamplingTable.of(sampling))
     rows = [jnp.broadcast_to(row, (draws, VOCABULARY)) for row in (logits, seen)]
     choice = choose(rows[0], table, jnp.arange(draws), rows[1])
-    drawn_from = np.asarray(jax.jit(lambda: probabilities(logits, sampling, seen))(), np.float64)
+    drawn_from = np.asarray(distribution(logits, SamplingTable.of(sampling), seen), np.float64)
     counts, likely = np.bincount(choice.tokens, minlength=VOCABULARY), drawn_from * draws >= 5
     assert not counts[drawn_from == 0].any()
     observed, expected = ([*x[likely], x[~likely].sum()] for x in (counts, drawn_from / drawn_from.sum() * draws))

@@ -1,5 +1,6 @@
 """What the compiled tick does, and what it leaves out."""
 
+import functools
 import re
 
 import jax
@@ -41,10 +42,9 @@ def shape_of_slots(model, strategy=CacheStrategy.FULL, kinds=(FixedLoops, QExit)
     )
 
 
-WITH_CACHES = pytest.mark.parametrize(
-    ("strategy", "changes"),
-    [(CacheStrategy.FULL, {"coda_layers": 1}), (CacheStrategy.AVERAGE, {"num_layers": 2, "prelude_layers": 1})],
-)
+FULL = CacheStrategy.FULL, {"coda_layers": 1}
+AVERAGE = CacheStrategy.AVERAGE, {"num_layers": 2, "prelude_layers": 1}
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 def unrolled_model(changes):
@@ -62,14 +62,14 @@ def assert_in_place(lowered, planes):
     assert not shapes.intersection(copied)
 
 
-@WITH_CACHES
+@pytest.mark.parametrize(("strategy", "changes"), [FULL, slow(*AVERAGE)])
 def test_the_cache_is_updated_in_place(strategy, changes):
     model, params = unrolled_model(changes)
     slots = shape_of_slots(model, strategy)
     assert_in_place(run_ticks.lower(model, params, slots, loops=LOOPS, ticks=2), slots.cache.planes)
 
 
-@WITH_CACHES
+@pytest.mark.parametrize(("strategy", "changes"), [slow(*FULL), AVERAGE])
 def test_a_prompt_is_put_into_a_slot_in_place(strategy, changes):
     model, params = unrolled_model(changes)
     slots = shape_of_slots(model, strategy)
@@ -79,7 +79,7 @@ def test_a_prompt_is_put_into_a_slot_in_place(strategy, changes):
     assert_in_place(lowered, slots.cache.planes)
 
 
-@pytest.mark.parametrize("in_pages", [False, True])
+@pytest.mark.parametrize("in_pages", [slow(False), True])
 def test_a_chunk_is_added_to_a_row_in_place(in_pages):
     model, params = unrolled_model({"prelude_layers": 1, "coda_layers": 1})
     pages = np.arange(POOL.pages_per_slot, dtype=np.int32)
