@@ -4,12 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import BASE, LENGTH, OPTIONS, compiled_forward, plain_positions, random_tokens, tiny_model
+from tiny_models import BASE, IN_SHORT, LENGTH, OPTIONS, compiled_forward, plain_positions, random_tokens, tiny_model
 
 from looplm_jax.models.blocks import make_context
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize(
+    "option", [option if option in IN_SHORT[1:] else pytest.param(option, marks=pytest.mark.slow) for option in OPTIONS]
+)
 def test_decoding_the_last_token_equals_the_full_forward(option):
     """Row b is padded by b tokens on the left; its positions count from its first real token."""
     model, params = tiny_model(option)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from looplm_reference import reference_forward
 from tiny_models import (
     BASE,
+    IN_SHORT,
     LENGTH,
     OPTIONS,
     compiled_forward,
@@ -21,7 +22,9 @@ from tiny_models import (
 from looplm_jax.models.blocks import make_context
 from looplm_jax.models.looplm import head_matrix
 
-every_option = pytest.mark.parametrize("option", OPTIONS)
+every_option = pytest.mark.parametrize(
+    "option", [option if option in IN_SHORT else pytest.param(option, marks=pytest.mark.slow) for option in OPTIONS]
+)
 
 
 def assert_close(ours, theirs, tolerance=2e-5):

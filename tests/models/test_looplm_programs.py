@@ -37,7 +37,7 @@ def loss_and_gradients(remat: Remat):
     return jax.jit(jax.value_and_grad(lambda p: loss_of(model, p, random_tokens(), BASE.loops)))(params)
 
 
-@pytest.mark.parametrize("remat", [Remat.DOTS, Remat.LAYER, Remat.LOOP])
+@pytest.mark.parametrize("remat", [pytest.param(Remat.DOTS, marks=pytest.mark.slow), Remat.LAYER, Remat.LOOP])
 def test_remat_changes_neither_loss_nor_gradients(remat):
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
     jax.tree.map(close, loss_and_gradients(Remat.NONE), loss_and_gradients(remat))
@@ -62,8 +62,15 @@ def test_one_compilation_serves_all_data_of_a_shape():
         forward(jax.tree.map(lambda leaf, seed=seed: leaf + seed, params), tokens, tokens % 7, tokens % 2)
 
 
+IN_SHORT = {Remat.NONE, Remat.LAYER, Remat.OFFLOAD}
+
+
 @pytest.mark.parametrize(
-    ("option", "remat"), [*(("ouro", remat) for remat in Remat), ("prelude_linear_coda", Remat.LAYER)]
+    ("option", "remat"),
+    [
+        *(pytest.param("ouro", remat, marks=[] if remat in IN_SHORT else pytest.mark.slow) for remat in Remat),
+        ("prelude_linear_coda", Remat.LAYER),
+    ],
 )
 def test_program_does_not_grow_with_layers_or_loops(option, remat):
     def lines(layers, loops):
@@ -110,11 +117,12 @@ def test_small_presets_take_a_vocabulary(preset):
 
 def test_initialisation_is_normal_with_ones_for_norms_and_zero_for_the_gate_bias():
     config = dataclasses.replace(presets.tiny(vocab_size=499), injection=Injection.LINEAR)
-    params = init_params(LoopLM(config, ComputeConfig(remat=Remat.LOOP)), jax.random.key(3))
+    made = jax.jit(init_params, static_argnums=0)(LoopLM(config, ComputeConfig(remat=Remat.LOOP)), jax.random.key(3))
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(made))
+    params = jax.device_get(made)
     np.testing.assert_array_equal(params.pop("injection"), np.concatenate([np.eye(32), np.eye(32)]))  # h + e at first
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path)
-        assert isinstance(leaf, jax.Array), name
         if "scale" in name:
             assert (leaf == 1).all(), name
         elif "bias" in name:

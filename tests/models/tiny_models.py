@@ -23,6 +23,9 @@ OPTIONS = {
     "coda_pre_norm_tied": {"coda_layers": 2, "norm_placement": NormPlacement.PRE, "tied_head": True},
 }
 
+# Those of the default suite, each of which is compiled: nothing, and every part, in both places of the norms.
+IN_SHORT = ("ouro", "prelude_linear_coda", "coda_pre_norm_tied")
+
 
 def tiny_config(option: str) -> ModelConfig:
     return dataclasses.replace(BASE, rope_theta=100.0, **OPTIONS[option])
