@@ -1,5 +1,6 @@
 """A dense model as the start of a looped one: loop 1 of `pre` is that model; what does not fit is refused by name."""
 
+import functools
 import json
 
 import jax
@@ -75,11 +76,16 @@ def tokens_of(batch=2, length=24):
     return np.random.default_rng(1).integers(0, VOCAB, (batch, length))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def forward(model, params, tokens):
+    return model.apply({"params": params}, tokens)
+
+
 def assert_loop_one_is(dense, loaded):
     tokens = tokens_of()
     with torch.no_grad():
         theirs = dense(torch.tensor(tokens), output_hidden_states=True)
-    out = LoopLM(loaded.config).apply({"params": loaded.params}, jnp.asarray(tokens, jnp.int32))
+    out = forward(LoopLM(loaded.config), loaded.params, jnp.asarray(tokens, jnp.int32))
     logits = out.hidden[0] @ head_matrix(loaded.params, loaded.config)
     assert theirs.logits.abs().max() > 1
     np.testing.assert_allclose(out.hidden[0], theirs.hidden_states[-1].numpy(), atol=TOLERANCE, rtol=TOLERANCE)
@@ -144,7 +150,7 @@ def test_what_a_dense_model_lacks_starts_at_its_initial_value(folder, placement)
 def test_sandwich_changes_loop_one_and_keeps_every_dense_weight(folder):
     tokens = jnp.asarray(tokens_of(), jnp.int32)
     sandwich, pre = (load_dense(folder, mesh=one_device(), norm_placement=placement) for placement in NormPlacement)
-    states = [LoopLM(model.config).apply({"params": model.params}, tokens, loops=1).hidden for model in (pre, sandwich)]
+    states = [forward(LoopLM(model.config), model.params, tokens).hidden[0] for model in (pre, sandwich)]
     assert np.abs(states[0] - states[1]).max() > 0.1
     theirs = flat_arrays(sandwich.params)
     assert all(np.array_equal(array, theirs[name]) for name, array in flat_arrays(pre.params).items())

@@ -3,13 +3,13 @@ import functools
 import jax
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from looplm_jax.config import Injection, ModelConfig, NormPlacement
 from looplm_jax.convert.layout import account, array_shapes, flat_arrays, torch_layout, unflat_arrays
 from looplm_jax.errors import UserError
-from looplm_jax.models.looplm import LoopLM, count_params, init_params
+from looplm_jax.models.looplm import count_params
 from looplm_jax.models.presets import ouro_1_4b
 
 
@@ -21,11 +21,11 @@ def config(**changes):
 
 @st.composite
 def configs(draw):
-    kv_heads = draw(st.sampled_from([1, 2, 4]))
+    kv_heads = draw(st.sampled_from([1, 2]))
     placement = draw(st.sampled_from(NormPlacement))
     return config(
         num_kv_heads=kv_heads,
-        num_layers=draw(st.integers(1, 3)),
+        num_layers=draw(st.sampled_from([1, 3])),
         tied_head=draw(st.booleans()),
         norm_placement=placement,
     )
@@ -34,6 +34,7 @@ def configs(draw):
 shapes_of = functools.cache(array_shapes)  # the free inputs repeat
 
 
+@settings(max_examples=8)
 @given(configs())
 def test_every_parameter_is_exactly_one_tensor(model):
     layout = list(torch_layout(shapes_of(model)))
@@ -42,6 +43,7 @@ def test_every_parameter_is_exactly_one_tensor(model):
     assert len({(tensor.path, tensor.layer) for tensor in layout}) == len(layout)
 
 
+@settings(max_examples=8)
 @given(configs())
 def test_to_ours_undoes_to_torch(model):
     for tensor in torch_layout(shapes_of(model)):
@@ -53,7 +55,8 @@ def test_to_ours_undoes_to_torch(model):
 
 def test_a_product_is_the_same_in_both_layouts():
     model = config(num_kv_heads=2)
-    params = init_params(LoopLM(model), jax.random.key(0))
+    generator = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: generator.normal(size=leaf.shape).astype(np.float32), array_shapes(model))
     x, heads = np.ones((3, 12), np.float32), np.ones((3, 4, 6), np.float32)
     for tensor in torch_layout(params):
         ours = np.asarray(flat_arrays(params)[tensor.path])
@@ -76,7 +79,7 @@ def test_names_and_shapes_of_the_released_weights():
 
 
 def test_flat_and_back():
-    params = init_params(LoopLM(config()), jax.random.key(0))
+    params = array_shapes(config())
     assert jax.tree.structure(unflat_arrays(flat_arrays(params))) == jax.tree.structure(params)
 
 

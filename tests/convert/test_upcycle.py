@@ -90,7 +90,10 @@ def base(tmp_path_factory):
 
 @pytest.fixture(
     scope="module",
-    params=[(2, Order.INTERLEAVE), pytest.param((2, Order.STACK), marks=pytest.mark.slow), (3, Order.STACK)],
+    params=[
+        (2, Order.INTERLEAVE),
+        *(pytest.param((copies, Order.STACK), marks=pytest.mark.slow) for copies in (2, 3)),
+    ],
     ids=str,
 )
 def deeper(request, base, tmp_path_factory):

@@ -42,7 +42,8 @@ def loaded(folder):
 
 @pytest.fixture(scope="module")
 def adapter(loaded):
-    return LoopLMAdapter(loaded, Settings(max_length=WINDOW))
+    """With few slots, so that requests of four and more take the same engine."""
+    return LoopLMAdapter(loaded, Settings(max_length=WINDOW, batch_size=4))
 
 
 def expected(loaded, context, continuation, loops=LOOPS):

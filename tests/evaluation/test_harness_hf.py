@@ -38,7 +38,7 @@ def both(tmp_path_factory):
     )
     model = OuroForCausalLM.from_pretrained(folder).eval()
     theirs = HFLM(pretrained=model, tokenizer=tokenizer, max_length=WINDOW, batch_size=40)
-    return LoopLMAdapter(load(folder), Settings(max_length=WINDOW)), theirs
+    return LoopLMAdapter(load(folder), Settings(max_length=WINDOW, batch_size=3)), theirs
 
 
 def requests(*arguments):

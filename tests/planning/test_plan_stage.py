@@ -1,6 +1,7 @@
 """Plans of programs that a compiler really made: for the CPU that is here, and for TPUs that are not."""
 
 import dataclasses
+import functools
 
 import jax
 import pytest
@@ -32,8 +33,9 @@ def test_a_small_step_for_v5e():
     """Weights are gathered before the loops, and gradients summed after them; attention is splash; every product is in
     bfloat16; all is donated.
     """
-    recipe = recipe_with(STAGE, gather=Gather.PER_STEP, reduce=Reduce.STEP)
-    plan = plan_stage(recipe, STAGE, find_target("v5e:2x2"))
+    stage = with_stage(batch_size=8, sequence_length=128)
+    recipe = recipe_with(stage, gather=Gather.PER_STEP, reduce=Reduce.STEP)
+    plan = plan_stage(recipe, stage, find_target("v5e:2x2"))
     assert plan.fits
     assert plan.advice == ()
     assert (plan.devices, plan.mesh["fsdp"]) == (4, 4)
@@ -99,13 +101,23 @@ def test_two_slices_keep_the_weights_within_each():
     assert crossing == {"all-reduce"}
 
 
-@pytest.mark.parametrize("stage", [STAGE, GATE], ids=lambda stage: stage.name)
-def test_here_the_state_is_donated_whole(stage):
-    """The bytes that the compiled program updates in place are those of the state."""
-    recipe, target = recipe_with(stage), find_target("here")
-    mesh, model = stage_mesh(recipe, stage, target.devices), LoopLM(recipe.model, recipe.compute)
+SMALL = with_stage(batch_size=4, accumulation=1, sequence_length=32)
+CUT = MeshConfig(data=2, fsdp=2, tensor=2)
+
+
+@functools.cache
+def compiled_here(stage, mesh_config):
+    """The state of a stage, and the program that steps it on the devices of this machine."""
+    recipe = recipe_with(stage, mesh=mesh_config)
+    mesh, model = stage_mesh(recipe, stage, find_target("here").devices), LoopLM(recipe.model, recipe.compute)
     program = lower_step(recipe, model, stage, mesh, first_step=0, loops=stage.loops).compile()
-    state = abstract_state(recipe, model, stage, mesh)
+    return abstract_state(recipe, model, stage, mesh), program
+
+
+@pytest.mark.parametrize(("stage", "mesh"), [(SMALL, CUT), (GATE, None)], ids=["first", "gate"])
+def test_here_the_state_is_donated_whole(stage, mesh):
+    """The bytes that the compiled program updates in place are those of the state."""
+    state, program = compiled_here(stage, mesh)
     assert program.memory_analysis().alias_size_in_bytes == shard_bytes(state)
     held = state_memory(state, None)
     assert held.total == shard_bytes(state)
@@ -114,12 +126,9 @@ def test_here_the_state_is_donated_whole(stage):
 
 def test_the_logits_stay_cut_along_the_vocabulary():
     """Two devices share it: no array has all of it and positions, and none that is exchanged has it whole."""
-    stage = with_stage(batch_size=4, accumulation=1, sequence_length=32)
-    recipe = recipe_with(stage, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
-    mesh = stage_mesh(recipe, stage, find_target("here").devices)
-    text = lower_step(recipe, LoopLM(recipe.model), stage, mesh, first_step=0, loops=3).compile().as_text()
-    assert f",{recipe.model.vocab_size // 2}]" in text
-    assert f",{recipe.model.vocab_size}]" not in text
+    vocabulary, text = recipe_with(SMALL).model.vocab_size, compiled_here(SMALL, CUT)[1].as_text()
+    assert f",{vocabulary // 2}]" in text
+    assert f",{vocabulary}]" not in text
 
 
 def test_the_compilers_refusal_is_an_account():

@@ -61,11 +61,12 @@ def assert_same(found, wanted):
         np.testing.assert_allclose(leaf, other, rtol=1e-4, atol=1e-7, err_msg=jax.tree_util.keystr(path))
 
 
+@pytest.mark.slow
 def test_the_same_gradients(plain, gathered):
     assert_same(gathered, plain)
 
 
-@pytest.mark.parametrize("reduce", [Reduce.MICROBATCH, Reduce.STEP])
+@pytest.mark.parametrize("reduce", [pytest.param(Reduce.MICROBATCH, marks=pytest.mark.slow), Reduce.STEP])
 def test_the_same_gradients_when_they_are_summed_after_the_loops(plain, reduce):
     """Devices and microbatches have different numbers of tokens to learn from; some have none."""
     found = step(gather=Gather.PER_STEP, reduce=reduce)
@@ -84,6 +85,7 @@ def test_every_objective_when_gradients_are_summed_once_a_step(mesh, objective):
     assert_same(found, step(stage, model, MeshConfig(data=1)))
 
 
+@pytest.mark.slow
 def test_gradients_stay_spread_as_the_parameters_are(gathered):
     kernel = gathered[2]["core"]["layers"]["mlp"]["up"]["kernel"]
     assert kernel.sharding.shard_shape(kernel.shape) == (2, 16, 24)

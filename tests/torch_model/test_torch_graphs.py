@@ -44,7 +44,12 @@ def test_one_whole_graph_of_prompts(model):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"exit_threshold": 0.5, "use_cache": False}, {"output_hidden_states": True}], ids=str
+    "settings",
+    [
+        {"exit_threshold": 0.5, "use_cache": False},
+        pytest.param({"output_hidden_states": True}, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_one_whole_graph_of_padded_prompts(model, settings):
     graph = compiled(model, dynamic=True)
@@ -55,6 +60,7 @@ def test_one_whole_graph_of_padded_prompts(model, settings):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.slow
 def test_one_whole_graph_of_decoding(model):
     graph = compiled(model)
     for length in LENGTHS:

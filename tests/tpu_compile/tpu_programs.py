@@ -35,8 +35,8 @@ def tpu_mesh(topology: str, config: MeshConfig, devices: int | None = None) -> M
     return make_mesh(config, whole.devices[:devices])
 
 
-def compiled_step(mesh: Mesh, *, model: ModelConfig = MODEL, **changes: Any) -> Any:
-    """The train step of a stage for a mesh of TPUs."""
+def lowered_step(mesh: Mesh, *, model: ModelConfig = MODEL, **changes: Any) -> Any:
+    """The train step of a stage, lowered for a mesh of TPUs."""
     stage, network = dataclasses.replace(STAGE, **changes), LoopLM(model)
     recipe = Recipe(name="r", model=model, stages=(stage,))
     state = abstract_state(recipe, network, stage, mesh)
@@ -46,4 +46,4 @@ def compiled_step(mesh: Mesh, *, model: ModelConfig = MODEL, **changes: Any) -> 
     with use_mesh(mesh):
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(placed, everywhere))
         traced = jitted.trace(state, abstract_batch(stage, mesh))
-        return traced.lower(lowering_platforms=("tpu",)).compile()
+        return traced.lower(lowering_platforms=("tpu",))
