@@ -46,13 +46,14 @@ def state_memory(state: TrainState, capacity: int | None) -> Memory:
 def compiled_memory(state: TrainState, analysis: Any, capacity: int | None) -> Memory:
     """Returns the compiler's account of a step, of which the state is a part.
 
-    Activations are what is held at the worst moment. The size of all temporaries is no measure of it: it counts some of
-    those inside a loop beside others that are never held at the same time.
+    Activations are what is held at the worst moment, for which the compiler gives two upper bounds. The size of all
+    temporaries counts some of those inside a loop beside others that are never held at the same time. The peak exceeds
+    even that in a program that keeps arrays in the memory of the host.
     """
     alone = state_memory(state, capacity)
     outside = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     other = outside + analysis.generated_code_size_in_bytes - alone.parameters - alone.optimizer
-    activations = max(analysis.peak_memory_in_bytes - outside, 0)
+    activations = max(min(analysis.peak_memory_in_bytes - outside, analysis.temp_size_in_bytes), 0)
     return dataclasses.replace(alone, activations=activations, other=other, host=analysis.host_temp_size_in_bytes)
 
 
