@@ -93,15 +93,21 @@ def test_devices_of_a_sequence_trade_heads_for_positions_and_nothing_else():
     assert collectives(text) == ["all-to-all"] * 6  # queries, keys and values, and their gradients
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
-@pytest.mark.parametrize("length", [4096, 16384, 65536])
+@pytest.mark.parametrize(
+    "length",
+    [
+        pytest.param(4096, marks=pytest.mark.slow),
+        pytest.param(16384, marks=pytest.mark.slow),
+        pytest.param(65536, marks=pytest.mark.tpu_compile),
+    ],
+)
 def test_the_blocks_of_every_generation_compile(topology, length):
     compiled = lowered_attention(topology, MeshConfig(data=-1), rows=4, length=length, heads=2).compile()
     assert kernel_calls(compiled.as_text()).keys() == KERNELS
 
 
-@pytest.mark.slow
+@pytest.mark.tpu_compile
 def test_64k_tokens_on_v5p_with_four_devices_to_a_sequence():
     model = ModelConfig(vocab_size=4096, width=1024, mlp_width=2816, num_layers=4, num_heads=8)
     mesh = tpu_mesh("v5p:2x2x2", MeshConfig(data=1, fsdp=2, context=4))
