@@ -1,7 +1,8 @@
 """Whatever is drawn has keys of its own: other prompts, other samples, other turns; the same alone and in a batch."""
 
+import functools
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
@@ -80,10 +81,16 @@ def test_rows_of_speculation_draw_with_keys_of_their_own():
     assert elsewhere[1].tokens == results[3].tokens
 
 
-def next_token_distribution(vocabulary):
+@functools.cache
+def next_logits():
+    """After the prompt."""
     model, params = small_model()
-    output = model.apply({"params": params}, jnp.asarray([PROMPT], jnp.int32), loops=LOOPS)
-    logits = np.asarray(output.hidden[-1, 0, -1] @ head_matrix(params, model.config), np.float64)[:vocabulary]
+    output = jax.jit(lambda tokens: model.apply({"params": params}, tokens, loops=LOOPS))(np.array([PROMPT], np.int32))
+    return np.asarray(output.hidden[-1, 0, -1]).astype(np.float64) @ np.asarray(head_matrix(params, model.config))
+
+
+def next_token_distribution(vocabulary):
+    logits = next_logits()[:vocabulary]
     weights = np.exp(logits - logits.max())
     return weights / weights.sum()
 
