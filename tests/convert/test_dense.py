@@ -96,7 +96,13 @@ def assert_loop_one_is(dense, loaded):
 
 
 @pytest.mark.parametrize(
-    ("kv_heads", "tied", "theta"), [(4, False, 1e4), (4, True, 5e5), (2, True, 1e4), (2, False, 5e5)]
+    ("kv_heads", "tied", "theta"),
+    [
+        (4, False, 1e4),
+        (2, True, 5e5),
+        pytest.param(4, True, 5e5, marks=pytest.mark.slow),
+        pytest.param(2, False, 1e4, marks=pytest.mark.slow),
+    ],
 )
 def test_loop_one_of_pre_is_the_dense_model(tmp_path, kv_heads, tied, theta):
     rope = {"rope_type": "default", "rope_theta": theta}

@@ -21,7 +21,7 @@ def config(**changes):
 
 @st.composite
 def configs(draw):
-    kv_heads = draw(st.sampled_from([1, 2]))
+    kv_heads = draw(st.sampled_from([1, 4]))
     placement = draw(st.sampled_from(NormPlacement))
     return config(
         num_kv_heads=kv_heads,

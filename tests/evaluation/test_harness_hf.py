@@ -38,7 +38,7 @@ def both(tmp_path_factory):
     )
     model = OuroForCausalLM.from_pretrained(folder).eval()
     theirs = HFLM(pretrained=model, tokenizer=tokenizer, max_length=WINDOW, batch_size=40)
-    return LoopLMAdapter(load(folder), Settings(max_length=WINDOW, batch_size=3)), theirs
+    return LoopLMAdapter(load(folder), Settings(max_length=WINDOW, batch_size=4)), theirs
 
 
 def requests(*arguments):
@@ -62,7 +62,7 @@ def test_rolling_log_likelihoods(both):
 
 def test_text(both):
     arguments = {"until": ["e"], "max_gen_toks": 6, "do_sample": False}
-    asked = [("12", arguments), ("a cat", arguments), ("0123456789" * 6, arguments)]
+    asked = [(text, arguments) for text in ("12", "a cat", "0123456789" * 6, "x")]
     ours, theirs = (model.generate_until(requests(*asked)) for model in both)
     assert ours == theirs
 
