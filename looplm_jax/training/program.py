@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, UInt32
 
-from looplm_jax.config import CheckpointConfig, DataConfig, EvaluationConfig, Recipe, Stage
+from looplm_jax.config import CheckpointConfig, DataConfig, EvaluationConfig, GuardConfig, Recipe, Stage, StartConfig
 from looplm_jax.data.packing import Batch
 from looplm_jax.models.looplm import LoopLM
 from looplm_jax.sharding import (
@@ -67,13 +67,17 @@ class StagePrograms:
 
 
 def _what_a_step_computes(recipe: Recipe) -> Recipe:
-    """Returns the recipe with defaults where it says nothing about a train step: its seed, its data, what is saved."""
+    """Returns the recipe with defaults where it says nothing about a train step: its seed, its data, what is saved, how
+    many skipped steps in a row it bears.
+    """
     return dataclasses.replace(
         recipe,
         name="",
         description="",
         seed=0,
         data=DataConfig(),
+        start=StartConfig(),
+        guard=dataclasses.replace(recipe.guard, patience=GuardConfig().patience),
         checkpoint=CheckpointConfig(),
         evaluation=EvaluationConfig(),
     )

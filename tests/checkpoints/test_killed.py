@@ -44,7 +44,7 @@ def newest(folder):
     return committed
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_the_newest_committed_step_survives_every_kill(kills, tmp_path):
     chance = random.Random(0)
     reached = []

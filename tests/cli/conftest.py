@@ -2,6 +2,7 @@ import dataclasses
 import json
 
 import pytest
+from quick_looplm import SHUFFLED_PIECES
 
 from looplm_jax.cli.main import main
 from looplm_jax.codec import to_dict
@@ -31,6 +32,14 @@ RECIPE = Recipe(
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small_windows():
+    """Windows as those of the processes that these tests start, also where both are compared."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("looplm_jax.data.packing._SHUFFLED_PIECES", SHUFFLED_PIECES)
+        yield
+
+
 @pytest.fixture(scope="session")
 def recipe_file(tmp_path_factory):
     """The smallest recipe that trains."""
@@ -43,7 +52,9 @@ def recipe_file(tmp_path_factory):
 def trained(recipe_file, tmp_path_factory):
     """A run of that recipe."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    assert main(["train", "--recipe", str(recipe_file), "--out", str(folder)]) == 0
+    with pytest.MonkeyPatch.context() as patch:  # a fixture of the session comes before that of a module
+        patch.setattr("looplm_jax.data.packing._SHUFFLED_PIECES", SHUFFLED_PIECES)
+        assert main(["train", "--recipe", str(recipe_file), "--out", str(folder)]) == 0
     return folder
 
 

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 from full_disk import files_of_at_most
+from quick_looplm import SHUFFLED_PIECES
 from xla_flags import QUICK_TO_COMPILE
 
 from looplm_jax.checkpoints import inspect_steps
@@ -116,9 +117,11 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-LIMITED = """
+LIMITED = f"""
 import resource, sys
 from looplm_jax.cli.main import main
+from looplm_jax.data import packing
+packing._SHUFFLED_PIECES = {SHUFFLED_PIECES}
 if (size := int(sys.argv[1])):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 sys.exit(main(["train", *sys.argv[2:]]))

@@ -112,7 +112,10 @@ def test_several_prompts_are_answered_as_each_alone(as_json, capsys):
     assert printed[-1].startswith("next: looplm generate run --prompt word4 --prompt word5 --exit ")
 
 
-@pytest.mark.parametrize("flags", [[], ["--exit", "loops=3", "--draft-loops", "1"]])
+DRAFTED = ["--exit", "loops=3", "--draft-loops", "1"]
+
+
+@pytest.mark.parametrize("flags", [[], pytest.param(DRAFTED, marks=pytest.mark.slow)])
 def test_samples_of_a_prompt_are_drawn_anew(as_json, flags):
     values = as_json("--temperature", "1", "--samples", "3", *flags, prompts=[PROMPT, PROMPT])
     assert [(value["index"], value["sample"]) for value in values] == [(i, j) for i in range(2) for j in range(3)]

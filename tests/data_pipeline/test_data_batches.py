@@ -266,6 +266,8 @@ def test_interpreter_exits_quietly_with_an_open_stream(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", make_texts(30))
     program = (
         "from looplm_jax import data, config\n"
+        "from looplm_jax.data import packing\n"
+        "packing._SHUFFLED_PIECES = 256\n"
         f"d = config.DataConfig(sources=(config.SourceConfig(path={str(path)!r}),), validation_fraction=0.2)\n"
         "t = data.train_sentencepiece(data.training_texts(d), 300)\n"
         "b = data.train_batches(d, t, batch_size=2, sequence_length=16, seed=0)\n"

@@ -110,7 +110,7 @@ def test_only_the_assistant_is_learnt_from_files(tmp_path, tokenizer):
     source = SourceConfig(path=str(tmp_path / "a.jsonl"), kind=CHAT)
     corpus = open_corpus(DataConfig(sources=(source,), validation_fraction=0.1))
     assert corpus.train_documents + corpus.validation_documents == 60
-    batches = train_batches(corpus, tokenizer, batch_size=2, sequence_length=2048, seed=0)
+    batches = train_batches(corpus, tokenizer, batch_size=2, sequence_length=256, seed=0)
     batch = next(batches)
     batches.close()
     learnt = {

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO
 
+import quick_looplm
 from xla_flags import quick_to_compile
 
 from looplm_jax.codec import to_dict
@@ -68,7 +69,7 @@ class Processes:
         self.processes, self._copies = [], []
         for index, flags in enumerate(own):
             joining = ["--coordinator", coordinator, "--processes", str(len(own)), "--process", str(index)]
-            command = [sys.executable, "-m", "looplm_jax.cli.main", "train", *map(str, shared), *flags]
+            command = [sys.executable, quick_looplm.__file__, "train", *map(str, shared), *flags]
             process = subprocess.Popen(
                 command + (joining if len(own) > 1 else []),
                 env=environment,

@@ -1,27 +1,24 @@
 """Stands for gcloud, xpk, kubectl and docker: records each call, fails where the test says so, and keeps a small cloud.
 
 The cloud is a folder: `calls.jsonl`, `cloud.json` (what exists, what fails), and `hosts/NODE-WORKER`, the home folder
-of each worker, in which the commands of `ssh` really run.
+of each worker, in which the commands of `ssh` really run. It starts dozens of times in a test, so it imports little.
 """
 
 import fcntl
 import json
 import os
-import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
-FOLDER = Path(os.environ["FAKE_CLOUD"])
-STATE = FOLDER / "cloud.json"
+FOLDER = os.environ["FAKE_CLOUD"]
+STATE = f"{FOLDER}/cloud.json"
 
 
 def main() -> int:
-    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    words = [os.path.basename(sys.argv[0]), *sys.argv[1:]]
     with _cloud() as cloud:
-        with (FOLDER / "calls.jsonl").open("a") as calls:
+        with open(f"{FOLDER}/calls.jsonl", "a") as calls:
             calls.write(json.dumps(words) + "\n")
         failure = _failure(words, cloud)
         if failure is not None and not failure["done"]:
@@ -36,11 +33,13 @@ def main() -> int:
 @contextmanager
 def _cloud() -> Iterator[dict]:
     """The cloud, for one process at a time."""
-    with (FOLDER / "lock").open("w") as lock:
+    with open(f"{FOLDER}/lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        cloud = json.loads(STATE.read_text())
+        with open(STATE) as file:
+            cloud = json.load(file)
         yield cloud
-        STATE.write_text(json.dumps(cloud))
+        with open(STATE, "w") as file:
+            json.dump(cloud, file)
 
 
 def _failure(words: list[str], cloud: dict) -> dict | None:
@@ -78,7 +77,9 @@ def _queued_resource(rest: list[str], cloud: dict) -> int:
             return _error(f"ERROR: (gcloud) ALREADY_EXISTS: Resource '{name}' already exists")
         states = cloud["next_states"] or ["ACTIVE"]
         cloud["queued"][name] = {"accelerator": _flag(rest, "accelerator-type"), "states": states}
-        shutil.rmtree(FOLDER / "hosts", ignore_errors=True)
+        import shutil
+
+        shutil.rmtree(f"{FOLDER}/hosts", ignore_errors=True)
         return 0
     if existing is None:
         return _error(f"ERROR: (gcloud) NOT_FOUND: Resource '{name}' was not found")
@@ -96,27 +97,30 @@ def _queued_resource(rest: list[str], cloud: dict) -> int:
 def _on_hosts(verb: str, rest: list[str], workers: int) -> int:
     if verb == "ssh":
         return _ssh(_homes(rest[4], rest, workers), rest)
+    import shutil
+
     source, (node, _, path) = rest[4], rest[5].partition(":")
     for home in _homes(node, rest, workers):
-        shutil.copy(source, home / path)
+        shutil.copy(source, f"{home}/{path}")
     return 0
 
 
-def _homes(node: str, rest: list[str], workers: int) -> list[Path]:
+def _homes(node: str, rest: list[str], workers: int) -> list[str]:
     asked = _flag(rest, "worker")
     numbers = range(workers) if asked == "all" else [int(asked)]
-    homes = [FOLDER / "hosts" / f"{node}-{number}" for number in numbers]
+    homes = [f"{FOLDER}/hosts/{node}-{number}" for number in numbers]
     for home in homes:
-        home.mkdir(parents=True, exist_ok=True)
+        os.makedirs(home, exist_ok=True)
     return homes
 
 
-def _ssh(homes: list[Path], rest: list[str]) -> int:
+def _ssh(homes: list[str], rest: list[str]) -> int:
     worst = 0
     for home in homes:
-        environment = os.environ | {"HOME": str(home), "FAKE_HOST": home.name}
-        done = subprocess.run(["bash", "-c", _flag(rest, "command")], cwd=home, env=environment)
-        worst = worst or done.returncode
+        os.chdir(home)
+        environment = os.environ | {"HOME": home, "FAKE_HOST": home.rpartition("/")[2]}
+        status = os.spawnvpe(os.P_WAIT, "bash", ["bash", "-c", _flag(rest, "command")], environment)
+        worst = worst or status
     return worst
 
 

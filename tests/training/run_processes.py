@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import jax
+import quick_looplm
 from processes import hangups_are_not_ignored
 from training_cases import RECIPE
 from xla_flags import quick_to_compile
@@ -44,7 +45,7 @@ class Run:
             environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         self._errors = errors
         with errors.open("w") as stream:
-            start = ["-c", program] if program else ["-m", "looplm_jax.cli.main"]
+            start = ["-c", program] if program else [quick_looplm.__file__]
             command = [sys.executable, *start, "train", *map(str, arguments)]
             with hangups_are_not_ignored():
                 self.process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=stream)

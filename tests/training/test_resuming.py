@@ -8,12 +8,14 @@ from looplm_jax.config import GuardConfig
 from looplm_jax.training.guard import GuardState, initial_guard, update_guard
 from looplm_jax.training.resuming import with_window
 
+update = jax.jit(update_guard)
+
 
 def after(losses, window):
     """A guard that accepted these losses."""
     state = jax.device_put(initial_guard(GuardConfig(window=window)))
     for loss in losses:
-        state = update_guard(state, jnp.float32(loss), jnp.array(True))
+        state = update(state, jnp.float32(loss), jnp.array(True))
     return state
 
 
@@ -26,5 +28,5 @@ def test_another_window_is_as_if_it_had_been_so_over_the_losses_that_were_kept(s
     assert isinstance(changed, GuardState)
     assert changed.losses.tolist() == wanted.losses.tolist()
     assert int(changed.accepted) == int(wanted.accepted)
-    one, other = (update_guard(state, jnp.float32(99), jnp.array(True)) for state in (changed, wanted))
+    one, other = (update(state, jnp.float32(99), jnp.array(True)) for state in (changed, wanted))
     assert one.losses.tolist() == other.losses.tolist()

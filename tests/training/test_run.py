@@ -247,9 +247,8 @@ def resume_as_users_do(folder, recipe=RECIPE):
     with pytest.MonkeyPatch.context() as patch:
         options = {"xla_cpu_use_fusion_emitters": True}
         patch.setattr(jax.stages.Lowered, "compile", lambda lowered: compile_(lowered, compiler_options=options))
-        program.compiled_step.cache_clear()
+        patch.setattr(program, "compiled_step", functools.cache(program.compiled_step.__wrapped__))
         train(folder, recipe)
-        program.compiled_step.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +259,7 @@ def resumed(finished, tmp_path_factory):
 
 
 # Not 2: the spread of two losses that happen to be close makes the next one a spike.
-@pytest.mark.parametrize("window", [3, 4, 200])
+@pytest.mark.parametrize("window", [3, pytest.param(4, marks=pytest.mark.slow), 200])
 def test_a_run_is_resumed_bit_for_bit_with_another_window_of_its_guard(copy, resumed, window):
     recipe = dataclasses.replace(RECIPE, guard=GuardConfig(window=window))
     resume_as_users_do(copy, recipe)
@@ -288,7 +287,15 @@ def test_the_random_keys_do_not_depend_on_the_environment(finished):
         assert final_state(finished).key.shape == (2,)
 
 
-@pytest.mark.parametrize("content", [None, b"", b"{", b"\0" * 50, b"[]", b"\xff", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        b"{",
+        b"[" * 100_000,
+        *(pytest.param(rest, marks=pytest.mark.slow) for rest in (b"", b"\0" * 50, b"[]", b"\xff")),
+    ],
+)
 def test_a_missing_or_damaged_config_is_made_again_from_a_checkpoint(content, copy):
     wanted = (copy / "config.json").read_bytes()
     (copy / "config.json").unlink()
@@ -308,7 +315,13 @@ def test_a_damaged_config_without_a_checkpoint_is_refused(tmp_path):
         train(tmp_path)
 
 
-@pytest.mark.parametrize("line", [b"{}", b"\0" * 30, b'{"kind": "train", "step": 1}\n\xff\xfe', b"[" * 100_000])
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"kind": "train", "step": 1}\n\xff\xfe',
+        *(pytest.param(rest, marks=pytest.mark.slow) for rest in (b"{}", b"\0" * 30, b"[" * 100_000)),
+    ],
+)
 def test_a_damaged_line_of_metrics_does_not_keep_a_run_from_resuming(line, finished, copy):
     shutil.rmtree(copy / "checkpoints" / str(TOTAL))
     lines = (copy / "metrics.jsonl").read_bytes().splitlines(keepends=True)

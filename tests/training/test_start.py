@@ -17,7 +17,16 @@ from looplm_jax.checkpoints import read_metadata
 from looplm_jax.checkpoints.whole import read_whole, write_whole
 from looplm_jax.cli.main import main
 from looplm_jax.codec import from_dict, to_dict
-from looplm_jax.config import DataConfig, MeshConfig, ModelConfig, Recipe, Schedule, SourceConfig, StartConfig
+from looplm_jax.config import (
+    CheckpointConfig,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    Recipe,
+    Schedule,
+    SourceConfig,
+    StartConfig,
+)
 from looplm_jax.convert.to_hf import convert_to_hf
 from looplm_jax.data import load_tokenizer, train_sentencepiece
 from looplm_jax.errors import UserError
@@ -231,18 +240,18 @@ def trained_on_text(texts, tmp_path_factory):
 
 def test_a_run_that_goes_on_needs_the_checkpoint_no_more_not_even_for_its_tokenizer(trained_on_text, texts, tmp_path):
     start = shutil.copytree(trained_on_text, tmp_path / "start")
-    recipe = on_text(texts / "second.txt", started(start, stages=(dataclasses.replace(SHORT, steps=4),)))
+    recipe = on_text(texts / "second.txt", started(start, checkpoint=CheckpointConfig(every=1)))
     said = train(tmp_path / "run", recipe)
     assert said.splitlines()[:2] == [READING, f"starting from the parameters of {start}, step 2"]
     assert "training a tokenizer" not in said
-    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3, 4]
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2]
     finished = read_whole(tmp_path / "run")
     assert finished.metadata.tokenizer == read_metadata(str(start)).tokenizer
     assert from_dict(Recipe, finished.metadata.config).start.checkpoint == str(start)
 
     shutil.rmtree(start)
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
-    assert train(tmp_path / "run", recipe).splitlines()[:2] == [READING, "going on from step 2 of stage pretrain"]
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")
+    assert train(tmp_path / "run", recipe).splitlines()[:2] == [READING, "going on from step 1 of stage pretrain"]
     again = read_whole(tmp_path / "run")
     assert (again.step, again.metadata) == (finished.step, finished.metadata)
     assert_identical(again.arrays, finished.arrays)

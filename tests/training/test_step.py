@@ -146,7 +146,7 @@ def gate_gradient(state, batch, target):
     tokens, targets, segment_ids, positions = map(
         jnp.asarray, (batch.tokens, batch.targets, batch.segment_ids, batch.positions)
     )
-    output = model_of(one_stage(GATE)).apply(
+    output = jax.jit(model_of(one_stage(GATE)).apply, static_argnames="loops")(
         {"params": state.params}, tokens, loops=LOOPS, positions=positions, segment_ids=segment_ids
     )
     losses = token_losses(output.hidden, head_matrix(state.params, MODEL), targets)
@@ -198,7 +198,7 @@ def test_the_last_loss_is_that_after_the_last_loop_and_leaves_the_gate_alone():
         weights = np.array([0.0] * (LOOPS - 1) + [1.0], np.float32)[:, None, None] * given["loss_mask"]
         return jnp.sum(losses * weights) / jnp.sum(given["loss_mask"], dtype=jnp.float32)
 
-    loss, gradients = jax.value_and_grad(all_heads_with_the_weight_on_the_last)(state.params)
+    loss, gradients = jax.jit(jax.value_and_grad(all_heads_with_the_weight_on_the_last))(state.params)
     assert float(metrics.loss) == pytest.approx(float(loss), rel=1e-5)
     moments = jax.tree.map(lambda mean: mean / (1 - STEADY.b1), after.optimizer[1].mu)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), moments, gradients)
@@ -230,9 +230,9 @@ def test_the_last_loss_has_one_head_whatever_the_number_of_loops():
             return jax.make_jaxpr(train_step)(state, abstract_batch(stage, MESH)).jaxpr
 
     assert head_products(program(STAGE, 4), logged=False) == 4 * 3  # logits, and gradients of states and of the head
-    programs = {loops: program(stage, loops) for loops in (1, 2, 5)}
+    programs = {loops: program(stage, loops) for loops in (1, 4)}
     assert {head_products(each, logged=False) for each in programs.values()} == {3}
-    assert [head_products(each, logged=True) for each in programs.values()] == [3, 3 + 1, 3 + 4]
+    assert [head_products(each, logged=True) for each in programs.values()] == [3, 3 + 3]
 
 
 def test_losses_of_earlier_loops_are_computed_where_they_are_logged():
