@@ -23,6 +23,7 @@ SMALLEST: Mapping[str, Any] = MappingProxyType(
         "stage.decay_steps": 0,
         "mesh.data": 1,
         "data.validation_fraction": 0.3,
+        "evaluation.sequences": 8,
         "log_every": 1,
     }
 )  # changes of `demo` that make it run in seconds

@@ -68,8 +68,15 @@ def test_any_type_on_any_devices(request, kind, mesh, dtype):
     assert kernel.sharding.shard_shape(kernel.shape) == (3, 32 // cut, 48 // cut)
 
 
-@pytest.mark.parametrize("compute", [Dtype.FLOAT32, Dtype.BFLOAT16])
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    ("dtype", "compute"),
+    [
+        (jnp.bfloat16, Dtype.FLOAT32),
+        (jnp.float16, Dtype.BFLOAT16),
+        pytest.param(jnp.bfloat16, Dtype.BFLOAT16, marks=pytest.mark.slow),
+        pytest.param(jnp.float16, Dtype.FLOAT32, marks=pytest.mark.slow),
+    ],
+)
 def test_a_model_runs_on_narrow_parameters(hf_folder, compute, dtype):
     """Gate logits are float32 whatever the parameters are; the numbers are those of the same ones in float32."""
     narrow = load(hf_folder, dtype=dtype)

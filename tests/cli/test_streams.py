@@ -168,10 +168,9 @@ def hostile(trained, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("environment", [{}, {"NO_COLOR": "1"}])
-def test_generated_text_and_names_never_steer_a_terminal(environment, tmp_path):
+def test_generated_text_and_names_never_steer_a_terminal():
     program = textwrap.dedent("""
-        import types
+        import os, types
         from looplm_jax.cli import generation_session
         from looplm_jax.inference import Finish, NewToken, Result
 
@@ -182,20 +181,22 @@ def test_generated_text_and_names_never_steer_a_terminal(environment, tmp_path):
             need_tokenizer=lambda: None, model=types.SimpleNamespace(config=types.SimpleNamespace(loops=2))
         )
         arguments = types.SimpleNamespace(json=False, prompt=["a", "b"], exit="q=0.5")
-        view = generation_session.view_of(arguments, loaded, "prompt \\x1b]0;pwned\\x07")
-        for text in ("\\x1b", "]0;pwned", "\\x07 [/b]"):
-            view.show(new(text))
         result = Result(
             prompt_ids=(0,), tokens=(0, 0, 0), exit_loops=(1, 1, 1), log_probs=(0.0,) * 3,
             text="\\x1b]0;pwned\\x07 [/b]\\x9b", finish=Finish.STOP, error=None,
         )
-        view.finish(result, None)
+        for environment in ({}, {"NO_COLOR": "1"}):
+            os.environ.update(environment)
+            view = generation_session.view_of(arguments, loaded, "prompt \\x1b]0;pwned\\x07")
+            for text in ("\\x1b", "]0;pwned", "\\x07 [/b]"):
+                view.show(new(text))
+            view.finish(result, None)
     """)
-    shown = on_a_terminal([sys.executable, "-c", program], **environment)
+    shown = on_a_terminal([sys.executable, "-c", program])
     assert "\x1b]0" not in shown
     assert "\x07" not in shown
     assert "\x9b" not in shown
-    assert r"prompt \x1b]0;pwned\x07" in shown
+    assert shown.count(r"prompt \x1b]0;pwned\x07") == 2
 
 
 def test_a_hostile_checkpoint_is_inspected_safely(hostile, capsys):

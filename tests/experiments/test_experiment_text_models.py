@@ -7,6 +7,7 @@ import json
 import threading
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -138,7 +139,7 @@ def test_a_family_of_other_points_of_the_same_line_has_the_same_area(loaded, hel
 def test_with_a_plane_for_each_loop_being_told_is_the_forward_pass_whatever_was_prefilled(loaded, held_out):
     texts = whole_rows(held_out)
     told = quality(loaded.model, loaded.params, texts, 4, (CacheStrategy.FULL, CacheStrategy.LAST))
-    output = loaded.model.apply({"params": loaded.params}, jnp.asarray(texts[:, :-1]))
+    output = jax.jit(loaded.model.apply)({"params": loaded.params}, jnp.asarray(texts[:, :-1]))
     logits = np.asarray(output.hidden[-1] @ loaded.params["head"], np.float64)[:, 31:]
     log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     wanted = -np.take_along_axis(log_probs, texts[:, 32:, None], axis=-1).mean()
