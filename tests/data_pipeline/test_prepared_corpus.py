@@ -227,20 +227,33 @@ def test_chats_keep_their_loss_mask(tokenizer, tmp_path):
         order(SymbolTokenizer(["a"]), sources=(source,))
 
 
-def test_overlaps_and_near_duplicates_are_left_out_and_reported(tokenizer, tmp_path):
+def unclean(folder):
+    """Texts of which one holds an item and one is nearly another, their file, and how both are left out."""
     pytest.importorskip("datasketch")
     texts = [f"{text} number {n}" for n, text in enumerate(make_texts(40)) if len(text) > 100]
     item = " ".join(f"word{n}" for n in range(20))
     texts[5] += " " + item
     texts.append(texts[3] + " once more")
-    path = write_jsonl(tmp_path / "a.jsonl", texts)
-    (tmp_path / "items.txt").write_text(item + "\n")
+    (folder / "items.txt").write_text(item + "\n")
     changes = {
-        "decontaminate": (str(tmp_path / "items.txt"),),
+        "decontaminate": (str(folder / "items.txt"),),
         "near_duplicates": 0.8,
         "validation_fraction": 0.0,
         "sequence_length": 512,
     }
+    return texts, write_jsonl(folder / "a.jsonl", texts), changes
+
+
+@pytest.mark.slow
+def test_the_bytes_of_a_cleaned_corpus_do_not_depend_on_the_number_of_workers(tokenizer, tmp_path):
+    _, path, changes = unclean(tmp_path)
+    for workers in (1, 2):
+        prepared(tokenizer, tmp_path / str(workers), path, workers=workers, **changes)
+    assert content(tmp_path / "2") == content(tmp_path / "1")
+
+
+def test_overlaps_and_near_duplicates_are_left_out_and_reported(tokenizer, tmp_path):
+    texts, path, changes = unclean(tmp_path)
     manifest = prepared(tokenizer, tmp_path / "one", path, **changes)
     assert manifest.left_out.overlapping == 1
     assert manifest.left_out.near_duplicates >= 1
@@ -255,8 +268,6 @@ def test_overlaps_and_near_duplicates_are_left_out_and_reported(tokenizer, tmp_p
     page = (tmp_path / "one" / "cleaning.md").read_text()
     assert "## Decontamination" in page
     assert "## Near-duplicates" in page
-    prepared(tokenizer, tmp_path / "two", path, workers=2, **changes)
-    assert content(tmp_path / "two") == content(tmp_path / "one")
     assert not (tmp_path / "one" / "signatures").exists()
 
 

@@ -6,7 +6,7 @@ import io
 import numpy as np
 import pytest
 from rich.console import Console
-from training_cases import RECIPE, STAGE
+from training_cases import GATE, RECIPE
 
 from looplm_jax.checkpoints import read_metadata
 from looplm_jax.config import DataConfig, Recipe, SourceConfig, Stage
@@ -17,7 +17,7 @@ from looplm_jax.training.metrics import read_metrics
 
 
 def stage(name: str, **changes) -> Stage:
-    return dataclasses.replace(STAGE, name=name, steps=2, min_loops=0, warmup_steps=0, **changes)
+    return dataclasses.replace(GATE, name=name, steps=2, **changes)
 
 
 def test_a_base_of_a_stage_holds_from_there_on():

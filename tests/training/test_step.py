@@ -20,6 +20,7 @@ from looplm_jax.training.step import make_train_step
 MESH = make_mesh(RECIPE.mesh)
 LOOPS = 2
 STEADY = OptimizerConfig(clip_norm=1e9, weight_decay=0.1)
+LAST = dataclasses.replace(STAGE, objective=Objective.LAST_LOSS, accumulation=2)
 
 
 def model_of(recipe):
@@ -28,7 +29,7 @@ def model_of(recipe):
 
 @functools.cache
 def compiled(stage, loops=LOOPS):
-    recipe = one_stage(stage, optimizer=STEADY)
+    recipe = one_stage(stage, optimizer=STEADY, log_every=2)
     programs = StagePrograms(recipe, model_of(recipe), stage, MESH, first_step=0)
     programs.compile(loops)
     return programs
@@ -180,16 +181,15 @@ def test_stage_two_moves_the_gate_alone_along_its_printed_gradient(target):
 
 
 def test_the_last_loss_is_that_after_the_last_loop_and_leaves_the_gate_alone():
-    stage = dataclasses.replace(STAGE, objective=Objective.LAST_LOSS)
-    state, batch = start(stage), random_batch(1)
-    after, metrics = step(stage, state, batch)
+    state, batch = start(LAST), random_batch(1)
+    after, metrics = step(LAST, dataclasses.replace(state, step=jnp.int32(1)), batch)  # the second step is logged
     _, expected = step(STAGE, state, batch)
     np.testing.assert_allclose(metrics.exits.loss_per_loop, expected.exits.loss_per_loop, rtol=1e-5)
     assert float(metrics.loss) == pytest.approx(float(expected.exits.loss_per_loop[-1]), rel=1e-5)
     np.testing.assert_allclose(metrics.exits.exit_pdf, [0.0] * (LOOPS - 1) + [1.0], rtol=1e-5)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(after.optimizer[1].mu["gate"]))
 
-    model, given = model_of(one_stage(stage)), jax.tree.map(jnp.asarray, dataclasses.asdict(batch))
+    model, given = model_of(one_stage(LAST)), jax.tree.map(jnp.asarray, dataclasses.asdict(batch))
     packed = {name: given[name] for name in ("positions", "segment_ids")}
 
     def all_heads_with_the_weight_on_the_last(params):
@@ -236,13 +236,9 @@ def test_the_last_loss_has_one_head_whatever_the_number_of_loops():
 
 
 def test_losses_of_earlier_loops_are_computed_where_they_are_logged():
-    stage = dataclasses.replace(STAGE, objective=Objective.LAST_LOSS, accumulation=2)
-    recipe = dataclasses.replace(one_stage(stage), log_every=2)
-    programs = StagePrograms(recipe, model_of(recipe), stage, MESH, first_step=0)
-    programs.compile(LOOPS)
-    state, metrics = initial_state(recipe, model_of(recipe), stage, MESH), []
+    state, metrics = start(LAST), []
     for _ in range(2):
-        state, after = programs.run(LOOPS, state, place(random_batch(1), stage, MESH))
+        state, after = step(LAST, state, random_batch(1))
         metrics.append(as_values(after))
     assert [row["loss_per_loop"][-1] for row in metrics] == [row["loss"] for row in metrics]
     assert [row["loss_per_loop"][0] > 0 for row in metrics] == [False, True]
