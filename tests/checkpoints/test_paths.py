@@ -84,7 +84,7 @@ def test_tensorstore_is_given_every_name_as_it_is(name):
         assert kvstore(checkpoint_path(f"/tmp/{name}")) == {"driver": "file", "path": f"/tmp/{name}/"}
 
 
-@pytest.mark.parametrize("name", [pytest.param("10% x%2Fy", marks=pytest.mark.slow), "10% a|b ünï 😀 {a,b}"])
+@pytest.mark.parametrize("name", [pytest.param("10% x%2Fy", marks=pytest.mark.slow), "10% x%2Fy a|b ünï 😀 {a,b}"])
 def test_what_was_saved_in_a_bucket_under_any_name_that_is_taken_is_read_back(bucket, name):  # noqa: F811
     save(f"{bucket}/{name}/checkpoints")
     save(f"{bucket}/{name}/checkpoints", step=2)
