@@ -143,6 +143,7 @@ def fails_alone(*arguments, longest_file=0):
 PROGRESS = re.compile("command: .* writing to|compiling stage|going on from step|only  step |note: ")
 
 
+@pytest.mark.slow  # its short forms: test_the_metrics here, and in tests/checkpoints a process that saves alone
 def test_a_checkpoint(recipe_file, trained, tmp_path):
     run = shutil.copytree(trained, tmp_path / "run")
     shutil.rmtree(run / "checkpoints" / "4")

@@ -87,6 +87,7 @@ def test_a_folder_that_another_process_holds_is_refused_and_free_once_it_is_kill
     assert list(folder.iterdir()) == []
 
 
+@pytest.mark.slow  # the test before has its short form
 def test_a_second_trainer_is_refused_and_the_log_of_the_first_is_whole(tmp_path, compiled_programs, capsys):
     from looplm_jax.cli.main import main
 

@@ -259,7 +259,9 @@ def resumed(finished, tmp_path_factory):
 
 
 # Not 2: the spread of two losses that happen to be close makes the next one a spike.
-@pytest.mark.parametrize("window", [3, pytest.param(4, marks=pytest.mark.slow), 200])
+@pytest.mark.parametrize(
+    "window", [pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow), 200]
+)
 def test_a_run_is_resumed_bit_for_bit_with_another_window_of_its_guard(copy, resumed, window):
     recipe = dataclasses.replace(RECIPE, guard=GuardConfig(window=window))
     resume_as_users_do(copy, recipe)
@@ -401,6 +403,7 @@ def test_skipped_steps_are_counted_and_do_not_stop_a_run(tmp_path, monkeypatch):
     assert (outcome.step, outcome.skipped) == (TOTAL, 2)
 
 
+@pytest.mark.slow  # test_two_processes_train_as_one has its short form
 def test_a_run_on_a_mesh_is_evaluated_saved_and_read_back_on_one_device(tmp_path):
     recipe = one_stage(dataclasses.replace(GATE, steps=2), mesh=MeshConfig(data=2, fsdp=2))
     outcome = run.train(recipe, tmp_path / "run", evaluate=evaluate_held_out, console=Console(file=io.StringIO()))

@@ -240,7 +240,7 @@ def trained_on_text(texts, tmp_path_factory):
 
 def test_a_run_that_goes_on_needs_the_checkpoint_no_more_not_even_for_its_tokenizer(trained_on_text, texts, tmp_path):
     start = shutil.copytree(trained_on_text, tmp_path / "start")
-    recipe = on_text(texts / "second.txt", started(start, checkpoint=CheckpointConfig(every=1)))
+    recipe = on_text(texts / "second.txt", dataclasses.replace(started(start), checkpoint=CheckpointConfig(every=1)))
     said = train(tmp_path / "run", recipe)
     assert said.splitlines()[:2] == [READING, f"starting from the parameters of {start}, step 2"]
     assert "training a tokenizer" not in said
