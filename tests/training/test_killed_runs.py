@@ -197,6 +197,7 @@ def test_a_run_whose_terminal_is_closed_saves(recipe, compiled_programs, tmp_pat
     assert newest(folder)["step"] == steps_logged(folder) >= 2
 
 
+@pytest.mark.slow  # its short forms: test_signals, and test_training_session of the command
 def test_a_second_interrupt_ends_a_run_at_once(recipe, tmp_path):
     with Run("--recipe", recipe, "--out", tmp_path / "run", errors=tmp_path / "errors") as run:
         run.wait_until(lambda: "compiling" in run.said)
