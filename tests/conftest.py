@@ -7,6 +7,7 @@ import shutil
 import signal
 import tempfile
 
+from quick_looplm import SHUFFLED_PIECES
 from xla_flags import quick_to_compile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -38,25 +39,16 @@ settings.register_profile("looplm", deadline=None, max_examples=25, derandomize=
 settings.load_profile("looplm")
 
 
-# What these do in this process they compare with processes that they start, whose windows are those of users.
-BESIDE_PROCESSES = (
-    "test_buckets",
-    "test_experiment_grid",
-    "test_full_disk",
-    "test_killed_runs",
-    "test_ownership",
-    "test_two_processes",
-    "test_users_line",
-    "test_vanished_source",
-)
+# Compares what it does in this process with a process of a user, whose windows are larger.
+WITH_WINDOWS_OF_USERS = "test_experiment_grid"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small_windows(request):
     """Streams shuffle windows of few pieces: every stream fills its window first, and what is tested holds for any."""
     with pytest.MonkeyPatch.context() as patch:
-        if request.path.stem not in BESIDE_PROCESSES:
-            patch.setattr("looplm_jax.data.packing._SHUFFLED_PIECES", 256)
+        if request.path.stem != WITH_WINDOWS_OF_USERS:
+            patch.setattr("looplm_jax.data.packing._SHUFFLED_PIECES", SHUFFLED_PIECES)
         yield
 
 

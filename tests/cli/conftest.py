@@ -2,7 +2,6 @@ import dataclasses
 import json
 
 import pytest
-from quick_looplm import SHUFFLED_PIECES
 
 from looplm_jax.cli.main import main
 from looplm_jax.codec import to_dict
@@ -30,14 +29,6 @@ RECIPE = Recipe(
     evaluation=EvaluationConfig(sequences=4),
     log_every=1,
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_windows():
-    """Windows as those of the processes that these tests start, also where both are compared."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("looplm_jax.data.packing._SHUFFLED_PIECES", SHUFFLED_PIECES)
-        yield
 
 
 @pytest.fixture(scope="session")
