@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import tempfile
+import tracemalloc
 
 from quick_looplm import SHUFFLED_PIECES
 from xla_flags import quick_to_compile
@@ -57,9 +58,10 @@ def settled_heap():
     """Leaves out of later searches for garbage what a module leaves behind.
 
     JAX keeps what it has traced and compiled. After a thousand tests, to search it again and again takes longer than
-    to trace anything.
+    to trace anything. Allocations that are still followed would slow down all that comes after as well.
     """
     yield
+    assert not tracemalloc.is_tracing()
     gc.collect()
     gc.freeze()
 

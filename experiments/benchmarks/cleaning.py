@@ -80,6 +80,7 @@ def _measure_parent(near_duplicates: NearDuplicates, documents: int) -> None:
     tracemalloc.start()
     near_duplicates.drop(rows)
     _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
     print(f"{len(duplicates.kept):,} of {documents:,} documents dropped in {seconds:.1f} s")
     print(f"signatures {rows.nbytes / 1e6:,.0f} MB, beside them at most {peak / 1e6:,.0f} MB")
 
