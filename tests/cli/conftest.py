@@ -2,6 +2,7 @@ import dataclasses
 import json
 
 import pytest
+from quick_looplm import SHUFFLED_PIECES
 
 from looplm_jax.cli.main import main
 from looplm_jax.codec import to_dict
