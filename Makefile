@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := JAX_PLATFORMS=cpu $(BIN)/python
 
+# Tests start many processes, which need not compile our modules again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test coverage test-slow test-tpu-compile test-transformers4 test-wheel lint types bench setup torch clean
 
 # PyTorch and what runs our exported models. The older transformers lies beside the newer one, to be put before it.

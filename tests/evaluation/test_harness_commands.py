@@ -68,6 +68,7 @@ def test_both_commands_run_the_tasks_alike(evaluate, folder, tmp_path, monkeypat
                 assert value == pytest.approx(values["results"][task][name], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_sweep_has_a_column_for_every_depth(evaluate):
     tasks = ("--tasks", "looplm_smoke_choice,looplm_smoke_t*")
     sweep, printed = evaluate(*tasks, "--depth-sweep", "--max-loops", "4", "--num-fewshot", "1")

@@ -68,6 +68,7 @@ def test_text(both):
 
 
 @pytest.mark.transformers
+@pytest.mark.slow
 def test_drawn_text_has_the_distribution_of_the_harness_own_model(both):
     """The first token of many repeats, which both draw from the 50 likeliest where nothing else is said."""
     arguments = {"until": [], "max_gen_toks": 1, "do_sample": True, "temperature": 1.0}

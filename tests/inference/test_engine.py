@@ -94,6 +94,7 @@ def test_three_ticks_at_a_time_and_previews_change_no_answer(alone):
             assert tuple(new.previews[-1] for new in rest) == expected.tokens[1:]
 
 
+@pytest.mark.slow
 def test_keys_and_values_spread_over_a_mesh_change_no_answer(alone):
     mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=2))
     sharded = Engine(*small_model(), Letters(), config=CONFIG, mesh=mesh)

@@ -28,7 +28,10 @@ SHAPES = {
     CacheStrategy.AVERAGE: RICH,
     CacheStrategy.FIRST: PLAIN,
 }
-SLOW = [pytest.param(strategy, marks=pytest.mark.slow) for strategy in (CacheStrategy.LAST, CacheStrategy.FIRST)]
+SLOW = [
+    pytest.param(strategy, marks=pytest.mark.slow)
+    for strategy in (CacheStrategy.LAST, CacheStrategy.FIRST, CacheStrategy.AVERAGE)
+]
 REQUESTS = [
     Request(prompt_ids=(5,), max_new_tokens=9, policy=QExit(q=0.6)),
     Request(prompt_ids=tuple(range(1, 40)), max_new_tokens=5, policy=QExit(q=0.0)),
@@ -90,7 +93,7 @@ def test_the_engine_decodes_as_the_strategy_is_defined(strategy):
         np.testing.assert_allclose(result.log_probs, log_probs, atol=1e-4)
 
 
-@pytest.mark.parametrize("strategy", [CacheStrategy.FULL, CacheStrategy.LAST, CacheStrategy.AVERAGE, SLOW[1]])
+@pytest.mark.parametrize("strategy", [CacheStrategy.FULL, CacheStrategy.LAST, *SLOW[1:]])
 def test_replay_gives_the_log_probabilities_of_generation(strategy):
     model, params, results = generated(strategy)
     log_probs = replay_log_probs(model, params, batch_of(results), strategy=strategy, loops=LOOPS)
@@ -99,9 +102,7 @@ def test_replay_gives_the_log_probabilities_of_generation(strategy):
         assert not row[len(result.tokens) :].any()
 
 
-@pytest.mark.parametrize(
-    "strategy", [CacheStrategy.FULL, pytest.param(CacheStrategy.AVERAGE, marks=pytest.mark.slow), *SLOW]
-)
+@pytest.mark.parametrize("strategy", [CacheStrategy.FULL, *SLOW])
 def test_a_turn_that_went_on_from_a_kept_cache_is_replayed_whole(strategy):
     """In one batch, of turns with much, little and no history."""
     model, params, _ = generated(strategy)
@@ -122,7 +123,7 @@ def test_history_says_what_the_cache_holds():
     assert third.cache.lengths.tolist() == [len(third.cache)] == [len(third.cache.tokens)]
 
 
-@pytest.mark.parametrize("strategy", [CacheStrategy.AVERAGE, *SLOW])
+@pytest.mark.parametrize("strategy", [CacheStrategy.AVERAGE, *SLOW[:2]])
 def test_gradients_of_replay_are_slopes(strategy):
     """Central differences of the log-probabilities, drawn weights on them, along the gradient and elsewhere."""
     model, params, results = generated(CacheStrategy.LAST)

@@ -319,6 +319,7 @@ def test_a_callback_that_raises_fails_its_row_alone(whole_model, plain, place):
     assert [results[row] for row in (0, 2, 3)] == [plain[row] for row in (0, 2, 3)]
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_no_token():
     model, params = make_model(vocab_size=96, num_layers=1, loops=3, max_positions=16)
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2))

@@ -29,6 +29,7 @@ def sent(plan, kind):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_a_small_step_for_v5e():
     """Weights are gathered before the loops, and gradients summed after them; attention is splash; every product is in
     bfloat16; all is donated.

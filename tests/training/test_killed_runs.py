@@ -79,6 +79,7 @@ def assert_stopped(run, number, step):
     assert "Traceback" not in run.said
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_bit_for_bit(compiled_programs, tmp_path, monkeypatch):
     """One kill; `test_kills_leave_no_trace` has many, at any moment."""
     stages = (dataclasses.replace(STAGE, steps=16, min_loops=0),)
