@@ -1,7 +1,10 @@
 """Eight fake devices and strict promotion, for every test; set before anything imports JAX."""
 
-import atexit
 import gc
+
+gc.disable()  # what is imported and collected stays: to search it for garbage takes a fifth of the time that this takes
+
+import atexit
 import os
 import shutil
 import signal
@@ -66,9 +69,26 @@ def settled_heap():
     gc.freeze()
 
 
-LONGEST = ("test_killed_runs", "test_two_processes", "test_replay", "test_buckets", "test_vanished_source")
+LONGEST = (
+    "test_two_processes",
+    "test_killed_runs",
+    "test_run",
+    "test_gathered_weights",
+    "test_ouro_recipes",
+    "test_replay",
+    "test_speculation",
+    "test_buckets",
+    "test_vanished_source",
+    "test_experiment_text_models",
+    "test_step",
+    "test_start",
+    "test_engine",
+    "test_generate",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first: workers that share the files then end at about the same time."""
     items.sort(key=lambda item: item.path.stem not in LONGEST)
+    gc.freeze()
+    gc.enable()

@@ -120,6 +120,7 @@ print(events.count("/jax/compilation_cache/cache_hits"), events.count("/jax/comp
 """
 
 
+@pytest.mark.slow
 def test_the_second_process_reads_donated_and_sharded_programs_and_replaces_a_damaged_one(tmp_path):
     variables = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     variables |= {"XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}

@@ -136,6 +136,7 @@ def test_a_family_of_other_points_of_the_same_line_has_the_same_area(loaded, hel
         assert joined.at([1, 2.5, 4]).loss == pytest.approx(whole.at([1, 2.5, 4]).loss)
 
 
+@pytest.mark.slow
 def test_with_a_plane_for_each_loop_being_told_is_the_forward_pass_whatever_was_prefilled(loaded, held_out):
     texts = whole_rows(held_out)
     told = quality(loaded.model, loaded.params, texts, 4, (CacheStrategy.FULL, CacheStrategy.LAST))

@@ -47,6 +47,7 @@ def test_full_cache_equals_full_forward(shape):
     assert set(made.exit_loops) == {3}
 
 
+@pytest.mark.slow
 def test_more_loops_than_the_model_is_meant_for():
     model, params = make_model(num_layers=1)
     made = generate(model, params, PROMPT, max_new_tokens=5, policy=FixedLoops(loops=6))

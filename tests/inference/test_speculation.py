@@ -248,6 +248,7 @@ def plain(whole_model):
     return continued(*whole_model)
 
 
+@pytest.mark.slow
 def test_every_part_of_the_model_takes_part(whole_model, plain):
     for result, logits in zip(plain[:3], replayed(*whole_model, plain, 16), strict=False):
         assert result.tokens == tuple(np.argmax(logits, axis=-1))

@@ -58,6 +58,7 @@ def test_the_wheel_holds_every_file(installed):
     assert files(installed) - files(ROOT) == set()
 
 
+@pytest.mark.slow
 def test_every_module_is_imported_from_the_wheel(installed, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(installed)}
     ran = subprocess.run(

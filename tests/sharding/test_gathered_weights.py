@@ -66,7 +66,8 @@ def test_the_same_gradients(plain, gathered):
     assert_same(gathered, plain)
 
 
-@pytest.mark.parametrize("reduce", [pytest.param(Reduce.MICROBATCH, marks=pytest.mark.slow), Reduce.STEP])
+@pytest.mark.slow
+@pytest.mark.parametrize("reduce", [Reduce.MICROBATCH, Reduce.STEP])
 def test_the_same_gradients_when_they_are_summed_after_the_loops(plain, reduce):
     """Devices and microbatches have different numbers of tokens to learn from; some have none."""
     found = step(gather=Gather.PER_STEP, reduce=reduce)
