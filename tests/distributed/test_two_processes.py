@@ -82,7 +82,7 @@ def test_two_processes_train_as_one_in_a_bucket(alone, compiled, bucket, tmp_pat
 
 @pytest.mark.slow
 def test_a_run_goes_on_bit_for_bit_and_on_another_number_of_processes(alone, compiled, tmp_path):
-    """Two processes, then two again, then one: what comes after step 4 is made anew each time."""
+    """Two processes, then two again, then one, then four: each makes the steps after step 4 anew."""
     recipe, run = write_recipe(tmp_path / "recipe.json"), tmp_path / "run"
     arguments = ("--recipe", recipe, "--out", run)
     with Processes(tmp_path, TWO, *arguments, compiled=compiled) as both:
@@ -93,29 +93,17 @@ def test_a_run_goes_on_bit_for_bit_and_on_another_number_of_processes(alone, com
         assert both.finish() == [0, 0], both.everything()
         assert "going on from step 4" in both.said(0)
     assert digests(run, 6) == untouched
-    shutil.rmtree(run / "checkpoints" / "6")
-    with Processes(tmp_path, [[]], *arguments, compiled=compiled) as one:
-        assert one.finish() == [0], one.everything()
-    assert_same_losses(run, alone)
-
-
-@pytest.mark.slow
-def test_two_then_one_then_four_processes(alone, compiled, tmp_path):
-    recipe, run = write_recipe(tmp_path / "recipe.json"), tmp_path / "run"
-    arguments = ("--recipe", recipe, "--out", run)
-    for count, lost in ((2, (4, 6)), (1, (6,)), (4, ())):
-        mesh = ("--mesh.fsdp", "2") if count == 4 else ()
+    for count, mesh in ((1, ()), (4, ("--mesh.fsdp", "2"))):
+        shutil.rmtree(run / "checkpoints" / "6")
         with Processes(tmp_path, [[]] * count, *arguments, *mesh, compiled=compiled) as some:
             assert some.finish() == [0] * count, some.everything()
         assert_same_losses(run, alone)
-        for step in lost:
-            shutil.rmtree(run / "checkpoints" / str(step))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 3])
-def test_a_killed_process_of_four_ends_the_others(victim, compiled, tmp_path):
+def test_a_killed_process_of_four_ends_the_others(compiled, tmp_path):
     recipe, run = write_recipe(tmp_path / "recipe.json", steps=100_000), tmp_path / "run"
+    victim = 3
     with Processes(tmp_path, [[]] * 4, "--recipe", recipe, "--out", run, compiled=compiled) as four:
         four.wait_for_step(run, 3)
         four.send(victim, signal.SIGKILL)

@@ -137,18 +137,6 @@ def pipeline(corpora, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_stages_of_every_kind_follow_each_other(corpora, tmp_path):
-    """The first one, a longer context on another base, and the gate: `test_the_pipeline_…` is slow, and has all."""
-    recipe = tiny("ouro-1.4b", corpora)
-    kinds = tuple(stage for stage in recipe.stages if stage.name in ("pretrain-1", "long-context", "gate"))
-    recipe = dataclasses.replace(recipe, stages=kinds)
-    assert train(recipe, tmp_path / "run").step == recipe.total_steps
-    last = load(tmp_path / "run")
-    assert last.model.config.rope_theta == 1e6
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(last.params))
-
-
-@pytest.mark.slow
 def test_the_pipeline_runs_from_its_first_stage_to_its_last(pipeline):
     folder, recipe, ends = pipeline
     assert ends == [10, 20, recipe.total_steps]

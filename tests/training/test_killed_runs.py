@@ -16,11 +16,10 @@ from run_processes import ONE_DEVICE, PATIENCE, Run, metrics, newest, steps_logg
 from training_cases import GATE, RECIPE, STAGE, assert_identical
 
 from looplm_jax.checkpoints.step import list_steps
-from looplm_jax.cli import training_session
-from looplm_jax.cli.main import main
 from looplm_jax.config import CheckpointConfig, EvaluationConfig
 
-BEFORE_TRAINING = (3, 7)  # kills that fall while the process starts, compiles or restores
+KILLS, LEAST_CUT_SHORT = 6, 1
+BEFORE_TRAINING = (2, 4)  # kills that fall while the process starts, compiles or restores
 LONG = dataclasses.replace(
     RECIPE,
     stages=(dataclasses.replace(STAGE, steps=200), dataclasses.replace(GATE, steps=60)),
@@ -80,28 +79,10 @@ def assert_stopped(run, number, step):
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_bit_for_bit(compiled_programs, tmp_path, monkeypatch):
-    """One kill; `test_kills_leave_no_trace` has many, at any moment."""
-    stages = (dataclasses.replace(STAGE, steps=16, min_loops=0),)
-    recipe = write_recipe(tmp_path / "short.json", dataclasses.replace(LONG, stages=stages))
-    folder, untouched = tmp_path / "run", tmp_path / "untouched"
-    with Run("--recipe", recipe, "--out", folder, errors=tmp_path / "errors", compiled=compiled_programs) as run:
-        wait_for_a_save(run, folder)
-        run.process.kill()
-        assert run.finish() == -signal.SIGKILL, run.said
-
-    monkeypatch.setattr(training_session, "write_run_report", lambda *_: [])
-    for out in (folder, untouched):
-        assert main(["train", "--recipe", str(recipe), "--out", str(out)]) == 0
-    assert_same_end(folder, untouched, total=16)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("kills", "least_cut_short"), [(10, 3)])
-def test_kills_leave_no_trace(kills, least_cut_short, recipe, untouched, compiled_programs, tmp_path):
+def test_kills_leave_no_trace(recipe, untouched, compiled_programs, tmp_path):
     chance, folder, errors = random.Random(0), tmp_path / "run", tmp_path / "errors"
     cut_short, reached = 0, [0]
-    for kill in range(kills):
+    for kill in range(KILLS):
         with Run("--recipe", recipe, "--out", folder, errors=errors, compiled=compiled_programs) as run:
             if kill in BEFORE_TRAINING:
                 time.sleep(chance.uniform(0, 6))
@@ -113,7 +94,7 @@ def test_kills_leave_no_trace(kills, least_cut_short, recipe, untouched, compile
             assert "Traceback" not in run.said
         cut_short += bool(unfinished_saves(folder))
         reached.append(steps_logged(folder))
-    assert cut_short >= least_cut_short
+    assert cut_short >= LEAST_CUT_SHORT
     assert reached[-1] < TOTAL
     with Run("--recipe", recipe, "--out", folder, errors=errors) as run:  # without the compiled programs
         assert run.finish() == 0, run.said
