@@ -183,6 +183,7 @@ print(peak() - before, sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
 """
 
 
+@pytest.mark.slow
 def test_peak_memory(tmp_path):
     """Beside the weights there is one array and one tensor at a time; a tiny model first pays for what JAX loads."""
     config = ModelConfig(vocab_size=272, width=512, mlp_width=1536, num_layers=16, num_heads=8, max_positions=128)

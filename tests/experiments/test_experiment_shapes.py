@@ -12,10 +12,8 @@ from looplm_jax.cli.main import main
 from looplm_jax.data.tasks import make_task
 
 
-@pytest.mark.parametrize(
-    ("name", "tests"),
-    [("addition", 1), *(pytest.param(*rest, marks=pytest.mark.slow) for rest in [("p-hop", 2), ("three-hop", 1)])],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "tests"), [("addition", 1), ("p-hop", 2), ("three-hop", 1)])
 def test_it_runs_at_smoke_scale(name, tests, monkeypatch, tmp_path):
     experiment = EXPERIMENTS[name]
     last = experiment.cells(Scale.SMOKE)[-1:]

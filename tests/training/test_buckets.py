@@ -187,6 +187,7 @@ def test_a_bucket_has_one_owner(bucket, monkeypatch):  # noqa: F811
     assert not owner_file.exists()
 
 
+@pytest.mark.slow
 def test_another_run_in_a_bucket_is_refused(bucket):  # noqa: F811
     epath.Path(f"{bucket}/notes/mine.txt").write_text("mine")
     with pytest.raises(UserError, match="is not empty and holds no run; choose another --out"):
