@@ -17,20 +17,20 @@ TRANSFORMERS4 := transformers==4.57.6 huggingface-hub==0.36.0 tokenizers==0.22.1
 demo: $(VENV)/ready  ## the main job on two CPU cores: corpus, tokenizer, Stage I and II, evaluation, text
 	$(RUN) -m experiments.demo --out runs/demo
 
-PYTEST := -m pytest tests --durations=20 --numprocesses 2 --dist loadfile --no-loadscope-reorder
+PYTEST := -m pytest tests --durations=20 --dist loadfile --no-loadscope-reorder --numprocesses
 DEFAULT := not slow and not tpu_compile
 
 test: $(VENV)/ready-dev  ## the default test suite
-	$(RUN) $(PYTEST) -m "$(DEFAULT)"
+	$(RUN) $(PYTEST) 2 -m "$(DEFAULT)"
 
 coverage: $(VENV)/ready-dev  ## the same, counting the lines that it runs, which takes longer
-	$(RUN) $(PYTEST) -m "$(DEFAULT)" --cov --cov-report=term:skip-covered
+	$(RUN) $(PYTEST) 2 -m "$(DEFAULT)" --cov --cov-report=term:skip-covered
 
-test-slow: $(VENV)/ready-dev  ## the tests that take minutes
-	$(RUN) $(PYTEST) -m slow
+test-slow: $(VENV)/ready-dev  ## the tests that take minutes; many of them wait for processes
+	$(RUN) $(PYTEST) 3 -m slow
 
 test-tpu-compile: $(VENV)/ready-dev  ## compile decoders of up to 2.6B for TPUs, none of which is needed
-	$(RUN) $(PYTEST) -m tpu_compile
+	$(RUN) $(PYTEST) 2 -m tpu_compile
 
 test-transformers4: $(VENV)/ready-dev $(VENV)/ready-torch  ## the tests that run transformers, on its version 4
 	PYTHONPATH=$(VENV)/transformers4 $(RUN) -m pytest tests -m transformers

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from xla_flags import QUICK_TO_COMPILE
 
 from experiments.benchmarks import attention, train_step_gpu
 from experiments.benchmarks.ceiling import Ceiling
@@ -49,7 +50,12 @@ def test_the_script_knows_one_option():
 
 @pytest.mark.slow
 def test_every_part_of_the_script_runs():
-    environment = {"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, "JAX_PLATFORMS": "cpu"}
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "PYTHON": sys.executable,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": QUICK_TO_COMPILE,
+    }
     result = subprocess.run([SCRIPT, "--tiny"], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     for row in ("| 2 x 128 | xla |", "| looplm_jax, remat layer |", "| 2 | fixed T = 4 |"):

@@ -70,7 +70,7 @@ def test_gathering_once_a_step_saves_what_the_loops_would_send():
 
 
 @needs_compiler
-@pytest.mark.slow
+@pytest.mark.tpu_compile
 def test_layers_may_start_from_the_memory_of_the_host():
     stage = with_stage(accumulation=1, sequence_length=1024)
     plans = [

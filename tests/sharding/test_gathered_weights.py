@@ -3,6 +3,7 @@ what is learnt.
 """
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -80,10 +81,19 @@ def test_the_same_gradients_when_they_are_summed_after_the_loops(plain, reduce):
 @pytest.mark.parametrize("mesh", [MeshConfig(data=8), MeshConfig(data=1, fsdp=2, tensor=2, context=2)], ids=str)
 @pytest.mark.parametrize("objective", Objective)
 def test_every_objective_when_gradients_are_summed_once_a_step(mesh, objective):
+    found = step(*small_case(objective), mesh, gather=Gather.PER_STEP, reduce=Reduce.STEP)
+    assert_same(found, step_on_one_device(objective))
+
+
+def small_case(objective):
+    """A stage and a model."""
     model = dataclasses.replace(MODEL, num_layers=1, prelude_layers=1, coda_layers=1, tied_head=True)
-    stage = dataclasses.replace(STAGE, objective=objective, accumulation=1)
-    found = step(stage, model, mesh, gather=Gather.PER_STEP, reduce=Reduce.STEP)
-    assert_same(found, step(stage, model, MeshConfig(data=1)))
+    return dataclasses.replace(STAGE, objective=objective, accumulation=1), model
+
+
+@functools.cache
+def step_on_one_device(objective):
+    return step(*small_case(objective), MeshConfig(data=1))
 
 
 @pytest.mark.slow

@@ -97,7 +97,7 @@ def test_devices_of_a_sequence_trade_heads_for_positions_and_nothing_else():
 @pytest.mark.parametrize(
     "length",
     [
-        pytest.param(4096, marks=pytest.mark.slow),
+        pytest.param(4096, marks=pytest.mark.tpu_compile),
         pytest.param(16384, marks=pytest.mark.slow),
         pytest.param(65536, marks=pytest.mark.tpu_compile),
     ],
