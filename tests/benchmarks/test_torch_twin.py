@@ -41,6 +41,7 @@ def copy_into(twin, params: Params) -> None:
             put(norm.weight, layers[name]["scale"][index])
 
 
+@pytest.mark.slow
 def test_the_twin_has_the_same_loss_and_gradients():
     from experiments.benchmarks.torch_twin import TorchLoopLM, stage1
 

@@ -78,6 +78,7 @@ def test_a_long_context_loses_its_beginning(loaded, adapter):
     assert found[0] == expected(loaded, loaded.tokenizer.encode(context)[-kept:], loaded.tokenizer.encode(continuation))
 
 
+@pytest.mark.slow
 def test_greedy_text_is_known_as_such(loaded, adapter):
     prompts = [f"{number}" for number in range(10, 40)]
     texts = adapter.generate_until(requests(*((prompt, {"max_gen_toks": 1}) for prompt in prompts)))

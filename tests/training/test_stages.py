@@ -26,6 +26,7 @@ def test_a_base_of_a_stage_holds_from_there_on():
     assert [recipe.model_of(each).rope_theta for each in stages] == [recipe.model.rope_theta, 4e4, 4e4, 1e6]
 
 
+@pytest.mark.slow
 def test_a_stage_is_trained_on_its_own_mixture_with_its_own_base(tmp_path, monkeypatch):
     """Seen in what reaches the devices, and in the model that each checkpoint loads as."""
     texts = [tmp_path / f"{word}.txt" for word in ("ab", "cd")]
