@@ -15,6 +15,7 @@ def test_the_twin_is_compiled_and_both_begin_at_about_the_same_loss(tmp_path):
     train_step_gpu.main([*TINY, "--json", str(tmp_path / "figures.json")])
     ours, *twins = json.loads((tmp_path / "figures.json").read_text())
     assert (ours["failed"], len(ours["seconds"])) == ("", 1)
+    assert ours["loss"] > 0
     assert all(not twin["failed"] and abs(twin["loss"] - ours["loss"]) < 0.1 for twin in twins)
 
 

@@ -101,9 +101,9 @@ def test_a_run_goes_on_bit_for_bit_and_on_another_number_of_processes(alone, com
 
 
 @pytest.mark.slow
-def test_a_killed_process_of_four_ends_the_others(compiled, tmp_path):
+@pytest.mark.parametrize("victim", [0, 3])
+def test_a_killed_process_of_four_ends_the_others(victim, compiled, tmp_path):
     recipe, run = write_recipe(tmp_path / "recipe.json", steps=100_000), tmp_path / "run"
-    victim = 3
     with Processes(tmp_path, [[]] * 4, "--recipe", recipe, "--out", run, compiled=compiled) as four:
         four.wait_for_step(run, 3)
         four.send(victim, signal.SIGKILL)

@@ -26,7 +26,7 @@ entropy, exit_cdf, exit_distribution, log_exit_distribution, log_survival, mean_
 )
 EXTREMES = [0.0, -80.0, 80.0, -1e4, 1e4, -1e30, 1e30]
 gate = st.floats(-100, 100, width=32) | st.sampled_from(EXTREMES)
-shapes = st.sampled_from([(1,), (2,), (8,), (4, 2, 3)])  # few, because each is compiled
+shapes = st.sampled_from([(1,), (2,), (4,), (8,), (4, 3), (4, 2, 3)])  # few, because each is compiled
 gates = shapes.flatmap(lambda shape: hnp.arrays(np.float32, shape, elements=gate))
 fraction = st.floats(0, 1, width=32)
 

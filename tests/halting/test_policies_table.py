@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from trajectories import KINDS, LOOPS, ROWS, exits_step_by_step, policies, trajectories
 
@@ -42,7 +42,6 @@ def table_of(given, kinds=KINDS):
     return table
 
 
-@settings(max_examples=10)
 @given(trajectories(), one_for_each_row)
 def test_each_slot_leaves_as_its_policy_says_alone(trajectory, given):
     together = trajectory.exits(table_of(given))
@@ -50,7 +49,6 @@ def test_each_slot_leaves_as_its_policy_says_alone(trajectory, given):
     np.testing.assert_array_equal(together, alone)
 
 
-@settings(max_examples=10)
 @given(trajectories(), one_for_each_row, one_for_each_row)
 def test_a_slot_keeps_nothing_of_the_policy_before(trajectory, before, after):
     table = table_of(before)
@@ -59,7 +57,6 @@ def test_a_slot_keeps_nothing_of_the_policy_before(trajectory, before, after):
     np.testing.assert_array_equal(trajectory.exits(table), trajectory.exits(table_of(after)))
 
 
-@settings(max_examples=10)
 @given(trajectories(), policies | bounded)
 def test_a_row_is_one_policy_for_all(trajectory, policy):
     row = PolicyTable.empty(7, KINDS).row(policy)
@@ -72,7 +69,6 @@ def test_slots_without_a_policy_leave_at_once(trajectory):
     assert (trajectory.exits(PolicyTable.empty(ROWS, ())) == 1).all()
 
 
-@settings(max_examples=10)
 @given(trajectories(), st.permutations(KINDS), one_for_each_row)
 def test_the_order_of_kinds_does_not_matter(trajectory, kinds, given):
     table = table_of(given)

@@ -16,7 +16,7 @@ means = st.floats(1.1, 20)
 sigmas = st.floats(0.05, 1.5)
 
 
-@given(st.sampled_from([1, 8]), rates, means, sigmas, st.sampled_from(PriorKind))
+@given(st.sampled_from(LOOPS), rates, means, sigmas, st.sampled_from(PriorKind))
 def test_every_prior_is_normalised(loops, rate, mean, sigma, kind):
     log_prior = halting.log_prior(PriorConfig(kind=kind, rate=rate, mean=mean, sigma=sigma), loops)
     assert log_prior.shape == (loops,)

@@ -105,8 +105,8 @@ def assert_distributed(tokens, probabilities):
 
 @pytest.mark.parametrize("by", ["prompts", pytest.param("samples", marks=pytest.mark.slow)])
 def test_draws_of_one_call_are_distributed_as_the_model_says(engine, by):
-    count = {"samples": 300} if by == "samples" else {}
-    prompts = [PROMPT] if by == "samples" else [PROMPT] * 300
+    count = {"samples": 600} if by == "samples" else {}
+    prompts = [PROMPT] if by == "samples" else [PROMPT] * 600
     results = engine.generate(prompts, max_new_tokens=1, sampling=Sampling(temperature=1.0), **count)
     assert_distributed([result.tokens[0] for result in results], next_token_distribution(96))
 

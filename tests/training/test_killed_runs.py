@@ -18,8 +18,8 @@ from training_cases import GATE, RECIPE, STAGE, assert_identical
 from looplm_jax.checkpoints.step import list_steps
 from looplm_jax.config import CheckpointConfig, EvaluationConfig
 
-KILLS, LEAST_CUT_SHORT = 6, 1
-BEFORE_TRAINING = (2, 4)  # kills that fall while the process starts, compiles or restores
+KILLS, LEAST_CUT_SHORT = 10, 3
+BEFORE_TRAINING = (3, 7)  # kills that fall while the process starts, compiles or restores
 LONG = dataclasses.replace(
     RECIPE,
     stages=(dataclasses.replace(STAGE, steps=200), dataclasses.replace(GATE, steps=60)),

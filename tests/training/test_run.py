@@ -405,7 +405,8 @@ def test_skipped_steps_are_counted_and_do_not_stop_a_run(tmp_path, monkeypatch):
 
 @pytest.mark.slow  # test_two_processes_train_as_one has its short form
 def test_a_run_on_a_mesh_is_evaluated_saved_and_read_back_on_one_device(tmp_path):
-    recipe = one_stage(dataclasses.replace(GATE, steps=2), mesh=MeshConfig(data=2, fsdp=2))
+    stage = dataclasses.replace(STAGE, min_loops=0, steps=2, warmup_steps=0)
+    recipe = one_stage(stage, mesh=MeshConfig(data=2, fsdp=2))
     outcome = run.train(recipe, tmp_path / "run", evaluate=evaluate_held_out, console=Console(file=io.StringIO()))
     assert outcome.step == 2
     loaded = load(tmp_path / "run")
