@@ -1,11 +1,13 @@
-"""What is left of a save that failed: files, and threads of TensorStore that nobody can wait for.
+"""What remains of a save that failed: files, threads of TensorStore, and coroutines of Orbax.
 
-They go on writing for a moment, and each then finds the event loop of Orbax closed, which the interpreter prints.
+Orbax does not wait for them. The threads keep writing for a moment and then find the event loop closed; the coroutines
+were never started. The interpreter would print both at any later time, although the user has read why the save failed.
 """
 
 import contextlib
 import dataclasses
 import gc
+import re
 import sys
 import time
 import warnings
@@ -18,38 +20,40 @@ from looplm_jax.checkpoints.step import StepFolder, delete, list_steps
 
 _LONGEST_SECONDS = 30.0
 _QUIET_SECONDS = 0.5
+_NEVER_AWAITED = r"coroutine '.*(serialize|\.write).*' was never awaited"
 
 
 @dataclasses.dataclass(frozen=True)
-class _Unheard:
-    """A hook for what nobody can catch, which leaves out what such threads have to say."""
+class _WithoutLateReports:
+    """An unraisable hook that drops the reports of a failed save and passes all others to `previous`."""
 
     previous: Callable[[Any], Any]
 
     def __call__(self, unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
+        if not re.match(f"Event loop is closed|{_NEVER_AWAITED}", str(unraisable.exc_value)):
             self.previous(unraisable)
 
 
-def leave_echoes_unheard() -> None:
-    """Silences, from here to the end of the process, threads of a save that fails.
+def silence_late_reports() -> None:
+    """Silences threads and coroutines of failed saves until the process ends.
 
-    Call it before the save starts: such a thread may end before the failure is reported, or at any later time.
+    Call it before a save starts: a thread may end before the failure is reported, or at any later time.
     """
-    if not isinstance(sys.unraisablehook, _Unheard):
-        sys.unraisablehook = _Unheard(sys.unraisablehook)
+    if not isinstance(sys.unraisablehook, _WithoutLateReports):
+        sys.unraisablehook = _WithoutLateReports(sys.unraisablehook)
+        warnings.filterwarnings("ignore", _NEVER_AWAITED, RuntimeWarning)
 
 
 @contextlib.contextmanager
-def echoes_unheard() -> Iterator[None]:
-    """Around a save: what its threads and coroutines have to say after it failed is not printed."""
+def late_reports_silenced() -> Iterator[None]:
+    """Silences threads and coroutines of a save that fails inside the context."""
     previous = sys.unraisablehook
-    sys.unraisablehook = _Unheard(previous)
+    sys.unraisablehook = _WithoutLateReports(previous)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+            warnings.filterwarnings("ignore", _NEVER_AWAITED, RuntimeWarning)
             yield
-            gc.collect()  # a coroutine that was cut off speaks when it is freed
+            gc.collect()  # the interpreter reports an unfinished coroutine when it frees it
     finally:
         sys.unraisablehook = previous
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from looplm_jax.checkpoints.errors import DamagedError, OtherVersionError, SaveError, UnreadableError
-from looplm_jax.checkpoints.failed_save import leave_echoes_unheard
+from looplm_jax.checkpoints.failed_save import silence_late_reports
 from looplm_jax.checkpoints.metadata import Metadata
 from looplm_jax.checkpoints.paths import checkpoint_path
 from looplm_jax.checkpoints.reading import Restored, candidates, restore
@@ -78,7 +78,7 @@ class CheckpointStore:
             self._require_newest(step)
             self._sweep()
             self._set_aside(step)
-            leave_echoes_unheard()
+            silence_late_reports()
             path = self._folder / str(step)
             writing = start_writing(path, flatten(state), metadata, permanent=permanent)
         self._pending = _Pending(step=step, writing=writing)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from etils import epath
 from jaxtyping import Array
 
-from looplm_jax.checkpoints.failed_save import echoes_unheard, remove_failed
+from looplm_jax.checkpoints.failed_save import late_reports_silenced, remove_failed
 from looplm_jax.checkpoints.metadata import ArrayRecord, Metadata
 from looplm_jax.checkpoints.paths import checkpoint_path
 from looplm_jax.checkpoints.reading import DamagedStep, candidates, newest_good
@@ -58,7 +58,7 @@ def write_whole(folder: Path, whole: WholeStep) -> None:
       UserError: the disk refused it. Nothing of it remains that the disk lets go.
     """
     path = checkpoint_path(folder) / "checkpoints" / str(whole.step)
-    with echoes_unheard():
+    with late_reports_silenced():
         reason = _write(path, whole)
         if reason is not None:
             remove_failed(path.parent, whole.step)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import errno
+import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -61,6 +63,38 @@ def test_a_disk_that_refuses_is_one_line_and_leaves_nothing(tmp_path, capfd):
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
     assert read_whole(tmp_path).step == 2
     assert capfd.readouterr().err == ""
+
+
+async def async_serialize_from_host():
+    """A coroutine with a name of Orbax."""
+
+
+async def of_a_user():
+    """A coroutine with a name of its own."""
+
+
+@pytest.mark.parametrize("filters", ["ours", "reset"])
+def test_reports_of_a_failed_save_are_silent_and_all_others_are_not(filters, monkeypatch):
+    heard = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: heard.append(str(unraisable.exc_value)))
+    with warnings.catch_warnings():
+        failed_save.silence_late_reports()
+        if filters == "reset":
+            warnings.simplefilter("error")
+        async_serialize_from_host()
+        of_a_user()
+    assert heard == ["coroutine 'of_a_user' was never awaited"]
+
+    class Freed:
+        def __init__(self, message):
+            self.message = message
+
+        def __del__(self):
+            raise RuntimeError(self.message)
+
+    Freed("Event loop is closed")
+    Freed("another")
+    assert heard[1:] == ["another"]
 
 
 def test_a_disk_that_refuses_to_list_as_well_does_not_hide_why_it_refused(tmp_path, monkeypatch):

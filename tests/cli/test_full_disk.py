@@ -17,9 +17,6 @@ from looplm_jax.checkpoints import inspect_steps
 from looplm_jax.cli.main import main
 from looplm_jax.training.metrics import TRAIN, MetricsLog, read_metrics
 
-# TensorStore may report what the disk refused only after Orbax, which waits for the first refusal, closed its loop.
-pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning")
-
 
 def good_steps(run):
     return [report.step for report in inspect_steps(str(run)) if not report.damage]
