@@ -1,4 +1,7 @@
-"""Tokenisers, sources, mixtures, packing, chat format and synthetic tasks. Names are imported when first used."""
+"""Training and validation data: tokenizers, sources, mixtures, packing, the chat format, and synthetic tasks.
+
+Public names are imported lazily, on first use (PEP 562).
+"""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -62,7 +65,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Grain alone takes seconds to import, so a name's module is imported when the name is first asked for."""
+    """Imports the module that defines `name` on first access, because importing Grain alone takes seconds."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

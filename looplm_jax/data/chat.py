@@ -10,44 +10,58 @@ ASSISTANT = "assistant"
 
 
 def render(messages: Iterable[Message]) -> str:
-    """The chat as text, for people to read; to make tokens of it use `tokens_and_mask`."""
+    """Returns the chat as text for display. Use `tokens_and_mask` to tokenize a chat."""
     return "".join(f"{IM_START}{message.role}\n{message.content}{IM_END}\n" for message in messages)
 
 
 def tokens_and_mask(messages: Iterable[Message], tokenizer: Tokenizer, *, special: bool = False) -> Example:
-    """The chat as tokens. Targets are what an assistant says and the `<|im_end|>` that ends it.
+    """Returns the chat as tokens, with the assistant's content and the `<|im_end|>` that ends it as targets.
 
-    Special tokens come from the structure alone, unless `special`: their names inside a message are text. What is
-    between them is encoded as a whole, as Hugging Face's chat templates are, so a message that begins with white space
-    may share its first token with the line's end before it.
+    Each message is encoded as one piece of text between its special tokens, as Hugging Face chat templates do. A
+    message that begins with white space may therefore share its first token with the newline that follows the role;
+    such a token is a target.
+
+    Args:
+      messages: the turns of the chat, in order.
+      tokenizer: must have the tokens `<|im_start|>` and `<|im_end|>`.
+      special: parse names of special tokens inside messages as these tokens. By default such names are plain text, so
+        that a message cannot forge a turn.
 
     Raises:
-      UserError: the tokenizer lacks these tokens, or a role is not one line.
+      UserError: the tokenizer lacks a token of the format, or a role is not exactly one line.
     """
     start, end = _special(tokenizer, IM_START), _special(tokenizer, IM_END)
     newline = tokenizer.encode("\n")
+
     tokens: list[int] = []
     mask: list[bool] = []
+
     for message in messages:
         if message.role.splitlines() != [message.role]:
             raise UserError(
                 f"the role {message.role!r} of a message is not one line; give a name such as {ASSISTANT!r}"
             )
+
+        # The role and the content are encoded together, so the boundary between prompt and target is the end of the
+        # longest common token prefix with the role alone. The leading 1 is `<|im_start|>`.
         head = tokenizer.encode(f"{message.role}\n")
         turn = tokenizer.encode(f"{message.role}\n{message.content}", special=special)
         given = 1 + _shared(head, turn)
+
         tokens += [start, *turn, end, *newline]
         mask += [False] * given + [message.role == ASSISTANT] * (len(turn) + 2 - given) + [False] * len(newline)
+
     return Example.of(tokens, mask)
 
 
 def _shared(left: Sequence[int], right: Sequence[int]) -> int:
-    """How many tokens both begin with."""
+    """Returns the length of the longest common prefix, in tokens."""
     differs = (place for place, (one, other) in enumerate(zip(left, right)) if one != other)
     return next(differs, min(len(left), len(right)))
 
 
 def _special(tokenizer: Tokenizer, name: str) -> int:
+    """Returns the id of a token of the chat format. Raises UserError if the tokenizer has no such token."""
     token = tokenizer.token_id(name)
     if token is None:
         raise UserError(f"the tokenizer has no token {name}, which the chat format needs; use one made for chat")

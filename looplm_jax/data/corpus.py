@@ -1,4 +1,4 @@
-"""The sources of a configuration, opened, checked and split."""
+"""A corpus: all sources of a `DataConfig`, opened, validated, and split into training and validation documents."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ from looplm_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """The parts of a mixture, and the configuration they were opened from."""
+    """All opened sources of a mixture, grouped by kind, and the configuration they were opened from."""
 
     config: DataConfig
     texts: tuple[TextPart, ...]
@@ -31,80 +31,92 @@ class Corpus:
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """All parts. Prepared ones are not mixed with others."""
+        """All sources of the mixture. A corpus has either prepared sources or others, never both."""
         return self.texts + self.tasks + self.prepared
 
     @property
     def train_documents(self) -> int:
-        """Documents of text in one epoch."""
+        """The number of text documents in one training epoch."""
         return sum(part.train_documents for part in self.texts + self.prepared)
 
     @property
     def validation_documents(self) -> int:
-        """Documents of text that are held out."""
+        """The number of text documents held out for validation."""
         texts = sum(len(part.validation_indices) for part in self.texts)
         return texts + sum(shard.documents for part in self.prepared for shard in part.manifest.validation)
 
     @property
     def skipped(self) -> int:
-        """Bad records that were left out."""
+        """The number of bad records that were skipped."""
         return sum(part.source.skipped for part in self.texts)
 
     @property
     def digest(self) -> str:
-        """Changes when any document of text changes, or their order."""
+        """A hex digest that changes when any text document changes, or when their order changes."""
         texts = [part.source.keys.tobytes() for part in self.texts]
         prepared = [part.manifest.digest.encode() for part in self.prepared]
         return hashlib.blake2b(b"".join(texts + prepared), digest_size=8).hexdigest()
 
     @functools.cached_property
     def own_tokenizer(self) -> Tokenizer | None:
-        """The tokeniser that tasks or prepared rows come with; None for text, which takes any."""
+        """The tokenizer of the tasks or the prepared sources. None for text sources, which work with any tokenizer."""
         if self.prepared:
             return read_tokenizer(self.prepared[0].corpus.folder, self.prepared[0].manifest)
         return self.tasks[0].task.tokenizer if self.tasks else None
 
 
 def open_corpus(data: DataConfig, say: Callable[[str], object] | None = None) -> Corpus:
-    """Returns every source of a configuration, opened and split. Every file is read once.
+    """Opens, validates and splits every source of a configuration.
 
-    Of what is prepared, only the manifest and some of each shard is read (see `check_at_start`).
+    Each text file is read once, from beginning to end. Of a prepared corpus, only the manifest and a part of each shard
+    are read (see `check_at_start`).
 
     Args:
-      data: the sources, and how to read them.
-      say: gets one line about the files that are read and those that are left out, before they are read.
+      data: the sources and the options for reading them.
+      say: called before reading with one line that lists the numbers of files to read and files left out.
+
+    Returns:
+      The corpus. It can be shared by several streams.
 
     Raises:
-      UserError: no source, bad data (see `open_files`), an unknown task, an empty part of the split, or sources that
-        cannot share a tokeniser.
+      UserError: there is no source, a source has bad data (see `open_files`), a task is unknown, one side of the
+        validation split is empty, or the sources cannot share a tokenizer.
     """
     if not data.sources:
         raise UserError("data.sources is empty; say what to train on, for example --data 'folder/*.jsonl'")
+
     prepared = _open_prepared(data)
     if prepared:
         return Corpus(config=data, texts=(), tasks=(), prepared=prepared)
+
     sources = [source for source in data.sources if not is_task(source.path)]
     located = [dataclasses.replace(source, path=locate(data.root, source.path)) for source in sources]
     found = [find_inputs(source.path, source, data.limits) for source in located]
     if say is not None and found:
         say(summarize(found))
+
     texts = tuple(itertools.starmap(functools.partial(_open_text, data), zip(sources, located, found, strict=True)))
     tasks = tuple(TaskPart(source, make_task(source.path)) for source in data.sources if is_task(source.path))
+
     _check_split(data, texts)
     _check_one_vocabulary(texts, tasks)
     return Corpus(config=data, texts=texts, tasks=tasks)
 
 
 def locate(root: str, path: str) -> str:
-    """A source's path as it is opened: below `root`, unless it is absolute, a URL or a dataset of a hub."""
+    """Returns the path at which a source is opened.
+
+    This is a path below `root`, unless the source's path is absolute, a URL or a Hugging Face dataset.
+    """
     if not root or "://" in path or path.startswith(("/", "~", huggingface.PREFIX)):
         return path
     if "://" not in root and glob.has_magic(path):
-        root = glob.escape(root)  # the folder is meant as it is called, whatever is below it
+        root = glob.escape(root)  # only the source's own path is a pattern; the root is literal
     return f"{root.rstrip('/')}/{path}"
 
 
 def _open_text(data: DataConfig, config: SourceConfig, located: SourceConfig, files: Inputs) -> TextPart:
+    """Opens a text source and splits it. Raises UserError if no document is left for training."""
     source = open_files(located, on_bad_record=data.on_bad_record, files=files)
     split = split_documents(source.keys, data.validation_fraction)
     if len(split.train) == 0:
@@ -116,17 +128,23 @@ def _open_text(data: DataConfig, config: SourceConfig, located: SourceConfig, fi
 
 
 def _open_prepared(data: DataConfig) -> tuple[PreparedPart, ...]:
-    """The sources if they are prepared. Raises UserError where some are, others not, or they do not fit together."""
+    """Returns the prepared sources, or an empty tuple if no source is prepared.
+
+    Raises:
+      UserError: only some sources are prepared, or they do not match in tokenizer or sequence length.
+    """
     places = [(source, locate(data.root, source.path)) for source in data.sources if not is_task(source.path)]
     found = [(source, path) for source, path in places if is_prepared(path)]
     if not found:
         return ()
+
     others = [source.path for source in data.sources if source not in [source for source, _ in found]]
     if others:
         raise UserError(
             f"{found[0][0].path!r} is prepared and {others[0]!r} is not; a mixture is all prepared or none: "
             "prepare the other with `looplm tokenize`"
         )
+
     parts = tuple(PreparedPart(source, open_prepared(path)) for source, path in found)
     for part in parts[1:]:
         _check_alike(parts[0], part)
@@ -136,10 +154,12 @@ def _open_prepared(data: DataConfig) -> tuple[PreparedPart, ...]:
             "no row of the prepared sources is held out; prepare one with --validation-fraction, or set "
             "data.validation_fraction to 0"
         )
+
     return parts
 
 
 def _check_alike(first: PreparedPart, other: PreparedPart) -> None:
+    """Raises UserError if two prepared sources differ in tokenizer or sequence length."""
     ours, theirs = first.manifest.plan, other.manifest.plan
     if ours.tokenizer != theirs.tokenizer:
         raise UserError(
@@ -154,6 +174,7 @@ def _check_alike(first: PreparedPart, other: PreparedPart) -> None:
 
 
 def _check_split(data: DataConfig, texts: Sequence[TextPart]) -> None:
+    """Raises UserError if validation is requested and no document is held out."""
     if texts and data.validation_fraction > 0 and not any(len(part.validation_indices) for part in texts):
         documents = sum(part.train_documents for part in texts)
         raise UserError(
@@ -163,6 +184,7 @@ def _check_split(data: DataConfig, texts: Sequence[TextPart]) -> None:
 
 
 def _check_one_vocabulary(texts: Sequence[TextPart], tasks: Sequence[TaskPart]) -> None:
+    """Raises UserError if a task is mixed with text, or with a task of another vocabulary."""
     if tasks and texts:
         raise UserError(
             f"the task {tasks[0].config.path!r} has a vocabulary of its own and cannot be mixed with "

@@ -1,4 +1,4 @@
-"""What flows through the pipeline: documents as they are read, and examples, which they are tokenised to."""
+"""The records of the pipeline: documents as they are read, and examples as they are tokenized."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -20,18 +20,24 @@ Document = str | tuple[Message, ...]
 
 
 def plain_text(document: Document) -> str:
-    """A text, or what is said in a chat: to compare documents, or to train a tokeniser on."""
+    """Returns the text of a document.
+
+    The messages of a chat are joined without their roles, which is enough to compare documents or to train a tokenizer.
+    """
     return document if isinstance(document, str) else "\n\n".join(message.content for message in document)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Example:
-    """A document, a problem or a chat. `loss_mask[i]` says that token i is a target; the first one never is."""
+    """A tokenized document, chat or problem of N tokens.
+
+    `loss_mask[i]` is true if token i is a prediction target. The first token never is, because nothing precedes it.
+    """
 
     tokens: Int32[np.ndarray, "N"]
     loss_mask: Bool[np.ndarray, "N"]
 
     @classmethod
     def of(cls, tokens: Sequence[int], loss_mask: Sequence[bool]) -> "Example":
-        """An example of plain lists."""
+        """Returns an example with arrays made from plain lists."""
         return cls(np.asarray(tokens, np.int32), np.asarray(loss_mask, bool))

@@ -1,4 +1,4 @@
-"""Documents as examples: tokens, and which of them the model is taught to predict."""
+"""Conversion of documents to examples: tokens, and a mask of the tokens that the model learns to predict."""
 
 import numpy as np
 
@@ -8,9 +8,9 @@ from looplm_jax.data.tokenizers.base import Tokenizer
 
 
 def to_example(record: Document | Example, tokenizer: Tokenizer, *, special: bool = False) -> Example:
-    """Returns a text or a chat of a source as an example, or a task's example as it is.
+    """Tokenizes a text or a chat. A task's record is already an example and is returned unchanged.
 
-    With `special`, names of special tokens in the text become these tokens.
+    With `special`, names of special tokens in the text are parsed as these tokens.
     """
     if isinstance(record, Example):
         return record
@@ -20,22 +20,23 @@ def to_example(record: Document | Example, tokenizer: Tokenizer, *, special: boo
 
 
 def document_example(text: str, tokenizer: Tokenizer, *, special: bool = False) -> Example:
-    """`bos text eos`, every token but bos a target."""
+    """Returns the example `bos text eos`, in which every token but bos is a target."""
     tokens = [tokenizer.bos_id, *tokenizer.encode(text, special=special), tokenizer.eos_id]
     return Example.of(tokens, [False] + [True] * (len(tokens) - 1))
 
 
 def chunks(example: Example, length: int) -> list[dict[str, np.ndarray]]:
-    """The example as pairs of input and next token, cut into pieces of at most `length`.
+    """Splits an example into chunks of at most `length` pairs of input token and next token.
 
-    The last token of a piece's targets is the first input of the next piece, so no target is lost. Pieces without a
-    target are left out.
+    The last target of a chunk is the first input of the next, so every target appears exactly once. Chunks without a
+    target are dropped.
     """
     features = {
         "tokens": example.tokens[:-1],
         "targets": example.tokens[1:],
         "loss_mask": example.loss_mask[1:].astype(np.float32),
     }
+
     starts = range(0, len(example.tokens) - 1, length)
     pieces = ({name: values[start : start + length] for name, values in features.items()} for start in starts)
     return [piece for piece in pieces if piece["loss_mask"].any()]

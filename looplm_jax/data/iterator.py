@@ -1,4 +1,4 @@
-"""The stream of batches, and its exact state."""
+"""The batch iterator: an endless stream of batches with an exact, serializable position."""
 
 import copy
 import dataclasses
@@ -15,13 +15,20 @@ from looplm_jax.data.tokenizers.base import Tokenizer
 from looplm_jax.errors import UserError
 from looplm_jax.resume import may_differ
 
-PROBLEMS = "problems"  # how problems of tasks are drawn: in blocks, or one by one where a saved place does not say
-_SPECIAL_TOKENS = ".special_tokens"  # newer than many saved places in the data, so it counts only where it is set
+PROBLEMS = "problems"  # identity key: how task problems are drawn; states saved before it existed mean one at a time
+_SPECIAL_TOKENS = ".special_tokens"  # newer than many saved states, so it is part of the identity only if set
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """The shape of a stream of batches and this process's share of it."""
+    """The shape of a stream of batches, and the share of one process.
+
+    Attributes:
+      batch_size: sequences in a global batch; a multiple of `process_count`.
+      sequence_length: tokens in a sequence.
+      process_index: this process.
+      process_count: processes that divide each batch.
+    """
 
     batch_size: int
     sequence_length: int
@@ -37,40 +44,41 @@ class Geometry:
 
     @property
     def rows(self) -> int:
-        """Rows of a batch that this process holds."""
+        """The number of sequences of a batch that this process holds."""
         return self.batch_size // self.process_count
 
 
 class Stream(Protocol):
-    """Features of batch after batch, as Grain gives them."""
+    """A stream of batches, each a dictionary of arrays named as Grain names packed features."""
 
     def __next__(self) -> Mapping[str, np.ndarray]:
-        """Those of the next batch."""
+        """Returns the features of the next batch."""
 
     def get_state(self) -> Any:
-        """The place after it, as plain JSON values."""
+        """Returns the position after the last returned batch, as plain JSON values."""
 
     def set_state(self, state: Any) -> None:
-        """Continue there."""
+        """Moves the stream to a position returned by `get_state`."""
 
     def close(self) -> None:
-        """Stop reading ahead."""
+        """Stops prefetching."""
 
 
 class BatchIterator:
-    """An endless stream of batches, read ahead, that can be taken up again exactly where it was.
+    """An endless, prefetched stream of batches that can be saved and restored exactly.
 
     Args:
       batches: the stream.
-      identity: what fixes its order.
-      one_by_one: opens the stream of versions that drew problems of tasks one by one, for places that they saved.
+      identity: everything that determines the order of the stream (see `stream_identity`); `restore` compares it.
+      one_by_one: opens the stream as earlier versions drew it, one task problem at a time, to restore states that those
+        versions saved.
     """
 
     def __init__(self, batches: Stream, identity: Mapping[str, Any], *, one_by_one: Callable[[], Stream] | None = None):
         self._identity = dict(identity)
         self._one_by_one = one_by_one
         self._held = [batches]
-        # Grain's threads must be gone before the interpreter takes its modules apart, also where nobody calls `close`.
+        # Grain's threads must stop before interpreter shutdown, even if `close` is never called.
         self._close = weakref.finalize(self, _close, self._held)
 
     def __iter__(self) -> "BatchIterator":
@@ -80,19 +88,23 @@ class BatchIterator:
         return as_batch(next(self._held[0]))
 
     def state(self) -> dict[str, Any]:
-        """Where the stream is after the batch handed out last: a few hundred bytes of plain JSON values."""
+        """Returns the position after the last returned batch: a few hundred bytes of plain JSON values."""
         return {"identity": dict(self._identity), "position": copy.deepcopy(self._held[0].get_state())}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue after the batch that `state` was taken at, bit for bit.
+        """Moves the stream to the position right after the batch at which `state` was taken, bit for bit.
 
         Raises:
-          UserError: the state belongs to other data, another tokeniser or another geometry; every difference is named.
+          UserError: the state is from other data, another tokenizer or another geometry. The message lists every
+            difference.
         """
         saved = state["identity"]
+
+        # A state without the key comes from a version that drew problems one at a time, so reopen the stream that way.
         identity, reopen = self._identity, None
         if self._one_by_one is not None and PROBLEMS not in saved:
             identity, reopen = {key: value for key, value in identity.items() if key != PROBLEMS}, self._one_by_one
+
         changed = [
             f"{key}: {saved.get(key)!r} then, {identity.get(key)!r} now"
             for key in {**saved, **identity}
@@ -103,28 +115,35 @@ class BatchIterator:
                 f"the saved place in the data belongs to another set-up ({'; '.join(changed)}); "
                 "set these back, or start a new run"
             )
+
         if reopen is not None:
             self._held[0].close()
             self._held[0], self._identity, self._one_by_one = reopen(), identity, None
         self._held[0].set_state(copy.deepcopy(state["position"]))
 
     def close(self) -> None:
-        """Stop the prefetching threads; nothing else can be asked of the stream afterwards."""
+        """Stops the prefetching threads. The iterator cannot be used afterwards."""
         self._close()
 
 
 def _close(held: list[Stream]) -> None:
+    """Closes the stream and releases it; a module function, so that the finalizer does not keep the iterator alive."""
     held.pop().close()
 
 
 def stream_identity(corpus: Corpus, tokenizer: Tokenizer, geometry: Geometry, seed: int) -> dict[str, Any]:
-    """Everything that fixes the order of tokens, as plain JSON values; two streams that share it are equal."""
+    """Returns everything that determines the order of tokens, as plain JSON values.
+
+    Two streams with equal identities return equal batches. Fields that may differ on resume (see `looplm_jax.resume`)
+    are left out.
+    """
     config = {
         f"data.{leaf.path}": getattr(leaf.value, "value", leaf.value)
         for leaf in leaves(corpus.config)
         if not may_differ(f"data.{leaf.path}")
         if leaf.value or not leaf.path.endswith(_SPECIAL_TOKENS)
     }
+
     return {
         **config,
         "documents": [part.train_documents for part in corpus.parts],

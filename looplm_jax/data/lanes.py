@@ -1,9 +1,9 @@
-"""The same global batches for any number of processes and any mesh.
+"""Substreams ("lanes"): the same global batches for any number of processes and any mesh.
 
-Rows of the global batch come in lanes: streams of their own, with documents of their own. How many lanes there are is
-fixed by the shape of the batch alone, so a batch holds the same rows however it is cut into parts. A process opens the
-lanes that hold rows of its devices, so reading, tokenising and packing are shared out where batches are large; small
-ones are a single lane, which every process reads.
+The sequences of a global batch come from one or several substreams with disjoint documents. The number of substreams
+depends only on the shape of the batch, so a batch holds the same sequences regardless of how it is split into
+microbatches and over processes. Each process opens only the substreams that feed its devices, so large batches divide
+the work of reading, tokenizing and packing; small batches have a single substream, which every process reads.
 """
 
 import dataclasses
@@ -17,30 +17,37 @@ from jaxtyping import Shaped
 from looplm_jax.data.iterator import BatchIterator
 from looplm_jax.data.packing import Batch
 
-_LANE_TOKENS = 2**17  # of a step; more lanes would share out little work and hold many rows open
+_LANE_TOKENS = 2**17  # tokens of a step per substream; smaller ones would save little work and keep more open sequences
 
 
 def lane_count(batch_size: int, sequence_length: int, saved: Mapping[str, Any] | None = None) -> int:
-    """Returns the lanes of a stream: a power of two that divides the rows of a batch.
+    """Returns the number of substreams: a power of two that divides the number of sequences of a batch.
 
-    A stream that continues where another stopped has as many as that, given its state.
+    Args:
+      batch_size: sequences in a global batch.
+      sequence_length: tokens in a sequence.
+      saved: the saved state of a stream to resume, which determines the number if given.
     """
     if saved is not None:
         return next(iter(_lane_states(saved).values()))["identity"]["process_count"]
+
+    # The largest power of two that divides the batch and leaves each substream at least _LANE_TOKENS per step.
     most = max(1, batch_size * sequence_length // _LANE_TOKENS)
     return math.gcd(batch_size, 2 ** (most.bit_length() - 1))
 
 
 class LaneBatches:
-    """One process's rows of an endless stream of global batches.
+    """The sequences of one process in an endless stream of global batches.
+
+    If `lanes` divides `part_rows`, every microbatch has sequences from every substream, in their order. Otherwise each
+    sequence position of the microbatches has its own substreams.
 
     Args:
-      open_lane: opens the stream of a lane, whose batches hold `batch_size / lanes` rows.
-      lanes: how many there are.
-      rows: which rows of a part this process holds, ascending.
-      part_rows: rows of a part of the global batch.
-      parts: parts that a batch is accumulated from. Where lanes divide the rows of a part, each part has rows of every
-        lane, in the order of the lanes; else each row of the parts has lanes of its own.
+      open_lane: opens a substream by number; its batches hold `batch_size / lanes` sequences.
+      lanes: the number of substreams.
+      rows: indices, within a microbatch, of the sequences of this process, in ascending order.
+      part_rows: the number of sequences in a microbatch of the global batch.
+      parts: the number of microbatches that a batch is accumulated from.
     """
 
     def __init__(
@@ -52,8 +59,10 @@ class LaneBatches:
         part_rows: int,
         parts: int = 1,
     ):
+        # (substream, index in it) of each sequence of this process, microbatch by microbatch.
         places = [_place(part, row, lanes, part_rows, parts) for part in range(parts) for row in rows]
         needed = sorted({lane for lane, _ in places})
+
         self._chosen = np.array([needed.index(lane) for lane, _ in places]), np.array([row for _, row in places])
         self._lanes = {lane: open_lane(lane) for lane in needed}
 
@@ -61,36 +70,42 @@ class LaneBatches:
         return self
 
     def __next__(self) -> Batch:
-        """The rows of the next batch, part after part."""
+        """Returns this process's sequences of the next batch, microbatch after microbatch."""
         batches = [next(lane) for lane in self._lanes.values()]
         names = [field.name for field in dataclasses.fields(Batch)]
         return Batch(**{name: self._own([getattr(batch, name) for batch in batches]) for name in names})
 
     def state(self) -> dict[str, Any]:
-        """Where the lanes of this process are; those of all processes together are the state of the whole stream."""
+        """Returns the positions of this process's substreams.
+
+        The state of the whole stream is the union of these over all processes.
+        """
         return {"lanes": {str(number): lane.state() for number, lane in self._lanes.items()}}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue after the batch that the state of the whole stream was taken at.
+        """Moves the stream to the position after the batch at which the state of the whole stream was taken.
 
         Raises:
-          UserError: the state belongs to another stream.
+          UserError: the state is from a different stream.
         """
         states = _lane_states(state)
+        # A substream without a saved state gets another one's; the identity check then reports the difference.
         for number, lane in self._lanes.items():
             lane.restore(states.get(str(number), next(iter(states.values()))))
 
     def close(self) -> None:
-        """Stop the prefetching threads."""
+        """Stops the prefetching threads of all substreams."""
         for lane in self._lanes.values():
             lane.close()
 
     def _own(self, lanes: Sequence[Shaped[np.ndarray, "rows S"]]) -> Shaped[np.ndarray, "own S"]:
+        """Selects this process's sequences from one feature of all opened substreams."""
         return np.stack(lanes)[self._chosen]
 
 
 def _place(part: int, row: int, lanes: int, part_rows: int, parts: int) -> tuple[int, int]:
-    """Returns the lane that a row of a part comes from, and which of the rows that the lane gives it is."""
+    """Returns the substream of a sequence of a microbatch, and its index among the sequences of that substream."""
+    # `width` sequences of each microbatch come from each substream.
     width, rest = divmod(part_rows, lanes)
     if not rest:
         return row // width, part * width + row % width
@@ -98,4 +113,5 @@ def _place(part: int, row: int, lanes: int, part_rows: int, parts: int) -> tuple
 
 
 def _lane_states(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    return state.get("lanes", {"0": state})  # a version before lanes saved the state of its only stream
+    """Returns the state of each substream by its number, as a string."""
+    return state.get("lanes", {"0": state})  # versions without substreams saved the state of a single stream

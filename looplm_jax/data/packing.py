@@ -1,4 +1,4 @@
-"""Examples packed into rows of one length, with segment ids that keep them apart."""
+"""Packing of examples into sequences of one length, with segment ids that separate the examples."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -11,29 +11,29 @@ from jaxtyping import Float32, Int32
 from looplm_jax.data.documents import Example
 from looplm_jax.data.examples import chunks
 
-# Rows that are filled side by side. More rows waste fewer positions and cost memory and time to restore.
+# Sequences that are open for packing. More of them waste fewer positions but cost memory and time to restore.
 _OPEN_ROWS = 64
 
-# A resumed stream reads its window again: at most a few seconds at this size.
+# Size of the shuffle window. A resumed stream reads its window again: at most a few seconds at this size.
 _SHUFFLED_PIECES = 2**12
 _SHUFFLED_TOKENS = 2**21
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Batch:
-    """B rows of S positions. Attention is allowed within one segment only."""
+    """B packed sequences of S positions. A position attends only to positions of its own segment."""
 
     tokens: Int32[np.ndarray, "B S"]
-    targets: Int32[np.ndarray, "B S"]  # the token after each, of the same segment
-    segment_ids: Int32[np.ndarray, "B S"]  # 1, 2, … within a row; 0 is padding
+    targets: Int32[np.ndarray, "B S"]  # the next token of the same segment
+    segment_ids: Int32[np.ndarray, "B S"]  # 1, 2, … within a sequence; 0 is padding
     positions: Int32[np.ndarray, "B S"]  # 0, 1, … within a segment
     loss_mask: Float32[np.ndarray, "B S"]  # 1 where the target counts
 
 
 class _Chunks(grain.experimental.FlatMapTransform):
-    """An example into pieces that fit a row."""
+    """A Grain transform that splits an example into chunks that fit into a sequence."""
 
-    max_fan_out = 1  # read by map datasets only; after an iterator an example may give any number of pieces
+    max_fan_out = 1  # only map datasets use this limit; after an iterator, an example may become any number of chunks
 
     def __init__(self, length: int):
         self._length = length
@@ -43,10 +43,18 @@ class _Chunks(grain.experimental.FlatMapTransform):
 
 
 def pack(examples: grain.IterDataset, sequence_length: int, *, shuffle_seed: int) -> grain.IterDataset:
-    """Rows of `sequence_length`, packed first-fit; longer examples are cut.
+    """Packs examples first-fit into sequences of `sequence_length` positions. Longer examples are split.
 
-    The pieces of one long document would fill whole batches, so pieces are shuffled within a window of many
-    documents first.
+    Chunks are shuffled within a window of many documents before packing, because the chunks of one long document would
+    otherwise fill whole batches.
+
+    Args:
+      examples: the examples to pack.
+      sequence_length: positions in a sequence.
+      shuffle_seed: seed of the shuffle window and of the order in which finished sequences are returned.
+
+    Returns:
+      Packed features with Grain's names (see `as_batch`).
     """
     features = ("tokens", "targets", "loss_mask")
     pieces = grain.experimental.WindowShuffleIterDataset(
@@ -54,6 +62,7 @@ def pack(examples: grain.IterDataset, sequence_length: int, *, shuffle_seed: int
         window_size=min(_SHUFFLED_PIECES, max(_SHUFFLED_TOKENS // sequence_length, _OPEN_ROWS)),
         seed=shuffle_seed,
     )
+
     return grain.experimental.FirstFitPackIterDataset(
         pieces,
         length_struct=dict.fromkeys(features, sequence_length),
@@ -64,7 +73,7 @@ def pack(examples: grain.IterDataset, sequence_length: int, *, shuffle_seed: int
 
 
 def as_batch(rows: Mapping[str, np.ndarray]) -> Batch:
-    """Grain's packed features under our names."""
+    """Returns packed features, named by Grain, as a `Batch`."""
     return Batch(
         tokens=rows["tokens"],
         targets=rows["targets"],

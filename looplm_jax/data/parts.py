@@ -1,4 +1,4 @@
-"""The parts of a mixture: texts in files, tasks, and prepared rows."""
+"""The sources of a mixture: text files, synthetic tasks, and prepared sequences."""
 
 import dataclasses
 from typing import Protocol
@@ -14,17 +14,17 @@ from looplm_jax.data.prepared.reading import PreparedCorpus
 from looplm_jax.data.sources import FileSource
 from looplm_jax.data.tasks.base import Task, TrainStream, ValidationItems
 
-_HELD_OUT_ORDER = 0  # mixed, so that the first held-out rows come from many files
+_HELD_OUT_ORDER = 0  # seed of the fixed order, shuffled so that the first held-out sequences come from many files
 
 
 class Records(Protocol):
-    """Documents or examples by index."""
+    """Random access to documents or examples."""
 
     def __len__(self) -> int:
-        """Number of records."""
+        """Returns the number of records."""
 
     def __getitem__(self, index: int) -> Document | Example:
-        """A record."""
+        """Returns the record at an index."""
 
 
 class Part(Protocol):
@@ -32,22 +32,22 @@ class Part(Protocol):
 
     @property
     def config(self) -> SourceConfig:
-        """Where it comes from, and its weight."""
+        """The configuration of the source, with its path and weight."""
 
     def train(self, seed: int) -> grain.MapDataset:
-        """Records to train on, shuffled anew in every epoch, without end."""
+        """Returns an endless dataset of training records, reshuffled in every epoch."""
 
     def validation(self) -> "Records":
-        """Held-out records, always in the same order."""
+        """Returns the held-out records, always in the same order."""
 
     @property
     def train_documents(self) -> int:
-        """Documents of one epoch; 0 where there are no epochs."""
+        """The number of documents in one epoch, or 0 if the source has no epochs."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TextPart:
-    """Documents in files."""
+    """A source of documents in files, split into training and validation by index."""
 
     config: SourceConfig
     source: FileSource
@@ -55,66 +55,69 @@ class TextPart:
     validation_indices: Int64[np.ndarray, "validation"]
 
     def train(self, seed: int) -> grain.MapDataset:
-        """The documents that are not held out."""
+        """Returns the training documents, reshuffled in every epoch."""
         documents = Subset(self.source, self.train_indices)
         return grain.MapDataset.source(documents).shuffle(seed).repeat()
 
     def validation(self) -> "Subset":
-        """The documents that are held out."""
+        """Returns the held-out documents."""
         return Subset(self.source, self.validation_indices)
 
     @property
     def train_documents(self) -> int:
-        """Documents that are not held out."""
+        """The number of training documents."""
         return len(self.train_indices)
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskPart:
-    """Problems of a synthetic task, drawn when they are asked for."""
+    """A synthetic task, whose problems are generated on demand."""
 
     config: SourceConfig
     task: Task
     train_documents: int = 0
 
     def train(self, seed: int) -> grain.MapDataset:
-        """The stream of a seed."""
+        """Returns the training problems of a seed."""
         return grain.MapDataset.source(TrainStream(self.task, seed))
 
     def validation(self) -> ValidationItems:
-        """Problems that no training stream holds."""
+        """Returns the held-out problems, which no training stream contains."""
         return ValidationItems(self.task)
 
 
 @dataclasses.dataclass(frozen=True)
 class PreparedPart:
-    """Rows that were tokenised and packed before."""
+    """A source of sequences that were tokenized and packed beforehand with `looplm tokenize`."""
 
     config: SourceConfig
     corpus: PreparedCorpus
 
     def train(self, seed: int) -> grain.MapDataset:
-        """The rows that are not held out. Their order is a function of the index, so no list of it is kept."""
+        """Returns the training sequences, reshuffled in every epoch.
+
+        Grain computes the order from the index, so no permutation is stored.
+        """
         return grain.MapDataset.source(self.corpus.train).shuffle(seed).repeat()
 
     def validation(self) -> grain.MapDataset:
-        """The rows that are held out."""
+        """Returns the held-out sequences."""
         return grain.MapDataset.source(self.corpus.validation).shuffle(_HELD_OUT_ORDER)
 
     @property
     def manifest(self) -> Manifest:
-        """What the rows are."""
+        """The manifest of the prepared corpus."""
         return self.corpus.manifest
 
     @property
     def train_documents(self) -> int:
-        """Documents in the rows to train on."""
+        """The number of documents in the training sequences."""
         return sum(shard.documents for shard in self.manifest.train)
 
 
 @dataclasses.dataclass(frozen=True)
 class Subset:
-    """The documents of a source at some indices."""
+    """The documents of a source at the given N indices."""
 
     source: FileSource
     indices: Int64[np.ndarray, "N"]

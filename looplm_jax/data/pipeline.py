@@ -1,4 +1,4 @@
-"""Training batches: sources, mixed by weight, tokenised, packed, batched and prefetched."""
+"""The training pipeline: sources are mixed by weight, tokenized, packed, batched and prefetched."""
 
 import functools
 import hashlib
@@ -19,7 +19,7 @@ from looplm_jax.data.task_batches import Blocks, TaskBatches
 from looplm_jax.data.tokenizers.base import Tokenizer
 from looplm_jax.errors import UserError
 
-# Reading hides the latency of remote files; results come back in order, whatever the threads do.
+# Threads hide the latency of remote files. Grain keeps the order of results, so the stream is deterministic.
 READING = grain.ReadOptions(num_threads=4, prefetch_buffer_size=32)
 _BATCHES_AHEAD = 4
 
@@ -34,14 +34,23 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> BatchIterator:
-    """Rows, for one process, of an endless stream of packed batches.
+    """Returns an endless iterator over one process's share of packed training batches.
 
-    Every process reads documents of its own and holds `batch_size / process_count` rows. The stream depends on the
-    arguments alone, not on time or threads. Pass a `Corpus` to open the files only once for several streams.
+    Every process reads its own documents. The stream is a pure function of the arguments and does not depend on timing
+    or threads.
+
+    Args:
+      data: the configuration, or an opened `Corpus`, which lets several streams share the opened files.
+      tokenizer: tokenizes text; for tasks and prepared sources it must be their own.
+      batch_size: sequences in a global batch; a multiple of `process_count`.
+      sequence_length: tokens in a sequence.
+      seed: determines the order of the data.
+      process_index: this process.
+      process_count: processes that divide each batch; this one gets `batch_size / process_count` sequences.
 
     Raises:
-      UserError: bad data (see `open_corpus`), a batch that the processes cannot share, a task with another tokeniser,
-        or a sequence shorter than a problem.
+      UserError: bad data (see `open_corpus`), a batch size that the processes do not divide, a task with another
+        tokenizer, or a sequence that is shorter than a problem.
     """
     corpus = as_corpus(data)
     geometry = Geometry(
@@ -61,6 +70,8 @@ def train_batches(
         batches = rows.batch(geometry.rows, drop_remainder=True)
         return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=_BATCHES_AHEAD))
 
+    # Prepared sources need no packing, and tasks are packed in vectorized blocks; only text goes through Grain's
+    # packer.
     if corpus.prepared:
         return BatchIterator(RowBatches(records(), geometry.rows), identity)
     if corpus.tasks:
@@ -79,27 +90,40 @@ def mixture(
     *,
     tokenizer: Tokenizer | None = None,
 ) -> grain.MapDataset:
-    """Training records of all parts by weight, without end. Of every part each process takes its own share.
+    """Returns an endless dataset of training records, mixed by weight.
 
-    The share is cut before mixing: cut after, a process could get one source only, since the mixture is periodic.
-    Documents become examples where a tokenizer is given; prepared rows stay as they are.
+    Each process takes its own slice of every source. Sources are sliced before they are mixed: a mixture is periodic,
+    so a slice of it could contain only one source.
+
+    Args:
+      corpus: the sources.
+      seed: determines the order of each source.
+      process_index: this process.
+      process_count: processes that divide each source.
+      tokenizer: converts documents to examples if given; prepared sequences are returned as they are.
     """
     streams = [
         part.train(_derived_seed(seed, number))[process_index::process_count]
         for number, part in enumerate(corpus.parts)
     ]
+
     if tokenizer is not None and not corpus.prepared:
         streams = [as_examples(stream, part, tokenizer) for stream, part in zip(streams, corpus.parts, strict=True)]
+
     return grain.MapDataset.mix(streams, weights=[part.config.weight for part in corpus.parts])
 
 
 def as_examples(records: grain.MapDataset, part: Part, tokenizer: Tokenizer) -> grain.MapDataset:
-    """Returns the examples that documents of a part become."""
+    """Returns the documents of a source as tokenized examples."""
     return records.map(functools.partial(to_example, tokenizer=tokenizer, special=part.config.special_tokens))
 
 
 def training_texts(data: DataConfig | Corpus, *, seed: int = 0) -> Iterator[str]:
-    """As many documents of the training mixture as an epoch has, to train a tokeniser on. None is held out."""
+    """Returns an iterator over one epoch of training documents as text, to train a tokenizer on.
+
+    Held-out documents are not included. Raises UserError for tasks and prepared sources, which have their own
+    tokenizer.
+    """
     corpus = as_corpus(data)
     if corpus.own_tokenizer is not None:
         raise UserError(f"{corpus.parts[0].config.path!r} has its own tokenizer; there is none to train")
@@ -108,22 +132,30 @@ def training_texts(data: DataConfig | Corpus, *, seed: int = 0) -> Iterator[str]
 
 
 def as_corpus(data: DataConfig | Corpus) -> Corpus:
-    """The corpus itself, or the one that a configuration describes."""
+    """Returns the corpus itself, or opens the one that a configuration describes."""
     return data if isinstance(data, Corpus) else open_corpus(data)
 
 
 def check_fit(corpus: Corpus, tokenizer: Tokenizer, sequence_length: int) -> None:
-    """Raise UserError where a task or prepared rows come with another tokeniser, or do not fit a sequence."""
+    """Checks that tasks and prepared sources match the tokenizer and fit the sequence length.
+
+    Raises:
+      UserError: a tokenizer differs, a problem is longer than a sequence, or the prepared sequences have another
+        length.
+    """
     if sequence_length < 1:
         raise UserError(f"sequence_length must be at least 1, not {sequence_length}")
+
     for part in corpus.tasks:
         if part.task.tokenizer.fingerprint != tokenizer.fingerprint:
             raise UserError(f"the task {part.config.path!r} has its own tokenizer; leave data.tokenizer empty")
+        # A problem of n tokens takes n - 1 positions: inputs are all tokens but the last.
         if part.task.max_tokens - 1 > sequence_length:
             raise UserError(
                 f"a problem of {part.config.path!r} takes {part.task.max_tokens - 1} positions, more than "
                 f"sequence_length={sequence_length}; raise sequence_length"
             )
+
     for prepared in corpus.prepared:
         plan = prepared.manifest.plan
         if plan.tokenizer != tokenizer.fingerprint:
@@ -139,5 +171,5 @@ def check_fit(corpus: Corpus, tokenizer: Tokenizer, sequence_length: int) -> Non
 
 
 def _derived_seed(seed: int, use: int | str) -> int:
-    """Seeds that have nothing to do with each other, one for each use; Grain takes 32 bits."""
+    """Returns an independent 32-bit seed for each use; Grain accepts no more bits."""
     return int.from_bytes(hashlib.blake2b(f"{seed}:{use}".encode(), digest_size=4).digest(), "big")

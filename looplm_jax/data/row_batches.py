@@ -1,4 +1,4 @@
-"""Batches of rows that need no more packing, read at random by threads that all streams of a process share."""
+"""Batches of sequences that are already packed, read at random by a thread pool that all streams of a process share."""
 
 import collections
 import concurrent.futures
@@ -9,16 +9,18 @@ from typing import Any
 import grain
 import numpy as np
 
-_THREADS = 16  # what they wait for is mostly a bucket
+_THREADS = 16  # reads mostly wait for cloud storage, so there may be more threads than cores
 _BATCHES_AHEAD = 2
 
 
 class RowBatches:
-    """An endless stream of batches of `rows`, read ahead in order. Its state is how many batches were handed out.
+    """An endless stream of batches of prepared sequences, prefetched in order.
+
+    Its state is the number of batches that were returned.
 
     Args:
-      rows: rows by index, without end, each a dictionary of arrays.
-      batch_rows: how many make a batch.
+      rows: an endless dataset of sequences, each a dictionary of arrays.
+      batch_rows: sequences in a batch.
     """
 
     def __init__(self, rows: grain.MapDataset, batch_rows: int):
@@ -32,27 +34,30 @@ class RowBatches:
     def __next__(self) -> Mapping[str, np.ndarray]:
         while len(self._ahead) <= _BATCHES_AHEAD:
             self._read_ahead()
+
+        # Results are taken before the batch is removed, so a failed read leaves the position unchanged.
         rows = [future.result() for future in self._ahead[0]]
         self._ahead.popleft()
         self._done += 1
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     def get_state(self) -> dict[str, Any]:
-        """The place after the batch handed out last."""
+        """Returns the position after the last returned batch."""
         return {"batches": self._done}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Continue there."""
+        """Moves the stream to a saved position and discards prefetched batches."""
         self.close()
         self._done = state["batches"]
 
     def close(self) -> None:
-        """Read no further ahead."""
+        """Cancels prefetching."""
         for future in (future for batch in self._ahead for future in batch):
             future.cancel()
         self._ahead.clear()
 
     def _read_ahead(self) -> None:
+        """Schedules the reads of the next batch that is not yet prefetched."""
         start = (self._done + len(self._ahead)) * self._batch_rows
         places = range(start, start + self._batch_rows)
         self._ahead.append([_threads().submit(self._rows.__getitem__, place) for place in places])
@@ -60,5 +65,5 @@ class RowBatches:
 
 @functools.cache
 def _threads() -> concurrent.futures.ThreadPoolExecutor:
-    """One pool, whatever the number of sources and of lanes."""
+    """Returns the thread pool of the process, one for all sources and substreams."""
     return concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="rows")

@@ -1,4 +1,4 @@
-"""The validation split: a hash of its text decides whether a document is held out, so files may come in any order."""
+"""The validation split. A hash of its text decides whether a document is held out, independently of files and order."""
 
 import dataclasses
 import hashlib
@@ -14,25 +14,28 @@ _KEY_BYTES = 8
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Indices of the documents of each part. Validation is in the order of the keys, which is random but fixed."""
+    """Indices of the training and the validation documents.
+
+    Validation indices are sorted by key, an order that is random but fixed.
+    """
 
     train: Int64[np.ndarray, "train"]
     validation: Int64[np.ndarray, "validation"]
 
 
 def document_key(document: Document) -> int:
-    """A uniform 64-bit number that depends on the text and on nothing else; that of a chat, on roles and contents."""
+    """Returns a uniformly distributed 64-bit hash of a text, or of the roles and contents of a chat."""
     text = document if isinstance(document, str) else _canonical_json(document)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=_KEY_BYTES).digest(), "big")
 
 
 def is_validation(document: Document, fraction: float) -> bool:
-    """Whether a document is held out when `fraction` of all possible documents are."""
+    """Whether a document is held out, where `fraction` is the share of all possible documents that is."""
     return document_key(document) < _threshold(fraction)
 
 
 def split_documents(keys: UInt64[np.ndarray, "N"], fraction: float) -> Split:
-    """The same decision for many documents, given by their keys."""
+    """Splits N documents, given by their keys, with the same rule as `is_validation`."""
     held_out = keys < np.uint64(_threshold(fraction))
     validation = np.flatnonzero(held_out)
     order = np.argsort(keys[validation], kind="stable")
@@ -40,9 +43,11 @@ def split_documents(keys: UInt64[np.ndarray, "N"], fraction: float) -> Split:
 
 
 def _canonical_json(chat: tuple[Message, ...]) -> str:
+    """Returns a unique JSON encoding of a chat, to be hashed."""
     messages = [{"role": message.role, "content": message.content} for message in chat]
     return json.dumps(messages, ensure_ascii=False, separators=(",", ":"))
 
 
 def _threshold(fraction: float) -> int:
+    """Returns the key below which a document is held out."""
     return int(fraction * 2 ** (8 * _KEY_BYTES))

@@ -1,4 +1,4 @@
-"""How much of the chats of a mixture has nothing to learn from: pieces in which the assistant says nothing."""
+"""An estimate of how many chunks of the chats in a mixture are dropped because no assistant turn overlaps them."""
 
 import math
 from collections.abc import Iterator
@@ -13,17 +13,19 @@ _CHATS = 64
 
 
 def pieces_left_out(corpus: Corpus, tokenizer: Tokenizer, sequence_length: int) -> Iterator[str]:
-    """Yields a line for each source of which pieces have no target and are left out.
+    """Yields one line for each chat source of which some chunks have no target and are dropped.
 
-    A random sample of its chats is looked at. Every token of a text is a target, and `looplm tokenize` counts the
-    pieces of what it prepares.
+    The share is estimated on a random sample of up to 64 chats of the source. Text sources need no check, as every
+    token of a text is a target. Prepared sources need none either: `looplm tokenize` counts their dropped chunks.
     """
     for part in corpus.texts:
         if part.config.kind is not RecordKind.CHAT:
             continue
+
         count = min(part.train_documents, _CHATS)
         examples = as_examples(part.train(0), part, tokenizer)
         sample = [examples[index] for index in range(count)]
+
         pieces = sum(math.ceil((len(example.tokens) - 1) / sequence_length) for example in sample)
         kept = sum(len(chunks(example, sequence_length)) for example in sample)
         if kept < pieces:

@@ -1,4 +1,4 @@
-"""Train a SentencePiece tokeniser on text."""
+"""Training of SentencePiece tokenizers."""
 
 import io
 import re
@@ -8,19 +8,25 @@ from looplm_jax.data.tokenizers.base import END_OF_TEXT, IM_END, IM_START
 from looplm_jax.data.tokenizers.sentencepiece import SPACE_MARK, SentencePieceTokenizer
 from looplm_jax.errors import UserError
 
-# SentencePiece drops longer lines; a cut inside a line costs one pair of neighbours.
+# SentencePiece drops longer lines. Splitting a line loses only the one pair of symbols across the split.
 _LINE_CHARACTERS = 2_000
 _MAX_UTF8_BYTES = 4
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, *, max_bytes: int = 8_000_000) -> SentencePieceTokenizer:
-    """Train BPE with byte fallback on the first `max_bytes` of `texts`; the same texts give the same model.
+    """Trains BPE with byte fallback on the first `max_bytes` bytes of `texts`. Training is deterministic.
 
-    Nothing is normalised, so `decode(encode(x)) == x` for all Unicode text. Ids as in Ouro: 0 `<|endoftext|>` (bos and
-    eos), 1 `<|im_start|>`, 2 `<|im_end|>`; then `<|unk|>` (never produced), newline, tab, the 256 bytes, the merges.
+    Text is not normalized, so `decode(encode(x)) == x` for all Unicode text. The ids are those of Ouro: 0
+    `<|endoftext|>` (bos and eos), 1 `<|im_start|>`, 2 `<|im_end|>`, then `<|unk|>` (never produced), newline, tab, the
+    256 bytes, and the merges.
+
+    Args:
+      texts: the training documents.
+      vocab_size: the exact number of tokens.
+      max_bytes: UTF-8 bytes of text to use.
 
     Raises:
-      UserError: too little text, or too many different characters, for `vocab_size`.
+      UserError: the texts are too short, or have too many distinct characters, for `vocab_size`.
     """
     import sentencepiece
 
@@ -56,6 +62,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, *, max_bytes: int
 
 
 def _lines(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
+    """Yields the texts in lines that SentencePiece accepts, up to `max_bytes`."""
     left = max_bytes
     for text in texts:
         for line in text.splitlines(keepends=True):
@@ -64,21 +71,24 @@ def _lines(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
                     return
                 part = line[start : start + _LINE_CHARACTERS]
                 left -= len(part.encode())
+                # The mark stands for a space inside SentencePiece, so a literal one is never part of a piece.
                 yield part.replace(SPACE_MARK, " ")
 
 
 def _explain(error: str, vocab_size: int) -> str:
-    """SentencePiece's complaint about the size of the vocabulary as one line that says what to change."""
+    """Converts SentencePiece's error about the vocabulary size to one line with a remedy."""
     if most := re.search(r"too high.*<= (\d+)", error):
         return (
             f"there is too little text for a vocabulary of {vocab_size}: it gives at most {most[1]} tokens; "
             f"lower model.vocab_size to {most[1]}, or give more text"
         )
+
     if least := re.search(r"required_chars\. \d+ vs (\d+)", error):
         return (
             f"a vocabulary of {vocab_size} cannot hold the characters of this text; "
             f"raise model.vocab_size to at least {least[1]}"
         )
+
     if "sentences_.empty" in error:
         return "there is no text to train a tokenizer on; give data.sources with text in them"
     return f"SentencePiece could not train a tokenizer of {vocab_size} tokens: {' '.join(error.split())}"

@@ -18,16 +18,16 @@ from looplm_jax.data.pipeline import READING, as_corpus, as_examples, check_fit
 from looplm_jax.data.tokenizers.base import Tokenizer
 from looplm_jax.errors import UserError
 
-# The order is fixed, and mixed, so that the first sequences come from many documents.
+# The seed of the shuffle. The order is fixed, and random so that the first sequences come from many documents.
 _ORDER = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class ValidationBatches:
-    """Rows, for one process, of the held-out batches; can be gone through again and again."""
+    """One process's share of the held-out batches. It can be iterated over repeatedly."""
 
     batches: tuple[Batch, ...]
-    num_sequences: int  # of all processes together, without the padding of the last batch
+    num_sequences: int  # over all processes, excluding the padding of the last batch
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -46,13 +46,23 @@ def validation_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> ValidationBatches:
-    """The first `max_sequences` packed held-out sequences, all by default, in batches of `batch_size`.
+    """Returns the first `max_sequences` packed held-out sequences in batches of `batch_size`.
 
-    Row r of global batch b is sequence `b * batch_size + r` whatever the number of processes; a process holds a
-    block of neighbouring rows. Rows that fill up the last batch are padding, with `segment_ids` and `loss_mask` 0.
+    Sequence r of global batch b is held-out sequence `b * batch_size + r`, for any number of processes. Each process
+    holds a contiguous range of a batch. The last batch is padded with sequences whose `segment_ids` and `loss_mask` are
+    0.
+
+    Args:
+      data: the configuration, or an opened `Corpus`.
+      tokenizer: tokenizes text; for tasks and prepared sources it must be their own.
+      batch_size: sequences in a global batch; a multiple of `process_count`.
+      sequence_length: tokens in a sequence.
+      max_sequences: the number of sequences to use; all by default.
+      process_index: this process.
+      process_count: processes that divide each batch.
 
     Raises:
-      UserError: nothing is held out, and what `train_batches` refuses.
+      UserError: nothing is held out, or any reason for which `train_batches` raises.
     """
     corpus = as_corpus(data)
     geometry = Geometry(
@@ -62,11 +72,13 @@ def validation_batches(
         process_count=process_count,
     )
     check_fit(corpus, tokenizer, sequence_length)
+
     sequences = _sequences(corpus, tokenizer, sequence_length, max_sequences)
     if not sequences:
         raise UserError(
             f"no document is held out at data.validation_fraction={corpus.config.validation_fraction}; raise it"
         )
+
     starts = range(0, len(sequences), batch_size)
     batches = tuple(_share(sequences[start : start + batch_size], geometry) for start in starts)
     return ValidationBatches(batches, num_sequences=len(sequences))
@@ -75,6 +87,7 @@ def validation_batches(
 def _sequences(
     corpus: Corpus, tokenizer: Tokenizer, sequence_length: int, most: int | None
 ) -> list[Mapping[str, np.ndarray]]:
+    """Returns the first held-out sequences, packed, each a dictionary of features."""
     if corpus.prepared:
         return _rows(corpus, most)
     parts = [as_examples(grain.MapDataset.source(part.validation()), part, tokenizer) for part in corpus.parts]
@@ -86,22 +99,23 @@ def _sequences(
 
 
 def _rows(corpus: Corpus, most: int | None) -> list[Mapping[str, np.ndarray]]:
-    """The first rows of all parts, each spread evenly from the first to the last."""
+    """Returns the first held-out sequences of prepared sources, interleaved in proportion to their sizes."""
     parts = [part.validation() for part in corpus.prepared]
     return [parts[number][index] for _, number, index in itertools.islice(_evenly(parts), most)]
 
 
 def _evenly(parts: Sequence[Sized]) -> Iterator[tuple[float, int, int]]:
-    """All places of all parts: how far into the part, which part, which index. No list of them is made."""
+    """Yields (relative position, source, index) of all records, with each source spread evenly. The merge is lazy."""
     return heapq.merge(*(_places(number, len(part)) for number, part in enumerate(parts)))
 
 
 def _places(part: int, length: int) -> Iterator[tuple[float, int, int]]:
+    """Yields (relative position, source, index) for each record of one source."""
     return ((index / length, part, index) for index in range(length))
 
 
 class _Interleaved:
-    """Records of many parts, each spread evenly from the first to the last, so that a beginning holds some of all."""
+    """Records of several sources, each spread evenly, so that every prefix has records of all sources."""
 
     def __init__(self, parts: Sequence[grain.MapDataset]):
         self._parts = parts
@@ -116,7 +130,7 @@ class _Interleaved:
 
 
 def _share(sequences: list[Any], geometry: Geometry) -> Batch:
-    """The rows of one global batch that belong to this process."""
+    """Returns this process's sequences of one global batch, padded to the batch size."""
     padding = {name: np.zeros_like(values) for name, values in sequences[0].items()}
     rows = sequences + [padding] * (geometry.batch_size - len(sequences))
     mine = rows[geometry.process_index * geometry.rows :][: geometry.rows]
