@@ -1,4 +1,4 @@
-"""Weights in and out: Hugging Face folders, PyTorch state dicts, deeper stacks, dense models."""
+"""Conversion of weights: Hugging Face folders, PyTorch state dicts, deeper stacks, and dense models."""
 
 from looplm_jax.convert.dense import convert_from_dense
 from looplm_jax.convert.from_hf import convert_from_hf

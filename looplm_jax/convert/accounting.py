@@ -1,4 +1,4 @@
-"""Every tensor of the files has its place in the model, and every place its tensor, before the first one is read."""
+"""Matches the tensors of weight files with those of a model, before the first tensor is read."""
 
 import re
 from collections.abc import Callable
@@ -17,39 +17,46 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 def accounted(
     weights: WeightFolder, config: ModelConfig, has: Callable[[TorchTensor], bool] = lambda _: True
 ) -> list[TorchTensor]:
-    """The tensors of the model, when the files hold these, in these shapes, and no others.
+    """Returns the tensors of the model if the files hold exactly these, in these shapes.
 
     Args:
       weights: the files.
-      config: the model.
-      has: whether a model of the kind that the files hold has that tensor.
+      config: the configuration of the model.
+      has: whether a tensor exists in the kind of model that the files hold.
 
     Raises:
-      UserError: a tensor that is missing, surplus or misshapen, by name.
+      UserError: a tensor is missing, unexpected or misshapen; the message names it.
     """
     refuse_wrappers(weights.tensors, str(weights.path))
     _check_sizes(weights, config)
+
     layout = [tensor for tensor in torch_layout(array_shapes(config)) if has(tensor)]
     found = {name: stored.shape for name, stored in weights.tensors.items()}
+
+    # Some files of tied models hold the head as well.
     head_too = config.tied_head and found.pop(_HEAD, None) is not None
+
     account(found, {tensor.name: tensor for tensor in layout}, str(weights.path))
     if head_too:
         _check_tied(weights)
+
     return layout
 
 
 def _check_sizes(weights: WeightFolder, config: ModelConfig) -> None:
-    """Refuses a config that does not fit the headers of the files, before anything of its size is made.
+    """Refuses a config that does not fit the headers of the files, before anything of its size is allocated.
 
-    Headers are bound by the length of their files, so a config that agrees with them asks for no more than is there.
+    Headers are bounded by the lengths of their files, so a config that agrees with them asks for no more memory than
+    the files themselves take.
 
     Raises:
-      UserError: what does not fit.
+      UserError: the number of layers or the shape of a tensor differs.
     """
     found = {match[1] for name in weights.tensors if (match := _LAYER.match(name))}
     if len(found) != config.num_layers:
         asked = f"num_hidden_layers={config.num_layers}"
         raise UserError(f"{weights.path}: config.json says {asked}, but the files hold {len(found)} layers")
+
     attention, mlp = "model.layers.0.self_attn", "model.layers.0.mlp"
     needed = {
         _EMBEDDING: (config.vocab_size, config.width),
@@ -57,6 +64,7 @@ def _check_sizes(weights: WeightFolder, config: ModelConfig) -> None:
         f"{attention}.k_proj.weight": (config.kv_heads * config.head_width, config.width),
         f"{mlp}.gate_proj.weight": (config.mlp_width, config.width),
     }
+
     for name, shape in needed.items():
         if name not in weights.tensors:
             raise UserError(f"{weights.path}: tensor {name} is missing")
@@ -68,9 +76,10 @@ def _check_sizes(weights: WeightFolder, config: ModelConfig) -> None:
 
 
 def _check_tied(weights: WeightFolder) -> None:
-    """Some write the head although it is the embedding; then it must be the same, to the last bit."""
+    """Raises UserError unless the head of a tied model equals the embedding bit for bit. Some files store both."""
     head, embedding = weights.tensors[_HEAD], weights.tensors[_EMBEDDING]
     same = (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
+    # Compared as bytes: NaNs would never be equal.
     if not same or not np.array_equal(weights.read(_HEAD).view(np.uint8), weights.read(_EMBEDDING).view(np.uint8)):
         raise UserError(
             f"{weights.path}: {_HEAD} differs from {_EMBEDDING}, but config.json says tie_word_embeddings=true; "

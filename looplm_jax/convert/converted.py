@@ -1,4 +1,4 @@
-"""What a conversion of somebody else's weights writes: a checkpoint of step 0 that holds parameters and no more."""
+"""Writes converted weights as a checkpoint at step 0, which holds parameters and no optimizer state."""
 
 import dataclasses
 import math
@@ -15,12 +15,12 @@ from looplm_jax.data.tokenizers import Tokenizer
 from looplm_jax.models.looplm import Params
 
 _STAGE = "converted"
-_BATCH, _SEQUENCE = 8, 1024  # for `looplm evaluate`, which takes those of the last stage
+_BATCH, _SEQUENCE = 8, 1024  # the values that `looplm evaluate` takes from the last stage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Converted:
-    """What a conversion wrote."""
+    """The result of a conversion."""
 
     out: Path
     model: ModelConfig
@@ -35,7 +35,7 @@ class Converted:
 
 
 def converted_recipe(origin: Path, model: ModelConfig) -> Recipe:
-    """A recipe in the place of the unknown one that trained a model: named after its folder, with one stage."""
+    """Returns a recipe for a model whose own recipe is unknown: named after its folder, with a single stage."""
     length = min(_SEQUENCE, model.max_positions)
     stage = Stage(name=_STAGE, steps=1, batch_size=_BATCH, sequence_length=length, loops=model.loops)
     name = origin.resolve().name
@@ -43,10 +43,11 @@ def converted_recipe(origin: Path, model: ModelConfig) -> Recipe:
 
 
 def write_converted(folder: Path, recipe: Recipe, params: Params, tokenizer: Tokenizer) -> None:
-    """Writes `<folder>/checkpoints/0`, which trains on, evaluates and generates like any other checkpoint.
+    """Writes `<folder>/checkpoints/0`, a checkpoint like any other for training, evaluation and generation.
 
     Raises:
-      UserError: the disk refused it. What was written of it then remains: write to a folder that can be thrown away.
+      UserError: the file system refused the write. Partial output then remains, so write to a folder that can be
+      deleted.
     """
     metadata = Metadata(
         config=to_dict(recipe),
@@ -56,11 +57,12 @@ def write_converted(folder: Path, recipe: Recipe, params: Params, tokenizer: Tok
         data_state={},
         extra={"stage": _STAGE},
     )
+
     write_whole(folder, WholeStep(step=0, arrays=flatten(params, "params"), metadata=metadata))
 
 
 def summary(out: Path, model: ModelConfig, params: Params, notes: tuple[str, ...]) -> Converted:
-    """What to tell about parameters that were written to `out`."""
+    """Returns the report about parameters that were written to `out`."""
     leaves = jax.tree.leaves(params)
     return Converted(
         out=out,

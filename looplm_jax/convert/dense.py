@@ -1,9 +1,9 @@
-"""A dense model of Llama's layout (SmolLM2, Llama 3, Mistral) as the start of a looped one.
+"""Starts a looped model from a dense model with Llama's layout (SmolLM2, Llama 3, Mistral).
 
-Its layers become the shared stack. With norm placement `pre` a loop is the dense model itself: hidden states and
-logits of loop 1 are the same numbers. `sandwich` adds a norm after each branch that no weight makes the identity, so
-loop 1 differs until training has won it back; small weights in these norms win it back sooner, at every loop
-(docs/dense_start.md has the measurement). The exit gate, which a dense model lacks, starts at its initial value.
+The dense layers become the shared stack. With norm placement `pre`, a loop is the dense model itself: the hidden states
+and logits of loop 1 are the same numbers. `sandwich` adds a norm after each branch, and no weight makes that norm the
+identity, so loop 1 differs until training recovers it. Small weights in these norms recover it sooner, at every loop
+(docs/dense_start.md has the measurement). A dense model has no exit gate, so the gate starts at its initial value.
 """
 
 import dataclasses
@@ -46,9 +46,9 @@ from looplm_jax.sharding import check_divides, first_device, make_mesh
 _DESCRIPTION = "starts from the weights of a dense model"
 _ONLY_LOOPED = re.compile(r"model\.early_exit_gate\.|.*layernorm_2\.")
 _SECOND_NORMS = {"attention_post_norm", "mlp_post_norm"}
-_DERIVED = ".rotary_emb.inv_freq"  # old files hold it; it follows from rope_theta
+_DERIVED = ".rotary_emb.inv_freq"  # stored in old files; it follows from rope_theta
 
-# What transformers assumes where a config.json leaves a field out, and it is not what our reader assumes.
+# The values that transformers assumes for omitted fields, where they differ from those our reader assumes.
 _ASSUMED: dict[str, dict[str, Any]] = {
     "llama": {"rope_theta": 1e4},
     "mistral": {"rope_theta": 1e4, "num_key_value_heads": 8, "sliding_window": 4096},
@@ -65,21 +65,23 @@ def convert_from_dense(
     dtype: DTypeLike | None = None,
     seed: int = 0,
 ) -> Converted:
-    """Writes a looped model that begins with the weights of a dense one, as the checkpoint `<out>/checkpoints/0`.
+    """Writes a looped model that starts from the weights of a dense one, as the checkpoint `<out>/checkpoints/0`.
 
     Args:
-      folder: config.json, safetensors and tokenizer.json of a model of Llama's layout.
+      folder: a folder with config.json, safetensors and tokenizer.json of a model with Llama's layout.
       out: a folder that does not exist, or is empty.
       loops: T of the looped model.
-      norm_placement: `pre` keeps the dense model as loop 1; `sandwich` is Ouro's.
-      second_norm: the first weight of the norms after the branches of `sandwich`; below one, a loop changes less.
-      dtype: of the parameters; None: as the files have it.
-      seed: of the gate.
+      norm_placement: `pre` keeps the dense model as loop 1; `sandwich` is Ouro's placement.
+      second_norm: the initial weight of the norms after the branches of `sandwich`; below one, a loop changes the state
+      less.
+      dtype: dtype of the parameters; None keeps the stored dtype.
+      seed: the seed for the exit gate.
 
     Raises:
-      UserError: as `load_dense`, or `out` is not empty, or the disk refuses. Nothing half-written remains.
+      UserError: as `load_dense`, or `out` is not empty, or the file system refuses a write. No partial output remains.
     """
     mesh = make_mesh(MeshConfig(), first_device())
+
     with fresh_folder(out) as staging:
         model = load_dense(
             folder,
@@ -90,6 +92,7 @@ def convert_from_dense(
             dtype=dtype,
             seed=seed,
         )
+
         recipe = dataclasses.replace(converted_recipe(Path(folder), model.config), description=_DESCRIPTION)
         write_converted(staging, recipe, model.params, needed_tokenizer(model.tokenizer, folder))
     return summary(Path(out), model.config, model.params, model.notes)
@@ -105,36 +108,44 @@ def load_dense(
     dtype: DTypeLike | None = None,
     seed: int = 0,
 ) -> HfModel:
-    """A looped model with the weights of a dense one, read as `load_hf` reads; arguments as `convert_from_dense`.
+    """Returns a looped model with the weights of a dense one. Reads as `load_hf`; arguments as in `convert_from_dense`.
 
     Raises:
-      UserError: what `load_hf` refuses, and a model with biases (Qwen 2), a window (Mistral before 0.2) or scaled
-        rotary embedding (Llama 3.1), by name.
+      UserError: anything that `load_hf` refuses, and a model with biases (Qwen 2), a sliding window (Mistral before
+      0.2) or
+        a scaled rotary embedding (Llama 3.1); the message names the field.
     """
     _check_second_norm(second_norm, norm_placement)
+
     folder = Path(path)
     weights = _without_derived(WeightFolder.open(folder))
     config = read_dense_config(folder, weights, loops=loops, norm_placement=norm_placement)
     check_divides(mesh, config)
     layout = accounted(weights, config, _in_a_llama)
     tokenizer, notes = read_hf_tokenizer(folder, config.vocab_size)
+
     dtype = dtype or weights.one_dtype(tensor.name for tensor in layout)
     targets = parameter_targets(config, mesh, dtype)
     arrays = place_tensors(weights, layout, targets)
+
+    # A dense model has neither a gate nor, for `sandwich`, second norms.
     missing = {path: target for path, target in targets.items() if path not in arrays}
     params = unflat_arrays({**arrays, **_initial(config, missing, second_norm, seed)})
+
     return HfModel(config=config, params=params, tokenizer=tokenizer, notes=notes)
 
 
 def read_dense_config(folder: Path, weights: WeightFolder, *, loops: int, norm_placement: NormPlacement) -> ModelConfig:
-    """The looped model that the `config.json` of a dense one asks for.
+    """Returns the looped model that the `config.json` of a dense model describes.
 
     Raises:
-      UserError: the file is missing or no JSON object, the model has biases or another layout than Llama's, or the
-        config has a field that we do not honor, by name.
+      UserError: the file is missing or is not a JSON object, the model has biases or a layout other than Llama's, or
+      the
+        config has a field that is not supported; the message names it.
     """
     if loops < 1:
         raise UserError(f"loops must be at least 1, not {loops}")
+
     values = read_json_object(folder / CONFIG)
     if values.get("model_type") == "ouro":
         raise UserError(f"{folder} holds a looped model already; convert it as one: looplm convert from-hf")
@@ -146,20 +157,25 @@ def read_dense_config(folder: Path, weights: WeightFolder, *, loops: int, norm_p
 
 
 def _as_llama(values: Mapping[str, Any]) -> dict[str, Any]:
-    """With the fields that were left out; a Mistral without a window is a Llama by another name."""
+    """Returns the fields as a Llama's, with omitted ones filled in.
+
+    A Mistral without a window is a Llama by another name.
+    """
     kind = values.get("model_type")
     if kind not in ("llama", "mistral"):
         return dict(values)
-    unread = {"use_sliding_window"} if kind == "mistral" else set()  # a Mistral has its window all the same
+    unread = {"use_sliding_window"} if kind == "mistral" else set()  # a Mistral ignores this field
     given = {name: value for name, value in values.items() if name not in unread}
     return {**_ASSUMED[kind], **given, "model_type": "llama"}
 
 
 def _in_a_llama(tensor: TorchTensor) -> bool:
+    """Whether a dense Llama has this tensor."""
     return not _ONLY_LOOPED.match(tensor.name)
 
 
 def _refuse_biases(weights: WeightFolder, values: Mapping[str, Any]) -> None:
+    """Raises UserError if the model has biases, which a LoopLM cannot hold."""
     biases = [name for name in weights.tensors if name.endswith(".bias")]
     if biases or values.get("model_type") == "qwen2":
         example = biases[0] if biases else "self_attn.q_proj.bias, k_proj.bias and v_proj.bias of a Qwen 2"
@@ -169,6 +185,7 @@ def _refuse_biases(weights: WeightFolder, values: Mapping[str, Any]) -> None:
 
 
 def _without_derived(weights: WeightFolder) -> WeightFolder:
+    """Returns the weights without tensors that are derived from the configuration."""
     kept = {name: stored for name, stored in weights.tensors.items() if not name.endswith(_DERIVED)}
     return WeightFolder(path=weights.path, tensors=kept)
 
@@ -183,7 +200,7 @@ def _check_second_norm(value: float, norm_placement: NormPlacement) -> None:
 def _initial(
     config: ModelConfig, targets: Mapping[ArrayPath, jax.ShapeDtypeStruct], second_norm: float, seed: int
 ) -> dict[ArrayPath, Array]:
-    """The first values of some parameters; the compiler drops all the others, so these alone are made."""
+    """Returns initial values for some parameters. The compiler removes the others, so only these are computed."""
 
     def make(key: Array) -> dict[ArrayPath, Array]:
         everything = flat_arrays(nn.meta.unbox(boxed_params(LoopLM(config), key)))

@@ -1,4 +1,4 @@
-"""A Hugging Face Ouro folder as parameters of ours, or as a checkpoint."""
+"""Reads a Hugging Face Ouro folder, as parameters or into a checkpoint."""
 
 import dataclasses
 import os
@@ -35,42 +35,45 @@ class HfModel:
 
     config: ModelConfig
     params: Params
-    tokenizer: Tokenizer | None  # None where the folder has none
-    notes: tuple[str, ...] = ()  # about what the folder leaves open, contradicts or loses
+    tokenizer: Tokenizer | None  # None if the folder has none
+    notes: tuple[str, ...] = ()  # about what the folder leaves open, contradicts, or cannot carry over
 
 
 def is_hf_folder(path: Path) -> bool:
-    """Whether a folder holds weights of Hugging Face's; our run folders have a config.json too, so the weights tell."""
+    """Whether a folder holds Hugging Face weights. Run folders have a config.json too, so the weights decide."""
     return has_weights(path) and not (path / "checkpoints").is_dir()
 
 
 def load_hf(
     path: str | os.PathLike[str], *, mesh: Mesh, dtype: DTypeLike | None = None, uncast: Sequence[str] = ()
 ) -> HfModel:
-    """The model of a Hugging Face Ouro folder, tensor by tensor straight to where each part of it belongs.
+    """Returns the model of a Hugging Face Ouro folder. Each tensor is read directly onto the devices that hold it.
 
-    Every tensor is accounted for before the first one is read.
+    Every tensor is matched with the model before the first one is read.
 
     Args:
-      path: the folder: config.json, safetensors, tokenizer.json.
-      mesh: the devices to spread the parameters over.
-      dtype: float32, bfloat16 or float16; None: as the files have it.
-      uncast: top-level groups of parameters that stay as the files have them whatever `dtype` is.
+      path: a folder with config.json, safetensors and tokenizer.json.
+      mesh: the devices over which the parameters are sharded.
+      dtype: float32, bfloat16 or float16; None keeps the stored dtype.
+      uncast: top-level groups of parameters that keep the stored dtype regardless of `dtype`.
 
     Raises:
-      UserError: a file is missing, damaged or pickled; a field of the config is not honoured; a tensor is missing,
-        surplus, misshapen or not finite; the tokeniser has another vocabulary; the mesh does not fit.
+      UserError: a file is missing, damaged or pickled; a field of the config is not supported; a tensor is missing,
+        unexpected, misshapen or not finite; the tokenizer has another vocabulary; or the mesh does not fit the model.
     """
     folder = Path(path)
     weights = WeightFolder.open(folder)
     config = read_hf_config(folder)
+
     check_divides(mesh, config)
     layout = accounted(weights, config)
     tokenizer, notes = read_hf_tokenizer(folder, config.vocab_size)
+
     targets = parameter_targets(config, mesh, dtype or weights.one_dtype(tensor.name for tensor in layout))
     for tensor in layout:
         if tensor.path[0] in uncast:
             targets[tensor.path] = targets[tensor.path].update(dtype=weights.tensors[tensor.name].dtype)
+
     params = unflat_arrays(place_tensors(weights, layout, targets))
     return HfModel(config=config, params=params, tokenizer=tokenizer, notes=notes)
 
@@ -81,14 +84,15 @@ def convert_from_hf(
     """Writes the model of a Hugging Face Ouro folder as the checkpoint `<out>/checkpoints/0`.
 
     Args:
-      folder: config.json, safetensors, tokenizer.json.
+      folder: a folder with config.json, safetensors and tokenizer.json.
       out: a folder that does not exist, or is empty.
-      dtype: of the parameters; None: as the files have it.
+      dtype: dtype of the parameters; None keeps the stored dtype.
 
     Raises:
-      UserError: as `load_hf`, or `out` is not empty, or the disk refuses. Nothing half-written remains.
+      UserError: as `load_hf`, or `out` is not empty, or the file system refuses a write. No partial output remains.
     """
     mesh = make_mesh(MeshConfig(), first_device())
+
     with fresh_folder(out) as staging:
         model = load_hf(folder, mesh=mesh, dtype=dtype)
         tokenizer = needed_tokenizer(model.tokenizer, folder)
@@ -97,10 +101,10 @@ def convert_from_hf(
 
 
 def read_hf_config(folder: Path) -> ModelConfig:
-    """The model that the `config.json` of an Ouro folder describes.
+    """Returns the model that the `config.json` of an Ouro folder describes.
 
     Raises:
-      UserError: the file is missing or no JSON object, or it has a field that we do not honour, by name.
+      UserError: the file is missing or is not a JSON object, or a field is not supported; the message names it.
     """
     try:
         return from_ouro_config(read_json_object(folder / CONFIG))
@@ -109,7 +113,7 @@ def read_hf_config(folder: Path) -> ModelConfig:
 
 
 def read_hf_tokenizer(folder: Path, vocab_size: int) -> tuple[Tokenizer | None, tuple[str, ...]]:
-    """Returns the tokenizer of a folder, or None where it has no `tokenizer.json`, and notes about it.
+    """Returns the tokenizer of a folder, or None if it has no `tokenizer.json`, and notes about it.
 
     Raises:
       UserError: the file is damaged, its package is not installed, or it has more than `vocab_size` tokens.
@@ -117,6 +121,7 @@ def read_hf_tokenizer(folder: Path, vocab_size: int) -> tuple[Tokenizer | None, 
     file = folder / TOKENIZER
     if not file.is_file():
         return None, ()
+
     tokenizer, notes = read_folder_tokenizer(folder, vocab_size)
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
@@ -130,7 +135,7 @@ def needed_tokenizer(tokenizer: Tokenizer | None, folder: str | os.PathLike[str]
     """Returns the tokenizer of a folder.
 
     Raises:
-      UserError: there is none.
+      UserError: the folder has no tokenizer.
     """
     if tokenizer is None:
         raise UserError(
@@ -140,7 +145,7 @@ def needed_tokenizer(tokenizer: Tokenizer | None, folder: str | os.PathLike[str]
 
 
 def parameter_targets(config: ModelConfig, mesh: Mesh, dtype: DTypeLike) -> dict[ArrayPath, jax.ShapeDtypeStruct]:
-    """Shape, dtype and sharding of every parameter of such a model, without making any."""
+    """Returns the shape, dtype and sharding of every parameter of a model, without allocating them."""
     wanted = flat_arrays(abstract(boxed_shapes(config), mesh))
     return {
         path: jax.ShapeDtypeStruct(leaf.shape, np.dtype(dtype), sharding=leaf.sharding) for path, leaf in wanted.items()
@@ -148,6 +153,6 @@ def parameter_targets(config: ModelConfig, mesh: Mesh, dtype: DTypeLike) -> dict
 
 
 def naming(folder: Path, error: UserError) -> UserError:
-    """The same mistake, with the folder in its line."""
+    """Returns the error with the folder in its message."""
     text = str(error)
     return error if str(folder) in text else UserError(f"{folder}: {text}")

@@ -1,7 +1,7 @@
-"""Which PyTorch tensor is which slice of which of our arrays, by the names of the released weights.
+"""Maps each PyTorch tensor to a slice of one of our arrays, by the names in the released weights.
 
-PyTorch keeps one matrix `[out, in]` for each layer; we keep `[layers, in..., out...]`, with heads as an axis of their
-own. Nothing else differs. A model with norm placement `pre` has the names of a Llama, and a gate besides.
+PyTorch has one matrix `[out, in]` per layer; our arrays are `[layers, in..., out...]`, with a separate axis for heads.
+Nothing else differs. A model with norm placement `pre` has the tensor names of a Llama, plus an exit gate.
 """
 
 import dataclasses
@@ -20,9 +20,9 @@ from looplm_jax.models.looplm import boxed_shapes
 Path = tuple[str, ...]
 
 _LAYERS: Path = ("core", "layers")
-_VECTOR = 0  # no axis is multiplied away: a vector or a table, kept as it is
+_VECTOR = 0  # no contracted axis: a vector or a table, kept as it is
 
-# Our path -> the name in PyTorch, and how many leading axes a product with the matrix multiplies away.
+# Our path -> the name in PyTorch, and how many leading axes of the matrix a product contracts.
 _OUTSIDE_LAYERS: dict[Path, tuple[str, int]] = {
     ("embedding",): ("model.embed_tokens.weight", _VECTOR),
     ("norm", "scale"): ("model.norm.weight", _VECTOR),
@@ -47,43 +47,43 @@ _IN_A_LAYER: dict[Path, tuple[str, int]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TorchTensor:
-    """One tensor of a PyTorch model, and its place in ours."""
+    """One tensor of a PyTorch model, and its location in our parameters."""
 
     name: str
-    path: Path  # of the array in our tree
-    layer: int | None  # index on the leading axis of that array; None where it has no such axis
-    our_shape: tuple[int, ...]  # of the slice, without the axis of layers
-    contracted: int  # leading axes that a product multiplies away; 0 for vectors and the embedding
+    path: Path  # path of the array in our tree
+    layer: int | None  # index on the leading axis of that array; None if it has no such axis
+    our_shape: tuple[int, ...]  # shape of the slice, without the axis of layers
+    contracted: int  # number of leading axes that a product contracts; 0 for vectors and the embedding
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape in PyTorch: `[out, in]` for a matrix."""
+        """Returns the shape in PyTorch: `[out, in]` for a matrix."""
         if self.contracted == _VECTOR:
             return self.our_shape
         return math.prod(self.our_shape[self.contracted :]), math.prod(self.our_shape[: self.contracted])
 
     def to_torch(self, array: np.ndarray) -> np.ndarray:
-        """Our slice as PyTorch keeps it; a view."""
+        """Returns our slice in PyTorch's layout, as a view."""
         return array if self.contracted == _VECTOR else array.reshape(self.shape[::-1]).T
 
     def to_ours(self, tensor: np.ndarray) -> np.ndarray:
-        """The inverse of `to_torch`."""
+        """Returns a PyTorch tensor in our layout, as a view: the inverse of `to_torch`."""
         return tensor if self.contracted == _VECTOR else tensor.T.reshape(self.our_shape)
 
 
 def array_shapes(config: ModelConfig) -> PyTree[jax.ShapeDtypeStruct]:
-    """Our parameters of such a model as shapes, without making any."""
+    """Returns the shapes of our parameters for a model, without allocating them."""
     return nn.meta.unbox(boxed_shapes(config))
 
 
 def torch_layout(params: PyTree) -> Iterator[TorchTensor]:
-    """Every PyTorch tensor of a model, layer after layer.
+    """Yields every PyTorch tensor of a model, layer by layer.
 
     Args:
       params: our parameters, or their shapes: anything whose leaves have a `shape`.
 
     Raises:
-      UserError: a part that the PyTorch model lacks (prelude, coda, injection), by name.
+      UserError: the model has a part that the PyTorch model lacks (prelude, coda, injection); the message names it.
     """
     flat = flat_arrays(params)
     for path in flat:
@@ -91,10 +91,12 @@ def torch_layout(params: PyTree) -> Iterator[TorchTensor]:
             raise UserError(
                 f"parameters {'.'.join(path)} have no place in a PyTorch Ouro model; it cannot be converted"
             )
+
     for path, (name, contracted) in _OUTSIDE_LAYERS.items():
         if path in flat:
             shape = tuple(flat[path].shape)
             yield TorchTensor(name=name, path=path, layer=None, our_shape=shape, contracted=contracted)
+
     stacked = {path: leaf for path, leaf in flat.items() if path[:2] == _LAYERS}
     for layer in range(next(iter(stacked.values())).shape[0]):
         for path, leaf in stacked.items():
@@ -109,13 +111,13 @@ def torch_layout(params: PyTree) -> Iterator[TorchTensor]:
 
 
 def flat_arrays(params: PyTree) -> dict[Path, jax.Array]:
-    """The leaves of a tree of parameters by their paths."""
+    """Returns the leaves of a parameter tree, keyed by path."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return {tuple(str(getattr(key, "key", key)) for key in path): leaf for path, leaf in leaves}
 
 
 def unflat_arrays(arrays: Mapping[Path, jax.Array]) -> PyTree:
-    """The inverse of `flat_arrays`."""
+    """Returns the parameter tree of leaves keyed by path: the inverse of `flat_arrays`."""
     tree: dict = {}
     for path, leaf in arrays.items():
         parent = tree
@@ -125,7 +127,7 @@ def unflat_arrays(arrays: Mapping[Path, jax.Array]) -> PyTree:
     return tree
 
 
-# Parts of names that come from what was wrapped around the model when it was saved, and how to save it without.
+# Prefixes that a wrapper added to the names when the model was saved, and how to save the model without it.
 _WRAPPERS = {
     "_orig_mod.": "torch.compile; save model._orig_mod",
     "base_model.model.": "PEFT; save model.merge_and_unload()",
@@ -140,7 +142,7 @@ def refuse_wrappers(names: Iterable[str], where: str) -> None:
     """Refuses tensors whose names were changed by a wrapper.
 
     Raises:
-      UserError: one of them, the wrapper, and how to save the model without it.
+      UserError: a name has the prefix of a wrapper; the message explains how to save the model without it.
     """
     for name in names:
         for part, what in _WRAPPERS.items():
@@ -149,21 +151,23 @@ def refuse_wrappers(names: Iterable[str], where: str) -> None:
 
 
 def account(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, TorchTensor], where: str) -> None:
-    """Refuse tensors that are missing, surplus or of another shape.
+    """Refuses tensors that are missing, unexpected or misshapen.
 
     Args:
-      found: the shape of every tensor that is there.
+      found: the shape of every tensor that exists.
       wanted: the tensors of the model, by name.
-      where: what to call the place in a message.
+      where: the name of the source in messages.
 
     Raises:
-      UserError: one of them, by name.
+      UserError: a tensor does not match; the message names it.
     """
     refuse_wrappers(found, where)
+
     for name in found:
         if name not in wanted:
             hint = suggest(name, wanted, otherwise="")
             raise UserError(f"{where}: tensor {name} belongs to no part of the model{hint}")
+
     for name, tensor in wanted.items():
         if name not in found:
             raise UserError(f"{where}: tensor {name} is missing")

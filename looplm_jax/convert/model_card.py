@@ -1,6 +1,6 @@
 """The model card of an exported folder: what the model is, how it was trained, and how to run it.
 
-It says what the checkpoint and the run folder around it say, and nothing else.
+The card holds only facts from the checkpoint and from the run folder around it.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from looplm_jax.config import ModelConfig, Objective, Recipe, Stage
 from looplm_jax.models.looplm import count_params
 from looplm_jax.strict_json import metrics_row, numbers
 
-# No license: it is for the owner of the weights to say.
+# No license: only the owner of the weights can choose one.
 _HEAD = """\
 ---
 library_name: transformers
@@ -60,20 +60,20 @@ state = to_torch_state_dict(looplm_jax.load(FOLDER).params)
 And in JAX: `looplm_jax.load(FOLDER)`, or `looplm convert from-hf FOLDER OUT` for a checkpoint that can be trained on.
 """
 
-_LARGEST_EXPONENT = 700.0  # of a perplexity that is a number
+_LARGEST_EXPONENT = 700.0  # the largest exponent of a perplexity; math.exp overflows above about 709
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingRecord:
-    """What is known of the model: its recipe, how far it came, and its last losses on held-out text."""
+    """The facts known about a model: its recipe, the step it reached, and its last losses on held-out text."""
 
     recipe: Recipe
     step: int
-    evaluation: Mapping[str, Any] | None  # the last row of its kind in `metrics.jsonl` up to `step`
+    evaluation: Mapping[str, Any] | None  # the last evaluation row of `metrics.jsonl` up to `step`
 
 
 def training_record(checkpoint: str, restored: Restored) -> TrainingRecord:
-    """The record of the step that was restored from `checkpoint`; metrics only where that is a folder of a run."""
+    """Returns the record of the step restored from `checkpoint`, with metrics if it is in a run folder."""
     steps = candidates(checkpoint, restored.step)[0].path.parent
     run = steps.parent if steps.name == "checkpoints" else steps
     evaluations = [row for row in _metrics(run) if row.get("kind") == "evaluation" and row["step"] <= restored.step]
@@ -85,7 +85,7 @@ def training_record(checkpoint: str, restored: Restored) -> TrainingRecord:
 
 
 def model_card(record: TrainingRecord, *, dtype: str) -> str:
-    """The text of `README.md` for weights in `dtype`."""
+    """Returns the text of `README.md` for weights in `dtype`."""
     recipe = record.recipe
     parts = [
         f"# {_line(recipe.name)}\n\n{_line(recipe.description)}".rstrip() + "\n",
@@ -99,6 +99,7 @@ def model_card(record: TrainingRecord, *, dtype: str) -> str:
 
 
 def _shape(model: ModelConfig, dtype: str) -> str:
+    """Returns the table of the model's sizes."""
     rows = [
         ("parameters", f"{count_params(model):,} ({dtype})"),
         ("layers in the shared stack", model.num_layers),
@@ -108,6 +109,7 @@ def _shape(model: ModelConfig, dtype: str) -> str:
         ("vocabulary", f"{model.vocab_size:,}{', head tied to the embedding' if model.tied_head else ''}"),
         ("longest sequence", f"{model.max_positions:,} (rotary base {model.rope_theta:g})"),
     ]
+
     about = (
         "A looped language model (Ouro, arXiv 2510.25741): one stack of layers is applied several times with the same "
         "weights, every loop can predict the next token, and a gate says after which loop to stop.\n"
@@ -116,25 +118,30 @@ def _shape(model: ModelConfig, dtype: str) -> str:
 
 
 def _training(record: TrainingRecord) -> str:
+    """Returns the section about the training."""
     recipe = record.recipe
     parts = ["## Training\n"]
     if recipe.start.checkpoint:
         parts.append(f"Began with the parameters of `{_line(recipe.start.checkpoint)}`.\n")
+
     done = _steps_done(recipe.stages, record.step)
     if not any(done):
         return "\n".join([*parts, "No training step is recorded in this checkpoint.\n"])
+
     columns = ("stage", "steps", "batch", "sequence length", "tokens", "loops", "objective", "learning rate")
     rows = [_stage_row(stage, steps) for stage, steps in zip(recipe.stages, done, strict=True) if steps]
+
     optimizer = recipe.optimizer
     adamw = (
         f"AdamW, b1 {optimizer.b1:g}, b2 {optimizer.b2:g}, weight decay {optimizer.weight_decay:g}, "
         f"gradients clipped to a global norm of {optimizer.clip_norm:g}; seed {recipe.seed}.\n"
     )
+
     return "\n".join([*parts, _table(columns, rows), adamw, _data(recipe)])
 
 
 def _steps_done(stages: Sequence[Stage], step: int) -> list[int]:
-    """How many steps of each stage are behind a run at `step`."""
+    """Returns how many steps of each stage a run at `step` has completed."""
     done = []
     for stage in stages:
         done.append(min(stage.steps, step))
@@ -143,9 +150,11 @@ def _steps_done(stages: Sequence[Stage], step: int) -> list[int]:
 
 
 def _stage_row(stage: Stage, steps: int) -> tuple[Any, ...]:
+    """Returns the row of one stage in the table of stages."""
     of_all = "" if steps == stage.steps else f" of {stage.steps:,}"
     tokens = steps * stage.batch_size * stage.sequence_length
     loops = f"{stage.min_loops} to {stage.loops}" if stage.min_loops else stage.loops
+
     if stage.objective is Objective.GATE:
         objective = (
             f"gate (Eq. 5, 6), {stage.gate_target.value}, k {stage.gain_slope:g}, gamma {stage.gain_threshold:g}"
@@ -154,6 +163,7 @@ def _stage_row(stage: Stage, steps: int) -> tuple[Any, ...]:
         objective = "loss after the last loop"
     else:
         objective = f"expected loss (Eq. 4), beta {stage.beta:g}, {stage.prior.kind.value} prior"
+
     rate = f"{stage.learning_rate:g}, {stage.schedule.value}, {stage.warmup_steps} warm-up steps"
     return (
         stage.name,
@@ -176,14 +186,17 @@ def _data(recipe: Recipe) -> str:
 
 
 def _evaluation(record: TrainingRecord) -> str:
+    """Returns the section with the losses on held-out text, or an empty string if none were recorded."""
     if record.evaluation is None:
         return ""
     losses = numbers(record.evaluation.get("loss_per_loop"))
+
     perplexities = [math.exp(min(loss, _LARGEST_EXPONENT)) for loss in losses]
     rows = [
         (loop, f"{loss:.4f}", f"{perplexity:.2f}")
         for loop, (loss, perplexity) in enumerate(zip(losses, perplexities, strict=True), start=1)
     ]
+
     table = _table(("loop", "loss (nats/token)", "perplexity"), rows)
     return f"## Held-out text, at step {record.evaluation['step']:,}\n\n{table}"
 
@@ -202,6 +215,7 @@ def _metrics(run: epath.Path) -> Iterator[dict[str, Any]]:
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
+    # chr(92) is a backslash, which an f-string may not contain before Python 3.12.
     return "".join(
         f"| {' | '.join(_line(str(cell)).replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines
     )

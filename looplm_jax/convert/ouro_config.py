@@ -1,4 +1,7 @@
-"""The `config.json` of a Hugging Face folder to our ModelConfig and back. What we do not honor is refused by name."""
+"""Converts the `config.json` of a Hugging Face folder to a ModelConfig and back.
+
+Fields that looplm_jax does not support are refused by name.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +12,7 @@ from looplm_jax.errors import UserError, suggest
 ARCHITECTURE = "OuroForCausalLM"
 _LARGEST = 2**31 - 1
 
-# Their field -> ours. Those that a file may leave out have the value that transformers assumes.
+# Field of `config.json` -> field of ModelConfig. Omitted optional fields take the value that transformers assumes.
 _WHOLE_NUMBERS = {
     "vocab_size": "vocab_size",
     "hidden_size": "width",
@@ -24,7 +27,7 @@ _WHOLE_NUMBERS = {
 _NUMBERS = {"rope_theta": "rope_theta", "rms_norm_eps": "norm_eps", "initializer_range": "init_std"}
 _MAY_BE_LEFT_OUT = {"num_key_value_heads", "head_dim", "initializer_range"}
 
-# Fields that change what the model computes: only these values are what we compute.
+# Fields that change what the model computes: only these values are supported.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "attention_dropout": (0,),
@@ -41,7 +44,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "pruned_heads": ({},),
 }
-# Fields that say nothing about what the model computes, or that the tokenizer and the weights say better.
+# Fields that do not affect the computation, or that the tokenizer and the weights state more reliably.
 _WITHOUT_EFFECT = {
     "architectures",
     "auto_map",
@@ -110,7 +113,7 @@ _OF_TRANSFORMERS = {
     "unk_token_id",
     "use_bfloat16",
 }
-_BOOKKEEPING = ("_", "unsloth_", "transformers.js_")  # what libraries note for themselves
+_BOOKKEEPING = ("_", "unsloth_", "transformers.js_")  # prefixes of fields that libraries write for their own use
 _CHECKED = {
     "model_type",
     "tie_word_embeddings",
@@ -122,42 +125,50 @@ _CHECKED = {
     "sliding_window",
 }
 _QUANTIZED = ("quantization_config", "compression_config")
-_MISSPELLED = 0.85  # how much alike two names are (difflib) for one to be the other with a slip
+_MISSPELLED = 0.85  # the similarity (difflib) above which one name counts as a misspelling of another
+
+
+# Reading
 
 
 def from_ouro_config(values: Mapping[str, Any]) -> ModelConfig:
-    """The model that a `config.json` of Ouro describes.
+    """Returns the model that an Ouro `config.json` describes.
 
     Raises:
-      UserError: another kind of model, a field that is missing or of the wrong type, or one that we do not honor.
+      UserError: the file describes another kind of model, or a field is missing, of the wrong type, or not supported.
     """
     if values.get("early_exit_step") is not None:
         raise UserError(
             f"config.json: early_exit_step={_brief(values['early_exit_step'])} is not kept in a model; "
             "remove it and choose the loop when generating, with --exit loops=..."
         )
+
     if values.get("early_exit_threshold", 1) != 1:
         raise UserError(
             f"config.json: early_exit_threshold={_brief(values['early_exit_threshold'])} is not kept in a model; "
             "set it to 1.0 and choose the exit when generating, with --exit q=..."
         )
+
     return _model(values, "ouro", norm_placement=NormPlacement.SANDWICH)
 
 
 def from_llama_config(values: Mapping[str, Any], *, loops: int, norm_placement: NormPlacement) -> ModelConfig:
-    """A looped model of the shape of a dense one, from the `config.json` of a Llama.
+    """Returns the looped model that has the shape of a dense one, from a Llama `config.json`.
 
     Raises:
-      UserError: another kind of model, a field that is missing or of the wrong type, or one that we do not honor.
+      UserError: the file describes another kind of model, or a field is missing, of the wrong type, or not supported.
     """
     return _model({**values, "total_ut_steps": loops}, "llama", norm_placement=norm_placement)
 
 
+# Writing
+
+
 def to_ouro_config(config: ModelConfig, *, dtype: str) -> dict[str, Any]:
-    """The published fields of `config.json` for a model of ours whose weights are saved in `dtype`.
+    """Returns the published fields of `config.json` for a model whose weights are saved in `dtype`.
 
     Raises:
-      UserError: an option that Hugging Face's Ouro cannot express, by name.
+      UserError: the model has an option that Hugging Face's Ouro cannot express; the message names it.
     """
     unsupported = {
         "prelude_layers": config.prelude_layers == 0,
@@ -165,12 +176,14 @@ def to_ouro_config(config: ModelConfig, *, dtype: str) -> dict[str, Any]:
         "injection": config.injection is Injection.NONE,
         "norm_placement": config.norm_placement is NormPlacement.SANDWICH,
     }
+
     for name, fits in unsupported.items():
         if not fits:
             value = getattr(config, name)
             raise UserError(
                 f"Hugging Face's Ouro cannot express model.{name}={getattr(value, 'value', value)}; keep our format"
             )
+
     return {
         "architectures": [ARCHITECTURE],
         "model_type": "ouro",
@@ -205,14 +218,21 @@ def to_ouro_config(config: ModelConfig, *, dtype: str) -> dict[str, Any]:
     }
 
 
+# Fields and their checks
+
+
 def _model(values: Mapping[str, Any], model_type: str, norm_placement: NormPlacement) -> ModelConfig:
-    values = {name: value for name, value in values.items() if value is not None}  # null is a field left out
+    """Returns the model that the fields describe, after checking all of them."""
+    values = {name: value for name, value in values.items() if value is not None}  # null means that the field is absent
+
     if values.get("model_type") != model_type:
         raise UserError(
             f"config.json: model_type is {_brief(values.get('model_type'))}; only {model_type!r} can be read here"
         )
+
     _refuse_unknown(values)
     _refuse_other_values(values)
+
     values = {**values, "rope_theta": _rope_theta(values)}
     fields: dict[str, Any] = {}
     for theirs, ours in (_WHOLE_NUMBERS | _NUMBERS).items():
@@ -220,10 +240,12 @@ def _model(values: Mapping[str, Any], model_type: str, norm_placement: NormPlace
         if value is None and theirs in _MAY_BE_LEFT_OUT:
             continue
         fields[ours] = _number(theirs, value, whole=theirs in _WHOLE_NUMBERS)
+
     _refuse_other_layers(values, fields["num_layers"])
     tied = values.get("tie_word_embeddings", False)
     if not isinstance(tied, bool):
         raise UserError(f"config.json: tie_word_embeddings must be true or false, not {_brief(tied)}")
+
     try:
         return ModelConfig(**fields, tied_head=tied, norm_placement=norm_placement)
     except UserError as error:
@@ -231,22 +253,25 @@ def _model(values: Mapping[str, Any], model_type: str, norm_placement: NormPlace
 
 
 def _number(name: str, value: Any, *, whole: bool) -> int | float:
+    """Returns a positive number. Raises UserError if the field is missing or has another type."""
     if value is None:
         raise UserError(f"config.json: field {name} is missing")
     kinds = (int,) if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value <= _LARGEST:  # NaN is not above 0
+    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value <= _LARGEST:  # a NaN is not above 0
         wanted = "a whole number" if whole else "a number"
         raise UserError(f"config.json: {name} must be {wanted} from above 0 to {_LARGEST}, not {_brief(value)}")
     return value if whole else float(value)
 
 
 def _refuse_unknown(values: Mapping[str, Any]) -> None:
+    """Raises UserError for quantized weights, and for fields that are not known."""
     for name in _QUANTIZED:
         if name in values:
             raise UserError(
                 f"config.json: {name}={_brief(values[name])}: quantized weights cannot be read; "
                 "take the folder that they were made from"
             )
+
     known = {*_WHOLE_NUMBERS, *_NUMBERS, *_ONLY, *_CHECKED}
     for name in values:
         if name not in known | _WITHOUT_EFFECT | _OF_TRANSFORMERS and not name.startswith(_BOOKKEEPING):
@@ -256,37 +281,44 @@ def _refuse_unknown(values: Mapping[str, Any]) -> None:
 
 
 def _refuse_other_values(values: Mapping[str, Any]) -> None:
+    """Raises UserError for values that would change what the model computes."""
     for name, allowed in _ONLY.items():
         if name in values and values[name] not in allowed:
             raise UserError(f"config.json: {name}={_brief(values[name])} is not honored here, only {allowed[0]!r}")
+
     window = values.get("sliding_window")
     if window is not None and values.get("use_sliding_window") is not False:
         raise UserError(f"config.json: sliding_window={_brief(window)} is not honored here, only None")
+
     for name in ("rope_scaling", "rope_parameters"):
         if name in values and not _is_default_rope(values[name]):
             raise UserError(f"config.json: {name}={_brief(values[name])} is not honored here, only the default type")
 
 
 def _is_default_rope(rope: Any) -> bool:
-    """Whether these settings of the rotary embedding, in any spelling, change nothing but its base."""
+    """Whether these rotary settings, in any spelling, change nothing except the base."""
     if not isinstance(rope, dict):
         return False
     rope = {name: value for name, value in _of_full_attention(rope).items() if value is not None}
+
     kind = rope.pop("rope_type", rope.pop("type", "default"))
     rope.pop("type", None)
     for unread in ("rope_theta", "original_max_position_embeddings"):
         rope.pop(unread, None)
+
     ones = {"factor", "attention_factor", "partial_rotary_factor"}
+    # A linear scaling by 1 is no scaling.
     is_plain = kind == "default" or (kind == "linear" and "factor" in rope)
     return is_plain and rope.keys() <= ones and all(value == 1 for value in rope.values())
 
 
 def _of_full_attention(rope: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Transformers 5 may write the settings once for each type of layer."""
+    """Returns the rotary settings; transformers 5 may nest them under the type of layer."""
     return rope["full_attention"] if isinstance(rope.get("full_attention"), dict) and len(rope) == 1 else rope
 
 
 def _refuse_other_layers(values: Mapping[str, Any], num_layers: int) -> None:
+    """Raises UserError unless every layer uses full attention."""
     kinds = values.get("layer_types")
     if kinds is None:
         return
@@ -295,7 +327,7 @@ def _refuse_other_layers(values: Mapping[str, Any], num_layers: int) -> None:
 
 
 def _rope_theta(values: Mapping[str, Any]) -> Any:
-    """The base of the rotary embedding; transformers 5 moved it into `rope_parameters`."""
+    """Returns the base of the rotary embedding, which transformers 5 moved to `rope_parameters`."""
     for name in ("rope_parameters", "rope_scaling"):
         theta = _of_full_attention(values.get(name) or {}).get("rope_theta")
         if theta is not None:

@@ -1,4 +1,4 @@
-"""A new folder that appears whole, or not at all."""
+"""An output folder that appears complete, or not at all."""
 
 import contextlib
 import os
@@ -12,13 +12,14 @@ from looplm_jax.files import locked, writing
 
 @contextlib.contextmanager
 def fresh_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
-    """A folder to write in, which becomes `out` once the body ends well and is removed if it does not.
+    """Yields a staging folder that becomes `out` if the body succeeds, and is removed if it raises.
 
-    It stands beside `out`, on the same file system, so that its new name is one step of that system. What a killed
-    process left of an earlier attempt is removed first.
+    The staging folder is next to `out`, on the same file system, so that the final rename is atomic. The partial output
+    of an earlier process that was killed is removed first.
 
     Raises:
-      UserError: `out` is there and is not an empty folder, another process writes it now, or the disk refuses.
+      UserError: `out` exists and is not an empty folder, another process is writing it, or the file system refuses a
+      write.
     """
     out = Path(out)
     with writing(out):
@@ -30,13 +31,14 @@ def fresh_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
                 _remove_contents(staging)
                 yield staging
                 staging.replace(target)
+            # BaseException: Ctrl-C must not leave a staging folder either.
             except BaseException:
                 shutil.rmtree(staging, ignore_errors=True)
                 raise
 
 
 def _absent_or_empty(out: Path) -> Path:
-    """Where `out` leads to, links followed."""
+    """Returns the path of `out` with links resolved. Raises UserError unless it is absent or an empty folder."""
     target = out.resolve()
     if target.exists() and not target.is_dir():
         raise UserError(f"{out} is a file; choose another folder")
@@ -49,7 +51,7 @@ def _absent_or_empty(out: Path) -> Path:
 
 @contextlib.contextmanager
 def _only_writer(staging: Path, out: Path) -> Iterator[None]:
-    """Makes the folder and keeps other processes out of it. Raises UserError where another process writes there now."""
+    """Creates the folder and holds its lock. Raises UserError if another process is writing there."""
 
     def busy() -> None:
         raise UserError(f"{out} is being written by another process; choose another folder") from None
@@ -61,7 +63,7 @@ def _only_writer(staging: Path, out: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _named_as(out: Path, staging: Path) -> Iterator[None]:
-    """Mistakes speak of the folder that the user named: the other one is gone by then."""
+    """Replaces the staging folder with `out` in error messages: by then the staging folder no longer exists."""
     try:
         yield
     except UserError as error:

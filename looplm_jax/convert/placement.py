@@ -1,4 +1,4 @@
-"""Tensors of files into our arrays, one array at a time, straight to the devices that hold them."""
+"""Reads tensors from files into our arrays, one array at a time, directly onto the devices that hold them."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,24 +11,24 @@ from looplm_jax.convert.layout import Path, TorchTensor
 from looplm_jax.convert.weight_files import WeightFolder
 from looplm_jax.errors import UserError
 
-_COLUMNS = 16  # copied together: a transposed copy in blocks that fit into the cache takes a third of the time
+_COLUMNS = 16  # columns copied at a time: a transposed copy in blocks that fit the cache takes a third of the time
 
 
 def place_tensors(
     weights: WeightFolder, layout: Iterable[TorchTensor], targets: Mapping[Path, jax.ShapeDtypeStruct]
 ) -> dict[Path, Array]:
-    """Our arrays, each filled from its tensors and put on its devices before the next one is begun.
+    """Returns our arrays. Each is filled from its tensors and placed on its devices before the next one starts.
 
-    Besides the arrays that are done, memory holds one array and one tensor. What needs most of it comes first, while
-    little else is there.
+    In addition to the finished arrays, memory holds one array and one tensor. The array that needs the most memory
+    comes first, while few others exist.
 
     Args:
-      weights: where the tensors are; each is read once.
-      layout: the tensors of the arrays, all there and of the right shapes (see `layout.account`).
-      targets: shape, dtype and sharding of every array; layers are not sharded.
+      weights: the files of the tensors; each tensor is read once.
+      layout: the tensors of the arrays, all present and of the right shapes (see `layout.account`).
+      targets: shape, dtype and sharding of every array; the axis of layers is not sharded.
 
     Raises:
-      UserError: a tensor holds a number that is not finite in the dtype of its array, by name.
+      UserError: a tensor has a value that is not finite in the dtype of its array; the message names the tensor.
     """
     parts: dict[Path, list[TorchTensor]] = {}
     for tensor in layout:
@@ -36,16 +36,18 @@ def place_tensors(
 
     def memory(path: Path) -> int:
         read = max(weights.tensors[tensor.name].nbytes for tensor in parts[path])
-        return targets[path].size * targets[path].dtype.itemsize + 2 * read  # in the mapped file, and copied
+        return targets[path].size * targets[path].dtype.itemsize + 2 * read  # once in the mapped file, once as a copy
 
     return {path: _place(weights, parts[path], targets[path]) for path in sorted(parts, key=memory, reverse=True)}
 
 
 def _place(weights: WeightFolder, tensors: list[TorchTensor], target: jax.ShapeDtypeStruct) -> Array:
-    """One array, from a buffer on the host for each of its different shards."""
+    """Returns one array, assembled in one host buffer for each distinct shard."""
+    # Replicas have equal indices, so they share a buffer. Slices are not hashable before Python 3.12, their repr is.
     indices = {repr(index): index for index in target.sharding.addressable_devices_indices_map(target.shape).values()}
     shape = target.sharding.shard_shape(target.shape)
     shards = {key: np.empty(shape, target.dtype) for key in indices}
+
     for tensor in tensors:
         whole = tensor.to_ours(_read(weights, tensor.name, target.dtype))
         for key, index in indices.items():
@@ -53,17 +55,21 @@ def _place(weights: WeightFolder, tensors: list[TorchTensor], target: jax.ShapeD
                 _copy(shards[key], whole[index])
             else:
                 _copy(shards[key][tensor.layer], whole[index[1:]])
+
     array = jax.make_array_from_callback(
         target.shape, target.sharding, lambda index: shards[repr(index)], dtype=target.dtype
     )
-    return array.block_until_ready()  # after this the buffers are free, unless they became the array
+    return array.block_until_ready()  # the buffers are free after this, unless they became the array
 
 
 def _read(weights: WeightFolder, name: str, dtype: Any) -> np.ndarray:
+    """Returns a tensor in `dtype`. Raises UserError if a value is not finite in it."""
     stored = weights.tensors[name]
-    with np.errstate(all="ignore"):  # what does not fit into a narrower dtype is found below
+    with np.errstate(all="ignore"):  # overflow in a narrower dtype is detected below
         tensor = weights.read(name).astype(dtype, copy=False)
-    infinity = np.array(np.inf, dtype).view(f"u{tensor.itemsize}")  # all bits of the exponent
+
+    # A value is not finite if all bits of its exponent are set.
+    infinity = np.array(np.inf, dtype).view(f"u{tensor.itemsize}")  # all exponent bits set
     bits = tensor.view(infinity.dtype)
     if np.max(bits & infinity, initial=0) == infinity:
         raise UserError(f"{stored.file}: tensor {name} holds NaN, or a number that is infinite in {np.dtype(dtype)}")

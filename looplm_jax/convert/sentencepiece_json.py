@@ -1,13 +1,13 @@
-"""A SentencePiece BPE model as a Hugging Face `tokenizer.json` that gives the same ids.
+"""Converts a SentencePiece BPE model to a Hugging Face `tokenizer.json` that gives the same ids.
 
-SentencePiece merges any two neighbours whose text is a piece; Hugging Face merges listed pairs. One pair for each piece
-is enough: until a piece is made nothing inside it has merged with anything outside, so what happened inside is what
-happens when the piece is encoded alone, and its last merge is always the same (`_last_merge`). Equal neighbours are
-merged from the left in both.
+SentencePiece merges any two neighbors whose joined text is a piece; Hugging Face merges listed pairs. One pair per
+piece is enough: until a piece is formed, nothing inside it has merged with anything outside. So the merges inside are
+the same as when the piece is encoded alone, and its last merge is always the same (`_last_merge`). Both merge equal
+neighbors from the left.
 
-SentencePiece writes a space as U+2581; here it stays a space, which leaves U+2581 itself to the byte tokens, as in
-`SentencePieceTokenizer`. The texts of ids agree too, except for bytes that are not UTF-8, where the number of
-replacement characters differs, and for the unknown token, which no text gives and which is shown by its name.
+SentencePiece writes a space as U+2581. Here it stays a space, which leaves U+2581 itself to the byte tokens, as in
+`SentencePieceTokenizer`. The decoded texts agree too, with two exceptions: for bytes that are not UTF-8 the number of
+replacement characters differs, and the unknown token, which no text encodes to, is shown by its name.
 """
 
 import collections
@@ -30,25 +30,26 @@ _EXPRESSIBLE = Settings(
     remove_extra_whitespaces=False,
     escape_whitespaces=True,
 )
-# What the decoder of Hugging Face takes for a byte, whatever kind of piece it is.
+# Pieces that the decoder of Hugging Face takes for a byte, regardless of their kind.
 _LIKE_A_BYTE = re.compile("<0x[0-9A-Fa-f+][0-9A-Fa-f]>")
 
 
 def sentencepiece_json(content: bytes) -> bytes:
-    """The `tokenizer.json` of a `.model` file's bytes.
+    """Returns the `tokenizer.json` for the bytes of a `.model` file.
 
-    Raises UserError, by name, for settings and pieces that would give other ids: a model that is not BPE with byte
-    fallback, that changes the text before it encodes it, or with pieces of one score.
+    Raises UserError, naming the setting or piece, if the ids would differ: for a model that is not BPE with byte
+    fallback, that changes the text before encoding it, or that has pieces with equal scores.
     """
     model = read_model(content)
     _check_settings(model.settings)
     pieces = [dataclasses.replace(piece, text=piece.text.replace(SPACE_MARK, " ")) for piece in model.pieces]
     _check_pieces(pieces)
+
     return json.dumps(_document(pieces), ensure_ascii=False).encode()
 
 
 def _document(pieces: Sequence[Piece]) -> dict[str, Any]:
-    """The format of the package `tokenizers`, every field that its own files have."""
+    """Returns a document in the format of the `tokenizers` package, with every field that its own files have."""
     return {
         "version": "1.0",
         "truncation": None,
@@ -74,9 +75,9 @@ def _document(pieces: Sequence[Piece]) -> dict[str, Any]:
 
 
 def _is_added(piece: Piece) -> bool:
-    """Whether the token is found before merges: never in plain text (control), or always (user-defined).
+    """Whether the token is matched before merges: never in plain text (control), or always (user-defined).
 
-    A user-defined character needs no entry: no merge has a part in it.
+    A user-defined single character needs no entry, because no merge involves it.
     """
     return piece.kind is PieceKind.CONTROL or (piece.kind is PieceKind.USER_DEFINED and len(piece.text) > 1)
 
@@ -94,13 +95,14 @@ def _added_token(token: int, piece: Piece) -> dict[str, Any]:
 
 
 def _merges(pieces: Sequence[Piece]) -> list[tuple[str, str]]:
-    """The pair that makes each piece, best first. Nothing is merged with a user-defined piece."""
+    """Returns the pair that forms each piece, best first. Nothing merges with a user-defined piece."""
     fixed = [piece.text for piece in pieces if piece.kind is PieceKind.USER_DEFINED]
     scores = {
         piece.text: piece.score
         for piece in pieces
         if _is_merged(piece) and not any(text in piece.text for text in fixed)
     }
+
     merges = [_last_merge(text, scores) for text in sorted(scores, key=scores.__getitem__, reverse=True)]
     return [pair for pair in merges if pair is not None]
 
@@ -110,7 +112,7 @@ def _is_merged(piece: Piece) -> bool:
 
 
 def _last_merge(text: str, scores: Mapping[str, float]) -> tuple[str, str] | None:
-    """The two parts that are merged last when SentencePiece encodes `text` alone; None where they never meet."""
+    """Returns the two parts that SentencePiece merges last when it encodes `text` alone; None if they never merge."""
     parts = list(text)
     while len(parts) > 2:
         joined = [left + right for left, right in itertools.pairwise(parts)]
@@ -118,11 +120,14 @@ def _last_merge(text: str, scores: Mapping[str, float]) -> tuple[str, str] | Non
         if joined[best] not in scores:
             return None
         parts[best : best + 2] = [joined[best]]
+
+    # The loop leaves two parts, because every merged piece has at least two characters.
     left, right = parts
     return left, right
 
 
 def _check_settings(settings: Settings) -> None:
+    """Raises UserError unless a `tokenizer.json` can express the settings."""
     for name, wanted in dataclasses.asdict(_EXPRESSIBLE).items():
         value = getattr(settings, name)
         if value != wanted:
@@ -137,6 +142,7 @@ def _shown(value: bool | Algorithm) -> str:
 
 
 def _check_pieces(pieces: Sequence[Piece]) -> None:
+    """Raises UserError for the first piece that a `tokenizer.json` cannot express."""
     problem = next(_problems(pieces), None)
     if problem:
         raise UserError(
@@ -146,11 +152,12 @@ def _check_pieces(pieces: Sequence[Piece]) -> None:
 
 
 def _problems(pieces: Sequence[Piece]) -> Iterator[str]:
-    """What Hugging Face's BPE would read in another way."""
+    """Yields what Hugging Face's BPE would interpret differently."""
     texts = collections.Counter(piece.text for piece in pieces)
     scores = collections.Counter(piece.score for piece in pieces if _is_merged(piece))
     if " " not in texts:
         yield "there is no piece for the space"
+
     for piece in pieces:
         if piece.kind is PieceKind.UNUSED:
             yield f"the piece {piece.text!r} is marked as unused"

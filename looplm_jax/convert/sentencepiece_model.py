@@ -1,7 +1,8 @@
-"""What a SentencePiece `.model` file holds and its Python package does not give: kinds of pieces, and settings.
+"""Reads the kinds of pieces and the settings of a SentencePiece `.model` file.
 
-The file is a protocol buffer, `sentencepiece_model.proto`. The generated reader that comes with SentencePiece refuses
-every `protobuf` older than the one that generated it, so the few fields of interest are read from the wire format.
+SentencePiece's Python package exposes neither. The file is a protocol buffer, `sentencepiece_model.proto`. The
+generated reader that ships with SentencePiece rejects every `protobuf` older than the one that generated it, so the few
+fields of interest are read from the wire format.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ from looplm_jax.errors import UserError
 
 
 class PieceKind(enum.IntEnum):
-    """`ModelProto.SentencePiece.Type`."""
+    """The kind of a piece: `ModelProto.SentencePiece.Type`."""
 
     NORMAL = 1
     UNKNOWN = 2
@@ -25,7 +26,7 @@ class PieceKind(enum.IntEnum):
 
 
 class Algorithm(enum.IntEnum):
-    """`TrainerSpec.ModelType`."""
+    """The kind of a model: `TrainerSpec.ModelType`."""
 
     UNIGRAM = 1
     BPE = 2
@@ -35,7 +36,7 @@ class Algorithm(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """One token; its id is its place in the model. Of two merges the one with the higher score comes first."""
+    """One token; its id is its index in the model. Of two possible merges, the higher score is done first."""
 
     text: str
     score: float
@@ -44,7 +45,7 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What decides how text becomes pieces, by the names of SentencePiece's trainer."""
+    """The settings that decide how text is split into pieces, under the names of SentencePiece's trainer."""
 
     model_type: Algorithm
     byte_fallback: bool
@@ -56,22 +57,25 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class SentencePieceModel:
-    """The pieces in the order of their ids, and the settings."""
+    """A SentencePiece model: its pieces, in the order of their ids, and its settings."""
 
     pieces: tuple[Piece, ...]
     settings: Settings
 
 
 def read_model(content: bytes) -> SentencePieceModel:
-    """Read the bytes of a `.model` file. Raises UserError where they are none."""
+    """Parses the bytes of a `.model` file. Raises UserError if they are not a SentencePiece model."""
     try:
         fields = list(_fields(content))
+
+        # 1: the repeated field `pieces` of `ModelProto`.
         return SentencePieceModel(tuple(_piece(value) for number, value in fields if number == 1), _settings(fields))
     except (IndexError, KeyError, TypeError, ValueError, struct.error):
         raise UserError("this is not a SentencePiece model; give a .model file") from None
 
 
 def _piece(message: bytes) -> Piece:
+    # 2: score, 1: text, 3: type.
     fields = dict(_fields(message))
     (score,) = struct.unpack("<f", fields.get(2, bytes(4)))
     return Piece(fields[1].decode(), score, PieceKind(fields.get(3, PieceKind.NORMAL)))
@@ -79,7 +83,10 @@ def _piece(message: bytes) -> Piece:
 
 def _settings(model: list[tuple[int, Any]]) -> Settings:
     parts = dict(model)
+
+    # 2: trainer_spec, 3: normalizer_spec, 5: denormalizer_spec. The defaults below are those of the .proto file.
     trainer, normalizer, denormalizer = (dict(_fields(parts.get(number, b""))) for number in (2, 3, 5))
+
     return Settings(
         model_type=Algorithm(trainer.get(3, Algorithm.UNIGRAM)),
         byte_fallback=bool(trainer.get(35, False)),
@@ -91,15 +98,18 @@ def _settings(model: list[tuple[int, Any]]) -> Settings:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """Number and value of each field: an int of kind 0 (varint), else its bytes (kinds 1, 2 and 5)."""
+    """Yields the number and the value of each field: an int for wire type 0 (varint), bytes for types 1, 2 and 5."""
     position = 0
+
     while position < len(message):
         key, position = _varint(message, position)
+
         number, kind = divmod(key, 8)
         if kind == 0:
             value, position = _varint(message, position)
             yield number, value
         else:
+            # 1: eight bytes, 5: four bytes; any other type starts with its length.
             size = {1: 8, 5: 4}.get(kind)
             if size is None:
                 size, position = _varint(message, position)
@@ -108,7 +118,10 @@ def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def _varint(message: bytes, position: int) -> tuple[int, int]:
-    """Seven bits a byte, lowest first; the last byte is below 128. Returns the number and where it ends."""
+    """Decodes a varint: seven bits per byte, lowest first; the last byte is below 128.
+
+    Returns the number and the position after it.
+    """
     value = shift = 0
     while message[position] >= 128:
         value |= (message[position] & 127) << shift

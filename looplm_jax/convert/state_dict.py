@@ -1,4 +1,4 @@
-"""Our parameters as a plain PyTorch state dict and back, without transformers."""
+"""Converts parameters to a plain PyTorch state dict and back, without transformers."""
 
 from collections.abc import Mapping
 from types import ModuleType
@@ -20,9 +20,9 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def to_torch_state_dict(params: Params) -> dict[str, "torch.Tensor"]:
-    """The tensors of a PyTorch Ouro model, on the CPU, in the dtype of `params`.
+    """Returns the tensors of a PyTorch Ouro model, on the CPU, in the dtype of `params`.
 
-    A model with a tied head has its embedding under both names, as the state dict of the PyTorch module does.
+    A model with a tied head has its embedding under both names, as in the state dict of the PyTorch module.
 
     Raises:
       UserError: PyTorch is not installed, or the model has a part that the PyTorch model lacks.
@@ -30,29 +30,37 @@ def to_torch_state_dict(params: Params) -> dict[str, "torch.Tensor"]:
     torch = _import_torch()
     layout, arrays = list(torch_layout(params)), flat_arrays(params)
     on_host = {path: np.asarray(array) for path, array in arrays.items()}
+
     state = {}
     for tensor in layout:
         whole = on_host[tensor.path]
         state[tensor.name] = _to_tensor(torch, tensor.to_torch(whole if tensor.layer is None else whole[tensor.layer]))
+
     return state if _HEAD in state else {**state, _HEAD: state[_EMBEDDING]}
 
 
 def from_torch_state_dict(state: Mapping[str, "torch.Tensor"], config: ModelConfig) -> Params:
-    """Parameters of a model of shape `config` from the tensors of a PyTorch Ouro model, in their own dtype.
+    """Returns the parameters of a model of shape `config` from the tensors of a PyTorch Ouro model, in their own dtype.
 
     Raises:
-      UserError: a tensor is missing, surplus or of another shape, by name.
+      UserError: a tensor is missing, unexpected or of another shape; the message names it.
     """
     torch = _import_torch()
     shapes = array_shapes(config)
     wanted = {tensor.name: tensor for tensor in torch_layout(shapes)}
+
+    # The state dict of a tied model lists the embedding a second time, as the head.
     tensors = dict(state)
     if config.tied_head and {_HEAD, _EMBEDDING} <= set(tensors) and torch.equal(tensors[_HEAD], tensors[_EMBEDDING]):
         del tensors[_HEAD]
+
     account({name: tuple(tensor.shape) for name, tensor in tensors.items()}, wanted, "state dict")
+
+    # The slices of one array arrive in the order of its layers, because the layout lists the layers in order.
     slices: dict[tuple[str, ...], list[np.ndarray]] = {}
     for name, place in wanted.items():
         slices.setdefault(place.path, []).append(place.to_ours(_to_numpy(torch, tensors[name])))
+
     arrays = {
         path: jnp.asarray(np.stack(slices[path]) if leaf.ndim > slices[path][0].ndim else slices[path][0])
         for path, leaf in flat_arrays(shapes).items()
@@ -61,7 +69,7 @@ def from_torch_state_dict(state: Mapping[str, "torch.Tensor"], config: ModelConf
 
 
 def _to_tensor(torch: ModuleType, array: np.ndarray) -> "torch.Tensor":
-    """A copy; PyTorch takes NumPy's bfloat16 as bits only."""
+    """Returns a copy as a PyTorch tensor. PyTorch accepts NumPy's bfloat16 only as bits."""
     array = np.array(array, order="C")
     if array.dtype == jnp.bfloat16:
         return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
@@ -69,6 +77,7 @@ def _to_tensor(torch: ModuleType, array: np.ndarray) -> "torch.Tensor":
 
 
 def _to_numpy(torch: ModuleType, tensor: "torch.Tensor") -> np.ndarray:
+    """Returns a NumPy array with the tensor's values; bfloat16 passes through its bits, which NumPy can hold."""
     tensor = tensor.detach().cpu().contiguous()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.uint16).numpy().view(jax.dtypes.bfloat16)

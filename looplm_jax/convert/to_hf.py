@@ -1,4 +1,4 @@
-"""A checkpoint to a Hugging Face folder: weights, configuration, tokeniser, PyTorch model and model card."""
+"""Exports a checkpoint to a Hugging Face folder: weights, configuration, tokenizer, PyTorch model, and model card."""
 
 import dataclasses
 import functools
@@ -31,7 +31,7 @@ _TORCH_FILES = ("configuration_looplm.py", "modeling_looplm.py")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ToHf:
-    """What was written, and warnings about newer steps that were passed over and about what was left out."""
+    """The result of an export. `warnings` name newer checkpoints that were skipped, and what was left out."""
 
     out: Path
     step: int
@@ -53,30 +53,34 @@ def convert_to_hf(
     dtype: str | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> ToHf:
-    """Writes a folder that transformers, vLLM and `looplm convert from-hf` read.
+    """Writes a folder that transformers, vLLM and `looplm convert from-hf` can read.
 
     Args:
       checkpoint: a run folder, its `checkpoints` folder, or one step.
       out: a folder that does not exist, or is empty.
-      step: which step; None means the newest good one.
-      dtype: float32 or bfloat16; None: as stored.
-      max_shard_bytes: weights beyond this are cut into several files.
+      step: the step to export; None exports the latest valid checkpoint.
+      dtype: float32 or bfloat16; None keeps the stored dtype.
+      max_shard_bytes: larger weights are split into several files.
 
     Raises:
-      UserError: not a checkpoint, no good step, an option that Hugging Face's Ouro cannot express, weights that are
-        not finite, `out` is not empty, or the disk refuses. Nothing half-written remains.
+      UserError: `checkpoint` is not a checkpoint, no step is valid, an option cannot be expressed in Hugging Face's
+      Ouro,
+        weights are not finite, `out` is not empty, or the file system refuses a write. No partial output remains.
     """
     if dtype not in (None, *_DTYPES):
         raise UserError(f"weights are written in {' or '.join(_DTYPES)}, not {dtype}")
+
     source = os.fspath(checkpoint)
     model = read_metadata(source, step).recipe().model
-    to_ouro_config(model, dtype="float32")  # refuses what it cannot express, before the weights are read
+    to_ouro_config(model, dtype="float32")  # raises for unsupported options before the weights are read
+
     with fresh_folder(out) as folder:
         restored = restore_params(source, array_shapes(model), step=step)
         dtype = dtype or _widest(restored.state)
-        left_out = _write_small_files(folder, source, restored, dtype)  # first, as a tokenizer may be refused
+        left_out = _write_small_files(folder, source, restored, dtype)  # first, because a tokenizer may be refused
         weights = _write_weights(folder, restored.state, dtype, max_shard_bytes)
         files = tuple(sorted(path.name for path in folder.iterdir()))
+
     return ToHf(
         out=Path(out),
         step=restored.step,
@@ -88,7 +92,7 @@ def convert_to_hf(
 
 
 def _widest(params: Any) -> str:
-    """The one dtype that holds every parameter without loss, for `config.json` names only one."""
+    """Returns the dtype that holds every parameter without loss; `config.json` can name only one."""
     stored = {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
     return stored.pop() if len(stored) == 1 else "float32"
 
@@ -100,7 +104,7 @@ def _write_weights(folder: Path, params: Any, dtype: str, max_bytes: int) -> Wri
 
 
 def _read(arrays: dict[ArrayPath, np.ndarray], dtype: np.dtype, tensor: TorchTensor) -> np.ndarray:
-    """A tensor as PyTorch keeps it, as the bits of `dtype`, which NumPy transposes faster than its bfloat16."""
+    """Returns a tensor in PyTorch's layout. The bits are integers, which NumPy transposes faster than its bfloat16."""
     whole = arrays[tensor.path]
     ours = (whole if tensor.layer is None else whole[tensor.layer]).astype(dtype, copy=False)
     if not np.isfinite(ours).all():
@@ -109,21 +113,24 @@ def _read(arrays: dict[ArrayPath, np.ndarray], dtype: np.dtype, tensor: TorchTen
 
 
 def _write_small_files(folder: Path, source: str, restored: Restored, dtype: str) -> tuple[str, ...]:
-    """Writes everything but the weights. Returns warnings about what is left out."""
+    """Writes everything except the weights. Returns warnings about what is left out."""
     metadata = restored.metadata
     recipe = metadata.recipe()
     tokenizer = deserialize(metadata.tokenizer_kind, metadata.tokenizer)
     special: dict[str, Any] = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     if isinstance(tokenizer, FolderTokenizer):
         special |= kept_json(tokenizer, "config.json")
+
     _write_json(folder / "config.json", {**to_ouro_config(recipe.model, dtype=dtype), **special})
     _write_json(folder / "generation_config.json", _generation_config(tokenizer))
     for name, content in tokenizer_files(tokenizer, max_positions=recipe.model.max_positions).items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
+
     code = importlib.resources.files("looplm_jax.convert.torch_model")
     for name in _TORCH_FILES:
         (folder / name).write_bytes((code / name).read_bytes())
+
     card = model_card(training_record(source, restored), dtype=dtype)
     if isinstance(tokenizer, FolderTokenizer):
         card = card.replace("---\n", f"---\n{tokenizer.files.get('README.md', '')}", 1)  # the license of the weights
@@ -132,12 +139,13 @@ def _write_small_files(folder: Path, source: str, restored: Restored, dtype: str
 
 
 def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Returns the defaults of `generate`, which ends at the end of a text and at the end of a turn of chat."""
+    """Returns the defaults of `generate`, which stops at the end of a text and at the end of a chat turn."""
     ours = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stop_ids(tokenizer), "pad_token_id": tokenizer.eos_id}
     if not isinstance(tokenizer, FolderTokenizer):
         return ours
+
     theirs = kept_json(tokenizer, "generation_config.json")
-    theirs.pop("_from_model_config", None)  # would let transformers make them anew
+    theirs.pop("_from_model_config", None)  # with it, transformers would derive the values from the model config again
     pad = {} if tokenizer.ids.pad is None else {"pad_token_id": tokenizer.ids.pad}
     return {**theirs, **ours, **pad}
 

@@ -1,4 +1,4 @@
-"""The tokeniser files of a Hugging Face folder."""
+"""The tokenizer files of an exported Hugging Face folder."""
 
 import json
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from looplm_jax.data.tokenizers import (
 )
 from looplm_jax.data.tokenizers.folder_files import kept_json, other_files
 
-# The chat of `data/chat.py`. The blocks of generation mark its targets, for `return_assistant_tokens_mask`.
+# The chat format of `data/chat.py`. The generation blocks mark its targets, for `return_assistant_tokens_mask`.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {{- '<|im_start|>' + message['role'] + '\\n' -}}
@@ -31,17 +31,18 @@ CHAT_TEMPLATE = """\
 {%- endif -%}
 """
 
-# The name of the token for unknown words. No symbol holds a space, so there is no such token and the words are refused.
+# The name of the token for unknown words. No symbol contains a space, so no token has this name, and `tokenizers`
+# refuses unknown words.
 _NO_SYMBOL = "no symbol"
 
 
 def tokenizer_files(tokenizer: Tokenizer, *, max_positions: int) -> dict[str, bytes]:
-    """Name and content of each tokeniser file that `transformers` 4.57 and 5 load, ChatML template included.
+    """Returns the name and content of each tokenizer file that `transformers` 4.57 and 5 load, with a ChatML template.
 
-    A `tokenizer.json` stays as it is, byte for byte; the other kinds of tokeniser become one that gives the same ids.
-    Batches are padded with the end of text, which is the only such token that every tokeniser has.
+    A `tokenizer.json` is copied byte for byte; the other kinds of tokenizer are converted to one that gives the same
+    ids. Batches are padded with the end-of-text token, the only suitable token that every tokenizer has.
 
-    Raises UserError for a SentencePiece model that has no `tokenizer.json` with the same ids.
+    Raises UserError for a SentencePiece model that cannot be converted to a `tokenizer.json` with the same ids.
     """
     others: dict[str, bytes] = {}
     end = tokenizer.piece(tokenizer.eos_id)
@@ -53,48 +54,54 @@ def tokenizer_files(tokenizer: Tokenizer, *, max_positions: int) -> dict[str, by
         "clean_up_tokenization_spaces": False,
         **special,
     }
+
     has_template = False
     if isinstance(tokenizer, FolderTokenizer):
         theirs = kept_json(tokenizer, "tokenizer_config.json")
-        if theirs.pop("auto_map", None):  # names code, which is not copied
+        if theirs.pop("auto_map", None):  # it names code, which is not copied
             theirs.pop("tokenizer_class", None)
         settings = {**settings, **theirs}
         special = {**special, **kept_json(tokenizer, "special_tokens_map.json")}
         others = other_files(tokenizer)
         has_template = "chat_template" in theirs or any(name.startswith("chat_template.") for name in others)
+
     files = {
         "tokenizer.json": _tokenizer_json(tokenizer),
         "tokenizer_config.json": _json(settings),
         "special_tokens_map.json": _json(special),
     }
+
     if _knows_chat(tokenizer) and not has_template:
         files["chat_template.jinja"] = CHAT_TEMPLATE.encode()
     return {**files, **others}
 
 
 def stop_ids(tokenizer: Tokenizer) -> list[int]:
-    """Returns the tokens that end a text, ascending: those that the folder of the model names, the end of a document,
-    and the end of a turn of chat where the tokenizer has it.
+    """Returns the tokens that end a text, in ascending order.
 
-    Ouro's are 0 and 2, though its published configuration names 0 alone (specification, section 1).
+    They are the stop tokens that the model's folder names, the end of a document, and the end of a chat turn if the
+    tokenizer has one. Ouro's are 0 and 2, although its published configuration names only 0 (specification, section 1).
     """
     named = tokenizer.ids.stop if isinstance(tokenizer, FolderTokenizer) else ()
+
     ends = (*named, tokenizer.eos_id, tokenizer.token_id(IM_END))
     return sorted({token for token in ends if token is not None})
 
 
 def has_other_chat_template(tokenizer: Tokenizer) -> bool:
-    """Returns whether the folder of the model brought a chat template, and none that names the tokens of ChatML."""
+    """Returns whether the model's folder has a chat template, but none that uses the tokens of ChatML."""
     if not isinstance(tokenizer, FolderTokenizer):
         return False
+
     files = [tokenizer.files[name] for name in ("chat_template.jinja", "chat_template.json") if name in tokenizer.files]
-    in_settings = kept_json(tokenizer, "tokenizer_config.json").get("chat_template")  # a text, or a list of named ones
+    in_settings = kept_json(tokenizer, "tokenizer_config.json").get("chat_template")  # a string, or a list of templates
+
     templates = [*files, *([] if in_settings is None else [str(in_settings)])]
     return bool(templates) and not any(IM_START in template for template in templates)
 
 
 def code_left_out(tokenizer: Tokenizer) -> tuple[str, ...]:
-    """Returns a warning where the folder of the model named code for its tokenizer, which is not exported."""
+    """Returns a warning if the model's folder names code for its tokenizer, which is not exported."""
     if isinstance(tokenizer, FolderTokenizer) and kept_json(tokenizer, "tokenizer_config.json").get("auto_map"):
         return ("auto_map of tokenizer_config.json is left out: the code that it names is not copied",)
     return ()
@@ -105,8 +112,10 @@ def _knows_chat(tokenizer: Tokenizer) -> bool:
 
 
 def _tokenizer_json(tokenizer: Tokenizer) -> bytes:
+    """Returns the `tokenizer.json` of a tokenizer."""
     if isinstance(tokenizer, FolderTokenizer):
         return tokenizer.tokenizer_json
+
     content = tokenizer.serialize()
     if tokenizer.kind == JsonTokenizer.kind:
         return content
@@ -116,7 +125,10 @@ def _tokenizer_json(tokenizer: Tokenizer) -> bytes:
 
 
 def _symbols(symbols: Sequence[str]) -> dict[str, Any]:
-    """Words between white space, as `str.split` knows it: that of regular expressions, and four separators of ASCII."""
+    """Returns a tokenizer of words between white space as `str.split` defines it.
+
+    That is the white space of regular expressions, and four ASCII separators.
+    """
     return {
         "version": "1.0",
         "truncation": None,

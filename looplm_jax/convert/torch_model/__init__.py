@@ -1,1 +1,1 @@
-"""The PyTorch model of every exported folder. It imports torch and transformers, so nothing imports it at the top."""
+"""The PyTorch model of exported folders. It imports torch and transformers, so no module imports it at the top."""

@@ -1,4 +1,4 @@
-"""The configuration of a LoopLM for transformers 4.57 and 5: the fields of Ouro. What is not honoured is refused."""
+"""The configuration of a LoopLM for transformers 4.57 and 5, with Ouro's fields. Unsupported values are refused."""
 
 from typing import Any, ClassVar
 
@@ -9,7 +9,7 @@ _AUTO_MAP = {
     "AutoModel": "modeling_looplm.OuroModel",
     "AutoModelForCausalLM": "modeling_looplm.OuroForCausalLM",
 }
-# Fields that change what models of other kinds compute; those of them that Ouro lacks may be absent.
+# Fields that change what other kinds of models compute; those that Ouro lacks may be absent.
 _ONLY = {
     "hidden_act": "silu",
     "use_sliding_window": False,
@@ -20,10 +20,10 @@ _ONLY = {
 
 
 class OuroConfig(PretrainedConfig):
-    """The shape of the model, by the names of Ouro's `config.json`; the defaults are those of Ouro-1.4B.
+    """The configuration of a model, under the names of Ouro's `config.json`. The defaults are those of Ouro-1.4B.
 
     Args:
-        vocab_size: tokens, V.
+        vocab_size: number of tokens, V.
         hidden_size: model width, D.
         intermediate_size: feed-forward width.
         num_hidden_layers: layers in the shared stack, L.
@@ -31,27 +31,27 @@ class OuroConfig(PretrainedConfig):
         num_key_value_heads: key/value heads, K; default H.
         head_dim: width of a head, Dh; default D / H.
         hidden_act: only "silu".
-        max_position_embeddings: longest sequence that the model is meant for.
+        max_position_embeddings: longest sequence that the model is trained for.
         initializer_range: standard deviation of the initial matrices.
         rms_norm_eps: epsilon of RMSNorm.
-        use_cache: return keys and values by default, outside training.
+        use_cache: return keys and values by default, except in training.
         tie_word_embeddings: use the embedding as the head.
-        rope_theta: base of the rotary embedding; default 1e6. transformers 5 may write it into `rope_parameters`.
+        rope_theta: base of the rotary embedding; default 1e6. transformers 5 may write it to `rope_parameters`.
         rope_scaling: only None or the default type.
         rope_parameters: the same, as transformers 5 writes it.
         attention_dropout: dropout on attention weights during training.
         layer_types: only "full_attention".
         use_sliding_window: only False; `sliding_window` and `max_window_layers` are kept and have no effect.
         total_ut_steps: loops, T; a call may ask for more or fewer.
-        early_exit_threshold: q, in [0, 1]: a token leaves at the first loop whose CDF reaches it; 1 is the last loop.
+        early_exit_threshold: q, in [0, 1]: a token exits at the first loop whose CDF reaches q; 1 means the last loop.
         entropy_weight: beta of the training loss (Eq. 4).
 
     Raises:
-        ValueError: a value that the model does not honour; one line that names the field.
+        ValueError: a value is not supported; the one-line message names the field.
     """
 
     model_type = "ouro"
-    # Trainer gathers what is not named here; predictions are the logits alone.
+    # Trainer gathers every output that is not named here; the predictions are the logits alone.
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         "past_key_values",
         "hidden_states",
@@ -91,6 +91,7 @@ class OuroConfig(PretrainedConfig):
         auto_map: dict[str, str] | None = None,
         **kwargs: Any,
     ) -> None:
+
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
@@ -118,14 +119,16 @@ class OuroConfig(PretrainedConfig):
         self.check()
 
     def check(self) -> None:
-        """Refuse values that the model cannot honour; the model asks again, for fields may have been set since."""
+        """Raises ValueError for unsupported values. The model calls it again, because fields may have changed since."""
         _require_default_rope("rope_parameters", getattr(self, "rope_parameters", None))
         for name, only in _ONLY.items():
             _require(getattr(self, name, only) == only, name, getattr(self, name, only), repr(only))
+
         _require(set(self.layer_types) == {"full_attention"}, "layer_types", self.layer_types, "'full_attention'")
         _require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "an even number, for the rotary embedding")
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         _require(heads % kv_heads == 0, "num_key_value_heads", kv_heads, f"a divisor of num_attention_heads={heads}")
+
         _require(self.total_ut_steps >= 1, "total_ut_steps", self.total_ut_steps, "at least 1")
         _require(0 <= self.early_exit_threshold <= 1, "early_exit_threshold", self.early_exit_threshold, "in [0, 1]")
         _require(self.entropy_weight >= 0, "entropy_weight", self.entropy_weight, "at least 0")
@@ -137,6 +140,7 @@ def _require_default_rope(field: str, rope: dict[str, Any] | None) -> None:
 
 
 def _require(condition: bool, field: str, value: Any, wanted: str) -> None:
+    """Raises ValueError unless the condition holds."""
     if not condition:
         raise ValueError(f"config field {field} must be {wanted}, not {value!r}")
 
