@@ -22,7 +22,7 @@ from looplm_jax.data.tasks.draws import generator
 Rows = Mapping[str, np.ndarray]
 """Features of packed rows, [R, S] each, named as Grain names those that it packs."""
 
-# A block has at least one of these. In a smaller block, the unfilled last sequences would waste too much.
+# The minimum size of a block, in tokens and in sequences. Smaller blocks would waste too much in unfilled sequences.
 _BLOCK_TOKENS, _BLOCK_ROWS = 2**17, 128
 
 _OPEN_ROWS = 64

@@ -1,4 +1,4 @@
-"""Text to token ids and back, by SentencePiece, a Hugging Face `tokenizer.json`, or a fixed list of symbols."""
+"""Tokenizers: SentencePiece models, Hugging Face `tokenizer.json` files and folders, and fixed lists of symbols."""
 
 from looplm_jax.data.tokenizers.base import END_OF_TEXT, IM_END, IM_START, Tokenizer, check_vocab
 from looplm_jax.data.tokenizers.folder import FolderTokenizer, TokenIds

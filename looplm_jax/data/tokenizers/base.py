@@ -1,4 +1,4 @@
-"""What every tokeniser offers, and the names of the special tokens."""
+"""The interface of all tokenizers, and the names of the special tokens of the chat format."""
 
 import hashlib
 from collections.abc import Sequence
@@ -13,57 +13,60 @@ IM_END = "<|im_end|>"
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """Text to ids in `[0, vocab_size)` and back. `kind` and `serialize()` rebuild it: see `deserialize`."""
+    """A two-way mapping between text and ids in `[0, vocab_size)`.
+
+    `kind` and `serialize()` together are enough to rebuild the tokenizer with `deserialize`.
+    """
 
     kind: ClassVar[str]
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids."""
+        """The number of ids."""
 
     @property
     def bos_id(self) -> int:
-        """Id that stands before every document."""
+        """The id of the token that precedes every document."""
 
     @property
     def eos_id(self) -> int:
-        """Id that stands after every document."""
+        """The id of the token that follows every document."""
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Returns the ids of a text.
 
-        Names of special tokens inside the text are text, so users cannot forge a turn of a chat. With `special` they
-        become these tokens.
+        By default, names of special tokens in the text are encoded as plain text, so that a user cannot forge a turn of
+        a chat. With `special` they become these tokens.
 
         Raises:
-          UserError: half a surrogate pair, or text that the vocabulary expresses by a special token alone.
+          UserError: the text has a lone surrogate, or a part that the vocabulary can express only as a special token.
         """
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids. Special tokens are left out."""
+        """Returns the text of a sequence of ids, without special tokens."""
 
     def piece(self, token_id: int) -> str:
-        """One token as shown to people: its text, or `<0xE2>` for a byte that is no text by itself."""
+        """Returns one token for display: its text, or for example `<0xE2>` for a byte that is not text on its own."""
 
     def token_id(self, piece: str) -> int | None:
-        """The id of a special token by name, or None where there is no such token."""
+        """Returns the id of a special token by name, or None if there is no such token."""
 
     def serialize(self) -> bytes:
-        """Everything the tokeniser is, as bytes; equal tokenisers give equal bytes."""
+        """Returns the whole tokenizer as bytes. Equal tokenizers give equal bytes."""
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of `serialize()`, in hexadecimal."""
+        """The SHA-256 digest of `serialize()`, in hexadecimal."""
         return hashlib.sha256(self.serialize()).hexdigest()
 
 
 def not_unicode() -> UserError:
-    """The mistake of encoding half a surrogate pair, as broken bytes on a command line become."""
+    """Returns the error for text with a lone surrogate, as invalid bytes on a command line are decoded to."""
     return UserError("the text holds half a surrogate pair, which is not Unicode; remove it")
 
 
 def only_as_special(name: str) -> UserError:
-    """Returns the error of a text for a part of which the vocabulary has nothing but a special token."""
+    """Returns the error for text of which the vocabulary can express a part only as a special token."""
     return UserError(
         f"the vocabulary expresses part of the text only as the special token {name}, which plain text never becomes; "
         "change the text, or set special_tokens to parse such names"
@@ -71,7 +74,10 @@ def only_as_special(name: str) -> UserError:
 
 
 def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raises UserError where the model has fewer ids than the tokenizer; those that it has beyond are never targets."""
+    """Raises UserError if the tokenizer has more ids than the model.
+
+    A model may have more ids than its tokenizer; the additional ids are never targets.
+    """
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} tokens but model.vocab_size is {vocab_size}; "

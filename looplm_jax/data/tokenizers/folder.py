@@ -1,4 +1,4 @@
-"""The tokenizer of a Hugging Face folder: its `tokenizer.json`, and what the other files say about tokens."""
+"""The tokenizer of a Hugging Face folder: its `tokenizer.json` and the token ids that its other files name."""
 
 import dataclasses
 import hashlib
@@ -12,19 +12,19 @@ from looplm_jax.data.tokenizers.huggingface import JsonTokenizer
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenIds:
-    """The ids that the files of a folder name."""
+    """The ids of special tokens that the files of a folder name."""
 
     bos: int
     eos: int
     pad: int | None
-    stop: tuple[int, ...]  # tokens that end a generation
+    stop: tuple[int, ...]  # ids that end generation
 
 
 class FolderTokenizer(JsonTokenizer):
-    """A `tokenizer.json` whose special ids are named by the files beside it.
+    """A `tokenizer.json` together with the other files of its folder, which name the special ids.
 
-    It carries these files along (chat template, generation defaults, licenses), so they are in every checkpoint that
-    descends from the folder, and in every folder that is exported from one.
+    The tokenizer carries the chat template, the generation defaults and the licenses along, so they are part of every
+    checkpoint that descends from the folder and of every folder exported from such a checkpoint.
     """
 
     kind: ClassVar[str] = "hugging face folder"
@@ -39,17 +39,17 @@ class FolderTokenizer(JsonTokenizer):
 
     @classmethod
     def of(cls, tokenizer_json: bytes, ids: TokenIds, files: Mapping[str, str]) -> "FolderTokenizer":
-        """Returns the tokenizer with these ids, and the texts of other files by name."""
+        """Returns the tokenizer of a `tokenizer.json` with the given ids and the texts of the other files, by name."""
         values = {"tokenizer.json": tokenizer_json.decode(), "ids": dataclasses.asdict(ids), "files": dict(files)}
         return cls(json.dumps(values, sort_keys=True).encode())
 
     @property
     def tokenizer_json(self) -> bytes:
-        """The bytes of the `tokenizer.json`."""
+        """The content of the `tokenizer.json`."""
         return self._content
 
     def serialize(self) -> bytes:
-        """Returns the `tokenizer.json`, the ids and the other files, as JSON."""
+        """Returns the `tokenizer.json`, the ids and the other files as JSON."""
         values = {
             "tokenizer.json": self._content.decode(),
             "ids": dataclasses.asdict(self.ids),
@@ -59,7 +59,11 @@ class FolderTokenizer(JsonTokenizer):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of what makes tokens of text: that of the `tokenizer.json` alone where it implies the same ids."""
+        """The SHA-256 digest of everything that affects tokenization, in hexadecimal.
+
+        It is the digest of the `tokenizer.json` alone if that implies the same bos and eos. The files that are only
+        carried along do not count.
+        """
         implied = self.implied_ids() == (self.bos_id, self.eos_id)
         ids = b"" if implied else f"{self.bos_id} {self.eos_id}".encode()
         return hashlib.sha256(self._content + ids).hexdigest()

@@ -1,4 +1,4 @@
-"""What a Hugging Face folder says about tokens: ids, chat template, generation defaults, and the license."""
+"""Reading of a Hugging Face folder: token ids, chat templates, generation defaults and licenses."""
 
 import json
 import re
@@ -13,10 +13,10 @@ from looplm_jax.data.tokenizers.huggingface import JsonTokenizer
 from looplm_jax.errors import UserError
 from looplm_jax.json_files import read_json_object
 
-# The first of these that names a token decides; names that everybody uses come last (`JsonTokenizer`).
+# Files are searched in this order, and the first that names a token wins. `JsonTokenizer` falls back to common names.
 _BY_ID = ("config.json", "generation_config.json")
 _BY_NAME = ("tokenizer_config.json", "special_tokens_map.json")
-_STOPS = ("generation_config.json", "config.json", *_BY_NAME)  # the order of transformers
+_STOPS = ("generation_config.json", "config.json", *_BY_NAME)  # the precedence in transformers
 _KINDS = ("bos", "eos", "pad")
 
 _KEPT_WHOLE = ("generation_config.json", *_BY_NAME, "chat_template.jinja", "chat_template.json")
@@ -25,23 +25,30 @@ _LICENSE = re.compile(r"(licen[cs]e|notice|copying|use_policy|acceptable_use)[\w
 _LICENSE_FIELD = re.compile(r"^license(?:_name|_link)?:[ \t]*\S.*$", re.MULTILINE)
 _LARGEST_TEXT = 2**20
 
-Named = Mapping[str, Mapping[str, tuple[int, ...]]]  # kind of token -> file -> the ids that the file names
+Named = Mapping[str, Mapping[str, tuple[int, ...]]]  # kind of token -> file name -> ids that the file names
 
 
 def read_folder_tokenizer(folder: Path, vocab_size: int | None = None) -> tuple[FolderTokenizer, tuple[str, ...]]:
-    """Returns the tokenizer of a folder, and notes about what its files leave open, contradict or lose.
+    """Reads the tokenizer of a folder.
 
     Args:
-      folder: has a `tokenizer.json`; the other files may be missing.
-      vocab_size: ids of the model, which may be more than those of the tokenizer; None: what `config.json` says.
+      folder: a folder with a `tokenizer.json`; all other files are optional.
+      vocab_size: the number of ids of the model, which may exceed that of the tokenizer; by default the value in
+        `config.json`.
+
+    Returns:
+      The tokenizer, and notes about ids that no file names or that files contradict, and about files that cannot be
+      kept.
 
     Raises:
-      UserError: a file is damaged, its package is not installed, or an id is outside the vocabulary.
+      UserError: a file is damaged, the `tokenizers` package is not installed, or an id is outside the vocabulary.
     """
     file = folder / "tokenizer.json"
     content = read_file(str(file))
+
     try:
         check_expansion(content)
+        # The ids are placeholders: this instance only looks up names and the vocabulary size.
         plain = JsonTokenizer(content, 0, 0)
         vocab_size = vocab_size or _vocab_size(folder) or plain.vocab_size
         named, notes = _named_ids(folder, plain, vocab_size)
@@ -49,20 +56,27 @@ def read_folder_tokenizer(folder: Path, vocab_size: int | None = None) -> tuple[
         tokenizer = JsonTokenizer(content, bos, eos)
     except UserError as error:
         raise error if str(folder) in str(error) else UserError(f"{file}: {error}") from None
+
     for kind, given, used in (("bos", bos, tokenizer.bos_id), ("eos", eos, tokenizer.eos_id)):
         if given is None:
             notes.append(f"{folder}: no file names the {kind} token; {tokenizer.piece(used)!r} ({used}) is used")
+
+    # Generation always stops at eos, even if the file with the stop tokens does not list it.
     stops = next((named["eos"][name] for name in _STOPS if named["eos"].get(name)), ())
     ids = TokenIds(bos=tokenizer.bos_id, eos=tokenizer.eos_id, pad=pad, stop=tuple(sorted({*stops, tokenizer.eos_id})))
+
     files, lost = _kept_files(folder)
     return FolderTokenizer.of(content, ids, files), (*notes, *lost)
 
 
 def _named_ids(folder: Path, tokenizer: JsonTokenizer, vocab_size: int) -> tuple[Named, list[str]]:
+    """Returns the ids of bos, eos and pad that each file names, and notes about contradictions."""
     named: dict[str, dict[str, tuple[int, ...]]] = {kind: {} for kind in _KINDS}
+
     for name in (*_BY_ID, *_BY_NAME):
         values = _object(folder / name)
         for kind in _KINDS:
+            # Padding may use an id of the model that the tokenizer does not have.
             largest = vocab_size if kind == "pad" else tokenizer.vocab_size
             if name in _BY_ID:
                 field = f"{kind}_token_id"
@@ -71,21 +85,23 @@ def _named_ids(folder: Path, tokenizer: JsonTokenizer, vocab_size: int) -> tuple
                 ids = _id_of_name(values.get(f"{kind}_token"), tokenizer)
             if ids:
                 named[kind][name] = ids
+
     return named, list(_contradictions(folder, named))
 
 
 def _object(path: Path) -> dict[str, Any]:
-    """Returns the JSON object of a file, empty where there is no such file."""
+    """Returns the JSON object in a file, or an empty one if the file does not exist."""
     return read_json_object(path) if path.is_file() else {}
 
 
 def _vocab_size(folder: Path) -> int | None:
+    """Returns the vocabulary size of the model in `config.json`, or None."""
     value = _object(folder / "config.json").get("vocab_size")
     return value if isinstance(value, int) else None
 
 
 def _listed_ids(value: Any, where: str, largest: int) -> tuple[int, ...]:
-    """Returns the ids of a field that is a number, a list of them, or nothing; -1 is nothing too."""
+    """Returns the ids in a field that is a number, a list of numbers, or absent. -1 counts as absent."""
     listed = value if isinstance(value, list) else [value]
     ids = [token for token in listed if token is not None and token != -1]
     for token in ids:
@@ -95,16 +111,19 @@ def _listed_ids(value: Any, where: str, largest: int) -> tuple[int, ...]:
 
 
 def _id_of_name(value: Any, tokenizer: JsonTokenizer) -> tuple[int, ...]:
+    """Returns the id of a token given by name: a string, or an object with the field `content`. Empty if unknown."""
     name = value.get("content") if isinstance(value, dict) else value
     token = tokenizer.token_id(name) if isinstance(name, str) else None
     return () if token is None else (token,)
 
 
 def _first(by_file: Mapping[str, tuple[int, ...]]) -> int | None:
+    """Returns the first id that any file names, or None."""
     return next((ids[0] for ids in by_file.values()), None)
 
 
 def _contradictions(folder: Path, named: Named) -> Iterator[str]:
+    """Yields a note for each file that names another id than the file that takes precedence."""
     for kind, by_file in named.items():
         winner = _first(by_file)
         for name, ids in by_file.items():
@@ -114,10 +133,11 @@ def _contradictions(folder: Path, named: Named) -> Iterator[str]:
 
 
 def _kept_files(folder: Path) -> tuple[dict[str, str], list[str]]:
-    """Returns the texts that go along with a tokenizer, and what cannot be kept."""
+    """Returns the texts of the files to carry along, by name, and notes about files that cannot be kept."""
     names = [name for name in _KEPT_WHOLE if (folder / name).is_file()]
     names += sorted(f"{_MORE_TEMPLATES}/{path.name}" for path in (folder / _MORE_TEMPLATES).glob("*.jinja"))
     names += sorted(path.name for path in folder.iterdir() if _LICENSE.fullmatch(path.name) and path.is_file())
+
     files, lost = {}, []
     for name in names:
         text = _read_text(folder / name)
@@ -125,6 +145,8 @@ def _kept_files(folder: Path) -> tuple[dict[str, str], list[str]]:
             lost.append(f"{folder / name} is not kept: it is no UTF-8 text of at most 1 MiB")
         else:
             files[name] = text
+
+    # Of config.json and the model card, only the token ids and the license fields are kept.
     config = _object(folder / "config.json")
     files["config.json"] = json.dumps({f"{kind}_token_id": config.get(f"{kind}_token_id") for kind in _KINDS})
     fields = _license_fields(folder / "README.md")
@@ -132,6 +154,7 @@ def _kept_files(folder: Path) -> tuple[dict[str, str], list[str]]:
 
 
 def _read_text(path: Path) -> str | None:
+    """Returns the text of a file, or None if it is unreadable, not UTF-8, or larger than 1 MiB."""
     try:
         return path.read_bytes().decode() if path.stat().st_size <= _LARGEST_TEXT else None
     except (OSError, UnicodeDecodeError):
@@ -139,25 +162,28 @@ def _read_text(path: Path) -> str | None:
 
 
 def _license_fields(readme: Path) -> str:
-    """Returns the lines of the license in the front matter of a model card."""
+    """Returns the license lines of a model card's YAML front matter."""
     text = _read_text(readme) if readme.is_file() else None
     parts = (text or "").split("---\n", 2)
     return "".join(f"{line}\n" for line in _LICENSE_FIELD.findall(parts[1])) if len(parts) == 3 and not parts[0] else ""
 
 
 def other_files(tokenizer: FolderTokenizer) -> dict[str, bytes]:
-    """Returns chat templates and licenses by name: the files that are exported as they came."""
+    """Returns the files that are exported unchanged, by name: chat templates and licenses."""
     return {name: text.encode() for name, text in tokenizer.files.items() if _goes_out_unchanged(name)}
 
 
 def _goes_out_unchanged(name: str) -> bool:
-    """Whether it is such a file; the names come from a checkpoint, so none may lead out of the folder."""
+    """Whether a file is exported unchanged.
+
+    The names come from a checkpoint, so paths that leave the folder are rejected.
+    """
     if name in ("chat_template.jinja", "chat_template.json") or _LICENSE.fullmatch(name):
         return True
     return re.fullmatch(rf"{_MORE_TEMPLATES}/[\w-][\w.-]*\.jinja", name) is not None
 
 
 def kept_json(tokenizer: FolderTokenizer, name: str) -> dict[str, Any]:
-    """Returns the object of one of the JSON files, without its nulls; empty where the folder has no such file."""
+    """Returns the object in one of the kept JSON files, without null fields. Empty if the file was not kept."""
     values = json.loads(tokenizer.files.get(name, "{}"))
     return {field: value for field, value in values.items() if value is not None}

@@ -1,4 +1,4 @@
-"""Hugging Face `tokenizer.json` files, through the optional package `tokenizers`."""
+"""Tokenizers in Hugging Face's `tokenizer.json` format, by means of the optional package `tokenizers`."""
 
 import functools
 from collections.abc import Collection, Mapping, Sequence
@@ -10,13 +10,22 @@ from looplm_jax.data.tokenizers.sentencepiece import SPACE_MARK
 from looplm_jax.data.tokenizers.special import is_unknown_name, special_names
 from looplm_jax.errors import UserError
 
-# A tokenizer.json does not say which tokens begin and end a document; these are the names in use, best first.
+# A tokenizer.json does not specify which tokens begin and end a document. These are the usual names, by preference.
 _BOS_NAMES = (END_OF_TEXT, "<s>", "<bos>", "<|begin_of_text|>", "[CLS]")
 _EOS_NAMES = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "[SEP]")
 
 
 class JsonTokenizer(Tokenizer):
-    """A tokeniser given by the bytes of its `tokenizer.json`. A length to cut or pad to in the file is not obeyed."""
+    """A tokenizer given by the content of its `tokenizer.json`.
+
+    Truncation and padding settings in the file are ignored.
+
+    Args:
+      content: the bytes of the file.
+      bos_id: the id that precedes every document; found by name by default.
+      eos_id: the id that follows every document; found by name by default.
+      special_ids: ids to treat as special, in addition to those that the file marks.
+    """
 
     kind: ClassVar[str] = "tokenizer.json"
 
@@ -29,9 +38,12 @@ class JsonTokenizer(Tokenizer):
     ):
         self._content = content
         self._tokenizer = _parse(content)
+
+        # The highest id counts, not the number of entries, because ids may have gaps.
         vocabulary = self._tokenizer.get_vocab()
         self._vocab_size = max(vocabulary.values(), default=-1) + 1
         self._bos_id, self._eos_id = self._ends(bos_id, eos_id)
+
         self._unknown = unknown_token(content)
         self._names = self._special_names(vocabulary, {self._bos_id, self._eos_id, *special_ids})
         self._special = frozenset(vocabulary[name] for name in self._names)
@@ -43,62 +55,71 @@ class JsonTokenizer(Tokenizer):
 
     @property
     def bos_id(self) -> int:
-        """Id that stands before every document; the eos where the file has no token of such a name."""
+        """The id that precedes every document, or the eos if the file has no token with a usual bos name."""
         return self._bos_id
 
     @property
     def eos_id(self) -> int:
-        """Id that stands after every document; the bos where the file has no token of such a name."""
+        """The id that follows every document, or the bos if the file has no token with a usual eos name."""
         return self._eos_id
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        """Returns the ids of a text, without the special tokens of the file's template.
+        """Returns the ids of a text, without the special tokens that the file's template would add.
 
-        With `special`, names of special tokens in the text become these tokens, and the ids are those of
-        `transformers`; without it they are the same for every text that names none.
+        With `special`, names of special tokens in the text are parsed as these tokens, and the ids are those of
+        `transformers`. Without it, the ids are the same for every text that contains no such name.
 
         Raises:
           UserError: a lone surrogate, or text that a vocabulary without an unknown token cannot express.
         """
         ids = _ids(self._tokenizer, text)
+        # Fast path: the second tokenizer is built and used only for texts that contain the name of a special token.
         named = self._special.intersection(ids)
         if special or not named:
             return ids
+
         try:
             ids = _ids(self._plain, text)
         except UserError:
             raise only_as_special(self._tokenizer.id_to_token(min(named))) from None
+
         for token in self._structure.intersection(ids):
             raise only_as_special(self._tokenizer.id_to_token(token))
+
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids. Special tokens are left out."""
+        """Returns the text of a sequence of ids, without special tokens."""
         return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
 
     def piece(self, token_id: int) -> str:
-        """One token as shown to people; the raw piece where its bytes are no text by themselves."""
+        """Returns one token for display: its text, or the raw piece if its bytes are not text on their own."""
         raw = self._tokenizer.id_to_token(int(token_id)) or ""
         if SPACE_MARK in raw:
             return raw.replace(SPACE_MARK, " ")
+
+        # U+FFFD replaces bytes that are not valid UTF-8.
         text = self._tokenizer.decode([int(token_id)], skip_special_tokens=False)
         return raw if "\ufffd" in text else text
 
     def token_id(self, piece: str) -> int | None:
-        """The id of a token by name, or None."""
+        """Returns the id of a token by name, or None."""
         return self._tokenizer.token_to_id(piece)
 
     def serialize(self) -> bytes:
-        """The bytes of the `tokenizer.json`."""
+        """Returns the content of the `tokenizer.json`."""
         return self._content
 
     def implied_ids(self) -> tuple[int, int] | None:
-        """Returns bos and eos by the names that are in use, or None where the file has no such token."""
+        """Returns bos and eos as found by the usual names, or None if the file has no such token."""
         ends = [token for token in (self._first_of(_BOS_NAMES), self._first_of(_EOS_NAMES)) if token is not None]
         return (ends[0], ends[-1]) if ends else None
 
     def _ends(self, bos: int | None, eos: int | None) -> tuple[int, int]:
-        """Returns bos and eos: those given, else by name, else each in the place of the other."""
+        """Returns bos and eos: the given ids, else those found by name.
+
+        If only one of them exists, it serves as both.
+        """
         bos = self._first_of(_BOS_NAMES) if bos is None else bos
         eos = self._first_of(_EOS_NAMES) if eos is None else eos
         ends = [token for token in (bos, eos) if token is not None]
@@ -108,19 +129,23 @@ class JsonTokenizer(Tokenizer):
         return ends[0], ends[-1]
 
     def _first_of(self, names: Sequence[str]) -> int | None:
+        """Returns the id of the first of these names that is in the vocabulary, or None."""
         ids = (self._tokenizer.token_to_id(name) for name in names)
         return next((token for token in ids if token is not None), None)
 
     def _special_names(self, vocabulary: Mapping[str, int], ids: Collection[int]) -> frozenset[str]:
-        """Returns the names of all special tokens, and calls those special that the file adds without calling them so.
+        """Returns the names of all special tokens, and marks added tokens as special that the file does not mark.
 
-        Tokens with one of `ids` are special where the file adds them. Words of the model are left as they are: to
-        decode a token that the file does not add is to show it, and a model may be padded with an ordinary word.
+        Tokens with one of `ids` are special if they are added tokens. Words of the model itself are not marked: such a
+        word may be used for padding and is still ordinary text, which `decode` must show.
         """
         by_id = self._tokenizer.get_added_tokens_decoder()
         added = by_id.values()
+
         called = {token.content for token in added if token.special} | {by_id[i].content for i in ids if i in by_id}
         names = special_names(vocabulary) | called.union(template_names(self._content)).intersection(vocabulary)
+
+        # Only special tokens are left out by the library's `skip_special_tokens`.
         others = [token for token in added if token.content in names and not token.special]
         for token in others:
             token.special = True
@@ -129,42 +154,51 @@ class JsonTokenizer(Tokenizer):
 
     @functools.cached_property
     def _structure(self) -> frozenset[int]:
-        """Special tokens that no text gives: all but that of unknown text, unless it has another meaning too."""
+        """Special tokens that plain text never becomes: all except the unknown token, if that has no second meaning."""
         if self._unknown is None or not is_unknown_name(self._unknown):
             return self._special
         return self._special.difference([self._tokenizer.token_to_id(self._unknown)])
 
     @functools.cached_property
     def _plain(self) -> Any:
-        """The same tokenizer, in which no text gives a special token."""
+        """The same tokenizer, but without special tokens in its output."""
         return _parse(with_names_hidden(self._content, self._names))
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
+    """Encodes a text with a tokenizer of the library, and converts the library's errors."""
     try:
         return tokenizer.encode(text, add_special_tokens=False).ids
     except TypeError:
         raise not_unicode() from None
+    # A panic of the Rust code is a BaseException.
     except BaseException as error:
         raise _explain(error, "the tokenizer.json cannot encode this text") from None
 
 
 def _parse(content: bytes) -> Any:
+    """Returns the library's tokenizer for the content of a `tokenizer.json`, without truncation and padding."""
     try:
         import tokenizers
     except ImportError:
         raise UserError("a tokenizer.json needs another package; pip install 'looplm_jax[hf]'") from None
+
     try:
         tokenizer = tokenizers.Tokenizer.from_buffer(content)
     except BaseException as error:
         raise _explain(error, "this is not a tokenizer.json that Hugging Face tokenizers save") from None
+
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
 def _explain(error: BaseException, what: str) -> BaseException:
-    """The UserError for a failure of `tokenizers`: an exception, or a panic of its Rust, which is a BaseException."""
+    """Converts a failure of `tokenizers` to a UserError.
+
+    A failure is an exception, or a panic of the Rust code, which is a BaseException. Others, such as KeyboardInterrupt,
+    are returned unchanged.
+    """
     if isinstance(error, Exception) or type(error).__name__ == "PanicException":
         return UserError(f"{what}: {' '.join(str(error).split())}")
     return error

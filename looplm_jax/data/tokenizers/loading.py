@@ -1,4 +1,4 @@
-"""Tokenisers from files, and from the bytes inside a checkpoint."""
+"""Loading of tokenizers from files and folders, and from the bytes in a checkpoint."""
 
 import json
 import os
@@ -17,18 +17,19 @@ from looplm_jax.errors import UserError, suggest
 
 
 def load_tokenizer(path: str, *, warn: Callable[[str], object] = lambda _: None) -> Tokenizer:
-    """Returns the tokenizer of a `.model` or `.json` file, local or at any fsspec URL, or of a Hugging Face folder.
+    """Loads a tokenizer from a `.model` or `.json` file, local or at any fsspec URL, or from a Hugging Face folder.
 
     Args:
-      path: the file, or the folder, whose files name the ids that begin and end a document.
-      warn: gets a line about each id that the files of a folder leave open or contradict.
+      path: the file or the folder. In a folder, other files name the ids that begin and end a document.
+      warn: called with one line for each id that no file of a folder names or that its files contradict.
 
     Raises:
-      UserError: the file is missing, unreadable, of another format, or of a package that is not installed.
+      UserError: the path is missing or unreadable, has another format, or needs a package that is not installed.
     """
     folder = Path(os.path.expanduser(path))
     if folder.is_dir():
         return _of_folder(folder, warn)
+
     kinds = {".model": SentencePieceTokenizer.kind, ".json": JsonTokenizer.kind}
     suffix = next((suffix for suffix in kinds if str(path).endswith(suffix)), None)
     if suffix is None:
@@ -36,6 +37,7 @@ def load_tokenizer(path: str, *, warn: Callable[[str], object] = lambda _: None)
             f"{path}: a tokenizer is a SentencePiece .model, a tokenizer.json or a Hugging Face folder; "
             "set data.tokenizer to one"
         )
+
     try:
         return deserialize(kinds[suffix], read_file(str(path)))
     except UserError as error:
@@ -43,6 +45,7 @@ def load_tokenizer(path: str, *, warn: Callable[[str], object] = lambda _: None)
 
 
 def _of_folder(folder: Path, warn: Callable[[str], object]) -> Tokenizer:
+    """Returns the tokenizer of a local folder and passes on its notes. Raises UserError without a `tokenizer.json`."""
     if not (folder / "tokenizer.json").exists():
         raise UserError(f"{folder} has no tokenizer.json; give a folder that has one, or a SentencePiece .model")
     tokenizer, notes = read_folder_tokenizer(folder)
@@ -52,7 +55,11 @@ def _of_folder(folder: Path, warn: Callable[[str], object]) -> Tokenizer:
 
 
 def deserialize(kind: str, content: bytes) -> Tokenizer:
-    """The tokeniser whose `kind` and `serialize()` these are. Raises UserError for an unknown kind or bad content."""
+    """Returns the tokenizer with this `kind` and these bytes from `serialize()`.
+
+    Raises:
+      UserError: the kind is unknown, or the content is invalid.
+    """
     if kind == SentencePieceTokenizer.kind:
         return SentencePieceTokenizer(content)
     if kind == JsonTokenizer.kind:

@@ -1,4 +1,4 @@
-"""SentencePiece models: BPE with byte fallback that loses nothing of the text."""
+"""SentencePiece models: BPE with byte fallback, which encodes any text without loss."""
 
 import enum
 import functools
@@ -11,13 +11,17 @@ from looplm_jax.data.tokenizers.base import Tokenizer, not_unicode, only_as_spec
 from looplm_jax.data.tokenizers.special import is_special_name
 from looplm_jax.errors import UserError
 
-# SentencePiece writes spaces as this character and reads it back as a space, so the character itself must go as bytes.
+# SentencePiece represents spaces by this character, so a literal one must be encoded as its UTF-8 bytes.
 SPACE_MARK = "\u2581"
-_PACKAGE = "looplm_jax.sentencepiece"  # not that of SentencePiece, which may be in the same process
+_PACKAGE = "looplm_jax.sentencepiece"  # not SentencePiece's own name, which may be registered in the same process
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model given by its bytes (the content of a `.model` file)."""
+    """A SentencePiece model, given by the content of its `.model` file.
+
+    Raises:
+      UserError: the content is not a model, or the model has neither a bos nor an eos token.
+    """
 
     kind: ClassVar[str] = "sentencepiece"
 
@@ -34,54 +38,61 @@ class SentencePieceTokenizer(Tokenizer):
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids."""
+        """The number of ids."""
         return self._processor.get_piece_size()
 
     @property
     def bos_id(self) -> int:
-        """The model's bos, or its eos where it has no bos."""
+        """The model's bos, or its eos if it has no bos."""
         bos = self._processor.bos_id()
         return bos if bos >= 0 else self._processor.eos_id()
 
     @property
     def eos_id(self) -> int:
-        """The model's eos, or its bos where it has no eos (ours: one `<|endoftext|>` for both)."""
+        """The model's eos, or its bos if it has no eos. The models trained here use one `<|endoftext|>` for both."""
         eos = self._processor.eos_id()
         return eos if eos >= 0 else self._processor.bos_id()
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        """Returns the ids of a text; with `special`, names of special tokens in it become these tokens.
+        """Returns the ids of a text; with `special`, names of special tokens in it are parsed as these tokens.
 
-        SentencePiece itself keeps control tokens out of a text, but not user-defined ones. Raises UserError for a lone
-        surrogate, which is no Unicode text.
+        Raises:
+          UserError: the text has a lone surrogate, which is not valid Unicode.
         """
         if special:
             return self._ids(self._parsing, text)
+
+        # SentencePiece never produces control tokens from text, but it does produce user-defined ones.
         ids = self._ids(self._processor, text)
         if not self._special.isdisjoint(ids):
             ids = self._ids(self._plain, text)
         for token in self._special.intersection(ids):
             raise only_as_special(self.piece(token))
+
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids without special tokens; broken UTF-8 becomes the replacement character."""
+        """Returns the text of a sequence of ids, without special tokens.
+
+        Invalid UTF-8 becomes the replacement character.
+        """
         return self._processor.decode([int(token) for token in ids if int(token) not in self._special])
 
     def piece(self, token_id: int) -> str:
-        """One token as shown to people."""
+        """Returns one token for display."""
         return self._processor.id_to_piece(int(token_id)).replace(SPACE_MARK, " ")
 
     def token_id(self, piece: str) -> int | None:
-        """The id of a special token by name, or None."""
+        """Returns the id of a special token by name, or None."""
         token = self._processor.piece_to_id(piece)
         return token if token in self._special else None
 
     def serialize(self) -> bytes:
-        """The bytes of the `.model` file."""
+        """Returns the content of the `.model` file."""
         return self._model
 
     def _ids(self, processor: Any, text: str) -> list[int]:
+        """Encodes a text, with literal space marks as their UTF-8 bytes."""
         try:
             first, *rest = (processor.encode(part) for part in text.split(SPACE_MARK))
         except RuntimeError:
@@ -89,30 +100,34 @@ class SentencePieceTokenizer(Tokenizer):
         return first + [token for part in rest for token in self._mark_ids + part]
 
     def _is_special(self, token: int) -> bool:
-        """Whether it is a control token, or a user-defined one of such a name. Unknown text is not structure."""
+        """Whether a token is a control token, or a user-defined one with the name of a special token.
+
+        The unknown token is ordinary text, not structure.
+        """
         if self._processor.is_unknown(token):
             return False
         return self._processor.is_control(token) or is_special_name(self._processor.id_to_piece(token))
 
     @functools.cached_property
     def _plain(self) -> Any:
-        """The same model, in which no text gives a special token."""
+        """The same model with all special tokens as control tokens, which no text produces."""
         return _retyped(self._model, self._special, _PieceType.CONTROL)
 
     @functools.cached_property
     def _parsing(self) -> Any:
-        """The same model, in which the name of each special token gives it."""
+        """The same model with all special tokens as user-defined ones, which their names produce."""
         return _retyped(self._model, self._special, _PieceType.USER_DEFINED)
 
 
 class _PieceType(enum.IntEnum):
-    """`ModelProto.SentencePiece.Type` of the tokens that no text gives, and of those that their names always give."""
+    """Values of `ModelProto.SentencePiece.Type`: tokens that text never produces, and tokens that names produce."""
 
     CONTROL = 3
     USER_DEFINED = 4
 
 
 def _retyped(content: bytes, tokens: frozenset[int], kind: _PieceType) -> Any:
+    """Returns a processor for the model with the type of some tokens changed."""
     model = _model_class().FromString(content)
     for token in tokens:
         model.pieces[token].type = kind
@@ -121,19 +136,21 @@ def _retyped(content: bytes, tokens: frozenset[int], kind: _PieceType) -> Any:
 
 @functools.cache
 def _model_class() -> Any:
-    """The fields of interest of `sentencepiece_model.proto`; protobuf keeps the others as they are.
+    """Returns a message class with the needed fields of `sentencepiece_model.proto`; protobuf preserves the others.
 
-    The generated reader that comes with SentencePiece refuses every `protobuf` older than the one that generated it.
+    The generated module that SentencePiece ships rejects every `protobuf` release older than the one that generated it.
     """
     from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
     kinds = descriptor_pb2.FieldDescriptorProto
     file = descriptor_pb2.FileDescriptorProto(name="looplm_jax/sentencepiece.proto", package=_PACKAGE, syntax="proto2")
+
     piece = file.message_type.add(name="Piece")
     piece.field.add(name="type", number=3, type=kinds.TYPE_INT32, label=kinds.LABEL_OPTIONAL)
     model = file.message_type.add(name="Model")
     pieces = model.field.add(name="pieces", number=1, type=kinds.TYPE_MESSAGE, label=kinds.LABEL_REPEATED)
     pieces.type_name = f".{_PACKAGE}.Piece"
+
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
     return message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{_PACKAGE}.Model"))

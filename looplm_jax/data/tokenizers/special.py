@@ -1,9 +1,9 @@
-"""Which tokens of a vocabulary are special: they structure a text and are not text themselves."""
+"""Detection of special tokens, which structure a text and are not text themselves, by their names."""
 
 import re
 from collections.abc import Iterable
 
-# `<|name|>`, as ChatML, GPT, Llama and others write special tokens, also with the wide bars of DeepSeek.
+# `<|name|>`, the form of ChatML, GPT, Llama and others, and the same with the full-width bars of DeepSeek.
 _MARKED = re.compile(r"<[|｜][^<>\s]+[|｜]>")
 
 _NAMES = frozenset(
@@ -16,15 +16,15 @@ _NAMES = frozenset(
 
 
 def is_special_name(piece: str) -> bool:
-    """Whether a token of this name is special, also in a vocabulary that does not call it so."""
+    """Whether a token with this name is special, even if its vocabulary does not mark it."""
     return piece in _NAMES or _MARKED.fullmatch(piece) is not None
 
 
 def is_unknown_name(piece: str) -> bool:
-    """Whether a token of this name stands for unknown text and nothing else."""
+    """Whether a token with this name represents unknown text and nothing else."""
     return "unk" in piece.lower() or not is_special_name(piece)
 
 
 def special_names(pieces: Iterable[str]) -> frozenset[str]:
-    """Those of the pieces that are names of special tokens."""
+    """Returns the pieces that are names of special tokens."""
     return frozenset(filter(is_special_name, pieces))

@@ -1,4 +1,4 @@
-"""A fixed list of symbols, for synthetic tasks."""
+"""A tokenizer for a fixed list of symbols, used by the synthetic tasks."""
 
 import json
 from collections.abc import Sequence
@@ -9,7 +9,13 @@ from looplm_jax.errors import UserError, suggest
 
 
 class SymbolTokenizer(Tokenizer):
-    """One id for each symbol. Text is symbols with spaces between; the first symbol is both bos and eos."""
+    """A tokenizer with one id per symbol.
+
+    Text is symbols separated by white space. The first symbol is both bos and eos.
+
+    Raises:
+      UserError: symbols are not distinct, or one is empty or contains white space.
+    """
 
     kind: ClassVar[str] = "symbols"
 
@@ -21,23 +27,24 @@ class SymbolTokenizer(Tokenizer):
 
     @property
     def vocab_size(self) -> int:
-        """Number of symbols."""
+        """The number of symbols."""
         return len(self._symbols)
 
     @property
     def bos_id(self) -> int:
-        """The first symbol."""
+        """The id of the first symbol."""
         return 0
 
     @property
     def eos_id(self) -> int:
-        """The first symbol."""
+        """The id of the first symbol."""
         return 0
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        """Returns the ids of symbols with spaces between.
+        """Returns the ids of symbols that are separated by white space.
 
-        Raises UserError for an unknown symbol, and for the first symbol without `special`.
+        Raises:
+          UserError: a symbol is unknown, or is the first symbol and `special` is false.
         """
         ids = [self._id(symbol) for symbol in text.split()]
         if not special and self.bos_id in ids:
@@ -45,22 +52,23 @@ class SymbolTokenizer(Tokenizer):
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The symbols with single spaces between."""
+        """Returns the symbols, separated by single spaces."""
         return " ".join(self.piece(token) for token in ids)
 
     def piece(self, token_id: int) -> str:
-        """The symbol."""
+        """Returns the symbol."""
         return self._symbols[int(token_id)]
 
     def token_id(self, piece: str) -> int | None:
-        """The id of a symbol, or None."""
+        """Returns the id of a symbol, or None."""
         return self._ids.get(piece)
 
     def serialize(self) -> bytes:
-        """The symbols as a JSON list."""
+        """Returns the symbols as a JSON list."""
         return json.dumps(self._symbols).encode()
 
     def _id(self, symbol: str) -> int:
+        """Returns the id of a symbol. Raises UserError, with a suggestion, if it is unknown."""
         if symbol not in self._ids:
             raise UserError(f"{symbol!r} is not in the vocabulary of symbols{suggest(symbol, self._ids)}")
         return self._ids[symbol]
