@@ -1,4 +1,4 @@
-"""Checkpoints that describe themselves: saved in the background, committed as a whole, verified when they are read."""
+"""Self-describing checkpoints: written asynchronously, committed atomically, verified against digests when read."""
 
 from looplm_jax.checkpoints.digest import digests
 from looplm_jax.checkpoints.errors import SaveError

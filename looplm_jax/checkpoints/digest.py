@@ -1,9 +1,9 @@
-"""A 64-bit digest of every array of a tree, computed on the devices that hold it.
+"""A 64-bit digest of every array of a pytree, computed on the devices that hold it.
 
-Each word of an array is mixed with a hash of its position, and the mixed words are summed modulo 2^32, in two
-independent lanes. A sum does not care about order, so the digest is the same however the array is cut over devices. The
-mixer is a bijection of 32-bit words, so that a change of one word always changes both lanes; the position makes a
-permutation count.
+Each 32-bit word of an array is XORed with a hash of its position and mixed. The mixed words are summed modulo 2^32, in
+two independently seeded 32-bit lanes. A sum does not depend on order, so the digest is the same for every sharding. The
+mixer is a bijection of 32-bit words, so a change of one word always changes both lanes. Hashing the position detects
+permutations.
 """
 
 import functools
@@ -23,40 +23,47 @@ _BLOCK_BYTES = 2**21
 
 
 def digests(arrays: dict[str, Array]) -> dict[str, str]:
-    """The digest of each array, 16 hexadecimal digits: of its values, shape and dtype, and not of its sharding.
+    """Returns the digest of each array as 16 hexadecimal digits.
 
-    Arrays are digested by one program, compiled once for each set of names, shapes and shardings; only large ones that
-    lie on one device are digested block after block, as not every compiler fuses the mixing into the sum, and blocks
-    stay in caches. Small ones in the memory of the host are digested by NumPy, which takes less time than to compile.
-    Only the digests leave the devices. All processes must call this together.
+    A digest depends on values, shape and dtype, and not on sharding. All processes must call this together.
+
+    One program, compiled once per set of names, shapes and shardings, digests most arrays. Two kinds are treated
+    separately: large arrays on a single device are digested block by block, because not every compiler fuses the mixing
+    into the sum, and blocks fit in caches; small arrays in host memory are digested with NumPy, which takes less time
+    than compiling. Only the digests leave the devices.
     """
     by_numpy = {name for name, array in arrays.items() if array.nbytes <= _BLOCK_BYTES and _in_host_memory(array)}
     large = {name for name, array in arrays.items() if array.nbytes > _BLOCK_BYTES and len(array.devices()) == 1}
     small = sorted(set(arrays) - large - by_numpy)
+
     pending = {
         name: _digest_in_blocks(arrays[name], _BLOCK_BYTES) for name in large
-    }  # all are begun before any is waited for
+    }  # dispatched asynchronously: all are started before the first result is awaited
     words = dict(zip(small, _on_host(_digest_all([arrays[name] for name in small])), strict=True)) if small else {}
     words |= {name: np.asarray(lanes) for name, lanes in pending.items()}
     words |= {name: _digest_by_numpy(np.asarray(arrays[name])) for name in by_numpy}
+
     return {name: "".join(f"{word:08x}" for word in words[name]) for name in sorted(words)}
 
 
 @jax.jit
 def _digest_all(arrays: list[Array]) -> UInt32[Array, "N lanes"]:
+    """Returns the digests of several arrays from one program."""
     return jnp.stack([_digest_whole(array) for array in arrays])
 
 
-@jax.jit  # traced once for each shape, which parameters and both moments of the optimizer share
+@jax.jit  # parameters and both optimizer moments have the same shapes, so each shape is traced once
 def _digest_whole(array: Array) -> UInt32[Array, "lanes"]:
+    """Returns the digest of an array that is processed at once."""
     return _digest(array, _words(array), ())
 
 
 def _digest_by_numpy(array: np.ndarray) -> np.ndarray:
+    """Returns the same digest as `_digest_whole`, computed with NumPy."""
     narrow = {1: np.uint8, 2: np.uint16}.get(array.dtype.itemsize, np.uint32)
     words = np.ravel(array).view(narrow).astype(np.uint32)
     two_words = (2,) if array.dtype.itemsize > words.itemsize else ()
-    with np.errstate(over="ignore"):  # scalars that wrap around warn, arrays do not
+    with np.errstate(over="ignore"):  # NumPy warns when a scalar wraps around
         return _digest(array, words.reshape(array.shape + two_words), (), np)
 
 
@@ -66,16 +73,21 @@ def _in_host_memory(array: Array) -> bool:
 
 @functools.partial(jax.jit, static_argnames="block_bytes")
 def _digest_in_blocks(array: Array, block_bytes: int) -> UInt32[Array, "lanes"]:
+    """Returns the digest of an array, computed in blocks of at most `block_bytes`."""
     return _digest_part(array, (), block_bytes)
 
 
 def _digest_part(array: Array, outer: tuple[UInt32[Array, ""], ...], block_bytes: int) -> UInt32[Array, "lanes"]:
-    """Both lanes of `array[outer]`: a block of rows of its first axis at a time, or a row that is larger in parts."""
+    """Returns the digest of `array[outer]`, computed in blocks along its first axis.
+
+    If one row is larger than `block_bytes`, the function recurs into each row.
+    """
     axis = len(outer)
     rows_in_all = array.shape[axis]
     row_bytes = math.prod(array.shape[axis + 1 :]) * array.dtype.itemsize
     if row_bytes > block_bytes and axis + 1 < array.ndim:
         return _sum(rows_in_all, lambda row: _digest_part(array, (*outer, row), block_bytes))
+
     rows = min(rows_in_all, max(1, block_bytes // row_bytes))
     rest = rows_in_all % rows
 
@@ -84,12 +96,13 @@ def _digest_part(array: Array, outer: tuple[UInt32[Array, ""], ...], block_bytes
         sizes = (*(1 for _ in outer), count, *array.shape[axis + 1 :])
         return _digest(array, _words(jax.lax.dynamic_slice(array, starts, sizes)), starts)
 
+    # The rows that do not fill a whole block form one smaller block at the end.
     whole = _sum(rows_in_all // rows, lambda number: block(number * np.uint32(rows), rows))
     return whole + block(jnp.uint32(rows_in_all - rest), rest) if rest else whole
 
 
 def _sum(count: int, part: Callable[[UInt32[Array, ""]], UInt32[Array, "lanes"]]) -> UInt32[Array, "lanes"]:
-    """The sum of the lanes of parts 0 to count."""
+    """Returns the sum of the lanes of the parts 0 to `count - 1`, modulo 2^32."""
 
     def add(number: Array, lanes: UInt32[Array, "lanes"]) -> UInt32[Array, "lanes"]:
         return lanes + part(number.astype(jnp.uint32))
@@ -98,9 +111,13 @@ def _sum(count: int, part: Callable[[UInt32[Array, ""]], UInt32[Array, "lanes"]]
 
 
 def _digest(array: Any, words: UInt32[Any, "..."], starts: Sequence[Any], xp: Any = jnp) -> UInt32[Any, "lanes"]:
-    """Both lanes of the part of `array` that begins at `starts` (one for each axis, or none) and has these words.
+    """Returns both lanes of the block of `array` that begins at `starts` and consists of `words`.
 
-    `xp` is the library that computes them, `jax.numpy` or NumPy.
+    Args:
+      array: the whole array; only its shape and dtype are used, as the seed.
+      words: the words of the block.
+      starts: the first index of the block on each axis, or () for a block that begins at the origin.
+      xp: `jax.numpy` or `numpy`.
     """
     seeds = [zlib.crc32(f"{array.dtype}{array.shape}{lane}".encode()) for lane in range(_LANES)]
     mixed = (_mix(words ^ _positions(words.shape, seed, starts, xp)) for seed in seeds)
@@ -108,7 +125,7 @@ def _digest(array: Any, words: UInt32[Any, "..."], starts: Sequence[Any], xp: An
 
 
 def _words(array: Array) -> UInt32[Array, "..."]:
-    """The bits of every element in words of 32; elements of 64 bits add an axis of two words."""
+    """Returns the bits of every element as 32-bit words. Elements of 64 bits add a trailing axis of two words."""
     if array.dtype == jnp.bool_:
         return array.astype(jnp.uint32)
     narrow = {1: jnp.uint8, 2: jnp.uint16}.get(array.dtype.itemsize, jnp.uint32)
@@ -116,9 +133,9 @@ def _words(array: Array) -> UInt32[Array, "..."]:
 
 
 def _positions(shape: tuple[int, ...], seed: int, starts: Sequence[Any], xp: Any) -> UInt32[Any, "..."]:
-    """A hash of each multi-index, the leading axes counted from `starts`.
+    """Returns a hash of each multi-index of a block, whose leading axes begin at `starts`.
 
-    It is the sum of a hash per axis, so that no flat index has to fit in 32 bits.
+    The hash is a sum of one hash per axis, so no flat index has to fit in 32 bits.
     """
     position = xp.full(shape, np.uint32(seed))
     for axis, size in enumerate(shape):
@@ -129,13 +146,14 @@ def _positions(shape: tuple[int, ...], seed: int, starts: Sequence[Any], xp: Any
 
 
 def _mix(word: UInt32[Any, "..."]) -> UInt32[Any, "..."]:
-    """The finalizer of MurmurHash3, a bijection of 32-bit words."""
+    """Applies the finalizer of MurmurHash3, a bijection of 32-bit words."""
     word = (word ^ (word >> np.uint32(16))) * np.uint32(0x85EBCA6B)
     word = (word ^ (word >> np.uint32(13))) * np.uint32(0xC2B2AE35)
     return word ^ (word >> np.uint32(16))
 
 
 def _on_host(array: Array) -> np.ndarray:
+    """Returns the array as NumPy, gathered from all processes if necessary."""
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))

@@ -1,4 +1,4 @@
-"""What can be wrong with a step: it is damaged, of another version, cannot be read for now, or could not be saved."""
+"""Errors of a step: it is damaged, of another version, currently unreadable, or could not be saved."""
 
 from looplm_jax.errors import UserError
 
@@ -6,35 +6,35 @@ _LONGEST = 200
 
 
 class DamagedError(Exception):
-    """A step, or a part of it, is missing or altered: its files say so. The message says which part.
+    """A step or a part of it is missing or altered, as its files show. The message names the part.
 
-    Callers of this package see a `UserError` in its place.
+    The public functions of this package convert it to a `UserError`.
     """
 
 
 class OtherVersionError(Exception):
-    """A step is whole, and another version of this package wrote it. The message says which format it has.
+    """A step is complete but was written by another version of this package. The message names its format.
 
-    Callers of this package see a `UserError` in its place.
+    The public functions of this package convert it to a `UserError`.
     """
 
 
 class UnreadableError(Exception):
-    """A part of a step cannot be read, which says nothing about what was saved.
+    """A part of a step cannot be read, which does not imply that it is damaged.
 
-    Callers of this package see a `UserError` in its place.
+    The public functions of this package convert it to a `UserError`.
     """
 
 
 class RefusedError(UnreadableError):
-    """The disk or the bucket refused to give a part of a step. The next attempt may succeed."""
+    """The file system or the bucket refused to read a part of a step. A retry may succeed."""
 
 
 class SaveError(UserError):
-    """The disk refused a step. What was saved before stays, and training could go on."""
+    """The file system or the bucket refused to write a step. Earlier steps are intact, and training can continue."""
 
 
 def brief(error: Exception) -> str:
-    """An error of another library in one line of bounded length."""
+    """Returns the type and message of another library's error as one line of bounded length."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:_LONGEST]}{'…' if len(text) > _LONGEST else ''}"

@@ -1,7 +1,8 @@
-"""What remains of a save that failed: files, threads of TensorStore, and coroutines of Orbax.
+"""Cleans up after a failed save: partial files, threads of TensorStore, and coroutines of Orbax.
 
-Orbax does not wait for them. The threads keep writing for a moment and then find the event loop closed; the coroutines
-were never started. The interpreter would print both at any later time, although the user has read why the save failed.
+Orbax waits for none of them. The threads keep writing for a moment and then find the event loop closed; the coroutines
+were never started. The interpreter would print both at an arbitrary later time, although the reason of the failure has
+already been reported.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ _NEVER_AWAITED = r"coroutine '.*(serialize|\.write).*' was never awaited"
 
 @dataclasses.dataclass(frozen=True)
 class _WithoutLateReports:
-    """An unraisable hook that drops the reports of a failed save and passes all others to `previous`."""
+    """An unraisable hook that drops the reports of a failed save and forwards all others to `previous`."""
 
     previous: Callable[[Any], Any]
 
@@ -37,7 +38,7 @@ class _WithoutLateReports:
 def silence_late_reports() -> None:
     """Silences threads and coroutines of failed saves until the process ends.
 
-    Call it before a save starts: a thread may end before the failure is reported, or at any later time.
+    Must be called before a save starts, because a thread may end before the failure is reported or at any later time.
     """
     if not isinstance(sys.unraisablehook, _WithoutLateReports):
         sys.unraisablehook = _WithoutLateReports(sys.unraisablehook)
@@ -46,7 +47,7 @@ def silence_late_reports() -> None:
 
 @contextlib.contextmanager
 def late_reports_silenced() -> Iterator[None]:
-    """Silences threads and coroutines of a save that fails inside the context."""
+    """A context manager that silences threads and coroutines of a save that fails inside it."""
     previous = sys.unraisablehook
     sys.unraisablehook = _WithoutLateReports(previous)
     try:
@@ -59,13 +60,13 @@ def late_reports_silenced() -> Iterator[None]:
 
 
 def remove_failed(folder: epath.Path, step: int) -> None:
-    """Removes what `folder` holds of an unfinished `step`, and again what such threads make anew, until it stays away.
+    """Removes the files of an unfinished `step` from `folder`, repeatedly, until its threads stop recreating them.
 
-    Half a minute at most. What the disk refuses to list or to delete stays.
+    Takes at most half a minute. Files that the file system refuses to list or delete remain.
     """
     deadline = time.monotonic() + _LONGEST_SECONDS
     left = True
-    with contextlib.suppress(OSError):  # the user reads why the save failed, not that the folder cannot be listed
+    with contextlib.suppress(OSError):  # the error to report is the failed save, not a folder that cannot be listed
         while left and time.monotonic() < deadline:
             for unfinished in _unfinished(folder, step):
                 with contextlib.suppress(OSError):
@@ -75,4 +76,5 @@ def remove_failed(folder: epath.Path, step: int) -> None:
 
 
 def _unfinished(folder: epath.Path, step: int) -> list[StepFolder]:
+    """Returns the folders of `step` that are not committed."""
     return [found for found in list_steps(folder) if found.step == step and not found.committed]

@@ -1,4 +1,4 @@
-"""Every step of a checkpoint, read in full and checked."""
+"""Inspects a checkpoint: every step is read in full and checked against its digests."""
 
 import dataclasses
 import math
@@ -17,10 +17,17 @@ from looplm_jax.files import retried
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """What one step holds; `metadata` is None where it cannot be read.
+    """The result of inspecting one step.
 
-    `damage` says which part is damaged, `unknown` why nothing can be said of the step: the disk refused it, or another
-    version wrote it. Both are None where it is sound.
+    Attributes:
+      step: the number of the step.
+      damage: the part that is damaged, or None.
+      unknown: why the step could not be checked, or None: a read was refused, or another version wrote the step.
+      permanent: whether the step is exempt from pruning.
+      metadata: the metadata of the step, or None if it cannot be read.
+      arrays: shape, dtype and digest of each array by name.
+
+    `damage` and `unknown` are both None for a valid step.
     """
 
     step: int
@@ -32,21 +39,21 @@ class StepReport:
 
     @property
     def problem(self) -> str | None:
-        """What is wrong with the step, as the end of a sentence about it."""
+        """The problem of the step as the end of a sentence about it, or None."""
         return f"is damaged: {self.damage}" if self.damage else self.unknown
 
     @property
     def parameters(self) -> int:
-        """Numbers below `params`."""
+        """The number of parameters: the elements of all arrays below `params`."""
         return sum(math.prod(record.shape) for record in below(self.arrays, "params").values())
 
     @property
     def bytes(self) -> int:
-        """Size of all arrays in memory."""
+        """The size of all arrays in memory, in bytes."""
         return sum(math.prod(record.shape) * jnp.dtype(record.dtype).itemsize for record in self.arrays.values())
 
     def to_json(self) -> dict[str, Any]:
-        """The report as plain JSON values, without the tokeniser itself."""
+        """Returns the report as plain JSON values, without the tokenizer."""
         metadata = dataclasses.asdict(self.metadata) if self.metadata else {}
         metadata.pop("tokenizer", None)
         return {
@@ -62,21 +69,23 @@ class StepReport:
 
 
 def inspect_steps(path: str, *, step: int | None = None) -> list[StepReport]:
-    """A report of every step, newest first, or of `step`; arrays are read one at a time, on the first device.
+    """Returns a report of each step, newest first. Arrays are read one at a time, onto the first device.
 
     Args:
       path: a run folder, its `checkpoints` folder, or the folder of one step.
-      step: only this step.
+      step: the only step to inspect. None inspects all.
 
     Raises:
-      UserError: `path` is not a checkpoint, or does not hold `step`.
+      UserError: `path` is not a checkpoint, or does not contain `step`.
     """
     return [_inspect(folder) for folder in candidates(path, step)]
 
 
 def _inspect(folder: StepFolder) -> StepReport:
+    """Returns the report of one step."""
     sidecar: Sidecar | None = None
     damage = unknown = None
+
     try:
         sidecar = retried(lambda: read_sidecar(folder), RefusedError)
         for name, record in sidecar.arrays.items():
@@ -87,6 +96,7 @@ def _inspect(folder: StepFolder) -> StepReport:
         unknown = str(error)
     except UnreadableError as error:
         unknown = f"could not be checked: {error}"
+
     if sidecar is None:
         return StepReport(step=folder.step, damage=damage, unknown=unknown)
     return StepReport(
@@ -100,5 +110,6 @@ def _inspect(folder: StepFolder) -> StepReport:
 
 
 def _read(folder: StepFolder, name: str, record: ArrayRecord, records: dict[str, ArrayRecord]) -> None:
+    """Reads one array and checks its digest, with retries."""
     target = jax.ShapeDtypeStruct(record.shape, jnp.dtype(record.dtype))
     retried(lambda: read_arrays(folder, {name: target}, records), RefusedError)

@@ -1,4 +1,8 @@
-"""What a checkpoint holds besides arrays, and its form on the disk: JSON under a checksum."""
+"""The metadata of a checkpoint, and its format on disk: JSON with a SHA-256 checksum.
+
+The JSON of a step is called its sidecar. It contains the configuration, the tokenizer, the state of the data, and
+shape, dtype and digest of each array.
+"""
 
 import base64
 import binascii
@@ -18,7 +22,7 @@ from looplm_jax.codec import from_dict
 from looplm_jax.config import Recipe
 from looplm_jax.errors import UserError
 
-FORMAT = 1  # of a sidecar; the first ones did not name it
+FORMAT = 1  # the version of the sidecar format; the oldest sidecars do not contain it
 
 _KINDS: dict[str, type] = {
     "config": dict,
@@ -35,10 +39,18 @@ _RECORD_KINDS: dict[str, type] = {"shape": list, "dtype": str, "digest": str}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Metadata:
-    """What makes a checkpoint self-describing. Everything but `tokenizer` is plain JSON.
+    """The metadata that makes a checkpoint self-describing. All fields except `tokenizer` are plain JSON.
 
-    Each process saves the part of `data_state` that it knows; read back, it is all parts together, on any number of
-    processes. What several of them know is saved by each alike.
+    Each process saves its own part of `data_state`. When the checkpoint is read, the parts of all processes are merged,
+    and any number of processes may read it. An entry that several processes save has the same value in each.
+
+    Attributes:
+      config: the recipe, as `codec.to_dict` writes it.
+      tokenizer_kind: the name of the tokenizer's format.
+      tokenizer: the serialized tokenizer.
+      tokenizer_fingerprint: a digest of the tokenizer.
+      data_state: the position in the data.
+      extra: further values, such as the name of the stage.
     """
 
     config: dict[str, Any]
@@ -49,20 +61,22 @@ class Metadata:
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def recipe(self) -> Recipe:
-        """The recipe of the run, its model as it was in the stage of this checkpoint; a converted one is of no stage.
+        """Returns the recipe of the run, with the model of the stage in which this checkpoint was saved.
+
+        A converted checkpoint has no stage; its recipe is returned as it was saved.
 
         Raises:
-          UserError: the configuration is not one of this version.
+          UserError: the configuration is of another version of this package.
         """
         recipe = self.saved_recipe()
         stages = [stage for stage in recipe.stages if stage.name == self.extra.get("stage")]
         return dataclasses.replace(recipe, model=recipe.model_of(stages[0])) if stages else recipe
 
     def saved_recipe(self) -> Recipe:
-        """The recipe of the run as it was saved, with the defaults of fields that are newer than the checkpoint.
+        """Returns the recipe of the run as it was saved. Fields newer than the checkpoint have their defaults.
 
         Raises:
-          UserError: the configuration is not one of this version.
+          UserError: the configuration is of another version of this package.
         """
         try:
             return from_dict(Recipe, self.config)
@@ -72,7 +86,7 @@ class Metadata:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ArrayRecord:
-    """What is known of one array before it is read."""
+    """Shape, dtype and digest of one array, known before the array is read."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -92,7 +106,7 @@ class Sidecar:
 
 
 def encode(metadata: Metadata, arrays: dict[str, ArrayRecord], *, permanent: bool) -> dict[str, str]:
-    """The JSON of a sidecar. All processes must call this together."""
+    """Returns the sidecar as JSON with its checksum. All processes must call this together."""
     values = {
         "format": FORMAT,
         **dataclasses.asdict(metadata),
@@ -106,16 +120,18 @@ def encode(metadata: Metadata, arrays: dict[str, ArrayRecord], *, permanent: boo
 
 
 def decode(value: Any) -> Sidecar:
-    """The inverse of `encode`.
+    """Returns the sidecar that `encode` wrote.
 
     Raises:
       DamagedError: the checksum differs.
-      OtherVersionError: the checksum is right, and the fields are not those of this version.
+      OtherVersionError: the checksum is correct, but the fields are not those of this version.
     """
     if not isinstance(value, dict) or _checksum(str(value.get("body"))) != value.get("sha256"):
         raise DamagedError("the checksum of its metadata differs")
+
     values = _checked(json.loads(value["body"]))
     arrays, states, permanent = (values.pop(name) for name in ("arrays", "data_state", "permanent"))
+
     return Sidecar(
         metadata=Metadata(
             **{
@@ -130,12 +146,14 @@ def decode(value: Any) -> Sidecar:
 
 
 def _checked(body: Any) -> dict[str, Any]:
-    """The fields of a sidecar. Raises OtherVersionError where they are not those of this version."""
+    """Returns the fields of a sidecar. Raises OtherVersionError if they are not those of this version."""
     if not isinstance(body, dict):
         raise _other_version(None, "it is no object")
+
     version = body.get("format", FORMAT)
     if version != FORMAT:
         raise _other_version(version, f"this version reads format {FORMAT}")
+
     fields = {name: value for name, value in body.items() if name != "format"}
     wrong = _wrong_field(fields, _KINDS) or _wrong_value(fields)
     if wrong:
@@ -144,6 +162,7 @@ def _checked(body: Any) -> dict[str, Any]:
 
 
 def _wrong_value(fields: dict[str, Any]) -> str | None:
+    """Returns a description of the first field with an invalid value, or None."""
     try:
         base64.b64decode(fields["tokenizer"], validate=True)
     except (binascii.Error, ValueError):
@@ -152,6 +171,7 @@ def _wrong_value(fields: dict[str, Any]) -> str | None:
         return "'data_state' is empty"
     if not isinstance(fields["extra"].get("stage", ""), str):
         return "'extra.stage' has another type"
+
     for name, record in fields["arrays"].items():
         wrong = _wrong_record(record)
         if wrong:
@@ -160,11 +180,14 @@ def _wrong_value(fields: dict[str, Any]) -> str | None:
 
 
 def _wrong_record(record: Any) -> str | None:
+    """Returns a description of what is wrong with the record of an array, or None."""
     wrong = "not the fields" if not isinstance(record, dict) else _wrong_field(record, _RECORD_KINDS)
     if wrong:
         return wrong
+
     if not all(type(size) is int and size >= 0 for size in record["shape"]):
         return "no shape is 'shape'"
+
     try:
         jnp.dtype(record["dtype"])
     except TypeError:
@@ -173,7 +196,7 @@ def _wrong_record(record: Any) -> str | None:
 
 
 def _wrong_field(values: dict[str, Any], kinds: dict[str, type]) -> str | None:
-    """The first field that is unknown, missing or of another type."""
+    """Returns a description of the first field that is unknown, missing or of another type, or None."""
     for name in {**values, **kinds}:
         if name not in kinds:
             return f"unknown field {name!r}"
@@ -194,17 +217,18 @@ def _checksum(body: str) -> str:
 
 
 def _joined(first: Any, second: Any) -> Any:
-    """Both, key by key; of values that are no dictionaries the second."""
+    """Merges two JSON values key by key. For values that are not both dictionaries, returns the second."""
     if not isinstance(first, dict) or not isinstance(second, dict):
         return second
     return {key: _joined(first.get(key, {}), second.get(key, first.get(key))) for key in {**first, **second}}
 
 
 def _from_all_processes(value: Any) -> list[Any]:
-    """The JSON `value` of every process, in the order of their indices."""
+    """Returns the JSON `value` of every process, ordered by process index."""
     encoded = np.frombuffer(json.dumps(value).encode(), np.uint8)
     if jax.process_count() == 1:
         return [json.loads(encoded.tobytes())]
+    # An all-gather needs equal shapes, so the encoded values are padded to the longest.
     sizes = multihost_utils.process_allgather(np.array(encoded.size, np.int32))
     padded = multihost_utils.process_allgather(np.pad(encoded, (0, int(sizes.max()) - encoded.size)))
     return [json.loads(row[:size].tobytes()) for row, size in zip(padded, sizes, strict=True)]

@@ -1,4 +1,4 @@
-"""Paths of checkpoints. Every name that a disk takes is taken literally, or refused before anything is written."""
+"""Paths of checkpoints. Every valid file name is taken literally, or refused before anything is written."""
 
 import glob
 import os
@@ -16,22 +16,23 @@ _FORBIDDEN_IN_BUCKETS = re.compile(r"[\x00-\x1f\x7f#?*+;\[\]\\]")
 
 
 class _LocalPath(gpath.PosixGPath):
-    """A path on this disk in which `*` and `[` are letters, and `/gs/…` is a folder like any other."""
+    """A local path in which `*` and `[` are ordinary characters, and `/gs/…` is a folder like any other."""
 
     @property
     def _uri_scheme(self) -> str | None:
         return None
 
     def glob(self, pattern: str) -> Iterator["_LocalPath"]:
-        """The entries below this folder that match; the folder's own name is no pattern."""
+        """Yields the entries below this folder that match. The folder's name is not treated as a pattern."""
         return (self._new(found) for found in glob.iglob(os.path.join(glob.escape(os.fspath(self)), pattern)))
 
 
 def checkpoint_path(path: str | os.PathLike[str]) -> epath.Path:
-    """An absolute path at which checkpoints can be written and read.
+    """Returns an absolute path at which checkpoints can be written and read.
 
     Raises:
-      UserError: a URL of another kind than gs://, or a name that TensorStore, Orbax or Cloud Storage cannot keep.
+      UserError: the path is a URL of another kind than gs://, or has a name that TensorStore, Orbax or Cloud Storage
+        cannot represent.
     """
     given = any_path(path)
     if in_bucket(given):
@@ -40,7 +41,7 @@ def checkpoint_path(path: str | os.PathLike[str]) -> epath.Path:
 
 
 def kvstore(folder: epath.Path) -> dict[str, Any]:
-    """TensorStore's specification of a folder; a URL would need escapes."""
+    """Returns TensorStore's specification of a folder. A specification needs no escaping, unlike a URL."""
     text = os.fspath(folder)
     if not in_bucket(folder):
         return {"driver": "file", "path": f"{text}/"}
@@ -49,6 +50,7 @@ def kvstore(folder: epath.Path) -> dict[str, Any]:
 
 
 def _bucket_path(path: epath.Path) -> epath.Path:
+    """Returns `path`. Raises UserError if its name contains a character that bucket tools misread."""
     found = _FORBIDDEN_IN_BUCKETS.search(os.fspath(path))
     if found:
         raise UserError(f"{os.fspath(path)!r} has {found[0]!r} in its name, which tools for buckets misread; rename it")
@@ -56,6 +58,7 @@ def _bucket_path(path: epath.Path) -> epath.Path:
 
 
 def _local_path(path: str) -> epath.Path:
+    """Returns `path` as a literal local path. Raises UserError if no checkpoint can be stored there."""
     reason = _reason_against(path)
     if reason:
         raise UserError(f"{path!r} {reason}, so no checkpoint can be kept there; rename the folder or choose another")
@@ -63,6 +66,7 @@ def _local_path(path: str) -> epath.Path:
 
 
 def _reason_against(path: str) -> str | None:
+    """Returns why no checkpoint can be stored at `path`, or None."""
     if "\\" in path:
         return "has a backslash in its name, which TensorStore reads as a slash"
     if "gs:/" in path:

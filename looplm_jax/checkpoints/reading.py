@@ -1,4 +1,4 @@
-"""The latest valid step: one that is damaged, or of another version, is named and passed over."""
+"""Restores the latest valid step. Steps that are damaged or of another version are reported and skipped."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -24,7 +24,13 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DamagedStep:
-    """A step that was passed over: which part of it is damaged, or that it is whole and of another version."""
+    """A step that was skipped because it is damaged, or because another version of this package wrote it.
+
+    Attributes:
+      step: the number of the step.
+      why: the damaged part, or the format of the other version.
+      other_version: whether the step is complete but of another version.
+    """
 
     step: int
     why: str
@@ -36,7 +42,14 @@ class DamagedStep:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Restored:
-    """A state as it was saved, and the newer steps that were passed over, newest first."""
+    """A restored state.
+
+    Attributes:
+      step: the number of the step.
+      state: the state, as a pytree of arrays.
+      metadata: the metadata of the step.
+      damaged: the newer steps that were skipped, newest first.
+    """
 
     step: int
     state: Any
@@ -46,21 +59,21 @@ class Restored:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Found(Generic[T]):
-    """What was read from the newest good step."""
+    """The value that was read from the latest valid step, and the newer steps that were skipped."""
 
     value: T
     damaged: tuple[DamagedStep, ...]
 
 
 def read_metadata(path: str, step: int | None = None) -> Metadata:
-    """The metadata of `step`, or of the newest step whose metadata is good, without its arrays.
+    """Returns the metadata of `step` or of the latest step with valid metadata. No array is read.
 
     Args:
       path: a run folder, its `checkpoints` folder, or the folder of one step.
-      step: the step; None means the newest.
+      step: the number of the step. None selects the latest.
 
     Raises:
-      UserError: `path` is not a checkpoint, or no step is good.
+      UserError: `path` is not a checkpoint, or no step is valid.
     """
     return newest_good(candidates(path, step), read_sidecar).value.metadata
 
@@ -74,18 +87,18 @@ def restore_params(
     dtype: DTypeLike | None = None,
     uncast: Sequence[str] = (),
 ) -> Restored:
-    """One part of a saved state, `params` if not told otherwise; the rest is not read.
+    """Restores one part of a saved state, by default `params`. The rest is not read.
 
     Args:
       path: a run folder, its `checkpoints` folder, or the folder of one step.
-      abstract_params: the part as a tree of `jax.ShapeDtypeStruct` with shardings; its dtypes do not matter.
-      step: the step; None means the newest good one.
+      abstract_params: the part as a tree of `jax.ShapeDtypeStruct` with shardings. Its dtypes are ignored.
+      step: the number of the step. None selects the latest valid step.
       prefix: the name of the part in the state.
-      dtype: what arrays of floating-point numbers are cast to; None: they stay as they are stored.
-      uncast: top-level groups of the part that stay as they are stored whatever `dtype` is.
+      dtype: the dtype to which floating-point arrays are cast. None keeps the stored dtypes.
+      uncast: top-level groups of the part that keep their stored dtypes whatever `dtype` is.
 
     Raises:
-      UserError: `path` is not a checkpoint, no step is good, or the part has other arrays than asked for.
+      UserError: `path` is not a checkpoint, no step is valid, or the part consists of other arrays than requested.
     """
 
     def describe(sidecar: Sidecar) -> Any:
@@ -98,7 +111,11 @@ def restore_params(
 
 
 def candidates(path: str, step: int | None = None) -> list[StepFolder]:
-    """The step folders that a path given by a user means, newest first.
+    """Returns the step folders that a path given by a user refers to, newest first.
+
+    Args:
+      path: a run folder, its `checkpoints` folder, or the folder of one step.
+      step: the only step to return. None returns all.
 
     Raises:
       UserError: there is none.
@@ -109,6 +126,7 @@ def candidates(path: str, step: int | None = None) -> list[StepFolder]:
         folders = nested or [found for found in list_steps(given.parent) if found.path == given]
     if not folders:
         raise UserError(f"{path} is not a checkpoint: expected a run folder with checkpoints/<step>, or one such step")
+
     chosen = [found for found in reversed(folders) if step in (None, found.step)]
     if not chosen:
         known = ", ".join(str(found.step) for found in folders if found.committed)
@@ -117,13 +135,13 @@ def candidates(path: str, step: int | None = None) -> list[StepFolder]:
 
 
 def newest_good(folders: Sequence[StepFolder], read: Callable[[StepFolder], T]) -> Found[T]:
-    """What `read` returns for the first folder that it finds undamaged.
+    """Returns the value of `read` for the first folder that is valid, and the folders skipped before it.
 
-    Reads that the disk or the bucket refuses are tried again. A step that still cannot be read is not skipped: nothing
-    says that it is damaged, and an older one would lose work.
+    Refused reads are retried. A step that is still unreadable is not skipped: it may be intact, and an older step would
+    lose work.
 
     Raises:
-      UserError: there is none, or the disk refuses one.
+      UserError: no folder is valid, or a read is refused.
     """
     passed_over: list[DamagedStep] = []
     for folder in folders:
@@ -138,6 +156,7 @@ def newest_good(folders: Sequence[StepFolder], read: Callable[[StepFolder], T]) 
                 f"{folder.path}: {error}; nothing says that this step is damaged and nothing was changed: try again, "
                 "or move the folder elsewhere to use the step before"
             ) from None
+
     reasons = "; ".join(str(step) for step in passed_over)
     raise UserError(f"no good checkpoint in {folders[0].path.parent}: {reasons}; {_remedy(passed_over)}")
 
@@ -156,12 +175,17 @@ def restore(
     dtype: DTypeLike | None = None,
     uncast: Sequence[str] = (),
 ) -> Restored:
-    """The newest good state among `folders`, or its part `prefix`, as the tree that `describe` makes of its sidecar.
+    """Restores the latest valid state among `folders`, with every array checked against its digest.
 
-    Arrays of floating-point numbers are cast to `dtype` where one is given, but for those below a name in `uncast`.
+    Args:
+      folders: the steps to try, newest first.
+      describe: returns the abstract state, a tree of `jax.ShapeDtypeStruct`, for the sidecar of a step.
+      prefix: the name of the part of the state to restore. The empty string restores all of it.
+      dtype: the dtype to which floating-point arrays are cast. None keeps the stored dtypes.
+      uncast: full names of groups that keep their stored dtypes.
 
     Raises:
-      UserError: no step is good, or the state has other arrays.
+      UserError: no step is valid, or the state consists of other arrays.
     """
 
     def read(folder: StepFolder) -> Restored:
@@ -169,9 +193,11 @@ def restore(
         abstract = describe(sidecar)
         targets, records = flatten(abstract, prefix), below(sidecar.arrays, prefix)
         _require_same_arrays(folder, records, targets)
+
         arrays = read_arrays(folder, targets, records)
         if dtype is not None:
             _cast_each(arrays, dtype, uncast)
+
         state = unflatten(arrays, abstract, prefix)
         return Restored(step=folder.step, state=state, metadata=sidecar.metadata, damaged=())
 
@@ -180,11 +206,12 @@ def restore(
 
 
 def _as_stored(target: jax.ShapeDtypeStruct, record: ArrayRecord | None) -> jax.ShapeDtypeStruct:
+    """Returns `target` with the stored dtype."""
     return target if record is None else target.update(dtype=jnp.dtype(record.dtype))
 
 
 def _cast_each(arrays: dict[str, Array], dtype: DTypeLike, uncast: Sequence[str]) -> None:
-    """Casts in place of the dictionary's own values: each array is freed before the next is cast."""
+    """Casts the values of the dictionary in place, so that each array is freed before the next is cast."""
     kept = {name for group in uncast for name in below(arrays, group)}
     for name in arrays.keys() - kept:
         if jnp.issubdtype(arrays[name].dtype, jnp.floating):
@@ -192,13 +219,16 @@ def _cast_each(arrays: dict[str, Array], dtype: DTypeLike, uncast: Sequence[str]
 
 
 def _require_same_arrays(folder: StepFolder, saved: dict[str, ArrayRecord], wanted: dict[str, Any]) -> None:
+    """Raises UserError if names, shapes or dtypes of the saved and the requested arrays differ."""
     have = {name: str(record) for name, record in saved.items()}
     want = {name: str(ArrayRecord(shape=x.shape, dtype=str(x.dtype), digest="")) for name, x in wanted.items()}
+
     differing = [
         f"{name}: {have.get(name, 'missing')} there, {want.get(name, 'nothing')} wanted"
         for name in {**want, **have}
         if have.get(name) != want.get(name)
     ]
+
     if differing:
         more = f"; and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
         raise UserError(f"{folder.path} holds another state: {'; '.join(differing[:_SHOWN])}{more}")

@@ -1,4 +1,4 @@
-"""Whether a run folder belongs to the run that wants to continue in it."""
+"""Checks that a run that resumes in a run folder has the configuration of the run that wrote it."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,23 +10,27 @@ _SHOWN = 5
 
 
 def check_same_run(folder: str, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Refuses a run of another configuration; `looplm_jax.resume` says what may differ.
+    """Raises UserError if a run of another configuration would resume in this folder.
+
+    `looplm_jax.resume` defines which fields may differ.
 
     Args:
       folder: the run folder, for the message.
-      saved: what it was trained with: a recipe as `codec.to_dict` writes it, and what else must agree, such as the
-        fingerprint of the tokeniser.
-      wanted: the same of the run that wants to continue.
+      saved: the saved configuration: a recipe as `codec.to_dict` writes it, and further values that must agree, such as
+        the fingerprint of the tokenizer.
+      wanted: the same values of the run that resumes.
 
     Raises:
-      UserError: the fields that differ, with both values.
+      UserError: some fields differ. The message has the first few, with both values.
     """
     before, now = dict(_fields(saved)), dict(_fields(wanted))
+
     differing = [
         f"{path}: {before.get(path, 'absent')}, now {now.get(path, 'absent')}"
         for path in {**before, **now}
         if before.get(path) != now.get(path) and not may_differ(path)
     ]
+
     if differing:
         more = f"; and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
         raise UserError(
@@ -36,7 +40,10 @@ def check_same_run(folder: str, saved: dict[str, Any], wanted: dict[str, Any]) -
 
 
 def _fields(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every plain value with its dotted path; an item of a list goes by its name, or else by its index."""
+    """Yields every plain value with its dotted path.
+
+    An item of a list of dictionaries is named by its `name`, or else by its index.
+    """
     if isinstance(value, list) and any(isinstance(item, dict) for item in value):
         value = {str(item.get("name", index)): item for index, item in enumerate(value)}
     if not isinstance(value, dict):

@@ -1,6 +1,6 @@
-"""One step on the disk, written as a whole or not at all, and read with every array checked.
+"""One step on disk: written atomically, and read with every array checked against its digest.
 
-No other module knows Orbax.
+This is the only module that imports Orbax.
 """
 
 import dataclasses
@@ -33,7 +33,13 @@ _STEP_NAME = re.compile(r"(\d+)(\.orbax-checkpoint-tmp.*)?")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepFolder:
-    """A folder that holds a step, or what is left of an attempt to write one."""
+    """A folder that contains a step, or the remains of an attempt to write one.
+
+    Attributes:
+      step: the number of the step.
+      path: the folder.
+      committed: whether the step was written completely.
+    """
 
     step: int
     path: epath.Path
@@ -42,26 +48,32 @@ class StepFolder:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Writing:
-    """A step that is being written in the background."""
+    """A step that is being written asynchronously."""
 
     response: ocp.AsyncResponse[None]
 
     def result(self) -> None:
-        """Waits for the commit; raises what went wrong, which other threads may echo for a while, unheard."""
+        """Waits for the commit and raises the error of a failed save.
+
+        After an error the log filter stays, because threads of Orbax may log the same error for a while.
+        """
         self.response.result()
         logging.getLogger("absl").removeFilter(_is_no_echo)
 
 
 def list_steps(folder: epath.Path) -> list[StepFolder]:
-    """Every step folder below `folder`, oldest first, read from the disk or the bucket at each call.
+    """Returns every step folder below `folder`, oldest first. Each call reads the file system or the bucket.
+
+    A folder that does not exist contains no steps.
 
     Raises:
-      OSError: the disk refuses to say, again and again. Only a folder that is not there holds no steps.
+      OSError: the file system still refuses to list the folder after the retries.
     """
     return retried(lambda: _list_steps(folder))
 
 
 def _list_steps(folder: epath.Path) -> list[StepFolder]:
+    """Lists the steps once, without retries."""
     forget_listing(folder)
     found = [(entry, _STEP_NAME.fullmatch(entry.name)) for entry in _entries(folder)]
     steps = [
@@ -73,6 +85,7 @@ def _list_steps(folder: epath.Path) -> list[StepFolder]:
 
 
 def _entries(folder: epath.Path) -> list[epath.Path]:
+    """Returns the entries of a folder, or none if it does not exist."""
     if in_bucket(folder) and not folder.is_dir():
         return []
     try:
@@ -90,7 +103,10 @@ def _is_there(path: epath.Path) -> bool:
 
 
 def _mode(path: epath.Path) -> int | None:
-    """The kind of a file, None where there is none. `exists` and `is_dir` call a file that the disk refuses missing."""
+    """Returns the type of a file, or None if it does not exist.
+
+    `exists` and `is_dir` would report a file that the file system refuses to read as missing.
+    """
     try:
         return stat.S_IFMT(os.stat(path).st_mode)
     except (FileNotFoundError, NotADirectoryError):
@@ -100,20 +116,28 @@ def _mode(path: epath.Path) -> int | None:
 def start_writing(
     path: epath.Path, arrays: dict[str, Array], metadata: Metadata, *, permanent: bool, compressed: bool = True
 ) -> Writing:
-    """Starts to write a step, in place of what may be at `path`; once this returns, the arrays may be donated.
+    """Starts to write a step and replaces what is at `path`. Once this returns, the arrays may be donated.
 
-    A link at `path` is replaced, and what it points to is left as it is.
+    A symbolic link at `path` is replaced; its target is not modified.
 
-    Compression needs up to as much memory again as the arrays; without it they are written from where they are.
+    Args:
+      path: the folder of the step.
+      arrays: the arrays by name.
+      metadata: the metadata to commit with them.
+      permanent: whether the step is exempt from pruning.
+      compressed: whether to compress the arrays. Compression needs up to as much additional memory as the arrays;
+        without it they are written from their own buffers.
     """
     found = digests(arrays)
     records = {
         name: ArrayRecord(shape=array.shape, dtype=str(array.dtype), digest=found[name])
         for name, array in arrays.items()
     }
+
     sidecar = encode(metadata, records, permanent=permanent)
     if _is_link(path) and jax.process_index() == 0:
         path.unlink()
+
     logging.getLogger("absl").addFilter(_is_no_echo)
     with _context(compressed):
         response = ocp.save_checkpointables_async(path, {_ARRAYS: arrays, _SIDECAR: sidecar}, overwrite=True)
@@ -121,15 +145,16 @@ def start_writing(
 
 
 def read_sidecar(folder: StepFolder) -> Sidecar:
-    """The metadata of a step, checked against its checksum.
+    """Returns the metadata of a step, checked against its checksum.
 
     Raises:
       DamagedError: the step was not finished, or its metadata is missing or altered.
       OtherVersionError: its metadata is of another version.
-      UnreadableError: the disk or the bucket refused to give it, or it is a named pipe or a device.
+      UnreadableError: the file system or the bucket refused the read, or the file is a named pipe or a device.
     """
     if not folder.committed:
         raise DamagedError("it was not finished")
+
     path = folder.path / _SIDECAR / _SIDECAR_FILE
     try:
         check_regular(path)
@@ -143,19 +168,21 @@ def read_sidecar(folder: StepFolder) -> Sidecar:
         if refused is None:
             raise
         raise RefusedError(f"{_SIDECAR}/{_SIDECAR_FILE} cannot be read ({refused})") from error
+
     return decode(value)
 
 
 def read_arrays(
     folder: StepFolder, targets: dict[str, jax.ShapeDtypeStruct], records: dict[str, ArrayRecord]
 ) -> dict[str, Array]:
-    """The named arrays of a step, in the shardings of `targets`, each checked against its digest.
+    """Reads the named arrays of a step into the shardings of `targets` and checks each against its digest.
 
     Raises:
       DamagedError: an array is missing or altered.
-      UnreadableError: the disk or the bucket refused to give it, or it is a named pipe or a device.
+      UnreadableError: the file system or the bucket refused the read, or a file is a named pipe or a device.
     """
     arrays = load(folder.path / _ARRAYS, targets)
+
     found = digests(arrays)
     altered = [name for name in targets if found[name] != records[name].digest]
     if altered:
@@ -165,28 +192,30 @@ def read_arrays(
 
 
 def delete(folder: StepFolder) -> None:
-    """Removes a step. The mark of its commit goes first, so that a half-deleted step is never taken for a whole one.
+    """Removes a step. Of a symbolic link, only the link is removed.
 
-    Of a link only the link itself is removed.
+    The commit marker is removed first, so that a partly deleted step is never taken for a complete one.
     """
     if _is_link(folder.path):
         folder.path.unlink(missing_ok=True)
         return
+
     (folder.path / _COMMITTED).unlink(missing_ok=True)
     folder.path.rmtree(missing_ok=True)
 
 
 def set_aside(folder: StepFolder) -> epath.Path:
-    """Gives a step a name that is no step's, where it stays for its user. Returns the new path."""
+    """Renames a step to a name that is not a step number, so that the user can keep it. Returns the new path."""
     names = {entry.name for entry in _entries(folder.path.parent)}
     number = next(number for number in itertools.count(1) if f"{folder.path.name}.set-aside-{number}" not in names)
     return folder.path.rename(folder.path.with_name(f"{folder.path.name}.set-aside-{number}"))
 
 
 def write_failure(error: Exception, path: epath.Path) -> str | None:
-    """Why the disk or the bucket refused a write, or None if `error` is of another kind."""
+    """Returns the reason why the file system or the bucket refused a write, or None if `error` is of another kind."""
     in_text = OS_ERROR.search(str(error))
     code = int(in_text[1]) if in_text else getattr(error, "errno", None)
+
     if code in (errno.ENOSPC, errno.EDQUOT):
         return NO_SPACE
     return refusal(error, path) if code is None else os.strerror(code)
@@ -197,16 +226,20 @@ def _is_link(path: epath.Path) -> bool:
 
 
 def _is_no_echo(record: logging.LogRecord) -> bool:
-    """The threads of Orbax log, with tracebacks, each error that `Writing.result` then raises."""
+    """Whether a log record is not a repetition of a save error.
+
+    Threads of Orbax log, with tracebacks, each error that `Writing.result` then raises.
+    """
     return "raised an exception" not in record.getMessage()
 
 
 def _context(compressed: bool) -> ocp.Context:
-    """Folders are made before anything waits for them: else a disk that refuses leaves threads waiting for minutes."""
+    """Returns the Orbax configuration of a save."""
     registry = ocp.handlers.local_registry()
     registry.add(ocp.handlers.JsonHandler, checkpointable_name=_SIDECAR)
     context = ocp.Context()
     context.checkpointables.registry = registry
+    # With asynchronous creation, a file system that refuses to create the folders leaves threads waiting for minutes.
     context.async_options.create_directories_asynchronously = False
     context.array.saving.use_ocdbt = context.array.saving.use_zarr3 = True
     context.array.saving.use_compression = compressed

@@ -1,4 +1,4 @@
-"""The checkpoints of one run: saved in the background, a few kept, the newest good one restored."""
+"""The checkpoints of one run: saved asynchronously, pruned to a few, restored from the latest valid one."""
 
 import contextlib
 import dataclasses
@@ -30,20 +30,27 @@ from looplm_jax.files import NO_SPACE, refusal
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Pending:
+    """A save that is not committed yet."""
+
     step: int
     writing: Writing
 
 
 class CheckpointStore:
-    """The folder `<run>/checkpoints`, owned by one run. A step is there as a whole, or not at all.
+    """The folder `<run>/checkpoints`, owned by one run. Each step is committed atomically.
 
-    The newest `keep` steps are kept, and the permanent ones besides. An older step is deleted only after a newer one is
-    committed. What this store could not restore is deleted only where it was damaged; a step of another version stays,
-    under another name once a step of its number is saved. In a run of many processes each makes a store of the same
-    folder and calls it at the same points.
+    The newest `keep` steps and all permanent ones are kept. An older step is deleted only after a newer one is
+    committed. A step that this store could not restore is deleted only if it was damaged. A step of another version is
+    kept, and renamed when a step with its number is saved. In a run of several processes, each process creates a store
+    of the same folder and calls its methods at the same points.
+
+    Args:
+      folder: the folder of the steps.
+      keep: the number of steps to keep in addition to the permanent ones.
+      asynchronous: whether `save` returns before the step is committed.
 
     Raises:
-      UserError: no checkpoint can be kept in a folder of this name.
+      UserError: no checkpoint can be stored in a folder of this name.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, keep: int, asynchronous: bool = True):
@@ -57,23 +64,24 @@ class CheckpointStore:
         self._is_abandoned = False
 
     def save(self, step: int, state: Any, metadata: Metadata, *, permanent: bool = False) -> None:
-        """Saves `state` in the background; once this returns, its buffers may be donated.
+        """Saves `state` asynchronously. Once this returns, its buffers may be donated.
 
-        Waits for the save before it. Does nothing if `step` is what this store saved or restored last.
+        Waits for the previous save first. Does nothing if `step` was the last step that this store saved or restored.
 
         Args:
-          step: greater than every good step of the folder.
+          step: a number greater than that of every valid step in the folder.
           state: a pytree of `jax.Array`, all on the same devices.
-          metadata: what describes it.
-          permanent: whether the step is kept when it is no longer among the newest.
+          metadata: the metadata of the step.
+          permanent: whether the step is exempt from pruning.
 
         Raises:
-          SaveError: the disk refused this save or the one before.
-          UserError: the folder holds a step as new.
+          SaveError: the file system refused this save or the previous one.
+          UserError: the folder contains a step that is not older.
         """
         self.wait()
         if step == self._current:
             return
+
         with self._naming_failed_writes(step):
             self._require_newest(step)
             self._sweep()
@@ -81,6 +89,7 @@ class CheckpointStore:
             silence_late_reports()
             path = self._folder / str(step)
             writing = start_writing(path, flatten(state), metadata, permanent=permanent)
+
         self._pending = _Pending(step=step, writing=writing)
         if not self._asynchronous:
             self.wait()
@@ -89,51 +98,53 @@ class CheckpointStore:
         """Waits until the last save is committed, then deletes the steps that are not kept.
 
         Raises:
-          SaveError: the disk refused the save.
+          SaveError: the file system refused the save.
         """
         if self._pending is None:
             return
+
         pending, self._pending = self._pending, None
         with self._naming_failed_writes(pending.step):
             pending.writing.result()
+
         self._current = pending.step
-        with contextlib.suppress(
-            OSError
-        ):  # what the disk or the bucket does not let go is tried again after the next save
+        with contextlib.suppress(OSError):  # a refused deletion is retried after the next save
             self._delete_old()
 
     def abandoned(self) -> "CheckpointStore":
-        """A store in the place of this one, in which a thread waits for a save that cannot succeed.
+        """Returns a store that replaces this one while a thread of this one waits for a save that cannot succeed.
 
-        Another process was refused, and Orbax waits for it for long. What that thread does in the end is no harm.
+        Orbax waits long for a process whose write was refused. The result of that thread has no effect.
         """
         store = CheckpointStore(self._folder, keep=self._keep, asynchronous=self._asynchronous)
         store._current, store._damaged, store._other_version = self._current, self._damaged, self._other_version
+        # From here on, a failure of the old save must not sweep away files of the new store.
         self._is_abandoned, self._pending = True, None
         return store
 
     def close(self) -> None:
-        """The same as `wait`: nothing else is held open."""
+        """Waits for the last save, as `wait` does. There is nothing else to close."""
         self.wait()
 
     def steps(self) -> list[int]:
-        """The committed steps, oldest first, as they are on the disk now."""
+        """Returns the numbers of the steps committed on disk, oldest first."""
         return [folder.step for folder in self._committed()]
 
     def restore(self, abstract_state: Any, step: int | None = None) -> Restored:
-        """The newest good state, or that of `step`, with every array checked against its digest.
+        """Returns the latest valid state, or that of `step`, with every array checked against its digest.
 
         Args:
-          abstract_state: the state as a tree of `jax.ShapeDtypeStruct`, or a function that makes it of the metadata;
-            shardings may differ from those saved.
-          step: the step; None means the newest good one.
+          abstract_state: the state as a tree of `jax.ShapeDtypeStruct`, or a function that returns it for the metadata.
+            Its shardings may differ from the saved ones.
+          step: the number of the step. None selects the latest valid step.
 
         Raises:
-          UserError: there is no good step, or it holds other arrays.
+          UserError: no step is valid, or the step contains other arrays.
         """
         describe = abstract_state if callable(abstract_state) else lambda _: abstract_state
         folders = candidates(os.fspath(self._folder), step)
         restored = restore(folders, lambda sidecar: describe(sidecar.metadata))
+
         self._current = restored.step
         self._damaged = frozenset(passed.step for passed in restored.damaged if not passed.other_version)
         self._other_version = frozenset(passed.step for passed in restored.damaged if passed.other_version)
@@ -143,10 +154,12 @@ class CheckpointStore:
         return [folder for folder in list_steps(self._folder) if folder.committed]
 
     def _good(self) -> list[StepFolder]:
+        """Returns the committed steps that the last restore did not skip."""
         passed_over = self._damaged | self._other_version
         return [folder for folder in self._committed() if folder.step not in passed_over]
 
     def _require_newest(self, step: int) -> None:
+        """Raises UserError if `step` is not newer than every valid step."""
         newest = max((folder.step for folder in self._good()), default=-1)
         if step <= newest:
             raise UserError(
@@ -155,13 +168,13 @@ class CheckpointStore:
             )
 
     def _sweep(self) -> None:
-        """Removes what an interrupted save or deletion left behind."""
+        """Removes the remains of an interrupted save or deletion."""
         for folder in list_steps(self._folder):
             if not folder.committed and jax.process_index() == 0:
                 delete(folder)
 
     def _set_aside(self, step: int) -> None:
-        """A whole step of another version makes room for one that this version saves."""
+        """Renames a complete step of another version before a step with its number is saved."""
         if step in self._other_version and jax.process_index() == 0:
             for folder in self._committed():
                 if folder.step == step:
@@ -169,6 +182,8 @@ class CheckpointStore:
         self._other_version -= {step}
 
     def _delete_old(self) -> None:
+        """Deletes the steps that are not kept, and the damaged ones."""
+        # A damaged step may have been replaced by the step that was just committed.
         self._damaged -= {self._current}
         old = self._good()[: -self._keep]
         damaged = [folder for folder in self._committed() if folder.step in self._damaged]
@@ -178,6 +193,7 @@ class CheckpointStore:
 
     @contextlib.contextmanager
     def _naming_failed_writes(self, step: int) -> Iterator[None]:
+        """Converts refused writes to SaveError and removes the partial files."""
         try:
             yield
         except UserError:
@@ -186,16 +202,18 @@ class CheckpointStore:
             reason = write_failure(error, self._folder)
             if reason is None:
                 raise
-            if not self._is_abandoned:  # by now another save may be under way
+            if not self._is_abandoned:  # the store that replaced this one may be saving now
                 with contextlib.suppress(OSError):
                     self._sweep()
             raise SaveError(self._failure(step, reason)) from error
 
     def _failure(self, step: int, reason: str) -> str:
+        """Returns the message of a failed save."""
         remedy = "free space" if reason == NO_SPACE else "mend that"
         return f"{reason} while saving step {step} to {self._folder}: {remedy} and resume; {self._newest()}"
 
     def _newest(self) -> str:
+        """Returns a clause that names the latest valid step."""
         try:
             good = self._good()
         except Exception as error:
@@ -206,7 +224,7 @@ class CheckpointStore:
 
 
 def _is_permanent(folder: StepFolder) -> bool:
-    """A step whose metadata cannot be read is kept: nothing of value is deleted by mistake."""
+    """Whether a step is exempt from pruning. One with unreadable metadata is, so that nothing of value is deleted."""
     try:
         return read_sidecar(folder).permanent
     except (DamagedError, OtherVersionError, UnreadableError):

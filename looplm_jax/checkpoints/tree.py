@@ -1,4 +1,4 @@
-"""A pytree as a flat dictionary with dotted names, and back."""
+"""Converts a pytree to a flat dictionary with dotted names, and back."""
 
 from typing import Any
 
@@ -6,10 +6,14 @@ import jax
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Every leaf under its dotted name, such as `params.core.attention.query`; `prefix` is the name of the tree itself.
+    """Returns every leaf under its dotted name, such as `params.core.attention.query`.
+
+    Args:
+      tree: a pytree.
+      prefix: the name of the tree itself.
 
     Raises:
-      ValueError: two leaves have one name.
+      ValueError: two leaves have the same name.
     """
     named: dict[str, Any] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -17,14 +21,15 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
         if name in named:
             raise ValueError(f"two arrays of the state are called {name!r}")
         named[name] = leaf
+
     return named
 
 
 def unflatten(named: dict[str, Any], like: Any, prefix: str = "") -> Any:
-    """The inverse of `flatten`: a tree with the structure of `like`."""
+    """Returns a tree with the structure of `like`; the inverse of `flatten`."""
     return jax.tree.unflatten(jax.tree.structure(like), [named[name] for name in flatten(like, prefix)])
 
 
 def below(named: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """The entries that `flatten(tree, prefix)` would name."""
+    """Returns the entries that belong to the tree `prefix`: those that `flatten(tree, prefix)` would name."""
     return {name: leaf for name, leaf in named.items() if not prefix or name == prefix or name.startswith(prefix + ".")}

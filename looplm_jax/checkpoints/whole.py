@@ -1,4 +1,4 @@
-"""A step as a plain dictionary of arrays by name, for what needs no tree: read whole, and written whole."""
+"""Reads and writes a step as a flat dictionary of arrays, for code that needs no pytree."""
 
 import dataclasses
 import os
@@ -20,7 +20,14 @@ from looplm_jax.files import NO_SPACE
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WholeStep:
-    """Everything that one step holds, and the newer steps that were passed over, newest first."""
+    """The complete contents of one step.
+
+    Attributes:
+      step: the number of the step.
+      arrays: every array by its dotted name.
+      metadata: the metadata of the step.
+      damaged: the newer steps that were skipped, newest first.
+    """
 
     step: int
     arrays: dict[str, Array]
@@ -29,33 +36,35 @@ class WholeStep:
 
 
 def read_whole(path: str | os.PathLike[str], *, step: int | None = None) -> WholeStep:
-    """All arrays of the newest good step, each checked against its digest, on the first device.
+    """Reads all arrays of the latest valid step onto the first device and checks each against its digest.
 
     Args:
       path: a run folder, its `checkpoints` folder, or the folder of one step.
-      step: the step; None means the newest good one.
+      step: the number of the step. None selects the latest valid step.
 
     Raises:
-      UserError: `path` is not a checkpoint, or no step is good.
+      UserError: `path` is not a checkpoint, or no step is valid.
     """
     found = newest_good(candidates(os.fspath(path), step), _read)
     return dataclasses.replace(found.value, damaged=found.damaged)
 
 
 def read_records(path: str | os.PathLike[str], *, step: int | None = None) -> dict[str, ArrayRecord]:
-    """Shape and dtype of all arrays of the newest step whose metadata is good, or of `step`; no array is read.
+    """Returns shape, dtype and digest of the arrays of `step`, or of the latest step with valid metadata.
+
+    Reads no array.
 
     Raises:
-      UserError: `path` is not a checkpoint, or no step is good.
+      UserError: `path` is not a checkpoint, or no step is valid.
     """
     return newest_good(candidates(os.fspath(path), step), read_sidecar).value.arrays
 
 
 def write_whole(folder: Path, whole: WholeStep) -> None:
-    """Writes `<folder>/checkpoints/<step>`, and waits until it is committed; it is never deleted as an old one.
+    """Writes `<folder>/checkpoints/<step>` and waits until it is committed. The step is exempt from pruning.
 
     Raises:
-      UserError: the disk refused it. Nothing of it remains that the disk lets go.
+      UserError: the file system refused the write. The partial files are removed as far as the file system permits.
     """
     path = checkpoint_path(folder) / "checkpoints" / str(whole.step)
     with late_reports_silenced():
@@ -68,7 +77,10 @@ def write_whole(folder: Path, whole: WholeStep) -> None:
 
 
 def _write(path: epath.Path, whole: WholeStep) -> str | None:
-    """Why the disk refused, or None where all is written; the exception, which keeps alive what failed, is gone."""
+    """Writes the step. Returns None on success, or the reason why the file system refused it.
+
+    The exception is dropped because it would keep the failed arrays alive.
+    """
     try:
         start_writing(path, whole.arrays, whole.metadata, permanent=True, compressed=False).result()
     except Exception as error:
@@ -80,9 +92,11 @@ def _write(path: epath.Path, whole: WholeStep) -> str | None:
 
 
 def _read(folder: StepFolder) -> WholeStep:
+    """Reads the arrays and the metadata of one step."""
     sidecar = read_sidecar(folder)
     targets = {
         name: jax.ShapeDtypeStruct(record.shape, jnp.dtype(record.dtype)) for name, record in sidecar.arrays.items()
     }
+
     arrays = read_arrays(folder, targets, sidecar.arrays)
     return WholeStep(step=folder.step, arrays=arrays, metadata=sidecar.metadata)
