@@ -1,4 +1,4 @@
-"""Synthetic tasks, one file each, drawn online from a seed."""
+"""Synthetic tasks, one module each, with problems generated on demand from a seed."""
 
 from looplm_jax.data.tasks.addition import Addition
 from looplm_jax.data.tasks.capo import Capo

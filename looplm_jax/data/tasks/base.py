@@ -1,4 +1,4 @@
-"""What a synthetic task offers."""
+"""The interface of all synthetic tasks, and batches of their problems."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -15,7 +15,7 @@ _ENDLESS = 2**48
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Problems:
-    """N problems, the tokens of one after those of the other. `loss_mask` says which of these are targets."""
+    """N problems, concatenated into arrays of P tokens. `loss_mask` is true for targets."""
 
     tokens: Int32[np.ndarray, "P"]
     loss_mask: Bool[np.ndarray, "P"]
@@ -23,7 +23,7 @@ class Problems:
 
     @classmethod
     def of(cls, examples: Iterable[Example]) -> "Problems":
-        """Returns examples that were drawn one by one."""
+        """Returns examples that were drawn one at a time."""
         examples = list(examples)
         return cls(
             np.concatenate([example.tokens for example in examples]),
@@ -35,15 +35,20 @@ class Problems:
     def of_columns(
         cls, tokens: Int[np.ndarray, "N W"], loss_mask: Bool[np.ndarray, "N W"], used: Bool[np.ndarray, "N W"]
     ) -> "Problems":
-        """Returns problems that were drawn side by side. `used` says which columns of its row a problem has."""
+        """Returns N problems that were drawn as rows of W columns.
+
+        `used` is true for the columns that belong to a problem.
+        """
         return cls(tokens[used].astype(np.int32), loss_mask[used], used.sum(axis=1))
 
     @classmethod
     def joined(cls, parts: Sequence["Problems"], order: Int[np.ndarray, "N"]) -> "Problems":
-        """Returns the problems of all parts in an order."""
+        """Returns the problems of several batches in the given order, a permutation of all their indices."""
         tokens, mask, lengths = (
             np.concatenate([getattr(part, field.name) for part in parts]) for field in dataclasses.fields(cls)
         )
+
+        # Index of each output token in the concatenated input: the start of its problem plus its offset in the problem.
         chosen = lengths[order]
         starts = np.cumsum(lengths) - lengths
         places = np.repeat(starts[order] - (np.cumsum(chosen) - chosen), chosen) + np.arange(len(tokens))
@@ -52,33 +57,33 @@ class Problems:
 
 @runtime_checkable
 class Task(Protocol):
-    """Problems as pure functions of a seed and an index."""
+    """A synthetic task, with problems that are pure functions of a seed and an index."""
 
     @property
     def tokenizer(self) -> SymbolTokenizer:
-        """The task's vocabulary."""
+        """The vocabulary of the task."""
 
     @property
     def max_tokens(self) -> int:
-        """Tokens of the longest problem."""
+        """The number of tokens of the longest problem."""
 
     @property
     def validation_items(self) -> int:
-        """Number of held-out problems."""
+        """The number of held-out problems."""
 
     def train_problems(self, seed: int, start: int, count: int) -> Problems:
-        """Problems `start` to `start + count` of the training stream of a seed: a pure function of all three."""
+        """Returns training problems `start` to `start + count` of a seed: a pure function of all three arguments."""
 
     def train_example(self, seed: int, index: int) -> Example:
-        """Problem `index` of the stream of a seed that is drawn one problem at a time."""
+        """Returns problem `index` of the training stream of a seed that draws one problem at a time."""
 
     def validation_example(self, index: int) -> Example:
-        """Held-out problem `index`, one that no training stream can hold."""
+        """Returns held-out problem `index`, which no training stream can contain."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainStream:
-    """The training problems of one seed, by index, practically without end."""
+    """The training problems of one seed, by index, in practically endless number."""
 
     task: Task
     seed: int

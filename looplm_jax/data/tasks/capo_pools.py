@@ -1,7 +1,8 @@
-"""The pools that people of Capo are drawn from, at the sizes of the paper (B.1). All entries are our own.
+"""The pools from which names and facts of Capo's people are drawn, with the sizes of the paper (B.1).
 
-An entry is written with one or two symbols; a symbol that begins with a hyphen continues the one before, so that
-`Ash -ford` is Ashford. A few stems and endings make hundreds of names, which keeps the vocabulary small.
+All entries are original to this module. An entry has one or two symbols. A symbol that starts with a hyphen continues
+the previous one, so `Ash -ford` is Ashford. A few stems and endings combine to hundreds of names, which keeps the
+vocabulary small.
 """
 
 import itertools
@@ -16,6 +17,7 @@ PRONOUNS = ("he", "she")
 
 
 def _words(text: str) -> tuple[str, ...]:
+    """Returns the words of a text."""
     return tuple(text.split())
 
 
@@ -42,15 +44,17 @@ _MONTHS = _words("January February March April May June July August September Oc
 
 
 def _pairs(first: Iterable[str], second: Iterable[str]) -> Pool:
+    """Returns all combinations of a first and a second symbol."""
     return tuple(itertools.product(first, second))
 
 
 def _numbers(start: int, stop: int, digits: int) -> Pool:
-    """Numbers with their last digit apart."""
+    """Returns numbers with leading zeros, in which the last digit is a separate symbol."""
     written = (f"{number:0{digits}d}" for number in range(start, stop))
     return tuple((number[:-1], f"-{number[-1]}") for number in written)
 
 
+# The slices below give the pools exactly the sizes of the paper.
 FIRST_NAMES = _pairs(_GIVEN, _FIRST)
 MIDDLE_NAMES = _pairs(_GIVEN, _MIDDLE)
 LAST_NAMES = _pairs(_PLACES[:25], _SURNAMES)
@@ -84,5 +88,5 @@ FACTS = math.prod(map(len, FACT_POOLS.values()))
 
 
 def symbols_of(pools: Iterable[Pool]) -> list[str]:
-    """All symbols that the entries are written with, each once, in the order of their first use."""
+    """Returns all symbols of the entries, without repetition, in order of first use."""
     return list(dict.fromkeys(symbol for pool in pools for entry in pool for symbol in entry))

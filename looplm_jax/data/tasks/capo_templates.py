@@ -1,9 +1,9 @@
-"""The sentences of a Capo biography: fifty templates for each attribute, of five openings and ten phrases of our own.
+"""The sentences of Capo's biographies: fifty templates for each attribute, from five openings and ten phrases.
 
-A sentence is `opening subject phrase value .`, such as `Later she graduated from Oak College .`. The value comes after
-the subject, and that a subject or a value comes next follows from the words before it (an opening is one word, and no
-phrase begins another): what a model does not know about the wording never counts as something it does not know about a
-person.
+All phrases are original to this module. A sentence is `opening subject phrase value .`, such as `Later she graduated
+from Oak College .`. The value comes after the subject. The preceding words determine whether a subject or a value comes
+next, because an opening is one word and no phrase is a prefix of another. Uncertainty about the wording therefore never
+counts as uncertainty about a person.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ END = "."
 
 
 class Attribute(enum.Enum):
-    """What a biography tells, a sentence each, in this order."""
+    """The facts that a biography states, one sentence each, in this order."""
 
     BIRTH_DATE = "birth_date"
     BIRTH_CITY = "birth_city"
@@ -28,7 +28,7 @@ class Attribute(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """The word of a sentence before its subject, and those between the subject and the value."""
+    """The word of a sentence before its subject, and the words between subject and value."""
 
     opening: str
     phrase: tuple[str, ...]
@@ -113,6 +113,7 @@ _COMPANY_CITY = (
 
 
 def _templates(openings: tuple[str, ...], phrases: tuple[str, ...]) -> tuple[Template, ...]:
+    """Returns all combinations of an opening and a phrase."""
     return tuple(Template(opening, tuple(phrase.split())) for opening, phrase in itertools.product(openings, phrases))
 
 
@@ -129,6 +130,6 @@ TEMPLATES: Mapping[Attribute, tuple[Template, ...]] = MappingProxyType(
 
 
 def words_of_templates() -> list[str]:
-    """All words of all templates, each once, in the order of their first use."""
+    """Returns all words of all templates, without repetition, in order of first use."""
     templates = itertools.chain.from_iterable(TEMPLATES.values())
     return list(dict.fromkeys(word for each in templates for word in (each.opening, *each.phrase)))

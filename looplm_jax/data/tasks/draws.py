@@ -1,4 +1,4 @@
-"""Random draws of the tasks, on the asked side of the split: a problem at a time, or many at once."""
+"""Random draws for the tasks on one side of the validation split: one problem at a time, or many at once."""
 
 import hashlib
 from collections.abc import Callable
@@ -10,33 +10,40 @@ from jaxtyping import Int
 from looplm_jax.data.splits import is_validation
 from looplm_jax.errors import UserError
 
-HELD_OUT = 1 / 16  # share of all problems of the tested size
+HELD_OUT = 1 / 16  # fraction of all problems of the tested size
 _MOST_DRAWS = 1_000
 
 P = TypeVar("P")
 
 
 def generator(*key: Any) -> np.random.Generator:
-    """An independent generator for each key."""
+    """Returns an independent random generator for each key."""
     digest = hashlib.blake2b(":".join(map(str, key)).encode(), digest_size=16).digest()
     return np.random.default_rng(int.from_bytes(digest, "big"))
 
 
 def is_held_out(problem: str) -> bool:
-    """Whether a problem, written out, belongs to validation, whatever the seed."""
+    """Whether a problem, given as text, is held out for validation. This does not depend on any seed."""
     return is_validation(problem, HELD_OUT)
 
 
 def first_draw(draw: Callable[[int], P], accept: Callable[[P], bool], task: str, remedy: str) -> P:
-    """The first of a problem's own sequence of draws, by attempt, that is accepted.
+    """Returns the first accepted problem of a sequence of draws.
+
+    Args:
+      draw: returns the problem of an attempt, given its number.
+      accept: decides whether a problem is on the requested side of the split.
+      task: the name of the task, for the error message.
+      remedy: the advice in the error message.
 
     Raises:
-      UserError: none is; the task has too few problems to hold some out.
+      UserError: no draw is accepted, because the task has too few problems to hold some out.
     """
     for attempt in range(_MOST_DRAWS):
         problem = draw(attempt)
         if accept(problem):
             return problem
+
     raise _too_few(task, remedy)
 
 
@@ -48,27 +55,31 @@ def draw_again(
     task: str,
     remedy: str,
 ) -> None:
-    """Draws rows of `drawn` again, in place, until none is held out.
+    """Redraws rows of `drawn`, in place, until none is a held-out problem.
 
     Args:
-      drawn: problems, one a row.
-      draw: draws the rows at some places anew.
-      written: a row as it is written out for `is_held_out`.
-      suspects: the rows that may be held out.
-      task: its name, for the message.
-      remedy: what its user can do.
+      drawn: N problems, one per row.
+      draw: draws new problems for the given rows.
+      written: returns the text of a problem, for `is_held_out`.
+      suspects: indices of the rows that may be held out.
+      task: the name of the task, for the error message.
+      remedy: the advice in the error message.
 
     Raises:
-      UserError: a problem cannot be drawn; the task has too few to hold some out.
+      UserError: a problem cannot be drawn, because the task has too few problems to hold some out.
     """
     for _ in range(_MOST_DRAWS):
         held_out = [is_held_out(written(row)) for row in drawn[suspects]]
+        # Only rows that were just redrawn are checked again.
         suspects = suspects[np.array(held_out, bool)]
         if len(suspects) == 0:
             return
+
         drawn[suspects] = draw(suspects)
+
     raise _too_few(task, remedy)
 
 
 def _too_few(task: str, remedy: str) -> UserError:
+    """Returns the error for a task with too few problems."""
     return UserError(f"{task} has too few problems to hold some out; {remedy}")

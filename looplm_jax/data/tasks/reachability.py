@@ -1,15 +1,17 @@
-"""Reachability in a directed graph (Ouro paper, B.5): does a path lead from one node to another?
+"""Reachability in a directed graph (Ouro paper, B.5): is there a path from one node to another?
 
     <bos> n3 > n7 ; n1 > n3 ; … ; ? n1 n7 <ans> yes        asks=path
     <bos> n3 > n7 ; n1 > n3 ; … ; ? n7 n1                  asks=root
 
-A graph is `trees` that share no node, drawn alike: a path of `distance` edges from the root, and other nodes hung below
-random nodes of it. A question goes from a node of a path to the node some edges further down, on this path or on
-another tree's: is it reached? Or it names a node that lies some edges below a root: which of the roots reaches it?
-Nothing but following that many edges tells. Edges come in random order, names of nodes are random. Training draws the
-number of edges of each question in 1..`distance`, uniformly or the more often the `nearer`, and may ask several
-`questions` about a graph; the test asks one, over `asked` edges. Only answers are targets; a sixteenth of all problems
-of one question, by hash, is kept out of training.
+A graph consists of `trees` disjoint trees with the same distribution: a path of `distance` edges from the root, and
+further nodes attached below random nodes. A question takes one of two forms. It names a node of a path and the node
+some edges further down, on this path or on that of another tree, and asks whether the second is reachable. Or it names
+a node some edges below a root, and asks which of the roots reaches it. Following that many edges is the only way to
+tell. Edges are in random order and nodes have random names.
+
+Training draws the number of edges of each question from 1..`distance`, uniformly or, with `nearer`, with a preference
+for short ones, and may ask several `questions` about a graph. The test asks one question over `asked` edges. Only
+answers are targets. One sixteenth of all problems with one question, selected by hash, is held out of training.
 """
 
 import dataclasses
@@ -29,27 +31,27 @@ from looplm_jax.errors import UserError
 
 
 class Asks(enum.Enum):
-    """What a question is about."""
+    """The form of a question."""
 
-    PATH = "path"  # whether a node is reached from another
+    PATH = "path"  # whether a node is reachable from another
     ROOT = "root"  # which root reaches a node
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Forest:
-    """Edges of trees as pairs of nodes, and the nodes of each tree's path from its root."""
+    """The edges of several trees as pairs of nodes, and the nodes of each tree's main path, from its root."""
 
     edges: Sequence[tuple[int, int]]
     paths: Sequence[Sequence[int]]
 
     def written(self) -> str:
-        """The edges."""
+        """Returns the edges as text."""
         return " ".join(f"n{source} > n{target} ;" for source, target in self.edges)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Problem:
-    """A graph and questions about it, written out."""
+    """A graph and questions about it, as text."""
 
     graph: str
     questions: Sequence[str]
@@ -57,17 +59,17 @@ class _Problem:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reachability:
-    """The task and its generator. Every problem is a pure function of (stream, seed, index).
+    """The reachability task and its generator. Every problem is a pure function of (stream, seed, index).
 
     Attributes:
-      nodes: of a graph.
-      trees: that it falls into.
-      distance: edges of the longest path asked for.
-      asked: edges between the nodes that the test asks for; 0: `distance`.
-      questions: about each graph, in training.
-      asks: whether there is a path, or which root reaches a node.
-      nearer: draw a length in training with a probability of one over it.
-      validation_items: number of held-out problems.
+      nodes: the number of nodes of a graph.
+      trees: the number of trees of a graph.
+      distance: the number of edges of the longest path that a question may require.
+      asked: the number of edges between the two nodes of a test question; 0 for `distance`.
+      questions: the number of questions about each graph in training.
+      asks: the form of questions.
+      nearer: in training, draw each number of edges with a probability proportional to its inverse.
+      validation_items: the number of held-out problems.
     """
 
     nodes: int = 24
@@ -94,18 +96,18 @@ class Reachability:
 
     @functools.cached_property
     def tokenizer(self) -> SymbolTokenizer:
-        """Marks, answers and names of nodes."""
+        """The vocabulary: marks, answers and names of nodes."""
         names = (f"n{node}" for node in range(self.nodes))
         return SymbolTokenizer(["<bos>", ">", ";", "?", "<ans>", "no", "yes", *names])
 
     @property
     def max_tokens(self) -> int:
-        """Tokens of a problem: a forest has as many edges fewer than nodes as it has trees."""
+        """The number of tokens of a problem. A forest has `nodes - trees` edges of four tokens each."""
         return 1 + 4 * (self.nodes - self.trees) + self.questions * (5 if self.asks is Asks.PATH else 3)
 
     @property
     def chance(self) -> float:
-        """Accuracy of a guess: yes or no, or any root."""
+        """The accuracy of a uniform guess: between yes and no, or among the roots."""
         return 1 / 2 if self.asks is Asks.PATH else 1 / self.trees
 
     def train_problems(self, seed: int, start: int, count: int) -> Problems:
@@ -113,7 +115,7 @@ class Reachability:
         return Problems.of(self.train_example(seed, index) for index in range(start, start + count))
 
     def train_example(self, seed: int, index: int) -> Example:
-        """Problem `index` of the training stream of a seed; none of its questions is a held-out one."""
+        """Returns problem `index` of the training stream of a seed. None of its questions is a held-out one."""
 
         def draw(attempt: int) -> _Problem:
             random = generator("reachability-train", seed, index, attempt)
@@ -125,7 +127,7 @@ class Reachability:
         return self._example(draw, held_out=False)
 
     def validation_example(self, index: int) -> Example:
-        """Held-out problem `index`, of one question over `asked` edges."""
+        """Returns held-out problem `index`, with one question over `asked` edges."""
 
         def draw(attempt: int) -> _Problem:
             random = generator("reachability-validation", index, attempt)
@@ -135,44 +137,53 @@ class Reachability:
         return self._example(draw, held_out=True)
 
     def _forest(self, random: np.random.Generator) -> Forest:
+        """Returns a random graph of the configured size."""
         return draw_forest(random, nodes=self.nodes, trees=self.trees, distance=self.distance)
 
     def _shares(self) -> Float[np.ndarray, "distance"]:
-        """Of questions by length, in training."""
+        """Returns the probability of each question length, 1 to `distance`, in training."""
         weights = 1 / np.arange(1.0, self.distance + 1) if self.nearer else np.ones(self.distance)
         return weights / weights.sum()
 
     def _example(self, draw: Callable[[int], _Problem], *, held_out: bool) -> Example:
+        """Returns the first problem on the requested side of the split as tokens, with the answers as targets."""
+
         def accept(problem: _Problem) -> bool:
             return all(is_held_out(f"{problem.graph} {question}") is held_out for question in problem.questions)
 
         name = f"reachability:nodes={self.nodes},distance={self.distance}"
         problem = first_draw(draw, accept, name, "raise nodes")
+
         tokens = [self.tokenizer.bos_id, *self.tokenizer.encode(problem.graph)]
         mask = [False] * len(tokens)
         for question in problem.questions:
+            # The answer is the last token of a question.
             asked = self.tokenizer.encode(question)
             tokens += asked
             mask += [False] * (len(asked) - 1) + [True]
+
         return Example.of(tokens, mask)
 
 
 def draw_forest(random: np.random.Generator, *, nodes: int, trees: int, distance: int) -> Forest:
-    """Trees with paths of `distance` edges, edges in random order."""
+    """Returns a forest whose trees have main paths of `distance` edges, with its edges in random order."""
     names = random.permutation(nodes).tolist()
     on_paths = trees * (distance + 1)
     paths = [names[start : start + distance + 1] for start in range(0, on_paths, distance + 1)]
     members = [list(path) for path in paths]
     edges = [edge for path in paths for edge in itertools.pairwise(path)]
+
+    # The remaining nodes are attached below a random node of a random tree.
     for name in names[on_paths:]:
         tree = members[int(random.integers(trees))]
         edges.append((tree[int(random.integers(len(tree)))], name))
         tree.append(name)
+
     return Forest(edges=[edges[place] for place in random.permutation(len(edges))], paths=paths)
 
 
 def draw_question(random: np.random.Generator, forest: Forest, length: int, asks: Asks) -> str:
-    """A question over `length` edges, and its answer, which is the last symbol."""
+    """Returns a question over `length` edges with its answer, which is the last symbol."""
     path, other = (forest.paths[place] for place in random.permutation(len(forest.paths))[:2])
     if asks is Asks.ROOT:
         return f"? n{path[length]} n{path[0]}"

@@ -1,4 +1,4 @@
-"""Tasks by name: `mano`, or `mano:length=10,modulus=23`."""
+"""Tasks by name and options, as in `mano` or `mano:length=10,modulus=23`."""
 
 import re
 from collections.abc import Mapping
@@ -26,26 +26,28 @@ TASKS: Mapping[str, type[Task]] = MappingProxyType(
     }
 )
 
-# `name:` and no `//` after it, which would be a URL.
+# `name:options`. Two slashes after the colon would make it a URL.
 _SPEC = re.compile(r"(?P<name>[A-Za-z]\w+):(?!/)(?P<options>.*)")
 
 
 def is_task(path: str) -> bool:
-    """Whether the path of a source means a task, and neither files nor a dataset."""
+    """Whether the path of a source names a task rather than files or a dataset."""
     return path in TASKS or (_SPEC.fullmatch(path) is not None and not path.startswith(huggingface.PREFIX))
 
 
 def make_task(spec: str) -> Task:
-    """The task that a path names.
+    """Returns the task that a path specifies.
 
     Raises:
-      UserError: unknown task or option (with a suggestion), or a value that the task refuses.
+      UserError: an unknown task or option (with a suggestion), or a value that the task rejects.
     """
     match = _SPEC.fullmatch(spec)
     name, options = (match["name"], match["options"]) if match else (spec, "")
     if name not in TASKS:
         raise UserError(f"no such task {name!r}{suggest(name, TASKS)}")
+
     pairs = [option.partition("=") for option in options.split(",") if option]
     if bare := [key for key, equals, _ in pairs if not equals]:
         raise UserError(f"{spec}: {bare[0]!r} has no value; write {name}:option=value,option=value")
+
     return from_dict(TASKS[name], {key.strip(): value.strip() for key, _, value in pairs}, name)

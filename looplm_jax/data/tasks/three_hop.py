@@ -1,19 +1,20 @@
-"""Three-hop questions (Ouro paper 6.2, B.3): how many different questions it takes to learn to combine facts.
+"""Three-hop questions: how many distinct questions a model needs to learn to combine facts (Ouro paper 6.2, B.3).
 
-500 people in 5 layers of 100, and 20 relations; each relation leads each person to one of the next layer, drawn once
-and for all by the `world`'s seed. A question starts at a person of the first layer, which gives 100 x 20^3 = 800,000:
+There are 500 people in 5 layers of 100, and 20 relations. Each relation maps each person to one person of the next
+layer, drawn once from the seed `world`. A question starts at a person of the first layer, so there are 100 x 20^3 =
+800,000 questions:
 
     Who is the instructor of the teacher of the friend of Bob ? Answer: Eve
 
-The innermost relation is applied first. Only the answer is a target. Which layers questions start from is not printed
-(the first, here: that gives the printed number of questions), nor how they are worded for three relations.
+The innermost relation is applied first. Only the answer is a target. The paper specifies neither the layers at which
+questions start (the first layer here, which gives the paper's number of questions) nor the wording for three relations.
 
-`questions` of them, drawn by the world's seed, are trained on, and 3,000 others are held out; neither changes with the
-seed of the stream.
+`questions` of the questions, drawn from the world's seed, are used for training, and 3,000 others are held out. Neither
+set depends on the seed of the stream.
 
-With `fewest`, a curriculum that small models need: training draws the number of hops uniform in fewest..3. Shorter
-questions are drawn from all that there are, from any layer that leads to an answer of the longer ones: with one hop,
-the facts themselves. Of three hops there are still only `questions` in training.
+With `fewest`, training follows a curriculum that small models need: the number of hops is uniform in fewest..3. Shorter
+questions are drawn from all that exist, from every layer that can occur on the way of a longer one; with one hop, they
+are the facts themselves. There are still only `questions` training questions with three hops.
 """
 
 import dataclasses
@@ -35,7 +36,16 @@ _END = "<end>"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ThreeHop:
-    """The task and its generator. Every problem is a pure function of (world, seed, index)."""
+    """The three-hop task and its generator. Every problem is a pure function of (world, seed, index).
+
+    Attributes:
+      questions: the number of distinct three-hop questions in training.
+      people: the number of people in a layer.
+      relations: the number of relations.
+      world: the seed of the facts and of the division of questions.
+      fewest: the smallest number of hops in training.
+      validation_items: the number of held-out questions.
+    """
 
     questions: int = 100_000
     people: int = 100
@@ -58,24 +68,24 @@ class ThreeHop:
 
     @property
     def pool(self) -> int:
-        """All questions that there are: one for each person of the first layer and each three relations."""
+        """The number of existing questions: one for each person of the first layer and each triple of relations."""
         return self.people * self.relations**_HOPS
 
     @functools.cached_property
     def tokenizer(self) -> SymbolTokenizer:
-        """The words of the question, one for each relation, and one for each person."""
+        """The vocabulary: the words of the question, the relations and the people."""
         words = ("Who", "is", "the", "of", "?", "Answer:")
         people = range(_LAYERS * self.people)
         return SymbolTokenizer([_END, *words, *(f"r{n}" for n in range(self.relations)), *(f"p{n}" for n in people)])
 
     @property
     def max_tokens(self) -> int:
-        """Tokens of a question and its answer."""
+        """The number of tokens of a question and its answer."""
         return 3 + 3 * _HOPS + 4
 
     @property
     def chance(self) -> float:
-        """Accuracy of a uniform guess at a person of the right layer."""
+        """The accuracy of a uniform guess at a person of the correct layer."""
         return 1 / self.people
 
     def train_problems(self, seed: int, start: int, count: int) -> Problems:
@@ -83,29 +93,36 @@ class ThreeHop:
         return Problems.of(self.train_example(seed, index) for index in range(start, start + count))
 
     def train_example(self, seed: int, index: int) -> Example:
-        """A question of the training set: the sets of all seeds are the same, their orders are not."""
+        """Returns question `index` of the training stream.
+
+        All seeds have the same set of questions, in different orders.
+        """
         if self.fewest < _HOPS:
             draws = generator("threehop-fewer", seed, index)
             hops = int(draws.integers(self.fewest, _HOPS + 1))
             if hops < _HOPS:
                 person = int(draws.integers((_HOPS + 1 - hops) * self.people))
                 return self._asked(person, tuple(draws.integers(self.relations, size=hops).tolist()))
+
         epoch, place = divmod(index, self.questions)
         return self._example(int(self._order[self.validation_items + _shuffled(self.questions, seed, epoch)[place]]))
 
     def validation_example(self, index: int) -> Example:
-        """Held-out question `index`."""
+        """Returns held-out question `index`."""
         return self._example(int(self._order[index]))
 
     def answer(self, person: int, relations: tuple[int, ...]) -> int:
-        """Where the relations lead, applied from the last to the first. People are counted over all layers."""
+        """Returns the person to whom the relations lead, applied from the last to the first.
+
+        People count over all layers.
+        """
         for relation in reversed(relations):
             person = int(self._facts[person, relation])
         return person
 
     @functools.cached_property
     def _facts(self) -> Int64[np.ndarray, "people relations"]:
-        """To whom each relation leads each person of all layers but the last."""
+        """The person to whom each relation leads each person of every layer but the last."""
         shape = (_LAYERS - 1, self.people, self.relations)
         within = generator("threehop-world", self.world).integers(self.people, size=shape)
         next_layer = self.people * np.arange(1, _LAYERS)
@@ -113,10 +130,11 @@ class ThreeHop:
 
     @functools.cached_property
     def _order(self) -> Int64[np.ndarray, "pool"]:
-        """All questions: those held out come first, those trained on next."""
+        """A permutation of all questions: the held-out ones first, then those used for training."""
         return generator("threehop-questions", self.world).permutation(self.pool)
 
     def _example(self, question: int) -> Example:
+        """Returns a question by its number, whose digits in base `relations` are the relations."""
         relations = []
         for _ in range(_HOPS):
             question, relation = divmod(question, self.relations)
@@ -124,6 +142,7 @@ class ThreeHop:
         return self._asked(question, tuple(relations))
 
     def _asked(self, person: int, relations: tuple[int, ...]) -> Example:
+        """Returns a question as tokens, with the answer as the only target."""
         names = " of ".join(f"the r{relation}" for relation in relations)
         answer = self.answer(person, relations)
         asked = self.tokenizer.encode(f"Who is {names} of p{person} ? Answer: p{answer}")
@@ -133,5 +152,5 @@ class ThreeHop:
 
 @functools.lru_cache(maxsize=4)
 def _shuffled(questions: int, seed: int, epoch: int) -> Int64[np.ndarray, "questions"]:
-    """The order of an epoch."""
+    """Returns the order of questions in an epoch. Cached, because consecutive examples need the same order."""
     return generator("threehop-epoch", seed, epoch).permutation(questions)
