@@ -1,9 +1,9 @@
-"""Talk with a model that knows chat (ChatML), and see how many loops its tokens took.
+"""Chat with a model that supports ChatML, and see how many loops its tokens used.
 
     looplm chat runs/ouro --system 'Be brief.' --exit q=0.5
 
-Between turns the cache is kept: of each turn, only what is new is read. Lines come from the terminal, or from a pipe
-until it ends. Ctrl-C cuts an answer short. A line that begins with a slash is a command; /help lists them.
+The cache is kept between turns, so only the new tokens of each turn are processed. Lines come from the terminal, or
+from a pipe until it ends. Ctrl-C stops an answer. A line that starts with a slash is a command; /help lists them.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from looplm_jax.cli.generation_flags import configure_generation
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `looplm chat`."""
+    """Adds the arguments of `looplm chat`."""
     parser.add_argument("checkpoint", help="a run folder, its checkpoints folder, one step, or a Hugging Face folder")
     parser.add_argument("--system", metavar="TEXT", help="what the model is told before everything else")
     parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="of an answer (default: 512)")
@@ -23,7 +23,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Chat until the input ends or `/exit`."""
+    """Runs the chat until the input ends or the user types `/exit`. Returns the exit status."""
     from looplm_jax.cli.chat_session import run_chat
 
     return run_chat(arguments)

@@ -1,4 +1,4 @@
-"""What `looplm chat` does once its arguments are read: a line in, an answer out, commands in between."""
+"""The loop of `looplm chat`: reads a line, prints an answer, and handles commands in between."""
 
 import argparse
 import signal
@@ -30,12 +30,14 @@ _HELP = """\
 
 
 def run_chat(arguments: argparse.Namespace) -> int:
-    """Chat as the arguments of `looplm chat` say. Returns the exit status: 2 where a piped line was a mistake."""
+    """Runs `looplm chat` with its arguments. Returns the exit status: 2 if a piped line was a user error."""
     options = {**request_options(arguments), "max_new_tokens": arguments.max_new_tokens}
+
     loaded = load(arguments.checkpoint, step=arguments.step, dtype=arguments.dtype)
     window = _window(arguments.window, loaded.model.config.max_positions)
     engine = make_engine(loaded, arguments, window=window)
     tokenizer = loaded.need_tokenizer()
+
     conversation = Conversation(engine, tokenizer, arguments.system)
     if has_other_chat_template(tokenizer):
         complain("note: the chat template of this model is not ChatML, but this chat is; answers may suffer")
@@ -43,15 +45,16 @@ def run_chat(arguments: argparse.Namespace) -> int:
 
 
 class ChatSession:
-    """Reads lines and prints answers until there are no more."""
+    """A chat session: reads lines and prints answers until the input ends."""
 
     def __init__(self, conversation: Conversation, tokenizer: Tokenizer, options: dict[str, Any], *, max_loops: int):
         self._conversation, self._tokenizer = conversation, tokenizer
         self._options, self._max_loops = options, max_loops
         self._console = Console(highlight=False)
         self._by_hand = sys.stdin.isatty()
-        self._status: int | None = None  # set: the chat ends with it
+        self._status: int | None = None  # once set, the chat ends with this status
         self._mistakes = False
+
         self._commands: dict[str, Callable[[str], None]] = {
             "/reset": lambda _: conversation.reset(),
             "/loops": lambda number: self._exit_rule(f"loops={number}"),
@@ -61,11 +64,12 @@ class ChatSession:
         }
 
     def run(self) -> int:
-        """The exit status."""
+        """Runs the session and returns the exit status."""
         if self._by_hand:
             print("/help lists the commands, Ctrl-D ends")
             if self._in_colour:
                 self._console.print(legend(self._max_loops))
+
         for line in self._lines():
             try:
                 self._obey(line)
@@ -74,14 +78,18 @@ class ChatSession:
                 complain(str(error))
             if self._status is not None:
                 return self._status
+
+        # At a terminal the user sees each error and types again, so errors do not count.
         return 2 if self._mistakes and not self._by_hand else 0
 
     @property
     def _in_colour(self) -> bool:
+        """Whether the terminal shows colors."""
         return self._console.is_terminal and not self._console.no_color
 
     def _lines(self) -> Iterator[str]:
-        """What the user says, empty lines left out."""
+        """Yields the lines of the user, without empty ones."""
+        # input() provides line editing at a terminal; its sentinel None never matches.
         source = iter(lambda: input("> "), None) if self._by_hand else sys.stdin
         try:
             yield from filter(None, map(str.strip, source))
@@ -91,33 +99,40 @@ class ChatSession:
             raise UserError("the input is not UTF-8 text; convert it") from None
 
     def _obey(self, line: str) -> None:
+        """Runs a command, or answers any other line."""
         if not line.startswith("/"):
             self._answer(line)
             return
+
         name, _, argument = line.partition(" ")
         if name not in self._commands:
             raise UserError(f"unknown command {name}{suggest(name, self._commands)}")
         self._commands[name](argument.strip())
 
     def _answer(self, line: str) -> None:
+        """Streams the answer to one line."""
         view, clock = self._view(), Stopwatch()
         with interrupt_calls(self._conversation.stop), sign_of_life() as status:
             for new in self._conversation.say(line, **self._options):
                 status.stop()
                 clock.tick(new)
                 view.show(new)
+
         result = self._conversation.result
         assert result is not None
         view.finish(result, clock.rate)
+        # A terminal user continues after Ctrl-C; a script has to see that it was interrupted.
         if result.finish is Finish.CANCELLED and not self._by_hand:
             self._end(128 + signal.SIGINT)
 
     def _view(self) -> View:
+        """Returns the view for the next answer."""
         if self._in_colour:
             return ColourView(self._console, self._tokenizer, max_loops=self._max_loops)
         return PlainView()
 
     def _exit_rule(self, text: str) -> None:
+        """Sets the exit policy. Raises UserError if it needs more loops than the cache was allocated for."""
         policy = parse_exit_policy(text)
         if (policy.max_loops or 0) > self._max_loops:
             raise UserError(
@@ -127,10 +142,12 @@ class ChatSession:
         self._options["policy"] = policy
 
     def _end(self, status: int) -> None:
+        """Ends the chat after the current line."""
         self._status = status
 
 
 def _window(wanted: int | None, positions: int) -> int:
+    """Returns the number of positions of the chat. Raises UserError if the model has fewer."""
     if wanted is None:
         return min(_WINDOW, positions)
     if not 1 <= wanted <= positions:

@@ -1,4 +1,4 @@
-"""The recipe that a command was given: by name or file, at a scale, with the fields that flags override."""
+"""The recipe of a command: selected by name or file, scaled, with the fields that flags override."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from looplm_jax.recipes import RECIPES, Scale, named_recipe, scaled
 
 
 def chosen_recipe(name: str, scale: str) -> Recipe:
-    """A recipe by its name or the path of its .json file. Raises UserError."""
+    """Returns the recipe with a name, or from a .json file. Raises UserError if there is none."""
     if name.endswith(".json"):
         from looplm_jax.training.run_folder import read_recipe
 
@@ -19,7 +19,10 @@ def chosen_recipe(name: str, scale: str) -> Recipe:
 
 
 def recipe_or_checkpoint(name: str, scale: str) -> Recipe:
-    """Returns a recipe, or that of a checkpoint or a Hugging Face folder, without its arrays. Raises UserError."""
+    """Returns a recipe, or the recipe of a checkpoint or Hugging Face folder without reading its arrays.
+
+    Raises UserError if there is none.
+    """
     if name in RECIPES or name.endswith(".json"):
         return chosen_recipe(name, scale)
     if "://" not in name and not Path(name).exists():
@@ -29,6 +32,7 @@ def recipe_or_checkpoint(name: str, scale: str) -> Recipe:
 
 
 def _recipe_of(checkpoint: str) -> Recipe:
+    """Returns the recipe of a checkpoint, or one for a Hugging Face folder."""
     from looplm_jax.checkpoints import read_metadata
     from looplm_jax.convert.converted import converted_recipe
     from looplm_jax.convert.from_hf import is_hf_folder, read_hf_config
@@ -40,10 +44,10 @@ def _recipe_of(checkpoint: str) -> Recipe:
 
 
 def with_overrides(recipe: Recipe, overrides: list[str], flags: list[str], command: str) -> Recipe:
-    """The recipe with the fields that flags such as `--model.width 128` name, and with `~/` in its paths expanded.
+    """Returns the recipe with the fields of flags such as `--model.width 128`, and with `~/` expanded in its paths.
 
     Raises:
-      UserError: an unknown field, or a value that it cannot have.
+      UserError: a field is unknown, or its value is invalid.
     """
     changes = codec.parse_flags(overrides)
     _refuse_unknown(recipe, changes, flags, command)
@@ -51,7 +55,10 @@ def with_overrides(recipe: Recipe, overrides: list[str], flags: list[str], comma
 
 
 def _refuse_unknown(recipe: Recipe, changes: dict[str, str], flags: list[str], command: str) -> None:
-    """A flag without a dot is a misspelt flag of the command, or a field at the top of the recipe."""
+    """Raises UserError for a flag that is neither a field at the top of the recipe nor a path to a nested field.
+
+    The hint also covers misspelled flags of the command itself, which argparse leaves among the overrides.
+    """
     top = [leaf.path for leaf in codec.leaves(recipe) if "." not in leaf.path]
     for name in changes:
         if "." not in name and name not in top:

@@ -1,7 +1,7 @@
-"""Compiled programs on the disk: what one command compiled, the next one reads.
+"""The persistent compilation cache: a program that one command compiled is reused by the next.
 
-JAX's own persistent cache, in `~/.cache/looplm_jax` (or `$XDG_CACHE_HOME/looplm_jax`) unless the environment names
-another folder. A cache that cannot be used costs time and nothing else.
+This is JAX's own cache, in `~/.cache/looplm_jax` (or `$XDG_CACHE_HOME/looplm_jax`) unless the environment names another
+folder. If the cache is unusable, commands are slower but otherwise work the same.
 """
 
 import contextlib
@@ -22,26 +22,29 @@ OFF = "--no-compilation-cache"
 _FOLDER = "JAX_COMPILATION_CACHE_DIR"
 _SETTINGS = {
     _FOLDER: "",
-    "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**30),  # bytes; what was not used for longest makes room
+    "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**30),  # bytes; least recently used entries are evicted
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",  # a command runs many small programs
     "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none",
 }
-_WRITING_SECONDS = 60.0  # an entry without its time of use is being written, or was cut short if it is older
+_WRITING_SECONDS = 60.0  # an entry without its access time is being written, or is incomplete if it is older
 _PROBLEM = re.compile(r"Error (reading|writing) persistent compilation cache entry for '(.*?)': ")
 
 
 def keep_compiled_programs(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Turns the cache on, for this process and those that it starts. To be called before JAX is imported.
+    """Enables the cache for this process and its subprocesses. Must be called before JAX is imported.
 
-    What the user has set in the environment stays. Says in one line why there is no cache, where that can be fixed.
+    Settings that the user made in the environment are kept. If the cache cannot be used and the user can fix it, the
+    reason is printed in one line.
     """
     if "jax" in sys.modules or _FOLDER in environment:
         return
     if environment.get("JAX_ENABLE_COMPILATION_CACHE", "1").lower() in ("0", "false"):
         return
+
     folder = _default_folder(environment)
     if folder is None:
         return
+
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         problem = _problem(folder)
@@ -52,6 +55,7 @@ def keep_compiled_programs(environment: MutableMapping[str, str] = os.environ) -
     if problem is not None:
         complain(f"note: compiled programs are not kept: {folder}: {problem}; {OFF} leaves this note out")
         return
+
     for name, value in _SETTINGS.items():
         environment.setdefault(name, value)
     environment[_FOLDER] = str(folder)
@@ -60,7 +64,7 @@ def keep_compiled_programs(environment: MutableMapping[str, str] = os.environ) -
 
 
 def _default_folder(environment: MutableMapping[str, str]) -> Path | None:
-    """Returns the folder, or None where there is no home."""
+    """Returns the default folder, or None if the user has no home directory."""
     base = environment.get("XDG_CACHE_HOME", "")
     if os.path.isabs(base):
         return Path(base) / "looplm_jax"
@@ -69,8 +73,12 @@ def _default_folder(environment: MutableMapping[str, str]) -> Path | None:
 
 
 def _problem(folder: Path) -> str | None:
-    """Returns why the folder must not be used. Programs in it are run, so nobody else may write to it."""
+    """Returns the reason not to use the folder, or None.
+
+    Programs in the folder are executed, so no other user may write to it.
+    """
     found = folder.stat()
+
     if found.st_uid != os.geteuid():
         return "it belongs to another user"
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
@@ -79,16 +87,16 @@ def _problem(folder: Path) -> str | None:
 
 
 def _remove_cut_short(folder: Path) -> None:
-    """Removes entries of processes that were killed while they wrote: JAX could not make room beside them."""
+    """Removes incomplete entries of killed processes, which would prevent JAX from evicting entries."""
     for entry in folder.glob("*-cache"):
         used = entry.with_name(f"{entry.name.removesuffix('-cache')}-atime")
-        with contextlib.suppress(FileNotFoundError):  # another process made room
+        with contextlib.suppress(FileNotFoundError):  # another process evicted it
             if not used.exists() and time.time() - entry.stat().st_mtime > _WRITING_SECONDS:
                 entry.unlink()
 
 
 def _without_the_cache(folder: Path, show: Callable[..., None]) -> Callable[..., None]:
-    """Returns a `warnings.showwarning` that takes damaged entries away, and says once that one cannot be written."""
+    """Returns a `warnings.showwarning` that removes damaged entries, and reports a failed write only once."""
     said = False
 
     def shown(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:
@@ -97,7 +105,7 @@ def _without_the_cache(folder: Path, show: Callable[..., None]) -> Callable[...,
         if found is None:
             show(message, category, *where, **options)
         elif found[1] == "reading":
-            _remove(folder, found[2])  # the program is compiled now, and written in its place
+            _remove(folder, found[2])  # the program is compiled now, and its entry written again
         elif not said:
             said = True
             complain(f"note: compiled programs are not kept: {str(message)[found.end() :]}")

@@ -1,7 +1,7 @@
-"""Weights in and out: Hugging Face folders, deeper stacks, dense models.
+"""Convert weights: Hugging Face folders, deeper stacks, dense models.
 
 looplm convert from-hf Ouro-1.4B runs/ouro                  # a Hugging Face folder becomes a checkpoint
-looplm convert to-hf runs/text-small exported               # and back, with a PyTorch model that works
+looplm convert to-hf runs/text-small exported               # and back, with a working PyTorch model
 looplm convert upcycle runs/ouro runs/deep --layers 48      # every layer twice
 looplm convert from-dense SmolLM2-135M runs/looped          # a Llama becomes the start of a looped model
 """
@@ -18,7 +18,7 @@ _FLOATS = ("float32", "bfloat16")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `looplm convert`, one subcommand for each direction."""
+    """Adds the arguments of `looplm convert`, with one subcommand per direction."""
     parser.set_defaults(convert=None)
     commands = parser.add_subparsers(title="directions", metavar="DIRECTION", parser_class=type(parser))
     _from_hf(_direction(commands, "from-hf", "a Hugging Face Ouro folder becomes a checkpoint", _run_from_hf))
@@ -28,11 +28,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Convert, and say what was written and what to type next."""
+    """Converts, and prints what was written and which command to run next. Returns the exit status."""
     if arguments.convert is None:
         raise UserError(
             "say which way: looplm convert from-hf, to-hf, upcycle or from-dense; see `looplm convert --help`"
         )
+
     arguments.convert(arguments)
     return 0
 
@@ -43,18 +44,21 @@ def _direction(
     text: str,
     convert: Callable[[argparse.Namespace], None],
 ) -> argparse.ArgumentParser:
+    """Adds a subcommand whose `convert` default is the function that runs it."""
     parser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
     parser.set_defaults(convert=convert)
     return parser
 
 
 def _from_hf(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `looplm convert from-hf`."""
     parser.add_argument("folder", type=Path, help="config.json, safetensors and tokenizer.json of an Ouro model")
     _out(parser)
     parser.add_argument("--dtype", choices=_FLOATS, help="of the parameters (default: as in the files)")
 
 
 def _to_hf(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `looplm convert to-hf`."""
     _checkpoint(parser)
     parser.add_argument("--step", type=int, help="which step (default: the newest good one)")
     _out(parser)
@@ -63,11 +67,13 @@ def _to_hf(parser: argparse.ArgumentParser) -> None:
 
 
 def _upcycle(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `looplm convert upcycle`."""
     _checkpoint(parser)
     _out(parser)
     parser.add_argument(
         "--layers", type=int, required=True, metavar="N", help="a multiple of the layers that are there"
     )
+
     parser.add_argument(
         "--order",
         choices=("interleave", "stack"),
@@ -77,9 +83,11 @@ def _upcycle(parser: argparse.ArgumentParser) -> None:
 
 
 def _from_dense(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `looplm convert from-dense`."""
     parser.add_argument("folder", type=Path, help="config.json, safetensors and tokenizer.json of a Llama-layout model")
     _out(parser)
     parser.add_argument("--loops", type=int, default=4, metavar="T", help="loops of the looped model (default: 4)")
+
     parser.add_argument(
         "--norms",
         choices=[placement.value for placement in NormPlacement],
@@ -93,6 +101,7 @@ def _from_dense(parser: argparse.ArgumentParser) -> None:
         metavar="W",
         help="sandwich: first weight of the norms after the branches; see docs/dense_start.md (default: 1)",
     )
+
     parser.add_argument("--dtype", choices=_FLOATS, help="of the parameters (default: as in the files)")
     parser.add_argument("--seed", type=int, default=0, help="of the gate (default: 0)")
 

@@ -1,4 +1,4 @@
-"""What `looplm plan --decode` does around the planning itself."""
+"""Runs `looplm plan --decode`: checks the request, shows progress, and prints the plan."""
 
 from pathlib import Path
 
@@ -17,13 +17,15 @@ from looplm_jax.training.signals import Stopped, StopRequest
 
 
 def run_decode_plan(recipe: Recipe, request: DecodeRequest, *, given: str, topology: str, out: Path | None) -> int:
-    """Plans a tick, prints and writes it. Returns 1 if it does not fit; a signal ends the process."""
+    """Plans a tick, then prints and writes the plan. Returns 1 if it does not fit; a signal ends the process."""
     check_out(out)
     request.check(recipe.model)
+
     target = find_target(topology)
     if target.devices[0].platform != "tpu":
         raise UserError(f"--decode plans for TPUs, unlike {target.name}; choose a slice such as v5e:1x1")
     check_heads(recipe.model, target)
+
     console = progress_console()
     with StopRequest() as stop:
         try:
@@ -33,6 +35,7 @@ def run_decode_plan(recipe: Recipe, request: DecodeRequest, *, given: str, topol
             )
         except Stopped as stopped:
             leave(console, f"stopped by {stopped.signal.name}; nothing was written", stopped.signal)
+
     print_decode(given, plan, Console(highlight=False, soft_wrap=True))
     write_plan(out, [plan.to_json()])
     if not plan.fits:

@@ -1,4 +1,4 @@
-"""What `looplm plan --decode` prints."""
+"""The output of `looplm plan --decode`."""
 
 from collections.abc import Iterator
 
@@ -16,9 +16,10 @@ _GB = 10**9
 
 
 def print_decode(name: str, plan: DecodePlan, out: Console) -> None:
-    """Everything about one tick."""
+    """Prints the plan of one tick."""
     request = plan.request
     verdict = "fits" if plan.fits else "DOES NOT FIT"
+
     out.print(f"\n[bold]{literal(name)}[/], a tick on {plan.target}: [bold]{verdict}[/], {_memory(plan)}")
     out.print(
         f"  {request.slots} slot(s) of {request.capacity:,} positions, {request.positions:,} of each filled; "
@@ -26,6 +27,7 @@ def print_decode(name: str, plan: DecodePlan, out: Console) -> None:
         f"cache {request.cache.value}, {plan.loops} loops, {plan.dtype}; "
         f"compiled in {plan.compile_seconds:.0f} s for {plan.devices} device(s)"
     )
+
     if plan.moved is not None:
         out.print(_traffic(plan.moved))
     floor = plan.floor
@@ -35,14 +37,17 @@ def print_decode(name: str, plan: DecodePlan, out: Console) -> None:
     )
     if plan.moved is not None:
         out.print(f"  ratio: {plan.ratio:.3f} ({plan.moved.total / _GB:.3f} GB moved)")
+
     if plan.timing is not None:
         _print_timing(plan, plan.timing, out)
+
     if not plan.fits:
         for line in _changes(plan):
             out.print(f"  change: {line}", markup=False)
 
 
 def _traffic(moved: Traffic) -> Table:
+    """Returns the table of bytes that a device reads and writes in a tick."""
     table = Table("each device moves in a tick", "reads, GB", "writes, GB", box=None, padding=(0, 2))
     for buffer in Buffer:
         table.add_row(buffer.value, f"{moved.read[buffer] / _GB:.3f}", f"{moved.written[buffer] / _GB:.3f}")
@@ -51,6 +56,7 @@ def _traffic(moved: Traffic) -> Table:
 
 
 def _print_timing(plan: DecodePlan, timing: DecodeTiming, out: Console) -> None:
+    """Prints the lower bound of the time, and the throughput."""
     links = f", links {timing.links * 1e3:.3f} ms" if timing.links else ""
     out.print(
         f"  at best {timing.tick * 1e3:.3f} ms a tick (floor {timing.floor * 1e3:.3f} ms{links}), "
@@ -62,6 +68,7 @@ def _print_timing(plan: DecodePlan, timing: DecodeTiming, out: Console) -> None:
 
 
 def _memory(plan: DecodePlan) -> str:
+    """Returns the memory of a device as text."""
     memory = plan.memory
     kinds = {
         "parameters": memory.parameters,
@@ -73,6 +80,7 @@ def _memory(plan: DecodePlan) -> str:
 
 
 def _changes(plan: DecodePlan) -> Iterator[str]:
+    """Yields changes that would reduce the memory."""
     request = plan.request
     if request.cache is CacheStrategy.FULL and plan.loops > 1:
         yield "keep one plane of the cache for all loops: --cache last"

@@ -1,11 +1,11 @@
-"""Loss and accuracy at every depth, and loss against mean loops; or the tasks of lm-evaluation-harness.
+"""Measure loss and accuracy at every depth, and loss against mean loops; or run tasks of lm-evaluation-harness.
 
     looplm evaluate runs/text-small
     looplm evaluate runs/text-small --tasks arc_easy,wikitext --exit q=0.5
     looplm evaluate runs/text-small --tasks looplm_smoke --depth-sweep
 
-Reads the held-out documents of the checkpoint's own data, or of other files. Tasks fetch their own data, save those of
-looplm_smoke, which are here; they need pip install 'looplm_jax[eval]'.
+Reads the held-out documents of the checkpoint's own data, or of other files. Tasks download their own data, except
+looplm_smoke, whose data is included; they need pip install 'looplm_jax[eval]'.
 """
 
 import argparse
@@ -30,7 +30,7 @@ _COUNTS = ("max_loops", "sequences", "limit", "batch_size")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `looplm evaluate`."""
+    """Adds the arguments of `looplm evaluate`."""
     parser.add_argument("checkpoint", help="a run folder, its checkpoints folder, one step, or a Hugging Face folder")
     parser.add_argument("--step", type=int, help="which step (default: the newest good one)")
     parser.add_argument("--max-loops", type=int, metavar="T", help="deepest loop (default: twice the trained depth)")
@@ -42,6 +42,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _configure_held_out_data(group: argparse._ArgumentGroup) -> None:
+    """Adds the arguments about held-out documents."""
     group.add_argument("--sequences", type=int, metavar="N", help="held-out sequences (default: those of the recipe)")
     group.add_argument("--data", metavar="PATH", help="other files, a glob or a URL; their held-out documents are read")
     group.add_argument(
@@ -50,11 +51,13 @@ def _configure_held_out_data(group: argparse._ArgumentGroup) -> None:
 
 
 def _configure_tasks(group: argparse._ArgumentGroup) -> None:
+    """Adds the arguments about tasks."""
     group.add_argument(
         "--tasks",
         metavar="A,B",
         help="tasks, groups or patterns with *; `lm_eval ls tasks` lists them, save looplm_smoke",
     )
+
     depth = group.add_mutually_exclusive_group()
     depth.add_argument("--exit", metavar="RULE", help="see below (default: the loops that the model is meant for)")
     depth.add_argument("--loops", type=int, metavar="N", help="the same as --exit loops=N")
@@ -65,6 +68,7 @@ def _configure_tasks(group: argparse._ArgumentGroup) -> None:
         help="a score for each of the loops 1..T of --max-loops; log-likelihoods of all come from one forward pass, "
         "text is generated once for each",
     )
+
     group.add_argument("--limit", type=int, metavar="N", help="only the first N documents of each task")
     group.add_argument("--num-fewshot", type=int, metavar="K", help="examples before each question")
     group.add_argument(
@@ -74,6 +78,7 @@ def _configure_tasks(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--max-length", type=int, metavar="N", help="tokens that the model reads (default: all its positions)"
     )
+
     group.add_argument(
         "--add-bos-token", action="store_true", default=None, help="put a bos before every context (default: none)"
     )
@@ -86,18 +91,21 @@ def _configure_tasks(group: argparse._ArgumentGroup) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Evaluate, print the tables and write the files."""
+    """Evaluates, prints the tables and writes the files. Returns the exit status."""
     for name in _COUNTS:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"{_flag(name)} must be at least 1, not {value}")
     if arguments.num_fewshot is not None and arguments.num_fewshot < 0:
         raise UserError(f"--num-fewshot must not be negative, not {arguments.num_fewshot}")
+
     if arguments.tasks is None:
+        # Checked before the imports of the sessions, which take seconds.
         _refuse(arguments, _OF_TASKS, "is for tasks: give --tasks too")
         from looplm_jax.cli.evaluation_session import run_evaluation
 
         return run_evaluation(arguments)
+
     _refuse(arguments, _OF_HELD_OUT_DATA, "is for held-out documents: leave it or --tasks out")
     if arguments.max_loops is not None and not arguments.depth_sweep:
         raise UserError("--max-loops is for --depth-sweep here; use --loops for a fixed number of loops")
@@ -107,10 +115,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _refuse(arguments: argparse.Namespace, names: tuple[str, ...], why: str) -> None:
+    """Raises UserError for the first of the arguments that is set."""
     for name in names:
         if getattr(arguments, name) is not None:
             raise UserError(f"{_flag(name)} {why}")
 
 
 def _flag(name: str) -> str:
+    """Returns the flag of an argument."""
     return f"--{name.replace('_', '-')}"

@@ -1,4 +1,4 @@
-"""What `looplm evaluate` does once its arguments are read: load, measure, print and write."""
+"""Runs `looplm evaluate` on held-out documents: loads, measures, prints, and writes."""
 
 import argparse
 import dataclasses
@@ -22,20 +22,23 @@ from looplm_jax.sharding import require_compilation, use_mesh
 
 
 def run_evaluation(arguments: argparse.Namespace) -> int:
-    """Evaluate as the arguments of `looplm evaluate` say. Returns the exit status."""
+    """Runs `looplm evaluate` with its arguments. Returns the exit status."""
     require_compilation()
     loaded = load(arguments.checkpoint, step=arguments.step, dtype=arguments.dtype)
     for warning in loaded.warnings:
         complain(str(warning))
+
     out = Path(arguments.out) if arguments.out else default_out(arguments.checkpoint, loaded.step)
     data = _data(loaded.recipe.data_of(loaded.recipe.stages[-1]), arguments)
     batches = _batches(loaded, data, arguments.sequences or loaded.recipe.evaluation.sequences)
     evaluation = _measure(loaded, batches, arguments.max_loops)
+
     console = Console(highlight=False)
     console.print(depth_table(evaluation.depths).rich())
     console.print(exit_table(evaluation.exits).rich())
     fixed, q_exit = evaluation.exits.fixed, evaluation.exits.q_exit
     print(f"mean loss over all budgets of loops: fixed depth {fixed.area:.4f}, Q-exit {q_exit.area:.4f} nats/token")
+
     about = {"step": loaded.step, "data": codec.to_dict(data), "sequences": batches.num_sequences}
     written = _write(out, evaluation, about)
     show(f"wrote {', '.join(written)} to {out}")
@@ -45,7 +48,7 @@ def run_evaluation(arguments: argparse.Namespace) -> int:
 
 
 def default_out(checkpoint: str, step: int) -> Path:
-    """The folder of a run's evaluations. Raises UserError for a checkpoint that is not on this disk."""
+    """Returns the folder of a run's evaluations. Raises UserError for a checkpoint that is not on a local disk."""
     if "://" in checkpoint:
         raise UserError(f"say with --out where to write the evaluation of {checkpoint}")
     path = Path(checkpoint)
@@ -54,6 +57,7 @@ def default_out(checkpoint: str, step: int) -> Path:
 
 
 def _data(data: DataConfig, arguments: argparse.Namespace) -> DataConfig:
+    """Returns the data configuration with the changes of the arguments."""
     changes: dict[str, Any] = {}
     if arguments.data is not None:
         changes["sources"] = sources_like([arguments.data], data.sources)
@@ -63,7 +67,7 @@ def _data(data: DataConfig, arguments: argparse.Namespace) -> DataConfig:
 
 
 def _batches(loaded: Loaded, data: DataConfig, sequences: int) -> ValidationBatches:
-    """Held-out sequences of the length that was trained last, as many at one time as one part of a training batch."""
+    """Returns held-out sequences of the last stage's length, in batches the size of one of its microbatches."""
     stage = loaded.recipe.stages[-1]
     return validation_batches(
         data,
@@ -75,9 +79,10 @@ def _batches(loaded: Loaded, data: DataConfig, sequences: int) -> ValidationBatc
 
 
 def _measure(loaded: Loaded, batches: ValidationBatches, max_loops: int | None) -> Evaluation:
+    """Evaluates the model behind a progress bar."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     progress = Progress(*columns, console=Console(stderr=True), transient=True)
-    with progress, use_mesh(loaded.mesh):  # kernels of TPUs want to know what they run on
+    with progress, use_mesh(loaded.mesh):  # TPU kernels need the mesh
         task = progress.add_task(f"evaluating step {loaded.step}", total=len(batches))
         return evaluate(
             loaded.model,
@@ -89,10 +94,11 @@ def _measure(loaded: Loaded, batches: ValidationBatches, max_loops: int | None) 
 
 
 def _write(out: Path, evaluation: Evaluation, about: dict[str, Any]) -> list[str]:
-    """Numbers always; figures where matplotlib is installed."""
+    """Writes the numbers, and figures if matplotlib is installed. Returns the names of the files."""
     out.mkdir(parents=True, exist_ok=True)
     content = strict_json.dumps({**about, **evaluation.to_json()}, indent=2)
     (out / "evaluation.json").write_text(content + "\n", encoding="utf-8")
+
     try:
         plot_depths({"this model": evaluation.depths}, out / "depth.png")
         plot_exits({"fixed depth": evaluation.exits.fixed, "Q-exit": evaluation.exits.q_exit}, out / "exit.png")

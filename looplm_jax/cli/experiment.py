@@ -1,11 +1,11 @@
-"""Run one of the paper's experiments, or show what there is and what was found.
+"""Run one of the paper's experiments, list the experiments, or report their results.
 
     looplm experiment list
     looplm experiment mano --scale cpu
     looplm experiment report
 
-A grid of runs: finished cells are skipped, so the same command goes on where it was stopped. `--share 2/4` takes every
-fourth cell, beginning with the second: give each process or host its own share, and the same folder.
+An experiment is a grid of runs. Finished cells are skipped, so the same command resumes where it stopped. `--share 2/4`
+takes every fourth cell, starting with the second: give each process or host its own share, and the same folder.
 """
 
 import argparse
@@ -17,7 +17,7 @@ _SCALES = ("smoke", "cpu", "gpu", "paper")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `looplm experiment`."""
+    """Adds the arguments of `looplm experiment`."""
     parser.add_argument("name", help="an experiment, `list`, or `report`: what was found under --root")
     parser.add_argument("--scale", help=f"{', '.join(_SCALES)} (default: smoke)", default="smoke")
     parser.add_argument(
@@ -28,14 +28,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run it. Returns the exit status."""
-    # Experiments stand on everything else, commands too; they are looked for when one is asked for.
+    """Runs the experiment. Returns the exit status."""
+    # Imported only when needed: experiments depend on all other modules, the commands included.
     try:
         from experiments.command import list_experiments, report_experiments, run_experiment
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "experiments":
             raise
         raise UserError("the package `experiments` is not installed; install looplm_jax from its repository") from None
+
     if arguments.name == "list":
         return list_experiments(arguments.root)
     if arguments.name == "report":

@@ -1,4 +1,4 @@
-"""Flags that `looplm generate` and `looplm chat` share: how tokens are chosen, and what they may cost."""
+"""Flags shared by `looplm generate` and `looplm chat`: how tokens are sampled, and how much they may cost."""
 
 import argparse
 
@@ -26,7 +26,7 @@ def configure_dtype(parser: argparse.ArgumentParser) -> None:
 
 
 def configure_generation(parser: argparse.ArgumentParser) -> None:
-    """Add them, and the exit rules below."""
+    """Adds the shared flags, and the list of exit rules as the epilog."""
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): the most probable token")
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K most probable; 0: all")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest P; 1: all")
@@ -36,8 +36,10 @@ def configure_generation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--repetition-penalty", type=float, default=1.0, metavar="R", help="make tokens already there less likely"
     )
+
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this; may be repeated")
+
     parser.add_argument("--exit", default="q=0.5", metavar="RULE", help="see below (default: q=0.5)")
     parser.add_argument(
         "--loops-per-token",
@@ -49,12 +51,14 @@ def configure_generation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ms-per-token", type=float, default=float("inf"), metavar="MS", help="give up loops to keep to this time"
     )
+
     parser.add_argument(
         "--cache",
         choices=["full", "last", "average", "first"],
         default="full",
         help="loops whose keys and values are kept of a new token (default: full)",
     )
+
     parser.add_argument("--step", type=int, help="which step (default: the newest good one)")
     configure_dtype(parser)
     parser.epilog = EXIT_RULES

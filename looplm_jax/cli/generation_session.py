@@ -1,4 +1,4 @@
-"""What `looplm generate` does once its arguments are read: load, generate, show."""
+"""Runs `looplm generate`: loads the model, generates, and shows the text."""
 
 import argparse
 import dataclasses
@@ -26,11 +26,13 @@ _MOST_SLOTS = 8
 
 
 def run_generation(prompts: Sequence[str], arguments: argparse.Namespace) -> int:
-    """Generate as the arguments of `looplm generate` say. Returns the exit status."""
+    """Runs `looplm generate` with its arguments. Returns the exit status."""
     options = request_options(arguments)
     sampling, prompts = repeated(options.pop("sampling"), prompts, arguments)
+
     loaded = load(arguments.checkpoint, step=arguments.step, dtype=arguments.dtype)
     count, stops = arguments.max_new_tokens, tuple(stop_ids(loaded.need_tokenizer()))
+
     clocks = [Stopwatch() for _ in prompts]
     requests = [
         _request(
@@ -45,6 +47,7 @@ def run_generation(prompts: Sequence[str], arguments: argparse.Namespace) -> int
         )
         for prompt, own, clock in zip(prompts, sampling, clocks, strict=True)
     ]
+
     engine = make_engine(
         loaded,
         arguments,
@@ -53,11 +56,13 @@ def run_generation(prompts: Sequence[str], arguments: argparse.Namespace) -> int
         queue=len(requests),
         previews=arguments.revise,
     )
+
     tickets = [engine.submit(request) for request in requests]
     with interrupt_calls(lambda: _cancel(tickets)):
         for prompt, ticket, clock in zip(prompts, tickets, clocks, strict=True):
             view = view_of(arguments, loaded, prompt)
             view.finish(_follow(engine, ticket, view), clock.rate)
+
     status = exit_status([ticket.result() for ticket in tickets])
     if status == 0 and not arguments.json:
         show(f"next: {_next_command(arguments, options['policy'], loaded)}")
@@ -67,16 +72,21 @@ def run_generation(prompts: Sequence[str], arguments: argparse.Namespace) -> int
 def repeated(
     sampling: Sampling, prompts: Sequence[str], arguments: argparse.Namespace
 ) -> tuple[list[Sampling], list[str]]:
-    """Each prompt as often as `--samples` says, with random keys of its own. Raises UserError for equal texts."""
+    """Returns each prompt `--samples` times, with its own random keys.
+
+    Raises UserError if the samples of a prompt would be equal.
+    """
     samples = whole_number("--samples", arguments.samples, least=1)
     if samples > 1 and sampling.temperature == 0:
         raise UserError("--samples needs --temperature above 0, such as 1: greedy texts are all the same")
+
     first = dataclasses.replace(sampling, index=arguments.index)
     numbered = [first.numbered(index, sample) for index in range(len(prompts)) for sample in range(samples)]
     return numbered, [prompt for prompt in prompts for _ in range(samples)]
 
 
 def _request(loaded: Loaded, prompt: str, count: int | None, special: bool, **options: object) -> Request:
+    """Returns the request for one prompt."""
     tokenizer = loaded.need_tokenizer()
     prompt_ids = (tokenizer.bos_id, *tokenizer.encode(prompt, special=special))
     count = new_tokens(loaded, len(prompt_ids), count)
@@ -84,21 +94,23 @@ def _request(loaded: Loaded, prompt: str, count: int | None, special: bool, **op
 
 
 def new_tokens(loaded: Loaded, prompt_tokens: int, wanted: int | None) -> int:
-    """New tokens at most: as many as are wanted, or else what the positions leave of 128."""
+    """Returns the maximum number of new tokens: the requested number, or up to 128 as positions allow."""
     if wanted is not None:
         return wanted
     room = loaded.model.config.max_positions - prompt_tokens
+    # Without room the request keeps 128, so that the engine refuses it with its own message.
     return min(_NEW_TOKENS, room) if room > 0 else _NEW_TOKENS
 
 
 def _window(loaded: Loaded, requests: Sequence[Request]) -> int:
+    """Returns the positions that the longest request needs, rounded up so that few shapes are compiled."""
     longest = loaded.model.config.max_positions
     wanted = max(len(request.prompt_ids) + request.max_new_tokens for request in requests)
     return bucket(min(wanted, longest), longest)
 
 
 def _follow(engine: Engine, ticket: Ticket, view: View) -> Result:
-    """Show one answer as it comes."""
+    """Streams one answer to its view, and returns its result."""
     with sign_of_life() as status:
         while not ticket.done:
             engine.step()
@@ -107,13 +119,13 @@ def _follow(engine: Engine, ticket: Ticket, view: View) -> Result:
                 view.show(new)
             if ticket.provisional is not None:
                 view.propose(ticket.provisional)
-    for new in ticket.ready():  # it was there before its turn came
+    for new in ticket.ready():  # tokens that arrived while earlier prompts were shown
         view.show(new)
     return ticket.result()
 
 
 def view_of(arguments: argparse.Namespace, loaded: Loaded, prompt: str) -> View:
-    """Where the text that follows a prompt is shown."""
+    """Returns the view for the continuation of a prompt."""
     if arguments.json:
         return JsonView(loaded.need_tokenizer(), prompt)
     console = Console(highlight=False)
@@ -125,12 +137,13 @@ def view_of(arguments: argparse.Namespace, loaded: Loaded, prompt: str) -> View:
 
 
 def _cancel(tickets: Sequence[Ticket]) -> None:
+    """Cancels all requests."""
     for ticket in tickets:
         ticket.cancel()
 
 
 def exit_status(results: Sequence[Result]) -> int:
-    """The exit status. Raises UserError where a request failed."""
+    """Returns the exit status. Raises UserError if a request failed."""
     for result in results:
         if result.finish is Finish.FAILED:
             raise UserError(result.error)
@@ -138,7 +151,7 @@ def exit_status(results: Sequence[Result]) -> int:
 
 
 def _next_command(arguments: argparse.Namespace, policy: ExitPolicy, loaded: Loaded) -> str:
-    """The same prompt by the other kind of exit, to compare."""
+    """Returns the command for the same prompt with the other kind of exit, for comparison."""
     other = f"loops={loaded.model.config.loops}" if isinstance(policy, QExit) else "q=0.5"
     if arguments.prompt_file is not None:
         prompt = f"--prompt-file {pasted(arguments.prompt_file)}"
@@ -149,4 +162,5 @@ def _next_command(arguments: argparse.Namespace, policy: ExitPolicy, loaded: Loa
 
 
 def _prompt_flag(text: str) -> str:
+    """Returns `--prompt` with its text; a text that starts with a dash needs an equals sign."""
     return f"--prompt{'=' if text.startswith('-') else ' '}{shlex.quote(text)}"

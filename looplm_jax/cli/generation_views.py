@@ -1,6 +1,6 @@
-"""Ways to show a generation while it is made: coloured by loops, plain, or as JSON.
+"""Views of a generation in progress: colored by loops, plain, or as JSON.
 
-On a terminal, control characters of the text are shown as escapes; a file or a pipe gets the text as it is.
+On a terminal, control characters in the text are shown as escapes; a file or a pipe gets the text unchanged.
 """
 
 import sys
@@ -17,7 +17,7 @@ from looplm_jax.data.tokenizers import Tokenizer
 from looplm_jax.inference import Finish, NewToken, Result
 from looplm_jax.printing import visible
 
-# From few loops to many; legible on dark and on light terminals.
+# From few loops to many; legible on dark and light terminals.
 _PALETTE = ("#3f8fd2", "#20a4b5", "#2f9e6e", "#7a9a2e", "#c48a16", "#d2691e", "#d1495b", "#b04bc0")
 
 _ENDS = {
@@ -29,39 +29,39 @@ _ENDS = {
 
 
 class View(Protocol):
-    """Where the tokens of one answer are shown."""
+    """Shows the tokens of one answer."""
 
     def show(self, new: NewToken) -> None:
-        """One more token."""
+        """Shows one more token."""
 
     def propose(self, token: int) -> None:
-        """What the next token may turn out to be."""
+        """Shows a provisional next token."""
 
     def finish(self, result: Result, rate: float | None) -> None:
-        """All of them are there, at so many a second."""
+        """Ends the answer, generated at `rate` tokens per second."""
 
 
 class Stopwatch:
-    """Tokens a second, counted from the second token on: the first two wait for the compiler."""
+    """Measures tokens per second from the second token on, because the first two wait for the compiler."""
 
     def __init__(self) -> None:
         self._times: list[float] = []
 
     def tick(self, new: NewToken) -> None:
-        """A token has come."""
+        """Records the arrival of a token."""
         del new
         self._times.append(time.perf_counter())
 
     @property
     def rate(self) -> float | None:
-        """Tokens a second, or None for fewer than three."""
+        """Returns tokens per second, or None for fewer than three tokens."""
         if len(self._times) < 3:
             return None
         return (len(self._times) - 2) / (self._times[-1] - self._times[1])
 
 
 class ColourView:
-    """A header, then the new text, each token in the colour of its loops."""
+    """Shows a header, then the new text with each token in the color of its loops."""
 
     def __init__(self, console: Console, tokenizer: Tokenizer, *, max_loops: int, header: Text | None = None):
         self._console, self._tokenizer, self._max_loops = console, tokenizer, max_loops
@@ -70,30 +70,31 @@ class ColourView:
         self._shown = 0
 
     def show(self, new: NewToken) -> None:
-        """Print what became certain with the token."""
+        """Prints the text that became final with the token."""
         self._begin()
         self._text.write(Text(visible(new.text), style=loop_colour(new.exit_loop, self._max_loops)))
         self._shown += len(new.text)
 
     def propose(self, token: int) -> None:
-        """Print it dimly, until something else takes its place."""
+        """Prints the token dimly until other output replaces it."""
         self._text.propose(self._tokenizer.piece(token))
 
     def finish(self, result: Result, rate: float | None) -> None:
-        """Print what was held back, and the summary."""
+        """Prints the remaining text and the summary."""
         self._begin()
         self._text.write(Text(visible(result.text[self._shown :]), style="dim"))
         self._console.print()
         self._console.print(summary(result, rate), style="dim")
 
     def _begin(self) -> None:
+        """Prints the header once, before the first text."""
         if self._header is not None:
             self._text.write(self._header)
             self._header = None
 
 
 class PlainView:
-    """The new text, then a line with the loops of every token."""
+    """Shows the new text, then a line with the loops of every token."""
 
     def __init__(self, header: str = ""):
         self._header = header
@@ -101,43 +102,45 @@ class PlainView:
         self._as_shown: Callable[[str], str] = visible if sys.stdout.isatty() else str
 
     def show(self, new: NewToken) -> None:
-        """Print what became certain with the token."""
+        """Prints the text that became final with the token."""
         self._begin()
         print(self._as_shown(new.text), end="", flush=True)
         self._shown += len(new.text)
 
     def propose(self, token: int) -> None:
-        """What is printed cannot be taken back here."""
+        """Does nothing: this view cannot erase what it printed."""
 
     def finish(self, result: Result, rate: float | None) -> None:
-        """Print what was held back, loops and summary."""
+        """Prints the remaining text, the loops and the summary."""
         self._begin()
         print(self._as_shown(result.text[self._shown :]))
+        # Numbers of one digit need no separator.
         separator = "" if max(result.exit_loops, default=0) < 10 else " "
         print(f"loops per token: {separator.join(map(str, result.exit_loops))}")
         print(summary(result, rate))
 
     def _begin(self) -> None:
+        """Prints the header once, before the first text."""
         print(self._as_shown(self._header), end="")
         self._header = ""
 
 
 class JsonView:
-    """Nothing until the end, then one object."""
+    """Prints one JSON object at the end."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: str):
         self._tokenizer, self._prompt = tokenizer, prompt
         self._previews: list[list[str]] = []
 
     def show(self, new: NewToken) -> None:
-        """Remember what it was before its last loop."""
+        """Records the predictions for the token at each of its loops."""
         self._previews.append([self._tokenizer.piece(token) for token in new.previews])
 
     def propose(self, token: int) -> None:
-        """Wait: the token brings it along."""
+        """Does nothing: the token includes its previews."""
 
     def finish(self, result: Result, rate: float | None) -> None:
-        """Print it."""
+        """Prints the object."""
         values = {
             "prompt": self._prompt,
             "index": result.sampling.index,
@@ -152,30 +155,31 @@ class JsonView:
             "mean_loops": result.mean_loops,
             "tokens_per_second": rate,
         }
+
         if any(self._previews):
             values["previews"] = self._previews
         print(strict_json.dumps(values))
 
 
 def header(prompt: str, max_loops: int) -> Text:
-    """The legend, and the prompt that the text goes on from."""
+    """Returns the legend, and the prompt that the text continues."""
     return Text.assemble(legend(max_loops), "\n", (visible(prompt), "dim"))
 
 
 def legend(max_loops: int) -> Text:
-    """Each number of loops in its colour."""
+    """Returns each number of loops in its color."""
     numbers = [(f" {loops}", loop_colour(loops, max_loops)) for loops in range(1, max_loops + 1)]
     return Text.assemble("loops:", *numbers)
 
 
 def loop_colour(loops: int, max_loops: int) -> str:
-    """A colour of the palette, spread over 1..`max_loops`."""
+    """Returns a color of the palette, which spans 1..`max_loops`."""
     place = (loops - 1) / max(1, max_loops - 1)
     return _PALETTE[round(place * (len(_PALETTE) - 1))]
 
 
 def summary(result: Result, rate: float | None) -> str:
-    """One line: how many tokens, at what cost, and why they end."""
+    """Returns one line: the number of tokens, their cost, and why the text ended."""
     end = _ENDS[result.finish]
     speed = "" if rate is None else f", {rate:.1f} tokens/s"
     return f"{len(result.tokens)} tokens, {result.mean_loops:.2f} loops per token on average{speed}; {end}"

@@ -1,4 +1,4 @@
-"""`~` in paths: shells expand it neither in quotes nor in `--out=~/runs`, and recipes know no shell."""
+"""Expands `~` in paths. Shells do not expand it in quotes or in `--out=~/runs`, and recipes are not read by a shell."""
 
 import argparse
 import os
@@ -12,7 +12,7 @@ _PATHS = (
 
 
 def expand_home(value: Any) -> Any:
-    """Returns a path that begins with `~/` or `~user/` with that folder in place, or a list of such; else `value`."""
+    """Returns a path, or a list of paths, with a leading `~/` or `~user/` expanded; other values unchanged."""
     if isinstance(value, list):
         return [expand_home(each) for each in value]
     if isinstance(value, Path):
@@ -21,7 +21,7 @@ def expand_home(value: Any) -> Any:
 
 
 def expand_home_everywhere(tree: Any) -> Any:
-    """Returns nested dictionaries and lists with every text that begins with `~/` expanded: only paths do."""
+    """Returns nested dictionaries and lists with every string that starts with `~/` expanded. Only paths start so."""
     if isinstance(tree, dict):
         return {key: expand_home_everywhere(value) for key, value in tree.items()}
     if isinstance(tree, list):

@@ -1,6 +1,6 @@
-"""What a checkpoint holds, and whether it is sound: every step is read and checked against its digests.
+"""Show the contents of a checkpoint, and check whether it is valid: every step is read and checked against its digests.
 
-Of a prepared corpus: how many rows, of what, and what was left out.
+For a prepared corpus: how many rows it has, from which sources, and what was left out.
 
 looplm inspect runs/text-small
 """
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `looplm inspect`."""
+    """Adds the arguments of `looplm inspect`."""
     parser.add_argument("checkpoint", help="a run folder, its checkpoints folder, one step, or a prepared corpus")
     parser.add_argument("--step", type=int, help="only this step")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the summary; status 2 if a step is damaged or cannot be checked."""
+    """Prints the summary. Returns 2 if a step is damaged or cannot be checked."""
     from looplm_jax.data.prepared.folder import is_prepared
 
     if is_prepared(arguments.checkpoint):
@@ -37,6 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps([report.to_json() for report in reports], indent=2))
     else:
         _print(arguments.checkpoint, reports)
+
     unsound = [report for report in reports if report.problem]
     for report in unsound:
         complain(f"step {report.step} {report.problem}")
@@ -44,12 +45,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _print(path: str, reports: "list[StepReport]") -> None:
+    """Prints one row per step, newest first, and the configuration of the newest readable one."""
     from rich.console import Console
     from rich.table import Table
 
     from looplm_jax.files import pasted
 
     table = Table("step", "stage", "parameters", "bytes", "kept", "state")
+
     for report in reversed(reports):
         stage = report.metadata.extra.get("stage", "") if report.metadata else ""
         kept = "always" if report.permanent else "while new"
@@ -57,6 +60,7 @@ def _print(path: str, reports: "list[StepReport]") -> None:
         sizes = f"{report.parameters:,}", f"{report.bytes:,}"
         table.add_row(str(report.step), literal(stage), *sizes, kept, state)
     Console(highlight=False).print(table)
+
     newest = next((report.metadata for report in reports if report.metadata), None)
     if newest is not None:
         model = ", ".join(f"{name}={value}" for name, value in newest.config["model"].items())

@@ -1,4 +1,4 @@
-"""Ctrl-C as a request to end what is under way, so that it can end cleanly; and the end of a stopped process."""
+"""Turns Ctrl-C into a request to end the current work cleanly, and ends a process that was stopped by a signal."""
 
 import contextlib
 import os
@@ -13,19 +13,20 @@ from rich.console import Console
 
 
 def leave(console: Console, message: str, number: signal.Signals) -> NoReturn:
-    """End the process without waiting for a compilation that was left behind, which Python would not survive."""
-    with contextlib.suppress(OSError):  # the terminal may be gone: that is what SIGHUP says
+    """Ends the process without waiting for a compilation in another thread, which would crash a normal exit."""
+    with contextlib.suppress(OSError):  # after SIGHUP the terminal may be gone
         console.print(f"looplm: {message}")
         sys.stdout.flush()
         sys.stderr.flush()
+    # 128 + n is the exit status that shells give to a process killed by signal n.
     os._exit(128 + number)
 
 
 @contextlib.contextmanager
 def interrupt_calls(end: Callable[[], None]) -> Iterator[None]:
-    """While the block runs, Ctrl-C calls `end` instead of raising, once; a second Ctrl-C raises as ever.
+    """Within the block, the first Ctrl-C calls `end` instead of raising; a second one raises as usual.
 
-    Signals reach only the main thread of Python; elsewhere nothing changes.
+    Python delivers signals only to the main thread; in other threads the block changes nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -33,6 +34,7 @@ def interrupt_calls(end: Callable[[], None]) -> Iterator[None]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         del frame
+        # Restored first, so that a second Ctrl-C works while `end` runs.
         signal.signal(number, before)
         end()
 

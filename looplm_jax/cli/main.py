@@ -1,4 +1,4 @@
-"""`looplm …`: one small file per command; mistakes end in one line and exit status 2."""
+"""The `looplm` command line: one small module per command. User errors end in one line and exit status 2."""
 
 import argparse
 import errno
@@ -26,27 +26,28 @@ _COMMANDS = {
 }
 
 
+# These commands compile programs, so they have the flag that disables the cache.
 _COMPILING = ("train", "evaluate", "generate", "chat", "experiment")
 
 
 class Command(Protocol):
-    """What a command's module offers.
+    """The interface of a command's module.
 
-    One that defines `OVERRIDES = True` finds the flags it did not configure in `overrides`.
+    A module that defines `OVERRIDES = True` receives the flags that it did not configure in `overrides`.
     """
 
     def configure(self, parser: argparse.ArgumentParser) -> None:
-        """Add the command's arguments."""
+        """Adds the command's arguments."""
 
     def run(self, arguments: argparse.Namespace) -> int:
-        """Do it, and return the exit status."""
+        """Runs the command and returns the exit status."""
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose mistakes are a UserError, with a suggestion for a flag that is nearly right."""
+    """An argument parser that raises UserError, with a suggestion for a misspelled flag."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise instead of printing the usage."""
+        """Raises UserError instead of printing the usage."""
         prefix = "unrecognized arguments: "
         if message.startswith(prefix):
             flag = message.removeprefix(prefix).split()[0]
@@ -56,18 +57,19 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see `{self.prog} --help`")
 
     def known_flags(self) -> list[str]:
-        """Every flag that was configured, those of subcommands included."""
+        """Returns every configured flag, including those of subcommands."""
         own = [option for action in self._actions for option in action.option_strings]
         groups = [action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)]
         return own + [flag for group in groups for parser in group.values() for flag in parser.known_flags()]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns 0, 2 for a mistake of the user's, 128 + n where signal n stopped it."""
+    """Runs one command. Returns 0, 2 for a user error, or 128 + n if signal n stopped it."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     steady_streams()
     try:
         status = _dispatch(arguments)
+        # Flushed here, so that a closed pipe raises inside the try block.
         sys.stdout.flush()
         return status
     except UserError as error:
@@ -85,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
+    """Parses the arguments and runs the command that they name."""
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help"):
         print(_overview())
@@ -94,6 +97,8 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     if name not in _COMMANDS:
         raise UserError(f"unknown command {name!r}{suggest(name, _COMMANDS)}")
+
+    # The module of the command is imported only now: `looplm --help` must not load JAX.
     command: Command = importlib.import_module(f"looplm_jax.cli.{name}")
     parser = Parser(
         prog=f"looplm {name}",
@@ -101,9 +106,11 @@ def _dispatch(arguments: list[str]) -> int:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
     command.configure(parser)
     if name in _COMPILING:
         parser.add_argument(OFF, action="store_true", help="do not keep compiled programs in ~/.cache/looplm_jax")
+
     if not getattr(command, "OVERRIDES", False):
         namespace = parser.parse_args(arguments[1:])
         return _run(command, namespace)
@@ -113,6 +120,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _run(command: Command, namespace: argparse.Namespace) -> int:
+    """Runs a command after enabling the compilation cache, which has to precede the import of JAX."""
     expand_paths(namespace)
     if not getattr(namespace, "no_compilation_cache", True):
         keep_compiled_programs()
@@ -120,17 +128,20 @@ def _run(command: Command, namespace: argparse.Namespace) -> int:
 
 
 def _overview() -> str:
+    """Returns the text of `looplm --help`."""
     lines = ["usage: looplm COMMAND ...", "", "Looped language models in JAX.", ""]
     lines += [f"  {name:10} {text}" for name, text in _COMMANDS.items()]
     return "\n".join([*lines, "", "`looplm COMMAND --help` says more."])
 
 
 def _fail(message: str, status: int = 2) -> int:
+    """Prints an error and returns the exit status."""
     complain(message)
     return status
 
 
 def _at(error: OSError) -> str:
+    """Returns the file of an error, as a phrase for the message."""
     return f" while writing {error.filename}" if error.filename else ""
 
 

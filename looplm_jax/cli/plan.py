@@ -1,12 +1,12 @@
-"""Compile the train step of each stage of a recipe for a TPU slice that need not be here, and say what it would take.
+"""Compile the train step of each stage of a recipe for a TPU slice that need not exist here, and report its cost.
 
-With --decode: a tick of the engine, which generates text, instead of the train steps.
+With --decode: compile a tick of the engine, which generates text, instead of the train steps.
 
     looplm plan ouro-1.4b --topology v5e:16x16
     looplm plan ouro-1.4b --topology v5p:8x8x8 --slices 2 --stage long-context --json plan.json
     looplm plan ouro-1.4b --decode --topology v5e:1x1 --slots 8 --capacity 2048 --loops-mean 2.3
 
-Says whether it fits, bytes by kind, what devices send each other, and the best possible time; where it does not fit,
+Reports whether it fits, bytes by kind, what devices send each other, and a lower bound of the time; if it does not fit,
 what to change. Needs neither a TPU nor a network. Fields of the recipe are flags, as in `looplm train`.
 """
 
@@ -24,7 +24,7 @@ _OF_DECODE = ("slots", "capacity", "page_size", "pages", "filled", "cache", "loo
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `looplm plan`."""
+    """Adds the arguments of `looplm plan`."""
     parser.add_argument("recipe", help=f"{', '.join(RECIPES)}, or a .json file; with --decode also a checkpoint")
     parser.add_argument(
         "--topology", required=True, help="a slice, such as v5e:16x16 or v5p:4x8x8; or here: the attached devices"
@@ -32,6 +32,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--slices", type=int, help="how many such slices (default: 1)")
     parser.add_argument("--stage", action="append", metavar="NAME", help="only this stage; may be repeated")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything to this file too")
+
     parser.add_argument(
         "--search",
         action="store_true",
@@ -43,12 +44,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--limit", type=int, help="--search: programs compiled for a stage, the most promising (default: 8)"
     )
+
     parser.add_argument(
         "--scale",
         choices=[scale.value for scale in Scale],
         default=Scale.FULL.value,
         help="tiny: every stage of the recipe at a thousandth of the size (default: full)",
     )
+
     decode = parser.add_argument_group("a tick of the engine")
     decode.add_argument("--decode", action="store_true", help="plan one tick of the engine instead of the train steps")
     decode.add_argument("--slots", type=int, metavar="N", help="requests at one time (default: 8)")
@@ -70,10 +73,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Plan, print and write. Status 1 if a stage, or the tick, does not fit."""
+    """Plans, prints and writes. Returns 1 if a stage, or the tick, does not fit."""
     _refuse_without_effect(arguments)
     if arguments.decode:
         return _run_decode(arguments)
+
     recipe = chosen_recipe(arguments.recipe, arguments.scale)
     recipe = with_overrides(recipe, arguments.overrides, arguments.flags, "plan")
     from looplm_jax.cli.plan_session import PlanRequest, run_plan
@@ -94,6 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run_decode(arguments: argparse.Namespace) -> int:
+    """Plans a tick of the engine."""
     recipe = recipe_or_checkpoint(arguments.recipe, arguments.scale)
     recipe = with_overrides(recipe, arguments.overrides, arguments.flags, "plan")
     from looplm_jax.cli.decode_plan_session import run_decode_plan
@@ -106,6 +111,7 @@ def _run_decode(arguments: argparse.Namespace) -> int:
         given["capacity"] = min(DecodeRequest.capacity, recipe.model.max_positions)
     if arguments.cache is not None:
         given["cache"] = CacheStrategy(arguments.cache)
+
     request = DecodeRequest(**{name: value for name, value in given.items() if value is not None})
     return run_decode_plan(recipe, request, given=arguments.recipe, topology=arguments.topology, out=arguments.json)
 
@@ -114,12 +120,14 @@ def _refuse_without_effect(arguments: argparse.Namespace) -> None:
     """Raises UserError for a flag of the other kind of plan."""
     if arguments.write is not None and not arguments.search and not arguments.decode:
         raise UserError("--write has no effect without --search; add --search")
+
     unused = _OF_STAGES if arguments.decode else _OF_DECODE
     named = [name for name in unused if getattr(arguments, name) not in (None, False)]
     if named:
         flag = f"--{named[0].replace('_', '-')}"
         remedy = "leave one of them out" if arguments.decode else "add --decode"
         raise UserError(f"{flag} has no effect {'with' if arguments.decode else 'without'} --decode; {remedy}")
+
     if arguments.decode:
         for path in parse_flags(arguments.overrides):
             if "." in path and not path.startswith("model.") and path != "compute.dtype":

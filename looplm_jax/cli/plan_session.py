@@ -1,4 +1,4 @@
-"""What `looplm plan` does around the planning itself: progress while programs compile, and what to type next."""
+"""Runs `looplm plan`: shows progress while programs compile, prints the plans, and suggests the next command."""
 
 import dataclasses
 import functools
@@ -29,7 +29,7 @@ R = TypeVar("R")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanRequest:
-    """What the user asked for; `given` is the recipe as it was typed."""
+    """The request of a user; `given` is the recipe as it was typed."""
 
     recipe: Recipe
     given: str
@@ -43,13 +43,13 @@ class PlanRequest:
 
 
 class Progress:
-    """Says what is being compiled. A signal ends it at once, though a compilation cannot be stopped."""
+    """Shows what is being compiled. A signal ends the process at once, because a compilation cannot be interrupted."""
 
     def __init__(self, console: Console, stop: StopRequest):
         self._console, self._stop = console, stop
 
     def compile(self, what: str, function: Callable[[], R]) -> R:
-        """`function()`, with `what` on show and its seconds counted on a terminal."""
+        """Returns `function()`, showing `what` meanwhile, on a terminal with the elapsed seconds."""
         if not self._console.is_terminal:
             self._console.print(f"compiling {what}")
             return self._stop.run(function)
@@ -63,14 +63,16 @@ class Progress:
 
 
 def run_plan(request: PlanRequest) -> int:
-    """Plan every stage that was asked for. Returns 1 if one does not fit; a signal ends the process."""
+    """Plans every requested stage. Returns 1 if one does not fit; a signal ends the process."""
     check_out(request.out)
     stages = _chosen_stages(request)
     _check_write(request, stages)
+
     target = find_target(request.topology, request.slices)
     for stage in stages:
-        stage_mesh(request.recipe, stage, target.devices)  # what does not divide is refused before compiling
+        stage_mesh(request.recipe, stage, target.devices)  # refuses a bad mesh before compiling
     console, out = progress_console(), Console(highlight=False, soft_wrap=True)
+
     with StopRequest() as stop:
         try:
             progress = Progress(console, stop)
@@ -78,6 +80,7 @@ def run_plan(request: PlanRequest) -> int:
             found, fits = plan(request, stages, target, progress, out)
         except Stopped as stopped:
             leave(console, f"stopped by {stopped.signal.name}; nothing was written", stopped.signal)
+
     write_plan(request.out, found)
     show(_next(request, fits))
     return 0 if fits else 1
@@ -86,6 +89,7 @@ def run_plan(request: PlanRequest) -> int:
 def _plan_all(
     request: PlanRequest, stages: Sequence[Stage], target: Target, progress: Progress, out: Console
 ) -> tuple[list[dict], bool]:
+    """Plans each stage. Returns the plans as JSON values, and whether all of them fit."""
     plans: list[StagePlan] = []
     for number, stage in enumerate(stages, 1):
         what = f"stage {stage.name} ({number} of {len(stages)}) for {target.name}"
@@ -97,10 +101,11 @@ def _plan_all(
 def _search_all(
     request: PlanRequest, stages: Sequence[Stage], target: Target, progress: Progress, out: Console
 ) -> tuple[list[dict], bool]:
+    """Searches each stage. Returns the trials as JSON values, and whether every stage has one that fits."""
     found: list[dict] = []
     fits = True
     for stage in stages:
-
+        # `name` is a default argument, so that it is bound in this iteration.
         def compiled(candidate: Candidate, number: int, count: int, name: str = stage.name) -> StagePlan:
             what = f"stage {name} with {candidate.flags} ({number} of {count}) for {target.name}"
             return progress.compile(what, lambda: plan_stage(candidate.recipe, candidate.stage, target))
@@ -114,6 +119,7 @@ def _search_all(
 
 
 def _chosen_stages(request: PlanRequest) -> list[Stage]:
+    """Returns the requested stages, or all. Raises UserError for an unknown name."""
     names = [stage.name for stage in request.recipe.stages]
     for name in request.stages:
         if name not in names:
@@ -122,7 +128,7 @@ def _chosen_stages(request: PlanRequest) -> list[Stage]:
 
 
 def check_out(out: Path | None) -> None:
-    """Refuses a file that cannot be written, or that exists. Raises UserError."""
+    """Raises UserError if the file exists or cannot be written."""
     if out is not None and out.exists():
         raise UserError(f"{out} exists already; name another file, or remove it")
     if out is not None and not out.absolute().parent.is_dir():
@@ -130,9 +136,11 @@ def check_out(out: Path | None) -> None:
 
 
 def _check_write(request: PlanRequest, stages: Sequence[Stage]) -> None:
+    """Raises UserError if `--write` cannot be used."""
     check_out(request.write)
     if request.write is None:
         return
+
     if request.write.suffix != ".json":
         raise UserError(f"--write {request.write} must end in .json, as recipes do")
     if len(stages) > 1:
@@ -142,6 +150,7 @@ def _check_write(request: PlanRequest, stages: Sequence[Stage]) -> None:
 
 
 def _write_recipe(out: Path | None, result: SearchResult) -> None:
+    """Writes the recipe of the fastest choice, if requested."""
     recipe = chosen_recipe(result)
     if out is not None and recipe is not None:
         out.write_text(strict_json.dumps(to_dict(recipe), indent=2) + "\n")
@@ -149,21 +158,25 @@ def _write_recipe(out: Path | None, result: SearchResult) -> None:
 
 
 def write_plan(out: Path | None, plan: list[dict]) -> None:
-    """Writes a plan as JSON, if it was asked for."""
+    """Writes a plan as JSON, if requested."""
     if out is not None:
         out.write_text(strict_json.dumps(plan, indent=2) + "\n")
         show(f"wrote {out}")
 
 
 def _next(request: PlanRequest, fits: bool) -> str:
+    """Returns the command to run next."""
     if not fits:
         return "next: the same command with one of the changes above, or --search"
+
     if request.write is not None:
         return (
             f"next: looplm plan {pasted(str(request.write))} --topology {shlex.quote(request.topology)}  # all stages"
         )
+
     if request.search:
         command = f"looplm plan {pasted(request.given)} --topology {shlex.quote(request.topology)}"
         return f"next: {command}  # with the flags you like best"
+
     where = "" if request.topology == HERE else f"on {request.topology}, "
     return f"next: looplm train --recipe {pasted(request.given)} --data.root YOUR_DATA  # {where}with the same flags"

@@ -1,4 +1,4 @@
-"""The tables that `looplm plan` prints."""
+"""The tables of `looplm plan`."""
 
 from collections.abc import Mapping
 
@@ -15,21 +15,23 @@ _GIB, _GB = 2**30, 10**9
 
 
 def print_stage(plan: StagePlan, out: Console) -> None:
-    """Everything about one stage."""
+    """Prints the plan of one stage."""
     mesh = " ".join(f"{name}={size}" for name, size in plan.mesh.items() if size > 1) or "one device"
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     out.print(f"\n[bold]{literal(plan.stage)}[/] on {plan.target} ({mesh}): [bold]{verdict}[/], {_memory(plan)}")
     out.print(f"  compiled in {plan.compile_seconds:.0f} s for {plan.devices} device(s)")
+
     if plan.inside is not None:
         _print_inside(plan.inside, out)
     if plan.timing is not None:
         _print_timing(plan.timing, out)
+
     for line in plan.advice:
         out.print(f"  change: {line}", markup=False)
 
 
 def print_search(stage: str, result: SearchResult, out: Console) -> None:
-    """What was tried for a stage, and which choices nothing else beats in both time and memory."""
+    """Prints the trials of a stage, and marks the choices that no other beats in both time and memory."""
     table = Table(
         "", "flags", "GiB a device", "at best", "sent, GB", title=f"{literal(stage)}: best first, * = nothing beats it"
     )
@@ -40,6 +42,7 @@ def print_search(stage: str, result: SearchResult, out: Console) -> None:
 
 
 def _trial(trial: Trial) -> tuple[str, str, str]:
+    """Returns memory, step time and sent bytes of a trial as text."""
     plan = trial.plan
     if not plan.fits:
         return f"{plan.memory.total / _GIB:.2f}", "does not fit", ""
@@ -48,6 +51,7 @@ def _trial(trial: Trial) -> tuple[str, str, str]:
 
 
 def _memory(plan: StagePlan) -> str:
+    """Returns the memory of a device as text."""
     memory = plan.memory
     kinds = {
         "parameters": memory.parameters,
@@ -60,21 +64,25 @@ def _memory(plan: StagePlan) -> str:
 
 
 def memory_text(kinds: Mapping[str, int], *, total: int, capacity: int | None) -> str:
-    """Returns the bytes of a device in GiB, in all and by kind, beside its capacity where that is known."""
+    """Returns the bytes of a device in GiB, in total and by kind, with its capacity if known."""
     parts = ", ".join(f"{name} {size / _GIB:.3f}" for name, size in kinds.items())
     limit = f" of {capacity / _GIB:.2f}" if capacity else ""
     return f"{total / _GIB:.2f}{limit} GiB a device ({parts})"
 
 
 def _print_inside(inside: Inside, out: Console) -> None:
+    """Prints facts about the compiled program: attention, matrix products, donation and collectives."""
     products = ", ".join(f"{count} in {dtype}" for dtype, count in inside.matmuls.by_type.items())
+    # "mha" is in the names of attention kernels.
     kernels = ", ".join(name for name in inside.kernels if "mha" in name)
     out.print(f"  attention: {inside.attention}{f' ({kernels})' if kernels else ''}; matrix products: {products}")
     for name in inside.matmuls.float32_at:
         out.print(f"  float32: {name}", markup=False)
     out.print(f"  donated: {inside.donated} of the {inside.state_arrays} arrays of the state are updated in place")
+
     if not inside.collectives:
         return
+
     table = Table(
         "devices exchange",
         "inside the loops over",
@@ -85,6 +93,7 @@ def _print_inside(inside: Inside, out: Console) -> None:
         box=None,
         padding=(0, 2),
     )
+
     for each in inside.collectives:
         loops = " > ".join("t" if name == "loops" else name for name in each.loops)
         meanwhile = "computing" if each.asynchronous else "waiting"
@@ -93,10 +102,12 @@ def _print_inside(inside: Inside, out: Console) -> None:
 
 
 def _with(each: Collective) -> str:
+    """Returns the devices that take part in a collective."""
     return f"{each.devices} slices" if each.between_slices else str(each.devices)
 
 
 def _print_timing(timing: Timing, out: Console) -> None:
+    """Prints the lower bounds of the time of a step."""
     network = f", network between slices {_seconds(timing.network)}" if timing.network else ""
     out.print(
         f"  a step: {timing.model_flops:.3e} model FLOPs, {_seconds(timing.peak)} at the peak, "

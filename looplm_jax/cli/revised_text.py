@@ -1,4 +1,4 @@
-"""Text on a terminal that ends in a token which may still change."""
+"""Terminal text that ends in a provisional token."""
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -8,21 +8,21 @@ from looplm_jax.printing import visible
 
 
 class RevisedText:
-    """Prints pieces one behind the other. A proposed piece is dim, and makes way for the next thing that is printed."""
+    """Prints text. A proposed piece is dim, and is replaced by the next output."""
 
     def __init__(self, console: Console):
         self._console = console
-        self._line = ""  # what stands on the line so far, to know where it ends
-        self._proposed = 0  # cells
+        self._line = ""  # the text on the current line, to know where the line ends
+        self._proposed = 0  # width of the proposed piece in cells
 
     def write(self, text: Text) -> None:
-        """Print for good."""
+        """Prints final text."""
         self._erase()
         self._print(text)
         self._line = f"{self._line}{text.plain}".rpartition("\n")[2]
 
     def propose(self, text: str) -> None:
-        """Print for now; not where it would reach the end of the line, from which no terminal goes back."""
+        """Prints a provisional piece, unless it would reach the end of the line, where backspace cannot return."""
         self._erase()
         shown = "".join(character if character.isprintable() else " " for character in visible(text, keep="\n\t"))
         width = cell_len(shown)
@@ -31,9 +31,11 @@ class RevisedText:
             self._proposed = width
 
     def _erase(self) -> None:
+        """Overwrites the provisional piece with spaces."""
         back = "\b" * self._proposed
         self._console.file.write(f"{back}{' ' * self._proposed}{back}")
         self._proposed = 0
 
     def _print(self, text: Text) -> None:
+        """Prints without a line break."""
         self._console.print(text, end="", soft_wrap=True)

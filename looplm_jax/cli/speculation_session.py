@@ -1,4 +1,4 @@
-"""What `looplm generate --draft-loops` does: the tokens of a fixed number of loops, drafted by fewer."""
+"""Runs `looplm generate --draft-loops`: tokens of a fixed number of loops, drafted by fewer loops."""
 
 import argparse
 import math
@@ -21,9 +21,9 @@ from looplm_jax.printing import complain
 
 
 def run_speculation(prompts: Sequence[str], arguments: argparse.Namespace) -> int:
-    """Generate as the arguments of `looplm generate --draft-loops` say. Returns the exit status.
+    """Runs `looplm generate --draft-loops` with its arguments. Returns the exit status.
 
-    The first text is shown as it comes; the others, which are made along with it, after it.
+    The first text is streamed; the others, which are generated at the same time, are shown after it.
     """
     loops = _loops(arguments)
     options = request_options(arguments)
@@ -31,6 +31,7 @@ def run_speculation(prompts: Sequence[str], arguments: argparse.Namespace) -> in
     loaded = generation_session.load(arguments.checkpoint, step=arguments.step, dtype=arguments.dtype)
     for warning in loaded.warnings:
         complain(str(warning))
+
     first = generation_session.view_of(arguments, loaded, prompts[0])
     told, clocks, stopped = [list[NewToken]() for _ in prompts], [Stopwatch() for _ in prompts], list[bool]()
     with sign_of_life() as status, interrupt_calls(lambda: stopped.append(True)):
@@ -56,6 +57,7 @@ def run_speculation(prompts: Sequence[str], arguments: argparse.Namespace) -> in
             on_token=give,
             screen=lambda *_: Screening.STOP if stopped else Screening.CONTINUE,
         )
+
     for number, (prompt, result) in enumerate(zip(prompts, results, strict=True)):
         view = generation_session.view_of(arguments, loaded, prompt) if number else first
         for new in told[number] if number else ():
@@ -67,17 +69,19 @@ def run_speculation(prompts: Sequence[str], arguments: argparse.Namespace) -> in
 
 
 def _loops(arguments: argparse.Namespace) -> int:
-    """The loops that verify. Raises UserError for flags that do not go with drafts."""
+    """Returns the loops that verify. Raises UserError for flags that cannot be combined with drafts."""
     policy = parse_exit_policy(arguments.exit)
     if not isinstance(policy, FixedLoops):
         raise UserError("--draft-loops drafts for a fixed number of loops; add for example --exit loops=4")
     if arguments.cache != "full":
         raise UserError("--draft-loops needs --cache full: each loop reads keys and values of its own")
+
     others = {
         "--revise": arguments.revise,
         "--loops-per-token": arguments.loops_per_token < math.inf,
         "--ms-per-token": arguments.ms_per_token < math.inf,
     }
+
     for flag, given in others.items():
         if given:
             raise UserError(f"{flag} does not go with --draft-loops; leave one of them out")
@@ -85,25 +89,26 @@ def _loops(arguments: argparse.Namespace) -> int:
 
 
 def _unrolled(loaded: Loaded) -> tuple[LoopLM, dict]:
-    """On a CPU an array for each layer, which is faster there."""
+    """Returns the model and its parameters, on a CPU with one array per layer, which is faster there."""
     if jax.default_backend() != "cpu":
         return loaded.model, loaded.params
     return LoopLM(loaded.model.config, loaded.model.compute, unrolled=True), unroll_layers(loaded.params)
 
 
 def _encoded(loaded: Loaded, prompts: Sequence[str], arguments: argparse.Namespace) -> list[list[int]]:
+    """Returns the ids of each prompt, after a bos token."""
     tokenizer, special = loaded.need_tokenizer(), arguments.special_tokens
     return [[tokenizer.bos_id, *tokenizer.encode(prompt, special=special)] for prompt in prompts]
 
 
 def _count(loaded: Loaded, prompts: Sequence[str], arguments: argparse.Namespace) -> int:
-    """New tokens of each: as many as all of them have positions for, where nothing else is said."""
+    """Returns the new tokens per text: the requested number, or what the longest prompt leaves room for."""
     longest = max(map(len, _encoded(loaded, prompts, arguments)))
     return generation_session.new_tokens(loaded, longest, arguments.max_new_tokens)
 
 
 def _as_result(result: SpeculativeResult) -> Result:
-    """As the views show it. The one thing that screens here is Ctrl-C."""
+    """Returns the result in the form that the views show. Only Ctrl-C screens a text here."""
     return Result(
         prompt_ids=result.prompt_ids,
         tokens=result.tokens,
@@ -117,6 +122,7 @@ def _as_result(result: SpeculativeResult) -> Result:
 
 
 def _cost(result: SpeculativeResult) -> str:
+    """Returns the cost of a text as a line."""
     return (
         f"{result.accepted} of {result.drafted} drafts accepted; "
         f"{result.loops_per_token:.2f} passes of the stack a token instead of {result.loops}"

@@ -1,4 +1,4 @@
-"""What `looplm evaluate --tasks` does once its arguments are read: load, run the tasks, print and write."""
+"""Runs `looplm evaluate --tasks`: loads the model, runs the tasks, prints, and writes."""
 
 import argparse
 import itertools
@@ -22,25 +22,29 @@ from looplm_jax.loading import Loaded, load
 from looplm_jax.printing import complain, show
 from looplm_jax.sharding import require_compilation
 
-_QUIET = {"TQDM_DISABLE": "1", "DISABLE_MULTIPROC": "1"}  # no bars of its own, and no fork of a process that runs JAX
+_QUIET = {"TQDM_DISABLE": "1", "DISABLE_MULTIPROC": "1"}  # no progress bars, and no fork of a process that runs JAX
 
 
 def run_task_evaluation(arguments: argparse.Namespace) -> int:
-    """Run tasks as the arguments of `looplm evaluate` say. Returns the exit status."""
+    """Runs `looplm evaluate --tasks` with its arguments. Returns the exit status."""
     require_compilation()
     settings = _settings(arguments)
     names = _task_names(arguments)
     _prepare_lm_eval()
+
     loaded = load(arguments.checkpoint, step=arguments.step, dtype=arguments.dtype)
     for warning in loaded.warnings:
         complain(str(warning))
+
     out = Path(arguments.out) if arguments.out else default_out(arguments.checkpoint, loaded.step)
     with Console(stderr=True).status("finding the tasks") as status:
         run = _sweep if arguments.depth_sweep else _evaluate
         table, found = run(loaded, settings, names, arguments, status)
+
     Console(highlight=False).print(table.rich())
     if "mean_loops" in found:
         print(f"mean loops of a token: {found['mean_loops']:.2f}")
+
     about = {"step": loaded.step, "limit": arguments.limit, "num_fewshot": arguments.num_fewshot}
     show(f"wrote {_write(out, {**about, **found})}")
     show(f"next: {_next_command(arguments)}")
@@ -48,22 +52,25 @@ def run_task_evaluation(arguments: argparse.Namespace) -> int:
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:
+    """Returns the settings that the arguments give."""
     given = {name: getattr(arguments, name) for name in ("batch_size", "max_length", "add_bos_token", "special_tokens")}
     policy = exit_policy(loops=arguments.loops, rule=arguments.exit)
     return Settings(policy=policy, **{name: value for name, value in given.items() if value is not None})
 
 
 def _task_names(arguments: argparse.Namespace) -> list[str]:
+    """Returns the names of the tasks. Raises UserError if there are none."""
     names = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
     if not names:
         raise UserError("--tasks names no task; give for example --tasks looplm_smoke")
+
     if arguments.include_path is not None and not Path(arguments.include_path).is_dir():
         raise UserError(f"--include-path {arguments.include_path} is not a folder")
     return names
 
 
 def _prepare_lm_eval() -> None:
-    """Before it is imported, which is when it reads its environment."""
+    """Configures lm_eval before its import, which reads the environment."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     require_lm_eval()
@@ -73,7 +80,7 @@ def _prepare_lm_eval() -> None:
 def _evaluate(
     loaded: Loaded, settings: Settings, names: list[str], arguments: argparse.Namespace, status: Status
 ) -> tuple[Table, dict[str, Any]]:
-    """At one number of loops, or under one exit policy."""
+    """Runs the tasks at one number of loops, or under one exit policy."""
     from looplm_jax.evaluation.harness.adapter import LoopLMAdapter
     from looplm_jax.evaluation.harness.running import choose_tasks, run_tasks
     from looplm_jax.evaluation.harness.tables import task_table
@@ -81,6 +88,7 @@ def _evaluate(
     chosen = choose_tasks(names, include_path=arguments.include_path)
     adapter = LoopLMAdapter(loaded, settings, on_requests=_counter(status))
     run = run_tasks(adapter, chosen, limit=arguments.limit, num_fewshot=arguments.num_fewshot)
+
     rule = arguments.exit or f"loops={arguments.loops or loaded.model.config.loops}"
     table = task_table(run, f"tasks, --exit {rule}")
     return table, {"exit": rule, "mean_loops": adapter.mean_loops, **run.results}
@@ -89,7 +97,7 @@ def _evaluate(
 def _sweep(
     loaded: Loaded, settings: Settings, names: list[str], arguments: argparse.Namespace, status: Status
 ) -> tuple[Table, dict[str, Any]]:
-    """At every number of loops."""
+    """Runs the tasks at every number of loops."""
     from looplm_jax.evaluation.harness.every_depth import EveryDepth
     from looplm_jax.evaluation.harness.running import choose_tasks, sweep_tasks
     from looplm_jax.evaluation.harness.tables import sweep_table
@@ -98,6 +106,7 @@ def _sweep(
     loops = arguments.max_loops or 2 * loaded.model.config.loops
     adapter = EveryDepth(loaded, settings, loops=loops, on_requests=_counter(status))
     runs = sweep_tasks(adapter, chosen, loops=loops, limit=arguments.limit, num_fewshot=arguments.num_fewshot)
+
     trained = loaded.model.config.loops
     return sweep_table(runs, trained_loops=trained), {
         "trained_loops": trained,
@@ -106,7 +115,7 @@ def _sweep(
 
 
 def _counter(status: Status) -> Callable[[int], None]:
-    """Shows how many requests were scored."""
+    """Returns a callback that shows how many requests were scored."""
     scored = 0
 
     def count(requests: int) -> None:
@@ -118,7 +127,7 @@ def _counter(status: Status) -> Callable[[int], None]:
 
 
 def _write(out: Path, content: dict[str, Any]) -> Path:
-    """A file of its own for every evaluation: tasks.json, tasks-2.json and so on."""
+    """Writes a new file for each evaluation: tasks.json, tasks-2.json and so on. Returns its path."""
     out.mkdir(parents=True, exist_ok=True)
     paths = (out / f"tasks{f'-{number}' if number > 1 else ''}.json" for number in itertools.count(1))
     path = next(path for path in paths if not path.exists())
@@ -127,7 +136,7 @@ def _write(out: Path, content: dict[str, Any]) -> Path:
 
 
 def _next_command(arguments: argparse.Namespace) -> str:
-    """The same tasks by the other kind of evaluation, to compare."""
+    """Returns the command for the same tasks with the other kind of evaluation, for comparison."""
     words = ["looplm", "evaluate", arguments.checkpoint, "--tasks", arguments.tasks]
     words += ["--include-path", arguments.include_path] if arguments.include_path else []
     words += ["--limit", str(arguments.limit)] if arguments.limit else []

@@ -1,9 +1,9 @@
-"""Prepare a corpus: files of documents become rows of tokens, which training reads at random, also from a bucket.
+"""Prepare a corpus: convert documents to rows of tokens, which training reads in random order, also from a bucket.
 
     looplm tokenize 'mine/*.jsonl' --tokenizer tokenizer.model --sequence-length 4096 --out prepared
     looplm train --data prepared --stage.sequence_length 4096
 
-The same command again goes on where it stopped, however that was, with any number of workers.
+The same command resumes a run that stopped for any reason, with any number of workers.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from looplm_jax.printing import complain
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `looplm tokenize`."""
+    """Adds the arguments of `looplm tokenize`."""
     parser.add_argument(
         "sources",
         nargs="*",
@@ -23,12 +23,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="a glob, a folder or an fsspec URL of .jsonl, .txt, .parquet, .arrayrecord, compressed or not; "
         "or huggingface:dataset,split=...",
     )
+
     parser.add_argument(
         "--tokenizer", metavar="PATH", help="a SentencePiece .model, a tokenizer.json or a Hugging Face folder"
     )
     parser.add_argument("--sequence-length", type=int, metavar="S", help="positions of a row")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="a new folder, here or at gs://")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
+
     parser.add_argument(
         "--validation-fraction",
         type=float,
@@ -36,6 +38,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=DataConfig().validation_fraction,
         help="share of documents held out, chosen by a hash of their text (default: %(default)s)",
     )
+
     parser.add_argument("--text-key", metavar="NAME", help="field or column that holds the text (default: text)")
     parser.add_argument("--chat", action="store_true", help="records are chats: only the assistant's turns are learnt")
     parser.add_argument(
@@ -46,12 +49,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="names of special tokens in the text, such as <|im_end|>, become these tokens (default: they are text)",
     )
+
     parser.add_argument(
         "--on-bad-record",
         choices=[choice.value for choice in OnBadRecord],
         default=OnBadRecord.STOP.value,
         help="what a record that cannot be read does (default: %(default)s)",
     )
+
     parser.add_argument(
         "--decontaminate",
         action="append",
@@ -70,6 +75,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         help="leave out documents that are so much like an earlier one, 0.8 for example (default: keep all)",
     )
+
     for leaf in leaves(ReadLimits()):
         parser.add_argument(
             f"--data.limits.{leaf.path}",
@@ -79,11 +85,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
             dest=f"limit_{leaf.path}",
             help=f"{leaf.help} (default: %(default)s)",
         )
+
     parser.add_argument("--verify", action="store_true", help="read every shard again; without sources, do only that")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prepare, verify, and say what was written and what to type next."""
+    """Prepares or verifies a corpus, and prints what was written and which command to run next.
+
+    Returns the exit status.
+    """
     from looplm_jax.cli.tokenize_session import prepare_corpus, verify_corpus
     from looplm_jax.data.prepared.plan import Order
     from looplm_jax.data.tokenizers import load_tokenizer
@@ -106,10 +116,12 @@ def run(arguments: argparse.Namespace) -> int:
             return status
     elif not arguments.verify:
         raise UserError("there is nothing to prepare; name files, for example looplm tokenize 'mine/*.jsonl'")
+
     return verify_corpus(arguments.out)
 
 
 def _check(arguments: argparse.Namespace) -> None:
+    """Raises UserError for missing or invalid arguments."""
     if not arguments.tokenizer:
         raise UserError(
             "say which tokenizer: --tokenizer PATH, a SentencePiece .model, a tokenizer.json or a Hugging Face folder"
@@ -121,6 +133,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _sources(arguments: argparse.Namespace) -> tuple[SourceConfig, ...]:
+    """Returns the source configurations."""
     keys = {"text_key": arguments.text_key, "messages_key": arguments.messages_key}
     given = {name: value for name, value in keys.items() if value}
     kind = RecordKind.CHAT if arguments.chat else RecordKind.TEXT

@@ -1,4 +1,4 @@
-"""What a person watching `looplm tokenize` sees: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of `looplm tokenize`: a bar on a terminal, occasional lines elsewhere."""
 
 import time
 
@@ -12,7 +12,7 @@ _SECONDS_BETWEEN_LINES = 15.0
 
 
 class TokenizeProgress:
-    """Documents, tokens, text per second and time left, over all units of a pass."""
+    """Documents, tokens, text per second and time left, over all work units of a pass."""
 
     def __init__(self, console: Console | None = None):
         self._console = console or progress_console()
@@ -26,6 +26,7 @@ class TokenizeProgress:
             disable=not self._console.is_terminal,
             transient=True,
         )
+
         self._what = ""
         self._total = self._done = self._before = 0
         self._documents = self._tokens = self._bytes = 0
@@ -39,33 +40,36 @@ class TokenizeProgress:
         self._bar.stop()
 
     def say(self, line: str) -> None:
-        """Shows a line above the bar."""
+        """Prints a line above the bar."""
         self._console.print(line)
 
     def begin(self, what: str, *, bytes: int, done: int) -> None:
-        """A pass over all units begins: so many bytes of files, of which so many were done before."""
+        """Starts a pass over all work units: `bytes` of files in total, `done` of them finished by earlier runs."""
         self._what, self._total, self._done, self._before = what, bytes, done, done
         self._documents = self._tokens = self._bytes = 0
         self._started = self._last_line = time.monotonic()
+
         for task in self._bar.task_ids:
             self._bar.remove_task(task)
         self._task = self._bar.add_task(what, total=bytes, completed=done, status="")
+
         again = f", {done:,} of them done before" if done else ""
         self._console.print(f"{what}: {bytes:,} bytes of files{again}")
 
     def advance(self, progress: Advance) -> None:
-        """A worker did this much."""
+        """Adds the progress of a worker."""
         self._documents += progress.documents
         self._tokens += progress.tokens
         self._bytes += progress.bytes
         self._show()
 
     def finish_unit(self, bytes: int) -> None:
-        """A unit of so many bytes of files is done."""
+        """Records that a work unit with this many bytes of files is finished."""
         self._done += bytes
         self._show()
 
     def _show(self) -> None:
+        """Updates the bar; without a terminal, prints a line if the last one is old enough."""
         now = time.monotonic()
         seconds = max(now - self._started, 1e-9)
         status = (
@@ -73,12 +77,13 @@ class TokenizeProgress:
             f"{self._time_left(seconds)} left"
         )
         self._bar.update(self._task, completed=self._done, status=status)
+
         if not self._console.is_terminal and now - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = now
             self._console.print(f"{self._what}  {self._done / max(self._total, 1):.0%}  {status}")
 
     def _time_left(self, seconds: float) -> str:
-        """By the units that are done; nothing is known before the first one is."""
+        """Returns the estimated time left, based on finished work units; unknown before the first one."""
         finished = self._done - self._before
         if not finished:
             return "?"

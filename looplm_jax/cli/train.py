@@ -3,9 +3,9 @@
     looplm train --recipe text-small --data 'mine/*.jsonl'
 
 Any field of the recipe is a flag: `--model.width 128`, `--stages.pretrain.steps 500`, `--stage.beta 0.1` (of every
-stage). The same command again goes on where it stopped.
+stage). The same command resumes a run that stopped.
 
-On many hosts the same command runs on each: with --distributed on a TPU pod or under Slurm, elsewhere with
+On many hosts, run the same command on each: with --distributed on a TPU pod or under Slurm, elsewhere with
 --coordinator, --processes and --process. Without these flags a run is one process.
 """
 
@@ -23,8 +23,9 @@ OVERRIDES = True
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `looplm train`; the fields of a recipe are listed below them."""
+    """Adds the arguments of `looplm train`; the fields of a recipe are listed below them."""
     names = ", ".join(RECIPES)
+
     parser.add_argument("--recipe", default="text-small", help=f"{names}, or a .json file (default: text-small)")
     parser.add_argument(
         "--out", help="run folder, or gs://bucket/folder (default: runs/<recipe>); one that holds this run is continued"
@@ -40,6 +41,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer", help="a SentencePiece .model or a tokenizer.json; default: train one on the data"
     )
+
     parser.add_argument(
         "--on-bad-record",
         choices=[choice.value for choice in OnBadRecord],
@@ -51,30 +53,35 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=Scale.FULL.value,
         help="tiny: every stage of the recipe in a few steps, at a thousandth of the size (default: full)",
     )
+
     parser.add_argument(
         "--profile-steps", metavar="FIRST:LAST", help="trace these steps into the run folder, for the profiler's viewer"
     )
     parser.add_argument("--wandb", metavar="PROJECT", help="show the metrics in a project of Weights & Biases too")
+
     parser.add_argument(
         "--distributed", action="store_true", help="find the other processes of a TPU pod or of a Slurm job"
     )
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
     parser.add_argument("--processes", type=int, metavar="N", help="how many processes there are")
     parser.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
+
     parser.add_argument("--dry-run", action="store_true", help="print the recipe as JSON and stop")
     parser.epilog = "fields of the recipe (with the values of text-small):\n" + _field_list()
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train, report, and say what to type next."""
+    """Trains, writes the report, and prints which command to run next. Returns the exit status."""
     recipe = _recipe(arguments)
     if arguments.dry_run:
         import json
 
         print(json.dumps(codec.to_dict(recipe), indent=2))
         return 0
+
     if not all(recipe.data_of(stage).sources for stage in recipe.stages):
         raise UserError("there is nothing to train on; say --data 'mine/*.jsonl' (.txt, .jsonl, .parquet, or a folder)")
+
     from looplm_jax.cli.training_session import Options, run_training
     from looplm_jax.distributed import Join
     from looplm_jax.training.profiling import ProfiledSteps
@@ -85,22 +92,25 @@ def run(arguments: argparse.Namespace) -> int:
         processes=arguments.processes,
         process=arguments.process,
     )
+
     profile = ProfiledSteps.parse(arguments.profile_steps) if arguments.profile_steps else None
     options = Options(told=told, profile=profile, wandb_project=arguments.wandb)
     return run_training(recipe, any_path(arguments.out or _default_folder(recipe)), options)
 
 
 def _default_folder(recipe: Recipe) -> str:
-    """The folder of a run that was given none. Raises UserError where it would not lie in `runs`."""
+    """Returns the default run folder. Raises UserError if the recipe's name would lead out of `runs`."""
     if recipe.name in ("", ".", "..") or "/" in recipe.name or "\0" in recipe.name:
         raise UserError(f"the recipe's name {recipe.name!r} is not that of a folder; say --out, or set another --name")
     return f"runs/{recipe.name}"
 
 
 def _recipe(arguments: argparse.Namespace) -> Recipe:
+    """Returns the recipe with the changes of the arguments."""
     recipe = chosen_recipe(arguments.recipe, arguments.scale)
     recipe = dataclasses.replace(recipe, data=_data(recipe, arguments))
     if arguments.data:
+        # `--data` replaces the sources of all stages.
         recipe = dataclasses.replace(
             recipe, stages=tuple(dataclasses.replace(stage, sources=()) for stage in recipe.stages)
         )
@@ -108,6 +118,7 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
 
 
 def _data(recipe: Recipe, arguments: argparse.Namespace) -> DataConfig:
+    """Returns the data configuration with the changes of the arguments."""
     changes: dict[str, object] = {}
     if arguments.data:
         known = (source for stage in recipe.stages for source in recipe.data_of(stage).sources)
@@ -121,15 +132,18 @@ def _data(recipe: Recipe, arguments: argparse.Namespace) -> DataConfig:
 
 
 def _as_chats(source: SourceConfig) -> SourceConfig:
+    """Returns the source with records that are chats."""
     return dataclasses.replace(source, kind=RecordKind.CHAT)
 
 
 def _field_list() -> str:
+    """Returns the list of recipe fields with their help texts."""
     leaves = list(codec.leaves(named_recipe("text-small")))
     width = max(len(leaf.path) for leaf in leaves)
     return "\n".join(f"  --{leaf.path:{width}}  {leaf.help} ({_shown(leaf.value)})" for leaf in leaves)
 
 
 def _shown(value: object) -> str:
+    """Returns a default value as text."""
     value = getattr(value, "value", value)
     return "empty" if value in ("", ()) else str(value)

@@ -1,4 +1,4 @@
-"""What `looplm train` does around the training itself: say what will happen, and at the end what was written."""
+"""Runs `looplm train`: announces the run, trains, and reports what was written."""
 
 import dataclasses
 import signal
@@ -28,7 +28,7 @@ _NEWS_SECONDS = 5.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What a user may ask for besides the recipe."""
+    """Options of a user in addition to the recipe."""
 
     told: Join = dataclasses.field(default_factory=Join)
     profile: ProfiledSteps | None = None
@@ -36,32 +36,37 @@ class Options:
 
 
 def run_training(recipe: Recipe, out: AnyPath, options: Options | None = None) -> int:
-    """Train, write the report, and return the exit status; a process that a signal stops ends here, with 128 + n.
+    """Trains, writes the report, and returns the exit status. A process stopped by signal n exits here with 128 + n.
 
-    So do all of many processes where one of them cannot go on: with the status 2, or 75 where one was lost.
+    If one of several processes fails, all of them exit here: with status 2, or 75 if one was lost.
     """
     options = options or Options()
     cluster = join(options.told)
+
     if cluster.count == 1:
         check_alone()
         return _run_training(recipe, out, options, cluster)
+
     try:
         status = _run_training(recipe, out, options, cluster)
     except UserError as error:
         cluster.end(str(error), error.status)
-    except jax.errors.JaxRuntimeError:  # perhaps because another process is gone, which then is about to be noticed
+    except jax.errors.JaxRuntimeError:  # maybe another process died, which the monitor is about to report
         time.sleep(_NEWS_SECONDS)
         raise
+
     cluster.leave()
     jax.distributed.shutdown()
     return status
 
 
 def _run_training(recipe: Recipe, out: AnyPath, options: Options, cluster: Cluster) -> int:
+    """Trains in this process and reports."""
     require_platform()
     require_compilation()
     console = progress_console(quiet=cluster.index > 0)
     console.print(_announcement(recipe, out, cluster))
+
     try:
         outcome = train(
             recipe,
@@ -69,21 +74,25 @@ def _run_training(recipe: Recipe, out: AnyPath, options: Options, cluster: Clust
             evaluate=evaluate_held_out,
             console=console,
             cluster=cluster,
+            # One process is enough for a trace.
             profile=options.profile if cluster.index == 0 else None,
             mirrors=_mirrors(recipe, out, options, cluster),
         )
-    except KeyboardInterrupt:  # the second one: nobody waits for the last save
+    except KeyboardInterrupt:  # a second Ctrl-C does not wait for the last save
         leave(console, "interrupted", signal.SIGINT)
+
     if outcome.stopped_by is not None:
         cluster.leave()
         where = f"stopped by {outcome.stopped_by.name} at step {outcome.step}"
         leave(console, f"{where}; the same command goes on from there", outcome.stopped_by)
+
     if cluster.index == 0:
         _report(recipe, out, outcome)
     return 0
 
 
 def _report(recipe: Recipe, out: AnyPath, outcome: Outcome) -> None:
+    """Writes the report and prints what was written."""
     reports = ", ".join(write_run_report(outcome.folder.path, recipe))
     skipped = f", {outcome.skipped} steps skipped" if outcome.skipped else ""
     show(f"trained {outcome.step} steps{skipped}; wrote checkpoints, metrics.jsonl, tensorboard, {reports} to {out}")
@@ -91,12 +100,14 @@ def _report(recipe: Recipe, out: AnyPath, outcome: Outcome) -> None:
 
 
 def _mirrors(recipe: Recipe, out: AnyPath, options: Options, cluster: Cluster) -> list[EventSink]:
+    """Returns the additional sinks of metrics."""
     if options.wandb_project is None or cluster.index > 0:
         return []
     return [WandbLog(options.wandb_project, name=out.name, config=to_dict(recipe))]
 
 
 def _announcement(recipe: Recipe, out: AnyPath, cluster: Cluster) -> str:
+    """Returns the line that describes the run before it starts."""
     tokens = sum(stage.steps * stage.batch_size * stage.sequence_length for stage in recipe.stages)
     stages = ", ".join(f"{stage.name} ({stage.steps} steps, {stage.loops} loops)" for stage in recipe.stages)
     many = f"{cluster.count} processes; " if cluster.count > 1 else ""

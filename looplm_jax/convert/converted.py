@@ -47,7 +47,7 @@ def write_converted(folder: Path, recipe: Recipe, params: Params, tokenizer: Tok
 
     Raises:
       UserError: the file system refused the write. Partial output then remains, so write to a folder that can be
-      deleted.
+        deleted.
     """
     metadata = Metadata(
         config=to_dict(recipe),

@@ -73,7 +73,7 @@ def convert_from_dense(
       loops: T of the looped model.
       norm_placement: `pre` keeps the dense model as loop 1; `sandwich` is Ouro's placement.
       second_norm: the initial weight of the norms after the branches of `sandwich`; below one, a loop changes the state
-      less.
+        less.
       dtype: dtype of the parameters; None keeps the stored dtype.
       seed: the seed for the exit gate.
 
@@ -112,8 +112,7 @@ def load_dense(
 
     Raises:
       UserError: anything that `load_hf` refuses, and a model with biases (Qwen 2), a sliding window (Mistral before
-      0.2) or
-        a scaled rotary embedding (Llama 3.1); the message names the field.
+        0.2) or a scaled rotary embedding (Llama 3.1); the message names the field.
     """
     _check_second_norm(second_norm, norm_placement)
 
@@ -140,8 +139,7 @@ def read_dense_config(folder: Path, weights: WeightFolder, *, loops: int, norm_p
 
     Raises:
       UserError: the file is missing or is not a JSON object, the model has biases or a layout other than Llama's, or
-      the
-        config has a field that is not supported; the message names it.
+        the config has a field that is not supported; the message names it.
     """
     if loops < 1:
         raise UserError(f"loops must be at least 1, not {loops}")

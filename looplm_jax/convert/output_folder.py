@@ -19,7 +19,7 @@ def fresh_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
 
     Raises:
       UserError: `out` exists and is not an empty folder, another process is writing it, or the file system refuses a
-      write.
+        write.
     """
     out = Path(out)
     with writing(out):

@@ -64,8 +64,7 @@ def convert_to_hf(
 
     Raises:
       UserError: `checkpoint` is not a checkpoint, no step is valid, an option cannot be expressed in Hugging Face's
-      Ouro,
-        weights are not finite, `out` is not empty, or the file system refuses a write. No partial output remains.
+        Ouro, weights are not finite, `out` is not empty, or the file system refuses a write. No partial output remains.
     """
     if dtype not in (None, *_DTYPES):
         raise UserError(f"weights are written in {' or '.join(_DTYPES)}, not {dtype}")

@@ -63,8 +63,7 @@ def upcycle(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str], *, 
 
     Raises:
       UserError: `checkpoint` is not a checkpoint, no step is valid, `layers` is not a larger multiple, `out` is not
-      empty, or
-        the file system refuses a write. No partial output remains.
+        empty, or the file system refuses a write. No partial output remains.
     """
     before = from_dict(Recipe, read_metadata(os.fspath(checkpoint)).config)
     _check_layers(os.fspath(checkpoint), before.model.num_layers, layers)

@@ -53,8 +53,7 @@ class WeightFolder:
 
         Raises:
           UserError: the folder is missing, it has no safetensors (pickled files are refused), a file is damaged, the
-          index does
-            not agree with its shards, or a tensor has a dtype other than float32, bfloat16 and float16.
+            index does not agree with its shards, or a tensor has a dtype other than float32, bfloat16 and float16.
         """
         single, index = _locate(path)
         return cls(path=path, tensors=_of_shards(path, index) if index else _of_file(single))

@@ -1,4 +1,4 @@
-"""Quality against loops: the curves that evaluations give."""
+"""Curves of quality against loops, the result of evaluations."""
 
 import dataclasses
 from typing import Any
@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Curve:
-    """Points of rising cost: mean loops a token, mean loss (nats a token), accuracy (0..1)."""
+    """Points in order of rising cost: mean loops per token, mean loss (nats per token), and accuracy (0 to 1)."""
 
     loops: tuple[float, ...]
     loss: tuple[float, ...]
@@ -17,7 +17,7 @@ class Curve:
 
     @classmethod
     def of(cls, loops: ArrayLike, loss: ArrayLike, accuracy: ArrayLike) -> "Curve":
-        """A curve of plain floats, from arrays or sequences of numbers."""
+        """Returns a curve of plain floats, from arrays or sequences of numbers."""
         return cls(
             loops=tuple(np.asarray(loops, float).tolist()),
             loss=tuple(np.asarray(loss, float).tolist()),
@@ -26,12 +26,15 @@ class Curve:
 
     @property
     def area(self) -> float:
-        """Area under loss against mean loops (trapezia) over the span of loops: nats a token at the average budget."""
+        """Returns the area under loss against mean loops (trapezoidal rule), divided by the span of loops.
+
+        It is the loss in nats per token, averaged over budgets of loops.
+        """
         span = self.loops[-1] - self.loops[0]
         if span == 0:
             return self.loss[0]
         return float(np.trapezoid(self.loss, self.loops)) / span
 
     def to_json(self) -> dict[str, Any]:
-        """The points and the area as plain JSON values."""
+        """Returns the points and the area as plain JSON values."""
         return {**{name: list(values) for name, values in dataclasses.asdict(self).items()}, "area": self.area}

@@ -1,4 +1,4 @@
-"""Loss and accuracy at every depth, from fewer loops than were trained to twice as many."""
+"""Loss and accuracy at every depth, from one loop to twice the trained depth."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -15,19 +15,19 @@ from looplm_jax.models.looplm import LoopLM, Params
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DepthSweep:
-    """Every token stopped at loop 1, at loop 2, and so on."""
+    """The result of stopping every token at loop 1, at loop 2, and so on."""
 
     curve: Curve
     trained_loops: int
-    tokens: int  # that the means are over
+    tokens: int  # the number of tokens that the means are over
 
     @property
     def best_loops(self) -> int:
-        """The depth with the least loss."""
+        """Returns the depth with the lowest loss."""
         return int(self.curve.loops[int(np.argmin(self.curve.loss))])
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Returns the sweep as plain JSON values."""
         return {"trained_loops": self.trained_loops, "tokens": self.tokens, **self.curve.to_json()}
 
 
@@ -39,10 +39,10 @@ def depth_sweep(
     max_loops: int | None = None,
     on_batch: Callable[[], None] | None = None,
 ) -> DepthSweep:
-    """Mean loss and accuracy at loops 1..`max_loops` (default: twice those the model is meant for), from one pass.
+    """Returns mean loss and accuracy at loops 1..`max_loops` (default: twice the trained depth), from one pass.
 
     Raises:
-      UserError: fewer than one loop, or no token to evaluate.
+      UserError: `max_loops` is below one, or there is no token to evaluate.
     """
     score = scorer(model, params, loops=max_loops)
     means = masked_means(lambda batch: score(batch).depths, batches, on_batch)
@@ -50,6 +50,6 @@ def depth_sweep(
 
 
 def summarise_depths(means: PerDepth, trained_loops: int, tokens: int) -> DepthSweep:
-    """The sweep from means over tokens."""
+    """Returns the sweep for means over tokens."""
     curve = Curve.of(range(1, len(means.loss) + 1), means.loss, means.correct)
     return DepthSweep(curve=curve, trained_loops=trained_loops, tokens=tokens)

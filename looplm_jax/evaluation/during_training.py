@@ -1,4 +1,4 @@
-"""What a training run measures of itself on held-out text."""
+"""The evaluation that a training run performs on held-out text."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from looplm_jax.models.looplm import LoopLM, Params
 
 
 def evaluate_held_out(model: LoopLM, params: Params, held_out: ValidationBatches) -> dict[str, Any]:
-    """Loss (nats a token) and accuracy after each loop the model is meant for, as lists for the metrics."""
+    """Returns loss (nats per token) and accuracy after each loop up to the trained depth, as lists for the metrics."""
     curve = depth_sweep(model, params, held_out, max_loops=model.config.loops).curve
     return {
         "loss_per_loop": [float(loss) for loss in curve.loss],

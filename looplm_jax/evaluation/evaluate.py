@@ -1,4 +1,4 @@
-"""Depth sweep and exit curve of a model on one set of batches, from one forward pass each."""
+"""Depth sweep and exit curve of a model on one set of batches, with one forward pass per batch."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -14,13 +14,13 @@ from looplm_jax.models.looplm import LoopLM, Params
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What `looplm evaluate` reports."""
+    """The result that `looplm evaluate` reports."""
 
     depths: DepthSweep
     exits: ExitCurve
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Returns the evaluation as plain JSON values."""
         return {"depths": self.depths.to_json(), "exits": self.exits.to_json()}
 
 
@@ -32,10 +32,10 @@ def evaluate(
     max_loops: int | None = None,
     on_batch: Callable[[], None] | None = None,
 ) -> Evaluation:
-    """Every depth 1..`max_loops` (default: twice the trained depth), and exits within the trained depth.
+    """Evaluates every depth 1..`max_loops` (default: twice the trained depth), and exits up to the trained depth.
 
     Raises:
-      UserError: fewer than one loop, or no token to evaluate.
+      UserError: `max_loops` is below one, or there is no token to evaluate.
     """
     means = masked_means(scorer(model, params, loops=max_loops), batches, on_batch)
     return Evaluation(

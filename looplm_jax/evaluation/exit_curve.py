@@ -1,4 +1,4 @@
-"""Loss and accuracy against mean loops: what early exit costs and what it saves (paper v4, Figure 5)."""
+"""Loss and accuracy against mean loops: the cost and the savings of early exit (paper v4, Figure 5)."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
@@ -15,18 +15,18 @@ from looplm_jax.models.looplm import LoopLM, Params
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExitCurve:
-    """Exits at fixed depths 1..T, and by Q-exit for a rising grid of q: both go from one loop to T."""
+    """Two curves from one loop to T: exits at fixed depths 1..T, and Q-exits for a rising grid of q."""
 
     fixed: Curve
     q_exit: Curve
     q_grid: tuple[float, ...]
     exit_pdf: tuple[float, ...]  # mean exit distribution over loops 1..T
-    expected_loss: float  # mean of sum_t p_t L_t, nats a token
+    expected_loss: float  # mean of sum_t p_t L_t, nats per token
     mean_exit_loop: float  # mean of sum_t t p_t
     tokens: int
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Returns the curves as plain JSON values."""
         return {
             "tokens": self.tokens,
             "fixed": self.fixed.to_json(),
@@ -45,10 +45,10 @@ def exit_curve(
     q_grid: Sequence[float] = Q_GRID,
     on_batch: Callable[[], None] | None = None,
 ) -> ExitCurve:
-    """Fixed depth against Q-exit, at rising values of q, within the loops the model is meant for.
+    """Compares fixed depths with Q-exit at rising values of q, up to the trained depth.
 
     Raises:
-      UserError: no token to evaluate.
+      UserError: there is no token to evaluate.
     """
     score = scorer(model, params, loops=model.config.loops, q_grid=q_grid)
     means = masked_means(score, batches, on_batch)
@@ -56,7 +56,7 @@ def exit_curve(
 
 
 def summarise_exits(means: Scores, q_grid: Sequence[float], tokens: int) -> ExitCurve:
-    """The curves from means over tokens; fixed depths as far as the exit distribution goes."""
+    """Returns the curves for means over tokens. Fixed depths end where the exit distribution ends."""
     exits, depths = means.exits, means.depths
     fixed = np.arange(1, len(exits.pdf) + 1)
     return ExitCurve(

@@ -1,15 +1,15 @@
-"""How many bits of knowledge a model holds for each of its parameters (Ouro paper, 6.1 and B.1).
+"""Bits of knowledge that a model holds per parameter (Ouro paper, 6.1 and B.1).
 
-With p1 and p2 the cross-entropy of all name tokens and of all value tokens of a biography, summed, in nats, on average
-over people and wordings, N people hold
+Let p1 and p2 be the cross-entropies in nats, summed over all name tokens and over all value tokens of a biography, and
+averaged over people and wordings. Then N people hold
 
     R = [N log2(N0 / e^p1) + N log2(S0 / e^p2)] / P
 
-bits for each of P parameters. It is at most what there is to know, at p1 = ln N and p2 = 0:
+bits for each of P parameters. The maximum is reached at p1 = ln N and p2 = 0, when everything is known:
 
     R_max = [N log2(N0 / N) + N log2 S0] / P
 
-The formula in print has slips; this is the one that its source means (arXiv 2404.05405).
+The formula printed in the paper has typos; this one follows its source (arXiv 2404.05405).
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ _KINDS = (Kind.NAME, Kind.VALUE)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KnowledgeLoss:
-    """Nats a person on the tokens of the name (p1) and of the values (p2), after each loop."""
+    """Nats per person on the tokens of the name (p1) and of the values (p2), after each loop."""
 
     name: Float[np.ndarray, "T"]
     value: Float[np.ndarray, "T"]
@@ -42,15 +42,15 @@ class KnowledgeLoss:
 def knowledge_loss(
     model: LoopLM, params: Params, task: Capo, *, loops: int, items: int | None = None, batch_size: int = 256
 ) -> KnowledgeLoss:
-    """p1 and p2 after loops 1..`loops`.
+    """Returns p1 and p2 after loops 1..`loops`.
 
     Args:
       model: the model.
       params: its parameters.
-      task: the one that it was trained on.
+      task: the task that the model was trained on.
       loops: the greatest depth.
-      items: how many biographies; default: everybody in each of the task's `validation_draws` wordings.
-      batch_size: biographies in a batch.
+      items: the number of biographies; default: each person in each of the task's `validation_draws` wordings.
+      batch_size: the number of biographies per batch.
 
     Raises:
       UserError: the task has no biographies to test with.
@@ -58,27 +58,33 @@ def knowledge_loss(
     count = task.validation_items if items is None else min(items, task.validation_items)
     if count == 0:
         raise UserError("there is no biography to test with; raise validation_draws")
+
+    # Summed on the host in float64, over [loops, kinds of tokens].
     total = np.zeros((loops, len(_KINDS)))
     for start in range(0, count, batch_size):
         tokens, kinds = _rows(task, range(start, min(start + batch_size, count)), batch_size)
         total += jax.device_get(_sums(model, params, tokens, kinds, loops=loops))
+
     name, value = total.T / count
     return KnowledgeLoss(name=name, value=value)
 
 
 def bits_per_parameter(loss: KnowledgeLoss, people: int, parameters: int) -> Float[np.ndarray, "T"]:
-    """R of the paper, after each loop. It is negative for a model that is worse than a uniform guess."""
+    """Returns R of the paper after each loop. It is negative for a model that is worse than a uniform guess."""
     nats = math.log(NAMES) - loss.name + math.log(FACTS) - loss.value
     return people * nats / math.log(2) / parameters
 
 
 def most_bits_per_parameter(people: int, parameters: int) -> float:
-    """R_max of the paper: all there is to know, for each parameter."""
+    """Returns R_max of the paper: the bits of all knowledge, per parameter."""
     return people * (math.log2(NAMES / people) + math.log2(FACTS)) / parameters
 
 
 def _rows(task: Capo, indices: range, batch_size: int) -> tuple[Int[np.ndarray, "B N"], Int[np.ndarray, "B N"]]:
-    """A biography a row, and what its tokens count as; what stands behind it counts as nothing."""
+    """Returns one biography per row, and the kind of each token.
+
+    The padding on the right has kind 0, which is not counted.
+    """
     tokens, kinds = np.zeros((2, batch_size, task.max_tokens), np.int32)
     for row, index in enumerate(indices):
         biography = task.validation_biography(index)
@@ -91,7 +97,7 @@ def _rows(task: Capo, indices: range, batch_size: int) -> tuple[Int[np.ndarray, 
 def _sums(
     model: LoopLM, params: Params, tokens: Int[Array, "B N"], kinds: Int[Array, "B N"], *, loops: int
 ) -> Float[Array, "T kinds"]:
-    """Cross-entropy of each kind of token, summed over a batch."""
+    """Returns the cross-entropy of each kind of token, summed over a batch."""
     output: Any = model.apply({"params": params}, tokens[:, :-1], loops=loops)
     head = head_matrix(params, model.config)
     losses = token_losses(output.hidden, head, tokens[:, 1:], chunk=model.compute.loss_chunk)

@@ -1,4 +1,7 @@
-"""Means over the tokens of many batches, summed in float64 so that neither their number nor their order shows."""
+"""Means over the tokens of many batches.
+
+Sums are in float64, so that neither the number nor the order of the batches affects the result.
+"""
 
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -15,7 +18,7 @@ from looplm_jax.sharding import to_host
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MaskedMeans:
-    """What was measured, with float64 means `[...]` in the place of arrays `[..., B, S]`, and the number of tokens."""
+    """The measured values, with float64 means `[...]` instead of arrays `[..., B, S]`, and the number of tokens."""
 
     values: Any
     tokens: int
@@ -26,28 +29,32 @@ def masked_means(
     batches: Iterable[Batch],
     on_batch: Callable[[], None] | None = None,
 ) -> MaskedMeans:
-    """Mean over all tokens with `loss_mask` of every array that `measure` gives.
+    """Returns the mean over all tokens with `loss_mask` of every array that `measure` returns.
 
     Args:
-      measure: arrays `[..., B, S]` in any structure, for a batch.
-      batches: what to measure; gone through once.
+      measure: returns arrays `[..., B, S]` for a batch, in any tree structure.
+      batches: the batches to measure; iterated once.
       on_batch: called after each batch.
 
     Raises:
-      UserError: there is no batch, or no unmasked token in any.
+      UserError: there is no batch, or no batch has an unmasked token.
     """
     sums, tokens = None, 0
     for batch in batches:
         counted = np.asarray(batch.loss_mask) > 0
+        # Reduced batch by batch, so that only one batch of per-token values is in memory.
         sums_here = jax.tree.map(lambda x, counted=counted: _sum(x, counted), to_host(measure(batch)))
         sums = sums_here if sums is None else jax.tree.map(np.add, sums, sums_here)
+
         tokens += int(counted.sum())
         if on_batch is not None:
             on_batch()
+
     if tokens == 0:
         raise UserError("there is no token to evaluate: the data holds none whose loss_mask is 1; give more documents")
     return MaskedMeans(values=jax.tree.map(lambda total: total / tokens, sums), tokens=tokens)
 
 
 def _sum(values: Shaped[np.ndarray, "*N B S"], counted: Shaped[np.ndarray, "B S"]) -> Shaped[np.ndarray, "*N"]:
+    """Returns the sum over counted tokens."""
     return np.asarray(np.sum(values, axis=(-2, -1), where=counted, dtype=np.float64))

@@ -1,4 +1,4 @@
-"""Figures as PNG, through the optional matplotlib: depth sweeps, exit curves and the course of a training."""
+"""PNG figures of depth sweeps, exit curves and training runs, with the optional matplotlib."""
 
 import dataclasses
 import io
@@ -25,7 +25,7 @@ _DPI = 150
 
 
 def plot_depths(sweeps: Mapping[str, DepthSweep], path: Path) -> None:
-    """Loss and accuracy against loops, for one or more labelled models; the depth that was trained is marked.
+    """Plots loss and accuracy against loops for one or more labeled models, and marks the trained depth.
 
     Raises:
       UserError: matplotlib is not installed.
@@ -33,16 +33,20 @@ def plot_depths(sweeps: Mapping[str, DepthSweep], path: Path) -> None:
     figure, (left, right) = _figure(columns=2)
     _curves(left, {label: sweep.curve for label, sweep in sweeps.items()}, "loss")
     _curves(right, {label: sweep.curve for label, sweep in sweeps.items()}, "accuracy")
+
     for axes in (left, right):
         axes.set_xlabel("loops, T")
         for trained in {sweep.trained_loops for sweep in sweeps.values()}:
             _mark(axes, trained, f"trained: {trained}", height=0.95 if axes is left else 0.05)
+
     figure.suptitle("Quality at every depth, held-out text")
     figure.savefig(path, dpi=_DPI)
 
 
 def plot_exits(curves: Mapping[str, Curve], path: Path) -> None:
-    """Loss and accuracy against mean loops a token, for labelled ways to stop: further left and lower loss is better.
+    """Plots loss and accuracy against mean loops per token, for labeled exit rules.
+
+    Further left and lower loss is better.
 
     Raises:
       UserError: matplotlib is not installed.
@@ -50,6 +54,7 @@ def plot_exits(curves: Mapping[str, Curve], path: Path) -> None:
     figure, (left, right) = _figure(columns=2)
     _curves(left, curves, "loss")
     _curves(right, curves, "accuracy")
+
     for axes in (left, right):
         axes.set_xlabel("mean loops per token")
     figure.suptitle("Early exit: quality against compute, held-out text")
@@ -58,7 +63,7 @@ def plot_exits(curves: Mapping[str, Curve], path: Path) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Panel:
-    """A metric of training: its name in the rows and on the axis. Lists are drawn as one line for each loop."""
+    """A training metric: its name in the rows and its axis label. Lists are drawn as one line per loop."""
 
     metric: str
     label: str
@@ -74,32 +79,38 @@ _PANELS = (
 
 
 def plot_training(rows: Sequence[Mapping[str, Any]], path: Path | io.BytesIO) -> None:
-    """Loss of every loop, mean exit loop, gradient norm and learning rate against steps, from rows of `metrics.jsonl`.
+    """Plots the loss of every loop, mean exit loop, gradient norm and learning rate against steps.
 
-    Rows of a kind other than `train` are left out, and so are metrics that no row has.
+    The rows are those of `metrics.jsonl`. Rows of a kind other than `train` are ignored, and metrics that no row has
+    are left out.
 
     Raises:
       UserError: matplotlib is not installed.
     """
     training = [row for row in rows if row.get("kind", "train") == "train"]
     panels = [panel for panel in _PANELS if any(panel.metric in row for row in training)]
+
     figure, grid = _figure(columns=2, rows=max(1, -(-len(panels) // 2)))
     for axes, panel in zip(grid, panels, strict=False):
         _training_panel(axes, panel, [row for row in training if panel.metric in row])
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
+
     figure.suptitle("Training")
     figure.savefig(path, dpi=_DPI)
 
 
 def _training_panel(axes: "Axes", panel: _Panel, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Draws one metric."""
     values = [numbers(row[panel.metric]) for row in rows]
     loops = max(len(value) for value in values)
     for loop in range(loops):
+        # Stages may have different numbers of loops, so a row may lack the deeper ones.
         points = [(row["step"], value[loop]) for row, value in zip(rows, values, strict=True) if len(value) > loop]
         steps, heights = zip(*points, strict=True)
         colour = _COLOURS[0] if loops == 1 else _shade(loop, loops)
         axes.plot(steps, heights, color=colour, linewidth=1.3, label=f"loop {loop + 1}" if loops > 1 else None)
+
     axes.set_xlabel("step")
     axes.set_ylabel(panel.label)
     if panel.log:
@@ -109,13 +120,14 @@ def _training_panel(axes: "Axes", panel: _Panel, rows: Sequence[Mapping[str, Any
 
 
 def _shade(loop: int, loops: int) -> Any:
-    """From light to dark with depth."""
+    """Returns a color that darkens with depth."""
     import matplotlib
 
     return matplotlib.colormaps["viridis"](0.85 * (1 - loop / max(1, loops - 1)))
 
 
 def _curves(axes: "Axes", curves: Mapping[str, Curve], quantity: str) -> None:
+    """Draws the labeled curves of one quantity, "loss" or "accuracy"."""
     scale = 100.0 if quantity == "accuracy" else 1.0
     for index, (label, curve) in enumerate(curves.items()):
         axes.plot(
@@ -127,12 +139,14 @@ def _curves(axes: "Axes", curves: Mapping[str, Curve], quantity: str) -> None:
             linewidth=1.6,
             label=label,
         )
+
     axes.set_ylabel("accuracy (% of tokens)" if quantity == "accuracy" else "loss (nats/token)")
     if len(curves) > 1:
         axes.legend(frameon=False)
 
 
 def _mark(axes: "Axes", loops: int, text: str, *, height: float) -> None:
+    """Draws a labeled vertical line at a number of loops."""
     axes.axvline(loops, color=_GREY, linestyle="--", linewidth=1.0, zorder=0)
     axes.annotate(
         text,
@@ -147,11 +161,12 @@ def _mark(axes: "Axes", loops: int, text: str, *, height: float) -> None:
 
 
 def require_matplotlib() -> None:
-    """Imports matplotlib, whatever MPLBACKEND says: figures become files, which needs no backend.
+    """Imports matplotlib regardless of MPLBACKEND: figures are written to files, which needs no backend.
 
     Raises:
       UserError: matplotlib is not installed, or finds no folder to write to.
     """
+    # matplotlib imports the backend that the variable names, which may not be installed.
     backend = os.environ.pop("MPLBACKEND", None)
     try:
         import matplotlib.figure  # noqa: F401
@@ -167,7 +182,7 @@ def require_matplotlib() -> None:
 
 
 def _figure(*, columns: int, rows: int = 1) -> "tuple[Figure, list[Axes]]":
-    """A figure without pyplot: nothing global changes, and no display is needed."""
+    """Creates a figure without pyplot, so that no global state changes and no display is needed."""
     require_matplotlib()
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator

@@ -1,4 +1,4 @@
-"""The report of a training run: what was trained, how the losses went, and what to type next."""
+"""The report of a training run: its stages, its losses, and the commands to run next."""
 
 import io
 import math
@@ -17,28 +17,33 @@ from looplm_jax.training.metrics import read_metrics
 
 
 def write_run_report(folder: AnyPath, recipe: Recipe) -> list[str]:
-    """Write `report.md`, and `training.png` where matplotlib is installed, from the metrics of a run.
+    """Writes `report.md` from the metrics of a run, and `training.png` if matplotlib is installed.
 
-    Returns their names.
+    Returns the names of the files.
 
     Raises:
-      UserError: the disk or the bucket refuses them.
+      UserError: the file system or the bucket refuses a write.
     """
     rows = read_metrics(folder)
     written = ["report.md"]
+
     started = f" Started from {recipe.start.checkpoint}." if recipe.start.checkpoint else ""
     lines = [f"# {recipe.name}", "", f"{count_params(recipe.model):,} parameters. {recipe.description}{started}", ""]
     lines += ["## Stages", "", _stage_table(recipe, rows).markdown()]
+
     figure = _figure(rows)
     if figure is None:
         lines += ["Figures need matplotlib: `pip install 'looplm_jax[plot]'`.", ""]
     else:
+        # Before the report, which links to it.
         write_atomically(folder / "training.png", figure)
         lines += ["![training](training.png)", ""]
         written.append("training.png")
+
     evaluations = [row for row in rows if row["kind"] == "evaluation"]
     if evaluations:
         lines += ["## Held-out loss during training (nats/token)", "", _evaluation_table(evaluations).markdown()]
+
     lines += [
         "## Time",
         "",
@@ -47,6 +52,7 @@ def write_run_report(folder: AnyPath, recipe: Recipe) -> list[str]:
         *(f"* {line}" for line in warnings(total_seconds(rows))),
         "",
     ]
+
     lines += [
         "## Next",
         "",
@@ -56,17 +62,19 @@ def write_run_report(folder: AnyPath, recipe: Recipe) -> list[str]:
         "```",
         "",
     ]
+
     write_atomically(folder / "report.md", "\n".join(lines).encode())
     return written
 
 
 def evaluate_command(folder: AnyPath) -> str:
-    """What to type to evaluate a run; of one in a bucket, to a folder on this disk."""
+    """Returns the command that evaluates a run. For a run in a bucket, its output goes to a local folder."""
     out = f" --out {pasted(f'{folder.name}-evaluation')}" if in_bucket(folder) else ""
     return f"looplm evaluate {pasted(folder)}{out}"
 
 
 def _figure(rows: Sequence[Mapping[str, Any]]) -> bytes | None:
+    """Returns the figure as PNG, or None if matplotlib is not installed."""
     figure = io.BytesIO()
     try:
         plot_training(rows, figure)
@@ -76,16 +84,20 @@ def _figure(rows: Sequence[Mapping[str, Any]]) -> bytes | None:
 
 
 def _stage_table(recipe: Recipe, rows: list[dict[str, Any]]) -> Table:
+    """Returns the table with one row per stage."""
     columns = ("stage", "objective", "loops", "steps", "tokens", "last loss", "mean exit loop", "tokens/s", "skipped")
     return Table(title="stages", columns=columns, rows=[_stage_row(stage, rows) for stage in recipe.stages])
 
 
 def _stage_row(stage: Stage, rows: list[dict[str, Any]]) -> list[str]:
+    """Returns the row of one stage; the last cells are empty if no step was logged."""
     own = [row for row in rows if row["kind"] == "train" and row.get("stage") == stage.name]
     tokens = stage.steps * stage.batch_size * stage.sequence_length
     about = [stage.name, stage.objective.value, str(stage.loops), str(stage.steps), f"{tokens:,}"]
     if not own:
         return [*about, "", "", "", ""]
+
+    # The median rate is robust against a few slow steps.
     last = own[-1]
     rates = sorted(filter(math.isfinite, (number(row.get("tokens_per_second")) for row in own)))
     loss, exit_loop, skipped = (number(last.get(name)) for name in ("loss", "mean_exit_loop", "skipped"))
@@ -94,6 +106,7 @@ def _stage_row(stage: Stage, rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _evaluation_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Returns the table of held-out losses, one row per evaluation and one column per loop."""
     losses = [numbers(row.get("loss_per_loop")) for row in rows]
     loops = max(map(len, losses))
     return Table(

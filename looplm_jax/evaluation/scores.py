@@ -1,4 +1,4 @@
-"""One forward pass that serves every depth: the state after loop t does not depend on the loops after it."""
+"""Scores of every depth from one forward pass: the state after loop t does not depend on later loops."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ Q_GRID = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 
 @flax.struct.dataclass
 class PerDepth:
-    """Of each token (or, after averaging, of all): loss in nats and correctness at loops 1..T."""
+    """Loss in nats and correctness at loops 1..T, for each token or, after averaging, for all."""
 
     loss: Float[Array, "T *BS"]
     correct: Bool[Array, "T *BS"]
@@ -27,18 +27,18 @@ class PerDepth:
 
 @flax.struct.dataclass
 class PerExit:
-    """The same under exits: at the Q-exit loop for each q of a grid, and on average over the exit distribution."""
+    """Loss and correctness under exits: at the Q-exit loop for each q of a grid, and as an expectation."""
 
     loss: Float[Array, "Q *BS"]
     correct: Bool[Array, "Q *BS"]
     loops: Int[Array, "Q *BS"]
-    pdf: Float[Array, "E *BS"]  # E loops of the exit distribution
+    pdf: Float[Array, "E *BS"]  # E: the number of loops of the exit distribution
     expected_loss: Float[Array, "*BS"]
 
 
 @flax.struct.dataclass
 class Scores:
-    """All that is measured of a batch."""
+    """All scores of a batch."""
 
     depths: PerDepth
     exits: PerExit
@@ -47,7 +47,10 @@ class Scores:
 def scorer(
     model: LoopLM, params: Params, *, loops: int | None = None, q_grid: Sequence[float] = Q_GRID
 ) -> Callable[[Batch], Scores]:
-    """A function that scores batches at loops 1..`loops` (default: twice those trained), exits at those trained."""
+    """Returns a function that scores batches at loops 1..`loops` (default: twice the trained depth).
+
+    Exits are scored up to the trained depth.
+    """
     loops = 2 * model.config.loops if loops is None else loops
     exit_loops = min(model.config.loops, loops)
     grid = jnp.asarray(q_grid, jnp.float32)
@@ -72,17 +75,23 @@ def score_tokens(
     loops: int,
     exit_loops: int,
 ) -> Scores:
-    """Score one batch. Compiled once for all batches of a shape, and for all grids of a length."""
+    """Scores one batch. Compiles once for all batches of a shape, and for all grids of a length."""
     output: Any = model.apply({"params": params}, tokens, loops=loops, positions=positions, segment_ids=segment_ids)
     head = head_matrix(params, model.config)
+
     scored = token_scores(output.hidden, head, targets, chunk=model.compute.loss_chunk)
     depths = PerDepth(loss=scored.loss, correct=scored.correct)
     return Scores(depths=depths, exits=score_exits(depths, output.gate_logits[:exit_loops], q_grid))
 
 
 def score_exits(depths: PerDepth, gate_logits: Float[Array, "E *BS"], q_grid: Float[Array, "Q"]) -> PerExit:
-    """What the exits that gates ask for would score, given the scores of every depth (at least the E of the gates)."""
+    """Returns the scores of the exits that the gates choose.
+
+    `depths` holds the scores of every depth, at least the E loops of the gates.
+    """
     pdf = exit_distribution(gate_logits)
+
+    # q_exit returns loops counted from 1.
     loops = jax.vmap(functools.partial(q_exit, pdf))(q_grid)
     return PerExit(
         loss=jnp.take_along_axis(depths.loss, loops - 1, axis=0),

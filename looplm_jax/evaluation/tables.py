@@ -1,4 +1,4 @@
-"""Evaluations as tables, for a terminal and for Markdown."""
+"""Tables of evaluations, for a terminal and for Markdown."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from looplm_jax.printing import literal
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Table:
-    """A title, the heads of the columns, and rows of text; one row may be marked."""
+    """A title, column heads, and rows of text; one row may be marked."""
 
     title: str
     columns: Sequence[str]
@@ -20,7 +20,7 @@ class Table:
     marked: int | None = None
 
     def rich(self) -> RichTable:
-        """For a terminal; the marked row is bold."""
+        """Returns the table for a terminal; the marked row is bold."""
         table = RichTable(title=literal(self.title), title_justify="left")
         for column in self.columns:
             table.add_column(literal(column), justify="right")
@@ -29,7 +29,7 @@ class Table:
         return table
 
     def markdown(self) -> str:
-        """For a report, without the title; the marked row is bold."""
+        """Returns the table as Markdown, without the title; the marked row is bold."""
         rows = [
             [f"**{cell}**" if cell and index == self.marked else cell for cell in row]
             for index, row in enumerate(self.rows)
@@ -39,7 +39,7 @@ class Table:
 
 
 def depth_table(sweep: DepthSweep) -> Table:
-    """One row for each depth; the depth the model is meant for is marked."""
+    """Returns a table with one row per depth; the trained depth is marked."""
     curve = sweep.curve
     rows = [
         [str(int(loops)), f"{loss:.4f}", f"{accuracy:.2%}", _note(int(loops), sweep)]
@@ -55,23 +55,26 @@ def depth_table(sweep: DepthSweep) -> Table:
 
 
 def _note(loops: int, sweep: DepthSweep) -> str:
+    """Returns the note of a depth: trained, best, both, or none."""
     notes = {sweep.best_loops: ["best"]}
     notes.setdefault(sweep.trained_loops, []).insert(0, "trained")
     return ", ".join(notes.get(loops, []))
 
 
 def exit_table(exits: ExitCurve) -> Table:
-    """One row for each fixed depth, then one for each q."""
+    """Returns a table with one row per fixed depth, followed by one per q."""
     labels = [f"loops={int(loops)}" for loops in exits.fixed.loops] + [f"q={q:g}" for q in exits.q_grid]
     points = [
         point
         for curve in (exits.fixed, exits.q_exit)
         for point in zip(curve.loops, curve.loss, curve.accuracy, strict=True)
     ]
+
     rows = [
         [label, f"{loops:.2f}", f"{loss:.4f}", f"{accuracy:.2%}"]
         for label, (loops, loss, accuracy) in zip(labels, points, strict=True)
     ]
+
     return Table(
         title="early exit",
         columns=("--exit", "mean loops", "loss (nats/token)", "accuracy"),

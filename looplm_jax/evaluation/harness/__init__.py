@@ -3,7 +3,8 @@
     looplm evaluate runs/text-small --tasks arc_easy,wikitext --exit q=0.5
     python -m looplm_jax.evaluation.harness run --model looplm --model_args checkpoint=runs/text-small exit=q=0.5 ...
 
-The second is the harness's own command line, which finds models of others by no other means than that they register.
+The second command is the harness's own command line. It finds models of other packages only if they register
+themselves, so it is started through this package.
 """
 
 from pathlib import Path
@@ -14,7 +15,7 @@ TASKS = Path(__file__).parent.parent / "tasks"  # tasks that need no network
 
 
 def require_lm_eval() -> None:
-    """Raise UserError where the optional package is missing."""
+    """Raises UserError if the optional package lm_eval is not installed."""
     try:
         import lm_eval  # noqa: F401
     except ImportError:

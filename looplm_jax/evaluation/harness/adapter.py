@@ -1,4 +1,4 @@
-"""A looped model as lm-evaluation-harness sees models. This module alone needs `lm_eval` to be imported."""
+"""A looped model with the interface of lm-evaluation-harness. Importing this module needs `lm_eval`."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,16 +16,16 @@ from looplm_jax.halting import ExitPolicy, FixedLoops
 from looplm_jax.inference import Request
 from looplm_jax.loading import Loaded, load
 
-Answer = tuple[float, bool]  # a log-likelihood in nats, and whether greedy decoding gives that text
+Answer = tuple[float, bool]  # a log-likelihood in nats, and whether greedy decoding produces the text
 
 
 class LoopLMAdapter(TemplateLM):
-    """Log-likelihoods from one forward pass, text from the engine; either at the loops of one policy."""
+    """Serves the harness: log-likelihoods from one forward pass, text from the engine, both under one exit policy."""
 
     def __init__(self, loaded: Loaded, settings: Settings, *, on_requests: Callable[[int], None] | None = None):
         super().__init__()
         self.policy: ExitPolicy = settings.policy or FixedLoops(loops=loaded.model.config.loops)
-        self.loops = 0  # that the tokens counted below took
+        self.loops = 0  # total loops of the tokens counted below
         self.tokens = 0  # scored or generated so far
         self._loaded = loaded
         self._settings = settings
@@ -36,7 +36,7 @@ class LoopLMAdapter(TemplateLM):
     def create_from_arg_obj(
         cls, arg_dict: Mapping[str, Any], additional_config: Mapping[str, Any] | None = None
     ) -> "LoopLMAdapter":
-        """The model of `--model_args` and of the harness's own flags."""
+        """Returns the model for `--model_args` and the harness's own flags."""
         given = ModelArgs.of({**(additional_config or {}), **arg_dict})
         bar = tqdm(desc="requests scored", unit="")
         return cls(load(given.checkpoint, step=given.step), given.settings, on_requests=bar.update)
@@ -45,32 +45,32 @@ class LoopLMAdapter(TemplateLM):
     def create_from_arg_string(
         cls, arg_string: str, additional_config: Mapping[str, Any] | None = None
     ) -> "LoopLMAdapter":
-        """The same, from `checkpoint=...,exit=...`; a rule with commas needs the command line, or a dictionary."""
+        """Returns the model for `checkpoint=...,exit=...`. Rules with commas need the command line or a dict."""
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     @property
     def eot_token_id(self) -> int:
-        """What ends a document."""
+        """Returns the token that ends a document."""
         return self._loaded.need_tokenizer().eos_id
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that has no context."""
+        """Returns the token that precedes a text without context."""
         return self._loaded.need_tokenizer().bos_id
 
     @property
     def max_length(self) -> int:
-        """Tokens that the model reads."""
+        """Returns the number of tokens that the model reads."""
         longest = self._loaded.model.config.max_positions
         return min(self._settings.max_length or longest, longest)
 
     @property
     def mean_loops(self) -> float:
-        """Loops a token, over those scored and those generated; 0 where there is none."""
+        """Returns the mean loops per token, over scored and generated ones; 0 if there are none."""
         return self.loops / self.tokens if self.tokens else 0.0
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Ids of a text, after a bos where the settings ask for it and the caller does not object."""
+        """Returns the ids of a text, after a bos token if the settings and the caller allow one."""
         tokenizer = self._loaded.need_tokenizer()
         add_bos = self._settings.add_bos_token and add_special_tokens is not False
         return [
@@ -79,21 +79,25 @@ class LoopLMAdapter(TemplateLM):
         ]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Raises UserError: a chat is tokens, and names of special tokens in a text are text to our tokenisers."""
+        """Raises UserError.
+
+        A chat is tokens, while our tokenizers read the names of special tokens in a text as plain text.
+        """
         raise UserError("chat templates are not supported; leave --apply_chat_template out")
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[Answer]:
-        """The log-likelihood of each text after its context, in nats, and whether greedy decoding gives it."""
+        """Returns each text's log-likelihood after its context, in nats, and whether greedy decoding produces it."""
         return super().loglikelihood(list(requests), disable_tqdm=True)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihood of whole texts, in windows that do not overlap in what they score."""
+        """Returns the log-likelihood of whole texts, from windows that score each token once."""
         windows = [self._rolling(*request.args) for request in requests]
+        # All windows of all texts in one call, so that batches are full.
         answers = iter(self.answers([window for parts in windows for window in parts]))
         return [sum((next(answers)[0] for _ in parts), 0.0) for parts in windows]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Texts that go on from contexts, up to a stop string, an end of text or a number of tokens."""
+        """Returns texts that continue contexts, up to a stop string, an end of text, or a number of tokens."""
         if not requests:
             return []
         results = generate_texts(
@@ -103,12 +107,13 @@ class LoopLMAdapter(TemplateLM):
             loops=self._scorer.loops,
             cache=self._settings.cache,
         )
+
         self.loops += sum(sum(result.exit_loops) for result in results)
         self.tokens += sum(len(result.tokens) for result in results)
         return [result.text for result in results]
 
     def answers(self, windows: Sequence[Window]) -> list[Answer]:
-        """The answer to each window."""
+        """Returns the answer to each window."""
         found = self._scorer(windows)
         self.loops += sum(likelihood.loops[0] for likelihood in found)
         self.tokens += sum(window.scored for window in windows)

@@ -1,4 +1,4 @@
-"""A depth sweep over tasks: log-likelihoods of all depths come from one forward pass."""
+"""A depth sweep over tasks: one forward pass gives the log-likelihoods of all depths."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,9 +11,10 @@ from looplm_jax.loading import Loaded
 
 
 class EveryDepth(LoopLMAdapter):
-    """Answers as if every token took the loops of `depth`, which may be set between two rounds of questions.
+    """An adapter that answers as if every token ran `depth` loops, which may change between runs of the tasks.
 
-    What was asked before at another depth costs nothing. Text is generated anew at each: other depths, other tokens.
+    Windows that were already scored at another depth cost nothing. Text is generated again at each depth, because other
+    depths produce other tokens.
     """
 
     def __init__(
@@ -26,7 +27,7 @@ class EveryDepth(LoopLMAdapter):
 
     @property
     def depth(self) -> int:
-        """The loops of every token."""
+        """Returns the loops of every token."""
         return self.policy.max_loops or 1
 
     @depth.setter
@@ -34,7 +35,7 @@ class EveryDepth(LoopLMAdapter):
         self.policy = FixedLoops(loops=loops)
 
     def answers(self, windows: Sequence[Window]) -> list[Answer]:
-        """The answer to each window at `depth`."""
+        """Returns the answer to each window at `depth`."""
         new = [window for window in dict.fromkeys(windows) if window not in self._known]
         self._known |= zip(new, self._scorer(new), strict=True)
         found, place = [self._known[window] for window in windows], self.depth - 1

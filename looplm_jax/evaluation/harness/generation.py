@@ -1,4 +1,4 @@
-"""Requests for text as the harness words them, and as the engine does."""
+"""Converts the harness's requests for text to requests of the engine, and runs them."""
 
 import collections
 import dataclasses
@@ -17,13 +17,13 @@ from looplm_jax.inference.field_checks import real_number, whole_number
 from looplm_jax.inference.kv_cache import bucket
 from looplm_jax.loading import Loaded
 
-NEW_TOKENS = 256  # where a task does not say, as for the harness's own models
-_TOP_K = 50  # likewise of tokens that are drawn: what `transformers` takes where nothing else is said
+NEW_TOKENS = 256  # if a task does not specify it, as for the harness's own models
+_TOP_K = 50  # the same for sampled tokens: the default of `transformers`
 _LONGEST_CHUNK = 512
 _OF_LENGTH = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _KEYS = 2**31
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-_NEUTRAL = {"num_beams": 1, "num_return_sequences": 1}  # what tasks say of other engines
+_NEUTRAL = {"num_beams": 1, "num_return_sequences": 1}  # arguments that tasks set for other engines
 
 
 def generation_request(
@@ -34,20 +34,24 @@ def generation_request(
     policy: ExitPolicy,
     longest: int,
 ) -> Request:
-    """A prompt cut on its left to leave room for the new tokens, as the harness's Hugging Face model does.
+    """Returns a request whose prompt is truncated on the left to leave room for the new tokens.
+
+    The harness's Hugging Face model truncates in the same way.
 
     Args:
       prompt_ids: at least one token.
-      generation_kwargs: of a task: `until`, `max_gen_toks` by any of its names, `do_sample`, and what `Sampling` has.
-      tokenizer: its ends of text end a generation too.
-      policy: the loop at which each token leaves.
-      longest: tokens that the model reads.
+      generation_kwargs: arguments of a task: `until`, `max_gen_toks` under any of its names, `do_sample`, and the
+        fields of `Sampling`.
+      tokenizer: its end-of-text tokens also end a generation.
+      policy: decides the loop at which each token exits.
+      longest: the number of tokens that the model reads.
 
     Raises:
-      UserError: an argument that is not known, or no room for a prompt.
+      UserError: an argument is not known, or no room is left for a prompt.
     """
     given = {name: value for name, value in generation_kwargs.items() if value is not None}
     _check_names(given)
+
     lengths = [given[name] for name in _OF_LENGTH if name in given]
     new_tokens = whole_number("max_gen_toks", lengths[0], least=1) if lengths else NEW_TOKENS
     if new_tokens >= longest:
@@ -55,6 +59,7 @@ def generation_request(
             f"{new_tokens} new tokens leave no room for a prompt in the {longest} that the model reads; "
             "ask for fewer with generation_kwargs max_gen_toks"
         )
+
     until = given.get("until", [])
     return Request(
         prompt_ids=tuple(prompt_ids[-(longest - new_tokens) :]),
@@ -67,17 +72,19 @@ def generation_request(
 
 
 def with_own_keys(requests: Sequence[Request]) -> list[Request]:
-    """The same requests, each with random keys of its own; repeats of one prompt are its samples 0, 1, ...
+    """Returns the requests, each with its own random keys. Repeats of a prompt are its samples 0, 1, ...
 
-    Keys come from the prompt and the number of the repeat, so that neither the order of the requests nor what else is
-    asked has an influence on an answer.
+    Keys derive from the prompt and the number of the repeat, so that neither the order of the requests nor the other
+    requests affect an answer.
     """
     seen: collections.Counter[tuple[int, ...]] = collections.Counter()
     numbered = []
     for request in requests:
+        # "<i4": the digest must not depend on the byte order of the machine.
         digest = hashlib.sha256(np.asarray(request.prompt_ids, "<i4").tobytes()).digest()
         index, sample = int.from_bytes(digest[:4], "big") % _KEYS, seen[request.prompt_ids]
         seen[request.prompt_ids] += 1
+
         sampling = dataclasses.replace(request.sampling, index=index, sample=sample)
         numbered.append(dataclasses.replace(request, sampling=sampling))
     return numbered
@@ -86,8 +93,10 @@ def with_own_keys(requests: Sequence[Request]) -> list[Request]:
 def generate_texts(
     loaded: Loaded, requests: Sequence[Request], *, slots: int, loops: int, cache: CacheStrategy
 ) -> list[Result]:
-    """What the engine makes of the requests, of which there is at least one. Raises UserError where one failed."""
+    """Returns the engine's results for at least one request. Raises UserError if a request failed."""
     longest = loaded.model.config.max_positions
+
+    # The cache is as large as the longest request needs, rounded up so that few shapes are compiled.
     window = bucket(max(len(request.prompt_ids) + request.max_new_tokens for request in requests), longest)
     config = EngineConfig(
         slots=min(slots, len(requests)),
@@ -97,10 +106,12 @@ def generate_texts(
         chunk=min(_LONGEST_CHUNK, window),
         queue=len(requests),
     )
+
     engine = Engine(loaded.model, loaded.params, loaded.need_tokenizer(), config=config)
     tickets = [engine.submit(request) for request in requests]
     while engine.step():
         pass
+
     results = [ticket.result() for ticket in tickets]
     for result in results:
         if result.finish is Finish.FAILED:
@@ -109,6 +120,7 @@ def generate_texts(
 
 
 def _check_names(given: Mapping[str, Any]) -> None:
+    """Raises UserError for arguments that have no effect here."""
     known = ("until", "do_sample", *_OF_LENGTH, *_SAMPLING)
     for name, value in given.items():
         if name not in known and _NEUTRAL.get(name) != value:
@@ -116,7 +128,7 @@ def _check_names(given: Mapping[str, Any]) -> None:
 
 
 def _sampling(given: Mapping[str, Any]) -> Sampling:
-    """Greedy unless sampling is asked for: `do_sample`, or a temperature where that is not said."""
+    """Returns greedy sampling unless the task asks for `do_sample`, or omits it and sets a temperature."""
     settings = {name: given[name] for name in _SAMPLING if name in given}
     temperature = real_number("temperature", settings.pop("temperature", 0.0))
     if not given.get("do_sample", temperature > 0):

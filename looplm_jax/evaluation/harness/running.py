@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness, run on one adapter or at every depth of one."""
+"""Runs tasks of lm-evaluation-harness on an adapter, or at every depth of one."""
 
 import dataclasses
 import fnmatch
@@ -13,12 +13,12 @@ from looplm_jax.evaluation.harness import TASKS
 from looplm_jax.evaluation.harness.adapter import LoopLMAdapter
 from looplm_jax.evaluation.harness.every_depth import EveryDepth
 
-_BOOTSTRAPS = 1000  # resamples for the standard error of a metric that is no mean
+_BOOTSTRAPS = 1000  # resamples for the standard error of a metric that is not a mean
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskScore:
-    """One number that a task reports; `stderr` is None where the harness knows none."""
+    """One number that a task reports. `stderr` is None if the harness does not compute one."""
 
     task: str
     metric: str
@@ -28,13 +28,13 @@ class TaskScore:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskRun:
-    """What the harness reports: its own dictionary, without samples."""
+    """The report of the harness: its own dictionary, without samples."""
 
     results: dict[str, Any]
 
     @property
     def scores(self) -> tuple[TaskScore, ...]:
-        """Every number, tasks and metrics in the harness's order."""
+        """Returns every number, with tasks and metrics in the harness's order."""
         found = (
             _score(task, key, metrics) for task, metrics in self.results["results"].items() for key in _metrics(metrics)
         )
@@ -42,7 +42,7 @@ class TaskRun:
 
 
 class ChosenTasks(TaskManager):
-    """Tasks by name, loaded once however often they are run."""
+    """Tasks selected by name. They are loaded once and may run several times."""
 
     def __init__(self, names: Sequence[str], **options: Any):
         super().__init__(**options)
@@ -50,26 +50,28 @@ class ChosenTasks(TaskManager):
         self._tasks: Any = None
 
     def load(self, task_list: Any) -> Any:
-        """All of them, whatever is asked for: the harness asks for `names`."""
+        """Returns all tasks. `task_list` matters only in the first call, and the harness always passes `names`."""
         if self._tasks is None:
             self._tasks = super().load(task_list)
         return self._tasks
 
 
 def choose_tasks(names: Sequence[str], *, include_path: str | None = None) -> ChosenTasks:
-    """Tasks and groups of tasks by name, or by patterns with `*`.
+    """Selects tasks and groups of tasks by name, or by patterns with `*`.
 
     Args:
-      names: of tasks that come with this package, with `lm_eval`, or from `include_path`.
+      names: names of tasks from this package, from `lm_eval`, or from `include_path`.
       include_path: a folder with YAML files of other tasks.
 
     Raises:
-      UserError: a name that is not known, or a task that cannot be loaded, such as one whose data cannot be fetched.
+      UserError: a name is not known, or a task cannot be loaded, for example because its data cannot be downloaded.
     """
+    # The harness's own tasks are indexed only if a name requires them.
     chosen = ChosenTasks(names, include_defaults=False, include_path=str(TASKS))
     if include_path is not None or not all(map(chosen.match_tasks, ([name] for name in names))):
         folders = [str(TASKS), *([] if include_path is None else [include_path])]
         chosen = ChosenTasks(names, include_path=folders)
+
     chosen.names = list(dict.fromkeys(found for name in names for found in _matches(name, chosen.all_tasks)))
     try:
         chosen.load(chosen.names)
@@ -82,10 +84,10 @@ def choose_tasks(names: Sequence[str], *, include_path: str | None = None) -> Ch
 def run_tasks(
     adapter: LoopLMAdapter, chosen: ChosenTasks, *, limit: int | None = None, num_fewshot: int | None = None
 ) -> TaskRun:
-    """Run the tasks, on the first `limit` documents of each, or on all.
+    """Runs the tasks on the first `limit` documents of each, or on all.
 
     Raises:
-      UserError: a request that the model cannot serve.
+      UserError: the model cannot serve a request.
     """
     results = simple_evaluate(
         model=adapter,
@@ -102,7 +104,7 @@ def run_tasks(
 def sweep_tasks(
     adapter: EveryDepth, chosen: ChosenTasks, *, loops: int, limit: int | None = None, num_fewshot: int | None = None
 ) -> list[TaskRun]:
-    """The same at loops 1..`loops`; the same few-shot examples at each."""
+    """Runs the tasks at loops 1..`loops`, with the same few-shot examples at each depth."""
     runs = []
     for depth in range(1, loops + 1):
         adapter.depth = depth
@@ -111,6 +113,7 @@ def sweep_tasks(
 
 
 def _matches(name: str, known: Iterable[str]) -> list[str]:
+    """Returns the tasks that match a name or a pattern. Raises UserError if there are none."""
     found = fnmatch.filter(known, name)
     if not found:
         raise UserError(f"unknown task {name!r}{suggest(name, known, '; `lm_eval ls tasks` lists them')}")
@@ -118,10 +121,12 @@ def _matches(name: str, known: Iterable[str]) -> list[str]:
 
 
 def _metrics(metrics: dict[str, Any]) -> list[str]:
+    """Returns the keys of the values; each is "metric,filter", next to "metric_stderr,filter"."""
     return [key for key in metrics if "," in key and "_stderr," not in key]
 
 
 def _score(task: str, key: str, metrics: dict[str, Any]) -> TaskScore:
+    """Returns one number with its standard error."""
     metric, filter_name = key.split(",", 1)
     stderr = metrics.get(f"{metric}_stderr,{filter_name}")
     return TaskScore(

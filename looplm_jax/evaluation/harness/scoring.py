@@ -1,4 +1,4 @@
-"""Log-likelihoods of windows from one forward pass: at every loop, or at the loop that each token leaves at."""
+"""Log-likelihoods of windows from one forward pass: at every loop, or at the loop where each token exits."""
 
 import dataclasses
 import functools
@@ -19,15 +19,15 @@ from looplm_jax.models.looplm import LoopLM, LoopLMOutput, Params, head_matrix
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Likelihood:
-    """Of the scored tokens of one window; an entry for each loop, or a single one under an exit policy."""
+    """The scored tokens of one window, with one entry per loop, or a single entry under an exit policy."""
 
-    log_prob: tuple[float, ...]  # their sum, nats
-    greedy: tuple[bool, ...]  # whether each is the likeliest token
-    loops: tuple[int, ...]  # that they took together
+    log_prob: tuple[float, ...]  # sum of the log-probabilities, nats
+    greedy: tuple[bool, ...]  # whether every token is the most probable one
+    loops: tuple[int, ...]  # total loops of the tokens
 
     @classmethod
     def of_nothing(cls, readouts: int) -> "Likelihood":
-        """That of no tokens."""
+        """Returns the likelihood of no tokens."""
         return cls(log_prob=(0.0,) * readouts, greedy=(True,) * readouts, loops=(0,) * readouts)
 
 
@@ -41,18 +41,18 @@ class WindowScores:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WindowScorer:
-    """Scores any number of windows. Neither their order nor `rows` shows in the results."""
+    """Scores any number of windows. Neither their order nor `rows` affects the results."""
 
     model: LoopLM
     params: Params
-    loops: int  # that every token runs
+    loops: int  # the loops that every token runs
     policy: ExitPolicy | None  # None: results for every loop
-    rows: int  # windows in a batch
-    longest: int  # tokens that the model reads
+    rows: int  # windows per batch
+    longest: int  # number of tokens that the model reads
     on_windows: Callable[[int], None] | None = None  # called with the number of windows of each batch
 
     def __call__(self, windows: Sequence[Window]) -> list[Likelihood]:
-        """The likelihood of each, summed in float64."""
+        """Returns the likelihood of each window, summed in float64."""
         results = [Likelihood.of_nothing(self.loops if self.policy is None else 1)] * len(windows)
         for batch in window_batches(windows, rows=self.rows, longest=self.longest):
             arrays = batch.tokens, batch.read_positions, batch.targets
@@ -76,14 +76,16 @@ def score_windows(
     loops: int,
     policy: ExitPolicy | None,
 ) -> WindowScores:
-    """Scores at every loop, or at those of a policy. The head reads nothing but the positions that are asked for.
+    """Returns scores at every loop, or at the loops of a policy. The head computes only the requested positions.
 
-    All tokens run all loops, as those of a prompt do; a policy says at which of them a prediction is read.
+    All tokens run all loops, as the tokens of a prompt do; a policy decides at which loop a prediction is read.
     """
     output = model.apply({"params": params}, tokens, loops=loops)
     assert isinstance(output, LoopLMOutput)
+    # [T, B, S, D] -> [T, B, P, D]
     hidden = jnp.take_along_axis(output.hidden, read_positions[None, :, :, None], axis=2)
     head = head_matrix(params, model.config)
+
     if policy is None:
         depths = jnp.arange(1, loops + 1, dtype=jnp.int32)[:, None, None]
         exits = jnp.broadcast_to(depths, hidden.shape[:3])
@@ -91,6 +93,7 @@ def score_windows(
         gate_logits = jnp.take_along_axis(output.gate_logits, read_positions[None], axis=2)
         exits = _exit_loops(policy, hidden, gate_logits, head)[None]
         hidden = jnp.take_along_axis(hidden, exits[..., None] - 1, axis=0)
+
     return WindowScores(scores=token_scores(hidden, head, targets, chunk=model.compute.loss_chunk), loops=exits)
 
 
@@ -100,7 +103,10 @@ def _exit_loops(
     gate_logits: Float[Array, "T B P"],
     head: Float[Array, "D V"],
 ) -> Int[Array, "B P"]:
-    """One row after another, so that a policy that reads predictions holds those of one row."""
+    """Returns the exit loop of each position.
+
+    Sequences are processed one after another, so that a policy that reads predictions keeps only those of one sequence.
+    """
 
     def predict(states: Float[Array, "P D"]) -> Float[Array, "P V"]:
         return jnp.einsum("pd,dv->pv", states, head.astype(states.dtype), preferred_element_type=jnp.float32)
@@ -110,9 +116,11 @@ def _exit_loops(
 
 
 def _likelihood(found: WindowScores, row: int, scored: int) -> Likelihood:
+    """Returns the likelihood of one window of a batch."""
     loss, correct, loops = (
         np.asarray(values)[:, row, :scored] for values in (found.scores.loss, found.scores.correct, found.loops)
     )
+
     return Likelihood(
         log_prob=tuple(-float(total) for total in loss.sum(axis=1, dtype=np.float64)),
         greedy=tuple(bool(np.all(same)) for same in correct),

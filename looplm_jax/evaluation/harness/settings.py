@@ -1,4 +1,4 @@
-"""What the harness's `--model_args` may say."""
+"""Parses and checks the harness's `--model_args`."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,21 +8,21 @@ from looplm_jax.errors import UserError, suggest
 from looplm_jax.halting import ExitPolicy, FixedLoops, parse_exit_policy
 from looplm_jax.inference import CacheStrategy
 
-# What the harness always passes, and what is meant for models of PyTorch.
+# Arguments that the harness always passes, and arguments for PyTorch models.
 _IGNORED = ("device", "max_batch_size", "trust_remote_code")
 _EXAMPLE = "checkpoint=runs/text-small exit=q=0.5"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How a model answers the harness."""
+    """The settings that decide how a model answers the harness."""
 
-    policy: ExitPolicy | None = None  # None: the loops that the model is meant for
-    batch_size: int = 8  # requests at one time
-    max_length: int | None = None  # tokens that the model reads; None: all its positions
+    policy: ExitPolicy | None = None  # None: the trained number of loops
+    batch_size: int = 8  # requests processed together
+    max_length: int | None = None  # number of tokens that the model reads; None: all its positions
     add_bos_token: bool = False  # before every context; the harness's own models add none to ours either
-    special_tokens: bool = False  # names of special tokens in contexts and texts become these tokens
-    cache: CacheStrategy = CacheStrategy.FULL  # of generated text
+    special_tokens: bool = False  # encode the names of special tokens as these tokens
+    cache: CacheStrategy = CacheStrategy.FULL  # for generated text
 
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 1), ("max_length", 2)):
@@ -41,15 +41,17 @@ class ModelArgs:
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> "ModelArgs":
-        """From names and values as the harness's command line reads them.
+        """Parses names and values as the harness's command line reads them.
 
         Raises:
-          UserError: no checkpoint, an unknown name, a value that cannot be, or both `loops` and `exit`.
+          UserError: the checkpoint is missing, a name is unknown, a value is invalid, or both `loops` and `exit` are
+            given.
         """
         rest = {name: value for name, value in given.items() if name not in _IGNORED and value is not None}
         checkpoint = rest.pop("checkpoint", None)
         if checkpoint is None:
             raise UserError(f"say which model: --model_args {_EXAMPLE}")
+
         step = _whole("step", rest.pop("step", None))
         settings = Settings(
             policy=exit_policy(loops=_whole("loops", rest.pop("loops", None)), rule=rest.pop("exit", None)),
@@ -59,6 +61,7 @@ class ModelArgs:
             special_tokens=_truth("special_tokens", rest.pop("special_tokens", False)),
             cache=_cache(rest.pop("cache", CacheStrategy.FULL.value)),
         )
+
         for name in rest:
             known = ("checkpoint", "step", "loops", "exit", *(field.name for field in dataclasses.fields(Settings)[1:]))
             raise UserError(f"unknown model argument {name!r}{suggest(name, known)}")
@@ -66,7 +69,10 @@ class ModelArgs:
 
 
 def exit_policy(*, loops: int | None, rule: str | None) -> ExitPolicy | None:
-    """The policy of a number of loops or of a rule as `parse_exit_policy` reads it. Raises UserError for both."""
+    """Returns the policy of a number of loops, or of a rule for `parse_exit_policy`.
+
+    Raises UserError if both are given.
+    """
     if loops is not None and rule is not None:
         raise UserError("loops and exit both say when to leave; keep one")
     if loops is not None:
@@ -75,6 +81,7 @@ def exit_policy(*, loops: int | None, rule: str | None) -> ExitPolicy | None:
 
 
 def _whole(name: str, value: Any) -> int | None:
+    """Returns an integer or None. Raises UserError for anything else."""
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int):
@@ -83,13 +90,17 @@ def _whole(name: str, value: Any) -> int | None:
 
 
 def _truth(name: str, value: Any) -> bool:
+    """Returns a bool. Raises UserError for anything else."""
     if not isinstance(value, bool):
         raise UserError(f"{name} must be true or false, not {value!r}")
     return value
 
 
 def _batch_size(value: Any) -> int:
-    """The harness passes text; `auto` and `auto:4` look for the largest batch that fits, which we do not."""
+    """Returns the batch size, which the harness passes as text. `auto` and `auto:4` give the default.
+
+    For the harness they search for the largest batch that fits, which is not supported here.
+    """
     if str(value).startswith("auto"):
         return Settings.batch_size
     if not str(value).lstrip("-").isdigit():
@@ -98,6 +109,7 @@ def _batch_size(value: Any) -> int:
 
 
 def _cache(value: Any) -> CacheStrategy:
+    """Returns the cache strategy of a name. Raises UserError if there is none."""
     names = [strategy.value for strategy in CacheStrategy]
     if value not in names:
         raise UserError(f"unknown cache {value!r}{suggest(str(value), names)}")

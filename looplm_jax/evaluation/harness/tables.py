@@ -1,4 +1,4 @@
-"""Scores of tasks as tables."""
+"""Tables of task scores."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from looplm_jax.evaluation.tables import Table
 
 
 def task_table(run: TaskRun, title: str) -> Table:
-    """One row for each number."""
+    """Returns a table with one row per number."""
     rows = [
         [score.task, score.metric, _number(score.value), "" if score.stderr is None else _number(score.stderr)]
         for score in run.scores
@@ -16,7 +16,7 @@ def task_table(run: TaskRun, title: str) -> Table:
 
 
 def sweep_table(runs: Sequence[TaskRun], *, trained_loops: int) -> Table:
-    """One row for each number, one column for each depth from 1 up."""
+    """Returns a table with one row per number and one column per depth, from 1 up."""
     rows = [
         [scores[0].task, scores[0].metric, *(_number(score.value) for score in scores)]
         for scores in zip(*(run.scores for run in runs), strict=True)
