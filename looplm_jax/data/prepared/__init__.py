@@ -1,1 +1,1 @@
-"""Prepared corpora: documents that are tokenized and packed once, into files that are read at random."""
+"""Prepared corpora: documents that are tokenized and packed once, into files that support random access."""

@@ -1,4 +1,4 @@
-"""The folder of a prepared corpus, on a disk or in a bucket, in which every file appears whole or not at all."""
+"""The folder of a prepared corpus, local or in a bucket. Every file in it is written atomically."""
 
 import contextlib
 import os
@@ -29,13 +29,13 @@ UNFINISHED = ".unfinished"
 
 
 class PreparedFolder:
-    """Files by name; a name may have one folder in it.
+    """Files by name. A name may contain one subfolder.
 
     Args:
-      url: a local path or a gs:// URL, which are what ArrayRecord reads.
+      url: a local path or a gs:// URL, the kinds that ArrayRecord reads.
 
     Raises:
-      UserError: another kind of URL.
+      UserError: the URL is of another kind.
     """
 
     def __init__(self, url: str):
@@ -44,14 +44,23 @@ class PreparedFolder:
         self.path: AnyPath = absolute(any_path(url))
 
     def at(self, name: str) -> AnyPath:
-        """Returns where a file is, as messages and ArrayRecord name it. Raises UserError for one outside the folder."""
+        """Returns the path of a file, as used by messages and by ArrayRecord.
+
+        Raises:
+          UserError: the name leads out of the folder or is not printable.
+        """
         parts = name.split("/")
         if len(parts) > 2 or any(part in ("", ".", "..") or not part.isprintable() or "\\" in part for part in parts):
             raise UserError(f"{self.path} names the file {name!r}, which is not in that folder; copy the folder again")
         return self.path / name
 
     def read(self, name: str) -> bytes:
-        """The content of a file. Raises FileNotFoundError, or UserError where it cannot be read."""
+        """Returns the content of a file.
+
+        Raises:
+          FileNotFoundError: there is no such file.
+          UserError: the file cannot be read.
+        """
         path, missing = self.at(name), None
         with reading(path):
             try:
@@ -61,7 +70,7 @@ class PreparedFolder:
         raise missing
 
     def names(self, folder: str = "") -> frozenset[str]:
-        """The files and folders in the folder, or in one of its own; none where there is no such folder."""
+        """Returns the names in the folder, or in a subfolder. The result is empty if there is no such folder."""
         path = self.path / folder if folder else self.path
         with reading(path):
             forget_listing(path)
@@ -71,13 +80,16 @@ class PreparedFolder:
                 return frozenset()
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a small file. Raises UserError where the place refuses."""
+        """Writes a small file atomically. Raises UserError if the file system refuses."""
         with writing(self.at(name)):
             make_folder(self.at(name).parent)
         write_atomically(self.at(name), content)
 
     def publish(self, file: Path, name: str) -> None:
-        """Move a finished file, written in `scratch`, to its place. Raises UserError where the place refuses."""
+        """Moves a finished file from the scratch folder to its final name.
+
+        Raises UserError if the file system refuses.
+        """
         place = self.at(name)
         if isinstance(place, Path):
             with writing(place):
@@ -87,7 +99,7 @@ class PreparedFolder:
             file.unlink()
 
     def remove_folder(self, name: str) -> None:
-        """Remove a folder of this one, where it is there."""
+        """Removes a subfolder if it exists."""
         with writing(self.at(name)), contextlib.suppress(FileNotFoundError):
             if isinstance(self.path, Path):
                 shutil.rmtree(self.path / name)
@@ -96,38 +108,45 @@ class PreparedFolder:
 
     @contextlib.contextmanager
     def only_writer(self) -> Iterator[Path]:
-        """Make the folder and keep other processes out of it, where it is local. Gives a place for unfinished files.
+        """Creates the folder and yields a scratch folder for unfinished files, which is removed at the end.
 
-        What is left there at the end is removed, and so is what a killed process left.
+        A local folder is locked against other processes, and unfinished files of a killed process are removed. In a
+        bucket there are no locks, and the scratch folder is local.
 
         Raises:
-          UserError: the folder is a file, another process writes there now, or the disk refuses.
+          UserError: the folder is a file, another process is writing to it, or the file system refuses.
         """
         if not isinstance(self.path, Path):
             with tempfile.TemporaryDirectory() as scratch:
                 yield Path(scratch)
             return
+
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file; choose another --out")
+
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
+
+        # The scratch folder is inside the corpus folder, so that `publish` renames within one file system.
         scratch_here = self.path / UNFINISHED
         with locked(self.path, busy=self._busy):
             shutil.rmtree(scratch_here, ignore_errors=True)
             with writing(self.path):
                 scratch_here.mkdir()
+
             try:
                 yield scratch_here
             finally:
                 shutil.rmtree(scratch_here, ignore_errors=True)
 
     def _busy(self) -> None:
+        """Raises UserError because another process holds the lock."""
         message = f"{self.path} is being written by another process; wait for it, or choose another --out"
         raise UserError(message) from None
 
 
 def is_prepared(path: str) -> bool:
-    """Whether a source's path is the folder of a prepared corpus. Raises UserError where one is not finished."""
+    """Whether the path of a source is a prepared corpus. Raises UserError if its preparation is not finished."""
     if not _is_possible(path):
         return False
     folder = any_path(path)
@@ -140,4 +159,5 @@ def is_prepared(path: str) -> bool:
 
 
 def _is_possible(url: str) -> bool:
+    """Whether a URL is local or in Cloud Storage."""
     return url.startswith(_BUCKET) or "://" not in url

@@ -1,4 +1,4 @@
-"""What a prepared corpus is: shards of rows, how they were made, and what was left out."""
+"""The manifest of a prepared corpus: its shards, the plan that produced them, and the records that were left out."""
 
 import dataclasses
 import hashlib
@@ -17,17 +17,17 @@ VERSION = 1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One ArrayRecord file of rows.
+    """One ArrayRecord file of packed sequences.
 
     Attributes:
-      name: the file, in the folder.
-      rows: how many it holds.
-      tokens: positions of these rows that are no padding.
-      documents: how many were packed into it.
-      bytes: length of the file.
+      name: the file name, in the folder.
+      rows: the number of sequences.
+      tokens: the number of positions that are not padding.
+      documents: the number of documents.
+      bytes: the size of the file.
       digest: BLAKE2b of the file, in hexadecimal.
-      edges: the same of its first and last 4 KiB, which are read at every start; empty in a manifest written before
-        there was such a digest.
+      edges: BLAKE2b of the first and last 4 KiB, which are checked at every start; empty in manifests from before this
+        field existed.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SourceCount:
-    """What a source gave: documents read, those kept included, and their text in UTF-8."""
+    """The number of documents read from a source, including those that were left out later, and their UTF-8 bytes."""
 
     path: str
     documents: int
@@ -50,7 +50,7 @@ class SourceCount:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LeftOut:
-    """Records that are not in any row, and why; and pieces of chats without a target, of how many pieces."""
+    """The numbers of records that were left out, by reason, and of chunks without a target out of all chunks."""
 
     bad_records: int = 0
     first_bad_record: str = ""
@@ -62,25 +62,25 @@ class LeftOut:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Everything that fixes the bytes of a prepared corpus. Two commands with the same plan do the same work."""
+    """Everything that determines the bytes of a prepared corpus. Two commands with equal plans write the same files."""
 
     version: int = VERSION
     sources: tuple[SourceConfig, ...]
     input: str
     units: int
     tokenizer_kind: str
-    tokenizer: str  # its fingerprint
+    tokenizer: str  # the fingerprint
     vocab_size: int
     sequence_length: int
     validation_fraction: float
-    decontaminate: str = ""  # which files, and how
+    decontaminate: str = ""  # a description of the evaluation files and of the n-grams
     near_duplicates: float = 0.0
-    contents: str = ""  # digest of the files' bytes; empty in a plan written before there was one
+    contents: str = ""  # digest of the input files' content; empty in plans from before this field existed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """A prepared corpus that is complete."""
+    """The description of a complete prepared corpus."""
 
     plan: Plan
     tokenizer_file: str
@@ -91,29 +91,33 @@ class Manifest:
 
     @property
     def shards(self) -> tuple[Shard, ...]:
-        """All files of rows."""
+        """All shards, for training and validation."""
         return self.train + self.validation
 
     @property
     def rows(self) -> int:
-        """Rows to train on."""
+        """The number of training sequences."""
         return sum(shard.rows for shard in self.train)
 
     @property
     def tokens(self) -> int:
-        """Positions to train on, without padding."""
+        """The number of training positions, without padding."""
         return sum(shard.tokens for shard in self.train)
 
     @property
     def digest(self) -> str:
-        """Changes when any row changes, or their order."""
+        """A hex digest that changes when any sequence changes, or when their order changes."""
         shards = "".join(f"{shard.rows}:{shard.digest};" for shard in self.shards)
         what = f"{self.plan.sequence_length};{self.plan.tokenizer};{shards}"
         return hashlib.blake2b(what.encode(), digest_size=8).hexdigest()
 
 
 def read_manifest(folder: PreparedFolder) -> Manifest:
-    """The manifest of a folder. Raises UserError: there is none, it is damaged, or a newer version wrote it."""
+    """Reads the manifest of a folder.
+
+    Raises:
+      UserError: there is no manifest, it is damaged, or another version of the format was used.
+    """
     name = folder.at(MANIFEST)
     try:
         values = json.loads(folder.read(MANIFEST))
@@ -121,20 +125,25 @@ def read_manifest(folder: PreparedFolder) -> Manifest:
         raise UserError(f"{folder.path} holds no prepared corpus; `looplm tokenize` makes one") from None
     except ValueError as error:
         raise _damaged(name, error) from None
+
     version = values.get("plan", {}).get("version") if isinstance(values, dict) else None
     if version != VERSION:
         raise UserError(f"{name} is of version {version}, and this is version {VERSION}; prepare the corpus again")
+
     try:
         manifest = from_dict(Manifest, values)
     except UserError as error:
         raise _damaged(name, error) from None
+
+    # `at` rejects names that lead out of the folder.
     for file in (manifest.tokenizer_file, *(shard.name for shard in manifest.shards)):
         folder.at(file)
+
     return manifest
 
 
 def read_tokenizer(folder: PreparedFolder, manifest: Manifest) -> Tokenizer:
-    """The tokeniser that made the rows. Raises UserError where its file is missing or another one."""
+    """Reads the tokenizer of a prepared corpus. Raises UserError if its file is missing or has another fingerprint."""
     name = folder.at(manifest.tokenizer_file)
     try:
         tokenizer = deserialize(manifest.plan.tokenizer_kind, folder.read(manifest.tokenizer_file))
@@ -146,9 +155,10 @@ def read_tokenizer(folder: PreparedFolder, manifest: Manifest) -> Tokenizer:
 
 
 def as_json(value: Any) -> bytes:
-    """A plan, a report or a manifest as the content of a file."""
+    """Returns a plan, a report or a manifest as the content of a JSON file."""
     return (json.dumps(to_dict(value), indent=1) + "\n").encode()
 
 
 def _damaged(name: AnyPath, error: Exception) -> UserError:
+    """Returns the error for an unreadable manifest."""
     return UserError(f"{name} is damaged ({error}); run the same `looplm tokenize` command again to write it anew")

@@ -1,8 +1,8 @@
-"""Segments packed first-fit into rows, one pass, with bounded memory.
+"""First-fit packing of segments into sequences, in one pass and with bounded memory.
 
-The same law as `data.packing`: pieces are shuffled within a window, then go to the first of 64 open rows that has room.
-Grain's own packer would bring JAX into every worker. Here only the fullest row makes room for a new one, where Grain
-lets go of all.
+The algorithm is that of `data.packing`: segments are shuffled within a window and then added to the first of 64 open
+sequences that has room. It is implemented here because Grain's packer would import JAX in every worker. One difference:
+if no open sequence has room, only the fullest is closed, where Grain closes all.
 """
 
 import itertools
@@ -18,7 +18,7 @@ _WINDOW_TOKENS = 2**21
 
 
 def shuffled(pieces: Iterable[Segment], length: int, seed: int) -> Iterator[Segment]:
-    """The pieces in another order, each within a window: a long document does not fill whole rows side by side."""
+    """Yields the segments shuffled within a window, so that a long document does not fill consecutive sequences."""
     window = min(_WINDOW_PIECES, max(_WINDOW_TOKENS // length, _OPEN_ROWS))
     random = np.random.default_rng(seed)
     stream = iter(pieces)
@@ -27,22 +27,32 @@ def shuffled(pieces: Iterable[Segment], length: int, seed: int) -> Iterator[Segm
 
 
 def pack_rows(pieces: Iterable[Segment], length: int) -> Iterator[list[Segment]]:
-    """Rows of at most `length` positions. Every piece is in one of them; none is longer than a row."""
+    """Yields sequences of at most `length` positions, as lists of segments.
+
+    Every segment is in exactly one sequence. No segment may be longer than a sequence.
+    """
+    # Parallel lists of the open sequences and their free positions.
     rows: list[list[Segment]] = []
     room: list[int] = []
+
     for piece in pieces:
         place = next((row for row, left in enumerate(room) if left >= piece.positions), len(rows))
+
         if place == len(rows) == _OPEN_ROWS:
             fullest = room.index(min(room))
             room.pop(fullest)
             yield rows.pop(fullest)
             place -= 1
+
         if place == len(rows):
             rows.append([])
             room.append(length)
+
         rows[place].append(piece)
         room[place] -= piece.positions
+
         if room[place] == 0:
             room.pop(place)
             yield rows.pop(place)
+
     yield from rows

@@ -1,4 +1,4 @@
-"""What a command will do, and whether a folder is the place for it."""
+"""The request for a prepared corpus, the plan made from it, and the check that a folder is free for that plan."""
 
 import dataclasses
 import hashlib
@@ -16,24 +16,24 @@ from looplm_jax.data.tokenizers import FolderTokenizer, JsonTokenizer, Tokenizer
 from looplm_jax.errors import UserError
 
 _TOKENIZER_FILES = {JsonTokenizer.kind: "tokenizer.json", FolderTokenizer.kind: "tokenizer_folder.json"}
-_LEFT_BEHIND = (UNFINISHED, f"{PLAN}.new")  # by a process that was killed in its first moments
+_LEFT_BEHIND = (UNFINISHED, f"{PLAN}.new")  # files left by a process that was killed before it wrote anything else
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Order:
-    """What to prepare, and how.
+    """A request to prepare a corpus.
 
     Attributes:
-      sources: files of documents; their weights mean nothing here.
-      tokenizer: makes tokens of them.
-      sequence_length: positions of a row.
-      validation_fraction: share of the documents that is held out.
-      on_bad_record: what a record that cannot be read does.
-      decontaminate: files of evaluation items, of which nothing may stand in a document that is kept.
-      ngram: words in a row that must be the same.
-      near_duplicates: the least similarity to an earlier document at which one is left out; 0: all are kept.
-      unit_bytes: about how much a worker does at a time.
-      limits: what a file may ask for.
+      sources: files of documents. Their weights are ignored.
+      tokenizer: tokenizes the documents.
+      sequence_length: positions in a sequence.
+      validation_fraction: the share of documents to hold out.
+      on_bad_record: how to treat records that cannot be read.
+      decontaminate: evaluation files; documents that overlap with one of their items are left out.
+      ngram: the number of consecutive words that make an overlap.
+      near_duplicates: documents at least this similar to an earlier one are left out; 0 keeps all.
+      unit_bytes: the approximate amount of input that a worker processes at a time.
+      limits: limits on reading.
     """
 
     sources: tuple[SourceConfig, ...]
@@ -53,13 +53,14 @@ class Order:
         if not 0 <= self.validation_fraction < 1:
             raise UserError(f"--validation-fraction must be in [0, 1), not {self.validation_fraction}")
         if any(source.kind is RecordKind.CHAT for source in self.sources):
-            tokens_and_mask((), self.tokenizer)  # refuses a tokeniser that has no tokens for chats
+            tokens_and_mask((), self.tokenizer)  # raises UserError if the tokenizer has no chat tokens
 
 
 def make_plan(order: Order, units: Sequence[Unit]) -> Plan:
-    """Returns everything that fixes the bytes but the contents of the files, which `with_contents` adds.
+    """Returns the plan of an order, without the digest of the input files' content, which `with_contents` adds.
 
-    A bad record stops a command or is left out; no bytes depend on it.
+    The policy for bad records is not part of the plan: a bad record either stops the command or is left out, so the
+    bytes that are written do not depend on the policy.
     """
     return Plan(
         sources=order.sources,
@@ -76,34 +77,38 @@ def make_plan(order: Order, units: Sequence[Unit]) -> Plan:
 
 
 def with_contents(folder: PreparedFolder, plan: Plan, units: Sequence[Unit]) -> Plan:
-    """Returns the plan with a digest of the contents of the files, for which local ones are read whole.
+    """Returns the plan with a digest of the input files' content. Local files are read completely.
 
     Raises:
-      UserError: what the folder holds was prepared from files of equal sizes and other contents.
+      UserError: the folder was prepared from files with the same sizes but different content.
     """
     plan = dataclasses.replace(plan, contents=digest_contents(units))
     saved = _read_plan(folder) if PLAN in folder.names() and is_begun(folder) else plan
-    if saved.contents not in ("", plan.contents):  # plans from before there was a digest have none
+    if saved.contents not in ("", plan.contents):  # plans from before this field existed have no digest
         raise UserError(
             f"{folder.path} was prepared from files that have changed since, although their sizes have not; choose "
             "another --out"
         )
+
     return plan
 
 
 def check_folder(folder: PreparedFolder, plan: Plan) -> None:
-    """Refuses a folder in which there is something else, whatever the files contain. Nothing is written.
+    """Checks that a folder is empty, or was started with the same plan, apart from the content digest. Writes nothing.
 
     Raises:
-      UserError: it holds what another command prepares (the differences are named), or files of another kind.
+      UserError: the folder holds the work of another command (the differences are listed), or unrelated files.
     """
     names = folder.names()
+
     if PLAN not in names:
         if names.difference(_LEFT_BEHIND):
             raise UserError(f"{folder.path} is not empty and holds no prepared corpus; choose another --out")
         return
+
     if not is_begun(folder):
-        return  # what failed before its first row was written gives way
+        return  # a plan without any output may be replaced
+
     saved = _read_plan(folder)
     changed = differences(dataclasses.replace(saved, contents=""), dataclasses.replace(plan, contents=""))
     if changed:
@@ -114,13 +119,14 @@ def check_folder(folder: PreparedFolder, plan: Plan) -> None:
 
 
 def is_begun(folder: PreparedFolder) -> bool:
-    """Whether anything is there that took time to make: from then on the folder belongs to its plan."""
+    """Whether the folder has output that took time to produce. From then on, the folder is reserved for its plan."""
     made = (MANIFEST, SIGNATURES)
     return any(name in made or name.endswith(SHARD) for name in folder.names())
 
 
 def claim_folder(folder: PreparedFolder, plan: Plan, tokenizer: Tokenizer) -> str:
-    """Write what is known before the first unit; returns the name of the tokeniser's file."""
+    """Writes the plan and the tokenizer, which are known before any work. Returns the file name of the tokenizer."""
+    # Reports of units may be left from another plan that never produced a shard.
     if not is_begun(folder):
         folder.remove_folder("units")
     name = _TOKENIZER_FILES.get(plan.tokenizer_kind, "tokenizer.model")
@@ -130,6 +136,7 @@ def claim_folder(folder: PreparedFolder, plan: Plan, tokenizer: Tokenizer) -> st
 
 
 def _read_plan(folder: PreparedFolder) -> Plan:
+    """Reads the plan of a folder. Raises UserError if it is damaged."""
     try:
         return from_dict(Plan, json.loads(folder.read(PLAN)))
     except ValueError as error:
@@ -137,7 +144,7 @@ def _read_plan(folder: PreparedFolder) -> Plan:
 
 
 def _describe_evaluations(order: Order) -> str:
-    """The evaluation files in a few words, with a digest of what is in them."""
+    """Returns a short description of the evaluation files, with a digest of their content."""
     files = [file for pattern in order.decontaminate for file in find_files(pattern, by_content=False).files]
     if not files:
         return ""

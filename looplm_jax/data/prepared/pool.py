@@ -1,7 +1,8 @@
-"""Processes that work through jobs, one at a time each, and tell how they get on.
+"""A pool of worker processes that each take one job at a time and report their progress.
 
-They are spawned, so they import nothing that the work does not need. Signals that stop a command reach its parent
-alone, which ends them; where the parent is killed, the next word to it ends them.
+Workers are spawned rather than forked, so they import only what their work needs. Signals that stop a command are
+delivered to the parent alone, which then kills the workers. If the parent itself is killed, each worker exits on its
+next send or receive, when it finds the pipe closed.
 """
 
 import contextlib
@@ -18,12 +19,14 @@ from looplm_jax.errors import UserError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+
+# Signals that are blocked in workers, so that the parent alone handles them.
 _HELD_BACK = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """What a worker has done since it said so last."""
+    """The work done by a worker since its previous report."""
 
     documents: int
     tokens: int
@@ -35,7 +38,7 @@ Report = Callable[[Progress], None]
 
 @dataclasses.dataclass(frozen=True)
 class Finished(Generic[Result]):
-    """The result of job number `number`."""
+    """The result of the job with this number."""
 
     number: int
     result: Result
@@ -43,27 +46,38 @@ class Finished(Generic[Result]):
 
 @dataclasses.dataclass
 class _Worker:
+    """A worker process, the parent's end of its pipe, and the job it is working on."""
+
     process: SpawnProcess
     pipe: Connection
-    number: int  # of the job in hand
+    number: int  # of the current job
 
 
 def run_jobs(
     work: Callable[[Job, Report], Result], jobs: Sequence[Job], workers: int
 ) -> Generator[Progress | Finished[Result], None, None]:
-    """Give the jobs, in order, to at most `workers` processes; their words come as they are said.
+    """Runs jobs, handed out in order, on at most `workers` processes, and yields progress and results as they arrive.
 
-    Closing the iterator ends the processes at once. `work` is sent to each of them once, and must be picklable.
+    Closing the generator kills the processes at once.
+
+    Args:
+      work: called in a worker with a job and a function to report progress. It is sent to each worker once and must be
+        picklable.
+      jobs: the arguments of the calls, which must be picklable.
+      workers: the maximum number of processes.
 
     Raises:
-      UserError: what a job raised, or a process that was killed.
+      UserError: a worker was killed. An exception raised by a job is re-raised.
     """
     waiting = iter(enumerate(jobs))
     busy: list[_Worker] = []
+
+    # The stack kills all workers when the generator ends, for whatever reason.
     with contextlib.ExitStack() as ending:
         for _ in range(min(workers, len(jobs))):
             busy.append(_start(work, ending))
             _give(busy[-1], waiting)
+
         while busy:
             for pipe in wait([worker.pipe for worker in busy]):
                 worker = next(worker for worker in busy if worker.pipe is pipe)
@@ -71,6 +85,9 @@ def run_jobs(
                 if isinstance(word, Progress):
                     yield word
                     continue
+
+                # The next job is handed out before the result is yielded, so that the worker is not idle while the
+                # caller runs.
                 number = worker.number
                 if not _give(worker, waiting):
                     busy.remove(worker)
@@ -78,34 +95,41 @@ def run_jobs(
 
 
 def _start(work: Callable[..., Any], ending: contextlib.ExitStack) -> _Worker:
+    """Starts a worker, and registers it with `ending` to be killed."""
     ours, theirs = multiprocessing.Pipe()
     process = multiprocessing.get_context("spawn").Process(target=_serve, args=(work, theirs), daemon=True)
-    resource_tracker.ensure_running()  # the first start would do it, and let the signals through after that
+    resource_tracker.ensure_running()  # otherwise the first start does it, and unblocks the signals
+
+    # The worker inherits the blocked signals. The parent's mask is restored right after the start.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_BACK)
     try:
         process.start()
         ending.callback(_end, process)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    # The parent must not hold the worker's end, or it would never see the pipe close.
     theirs.close()
     return _Worker(process, ours, number=-1)
 
 
 def _end(process: SpawnProcess) -> None:
+    """Kills a worker and waits for its exit."""
     process.kill()
     process.join()
 
 
 def _give(worker: _Worker, waiting: Iterator[tuple[int, Any]]) -> bool:
-    """Hand over the next job, or the news that there is none."""
+    """Sends the next job to a worker, or None if there is none. Returns whether there was one."""
     number, job = next(waiting, (-1, None))
-    with contextlib.suppress(BrokenPipeError):  # `_hear` says it
+    with contextlib.suppress(BrokenPipeError):  # `_hear` reports a dead worker
         worker.pipe.send(job)
     worker.number = number
     return number >= 0
 
 
 def _hear(worker: _Worker) -> Any:
+    """Returns the next message of a worker. Raises UserError if the worker died, and re-raises what its job raised."""
     try:
         word = worker.pipe.recv()
     except (EOFError, ConnectionResetError):
@@ -118,7 +142,8 @@ def _hear(worker: _Worker) -> Any:
 
 
 def _serve(work: Callable[[Any, Report], Any], pipe: Connection) -> None:
-    with contextlib.suppress(BrokenPipeError, EOFError):  # the parent is gone
+    """The main loop of a worker: receives jobs and sends results until it receives None."""
+    with contextlib.suppress(BrokenPipeError, EOFError):  # the parent has exited
         while (job := pipe.recv()) is not None:
             try:
                 pipe.send(work(job, pipe.send))

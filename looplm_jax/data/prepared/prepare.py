@@ -1,4 +1,4 @@
-"""Files of documents become a prepared corpus: the story that `looplm tokenize` tells."""
+"""Preparation of a corpus from files of documents, as done by `looplm tokenize`."""
 
 import concurrent.futures
 import contextlib
@@ -23,54 +23,65 @@ _READS_AT_ONCE = 16
 
 
 class Watcher(Protocol):
-    """Sees how far it is."""
+    """Receives progress."""
 
     def begin(self, what: str, *, bytes: int, done: int) -> None:
-        """A pass over all units begins: so many bytes of files, of which so many were done before."""
+        """Called when a pass over all units begins, with the total bytes of input and the bytes already done."""
 
     def advance(self, progress: Progress) -> None:
-        """A worker did this much."""
+        """Called when a worker reports progress."""
 
     def finish_unit(self, bytes: int) -> None:
-        """A unit of so many bytes of files is done."""
+        """Called when a unit with this many bytes of input is done."""
 
 
 def prepare(
     order: Order, out: str, *, workers: int, watcher: Watcher, say: Callable[[str], object] = lambda _: None
 ) -> Manifest:
-    """Writes a prepared corpus, or resumes where an earlier process with the same order stopped.
+    """Writes a prepared corpus, or resumes the work of an earlier process with the same order.
 
-    The bytes that are written do not depend on the number of workers, nor on where earlier ones were stopped.
+    The written bytes depend neither on the number of workers nor on interruptions.
 
     Args:
-      order: what to prepare.
-      out: the folder, here or at gs://.
-      workers: how many processes do it.
-      watcher: sees the progress.
-      say: gets one line about the files that are read and those that are left out.
+      order: what to prepare, and how.
+      out: the folder, local or at gs://.
+      workers: the number of worker processes.
+      watcher: receives progress.
+      say: called with one line that lists the numbers of files to read and files left out.
+
+    Returns:
+      The manifest of the corpus.
 
     Raises:
-      UserError: bad input, a folder with other files or of another order, or a place that refuses.
+      UserError: the input is bad, the folder holds other files or the work of another order, or the file system
+        refuses.
     """
+    # Everything that can be checked without writing is checked before the folder is touched.
     folder = PreparedFolder(out)
     ngrams = load_evaluation_ngrams(order.decontaminate, order.ngram) if order.decontaminate else None
     if order.near_duplicates:
         NearDuplicates(order.near_duplicates).check_installed()
+
     found = find_all(order.sources, order.limits)
     say(summarize(found.values()))
     units = cut(order.sources, order.unit_bytes, found)
+
     plan = make_plan(order, units)
     check_folder(folder, plan)
     plan = with_contents(folder, plan, units)
+
     with folder.only_writer() as scratch:
         if is_complete(folder):
             return read_manifest(folder)
+
         tokenizer_file = claim_folder(folder, plan, order.tokenizer)
         crew = _Crew(units, workers, watcher)
         jobs = [UnitJob(number, unit) for number, unit in enumerate(units)]
+
         duplicates = None
         if order.near_duplicates:
             jobs, duplicates = _without_duplicates(order, folder, crew, jobs, scratch)
+
         work = TokenizeUnit(
             plan=plan,
             tokenizer_content=order.tokenizer.serialize(),
@@ -80,32 +91,36 @@ def prepare(
             ngrams=ngrams,
         )
         crew.run("tokenizing", work, jobs, done=_finished_units(folder))
+
         reports = _read_reports(folder, range(len(units)))
         manifest = make_manifest(plan, tokenizer_file, reports)
         write_cleaning_report(folder, reports, ngrams, duplicates)
+        # The manifest is written last: its presence means that the corpus is complete.
         folder.write(MANIFEST, as_json(manifest))
         folder.remove_folder(SIGNATURES)
+
         return manifest
 
 
 def is_complete(folder: PreparedFolder) -> bool:
-    """Whether there is a manifest, and every file that it names."""
+    """Whether the folder has a manifest and every shard that it names."""
     names = folder.names()
     return MANIFEST in names and names.issuperset(shard.name for shard in read_manifest(folder).shards)
 
 
 class _Crew:
-    """Workers that go through all units, several times."""
+    """Workers for one or several passes over all units."""
 
     def __init__(self, units: Sequence[Unit], workers: int, watcher: Watcher):
         self._bytes = sum(unit.bytes for unit in units)
         self._workers, self._watcher = workers, watcher
 
     def run(self, what: str, work: Callable[..., Any], jobs: Sequence[UnitJob], *, done: frozenset[int]) -> None:
-        """Do the jobs whose numbers are not `done`."""
+        """Runs the jobs whose numbers are not in `done`."""
         left = [job for job in jobs if job.number not in done]
         before = self._bytes - sum(job.unit.bytes for job in left)
         self._watcher.begin(what, bytes=self._bytes, done=before)
+
         with contextlib.closing(run_jobs(work, left, self._workers)) as words:
             for word in words:
                 if isinstance(word, Progress):
@@ -117,20 +132,26 @@ class _Crew:
 def _without_duplicates(
     order: Order, folder: PreparedFolder, crew: _Crew, jobs: Sequence[UnitJob], scratch: Path
 ) -> tuple[list[UnitJob], DuplicatesReport]:
+    """Returns the jobs with the near-duplicates to leave out of each unit, and the report about them.
+
+    The signatures of earlier runs are reused.
+    """
     settings = NearDuplicates(order.near_duplicates)
     signed = folder.names(SIGNATURES)
     done = frozenset(job.number for job in jobs if signatures_name(job.number).rpartition("/")[2] in signed)
     crew.run("looking for near-duplicates", SignUnit(str(folder.path), settings, order.on_bad_record), jobs, done=done)
+
     left_out = leave_out(folder, len(jobs), settings, scratch)
     pairs = zip(jobs, left_out.of_unit, strict=True)
     return [UnitJob(job.number, job.unit, numbers) for job, numbers in pairs], left_out.report
 
 
 def _finished_units(folder: PreparedFolder) -> frozenset[int]:
-    """Units whose report is there, and all files that it names."""
+    """Returns the numbers of units that have a report and all shards that it names."""
     names = folder.names()
     numbers = [int(name.partition(".")[0]) for name in folder.names("units") if name.endswith(".json")]
     reports = zip(numbers, _read_reports(folder, numbers), strict=True)
+
     return frozenset(
         number
         for number, report in reports
@@ -139,5 +160,6 @@ def _finished_units(folder: PreparedFolder) -> frozenset[int]:
 
 
 def _read_reports(folder: PreparedFolder, numbers: Iterable[int]) -> list[UnitReport]:
+    """Reads the reports of units concurrently."""
     with concurrent.futures.ThreadPoolExecutor(_READS_AT_ONCE) as threads:
         return list(threads.map(functools.partial(read_report, folder), numbers))

@@ -1,4 +1,4 @@
-"""Rows of a prepared corpus by index, as training reads them."""
+"""Random access to the sequences of a prepared corpus, for training."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -13,24 +13,24 @@ from looplm_jax.data.prepared.shards import damaged, read_record
 
 @dataclasses.dataclass(frozen=True)
 class PreparedCorpus:
-    """A folder and its manifest; no shard is opened before a row of it is read."""
+    """A folder and its manifest. Shards are opened when a sequence in them is first read."""
 
     folder: PreparedFolder
     manifest: Manifest
 
     @property
     def train(self) -> "PreparedRows":
-        """Rows to train on."""
+        """The training sequences."""
         return PreparedRows(self.folder, self.manifest, self.manifest.train)
 
     @property
     def validation(self) -> "PreparedRows":
-        """Rows that are held out."""
+        """The held-out sequences."""
         return PreparedRows(self.folder, self.manifest, self.manifest.validation)
 
 
 class PreparedRows:
-    """The rows of many shards, by index; each read opens the shard it needs, if it is not open."""
+    """The sequences of several shards, by index. A read opens the shard if necessary."""
 
     def __init__(self, folder: PreparedFolder, manifest: Manifest, shards: Sequence[Shard]):
         self._folder, self._shards = folder, shards
@@ -43,25 +43,32 @@ class PreparedRows:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getitem__(self, index: int) -> Mapping[str, np.ndarray]:
-        """A row as features, named as those that Grain packs. Raises UserError where a shard is damaged."""
+        """Returns a sequence as features of shape [S], named as Grain names packed features.
+
+        Raises:
+          UserError: the shard is damaged or missing, or has a token id outside the vocabulary.
+        """
         shard, row = self._place(index)
         try:
             features = decode_row(read_record(self._folder, shard, row), self._length, self._tokens)
         except BadRow as problem:
             raise damaged(self._folder, shard, f"row {row}: {problem}") from None
+
+        # JAX does not raise an error for an id outside the vocabulary.
         highest = max(int(features["tokens"].max()), int(features["targets"].max()))
         if highest >= self._vocab_size:
             raise damaged(self._folder, shard, f"row {row}: id {highest} is not in a vocabulary of {self._vocab_size}")
         return features
 
     def segments(self, index: int) -> list[Segment]:
-        """The segments of a row."""
+        """Returns the segments of a sequence."""
         return decode_segments(read_record(self._folder, *self._place(index)), self._tokens)
 
     def __repr__(self) -> str:
         return f"PreparedRows({str(self._folder.path)!r}, rows={len(self)})"
 
     def _place(self, index: int) -> tuple[Shard, int]:
+        """Returns the shard of a sequence and its index in the shard."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         shard = int(np.searchsorted(self._ends, index, side="right"))
@@ -69,6 +76,6 @@ class PreparedRows:
 
 
 def open_prepared(path: str) -> PreparedCorpus:
-    """A prepared corpus; only its manifest is read. Raises UserError where there is none, or it is damaged."""
+    """Opens a prepared corpus; only its manifest is read. Raises UserError if there is none, or it is damaged."""
     folder = PreparedFolder(path)
     return PreparedCorpus(folder, read_manifest(folder))

@@ -1,12 +1,12 @@
-"""One row of a prepared corpus as bytes: tokens, where its segments end, and which targets count.
+"""The binary encoding of one packed sequence: tokens, ends of segments, and the loss mask.
 
-A row of S positions holds segments. A segment of n positions is n + 1 tokens: the inputs are all but the last, the
-targets all but the first. All numbers are little-endian:
+A sequence of S positions consists of segments. A segment of n positions is stored as n + 1 tokens: the inputs are all
+but the last, the targets all but the first. All numbers are little-endian:
 
-    uint32 K              segments
-    uint32 R              runs of the loss mask
+    uint32 K              number of segments
+    uint32 R              number of runs in the loss mask
     uint32 [K]            positions of each segment
-    uint32 [R]            lengths of the runs, which count, do not count, count, … ; the first may be 0
+    uint32 [R]            lengths of the runs, which alternate between target and no target; the first may be 0
     uint16 or uint32 []   tokens of all segments, positions + K of them
 """
 
@@ -23,26 +23,27 @@ _SHORT, _LONG = np.dtype("<u2"), np.dtype("<u4")
 
 
 class BadRow(ValueError):
-    """Bytes that are no row."""
+    """Raised for bytes that do not encode a packed sequence."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Segment:
-    """A piece of a document: N positions, as one token more."""
+    """A piece of a document with N positions, stored as N + 1 tokens."""
 
     tokens: Int32[np.ndarray, "N+1"]
     loss_mask: Bool[np.ndarray, "N"]
 
     @property
     def positions(self) -> int:
-        """N."""
+        """The number of positions, N."""
         return len(self.loss_mask)
 
 
 def pieces(example: Example, length: int) -> list[Segment]:
-    """The example cut into segments of at most `length` positions.
+    """Splits an example into segments of at most `length` positions.
 
-    The last token of a piece is the first of the next, so no target is lost. Segments without a target are left out.
+    The last token of a segment is the first of the next, so every target appears exactly once. Segments without a
+    target are dropped.
     """
     mask = example.loss_mask[1:]
     starts = range(0, len(mask), length)
@@ -51,12 +52,12 @@ def pieces(example: Example, length: int) -> list[Segment]:
 
 
 def token_type(vocab_size: int) -> np.dtype:
-    """The type that tokens of a vocabulary are stored in."""
+    """Returns the dtype in which tokens of a vocabulary are stored: 16 bits if they suffice."""
     return _SHORT if vocab_size <= 1 << 16 else _LONG
 
 
 def encode_row(segments: Sequence[Segment], tokens: np.dtype) -> bytes:
-    """The row that these segments make."""
+    """Returns the encoding of a sequence that consists of these segments."""
     runs = _runs(np.concatenate([segment.loss_mask for segment in segments]))
     lengths = [segment.positions for segment in segments]
     head = np.array([len(segments), len(runs), *lengths, *runs], _COUNT)
@@ -64,23 +65,30 @@ def encode_row(segments: Sequence[Segment], tokens: np.dtype) -> bytes:
 
 
 def decode_segments(record: bytes, tokens: np.dtype) -> list[Segment]:
-    """The inverse of `encode_row`. Raises BadRow."""
+    """Returns the segments of an encoded sequence, the inverse of `encode_row`. Raises BadRow."""
     parts = _parts(record, tokens)
     stops = np.cumsum(parts.lengths)
     masks = np.split(parts.mask, stops[:-1])
+    # Each segment has one token more than positions.
     ids = np.split(parts.tokens, (stops + np.arange(1, len(stops) + 1))[:-1])
     return [Segment(tokens, mask) for tokens, mask in zip(ids, masks, strict=True)]
 
 
 def decode_row(record: bytes, length: int, tokens: np.dtype) -> Mapping[str, np.ndarray]:
-    """The row as features of `length` positions, named as Grain names those that it packs. Raises BadRow."""
+    """Returns an encoded sequence as features of shape [length], named as Grain names packed features.
+
+    Raises BadRow.
+    """
     parts = _parts(record, tokens)
     used = len(parts.mask)
     if used > length:
         raise BadRow(f"it holds {used} positions")
+
     stops = np.cumsum(parts.lengths)
-    extra = np.arange(len(stops))  # tokens that earlier segments have beyond their positions
+    extra = np.arange(len(stops))  # additional tokens of earlier segments, one each
     starts = stops - parts.lengths
+
+    # Deleting the last token of each segment gives the inputs; deleting the first gives the targets.
     return {
         "tokens": _padded(np.delete(parts.tokens, stops + extra), length, np.int32),
         "targets": _padded(np.delete(parts.tokens, starts + extra), length, np.int32),
@@ -92,35 +100,43 @@ def decode_row(record: bytes, length: int, tokens: np.dtype) -> Mapping[str, np.
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Parts:
+    """The decoded fields of a sequence: segment lengths, loss mask and tokens."""
+
     lengths: np.ndarray
     mask: np.ndarray
     tokens: np.ndarray
 
 
 def _parts(record: bytes, tokens: np.dtype) -> _Parts:
+    """Decodes the fields of a sequence and checks that their lengths agree. Raises BadRow."""
     if len(record) < 2 * _COUNT.itemsize:
         raise BadRow("it is too short")
+
     segments, runs = (int(count) for count in np.frombuffer(record, _COUNT, 2))
     head = (2 + segments + runs) * _COUNT.itemsize
     if segments == 0 or len(record) < head or (len(record) - head) % tokens.itemsize:
         raise BadRow("its parts do not fit its length")
+
     lengths, spans = np.split(np.frombuffer(record, _COUNT, segments + runs, 2 * _COUNT.itemsize), [segments])
     lengths, spans = lengths.astype(np.int64), spans.astype(np.int64)
     ids = np.frombuffer(record, tokens, offset=head)
     if lengths.sum() != spans.sum() or len(ids) != lengths.sum() + segments:
         raise BadRow("its parts do not fit each other")
+
+    # Runs alternate, and the first is a run of targets.
     mask = np.repeat(np.arange(runs) % 2 == 0, spans)
     return _Parts(lengths, mask, ids.astype(np.int32))
 
 
 def _runs(mask: Bool[np.ndarray, "N"]) -> list[int]:
-    """Lengths of runs of equal values, the first of them true."""
+    """Returns the lengths of runs of equal values. The first run is of true values and may be empty."""
     edges = np.flatnonzero(np.diff(mask)) + 1
     lengths = np.diff([0, *edges, len(mask)]).tolist()
     return lengths if mask[0] else [0, *lengths]
 
 
 def _padded(values: np.ndarray, length: int, kind: type) -> np.ndarray:
+    """Returns values in an array of `length`, padded with zeros."""
     row: np.ndarray = np.zeros(length, kind)
     row[: len(values)] = values
     return row

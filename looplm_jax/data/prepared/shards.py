@@ -1,4 +1,4 @@
-"""ArrayRecord files of rows: written once, read at random."""
+"""Shards: ArrayRecord files of packed sequences, written once and read at random."""
 
 import contextlib
 import functools
@@ -16,37 +16,52 @@ from looplm_jax.data.sources.files import DataFile, file_system
 from looplm_jax.errors import UserError
 from looplm_jax.files import NO_SPACE, AnyPath
 
-_WRITING = "group_size:1"  # a row is read without its neighbours
+_WRITING = "group_size:1"  # one record per group, so that a record can be read on its own
 _READING = "readahead_buffer_size:0,max_parallelism:0"
 _READ_BUFFER = 2**15
-_OPEN_SHARDS = 256  # files that a process has open at a time, of all sources and lanes together
+_OPEN_SHARDS = 256  # open files per process, over all sources and substreams
 _EDGE = 2**12
 
 
 def write_shard(
     rows: Iterable[list[Segment]], tokens: np.dtype, scratch: Path, folder: PreparedFolder, name: str
 ) -> Shard | None:
-    """Write rows to a file, and move it to its place whole; `documents` of the result is 0. No rows, no file.
+    """Writes sequences to a file in the scratch folder and moves it to its final name.
+
+    Args:
+      rows: the sequences, as lists of segments.
+      tokens: the dtype of stored tokens.
+      scratch: the folder for unfinished files.
+      folder: the prepared corpus.
+      name: the name of the shard.
+
+    Returns:
+      The description of the shard, with `documents` 0, or None, without writing a file, if there are no sequences.
 
     Raises:
-      UserError: the place refuses.
+      UserError: the file system refuses.
     """
     file = scratch / name
     written = positions = 0
     writer = None
+
     for row in rows:
         positions += sum(segment.positions for segment in row)
+
         record = encode_row(row, tokens)
         with _refused(folder.at(name)):
             writer = writer or _writer(file)
             writer.write(record)
         written += 1
+
     if writer is None:
         return None
     with _refused(folder.at(name)):
         writer.close()
+
     content = file.read_bytes()
     folder.publish(file, name)
+
     return Shard(
         name=name,
         rows=written,
@@ -59,7 +74,7 @@ def write_shard(
 
 
 def read_record(folder: PreparedFolder, shard: Shard, row: int) -> bytes:
-    """The bytes of one row; safe from many threads. Raises UserError where the file is missing or damaged."""
+    """Returns the bytes of one sequence. Thread-safe. Raises UserError if the file is missing or damaged."""
     try:
         return _reader(str(folder.at(shard.name)), shard.digest, shard.rows).read([row])[0]
     except RuntimeError as error:
@@ -67,7 +82,7 @@ def read_record(folder: PreparedFolder, shard: Shard, row: int) -> bytes:
 
 
 def check_shard(folder: PreparedFolder, shard: Shard) -> str | None:
-    """What is wrong with a file of rows, which is read whole; None if it is as it was written."""
+    """Returns the problem with a shard, which is read completely, or None if it is intact."""
     try:
         content = folder.read(shard.name)
     except FileNotFoundError:
@@ -78,7 +93,7 @@ def check_shard(folder: PreparedFolder, shard: Shard) -> str | None:
 
 
 def check_edges(folder: PreparedFolder, shard: Shard) -> str | None:
-    """Returns what is wrong with the length of a file of rows, or with its first and last bytes; None for nothing."""
+    """Returns the problem with the size, the first or the last bytes of a shard, or None if they are intact."""
     try:
         file = DataFile(*file_system(str(folder.at(shard.name))))
         if file.size != shard.bytes:
@@ -92,12 +107,12 @@ def check_edges(folder: PreparedFolder, shard: Shard) -> str | None:
 
 
 def file_digest(content: bytes) -> str:
-    """BLAKE2b, in hexadecimal."""
+    """Returns BLAKE2b of the content, in hexadecimal."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def damaged(folder: PreparedFolder, shard: Shard, why: str) -> UserError:
-    """The mistake of a shard that is not as it was written."""
+    """Returns the error for a shard that differs from what was written."""
     reason = " ".join(why.split())
     return UserError(
         f"{folder.at(shard.name)} is damaged or missing ({reason}); copy it again, or remove it and run the "
@@ -107,16 +122,20 @@ def damaged(folder: PreparedFolder, shard: Shard, why: str) -> UserError:
 
 @functools.lru_cache(maxsize=_OPEN_SHARDS)
 def _reader(path: str, digest: str, rows: int) -> Any:
-    """An open file. Those that were not used for the longest time are closed. `digest` tells its versions apart."""
+    """Returns an open reader, cached; the least recently used are closed.
+
+    The digest distinguishes versions of a file.
+    """
     from array_record.python.array_record_module import ArrayRecordReader
 
     reader = ArrayRecordReader(path, _READING, file_reader_buffer_size=_READ_BUFFER)
-    if reader.num_records() != rows:  # also where there is no file
+    if reader.num_records() != rows:  # also true if there is no file
         raise RuntimeError(f"it holds {reader.num_records()} rows, not {rows}")
     return reader
 
 
 def _writer(file: Path) -> Any:
+    """Opens an ArrayRecord writer."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
     return ArrayRecordWriter(str(file), _WRITING)
@@ -124,7 +143,10 @@ def _writer(file: Path) -> Any:
 
 @contextlib.contextmanager
 def _refused(name: AnyPath) -> Iterator[None]:
-    """ArrayRecord has one kind of error. It begins with the call that failed and the system's reason."""
+    """Converts ArrayRecord's only kind of error to a UserError.
+
+    Its message starts with the failed call and the reason given by the system.
+    """
     try:
         yield
     except RuntimeError as error:

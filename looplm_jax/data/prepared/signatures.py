@@ -1,4 +1,4 @@
-"""Near-duplicates of a whole corpus: signatures unit by unit in the workers, then which documents to leave out."""
+"""Near-duplicates in a whole corpus: workers compute signatures unit by unit, then all documents are compared."""
 
 import dataclasses
 import io
@@ -20,22 +20,27 @@ from looplm_jax.data.sources import BadRecordPolicy
 
 @dataclasses.dataclass(frozen=True)
 class SignUnit:
-    """Writes the signatures of a unit's documents."""
+    """A job that writes the MinHash signatures of a unit's documents."""
 
     url: str
     settings: NearDuplicates
     on_bad_record: OnBadRecord
 
     def __call__(self, job: UnitJob, say: Report) -> None:
-        """Write the file that `leave_out` reads. Raises UserError as reading does."""
+        """Writes the signature file of a unit, which `leave_out` reads.
+
+        Raises UserError for the same reasons as reading.
+        """
         tally = Tally(BadRecordPolicy(self.on_bad_record), say)
         names: dict[tuple[str, str], int] = {}
         places: list[tuple[int, int, int]] = []
         signatures = [np.zeros((0, self.settings.permutations), np.uint32)]
+
         for placed in documents(job.unit, tally.bad):
             tally.read(placed)
             signatures.append(self.settings.signature(plain_text(placed.document))[None])
             places.append((names.setdefault((placed.source, placed.file), len(names)), *placed.place))
+
         tally.say()
         content = io.BytesIO()
         np.savez(
@@ -49,19 +54,19 @@ class SignUnit:
 
 @dataclasses.dataclass(frozen=True)
 class LeftOutDocuments:
-    """Which documents of each unit are left out, and the report of it."""
+    """The documents to leave out of each unit, and the report about them."""
 
     of_unit: tuple[frozenset[int], ...]
     report: DuplicatesReport
 
 
 def signatures_name(number: int) -> str:
-    """The file of a unit's signatures."""
+    """Returns the name of a unit's signature file."""
     return f"{SIGNATURES}/{number:05d}.npz"
 
 
 def leave_out(folder: PreparedFolder, units: int, settings: NearDuplicates, scratch: Path) -> LeftOutDocuments:
-    """Compare the documents of all units, in the order of the units. Signatures lie on the disk meanwhile."""
+    """Compares the documents of all units, in order. Signatures are kept in a memory-mapped file, not in memory."""
     numbers = [0]
     file = scratch / "signatures"
     with file.open("wb") as stream:
@@ -69,7 +74,9 @@ def leave_out(folder: PreparedFolder, units: int, settings: NearDuplicates, scra
             signatures = _read(folder, unit)["signatures"]
             stream.write(signatures.tobytes())
             numbers.append(numbers[-1] + len(signatures))
+
     shape = (numbers[-1], settings.permutations)
+    # A file of length 0 cannot be mapped.
     together = np.memmap(file, np.uint32, "r", shape=shape) if numbers[-1] else np.zeros(shape, np.uint32)
     duplicates = settings.drop(together)
     report = DuplicatesReport.of(settings, duplicates, _Places(folder, numbers).place)
@@ -77,6 +84,7 @@ def leave_out(folder: PreparedFolder, units: int, settings: NearDuplicates, scra
 
 
 def _by_unit(duplicates: Duplicates, numbers: Sequence[int]) -> tuple[frozenset[int], ...]:
+    """Returns the dropped documents of each unit, as numbers within the unit."""
     dropped = np.sort(np.fromiter(duplicates.dropped, np.int64, len(duplicates.dropped)))
     edges = np.searchsorted(dropped, numbers)
     units = zip(edges, edges[1:], numbers)
@@ -84,14 +92,14 @@ def _by_unit(duplicates: Duplicates, numbers: Sequence[int]) -> tuple[frozenset[
 
 
 class _Places:
-    """Where documents are, by number; the files of the units that are asked for are kept."""
+    """The location of documents, by number. The files of units that were asked for are cached."""
 
     def __init__(self, folder: PreparedFolder, numbers: Sequence[int]):
         self._folder, self._numbers = folder, numbers
         self._units: dict[int, list[DocumentPlace]] = {}
 
     def place(self, number: int) -> DocumentPlace:
-        """Source, file and place in the file."""
+        """Returns the source, the file and the position of a document."""
         unit = int(np.searchsorted(self._numbers, number, side="right")) - 1
         if unit not in self._units:
             self._units[unit] = _document_places(_read(self._folder, unit))
@@ -99,6 +107,7 @@ class _Places:
 
 
 def _document_places(unit: "dict[str, np.ndarray]") -> list[DocumentPlace]:
+    """Returns the locations of a unit's documents."""
     names = unit["names"].tolist()
     return [
         DocumentPlace(names[name][0], f"{names[name][1]}:{first}:{second}")
@@ -107,5 +116,6 @@ def _document_places(unit: "dict[str, np.ndarray]") -> list[DocumentPlace]:
 
 
 def _read(folder: PreparedFolder, unit: int) -> "dict[str, np.ndarray]":
+    """Reads the signature file of a unit."""
     with np.load(io.BytesIO(folder.read(signatures_name(unit)))) as arrays:
         return dict(arrays)

@@ -1,4 +1,4 @@
-"""What all units together are: the manifest, and the report of what cleaning left out."""
+"""The results of all units together: the manifest, and the report about documents that cleaning left out."""
 
 import json
 from collections import Counter
@@ -15,10 +15,10 @@ REPORT = "cleaning"  # .json and .md
 
 
 def make_manifest(plan: Plan, tokenizer_file: str, reports: Sequence[UnitReport]) -> Manifest:
-    """The units in order.
+    """Returns the manifest of all units, in order.
 
     Raises:
-      UserError: a source holds no text, or nothing is left to train on.
+      UserError: a source has no text, or no sequence is left for training.
     """
     left_out = _left_out(reports)
     manifest = Manifest(
@@ -29,10 +29,12 @@ def make_manifest(plan: Plan, tokenizer_file: str, reports: Sequence[UnitReport]
         sources=_sources(plan, reports),
         left_out=left_out,
     )
+
     for source in manifest.sources:
         if source.documents == 0:
             skipped = f" ({left_out.bad_records} bad records were left out)" if left_out.bad_records else ""
             raise UserError(f"{source.path} holds no text{skipped}; give files with text in them")
+
     if not manifest.train:
         documents = sum(source.documents for source in manifest.sources)
         raise UserError(
@@ -40,6 +42,7 @@ def make_manifest(plan: Plan, tokenizer_file: str, reports: Sequence[UnitReport]
             f"out, {left_out.overlapping} overlapping, {left_out.near_duplicates} near-duplicates); choose another "
             "--out, and give more or hold out less"
         )
+
     return manifest
 
 
@@ -49,15 +52,21 @@ def write_cleaning_report(
     ngrams: EvaluationNgrams | None,
     duplicates: DuplicatesReport | None,
 ) -> None:
-    """What was left out and why, for programs and for people. Nothing is written where nothing was looked for."""
+    """Writes the documents that were left out, and the reasons, as JSON and as Markdown.
+
+    Nothing is written if neither overlaps nor near-duplicates were searched for.
+    """
     found: dict[str, DecontaminationReport | DuplicatesReport] = {}
+
     if ngrams is not None:
         findings = Findings()
         for report in reports:
             findings.merge(Findings.from_json(json.loads(report.findings)))
         found["decontamination"] = DecontaminationReport.of(ngrams.n, ngrams.files, findings)
+
     if duplicates is not None:
         found["near_duplicates"] = duplicates
+
     if found:
         values = {name: report.to_json() for name, report in found.items()}
         folder.write(f"{REPORT}.json", (strict_json.dumps(values, indent=1) + "\n").encode())
@@ -66,6 +75,7 @@ def write_cleaning_report(
 
 
 def _sources(plan: Plan, reports: Sequence[UnitReport]) -> tuple[SourceCount, ...]:
+    """Returns the counts of each source, summed over units."""
     documents: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     for source in (source for report in reports for source in report.sources):
@@ -76,6 +86,7 @@ def _sources(plan: Plan, reports: Sequence[UnitReport]) -> tuple[SourceCount, ..
 
 
 def _left_out(reports: Sequence[UnitReport]) -> LeftOut:
+    """Returns the records left out, summed over units, and the first bad record of all."""
     parts = [report.left_out for report in reports]
     return LeftOut(
         bad_records=sum(part.bad_records for part in parts),

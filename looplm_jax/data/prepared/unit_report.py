@@ -1,4 +1,4 @@
-"""What became of a unit: its shards, what was read, and what was left out."""
+"""The report about a unit: its shards, the documents read, and the records left out."""
 
 import dataclasses
 import json
@@ -20,14 +20,14 @@ _SECONDS_BETWEEN_REPORTS = 0.5
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UnitReport:
-    """The file of this content says that a unit is done.
+    """The outcome of a unit. The existence of its file means that the unit is done.
 
     Attributes:
-      train: the rows to train on; none if the unit has no such documents.
-      validation: the rows that are held out.
-      sources: what was read.
-      left_out: what was not kept.
-      findings: of decontamination, as JSON; empty where nobody asked for it.
+      train: the shard of training sequences; empty if the unit has no training documents.
+      validation: the shard of held-out sequences; empty if the unit has no held-out documents.
+      sources: the documents read from each source.
+      left_out: the records left out, by reason.
+      findings: the findings of decontamination as JSON; empty if it was not requested.
     """
 
     train: tuple[Shard, ...]
@@ -38,30 +38,32 @@ class UnitReport:
 
 
 def report_name(number: int) -> str:
-    """The file of a unit's report."""
+    """Returns the name of a unit's report file."""
     return f"units/{number:05d}.json"
 
 
 def read_report(folder: PreparedFolder, number: int) -> UnitReport:
-    """The report of a unit that is done."""
+    """Reads the report of a finished unit."""
     return from_dict(UnitReport, json.loads(folder.read(report_name(number))))
 
 
 class Tally:
-    """Counts of a unit as its documents go by; says now and then how far it is."""
+    """Counts of a unit while its documents are processed, which also reports progress about twice a second."""
 
     def __init__(self, bad: BadRecordPolicy, say: Report):
         self.bad = bad
         self.findings = Findings()
         self.train_documents = self.held_out = self.near_duplicates = self.pieces = self.pieces_without_target = 0
+
         self._documents: Counter[str] = Counter()
         self._bytes: Counter[str] = Counter()
+
         self._say = say
         self._said = time.monotonic()
         self._news = Progress(0, 0, 0)
 
     def read(self, placed: Placed) -> None:
-        """A document was read."""
+        """Counts a document that was read."""
         size = len(plain_text(placed.document).encode())
         self._documents[placed.source] += 1
         self._bytes[placed.source] += size
@@ -70,11 +72,18 @@ class Tally:
             self.say()
 
     def compared(self, placed: Placed, overlap: Overlap | None) -> None:
-        """A document was looked through for items of evaluations."""
+        """Counts a document that was compared with the evaluation items."""
         self.findings.add(placed.source, f"{placed.file}:{placed.place[0]}:{placed.place[1]}", overlap)
 
     def tokenized(self, tokens: int, pieces: int, length: int, *, held_out: bool) -> None:
-        """A document was kept: as many of its pieces of `length` tokens as have a target."""
+        """Counts a document that was kept.
+
+        Args:
+          tokens: the number of its tokens, without the first.
+          pieces: the number of its segments that have a target.
+          length: the number of positions in a sequence.
+          held_out: whether the document is held out.
+        """
         total = math.ceil(tokens / length)
         self.pieces += total
         self.pieces_without_target += total - pieces
@@ -85,18 +94,18 @@ class Tally:
             self.train_documents += 1
 
     def say(self) -> None:
-        """Tell what was done since the last time."""
+        """Reports the progress since the previous report."""
         self._say(self._news)
         self._said, self._news = time.monotonic(), Progress(0, 0, 0)
 
     def sources(self) -> tuple[SourceCount, ...]:
-        """What was read, in the order in which it came."""
+        """Returns the counts of each source, in the order in which they were first read."""
         return tuple(
             SourceCount(path=path, documents=count, bytes=self._bytes[path]) for path, count in self._documents.items()
         )
 
     def left_out(self) -> LeftOut:
-        """What was not kept."""
+        """Returns the numbers of records left out, by reason."""
         return LeftOut(
             bad_records=self.bad.skipped,
             first_bad_record=self.bad.first,

@@ -1,4 +1,4 @@
-"""Whether a prepared corpus is as it was written: quickly at every start, or all of it."""
+"""Verification that a prepared corpus is intact: a quick check at every start, or a check of every byte."""
 
 import concurrent.futures
 import functools
@@ -16,7 +16,7 @@ _BYTES_AT_START = 2**30
 
 
 def verify(corpus: PreparedCorpus) -> list[str]:
-    """One line for each file that is damaged or missing; every shard is read whole."""
+    """Returns one line for each file that is damaged or missing. Every shard is read completely."""
     folder, shards = corpus.folder, corpus.manifest.shards
     with concurrent.futures.ThreadPoolExecutor(_READS_AT_ONCE) as threads:
         found = zip(shards, threads.map(functools.partial(check_shard, folder), shards), strict=True)
@@ -29,15 +29,18 @@ def verify(corpus: PreparedCorpus) -> list[str]:
 
 
 def check_at_start(corpora: Sequence[PreparedCorpus]) -> None:
-    """Checks the length and the edges of every shard, and all bytes of as many as make a gigabyte.
+    """Checks the size and the edges of every shard, and all bytes of about a gigabyte of shards.
 
-    So a mixture of up to a gigabyte is checked whole, and a larger one in a time that grows with its files alone.
+    A mixture of up to a gigabyte is therefore checked completely, and the time for a larger one grows only with the
+    number of its files.
 
     Raises:
-      UserError: a shard is missing, damaged, or of another preparation.
+      UserError: a shard is missing, damaged, or from another preparation.
     """
     shards = [(corpus, shard) for corpus in corpora for shard in corpus.manifest.shards]
     _refuse(shards, check_edges, _EDGES_AT_ONCE)
+
+    # Evenly spaced shards that add up to about _BYTES_AT_START; all of them if the corpus is smaller.
     step = max(-(-sum(shard.bytes for _, shard in shards) // _BYTES_AT_START), 1)
     _refuse(shards[::step], check_shard, _READS_AT_ONCE)
 
@@ -45,6 +48,7 @@ def check_at_start(corpora: Sequence[PreparedCorpus]) -> None:
 def _refuse(
     shards: Sequence[tuple[PreparedCorpus, Shard]], check: Callable[[PreparedFolder, Shard], str | None], at_once: int
 ) -> None:
+    """Applies a check to shards concurrently and raises UserError for the first one that fails."""
     with concurrent.futures.ThreadPoolExecutor(at_once) as threads:
         found = threads.map(lambda pair: check(pair[0].folder, pair[1]), shards)
         for (corpus, shard), why in zip(shards, found, strict=True):

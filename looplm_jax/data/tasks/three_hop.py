@@ -13,8 +13,8 @@ questions start (the first layer here, which gives the paper's number of questio
 set depends on the seed of the stream.
 
 With `fewest`, training follows a curriculum that small models need: the number of hops is uniform in fewest..3. Shorter
-questions are drawn from all that exist, from every layer that can occur on the way of a longer one; with one hop, they
-are the facts themselves. There are still only `questions` training questions with three hops.
+questions are drawn from all that exist and end no deeper than a three-hop question; with one hop, they are the facts
+themselves. There are still only `questions` training questions with three hops.
 """
 
 import dataclasses
@@ -134,7 +134,7 @@ class ThreeHop:
         return generator("threehop-questions", self.world).permutation(self.pool)
 
     def _example(self, question: int) -> Example:
-        """Returns a question by its number, whose digits in base `relations` are the relations."""
+        """Returns a question by its number: the lowest three digits, in base `relations`, are the relations."""
         relations = []
         for _ in range(_HOPS):
             question, relation = divmod(question, self.relations)
