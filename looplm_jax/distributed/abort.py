@@ -1,4 +1,7 @@
-"""The JAX runtime aborts a process that misses process 0: here with one last line, and a status that means "again"."""
+"""Turns an abort of the JAX runtime into one line on standard error and an exit status that means "try again".
+
+The JAX runtime calls the C library's `abort` when it loses the connection to process 0.
+"""
 
 import ctypes
 import signal
@@ -7,9 +10,10 @@ from looplm_jax.distributed.cluster import end_process
 
 
 def on_abort(message: str, status: int) -> None:
-    """From now on, where the C library's `abort` is called, the process ends with this line and status instead.
+    """Installs a handler of SIGABRT that ends the process with `message` and `status`.
 
-    Python's own signal handlers run in the main thread between two instructions; whoever aborts does not wait so long.
+    A Python signal handler would not do: it runs in the main thread between two bytecode instructions, and `abort` does
+    not wait for it.
     """
 
     def handle(number: int) -> None:

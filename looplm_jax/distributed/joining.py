@@ -1,4 +1,4 @@
-"""How a process finds the others: through flags, or through what a TPU pod or Slurm says."""
+"""Connects a process to the other processes of its run, found through flags, a TPU pod or Slurm."""
 
 import dataclasses
 import errno
@@ -17,12 +17,22 @@ from looplm_jax.errors import UserError
 
 SECRET = "LOOPLM_JOB_SECRET"
 _BIND = "JAX_COORDINATOR_BIND_ADDRESS"
-_START_SECONDS = 60  # for the JAX runtime, which starts when all processes are there
+_START_SECONDS = 60  # timeout of the JAX runtime, which is started only after all processes have connected
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Join:
-    """What the flags say about the other processes. `automatic`: a TPU pod or Slurm is asked."""
+    """The values of the flags about other processes.
+
+    Attributes:
+      automatic: whether to ask the TPU pod or Slurm (`--distributed`).
+      coordinator: HOST:PORT of process 0.
+      processes: the number of processes.
+      process: the index of this process.
+
+    Raises:
+      UserError: the flags are incomplete or contradict each other.
+    """
 
     automatic: bool = False
     coordinator: str | None = None
@@ -33,19 +43,25 @@ class Join:
         given = [self.coordinator, self.processes, self.process]
         if all(value is None for value in given):
             return
+
         if self.automatic or any(value is None for value in given):
             raise UserError("say --coordinator, --processes and --process together, or --distributed alone")
+        # Validates the values.
         _Place(address=self.coordinator or "", index=self.process or 0, count=self.processes or 0)
 
     @property
     def asked(self) -> bool:
-        """Whether there may be others at all."""
+        """Whether the flags ask for other processes."""
         return self.automatic or self.coordinator is not None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Place:
-    """A process among the others, and the address of process 0. Raises UserError for what cannot be."""
+    """The index of this process, the number of processes, and the address of process 0.
+
+    Raises:
+      UserError: the address has no valid port, or the index is out of range.
+    """
 
     address: str
     index: int
@@ -60,24 +76,32 @@ class _Place:
 
     @property
     def host_and_port(self) -> tuple[str, int]:
+        """The host, without the brackets of an IPv6 address, and the port."""
         host, _, port = self.address.rpartition(":")
         return host.strip("[]"), int(port)
 
 
 def join(told: Join) -> Cluster:
-    """Meets the other processes, before anything asks JAX for a device.
+    """Connects to the other processes. Must be called before JAX is asked for a device.
+
+    Returns:
+      The processes of the run. Without flags about others, or with a count of 1, the cluster of a single process.
 
     Raises:
-      UserError: the others cannot be found, the port of process 0 is taken, or the JAX runtime does not start.
+      UserError: the other processes cannot be found, the port of process 0 is in use, or the JAX runtime does not
+        start.
     """
     if not told.asked:
         return ALONE
     place = _place(told)
     if place.count == 1:
         return ALONE
+
     links, bound = _links(place)
     member = Member(place.index, place.count, links)
+
     on_abort(f"process {place.index}: the JAX runtime gave up because a process was lost (see above)", LOST)
+
     try:
         jax.distributed.initialize(
             place.address,
@@ -88,18 +112,19 @@ def join(told: Join) -> Cluster:
         )
     except (ValueError, RuntimeError) as error:
         member.end(f"the JAX runtime did not start: {error}", 2)
+
     return member
 
 
 def check_alone() -> None:
-    """Raises UserError where a process that was told of no others is one of many."""
+    """Raises UserError if this process is one of several of a pod but was started without `--distributed`."""
     if jax.process_count() > 1 and not jax.distributed.is_initialized():
         raise UserError(f"this is one of {jax.process_count()} processes of a pod; say --distributed on all of them")
 
 
 def _place(told: Join) -> _Place:
-    """Returns where this process is among the others. Raises UserError where nothing says so."""
-    from jax._src.clusters import ClusterEnv  # knows a TPU pod, Slurm and the like; nothing public tells what it finds
+    """Returns the index of this process among the others. Raises UserError if it cannot be determined."""
+    from jax._src.clusters import ClusterEnv  # detects TPU pods, Slurm and others; has no public counterpart
 
     address, count, index = told.coordinator, told.processes, told.process
     if told.automatic:
@@ -110,6 +135,7 @@ def _place(told: Join) -> _Place:
             )
         except (ValueError, RuntimeError, OSError, KeyError) as error:
             raise UserError(f"the surroundings did not say which processes there are ({error!r}); {_HINT}") from None
+
     if address is None or count is None or index is None:
         raise UserError(f"this is no TPU pod and no Slurm job, so nothing says which processes there are; {_HINT}")
     return _Place(address=address, index=index, count=count)
@@ -119,28 +145,31 @@ _HINT = "say --coordinator, --processes and --process"
 
 
 def _links(place: _Place) -> tuple[dict[int, Link], str | None]:
-    """Links to the others, and on process 0 the address that it binds to."""
+    """Returns the links to the other processes and, on process 0, the address that it binds to."""
     token = _token()
     if place.index > 0:
         return {0: reach(place.host_and_port, token, place.index, place.count)}, None
+
     host, port = _bound(place)
     with _listener(host, port, place.count) as listener:
         links = _accept(listener, token, place.count)
+
     return links, f"[{host or '::'}]:{port}" if not host or ":" in host else f"{host}:{port}"
 
 
 def _accept(listener: socket.socket, token: bytes, count: int) -> dict[int, Link]:
+    """Returns a link to each other process."""
     return Meeting(token, count).accept(listener)
 
 
 def _token() -> bytes:
-    """What processes of this run say first; only those that were given the same secret, where there is one."""
+    """Returns the first message of every process of this run. It depends on the job's secret, if there is one."""
     content = f"looplm_jax processes, version 1\0{os.environ.get(SECRET, '')}"
     return hashlib.sha256(content.encode(errors="surrogateescape")).digest()[:16]
 
 
 def _listener(host: str, port: int, count: int) -> socket.socket:
-    """Raises UserError where process 0 cannot listen there."""
+    """Returns a socket that listens on `host` and `port`. Raises UserError if process 0 cannot listen there."""
     where = f"process 0 cannot listen on port {port}{f' of {host}' if host else ''}"
     try:
         found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -155,18 +184,22 @@ def _listener(host: str, port: int, count: int) -> socket.socket:
 
 
 def _bound(place: _Place) -> tuple[str, int]:
-    """Where process 0 listens: the host that all were given, or every address where its own name says only "here".
+    """Returns the host and port on which process 0 listens.
 
-    Many a machine knows itself by its name as 127.0.1.1, where no other machine would find it.
+    This is the host that all processes were given. Process 0 listens on all addresses (an empty host) if its own name
+    resolves only to loopback addresses: many machines resolve their name to 127.0.1.1, where no other machine can reach
+    them.
     """
     host, port = place.host_and_port
     if own := os.environ.get(_BIND):
         place = dataclasses.replace(place, address=own)
         return place.host_and_port
+
     try:
         found = {info[4][0] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
     except OSError:
         return host, port
+
     literal = host == "localhost" or host in found
     only_here = all(str(address).startswith("127.") or address == "::1" for address in found)
     return ("" if only_here and not literal else host), port

@@ -1,4 +1,4 @@
-"""A connection between two processes: JSON values, one a line, and a heartbeat."""
+"""A TCP connection between two processes that carries newline-delimited JSON and a heartbeat."""
 
 import contextlib
 import json
@@ -11,32 +11,39 @@ from typing import Any
 
 _BEAT_SECONDS = 5.0
 _LONGEST_GREETING = 1000
-_LONGEST_MESSAGE = 2**26  # bytes; what processes agree on is far shorter
-SILENCE_SECONDS = 60.0  # a process without a heartbeat for this long is gone, even if its connection is still open
+_LONGEST_MESSAGE = 2**26  # bytes; far more than any value that processes exchange
+SILENCE_SECONDS = 60.0  # without a heartbeat for this long, the other process is considered lost
 
 
 class Link:
-    """One end of a connection. Any thread may send; one thread receives."""
+    """One end of a connection. Any thread may send; only one thread may receive.
+
+    Args:
+      connection: a connected socket.
+      silence: the seconds without a heartbeat after which the other end is considered lost.
+    """
 
     def __init__(self, connection: socket.socket, *, silence: float = SILENCE_SECONDS):
         connection.settimeout(silence)
-        with contextlib.suppress(OSError):  # small messages that someone waits for; a socket pair knows no TCP
+        with contextlib.suppress(OSError):  # low latency for small messages; socket pairs have no TCP options
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
         self._connection, self._silence = connection, silence
         self._lines = connection.makefile("rb")
         self._sending = threading.Lock()
         self._closed = threading.Event()
-        self.silent = False  # set: the other end stopped sending without closing the connection
+        self.silent = False  # True if the other end stopped sending without closing the connection
 
     def send(self, message: Any) -> None:
-        """Sends a JSON value. Does nothing if the other end is gone: the thread that receives learns that."""
+        """Sends a JSON value. Does nothing if the connection is lost; the receiving thread detects that."""
         with contextlib.suppress(OSError), self._sending:
             self._connection.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self, seconds: float) -> Any:
-        """Returns the first message, or None if none arrives in time: the other end may be a stranger.
+        """Returns the first message, or None if no valid message arrives in time.
 
-        Reads neither more than a bounded number of bytes nor longer than `seconds`, however slowly they come.
+        The other end may be an unrelated program, so the number of bytes and the total time are bounded, however slowly
+        the bytes arrive.
         """
         try:
             return json.loads(self._first_line(time.monotonic() + seconds))
@@ -44,7 +51,7 @@ class Link:
             return None
 
     def received(self) -> Iterator[Any]:
-        """Messages until the other end is gone, or silent for too long. Heartbeats are left out."""
+        """Yields messages, without heartbeats, until the connection is closed or silent for too long."""
         threading.Thread(target=self._beat, daemon=True).start()
         try:
             while line := self._lines.readline(_LONGEST_MESSAGE):
@@ -52,7 +59,7 @@ class Link:
                     yield json.loads(line)
         except TimeoutError:
             self.silent = True
-        except (OSError, ValueError, RecursionError):  # ValueError: this end was closed, or the other sent no JSON
+        except (OSError, ValueError, RecursionError):  # ValueError: this end was closed, or the message is not JSON
             pass
         finally:
             self._closed.set()
@@ -60,7 +67,7 @@ class Link:
 
     @property
     def broken(self) -> bool:
-        """Whether the other end has closed the connection, as far as can be known without reading from it."""
+        """Whether the other end has closed the connection, as far as this can be detected without consuming data."""
         waiting = select.poll()
         waiting.register(self._connection, select.POLLIN)
         try:
@@ -70,17 +77,17 @@ class Link:
 
     @property
     def host(self) -> str:
-        """The address of the other end, or an empty string where it has none."""
+        """The address of the other end, or an empty string if it has none."""
         with contextlib.suppress(OSError, IndexError):
             return str(self._connection.getpeername()[0])
         return ""
 
     def wait_closed(self, seconds: float) -> None:
-        """Returns once the other end is gone, or after `seconds`."""
+        """Blocks until the other end has closed the connection, or for at most `seconds`."""
         self._closed.wait(seconds)
 
     def close(self) -> None:
-        """Tells the other end that nothing more will come."""
+        """Closes the connection. The other end receives an end of file."""
         self._closed.set()
         with contextlib.suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)
@@ -88,7 +95,7 @@ class Link:
         self._lines.close()
 
     def _first_line(self, deadline: float) -> bytes:
-        """One byte at a time, so that nothing behind the line is read."""
+        """Reads one line, byte by byte, so that no data after it is consumed."""
         line = bytearray()
         try:
             while not line.endswith(b"\n") and len(line) < _LONGEST_GREETING:
@@ -101,5 +108,6 @@ class Link:
         return bytes(line)
 
     def _beat(self) -> None:
+        """Sends heartbeats (`null`) until the connection is closed."""
         while not self._closed.wait(_BEAT_SECONDS):
             self.send(None)

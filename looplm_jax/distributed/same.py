@@ -1,4 +1,4 @@
-"""Whether all processes were started alike, and what one of them does before the others."""
+"""Checks that all processes were started alike, and runs work on process 0 before the others."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -12,17 +12,18 @@ _SHOWN = 3
 
 
 def check_same(cluster: Cluster, what: str, value: Any) -> None:
-    """Refuses, on all processes, to go on with one whose `value` is another than that of process 0.
+    """Raises UserError on all processes if the `value` of one of them differs from that of process 0.
 
     Args:
-      cluster: the processes; all must call this together.
-      what: what the value is, for the message: "configuration".
-      value: JSON; nested dictionaries are compared field by field.
+      cluster: the processes. All of them must call this together.
+      what: a name of the value for the message, such as "configuration".
+      value: JSON. Nested dictionaries are compared field by field.
 
     Raises:
-      UserError: the process, and the fields that differ.
+      UserError: names the process and the first few fields that differ.
     """
     first, *others = (dict(_fields(given)) for given in cluster.gather(f"same {what}", value))
+
     for index, other in enumerate(others, start=1):
         differing = [name for name in {**first, **other} if first.get(name) != other.get(name)]
         if differing:
@@ -35,13 +36,17 @@ def check_same(cluster: Cluster, what: str, value: Any) -> None:
 
 
 def first_on_process_0(cluster: Cluster, name: str, work: Callable[[], R]) -> R:
-    """`work()` on process 0, then on the others, who find what it left on the disk that they share."""
+    """Returns `work()`, which runs on process 0 first and then on the others.
+
+    The others find the files that process 0 has written to the shared file system.
+    """
     result = work() if cluster.index == 0 else None
     cluster.gather(name, None)
     return work() if result is None else result
 
 
 def _fields(value: Any, path: str = "") -> list[tuple[str, Any]]:
+    """Returns the dotted path and value of every plain value."""
     if isinstance(value, list):
         value = {str(item.get("name", n) if isinstance(item, dict) else n): item for n, item in enumerate(value)}
     if not isinstance(value, dict):

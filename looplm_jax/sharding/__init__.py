@@ -1,4 +1,4 @@
-"""One program for one device, a laptop's fake ones and a pod: only the mesh differs."""
+"""Meshes, shardings and collectives. The same program runs on one device, on simulated ones and on a pod."""
 
 from looplm_jax.sharding.local import gather, on_each_device, reduce, reduce_sums, token_axes
 from looplm_jax.sharding.mesh import (

@@ -1,4 +1,4 @@
-"""What accelerators can do: the published peaks that a step's time and its utilisation are measured against."""
+"""Published peak performance of accelerators, the reference for step times and model FLOPs utilization."""
 
 import dataclasses
 
@@ -8,12 +8,20 @@ _GB = 10**9
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-    """One accelerator as JAX counts devices; a chip of two cores that JAX counts as two devices is halved.
+    """One accelerator as JAX counts devices.
 
-    `device_kinds` are the names that `jax.Device.device_kind` gives it. Speeds are dense and per second: bfloat16
-    operations, bytes of memory traffic, bytes sent one way over all links to other chips of a slice or a node
-    (published as the sum of both ways, hence the halves), and bytes sent beyond it; None is not published.
-    `torus_dimensions` is 0 where each chip reaches every other.
+    The figures of a chip with two cores that JAX counts as two devices are halved. Rates are dense and per second.
+
+    Attributes:
+      name: the name of the accelerator in this package.
+      device_kinds: the values of `jax.Device.device_kind` for it.
+      peak_bf16_flops: bfloat16 operations per second.
+      hbm_bytes: the size of its memory.
+      hbm_bandwidth: bytes of memory traffic per second.
+      ici_bandwidth: bytes per second sent in one direction over all links to other chips of a slice or a node. Vendors
+        publish the sum of both directions, hence the halves below.
+      network_bandwidth: bytes per second sent beyond the slice or node; None if not published.
+      torus_dimensions: dimensions of the torus of links; 0 if each chip is connected to every other.
     """
 
     name: str
@@ -123,5 +131,5 @@ CHIPS = (
 
 
 def known_chip(device_kind: str) -> Chip | None:
-    """The chip that JAX calls so, or None: better no figure than a wrong one."""
+    """Returns the chip with this `device_kind`, or None if it is unknown."""
     return next((chip for chip in CHIPS if device_kind in chip.device_kinds), None)

@@ -1,8 +1,9 @@
-"""Regions of a program in which each device has its own tokens and whole parameters, and sums only what it is told to.
+"""Local regions of a program, in which each device computes on its own tokens and reductions are explicit.
 
-Outside of one the compiler decides where gradients are summed over devices, and does so wherever a product is: in every
-turn of every loop. Inside, `gather` and `reduce` are the only exchanges along the axes of the mesh that tokens lie on;
-the `tensor` axis is left to the compiler.
+Each device has whole parameters there. Outside of a local region the compiler decides where gradients are summed over
+devices, and does so at every product: in every iteration of every loop. Inside, `gather` (all-gather) and `reduce`
+(reduce-scatter) are the only collectives along the mesh axes that shard tokens. The `tensor` axis is left to the
+compiler.
 """
 
 from collections.abc import Callable
@@ -19,19 +20,20 @@ R = TypeVar("R")
 
 
 def token_axes() -> tuple[str, ...]:
-    """Returns the axes of the mesh in use along which devices have different tokens; none inside a local region."""
+    """Returns the mesh axes along which devices have different tokens; none inside a local region."""
     return () if jax.sharding.get_abstract_mesh().empty else mesh_axes(partition("batch", "sequence"))
 
 
 def on_each_device(
     function: Callable[..., tuple[R, PyTree]], in_axes: tuple[PyTree, ...], out_axes: PyTree
 ) -> Callable[..., tuple[R, PyTree]]:
-    """Returns `function` as a local region. It returns sums over all devices, the same on each, and shards of arrays.
+    """Returns `function` as a local region.
 
     Args:
-      function: what every device runs on its shards.
-      in_axes: logical axes of its arguments, a tree for each one.
-      out_axes: logical axes of the arrays of which it returns shards.
+      function: runs on each device on its shards. It returns sums over all devices, which are the same on each device,
+        and shards of arrays.
+      in_axes: the logical axes of the arguments, one tree per argument.
+      out_axes: the logical axes of the arrays whose shards it returns.
     """
     devices = token_axes()
 
@@ -52,14 +54,17 @@ def on_each_device(
 
 
 def gather(shard: Array, axes: Axes) -> Array:
-    """Returns the whole of an array with these logical axes, inside a local region."""
+    """Returns the whole array from its shards by all-gather. Must be called inside a local region."""
     for dimension, names in _sharded(axes):
         shard = jax.lax.all_gather(shard, names, axis=dimension, tiled=True)
     return shard
 
 
 def reduce(array: Array, axes: Axes) -> Array:
-    """Returns the shard of this device of the sum of an array over all devices, inside a local region."""
+    """Returns this device's shard of the sum of an array over all devices. Must be called inside a local region.
+
+    Uses reduce-scatter along the axes that shard the array and an all-reduce along the remaining ones.
+    """
     devices = _local_axes()
     for dimension, names in _sharded(axes):
         array = jax.lax.psum_scatter(array, names, scatter_dimension=dimension, tiled=True)
@@ -68,26 +73,28 @@ def reduce(array: Array, axes: Axes) -> Array:
 
 
 def reduce_sums(sums: PyTree) -> PyTree:
-    """Returns sums over the tokens of all devices, given those over the tokens of each, inside a local region."""
+    """Returns the all-reduced sums over the tokens of all devices. Must be called inside a local region."""
     return jax.lax.psum(sums, _local_axes())
 
 
 def _local_axes() -> tuple[str, ...]:
+    """Returns the mesh axes of the local region."""
     return jax.sharding.get_abstract_mesh().manual_axes
 
 
 def _sharded(axes: Axes) -> list[tuple[int, tuple[str, ...]]]:
-    """The dimensions that are sharded along the axes of a local region, and along which of them."""
+    """Returns each dimension that is sharded along axes of the local region, with those axes."""
     spec = _along(_local_axes(), axes)
     return [(dimension, names) for dimension, entry in enumerate(spec) if (names := mesh_axes(PartitionSpec(entry)))]
 
 
 def _along(devices: tuple[str, ...], axes: Axes) -> PartitionSpec:
-    """Where an array with these logical axes lies along some axes of the mesh."""
+    """Returns the sharding of an array with these logical axes, restricted to some axes of the mesh."""
     spec = nn.logical_to_mesh_axes(tuple(axes), LOGICAL_AXIS_RULES) or PartitionSpec()
     entries = (mesh_axes(PartitionSpec(entry)) for entry in spec)
     return PartitionSpec(*(tuple(name for name in names if name in devices) or None for names in entries))
 
 
 def _is_axes(node: PyTree) -> bool:
+    """Whether a node is a tuple of logical axes, and thus a leaf."""
     return isinstance(node, PartitionSpec | tuple) and all(name is None or isinstance(name, str) for name in node)

@@ -1,6 +1,6 @@
-"""What the program being traced will run on: the devices of the mesh in use, or those that run by default.
+"""The platform that the traced program will run on: that of the current mesh, or the default one.
 
-The mesh may be of devices that are not here: a TPU program is traced and compiled on a machine without a TPU.
+The mesh may consist of devices that this machine does not have: a TPU program can be traced and compiled without a TPU.
 """
 
 import jax
@@ -9,7 +9,7 @@ from looplm_jax.errors import UserError
 
 
 def target_platform() -> str:
-    """`cpu`, `gpu` or `tpu`."""
+    """Returns `cpu`, `gpu` or `tpu`."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is not None:
         return device.platform
@@ -18,22 +18,26 @@ def target_platform() -> str:
 
 
 def target_kind() -> str:
-    """The model of the device, such as `TPU v5 lite`."""
+    """Returns the device kind, such as `TPU v5 lite`."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.local_devices()[0].device_kind if device is None else device.device_kind
 
 
 def first_device() -> list[jax.Device]:
-    """The first device of this process, alone. Raises UserError where its platform does not start."""
+    """Returns a list of only the first device of this process.
+
+    Raises:
+      UserError: its platform does not start.
+    """
     require_platform()
     return jax.local_devices()[:1]
 
 
 def require_platform() -> None:
-    """Starts the platform that programs run on.
+    """Initializes the platform that programs run on.
 
     Raises:
-      UserError: JAX_PLATFORMS names one that is not here, or that does not start.
+      UserError: JAX_PLATFORMS names a platform that is not available or does not start.
     """
     try:
         jax.local_devices()
@@ -47,7 +51,7 @@ def require_platform() -> None:
 
 
 def require_compilation() -> None:
-    """Checks that programs are compiled, which training, evaluation and the engine count on.
+    """Checks that programs are compiled, as training, evaluation and the engine require.
 
     Raises:
       UserError: JAX_DISABLE_JIT is set.

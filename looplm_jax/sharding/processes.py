@@ -1,4 +1,4 @@
-"""What one process of many holds of a global array, and how it sees the rest."""
+"""Global arrays in a run of several processes: the sequences of each process, and copies on the host."""
 
 from typing import Any
 
@@ -12,14 +12,25 @@ from looplm_jax.sharding.mesh import batch_sharding, partition
 
 
 def process_rows(mesh: Mesh, rows: int) -> list[int]:
-    """Which of the rows of a batch `[parts, rows, positions]` lie on devices of this process, ascending."""
+    """Returns the indices of the sequences of a batch that are on devices of this process, in ascending order.
+
+    Args:
+      mesh: the mesh.
+      rows: the number of sequences of the global batch.
+    """
     sharding = NamedSharding(mesh, partition("batch"))
     held: Any = sharding.addressable_devices_indices_map((rows,)).values()
     return sorted({row for index in held for row in range(*index[0].indices(rows))})
 
 
 def place_rows(own: np.ndarray, mesh: Mesh, rows: int) -> Array:
-    """The global batch `[parts, rows, positions]` of which this process gives its `process_rows`."""
+    """Returns the global batch `[accumulation, sequences, positions]` as a sharded array.
+
+    Args:
+      own: the sequences of this process, those of `process_rows` in that order.
+      mesh: the mesh.
+      rows: the number of sequences of the global batch.
+    """
     held = process_rows(mesh, rows)
 
     def shard(index: Any) -> np.ndarray:
@@ -31,7 +42,7 @@ def place_rows(own: np.ndarray, mesh: Mesh, rows: int) -> Array:
 
 
 def to_host(tree: PyTree[Any]) -> PyTree[Any]:
-    """The arrays of a tree as NumPy arrays, whole on every process. All processes must call this together."""
+    """Returns the arrays of a tree as whole NumPy arrays on every process. All processes must call this together."""
 
     def fetch(array: Any) -> np.ndarray:
         if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:

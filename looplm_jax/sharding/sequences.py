@@ -1,23 +1,24 @@
-"""Sequences that several devices share: each holds a run of their positions.
+"""Context parallelism: several devices share a sequence, and each has a contiguous range of its positions.
 
-Attention needs whole sequences. For it the devices trade: each gives its run of all heads and gets whole sequences of
-its share of the heads (DeepSpeed-Ulysses, arXiv 2309.14509), so all do the same work under a causal mask.
+Attention needs whole sequences. An all-to-all before it exchanges positions for heads: each device gives its range of
+all heads and receives whole sequences of some heads (DeepSpeed-Ulysses, arXiv 2309.14509). All devices therefore do the
+same amount of work under a causal mask.
 """
 
 import flax.linen as nn
 import jax
 from jaxtyping import Array, Int, Shaped
 
-_AXIS = "context"  # of the mesh
+_AXIS = "context"  # the mesh axis that shards positions
 
 
 def sequence_shards() -> int:
-    """Devices that share a sequence in the mesh in use; 1 without a mesh."""
+    """Returns the number of devices that share a sequence in the current mesh; 1 without a mesh."""
     return jax.sharding.get_abstract_mesh().shape.get(_AXIS, 1)
 
 
 def whole_length(length: int) -> int:
-    """Returns the positions of a whole sequence, given those of an array of the traced code."""
+    """Returns the length of a whole sequence, given the length of an array in the traced code."""
     return length * sequence_shards() if _in_local_region() else length
 
 
@@ -29,14 +30,18 @@ def whole_sequences(x: Int[Array, "B s"]) -> Int[Array, "B S"]:
 
 
 def _in_local_region() -> bool:
+    """Whether the code is traced inside a `shard_map` over the context axis."""
     return _AXIS in jax.sharding.get_abstract_mesh().manual_axes
 
 
 def heads_to_devices(x: Shaped[Array, "B s H Dh"]) -> Shaped[Array, "B S h Dh"]:
-    """From a run of positions of all heads to all positions of some heads, on each device of a `shard_map`."""
+    """Exchanges a range of positions of all heads for all positions of some heads, by all-to-all.
+
+    Must be called inside a `shard_map` over the context axis.
+    """
     return jax.lax.all_to_all(x, _AXIS, split_axis=2, concat_axis=1, tiled=True)
 
 
 def heads_from_devices(x: Shaped[Array, "B S h Dh"]) -> Shaped[Array, "B s H Dh"]:
-    """The inverse of `heads_to_devices`."""
+    """Exchanges all positions of some heads for a range of positions of all heads: the inverse."""
     return jax.lax.all_to_all(x, _AXIS, split_axis=1, concat_axis=2, tiled=True)

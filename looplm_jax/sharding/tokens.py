@@ -1,6 +1,7 @@
-"""Work that each device does on its own tokens, with sums over all devices at its end.
+"""Functions that each device runs on its own tokens, followed by one sum over all devices.
 
-Left to itself, the compiler adds up over the devices in every turn of a loop over tokens what is needed once, after it.
+Without this, the compiler sums over devices in every iteration of a loop over tokens, although one sum after the loop
+is enough.
 """
 
 from collections.abc import Callable
@@ -17,16 +18,17 @@ F = TypeVar("F", bound=Callable[..., tuple[PyTree, PyTree]])
 
 
 def on_own_tokens(function: F, inputs: tuple[Axes, ...], outputs: Axes) -> F:
-    """`function`, run by each device on its own tokens. It gives arrays of tokens, and arrays that are sums over them.
+    """Returns `function` as a function that each device runs on its own tokens.
 
     Args:
-      function: what to run; takes arrays.
-      inputs: axes of each argument: `batch` and `sequence` are those of tokens, None is any other.
-      outputs: the same of the arrays of tokens that it gives.
+      function: takes arrays and returns two trees: arrays of tokens, and sums over the tokens.
+      inputs: the axes of each argument: `batch` and `sequence` for axes of tokens, None for any other.
+      outputs: the axes of the arrays of tokens that it returns.
 
     Returns:
-      A function of the whole arrays, its sums over all tokens. It is `function` itself where there is no mesh, where
-      tokens do not divide over it, and in a local region, whose arrays are those of one device.
+      A function of the global arrays whose sums are over all tokens. It is equivalent to `function` if there is no
+      mesh, if the tokens are not evenly divisible by the mesh, and inside a local region, whose arrays are those of one
+      device.
     """
 
     def whole(*arrays: Array) -> tuple[PyTree, PyTree]:
