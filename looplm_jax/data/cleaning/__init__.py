@@ -1,4 +1,4 @@
-"""What training data must not hold: items of evaluations, and texts that it holds already."""
+"""Cleaning of training data: removal of evaluation items (decontamination) and of near-duplicates."""
 
 from looplm_jax.data.cleaning.decontamination_report import DecontaminationReport
 from looplm_jax.data.cleaning.duplicates_report import DocumentPlace, DuplicatesReport

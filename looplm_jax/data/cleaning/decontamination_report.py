@@ -1,4 +1,4 @@
-"""The report of decontamination: per evaluation file, per source, and the longest matches."""
+"""The report of decontamination: by evaluation file, by source, and the longest matches."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,9 +13,9 @@ _EXCERPT_CHARACTERS = 60
 
 @dataclasses.dataclass(frozen=True)
 class FoundItems:
-    """How many items of an evaluation file stand in the data: in any part, at least by half, and whole.
+    """The numbers of items of an evaluation file that occur in the data: in part, at least by half, and completely.
 
-    By half means that of the words of an item that are looked for, half are in n-grams that stand in one document.
+    An item occurs by half if half of the words searched for are in n-grams that occur in one document.
     """
 
     file: str
@@ -28,7 +28,7 @@ class FoundItems:
 
 @dataclasses.dataclass(frozen=True)
 class DroppedDocuments:
-    """How many documents of a source were looked at, and how many were dropped."""
+    """The number of documents of a source that were searched, and the number that were dropped."""
 
     source: str
     documents: int
@@ -37,7 +37,7 @@ class DroppedDocuments:
 
 @dataclasses.dataclass(frozen=True)
 class DecontaminationReport:
-    """What was found of `n` words in a row, and what was dropped for it."""
+    """The matches of `n` consecutive words, and the documents that were dropped because of them."""
 
     n: int
     files: tuple[FoundItems, ...]
@@ -46,7 +46,7 @@ class DecontaminationReport:
 
     @classmethod
     def of(cls, n: int, files: Sequence[EvaluationFile], findings: Findings) -> "DecontaminationReport":
-        """The report of what was found of evaluation files (`EvaluationNgrams.files`)."""
+        """Returns the report of the findings for evaluation files (`EvaluationNgrams.files`)."""
         return cls(
             n=n,
             files=tuple(_found_items(file, findings) for file in files),
@@ -58,11 +58,11 @@ class DecontaminationReport:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Returns the report as plain JSON values."""
         return dataclasses.asdict(self)
 
     def to_markdown(self) -> str:
-        """Tables for people."""
+        """Returns the report as Markdown tables."""
         return "\n".join(
             (
                 "## Decontamination",
@@ -83,8 +83,10 @@ class DecontaminationReport:
         )
 
     def _longest(self) -> tuple[str, ...]:
+        """Returns the lines about the longest matches."""
         if not self.longest:
             return ()
+
         rows = [
             (
                 placed.match.words,
@@ -95,10 +97,12 @@ class DecontaminationReport:
             )
             for placed in self.longest
         ]
+
         return ("Longest matches:", "", table(("words", "of the item", "item", "document", "begins with"), rows))
 
 
 def _found_items(file: EvaluationFile, findings: Findings) -> FoundItems:
+    """Returns the numbers of found items for one evaluation file."""
     shares = [share for (name, _), share in findings.shares.items() if name == file.name]
     return FoundItems(
         file=file.name,

@@ -1,4 +1,4 @@
-"""The report of near-duplicates: what was dropped per source, how large clusters are, and the largest of them."""
+"""The report of near-duplicates: dropped documents by source, sizes of clusters, and the largest clusters."""
 
 import dataclasses
 from collections import Counter
@@ -15,7 +15,7 @@ _SIZES = (2, 3, 5, 10, 100, 1000)
 
 @dataclasses.dataclass(frozen=True)
 class DocumentPlace:
-    """Where a reader finds a document."""
+    """The location of a document."""
 
     source: str
     place: str
@@ -23,7 +23,7 @@ class DocumentPlace:
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """A document that was kept, how many others were dropped for it, and where the first of those are."""
+    """A document that was kept, the number of documents dropped in its favor, and the first of their locations."""
 
     kept: str
     dropped: int
@@ -32,7 +32,7 @@ class Cluster:
 
 @dataclasses.dataclass(frozen=True)
 class ClusterSizes:
-    """How many clusters have at least so many documents (and fewer than the next size)."""
+    """The number of clusters with at least `at_least` documents, but fewer than the next size."""
 
     at_least: int
     clusters: int
@@ -40,7 +40,7 @@ class ClusterSizes:
 
 @dataclasses.dataclass(frozen=True)
 class DuplicatesReport:
-    """What was dropped because an earlier document is almost the same."""
+    """The documents that were dropped because an earlier one is almost the same."""
 
     settings: NearDuplicates
     documents: int
@@ -53,11 +53,13 @@ class DuplicatesReport:
     def of(
         cls, settings: NearDuplicates, duplicates: Duplicates, place: Callable[[int], DocumentPlace]
     ) -> "DuplicatesReport":
-        """The report, given where each document is."""
+        """Returns the report, given a function that locates a document by number."""
         clusters: dict[int, list[int]] = {}
         for dropped, kept in sorted(duplicates.kept.items()):
             clusters.setdefault(kept, []).append(dropped)
+        # Largest first; among equals, the earliest.
         largest = sorted(clusters.items(), key=lambda cluster: (-len(cluster[1]), cluster[0]))[:_LARGEST]
+
         return cls(
             settings=settings,
             documents=duplicates.documents,
@@ -71,11 +73,11 @@ class DuplicatesReport:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Returns the report as plain JSON values."""
         return dataclasses.asdict(self)
 
     def to_markdown(self) -> str:
-        """Tables for people."""
+        """Returns the report as Markdown tables."""
         return "\n".join(
             (
                 "## Near-duplicates",
@@ -95,5 +97,6 @@ class DuplicatesReport:
 
 
 def _sizes(clusters: list[int]) -> tuple[ClusterSizes, ...]:
+    """Returns the histogram of cluster sizes."""
     counts = Counter(max(size for size in _SIZES if size <= documents) for documents in clusters)
     return tuple(ClusterSizes(size, counts[size]) for size in _SIZES if counts[size])

@@ -1,4 +1,4 @@
-"""Evaluation files: one item a line, as JSON or as plain text."""
+"""Evaluation files: one item per line, as JSON or as plain text."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -20,20 +20,28 @@ class EvaluationItem:
 
 
 def evaluation_files(patterns: Sequence[str]) -> tuple[DataFile, ...]:
-    """The files of paths and globs, each once, in the order given. Raises UserError for one that is not there."""
+    """Returns the files of paths and globs, each once, in the given order.
+
+    Raises UserError if a path matches nothing.
+    """
     return tuple(
         {file.name: file for pattern in patterns for file in find_files(pattern, by_content=False).files}.values()
     )
 
 
 def read_items(file: DataFile, key: str | None = None) -> tuple[EvaluationItem, ...]:
-    """The items of a .txt file, one a line, or of a .jsonl file: every string in a line, or that of `key` alone.
+    """Returns the items of a .txt file, one per line, or of a .jsonl file.
+
+    Args:
+      file: the evaluation file.
+      key: for .jsonl, the field with the texts; by default every string in a line is a text.
 
     Raises:
-      UserError: another ending, a file without text, or a bad line, which is named.
+      UserError: the file has another suffix or no text, or a line is malformed (its number is in the message).
     """
     if file.suffix not in (".jsonl", ".txt"):
         raise UserError(f"{file.name}: an evaluation file is .jsonl or .txt with one item a line; convert it to one")
+
     items = []
     with file.open() as stream:
         for number, line in enumerate(stream, start=1):
@@ -43,13 +51,15 @@ def read_items(file: DataFile, key: str | None = None) -> tuple[EvaluationItem, 
                 raise UserError(f"{file.name}:{number}: {problem}; mend it, it is an item of an evaluation") from None
             if texts:
                 items.append(EvaluationItem(number, texts))
+
     if not items:
         raise UserError(f"{file.name} holds no text to look for; give a .jsonl or .txt file with one item a line")
+
     return tuple(items)
 
 
 def _texts(line: bytes, suffix: str, key: str | None) -> tuple[str, ...]:
-    """The texts of an item that are not blank. Raises BadRecord."""
+    """Returns the texts of an item that are not blank. Raises BadRecord."""
     if not line.strip():
         return ()
     texts = _json_texts(load_json(line.strip()), key) if suffix == ".jsonl" else [decode(line, "line", "utf-8-sig")]
@@ -57,6 +67,7 @@ def _texts(line: bytes, suffix: str, key: str | None) -> tuple[str, ...]:
 
 
 def _json_texts(record: Any, key: str | None) -> list[str]:
+    """Returns the strings of a JSON object, or of one of its fields. Raises BadRecord."""
     if not isinstance(record, dict):
         raise BadRecord(f"not a JSON object but {type(record).__name__}")
     if key is not None and key not in record:
@@ -65,7 +76,7 @@ def _json_texts(record: Any, key: str | None) -> list[str]:
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """The strings in a JSON value, however deep; names of fields are none."""
+    """Yields the strings in a JSON value, at any depth, except field names."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The texts of evaluation items as numbers of words, with the length of the n-grams that are looked for in each."""
+"""The texts of evaluation items as arrays of word numbers, with the length of the n-grams to search for in each."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ SHORTEST = 8  # words; GPT-3: "due to spurious collisions at lower values of N" 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationFile:
-    """An evaluation file, how many items it has, and how many of them are too short to be looked for."""
+    """The name of an evaluation file, the number of its items, and how many are too short to search for."""
 
     name: str
     items: int
@@ -24,17 +24,17 @@ class EvaluationFile:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EvaluationTexts:
-    """All texts that are looked for, one after the other.
+    """All texts to search for, concatenated.
 
     Attributes:
-      files: where they come from.
-      spellings: the word of every number.
-      words: the numbers of the words of all texts.
-      starts: text i is words `starts[i]..starts[i + 1]`.
-      windows: words of an n-gram of text i.
-      items: the item of text i.
-      lines: the file of an item, and its line in it.
-      sizes: words of all texts of an item.
+      files: the files that the texts are from.
+      spellings: the word of each word number.
+      words: the word numbers of all texts, concatenated.
+      starts: text i is `words[starts[i]:starts[i + 1]]`.
+      windows: the number of words in an n-gram of text i.
+      items: the item that text i belongs to.
+      lines: the file of each item, and its line in the file.
+      sizes: the number of words in all texts of each item.
     """
 
     files: tuple[EvaluationFile, ...]
@@ -48,7 +48,7 @@ class EvaluationTexts:
 
 
 class TextsBuilder:
-    """Collects the texts of items."""
+    """Builds `EvaluationTexts` from the items of one or several files."""
 
     def __init__(self, n: int):
         self._n = n
@@ -60,12 +60,12 @@ class TextsBuilder:
         self._lines: list[tuple[int, int]] = []
 
     def add_file(self, name: str, items: Sequence[EvaluationItem]) -> None:
-        """Take the items of a file."""
+        """Adds the items of a file."""
         too_short = sum(not self._add_item(item) for item in items)
         self._files.append(EvaluationFile(name, len(items), too_short))
 
     def _add_item(self, item: EvaluationItem) -> bool:
-        """Whether any text of the item is long enough."""
+        """Adds an item. Returns whether any of its texts is long enough to search for."""
         long_enough = False
         for text in item.texts:
             units = words(text)
@@ -76,11 +76,12 @@ class TextsBuilder:
                 self._windows.append(window)
                 self._items.append(len(self._lines))
                 long_enough = True
+
         self._lines.append((len(self._files), item.line))
         return long_enough
 
     def build(self) -> EvaluationTexts:
-        """All that was added."""
+        """Returns everything that was added."""
         lengths = [len(text) for text in self._texts]
         return EvaluationTexts(
             files=tuple(self._files),
@@ -95,11 +96,13 @@ class TextsBuilder:
 
 
 def ngram_length(units: Sequence[str], n: int) -> int:
-    """How many of a text's units (`words.words`) make an n-gram: all of a short text, none of one that is too short.
+    """Returns the number of a text's units (`words.words`) in an n-gram.
 
-    In scripts without spaces, units are characters, so an n-gram of n words is several times n units.
+    For a text shorter than n words, it is the whole text. For one that is too short to search for, it is 0. In scripts
+    without spaces, units are characters, so an n-gram of n words has a multiple of n units.
     """
     total = length_in_words(units)
     if total < min(n, SHORTEST):
         return 0
+    # Convert words to units by the text's own average.
     return min(math.ceil(n * len(units) / total), len(units))

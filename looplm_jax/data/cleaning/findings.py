@@ -1,4 +1,4 @@
-"""What decontamination found, counted as documents go by; the counts of parts of the data can be added up."""
+"""The findings of decontamination: counts that are collected per unit and can be merged."""
 
 import dataclasses
 from collections import Counter
@@ -12,7 +12,7 @@ LONGEST = 20
 
 @dataclasses.dataclass(frozen=True, order=True)
 class PlacedMatch:
-    """The longest run of words that a document and an item have in common, and where the document is."""
+    """The longest run of words that a document shares with an item, and the location of the document."""
 
     source: str
     place: str
@@ -20,7 +20,14 @@ class PlacedMatch:
 
 
 class Findings:
-    """Counts for the report of decontamination. They do not depend on the order in which they are added."""
+    """Counts for the report of decontamination. They do not depend on the order in which documents are added.
+
+    Attributes:
+      documents: the number of documents searched, by source.
+      dropped: the number of documents dropped, by source.
+      shares: for each item, by file and line, the largest share of it that any document contains.
+      longest: the longest matches, at most `LONGEST`.
+    """
 
     def __init__(self) -> None:
         self.documents: Counter[str] = Counter()
@@ -29,7 +36,7 @@ class Findings:
         self.longest: list[PlacedMatch] = []
 
     def add(self, source: str, place: str, overlap: Overlap | None) -> None:
-        """Count a document of a source, which is dropped if it overlaps. `place` says where a reader finds it."""
+        """Counts a document of a source, which is dropped if it overlaps. `place` is its location for readers."""
         self.documents[source] += 1
         if overlap is None:
             return
@@ -38,14 +45,14 @@ class Findings:
         self._keep_longest([PlacedMatch(source, place, overlap.matches[0])])
 
     def merge(self, other: "Findings") -> None:
-        """Add the counts of other documents."""
+        """Adds the counts of other documents."""
         self.documents.update(other.documents)
         self.dropped.update(other.dropped)
         self._found(other.shares)
         self._keep_longest(other.longest)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values, sorted."""
+        """Returns the findings as plain JSON values, sorted."""
         return {
             "documents": dict(sorted(self.documents.items())),
             "dropped": dict(sorted(self.dropped.items())),
@@ -55,7 +62,7 @@ class Findings:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Findings":
-        """The inverse of `to_json`."""
+        """Returns findings from the values of `to_json`."""
         findings = cls()
         findings.documents.update(values["documents"])
         findings.dropped.update(values["dropped"])
@@ -66,9 +73,11 @@ class Findings:
         return findings
 
     def _found(self, shares: Mapping[tuple[str, int], float]) -> None:
+        """Keeps the largest share of each item."""
         for item, share in shares.items():
             self.shares[item] = max(share, self.shares.get(item, 0.0))
 
     def _keep_longest(self, matches: list[PlacedMatch]) -> None:
+        """Keeps the longest of the old and the new matches."""
         everything = sorted(self.longest + matches, key=lambda placed: (-placed.match.words, placed))
         self.longest = everything[:LONGEST]

@@ -1,4 +1,4 @@
-"""Near-duplicates: texts whose sets of n-grams of words are almost the same, found by MinHash."""
+"""Near-duplicates: texts whose sets of word n-grams are almost the same, found by MinHash."""
 
 import dataclasses
 import functools
@@ -19,26 +19,26 @@ _NGRAMS_AT_ONCE = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Duplicates:
-    """Which of `documents` documents are left out. `kept[i]` is the document that stands for document i."""
+    """The documents to drop. `kept[i]` is the kept document of which document i is a near-duplicate."""
 
     documents: int
     kept: dict[int, int]
 
     @property
     def dropped(self) -> frozenset[int]:
-        """Numbers of the documents that are left out."""
+        """The numbers of the dropped documents."""
         return frozenset(self.kept)
 
 
 @dataclasses.dataclass(frozen=True)
 class NearDuplicates:
-    """Leaves out documents that are like an earlier one (Broder 1997; Lee et al. 2022, "Deduplicating").
+    """Drops documents that are similar to an earlier one (Broder 1997; Lee et al. 2022, "Deduplicating").
 
     Attributes:
-      threshold: the least Jaccard similarity, of the sets of n-grams of two texts, at which the later one is left out.
-        It is estimated by the share of permutations under which both have the same least n-gram.
-      ngram: words of an n-gram.
-      permutations: how many; a signature has 4 bytes for each.
+      threshold: the Jaccard similarity of two texts' n-gram sets from which the later text is dropped. It is estimated
+        by the share of permutations under which both have the same minimal n-gram.
+      ngram: the number of words in an n-gram.
+      permutations: the number of permutations, P. A signature takes 4 bytes for each.
     """
 
     threshold: float = 0.8
@@ -54,11 +54,14 @@ class NearDuplicates:
             )
 
     def check_installed(self) -> None:
-        """Raises UserError when the library that makes signatures is missing."""
+        """Raises UserError if the package that computes signatures is not installed."""
         _library()
 
     def signature(self, text: str) -> UInt32[np.ndarray, "P"]:
-        """The MinHash of a text, the same in every process and on every machine. Raises UserError: no datasketch."""
+        """Returns the MinHash of a text, the same in every process and on every machine.
+
+        Raises UserError without datasketch.
+        """
         minhash = _empty_minhash(self.permutations).copy()
         ngrams = list(_ngrams(text, self.ngram))
         for start in range(0, len(ngrams), _NGRAMS_AT_ONCE):
@@ -66,24 +69,33 @@ class NearDuplicates:
         return minhash.hashvalues
 
     def drop(self, signatures: UInt32[np.ndarray, "N P"]) -> Duplicates:
-        """Which documents are like an earlier one that is kept; the result depends on their order and nothing else.
+        """Returns which documents are similar to an earlier one that is kept.
+
+        The result depends on the order of documents.
 
         Args:
-          signatures: of all documents in order; it may be a memory map, of which only rows are read at a time.
+          signatures: the signatures of all N documents, in order. It may be a memory map, which is read a few rows at a
+            time.
         """
+        # For each bucket, the kept documents in it. Only those are compared, so a cluster is represented by its first
+        # document.
         kept: dict[int, int] = {}
         keepers: dict[int, list[int]] = {}
+
         for document, buckets in shared_bands(signatures, self.threshold):
             candidates = sorted({keeper for bucket in buckets for keeper in keepers.get(bucket, ())})
             alike = self._most_alike(signatures, document, candidates)
             if alike is not None:
                 kept[document] = alike
                 continue
+
             for bucket in buckets:
                 keepers.setdefault(bucket, []).append(document)
+
         return Duplicates(documents=len(signatures), kept=kept)
 
     def _most_alike(self, signatures: UInt32[np.ndarray, "N P"], document: int, candidates: list[int]) -> int | None:
+        """Returns the most similar candidate, or None if none reaches the threshold."""
         if not candidates:
             return None
         similarity = np.mean(signatures[candidates] == signatures[document], axis=1)
@@ -92,24 +104,32 @@ class NearDuplicates:
 
 
 def _ngrams(text: str, n: int) -> Iterator[bytes]:
-    """The n-grams of a text, each once; of a shorter text, all of it; of a text without words, the text itself."""
+    """Returns the distinct n-grams of a text.
+
+    A shorter text is one n-gram; for a text without words, it is the text itself.
+    """
     found = words(text)
     if not found:
         return iter((text.encode(),))
+
+    # N-grams are slices of the joined text: `ends` are the byte offsets after each word and its space.
     joined = " ".join(found).encode()
     ends = np.cumsum([len(word.encode()) + 1 for word in found])
     last = max(len(found) - n, 0)
     starts = [0, *ends[:last].tolist()]
     stops = (ends[min(n, len(found)) - 1 :] - 1).tolist()
+
     return iter({joined[start:stop]: None for start, stop in zip(starts, stops)})
 
 
 @functools.cache
 def _empty_minhash(permutations: int) -> Any:
+    """Returns a MinHash without values, cached because creating permutations is slow."""
     return _library().MinHash(num_perm=permutations, seed=_SEED, hashfunc=zlib.crc32, scheme="affine32")
 
 
 def _library() -> Any:
+    """Returns the `datasketch` module. Raises UserError if it is not installed."""
     try:
         import datasketch
     except ImportError:

@@ -1,14 +1,14 @@
-"""Text as the words that comparisons look at: no case, no punctuation, single characters where a script has no spaces.
+"""Normalization of text to words for comparison: no case, no punctuation, single characters in scripts without spaces.
 
-GPT-3 compares "lowercased, whitespace-delimited words with no punctuation" (Brown et al. 2020, appendix C). Here
-punctuation ends a word, as it does in "and/or", except for an apostrophe, which is dropped.
+GPT-3 compares "lowercased, whitespace-delimited words with no punctuation" (Brown et al. 2020, appendix C). Here,
+punctuation separates words, as in "and/or", except for an apostrophe, which is removed.
 """
 
 import functools
 import unicodedata
 from collections.abc import Sequence
 
-# Scripts without spaces between words, and how many characters a word of theirs has, about.
+# Scripts without spaces between words, and the approximate number of characters in a word.
 _HAN_AND_KANA = 2
 _SOUTH_EAST_ASIAN = 4
 _WITHOUT_SPACES = (
@@ -28,17 +28,17 @@ _VARIATION_SELECTORS = range(0xFE00, 0xFE10)
 
 
 def words(text: str) -> list[str]:
-    """The words of a text in order; a character of a script without spaces counts as one."""
+    """Returns the words of a text, in order. In scripts without spaces, every character is a word."""
     return unicodedata.normalize("NFKC", text).casefold().translate(_Replacements()).split()
 
 
 def length_in_words(units: Sequence[str]) -> float:
-    """How many words `words(text)` amounts to, where a word of a script without spaces is several characters."""
+    """Returns the number of words in `words(text)`, where a word of a script without spaces is several characters."""
     return sum(1 / _characters_per_word(ord(unit[0])) for unit in units)
 
 
 class _Replacements:
-    """What `str.translate` puts for each character."""
+    """A mapping for `str.translate`, computed lazily for each character."""
 
     def __getitem__(self, code: int) -> str | None:
         return _replacement(code)
@@ -46,10 +46,12 @@ class _Replacements:
 
 @functools.cache
 def _replacement(code: int) -> str | None:
+    """Returns the replacement of a character, or None to remove it."""
     character = chr(code)
     category = unicodedata.category(character)
     if character in _APOSTROPHES or category == "Cf" or code in _VARIATION_SELECTORS:
         return None
+    # Letters, marks and numbers are kept; all else separates words.
     if category[0] not in "LMN":
         return " "
     return f" {character} " if _characters_per_word(code) > 1 else character
@@ -57,4 +59,5 @@ def _replacement(code: int) -> str | None:
 
 @functools.cache
 def _characters_per_word(code: int) -> int:
+    """Returns the approximate number of characters in a word of the character's script."""
     return next((count for codes, count in _WITHOUT_SPACES if code in codes), 1)

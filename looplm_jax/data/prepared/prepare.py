@@ -49,12 +49,8 @@ def prepare(
       watcher: receives progress.
       say: called with one line that lists the numbers of files to read and files left out.
 
-    Returns:
-      The manifest of the corpus.
-
     Raises:
-      UserError: the input is bad, the folder holds other files or the work of another order, or the file system
-        refuses.
+      UserError: the input is bad, the folder has unrelated content, or the file system refuses.
     """
     # Everything that can be checked without writing is checked before the folder is touched.
     folder = PreparedFolder(out)
@@ -98,7 +94,6 @@ def prepare(
         # The manifest is written last: its presence means that the corpus is complete.
         folder.write(MANIFEST, as_json(manifest))
         folder.remove_folder(SIGNATURES)
-
         return manifest
 
 

@@ -1,4 +1,4 @@
-"""Documents in files and datasets, streamed or by index; local or at any fsspec URL."""
+"""Documents in files and datasets, local or at any fsspec URL, streamed or by index."""
 
 from looplm_jax.data.documents import Document
 from looplm_jax.data.sources.bad_records import BadRecordPolicy

@@ -1,4 +1,4 @@
-"""Records that are no documents."""
+"""The policy for records that are not valid documents."""
 
 from collections.abc import Callable
 
@@ -7,19 +7,22 @@ from looplm_jax.errors import UserError
 
 
 class BadRecord(ValueError):
-    """Why a record is not a document."""
+    """Raised with the reason why a record is not a valid document."""
 
 
 class BadRecordPolicy:
-    """Stops at the first bad record, or counts them."""
+    """Stops at the first bad record, or skips and counts them."""
 
     def __init__(self, on_bad_record: OnBadRecord):
         self._on_bad_record = on_bad_record
         self.skipped = 0
-        self.first = ""  # where and what the first one was
+        self.first = ""  # location and reason of the first one
 
     def handle(self, where: Callable[[], str], problem: object) -> None:
-        """Count the record, or raise UserError that names its place, which may take time to find."""
+        """Counts a bad record, or raises a UserError with its location.
+
+        `where` is a function because it can be slow to find the location.
+        """
         if self._on_bad_record is OnBadRecord.STOP:
             raise UserError(f"{where()}: {problem}; mend it, or leave such records out with --on-bad-record skip")
         self.skipped += 1

@@ -1,4 +1,4 @@
-"""What a path means, and the format of a file, by its name."""
+"""Resolution of a source's path to files or a dataset, and of a file's name to its format."""
 
 import dataclasses
 from collections import Counter
@@ -32,7 +32,7 @@ _FORMATS: dict[str, Format] = {
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What a path means: the files or the dataset to read, and how many files of which kind are left out."""
+    """The files or the dataset that a path resolves to, and the number of files left out, by kind."""
 
     found: tuple[Input, ...]
     left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -45,39 +45,43 @@ class Inputs:
 
 
 def find_inputs(path: str, source: SourceConfig | None = None, limits: ReadLimits | None = None) -> Inputs:
-    """Returns the files of a path, glob, folder or URL; or a dataset.
+    """Returns the files of a path, glob, folder or URL, or a dataset.
 
     Args:
-      path: where they are.
-      source: which field is read, and whether the records are chats; by default texts.
-      limits: of reading.
+      path: a path, glob, folder, URL or dataset name.
+      source: the field to read, and whether records are chats; texts by default.
+      limits: limits on reading.
 
     Raises:
-      UserError: there is none, or one that cannot be read as data (see `find_files`).
+      UserError: nothing is found, or a file cannot be read as data (see `find_files`).
     """
     if path.startswith(huggingface.PREFIX):
         return Inputs((huggingface.Dataset(path),))
+
     with readable(path):
         fs, inner = file_system(path)
         saved = not fs.isfile(inner) and fs.isdir(inner) and huggingface.is_saved_dataset(fs, inner)
     if saved:
         return Inputs((huggingface.Dataset(path),))
+
     found = find_files(path, source, limits)
     return Inputs(tuple(map(_checked, found.files)), found.left_out)
 
 
 def summarize(inputs: Iterable[Inputs]) -> str:
-    """Returns one line that says how many files of which kinds are read, and how many are left out."""
+    """Returns one line with the numbers of files to read and of files left out, by kind."""
     read, left_out = Counter[str](), Counter[str]()
     for one in inputs:
         read.update(map(_kind, one))
         left_out.update(one.left_out)
+
     noun = "file" if sum(read.values()) == 1 else "files"
     count, _, kinds = describe(read).partition(" ")
     return f"reading {count} {noun} {kinds}" + (f"; left out {describe(left_out)}" if left_out else "")
 
 
 def _kind(file: Input) -> str:
+    """Returns the kind of a file, for display."""
     if isinstance(file, huggingface.Dataset):
         return "dataset"
     compression = file.compression.value if file.compression else ""
@@ -87,11 +91,12 @@ def _kind(file: Input) -> str:
 
 
 def format_of(file: Any) -> Format:
-    """The format that the name of a file means; text where it means none."""
+    """Returns the format that a file's name implies. The default is text."""
     return _FORMATS.get(file.suffix, Text())
 
 
 def _checked(file: DataFile) -> DataFile:
+    """Returns the file. Raises UserError if its format cannot be read from compressed data or from its server."""
     if file.compression and not isinstance(format_of(file), JsonLines | Text):
         raise UserError(f"{file.name}: such files are compressed inside; decompress it, and leave off the last ending")
     if not (file.compression or file.in_parts):

@@ -1,4 +1,4 @@
-"""Compressed files as streams of what is in them."""
+"""Decompression of files as streams, with limits on memory and on the compression ratio."""
 
 import contextlib
 import enum
@@ -12,18 +12,18 @@ from looplm_jax.config import ReadLimits
 from looplm_jax.errors import UserError
 
 _BUFFER_BYTES = 2**20
-_ALWAYS_ALLOWED = 2**30  # bytes of content, whatever the ratio
+_ALWAYS_ALLOWED = 2**30  # bytes of content that are allowed at any compression ratio
 
 
 class Compression(enum.Enum):
-    """How a file is compressed; the value is how its name ends."""
+    """A compression format. The value is its file name suffix."""
 
     GZIP = ".gz"
     ZSTD = ".zst"
 
     @classmethod
     def by_suffix(cls, suffix: str) -> "Compression | None":
-        """Returns the compression that a lower-case ending means."""
+        """Returns the compression for a lower-case suffix, or None."""
         return next((compression for compression in cls if compression.value == suffix), None)
 
 
@@ -31,19 +31,20 @@ class Compression(enum.Enum):
 def decompressed(
     stream: IO[bytes], compression: Compression, name: str, size: int | None, limits: ReadLimits
 ) -> Iterator[IO[bytes]]:
-    """Yields the content of a compressed stream, of all its members or frames, in bounded memory.
+    """Yields the decompressed content of a stream, including all members or frames, in bounded memory.
 
     Args:
       stream: the compressed bytes.
-      compression: how they are compressed.
-      name: the file, for messages.
-      size: how many compressed bytes there are, if that is known.
-      limits: how much may come out of them.
+      compression: the compression format.
+      name: the name of the file, for error messages.
+      size: the number of compressed bytes, if known.
+      limits: limits on the decompressed content.
 
     Raises:
-      UserError: while it is read, where the data end too early, are not what the name says, or exceed the limits.
+      UserError: during reading, if the data is truncated, has another format, or exceeds the limits.
     """
     raw = gzip.GzipFile(fileobj=stream) if compression is Compression.GZIP else _ZstdStream(stream, limits.window_bytes)
+
     try:
         yield io.BufferedReader(_Bounded(raw, name, size, limits.compression_ratio), _BUFFER_BYTES)
     except EOFError:
@@ -60,7 +61,7 @@ def decompressed(
 
 
 class _Bounded(io.RawIOBase):
-    """A stream that ends in a UserError where it holds far more than its compressed size lets one expect."""
+    """A stream that raises UserError once its content is far larger than its compressed size suggests."""
 
     def __init__(self, raw: Any, name: str, size: int | None, ratio: int):
         self._raw, self._name, self._ratio = raw, name, ratio
@@ -71,7 +72,7 @@ class _Bounded(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Fills the buffer as far as one piece goes; returns 0 at the end."""
+        """Fills the buffer with at most one chunk. Returns the number of bytes, 0 at the end."""
         count = self._raw.readinto(buffer)
         if self._left is not None:
             self._left -= count
@@ -84,11 +85,11 @@ class _Bounded(io.RawIOBase):
 
 
 class _CorruptZstd(ValueError):
-    """The library's own error, which is not imported before it is needed."""
+    """Represents the library's own error, because the library is imported only when needed."""
 
 
 class _WindowTooLarge(ValueError):
-    """A frame asks for more memory than it may."""
+    """Raised for a frame that requires more memory than allowed."""
 
 
 _ZSTD_FRAME = b"\x28\xb5\x2f\xfd"
@@ -97,10 +98,10 @@ _RLE_BLOCK, _RESERVED_BLOCK = 1, 3
 
 
 class _ZstdStream(io.RawIOBase):
-    """Frame after frame, block after block.
+    """A stream of decompressed Zstandard data that decodes frame by frame and block by block.
 
-    A block holds at most 128 KiB, however few bytes it takes, so that is what one step adds to memory. The library's
-    own reader takes a frame that is cut off for a whole one.
+    A block expands to at most 128 KiB, however small it is, so each step adds no more than that to memory. The
+    library's own reader is not used, because it accepts a truncated frame as complete.
     """
 
     def __init__(self, stream: IO[bytes], window: int):
@@ -112,7 +113,7 @@ class _ZstdStream(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Fills the buffer as far as one piece goes; returns 0 at the end."""
+        """Fills the buffer with at most one chunk. Returns the number of bytes, 0 at the end."""
         while not self._output:
             piece = next(self._pieces, None)
             if piece is None:
@@ -124,7 +125,7 @@ class _ZstdStream(io.RawIOBase):
 
 
 def _zstd_contents(stream: IO[bytes], window: int) -> Iterator[bytes]:
-    """Yields the content of all frames, at most a block at a time."""
+    """Yields the content of all frames, at most one block at a time."""
     import zstandard
 
     context = zstandard.ZstdDecompressor(max_window_size=window)
@@ -132,8 +133,10 @@ def _zstd_contents(stream: IO[bytes], window: int) -> Iterator[bytes]:
         if len(magic) == 4 and int.from_bytes(magic, "little") in _SKIPPABLE_FRAME:
             _skip(stream, int.from_bytes(_exactly(stream, 4), "little"))
             continue
+
         if magic != _ZSTD_FRAME[: len(magic)]:
             raise _CorruptZstd("not a Zstandard frame")
+
         frame = context.decompressobj()
         for piece in _frame_pieces(magic, stream):
             try:
@@ -144,7 +147,8 @@ def _zstd_contents(stream: IO[bytes], window: int) -> Iterator[bytes]:
 
 
 def _frame_pieces(magic: bytes, stream: IO[bytes]) -> Iterator[bytes]:
-    """Yields the bytes of one frame (RFC 8878, 3.1.1): its header, each of its blocks, its checksum."""
+    """Yields the bytes of one frame (RFC 8878, section 3.1.1): its header, each block, and the checksum."""
+    # The descriptor byte determines the length of the rest of the header.
     descriptor = _exactly(stream, 1)
     content_size, single_segment, dictionary = descriptor[0] >> 6, descriptor[0] >> 5 & 1, descriptor[0] & 3
     header = (0 if single_segment else 1) + (0, 1, 2, 4)[dictionary] + (single_segment, 2, 4, 8)[content_size]
@@ -152,17 +156,21 @@ def _frame_pieces(magic: bytes, stream: IO[bytes]) -> Iterator[bytes]:
 
     last = 0
     while not last:
+        # A block header has a last-block flag, a 2-bit type and a 21-bit size.
         head = _exactly(stream, 3)
         number = int.from_bytes(head, "little")
         last, kind, size = number & 1, number >> 1 & 3, number >> 3
         if kind == _RESERVED_BLOCK:
             raise _CorruptZstd("a block of an unknown kind")
+        # A run-length block stores one byte, and its size is the number of repetitions.
         yield head + _exactly(stream, 1 if kind == _RLE_BLOCK else size)
+
     if descriptor[0] & 4:
         yield _exactly(stream, 4)
 
 
 def _exactly(stream: IO[bytes], count: int) -> bytes:
+    """Reads exactly `count` bytes. Raises EOFError if there are fewer."""
     content = b""
     while len(content) < count:
         piece = stream.read(count - len(content))
@@ -173,5 +181,6 @@ def _exactly(stream: IO[bytes], count: int) -> bytes:
 
 
 def _skip(stream: IO[bytes], count: int) -> None:
+    """Reads and discards `count` bytes."""
     while count:
         count -= len(_exactly(stream, min(count, _BUFFER_BYTES)))

@@ -1,4 +1,4 @@
-"""What a file format must be able to do."""
+"""The interface of all file formats."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from looplm_jax.data.sources.bad_records import BadRecordPolicy
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """Part of a file: bytes, row groups or records `start..end`, whichever the format counts."""
+    """A range `start..end` of a file, in the unit of its format: bytes, row groups, rows or records."""
 
     start: int
     end: int
@@ -22,26 +22,26 @@ WHOLE = Span(0, 2**63 - 1)
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """A document, and the two numbers by which its format finds it again."""
+    """A document, and the two numbers with which its format can read it again."""
 
     place: tuple[int, int]
     document: Document
 
 
 class Format(Protocol):
-    """One way to keep documents in a file."""
+    """A way to store documents in a file."""
 
     def spans(self, file: Any, unit_bytes: int) -> tuple[Span, ...]:
-        """Where the file can be cut; together they are the file. A pure function of file and size."""
+        """Returns spans that divide the file and together cover it. A pure function of the file and the unit size."""
 
     def scan(self, file: Any, source: SourceConfig, bad: BadRecordPolicy, span: Span) -> Iterator[Found]:
-        """The documents that begin in a span, in order, in one pass. Empty texts are none."""
+        """Yields the documents that begin in a span, in order, in one pass. Empty texts are skipped."""
 
     def read(self, file: Any, source: SourceConfig, place: tuple[int, int]) -> Document:
-        """One document that `scan` found."""
+        """Returns one document at a place that `scan` found."""
 
 
 def ranges(total: int, step: int) -> tuple[Span, ...]:
-    """`0..total` cut every `step`; one span where there is nothing to cut."""
+    """Divides `0..total` into spans of `step`. Returns one span if there is nothing to divide."""
     starts = range(0, max(total, 1), max(step, 1))
     return tuple(Span(start, min(start + starts.step, total)) for start in starts)

@@ -1,4 +1,4 @@
-"""Datasets of Hugging Face's `datasets`, which is imported when one is asked for."""
+"""Datasets of Hugging Face's `datasets` library, which is imported on first use."""
 
 import dataclasses
 import functools
@@ -16,12 +16,12 @@ from looplm_jax.errors import UserError, suggest
 PREFIX = "huggingface:"
 _OPTIONS = ("name", "revision", "split", "data_dir", "data_files")
 _OPEN_DATASETS = 64
-_BLOCK = 256  # rows
+_BLOCK = 256  # rows in memory at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """One split of a dataset, or a folder that `save_to_disk` wrote.
+    """One split of a dataset on the Hugging Face Hub, or a folder written by `save_to_disk`.
 
     Attributes:
       path: `huggingface:name,option=value,...`, or the folder or URL.
@@ -33,16 +33,19 @@ class Dataset:
 
     @property
     def name(self) -> str:
-        """The dataset as messages name it."""
+        """The dataset as used in messages."""
         return self.path
 
     @property
     def size(self) -> int:
-        """Bytes of its rows in memory."""
+        """The size of the dataset's rows in memory, in bytes."""
         return _load(self.path).data.nbytes
 
     def digest(self) -> str:
-        """Returns a digest of the files of a saved dataset; one of a hub is fixed by its revision."""
+        """Returns a digest of the files of a saved dataset.
+
+        Empty for a dataset on the Hub, which its revision identifies.
+        """
         if self.path.startswith(PREFIX):
             return ""
         fs, folder = file_system(self.path)
@@ -50,16 +53,17 @@ class Dataset:
 
 
 class HuggingFace:
-    """A place is the number of a row."""
+    """The format of Hugging Face datasets. A place is the index of a row."""
 
     def spans(self, file: Dataset, unit_bytes: int) -> tuple[Span, ...]:
-        """Ranges of rows, as many together as take the bytes of a unit on the average."""
+        """Returns ranges of rows, each with as many rows as fill a unit on average."""
         rows = len(_load(file.path))
         return ranges(rows, rows * unit_bytes // max(file.size, 1))
 
     def scan(self, file: Dataset, source: SourceConfig, bad: BadRecordPolicy, span: Span) -> Iterator[Found]:
-        """The documents of a range of rows; a block of them is in memory at a time."""
+        """Yields the documents of a range of rows, with one block of rows in memory at a time."""
         column = _column(file, source)
+
         for block in range(span.start, min(span.end, len(column)), _BLOCK):
             stop = min(block + _BLOCK, span.end, len(column))
             for row, value in zip(range(block, stop), _values(column, source.key, block, stop), strict=True):
@@ -74,27 +78,30 @@ class HuggingFace:
                     yield Found((row, 0), document)
 
     def read(self, file: Dataset, source: SourceConfig, place: tuple[int, int]) -> Document:
-        """The document of one row."""
+        """Returns the document of one row."""
         return value_document(_column(file, source)[place[0]][source.key], source)
 
 
 def _values(column: Any, key: str, start: int, stop: int) -> list[Any]:
-    """Returns the values of some rows; a BadRecord for one that is not UTF-8."""
+    """Returns the values of a range of rows, with a BadRecord in place of each that is not UTF-8."""
     try:
         return column[start:stop][key]
     except UnicodeDecodeError as error:
         if stop - start == 1:
             return [BadRecord(f"not UTF-8 at byte {error.start} of the text")]
+
+        # The error does not say which row failed, so each is read separately.
         return [value for row in range(start, stop) for value in _values(column, key, row, row + 1)]
 
 
 def is_saved_dataset(fs: Any, folder: str) -> bool:
-    """Whether `save_to_disk` wrote the folder."""
+    """Whether a folder was written by `save_to_disk`."""
     return any(fs.exists(f"{folder.rstrip('/')}/{name}") for name in ("dataset_dict.json", "state.json"))
 
 
 @functools.lru_cache(maxsize=_OPEN_DATASETS)
 def _column(file: Dataset, source: SourceConfig) -> Any:
+    """Returns the dataset reduced to the column that the source reads. Raises UserError if there is no such column."""
     dataset = _load(file.path)
     if source.key not in dataset.column_names:
         setting = "messages_key" if source.kind is RecordKind.CHAT else "text_key"
@@ -105,6 +112,7 @@ def _column(file: Dataset, source: SourceConfig) -> Any:
 
 @functools.lru_cache(maxsize=_OPEN_DATASETS)
 def _load(path: str) -> Any:
+    """Loads one split of a dataset. Raises UserError with the library's reason if that fails."""
     datasets = _library(path)
     try:
         if not path.startswith(PREFIX):
@@ -113,12 +121,13 @@ def _load(path: str) -> Any:
         return _one_split(datasets.load_dataset(name, **options), path)
     except UserError:
         raise
-    except Exception as error:  # the library documents none; it raises what its own libraries do
+    except Exception as error:  # the library documents no exceptions and raises those of its dependencies
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise UserError(f"{path}: {reason}; check the name, the options and the connection") from None
 
 
 def _parse(path: str) -> tuple[str, dict[str, str]]:
+    """Returns the name and the options of a path. Raises UserError for a malformed one."""
     name, *options = path.removeprefix(PREFIX).split(",")
     pairs = [option.partition("=") for option in options]
     for key, equals, _ in pairs:
@@ -130,6 +139,7 @@ def _parse(path: str) -> tuple[str, dict[str, str]]:
 
 
 def _one_split(loaded: Any, path: str) -> Any:
+    """Returns the dataset. Raises UserError if it has several splits."""
     if not isinstance(loaded, dict):
         return loaded
     splits = ", ".join(sorted(map(str, loaded)))
@@ -138,6 +148,7 @@ def _one_split(loaded: Any, path: str) -> Any:
 
 
 def _library(path: str) -> Any:
+    """Returns the `datasets` module. Raises UserError if it is not installed."""
     try:
         import datasets
     except ImportError:

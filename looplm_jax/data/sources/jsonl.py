@@ -1,4 +1,4 @@
-"""JSON lines: one document a line, found again by its byte offsets."""
+"""JSON Lines files: one document per line, located by its byte offsets."""
 
 from collections.abc import Iterator
 from typing import IO
@@ -14,19 +14,20 @@ _BLOCK = 2**20
 
 
 class JsonLines:
-    """A line belongs to the span in which it begins. Blank lines are no documents."""
+    """The JSON Lines format. A line belongs to the span in which it begins. Blank lines are skipped."""
 
     def spans(self, file: DataFile, unit_bytes: int) -> tuple[Span, ...]:
-        """Ranges of bytes; a compressed file is one."""
+        """Returns ranges of bytes. A compressed file is a single span."""
         return (WHOLE,) if file.compression else ranges(file.size, unit_bytes)
 
     def scan(self, file: DataFile, source: SourceConfig, bad: BadRecordPolicy, span: Span) -> Iterator[Found]:
-        """The documents of the lines that begin in a range of bytes."""
+        """Yields the documents of the lines that begin in a range of bytes."""
         with file.open() as stream:
             limit = file.limits.record_bytes
             for start, line in _lines(stream, span, limit):
                 if start == 0:
                     check_encoding(line[:2], file.name)
+
                 try:
                     if len(line) > limit and not line.endswith(b"\n"):
                         raise too_long(limit)
@@ -34,20 +35,25 @@ class JsonLines:
                 except BadRecord as problem:
                     bad.handle(lambda start=start: f"{file.name}:{_line_number(file, start)}", problem)  # type: ignore[misc]
                     continue
+
                 if document:
                     yield Found((start, start + len(line)), document)
 
     def read(self, file: DataFile, source: SourceConfig, place: tuple[int, int]) -> Document:
-        """The document of one line; nothing else of the file is read."""
+        """Returns the document of one line. Only that line is read."""
         return record_document(load_json(file.read(*place)), source)
 
 
 def _lines(stream: IO[bytes], span: Span, limit: int) -> Iterator[tuple[int, bytes]]:
-    """Yields the lines that begin in the span, each with its place. Of one that is too long, only the beginning."""
+    """Yields the lines that begin in a span, with their offsets.
+
+    Of a line longer than `limit`, only the start is kept.
+    """
     place = span.start
     if place:  # the line that contains this byte belongs to the span before
         stream.seek(place - 1)
         place += _skip_line(stream) - 1
+
     while place < span.end and (line := stream.readline(limit + 1)):
         yield place, line
         place += len(line)
@@ -56,7 +62,7 @@ def _lines(stream: IO[bytes], span: Span, limit: int) -> Iterator[tuple[int, byt
 
 
 def _skip_line(stream: IO[bytes]) -> int:
-    """Returns how many bytes were left of the line, none of which are kept."""
+    """Skips the rest of a line, without keeping it in memory. Returns the number of bytes skipped."""
     skipped = 0
     while piece := stream.readline(_BLOCK):
         skipped += len(piece)
@@ -66,7 +72,10 @@ def _skip_line(stream: IO[bytes]) -> int:
 
 
 def _line_number(file: DataFile, place: int) -> int:
-    """The number, from 1, of the line that begins at a byte; only errors need it, so nothing counts before."""
+    """Returns the number, from 1, of the line at an offset.
+
+    Only errors need it, so lines are not counted while scanning.
+    """
     number, left = 1, place
     with file.open() as stream:
         while left and (block := stream.read(min(_BLOCK, left))):

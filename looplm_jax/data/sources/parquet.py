@@ -1,4 +1,4 @@
-"""Parquet: one document a row, read by row groups."""
+"""Parquet files: one document per row, read by row groups."""
 
 import functools
 from collections.abc import Iterable, Iterator
@@ -16,23 +16,25 @@ _ROW_GROUPS_IN_MEMORY = 8
 
 
 class Parquet:
-    """A place is a row group and a row of it."""
+    """The Parquet format. A place is a row group and a row within it."""
 
     def spans(self, file: DataFile, unit_bytes: int) -> tuple[Span, ...]:
-        """Row groups, as many together as hold the bytes of a unit before compression."""
+        """Returns ranges of row groups, each with as many as fill a unit before compression."""
         with file.open() as stream:
             metadata = _open(stream, file).metadata
             sizes = [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
+
         starts, filled = [0], 0
         for group, size in enumerate(sizes):
             if filled and filled + size > unit_bytes:
                 starts.append(group)
                 filled = 0
             filled += size
+
         return tuple(Span(start, end) for start, end in zip(starts, [*starts[1:], len(sizes)]))
 
     def scan(self, file: DataFile, source: SourceConfig, bad: BadRecordPolicy, span: Span) -> Iterator[Found]:
-        """The documents of a range of row groups; one of them is in memory at a time."""
+        """Yields the documents of a range of row groups, with one of them in memory at a time."""
         with file.open() as stream:
             table = _open_column(stream, file, source, span)
             for group in range(span.start, min(span.end, table.num_row_groups)):
@@ -46,13 +48,17 @@ class Parquet:
                         yield Found((group, row), document)
 
     def read(self, file: DataFile, source: SourceConfig, place: tuple[int, int]) -> Document:
-        """The document of one row. Its row group is read, and kept for a while."""
+        """Returns the document of one row. Its row group is read and cached."""
         group, row = place
         return value_document(_as_python(_row_group(file, file.version, source, group)[row]), source)
 
 
 @functools.lru_cache(maxsize=_ROW_GROUPS_IN_MEMORY)
 def _row_group(file: DataFile, version: tuple[int, int], source: SourceConfig, group: int) -> Any:
+    """Returns the source's column in one row group, cached.
+
+    The version is part of the key, so changed files are reread.
+    """
     with file.open() as stream:
         table = _open_column(stream, file, source, Span(group, group + 1))
         if group >= table.num_row_groups:
@@ -61,14 +67,17 @@ def _row_group(file: DataFile, version: tuple[int, int], source: SourceConfig, g
 
 
 def _column(file: DataFile, table: Any, source: SourceConfig, group: int) -> Any:
+    """Reads the source's column in one row group. Raises UserError if it is too large or damaged."""
     import pyarrow
 
+    # The size is checked before reading, because a small file can declare a huge column.
     size, limit = _column_bytes(table, source, group), file.limits.row_group_bytes
     if size > limit:
         raise UserError(
             f"{file.name}: column {source.key!r} of row group {group} takes {size:,} bytes, and "
             f"data.limits.row_group_bytes is {limit:,}; raise it, or write the file again in smaller row groups"
         )
+
     try:
         return table.read_row_group(group, columns=[source.key]).column(0)
     except (pyarrow.ArrowException, OSError, MemoryError) as error:
@@ -78,7 +87,7 @@ def _column(file: DataFile, table: Any, source: SourceConfig, group: int) -> Any
 
 
 def _as_python(value: Any) -> Any:
-    """Returns an Arrow value as Python's. Raises BadRecord for text that is not UTF-8, which Arrow does not check."""
+    """Converts an Arrow value. Raises BadRecord for text that is not UTF-8, which Arrow does not check."""
     try:
         return value.as_py()
     except UnicodeDecodeError as error:
@@ -86,12 +95,12 @@ def _as_python(value: Any) -> Any:
 
 
 def _column_bytes(table: Any, source: SourceConfig, group: int) -> int:
-    """Returns the decompressed bytes of the leaves of the column, as the file declares them."""
+    """Returns the decompressed size of the source's column in a row group, as declared by the file."""
     return sum(leaf.total_uncompressed_size for leaf in _leaves(table, source, group))
 
 
 def _leaves(table: Any, source: SourceConfig, group: int) -> Iterator[Any]:
-    """Yields the metadata of the leaves of the column in a row group."""
+    """Yields the metadata of the column's leaves in a row group. A column of messages has several."""
     metadata = table.metadata.row_group(group)
     for number in range(metadata.num_columns):
         leaf = metadata.column(number)
@@ -100,12 +109,16 @@ def _leaves(table: Any, source: SourceConfig, group: int) -> Iterator[Any]:
 
 
 def _where(file: DataFile, table: Any, group: int, row: int) -> str:
+    """Returns the location of a row for error messages, counted over the whole file."""
     before = sum(table.metadata.row_group(earlier).num_rows for earlier in range(group))
     return f"{file.name}: row {before + row}"
 
 
 def _open_column(stream: Any, file: DataFile, source: SourceConfig, span: Span) -> Any:
-    """Returns an open file that has the column, ready to read a range of its row groups."""
+    """Opens a file to read the source's column in a range of row groups.
+
+    Raises UserError if there is no such column.
+    """
     table = _open(stream, file)
     names = table.schema_arrow.names
     if source.key not in names:
@@ -113,6 +126,8 @@ def _open_column(stream: Any, file: DataFile, source: SourceConfig, span: Span) 
         raise UserError(
             f"{file.name}: there is no column {source.key!r}{suggest(source.key, names)}; set {setting} to one"
         )
+
+    # Dictionary-encoded columns are opened as such, so that repeated values are not expanded in memory.
     groups = range(span.start, min(span.end, table.num_row_groups))
     repeated = {
         leaf.path_in_schema for group in groups for leaf in _leaves(table, source, group) if leaf.has_dictionary_page
@@ -121,7 +136,7 @@ def _open_column(stream: Any, file: DataFile, source: SourceConfig, span: Span) 
 
 
 def _open(stream: Any, file: DataFile, repeated: Iterable[str] = (), metadata: Any = None) -> Any:
-    """Returns an open file. The values of columns that are `repeated` stay in memory once, however often they occur."""
+    """Opens a file. Columns in `repeated` keep each distinct value in memory once."""
     import pyarrow
     import pyarrow.parquet
 
@@ -135,6 +150,6 @@ def _open(stream: Any, file: DataFile, repeated: Iterable[str] = (), metadata: A
 
 
 def _raise_refusal(error: BaseException) -> None:
-    """Raises the error again where the disk refused to read; Arrow's own, for damaged files, have no number."""
+    """Re-raises an error of the file system. Arrow's own errors, for damaged files, have no errno."""
     if isinstance(error, OSError) and error.errno is not None:
         raise error

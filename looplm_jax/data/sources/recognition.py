@@ -1,4 +1,4 @@
-"""What a file holds whose name does not say it."""
+"""Recognition by content of files whose names do not show their format."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ _BOM = b"\xef\xbb\xbf"
 
 
 def recognize(file: DataFile) -> DataFile:
-    """Returns a file that the user named as what its content is: JSON lines, or text.
+    """Returns a file that the user named, with the suffix of its content: JSON Lines or text.
 
     Raises:
       UserError: it is neither.
@@ -35,17 +35,18 @@ def recognize(file: DataFile) -> DataFile:
 
 
 def holds_records(file: DataFile, key: str) -> bool:
-    """Whether a file of a folder is JSON lines whose first object has the field `key`. Backups are not looked at."""
+    """Whether a file in a folder is JSON Lines whose first object has the field `key`. Backup files are ignored."""
     name = file.path.lower()
     if name.endswith((*_BACKUPS, *_TABLES, ".json")):
         return False
     try:
         return _begins_with_record(_head(file), key)
-    except UserError:  # not compressed as its name says, or not readable
+    except UserError:  # not compressed as its name implies, or unreadable
         return False
 
 
 def _begins_with_record(head: bytes, key: str | None) -> bool:
+    """Whether the content begins with a line that is a JSON object, with the field `key` if it is given."""
     line, newline, _ = head.removeprefix(_BOM).lstrip().partition(b"\n")
     if not line.startswith(b"{"):
         return False
@@ -53,11 +54,12 @@ def _begins_with_record(head: bytes, key: str | None) -> bool:
         record = json.loads(line)
     except RecursionError:
         return False
-    except ValueError:  # perhaps because the line is longer than what was read of it
+    except ValueError:  # the line may be longer than the part that was read
         return not newline and (line.startswith(b'{"') if key is None else json.dumps(key).encode() in line)
     return isinstance(record, dict) and (key is None or key in record)
 
 
 def _head(file: DataFile) -> bytes:
+    """Returns the first bytes of a file's content."""
     with file.open() as stream:
         return stream.read(_HEAD_BYTES)

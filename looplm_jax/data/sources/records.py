@@ -1,4 +1,4 @@
-"""A record, of whatever format, as a document."""
+"""Conversion of a record, from any format, to a document."""
 
 import codecs
 import json
@@ -15,7 +15,7 @@ _TEACHER = "assistant"
 
 
 def load_json(line: bytes) -> Any:
-    """The value that a line of JSON holds. Raises BadRecord."""
+    """Returns the value of a line of JSON. Raises BadRecord."""
     text = decode(line, "line", "utf-8-sig")
     try:
         return json.loads(text)
@@ -26,7 +26,7 @@ def load_json(line: bytes) -> Any:
 
 
 def decode(content: bytes, what: str, encoding: str = "utf-8") -> str:
-    """Returns bytes as text. Raises BadRecord."""
+    """Decodes bytes as text. Raises BadRecord."""
     try:
         return content.decode(encoding)
     except UnicodeDecodeError as error:
@@ -34,18 +34,18 @@ def decode(content: bytes, what: str, encoding: str = "utf-8") -> str:
 
 
 def check_encoding(head: bytes, name: str) -> None:
-    """Raises UserError where a file begins with the byte order mark of UTF-16, so that none of it is UTF-8."""
+    """Raises UserError if a file begins with the byte order mark of UTF-16, in which case none of it is UTF-8."""
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise UserError(f"{name} is UTF-16; convert it to UTF-8, for example with iconv -f UTF-16 -t UTF-8")
 
 
 def too_long(limit: int) -> BadRecord:
-    """Returns what is wrong with a record of more bytes than the limit."""
+    """Returns the error for a record that exceeds the size limit."""
     return BadRecord(f"longer than {limit:,} bytes, which data.limits.record_bytes allows")
 
 
 def record_document(record: Any, source: SourceConfig) -> Document:
-    """The document of a record with named fields. Raises BadRecord."""
+    """Returns the document in a record with named fields. Raises BadRecord."""
     if not isinstance(record, Mapping):
         raise BadRecord(f"not a JSON object but {type(record).__name__}")
     if source.key not in record:
@@ -54,12 +54,12 @@ def record_document(record: Any, source: SourceConfig) -> Document:
 
 
 def value_document(value: Any, source: SourceConfig) -> Document:
-    """The document that the field or column of a source holds; an empty text is none. Raises BadRecord."""
+    """Returns the document in the source's field or column. An empty text is falsy and is skipped. Raises BadRecord."""
     return _chat(value, source.messages_key) if source.kind is RecordKind.CHAT else _text(value, "the text")
 
 
 def _text(value: Any, what: str) -> str:
-    """`value` if it is Unicode text. JSON can hold half a surrogate pair, which is not."""
+    """Returns `value` if it is a valid Unicode string. JSON can encode lone surrogates, which are not valid."""
     if not isinstance(value, str):
         raise BadRecord(f"{what} is not a string but {type(value).__name__}")
     try:
@@ -70,10 +70,12 @@ def _text(value: Any, what: str) -> str:
 
 
 def _chat(value: Any, key: str) -> tuple[Message, ...]:
+    """Returns the messages of a chat. Raises BadRecord if it is malformed, or has no content of the assistant."""
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise BadRecord(f"{key!r} is not a list of messages but {type(value).__name__}")
     if not value:
         raise BadRecord(f"{key!r} holds no message")
+
     chat = tuple(_message(message, number) for number, message in enumerate(value))
     if not any(message.role == _TEACHER and message.content for message in chat):
         raise BadRecord("the assistant says nothing in this chat, so there is nothing to learn from it")
@@ -81,11 +83,13 @@ def _chat(value: Any, key: str) -> tuple[Message, ...]:
 
 
 def _message(value: Any, number: int) -> Message:
+    """Returns one message of a chat. Raises BadRecord if it is malformed."""
     if not isinstance(value, Mapping):
         raise BadRecord(f"message {number} is not an object with role and content but {type(value).__name__}")
     for name in ("role", "content"):
         if name not in value:
             raise BadRecord(f"message {number} has no {name!r}{suggest(name, value)}")
+
     role = _text(value["role"], f"the role of message {number}")
     if role not in ROLES:
         raise BadRecord(f"message {number} has the unknown role {role!r}{suggest(role, ROLES)}")

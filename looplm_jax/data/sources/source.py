@@ -1,4 +1,4 @@
-"""Documents of files: streamed, or by index."""
+"""Documents of files, streamed or by index."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -17,25 +17,25 @@ from looplm_jax.errors import UserError
 
 
 def scan(file: Input, source: SourceConfig, bad: BadRecordPolicy, span: Span | None = None) -> Iterator[Document]:
-    """Every document of a file, or of one span of it, in order: one pass, bounded memory.
+    """Yields every document of a file, or of one span of it, in order, in one pass and bounded memory.
 
     Raises:
-      UserError: the file cannot be read, or holds a bad record (file and line named) where `bad` stops at it.
+      UserError: the file cannot be read, or has a bad record (with file and line in the message) and `bad` stops at it.
     """
     return (found.document for found in format_of(file).scan(file, source, bad, span or WHOLE))
 
 
 def spans(file: Input, unit_bytes: int) -> tuple[Span, ...]:
-    """Where a file can be cut into parts of about `unit_bytes`, which together give exactly its documents.
+    """Returns spans of about `unit_bytes` that together contain exactly the documents of a file.
 
-    A compressed file is one span. The same file and size give the same spans.
+    A compressed file is a single span. The result is a pure function of the file and the unit size.
     """
     return format_of(file).spans(file, unit_bytes)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Shard:
-    """The documents of one file, by index: where each of them lies, and its `splits.document_key`."""
+    """The N documents of one file by index: the place of each, and its `splits.document_key`."""
 
     file: Input
     source: SourceConfig
@@ -43,7 +43,7 @@ class Shard:
     keys: UInt64[np.ndarray, "N"]
 
     def read(self, index: int) -> Document:
-        """A document, read from the file. Raises UserError where it is no longer there."""
+        """Reads a document from the file. Raises UserError if the file has changed and the document is gone."""
         first, second = map(int, self.places[index])
         try:
             if document := format_of(self.file).read(self.file, self.source, (first, second)):
@@ -51,13 +51,19 @@ class Shard:
             problem: Exception = BadRecord("the document is gone")
         except UserError:
             raise
-        except (ValueError, IndexError) as error:  # a bad record, or what pyarrow raises
+        except (ValueError, IndexError) as error:  # a bad record, or an error of pyarrow
             problem = error
         raise UserError(f"{self.file.name}: changed since it was opened ({problem}); start again")
 
 
 class FileSource:
-    """The documents of many files, in the order of the files' names."""
+    """The documents of several files, in the order of the files.
+
+    Args:
+      pattern: the path of the source, for messages.
+      shards: the documents of each file.
+      skipped: the number of bad records that were skipped.
+    """
 
     def __init__(self, pattern: str, shards: Sequence[Shard], skipped: int):
         self._pattern = pattern
@@ -77,7 +83,7 @@ class FileSource:
 
     @property
     def keys(self) -> UInt64[np.ndarray, "N"]:
-        """`splits.document_key` of every document."""
+        """The `splits.document_key` of each of the N documents."""
         return np.concatenate([shard.keys for shard in self._shards])
 
     def __repr__(self) -> str:
@@ -91,29 +97,34 @@ def open_files(
     limits: ReadLimits | None = None,
     files: Inputs | None = None,
 ) -> FileSource:
-    """Returns the documents of a path, glob, folder, fsspec URL or dataset. Every file is read once; no text is kept.
+    """Opens the documents of a path, glob, folder, fsspec URL or dataset for random access.
 
-    The content of compressed files goes to one temporary file, to be read at random.
+    Every file is scanned once to index its documents; no text is kept in memory. The content of compressed files is
+    written to one temporary file, which can be read at random.
 
     Args:
-      source: what is read.
-      on_bad_record: what a record that cannot be read does.
-      limits: of reading.
-      files: what `find_inputs` returned for the source, where that was called before.
+      source: the source.
+      on_bad_record: how to treat records that cannot be read.
+      limits: limits on reading.
+      files: the result of `find_inputs` for the source, if it was called before.
 
     Raises:
-      UserError: nothing matches, a file cannot be read or holds a bad record (file and line named), or no text at all.
+      UserError: nothing matches, a file cannot be read or has a bad record (with file and line in the message), or
+        there is no text at all.
     """
     files = files or find_inputs(source.path, source, limits)
     bad, spool = BadRecordPolicy(on_bad_record), Spool()
     found = FileSource(source.path, [_index(file, source, bad, spool) for file in files], bad.skipped)
+
     if len(found) == 0:
         skipped = f" ({bad.skipped} bad records were left out)" if bad.skipped else ""
         raise UserError(f"{source.path}: the {len(files)} files hold no text{skipped}; give files with text in them")
+
     return found
 
 
 def _index(file: Input, source: SourceConfig, bad: BadRecordPolicy, spool: Spool) -> Shard:
+    """Scans a file and returns the index of its documents."""
     file = seekable(file, spool)
     places, keys = [], []
     for found in format_of(file).scan(file, source, bad, WHOLE):

@@ -1,4 +1,4 @@
-"""Files that cannot be read in part where they are, in a temporary file of this machine."""
+"""Local temporary storage for files that do not support random access."""
 
 import contextlib
 import io
@@ -15,9 +15,9 @@ _BLOCK = 2**20
 
 
 class Spool:
-    """A temporary file without a name, for the content of any number of files: it is gone when the process is.
+    """An unnamed temporary file for the content of any number of files. It disappears with the process.
 
-    It is made when the first byte is written. A copy in another process is empty.
+    The file is created on the first write. Pickling a spool gives an empty one.
     """
 
     def __init__(self) -> None:
@@ -29,11 +29,11 @@ class Spool:
 
     @property
     def path(self) -> str:
-        """A path by which this process can open it."""
+        """A path at which this process can open the file."""
         return f"/dev/fd/{self._opened()}"
 
     def append(self, block: bytes, name: str) -> None:
-        """Writes at the end. Raises UserError, with the name of what is written, where the disk has no room."""
+        """Appends a block. Raises UserError, with the name of its origin, if the disk is full."""
         descriptor, left = self._opened(), memoryview(block)
         with _room(name):
             while left:
@@ -42,22 +42,29 @@ class Spool:
                 self.end += written
 
     def read(self, start: int, count: int) -> bytes:
-        """Returns `count` bytes from `start` on; safe from many threads."""
+        """Returns `count` bytes at offset `start`. Thread-safe."""
         return os.pread(self._opened(), count, start)
 
     def _opened(self) -> int:
+        """Returns the file descriptor and creates the file if necessary."""
         if self._descriptor is None:
             with _room("a temporary file"):
                 self._descriptor, path = tempfile.mkstemp()
+            # The file has no name from here on, so the system frees it even if the process is killed.
             os.unlink(path)
             weakref.finalize(self, os.close, self._descriptor)
         return self._descriptor
 
 
 class SpooledFile:
-    """The content of a file, decompressed, as part of a spool.
+    """The decompressed content of a file, stored in a spool. It can be used in place of a `DataFile`.
 
-    Takes the place of a `DataFile`. Raises UserError where the disk has no room for it.
+    Args:
+      origin: the file, which is read completely.
+      spool: the storage to append to; a new one by default.
+
+    Raises:
+      UserError: the disk has no room for the content.
     """
 
     compression = None
@@ -76,11 +83,11 @@ class SpooledFile:
 
     @property
     def path(self) -> str:
-        """A path by which this process can open the file, if it is alone in its spool."""
+        """A path at which this process can open the file. Valid only if no other file is in the spool."""
         return self._spool.path
 
     def read(self, start: int | None = None, end: int | None = None) -> bytes:
-        """Returns the bytes `start..end`; safe from many threads."""
+        """Returns bytes `start..end` of the content. Thread-safe."""
         start = start or 0
         end = self.size if end is None else min(end, self.size)
         return self._spool.read(self._start + start, max(end - start, 0))
@@ -92,7 +99,7 @@ class SpooledFile:
 
 
 class _Stream(io.RawIOBase):
-    """Reads a spooled file from its beginning."""
+    """A seekable stream over a spooled file."""
 
     def __init__(self, file: SpooledFile):
         self._file, self._place = file, 0
@@ -106,13 +113,13 @@ class _Stream(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Moves to a place; returns it."""
+        """Moves to a position and returns it."""
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._file.size}[whence]
         self._place = base + offset
         return self._place
 
     def readinto(self, buffer: Any) -> int:
-        """Fills the buffer as far as the file goes."""
+        """Fills the buffer up to the end of the file. Returns the number of bytes."""
         content = self._file.read(self._place, self._place + len(buffer))
         buffer[: len(content)] = content
         self._place += len(content)
@@ -120,12 +127,13 @@ class _Stream(io.RawIOBase):
 
 
 def seekable(file: Any, spool: Spool | None = None) -> Any:
-    """Returns the file itself, or its content in a temporary file where it is compressed."""
+    """Returns the file itself, or its decompressed content in a temporary file if it is compressed."""
     return SpooledFile(file, spool) if isinstance(file, DataFile) and file.compression else file
 
 
 @contextlib.contextmanager
 def _room(name: str) -> Iterator[None]:
+    """Converts errors of writing temporary files to a UserError."""
     try:
         yield
     except OSError as error:

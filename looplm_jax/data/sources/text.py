@@ -1,4 +1,7 @@
-"""Plain text: prose is cut at blank lines, so that a single book can be shuffled and split; code stays whole."""
+"""Plain text files: prose is split at blank lines into documents, code is kept whole.
+
+Splitting makes it possible to shuffle a single book and to hold out a part of it.
+"""
 
 import codecs
 import re
@@ -14,33 +17,41 @@ from looplm_jax.data.sources.spooled import seekable
 
 _PROSE = (".md", ".rst", ".txt")
 _BLANK_LINES = re.compile(rb"\n(?:[ \t\r]*\n)+")
-_DOCUMENT_BYTES = range(1024, 8192)
-_DOCUMENTS = 256  # enough for a validation split; a longer file has more of them, a shorter one fewer
+_DOCUMENT_BYTES = range(1024, 8192)  # bounds of the minimum length of a document, which grows with the file
+_DOCUMENTS = 256  # per file, enough for a validation split; large files have more, small ones fewer
 _LONGEST_PARAGRAPH = 65536
 
-# A long file is cut in sections first, each of which can be read without the others.
+# A long file is first divided into sections, each of which can be read without the others.
 _SECTION_BYTES = 2**24
 _ENDS_OF_SECTIONS = (_BLANK_LINES, re.compile(rb"\n"), re.compile(rb" "), re.compile(rb"(?=[\x00-\x7f\xc0-\xff])"))
 
 
 class Text:
-    """The documents of a file together are the file. An empty file has none."""
+    """The plain text format. The documents of a file together are the whole file; an empty file has none."""
 
     def spans(self, file: DataFile, unit_bytes: int) -> tuple[Span, ...]:
-        """Whole sections of prose, by the bytes near which they begin; a compressed file or code is one span."""
+        """Returns ranges of bytes in which sections of prose begin.
+
+        A compressed file, or a file of code, is a single span.
+        """
         if file.compression or file.suffix not in _PROSE:
             return (WHOLE,)
         return ranges(file.size, max(unit_bytes // _SECTION_BYTES, 1) * _SECTION_BYTES)
 
     def scan(self, file: DataFile, source: SourceConfig, bad: BadRecordPolicy, span: Span) -> Iterator[Found]:
-        """The documents of the sections that begin in a range of bytes. What is not UTF-8 is left out by sections."""
+        """Yields the documents of the sections that begin in a range of bytes.
+
+        A section that is not UTF-8 is a bad record as a whole.
+        """
         file = seekable(file)
         size, limit = file.size, file.limits.record_bytes
         check_encoding(file.read(0, min(2, size)), file.name)
+
         for section in _sections(file, size, span):
             if file.suffix not in _PROSE and size > limit:
                 bad.handle(lambda: file.name, too_long(limit))
                 continue
+
             content = file.read(section.start, section.end)
             try:
                 content.decode()
@@ -48,6 +59,7 @@ class Text:
                 place = section.start + error.start
                 bad.handle(lambda: file.name, f"not UTF-8 at byte {place}")
                 continue
+
             start = len(codecs.BOM_UTF8) if section.start == 0 and content.startswith(codecs.BOM_UTF8) else 0
             for end in _document_ends(content, size) if file.suffix in _PROSE else [len(content)]:
                 if end > start:
@@ -55,11 +67,12 @@ class Text:
                 start = max(start, end)
 
     def read(self, file: DataFile, source: SourceConfig, place: tuple[int, int]) -> Document:
-        """The text of one document; nothing else of the file is read."""
+        """Returns the text of one document. Only that document is read."""
         return decode(file.read(*place), "document")
 
 
 def _sections(file: DataFile, size: int, span: Span) -> Iterator[Span]:
+    """Yields the sections that begin in a span. Code has a single section."""
     if file.suffix not in _PROSE:
         yield Span(0, size)
         return
@@ -68,7 +81,11 @@ def _sections(file: DataFile, size: int, span: Span) -> Iterator[Span]:
 
 
 def _section_start(file: DataFile, size: int, near: int) -> int:
-    """After the first blank lines from there on; where there are none for long, after a line, a word, a character."""
+    """Returns the start of the section nearest after an offset.
+
+    It is after the first blank lines; if there are none within a long paragraph, it is after a line, a word, or a
+    character.
+    """
     if near <= 0 or near >= size:
         return min(near, size)
     window = file.read(near, min(near + _LONGEST_PARAGRAPH, size))
@@ -77,7 +94,7 @@ def _section_start(file: DataFile, size: int, near: int) -> int:
 
 
 def _document_ends(content: bytes, size: int) -> Iterator[int]:
-    """Where documents end: at the first place to cut that makes them long enough for a file of that size."""
+    """Yields the ends of documents: the first possible split at which each is long enough for a file of this size."""
     least = min(max(size // _DOCUMENTS, _DOCUMENT_BYTES.start), _DOCUMENT_BYTES.stop)
     start = 0
     for end in _places_to_cut(content):
@@ -87,7 +104,7 @@ def _document_ends(content: bytes, size: int) -> Iterator[int]:
 
 
 def _places_to_cut(content: bytes) -> Iterator[int]:
-    """After blank lines, within a paragraph that is far too long for one document, and at the end."""
+    """Yields possible splits: after blank lines, inside paragraphs that are far too long, and at the end."""
     start = 0
     for end in [*(match.end() for match in _BLANK_LINES.finditer(content)), len(content)]:
         if end - start > _LONGEST_PARAGRAPH:
@@ -98,7 +115,7 @@ def _places_to_cut(content: bytes) -> Iterator[int]:
 
 
 def _cuts_inside(content: bytes, start: int, end: int) -> Iterator[int]:
-    """After a line or a word where there is one, else after a character."""
+    """Yields splits inside a paragraph, after a line or a word if possible, otherwise after a character."""
     while end - start > _DOCUMENT_BYTES.stop:
         limit = start + _DOCUMENT_BYTES.stop
         cut = 1 + max(content.rfind(space, start, limit) for space in (b"\n", b" "))

@@ -161,7 +161,7 @@ class JsonTokenizer(Tokenizer):
 
     @functools.cached_property
     def _plain(self) -> Any:
-        """The same tokenizer, but without special tokens in its output."""
+        """A variant of the tokenizer with the same ids, which never outputs a special token."""
         return _parse(with_names_hidden(self._content, self._names))
 
 

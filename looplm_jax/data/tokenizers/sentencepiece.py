@@ -110,12 +110,12 @@ class SentencePieceTokenizer(Tokenizer):
 
     @functools.cached_property
     def _plain(self) -> Any:
-        """The same model with all special tokens as control tokens, which no text produces."""
+        """A variant of the model in which special tokens are control tokens, which no text produces."""
         return _retyped(self._model, self._special, _PieceType.CONTROL)
 
     @functools.cached_property
     def _parsing(self) -> Any:
-        """The same model with all special tokens as user-defined ones, which their names produce."""
+        """A variant of the model in which special tokens are user-defined ones, which their names produce."""
         return _retyped(self._model, self._special, _PieceType.USER_DEFINED)
 
 
