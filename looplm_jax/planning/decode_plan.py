@@ -25,7 +25,7 @@ from looplm_jax.inference.tick import run_ticks
 from looplm_jax.models.looplm import LoopLM, Params, boxed_shapes, compute_dtype
 from looplm_jax.planning.collectives import collectives
 from looplm_jax.planning.hlo import parse
-from looplm_jax.planning.memory import refusal, shard_bytes
+from looplm_jax.planning.memory import ProgramBytes, refusal, shard_bytes
 from looplm_jax.planning.targets import Target, without_network
 from looplm_jax.planning.timing import DecodeTiming, decode_timing
 from looplm_jax.planning.traffic import Buffer, CacheUse, Traffic, program_traffic
@@ -301,10 +301,9 @@ def _compile(
                 raise
             temporaries = max(refused.used - memory.total, 0)
             return None, dataclasses.replace(memory, temporaries=temporaries, capacity=refused.limit)
-    analysis: Any = program.memory_analysis()
-    held = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    other = held + analysis.generated_code_size_in_bytes - parameters - cache
-    return program, dataclasses.replace(memory, temporaries=analysis.temp_size_in_bytes, other=other)
+    taken = ProgramBytes.of(program.memory_analysis())
+    other = taken.held + taken.code - parameters - cache
+    return program, dataclasses.replace(memory, temporaries=taken.temporaries, other=other)
 
 
 def _holds(model: ModelConfig) -> Any:

@@ -43,18 +43,33 @@ def state_memory(state: TrainState, capacity: int | None) -> Memory:
     return Memory(parameters=parameters, optimizer=optimizer, activations=0, other=other, capacity=capacity)
 
 
-def compiled_memory(state: TrainState, analysis: Any, capacity: int | None) -> Memory:
-    """Returns the compiler's account of a step, of which the state is a part.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProgramBytes:
+    """Bytes that a compiled program takes on each device, by the compiler's account."""
 
-    Activations are what is held at the worst moment, for which the compiler gives two upper bounds. The size of all
-    temporaries counts some of those inside a loop beside others that are never held at the same time. The peak exceeds
-    even that in a program that keeps arrays in the memory of the host.
-    """
-    alone = state_memory(state, capacity)
-    outside = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    other = outside + analysis.generated_code_size_in_bytes - alone.parameters - alone.optimizer
-    activations = max(min(analysis.peak_memory_in_bytes - outside, analysis.temp_size_in_bytes), 0)
-    return dataclasses.replace(alone, activations=activations, other=other, host=analysis.host_temp_size_in_bytes)
+    held: int  # arguments and results, those updated in place once
+    temporaries: int  # at the worst moment
+    code: int
+
+    @classmethod
+    def of(cls, analysis: Any) -> "ProgramBytes":
+        """Returns the account in what `memory_analysis()` of a compiled program returns.
+
+        Of temporaries the compiler gives two upper bounds, and the lower one counts. The size of all of them counts
+        some of those inside a loop beside others that are never held at the same time. The peak exceeds even that in a
+        program that keeps arrays in the memory of the host.
+        """
+        held = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+        temporaries = max(min(analysis.peak_memory_in_bytes - held, analysis.temp_size_in_bytes), 0)
+        return cls(held=held, temporaries=temporaries, code=analysis.generated_code_size_in_bytes)
+
+
+def compiled_memory(state: TrainState, analysis: Any, capacity: int | None) -> Memory:
+    """Returns the compiler's account of a step, of which the state is a part."""
+    alone, program = state_memory(state, capacity), ProgramBytes.of(analysis)
+    other = program.held + program.code - alone.parameters - alone.optimizer
+    host = analysis.host_temp_size_in_bytes
+    return dataclasses.replace(alone, activations=program.temporaries, other=other, host=host)
 
 
 def overfull_memory(state: TrainState, error: str) -> Memory | None:
