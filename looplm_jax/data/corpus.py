@@ -53,6 +53,7 @@ class Corpus:
     @property
     def digest(self) -> str:
         """A hex digest that changes when any text document changes, or when their order changes."""
+        # The key of a document is a hash of its text; the digest of a manifest covers all of its shards.
         texts = [part.source.keys.tobytes() for part in self.texts]
         prepared = [part.manifest.digest.encode() for part in self.prepared]
         return hashlib.blake2b(b"".join(texts + prepared), digest_size=8).hexdigest()
@@ -60,9 +61,13 @@ class Corpus:
     @functools.cached_property
     def own_tokenizer(self) -> Tokenizer | None:
         """The tokenizer of the tasks or the prepared sources. None for text sources, which work with any tokenizer."""
+        # The sources were checked to share one tokenizer, so the first one stands for all.
         if self.prepared:
             return read_tokenizer(self.prepared[0].corpus.folder, self.prepared[0].manifest)
         return self.tasks[0].task.tokenizer if self.tasks else None
+
+
+# Opening
 
 
 def open_corpus(data: DataConfig, say: Callable[[str], object] | None = None) -> Corpus:
@@ -91,6 +96,7 @@ def open_corpus(data: DataConfig, say: Callable[[str], object] | None = None) ->
 
     sources = [source for source in data.sources if not is_task(source.path)]
     located = [dataclasses.replace(source, path=locate(data.root, source.path)) for source in sources]
+    # All inputs are found before any is read, so that `say` can announce them.
     found = [find_inputs(source.path, source, data.limits) for source in located]
     if say is not None and found:
         say(summarize(found))
@@ -133,6 +139,7 @@ def _open_prepared(data: DataConfig) -> tuple[PreparedPart, ...]:
     Raises:
       UserError: only some sources are prepared, or they do not match in tokenizer or sequence length.
     """
+    # Tasks are never prepared; they are among `others` below.
     places = [(source, locate(data.root, source.path)) for source in data.sources if not is_task(source.path)]
     found = [(source, path) for source, path in places if is_prepared(path)]
     if not found:
@@ -156,6 +163,9 @@ def _open_prepared(data: DataConfig) -> tuple[PreparedPart, ...]:
         )
 
     return parts
+
+
+# Checks
 
 
 def _check_alike(first: PreparedPart, other: PreparedPart) -> None:

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Int32
 class Message:
     """One turn of a chat."""
 
-    role: str
+    role: str  # such as "user" or "assistant"
     content: str
 
 

@@ -31,6 +31,7 @@ def chunks(example: Example, length: int) -> list[dict[str, np.ndarray]]:
     The last target of a chunk is the first input of the next, so every target appears exactly once. Chunks without a
     target are dropped.
     """
+    # Inputs are all tokens but the last, and targets are all tokens but the first.
     features = {
         "tokens": example.tokens[:-1],
         "targets": example.tokens[1:],

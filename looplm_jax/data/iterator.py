@@ -77,6 +77,7 @@ class BatchIterator:
     def __init__(self, batches: Stream, identity: Mapping[str, Any], *, one_by_one: Callable[[], Stream] | None = None):
         self._identity = dict(identity)
         self._one_by_one = one_by_one
+        # A list, so that the finalizer closes the current stream even after `restore` has replaced it.
         self._held = [batches]
         # Grain's threads must stop before interpreter shutdown, even if `close` is never called.
         self._close = weakref.finalize(self, _close, self._held)
@@ -105,6 +106,7 @@ class BatchIterator:
         if self._one_by_one is not None and PROBLEMS not in saved:
             identity, reopen = {key: value for key, value in identity.items() if key != PROBLEMS}, self._one_by_one
 
+        # Compare the union of the keys, because either version may have fields that the other lacks.
         changed = [
             f"{key}: {saved.get(key)!r} then, {identity.get(key)!r} now"
             for key in {**saved, **identity}
@@ -131,12 +133,16 @@ def _close(held: list[Stream]) -> None:
     held.pop().close()
 
 
+# Identity
+
+
 def stream_identity(corpus: Corpus, tokenizer: Tokenizer, geometry: Geometry, seed: int) -> dict[str, Any]:
     """Returns everything that determines the order of tokens, as plain JSON values.
 
     Two streams with equal identities return equal batches. Fields that may differ on resume (see `looplm_jax.resume`)
     are left out.
     """
+    # Enums are stored by value, so that the identity is plain JSON.
     config = {
         f"data.{leaf.path}": getattr(leaf.value, "value", leaf.value)
         for leaf in leaves(corpus.config)

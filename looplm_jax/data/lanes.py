@@ -28,6 +28,7 @@ def lane_count(batch_size: int, sequence_length: int, saved: Mapping[str, Any] |
       sequence_length: tokens in a sequence.
       saved: the saved state of a stream to resume, which determines the number if given.
     """
+    # A substream is opened as if it were a process, so its process count is the number of substreams.
     if saved is not None:
         return next(iter(_lane_states(saved).values()))["identity"]["process_count"]
 
@@ -71,6 +72,7 @@ class LaneBatches:
 
     def __next__(self) -> Batch:
         """Returns this process's sequences of the next batch, microbatch after microbatch."""
+        # Every substream advances, and then each sequence is picked from its substream.
         batches = [next(lane) for lane in self._lanes.values()]
         names = [field.name for field in dataclasses.fields(Batch)]
         return Batch(**{name: self._own([getattr(batch, name) for batch in batches]) for name in names})

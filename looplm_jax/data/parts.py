@@ -17,6 +17,9 @@ from looplm_jax.data.tasks.base import Task, TrainStream, ValidationItems
 _HELD_OUT_ORDER = 0  # seed of the fixed order, shuffled so that the first held-out sequences come from many files
 
 
+# Interfaces
+
+
 class Records(Protocol):
     """Random access to documents or examples."""
 
@@ -43,6 +46,9 @@ class Part(Protocol):
     @property
     def train_documents(self) -> int:
         """The number of documents in one epoch, or 0 if the source has no epochs."""
+
+
+# Sources
 
 
 @dataclasses.dataclass(frozen=True)

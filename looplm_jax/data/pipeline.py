@@ -21,7 +21,10 @@ from looplm_jax.errors import UserError
 
 # Threads hide the latency of remote files. Grain keeps the order of results, so the stream is deterministic.
 READING = grain.ReadOptions(num_threads=4, prefetch_buffer_size=32)
-_BATCHES_AHEAD = 4
+_BATCHES_AHEAD = 4  # batches to prefetch
+
+
+# Training batches
 
 
 def train_batches(
@@ -78,8 +81,12 @@ def train_batches(
         seeds = [_derived_seed(seed, number) for number in range(len(corpus.tasks))]
         blocks = Blocks(corpus.tasks, seeds, sequence_length)
         batches = TaskBatches(blocks, geometry.rows, first=process_index, stride=process_count)
+        # Older states are positions in a stream that packs one problem at a time; `packed` opens that stream.
         return BatchIterator(batches, identity, one_by_one=packed)
     return BatchIterator(packed(), identity)
+
+
+# Mixtures of sources
 
 
 def mixture(
@@ -134,6 +141,9 @@ def training_texts(data: DataConfig | Corpus, *, seed: int = 0) -> Iterator[str]
 def as_corpus(data: DataConfig | Corpus) -> Corpus:
     """Returns the corpus itself, or opens the one that a configuration describes."""
     return data if isinstance(data, Corpus) else open_corpus(data)
+
+
+# Checks
 
 
 def check_fit(corpus: Corpus, tokenizer: Tokenizer, sequence_length: int) -> None:

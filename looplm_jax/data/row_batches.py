@@ -10,7 +10,7 @@ import grain
 import numpy as np
 
 _THREADS = 16  # reads mostly wait for cloud storage, so there may be more threads than cores
-_BATCHES_AHEAD = 2
+_BATCHES_AHEAD = 2  # batches to prefetch, in addition to the requested one
 
 
 class RowBatches:
@@ -58,6 +58,7 @@ class RowBatches:
 
     def _read_ahead(self) -> None:
         """Schedules the reads of the next batch that is not yet prefetched."""
+        # Sequences are addressed by index, so the position in the stream determines what to read.
         start = (self._done + len(self._ahead)) * self._batch_rows
         places = range(start, start + self._batch_rows)
         self._ahead.append([_threads().submit(self._rows.__getitem__, place) for place in places])

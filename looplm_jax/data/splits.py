@@ -9,7 +9,7 @@ from jaxtyping import Int64, UInt64
 
 from looplm_jax.data.documents import Document, Message
 
-_KEY_BYTES = 8
+_KEY_BYTES = 8  # keys have 64 bits
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,9 +25,12 @@ Rows = Mapping[str, np.ndarray]
 # The minimum size of a block, in tokens and in sequences. Smaller blocks would waste too much in unfilled sequences.
 _BLOCK_TOKENS, _BLOCK_ROWS = 2**17, 128
 
-_OPEN_ROWS = 64
-_BLOCKS_AHEAD = 2
+_OPEN_ROWS = 64  # sequences that are open for packing
+_BLOCKS_AHEAD = 2  # blocks to generate in advance
 _THREADS = 2
+
+
+# Blocks of problems
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,13 +69,18 @@ class Blocks:
     def _drawn(self, block: int) -> list[int]:
         """Returns, for each task, the number of problems in all earlier blocks."""
         weights = [part.config.weight for part in self.parts]
+        # Rounding cumulative counts, instead of those of each block, keeps the proportions exact over many blocks.
         return [int(block * self._size * (weight / sum(weights))) for weight in weights]
 
     @functools.cached_property
     def _size(self) -> int:
         """The number of problems in a block."""
+        # The longest problem bounds the number of problems that surely fit.
         tokens = max(_BLOCK_TOKENS, _BLOCK_ROWS * self.sequence_length)
         return max(1, tokens // max(part.task.max_tokens for part in self.parts))
+
+
+# Batches
 
 
 class TaskBatches:
@@ -128,6 +136,7 @@ class TaskBatches:
 
     def _rows(self, block: int) -> Rows:
         """Returns the sequences of a block, and schedules the blocks that follow it."""
+        # Futures are cached by block number; a block that is already scheduled is not submitted again.
         for ahead in range(block, block + (_BLOCKS_AHEAD + 1) * self._stride, self._stride):
             if ahead not in self._ahead:
                 self._ahead[ahead] = _threads().submit(self._blocks.__getitem__, ahead)
@@ -138,6 +147,9 @@ class TaskBatches:
 def _threads() -> concurrent.futures.ThreadPoolExecutor:
     """Returns the thread pool of the process."""
     return concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="problems")
+
+
+# Packing
 
 
 def pack_problems(problems: Problems, length: int) -> Rows:

@@ -10,7 +10,7 @@ from looplm_jax.errors import UserError
 
 # SentencePiece drops longer lines. Splitting a line loses only the one pair of symbols across the split.
 _LINE_CHARACTERS = 2_000
-_MAX_UTF8_BYTES = 4
+_MAX_UTF8_BYTES = 4  # per character
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, *, max_bytes: int = 8_000_000) -> SentencePieceTokenizer:

@@ -84,6 +84,9 @@ def validation_batches(
     return ValidationBatches(batches, num_sequences=len(sequences))
 
 
+# Held-out sequences
+
+
 def _sequences(
     corpus: Corpus, tokenizer: Tokenizer, sequence_length: int, most: int | None
 ) -> list[Mapping[str, np.ndarray]]:
@@ -91,9 +94,11 @@ def _sequences(
     if corpus.prepared:
         return _rows(corpus, most)
     parts = [as_examples(grain.MapDataset.source(part.validation()), part, tokenizer) for part in corpus.parts]
+    # Records of all sources are interleaved, so that the first `most` sequences represent the whole mixture.
     examples = grain.MapDataset.source(_Interleaved(parts))
     rows = iter(pack(examples.to_iter_dataset(READING), sequence_length, shuffle_seed=_ORDER))
     sequences = list(itertools.islice(rows, most))
+    # Stops Grain's reading threads.
     rows.close()
     return sequences
 
@@ -129,8 +134,12 @@ class _Interleaved:
         return self._parts[number][place]
 
 
+# One process's share
+
+
 def _share(sequences: list[Any], geometry: Geometry) -> Batch:
     """Returns this process's sequences of one global batch, padded to the batch size."""
+    # All-zero sequences are padding: their segment ids and loss mask are 0.
     padding = {name: np.zeros_like(values) for name, values in sequences[0].items()}
     rows = sequences + [padding] * (geometry.batch_size - len(sequences))
     mine = rows[geometry.process_index * geometry.rows :][: geometry.rows]

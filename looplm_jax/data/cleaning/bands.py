@@ -70,6 +70,7 @@ def _shared(keys: UInt64[np.ndarray, "N"]) -> tuple[Int64[np.ndarray, "M"], Int6
     """Returns the M documents whose key is not unique, and for each the number of its key among all distinct keys."""
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]
+    # The slice handles the empty case.
     first = np.append(True, ordered[1:] != ordered[:-1])[: len(keys)]
     groups = np.cumsum(first)
     inside = np.bincount(groups)[groups] > 1

@@ -79,5 +79,6 @@ class Findings:
 
     def _keep_longest(self, matches: list[PlacedMatch]) -> None:
         """Keeps the longest of the old and the new matches."""
+        # Ties are broken by the match itself, so the result does not depend on the order of merging.
         everything = sorted(self.longest + matches, key=lambda placed: (-placed.match.words, placed))
         self.longest = everything[:LONGEST]

@@ -77,9 +77,8 @@ class NearDuplicates:
           signatures: the signatures of all N documents, in order. It may be a memory map, which is read a few rows at a
             time.
         """
-        # For each bucket, the kept documents in it. Only those are compared, so a cluster is represented by its first
-        # document.
         kept: dict[int, int] = {}
+        # The kept documents in each bucket. Only they are candidates, so the first document represents a cluster.
         keepers: dict[int, list[int]] = {}
 
         for document, buckets in shared_bands(signatures, self.threshold):
@@ -103,6 +102,9 @@ class NearDuplicates:
         return candidates[best] if similarity[best] >= self.threshold else None
 
 
+# N-grams and hashing
+
+
 def _ngrams(text: str, n: int) -> Iterator[bytes]:
     """Returns the distinct n-grams of a text.
 
@@ -124,7 +126,7 @@ def _ngrams(text: str, n: int) -> Iterator[bytes]:
 
 @functools.cache
 def _empty_minhash(permutations: int) -> Any:
-    """Returns a MinHash without values, cached because creating permutations is slow."""
+    """Returns a MinHash without values, cached so that its permutations are generated only once."""
     return _library().MinHash(num_perm=permutations, seed=_SEED, hashfunc=zlib.crc32, scheme="affine32")
 
 

@@ -119,6 +119,9 @@ class EvaluationNgrams:
         )
 
 
+# Loading
+
+
 def load_evaluation_ngrams(paths: Sequence[str], n: int = NGRAM, *, key: str | None = None) -> EvaluationNgrams:
     """Reads evaluation files, .jsonl or .txt with one item per line, and returns their n-grams.
 
@@ -155,6 +158,9 @@ def _tables(texts: EvaluationTexts, values: UInt64[np.ndarray, "vocabulary_and_u
         tables.append(NgramTable.of(length, hashes[length][places], places))
 
     return tuple(tables)
+
+
+# Runs of words
 
 
 def _runs(places: Int64[np.ndarray, "places"], windows: np.ndarray) -> list[tuple[int, int]]:

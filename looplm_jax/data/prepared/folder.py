@@ -61,6 +61,7 @@ class PreparedFolder:
           FileNotFoundError: there is no such file.
           UserError: the file cannot be read.
         """
+        # Raised outside of `reading`, which converts every OSError to a UserError.
         path, missing = self.at(name), None
         with reading(path):
             try:
@@ -73,6 +74,7 @@ class PreparedFolder:
         """Returns the names in the folder, or in a subfolder. The result is empty if there is no such folder."""
         path = self.path / folder if folder else self.path
         with reading(path):
+            # Clients of buckets cache listings, and other processes write to the folder as well.
             forget_listing(path)
             try:
                 return frozenset(found.name for found in path.iterdir())
@@ -143,6 +145,9 @@ class PreparedFolder:
         """Raises UserError because another process holds the lock."""
         message = f"{self.path} is being written by another process; wait for it, or choose another --out"
         raise UserError(message) from None
+
+
+# Prepared corpora as sources
 
 
 def is_prepared(path: str) -> bool:

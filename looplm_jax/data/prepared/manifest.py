@@ -12,7 +12,7 @@ from looplm_jax.data.tokenizers import Tokenizer, deserialize
 from looplm_jax.errors import UserError
 from looplm_jax.files import AnyPath
 
-VERSION = 1
+VERSION = 1  # of the format
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,6 +110,9 @@ class Manifest:
         shards = "".join(f"{shard.rows}:{shard.digest};" for shard in self.shards)
         what = f"{self.plan.sequence_length};{self.plan.tokenizer};{shards}"
         return hashlib.blake2b(what.encode(), digest_size=8).hexdigest()
+
+
+# Reading and writing
 
 
 def read_manifest(folder: PreparedFolder) -> Manifest:

@@ -12,6 +12,7 @@ import numpy as np
 
 from looplm_jax.data.prepared.row import Segment
 
+# The same values as in `data.packing`.
 _OPEN_ROWS = 64
 _WINDOW_PIECES = 2**12
 _WINDOW_TOKENS = 2**21

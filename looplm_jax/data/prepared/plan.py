@@ -56,6 +56,9 @@ class Order:
             tokens_and_mask((), self.tokenizer)  # raises UserError if the tokenizer has no chat tokens
 
 
+# The plan
+
+
 def make_plan(order: Order, units: Sequence[Unit]) -> Plan:
     """Returns the plan of an order, without the digest of the input files' content, which `with_contents` adds.
 
@@ -91,6 +94,9 @@ def with_contents(folder: PreparedFolder, plan: Plan, units: Sequence[Unit]) -> 
         )
 
     return plan
+
+
+# The folder
 
 
 def check_folder(folder: PreparedFolder, plan: Plan) -> None:

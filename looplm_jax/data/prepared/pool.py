@@ -53,6 +53,9 @@ class _Worker:
     number: int  # of the current job
 
 
+# The parent
+
+
 def run_jobs(
     work: Callable[[Job, Report], Result], jobs: Sequence[Job], workers: int
 ) -> Generator[Progress | Finished[Result], None, None]:
@@ -139,6 +142,9 @@ def _hear(worker: _Worker) -> Any:
     if isinstance(word, Exception):
         raise word
     return word
+
+
+# The worker
 
 
 def _serve(work: Callable[[Any, Report], Any], pipe: Connection) -> None:

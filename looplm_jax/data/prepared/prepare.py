@@ -103,6 +103,9 @@ def is_complete(folder: PreparedFolder) -> bool:
     return MANIFEST in names and names.issuperset(shard.name for shard in read_manifest(folder).shards)
 
 
+# Passes over all units
+
+
 class _Crew:
     """Workers for one or several passes over all units."""
 

@@ -34,6 +34,7 @@ class PreparedRows:
 
     def __init__(self, folder: PreparedFolder, manifest: Manifest, shards: Sequence[Shard]):
         self._folder, self._shards = folder, shards
+        # The end of each shard in the numbering of all sequences, exclusive.
         self._ends = np.cumsum([shard.rows for shard in shards], dtype=np.int64)
         self._length = manifest.plan.sequence_length
         self._vocab_size = manifest.plan.vocab_size

@@ -39,6 +39,9 @@ class Segment:
         return len(self.loss_mask)
 
 
+# Segments
+
+
 def pieces(example: Example, length: int) -> list[Segment]:
     """Splits an example into segments of at most `length` positions.
 
@@ -56,12 +59,18 @@ def token_type(vocab_size: int) -> np.dtype:
     return _SHORT if vocab_size <= 1 << 16 else _LONG
 
 
+# Encoding
+
+
 def encode_row(segments: Sequence[Segment], tokens: np.dtype) -> bytes:
     """Returns the encoding of a sequence that consists of these segments."""
     runs = _runs(np.concatenate([segment.loss_mask for segment in segments]))
     lengths = [segment.positions for segment in segments]
     head = np.array([len(segments), len(runs), *lengths, *runs], _COUNT)
     return head.tobytes() + np.concatenate([segment.tokens for segment in segments]).astype(tokens).tobytes()
+
+
+# Decoding
 
 
 def decode_segments(record: bytes, tokens: np.dtype) -> list[Segment]:

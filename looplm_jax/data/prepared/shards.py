@@ -18,9 +18,12 @@ from looplm_jax.files import NO_SPACE, AnyPath
 
 _WRITING = "group_size:1"  # one record per group, so that a record can be read on its own
 _READING = "readahead_buffer_size:0,max_parallelism:0"
-_READ_BUFFER = 2**15
+_READ_BUFFER = 2**15  # bytes
 _OPEN_SHARDS = 256  # open files per process, over all sources and substreams
-_EDGE = 2**12
+_EDGE = 2**12  # bytes at each end of a file that are checked at every start
+
+
+# Writing
 
 
 def write_shard(
@@ -50,6 +53,7 @@ def write_shard(
 
         record = encode_row(row, tokens)
         with _refused(folder.at(name)):
+            # The file is created with the first sequence, so a unit without sequences leaves no file.
             writer = writer or _writer(file)
             writer.write(record)
         written += 1
@@ -71,6 +75,9 @@ def write_shard(
         digest=file_digest(content),
         edges=file_digest(content[:_EDGE] + content[-_EDGE:]),
     )
+
+
+# Reading and verification
 
 
 def read_record(folder: PreparedFolder, shard: Shard, row: int) -> bytes:
@@ -118,6 +125,9 @@ def damaged(folder: PreparedFolder, shard: Shard, why: str) -> UserError:
         f"{folder.at(shard.name)} is damaged or missing ({reason}); copy it again, or remove it and run the "
         "same `looplm tokenize` command again"
     )
+
+
+# ArrayRecord
 
 
 @functools.lru_cache(maxsize=_OPEN_SHARDS)

@@ -17,6 +17,8 @@ from looplm_jax.data.prepared.unit_work import UnitJob
 from looplm_jax.data.prepared.units import documents
 from looplm_jax.data.sources import BadRecordPolicy
 
+# Signatures of a unit
+
 
 @dataclasses.dataclass(frozen=True)
 class SignUnit:
@@ -52,6 +54,9 @@ class SignUnit:
         PreparedFolder(self.url).write(signatures_name(job.number), content.getvalue())
 
 
+# Comparison of all documents
+
+
 @dataclasses.dataclass(frozen=True)
 class LeftOutDocuments:
     """The documents to leave out of each unit, and the report about them."""
@@ -67,6 +72,7 @@ def signatures_name(number: int) -> str:
 
 def leave_out(folder: PreparedFolder, units: int, settings: NearDuplicates, scratch: Path) -> LeftOutDocuments:
     """Compares the documents of all units, in order. Signatures are kept in a memory-mapped file, not in memory."""
+    # `numbers[i]` is the number of the first document of unit i.
     numbers = [0]
     file = scratch / "signatures"
     with file.open("wb") as stream:

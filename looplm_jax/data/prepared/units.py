@@ -15,6 +15,9 @@ UNIT_BYTES = 64 * 2**20
 _FILES_AT_ONCE = 16  # reading footers of remote files is dominated by latency
 
 
+# Units
+
+
 @dataclasses.dataclass(frozen=True)
 class Part:
     """Documents that are read in one pass: a file, or a span of one.
@@ -82,6 +85,9 @@ def documents(unit: Unit, bad: BadRecordPolicy) -> Iterator[Placed]:
     for part in unit.parts:
         for found in format_of(part.file).scan(part.file, part.source, bad, part.span):
             yield Placed(part.source.path, part.file.name, found.place, found.document)
+
+
+# Description of the input
 
 
 def describe_inputs(units: Sequence[Unit]) -> str:

@@ -12,7 +12,7 @@ from looplm_jax.errors import UserError
 
 _READS_AT_ONCE = 4
 _EDGES_AT_ONCE = 16
-_BYTES_AT_START = 2**30
+_BYTES_AT_START = 2**30  # bytes of shards that are checked completely at every start
 
 
 def verify(corpus: PreparedCorpus) -> list[str]:

@@ -18,7 +18,7 @@ from looplm_jax.errors import UserError
 
 _AT_RANDOM = "readahead_buffer_size:0,max_parallelism:0"
 _IN_ORDER = "readahead_buffer_size:1M,max_parallelism:1"
-_READ_BUFFER = 2**15
+_READ_BUFFER = 2**15  # bytes
 _OPEN_FILES = 128  # open files per process
 _BLOCK = 256  # records in memory at a time
 
@@ -59,6 +59,9 @@ class ArrayRecord:
         """Returns the document of one record. Thread-safe."""
         [record] = _read(file, _opened(file, file.version), place[0], place[0] + 1)
         return _document(record, _encoding(file, file.version), source, file.limits.record_bytes)
+
+
+# Records
 
 
 def _document(record: bytes, encoding: Encoding, source: SourceConfig, limit: int) -> Document:
@@ -103,6 +106,9 @@ def _encoding(file: DataFile, version: tuple[int, int]) -> Encoding:
         return Encoding.JSON if isinstance(load_json(first), dict) else Encoding.TEXT
     except BadRecord:
         return Encoding.TEXT
+
+
+# Readers
 
 
 @functools.lru_cache(maxsize=_OPEN_FILES)

@@ -60,6 +60,9 @@ def decompressed(
         ) from None
 
 
+# Limits
+
+
 class _Bounded(io.RawIOBase):
     """A stream that raises UserError once its content is far larger than its compressed size suggests."""
 
@@ -82,6 +85,9 @@ class _Bounded(io.RawIOBase):
                     "data.limits.compression_ratio, else leave the file out"
                 )
         return count
+
+
+# Zstandard
 
 
 class _CorruptZstd(ValueError):
@@ -130,10 +136,12 @@ def _zstd_contents(stream: IO[bytes], window: int) -> Iterator[bytes]:
 
     context = zstandard.ZstdDecompressor(max_window_size=window)
     while magic := stream.read(4):
+        # Skippable frames hold metadata of other programs, not content.
         if len(magic) == 4 and int.from_bytes(magic, "little") in _SKIPPABLE_FRAME:
             _skip(stream, int.from_bytes(_exactly(stream, 4), "little"))
             continue
 
+        # A truncated magic number passes, and is then reported as truncated data.
         if magic != _ZSTD_FRAME[: len(magic)]:
             raise _CorruptZstd("not a Zstandard frame")
 

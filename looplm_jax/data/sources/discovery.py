@@ -71,6 +71,9 @@ def describe(counts: Mapping[str, int]) -> str:
     return f"{total:,} ({', '.join(kinds)}{f', {others:,} of other kinds' if others else ''})"
 
 
+# Search
+
+
 class _Finder:
     """Collects the files of one pattern."""
 
@@ -225,6 +228,9 @@ class _Finder:
         return kept
 
 
+# Kinds of files and folders
+
+
 def _is_known(file: DataFile) -> bool:
     """Whether the name of a file in a folder shows that it is data."""
     if file.compression is None:
@@ -252,6 +258,9 @@ def _outputs_above(file: DataFile, root: str, output_kind: Callable[[str], str |
     for folder in _folders_of(_relative(root, file.path)):
         if folder and file.is_local and (kind := output_kind(posixpath.join(root, folder))):
             yield kind
+
+
+# Paths
 
 
 def _names_by_folder(paths: Iterable[str]) -> dict[str, set[str]]:

@@ -128,6 +128,9 @@ class DataFile:
                 yield stream if self.is_local else io.BufferedReader(stream, _BUFFER_BYTES)
 
 
+# Paths and file systems
+
+
 def read_file(path: str) -> bytes:
     """Returns the content of a small file at a path or URL.
 

@@ -94,6 +94,9 @@ def _values(column: Any, key: str, start: int, stop: int) -> list[Any]:
         return [value for row in range(start, stop) for value in _values(column, key, row, row + 1)]
 
 
+# Loading
+
+
 def is_saved_dataset(fs: Any, folder: str) -> bool:
     """Whether a folder was written by `save_to_disk`."""
     return any(fs.exists(f"{folder.rstrip('/')}/{name}") for name in ("dataset_dict.json", "state.json"))

@@ -53,6 +53,9 @@ class Parquet:
         return value_document(_as_python(_row_group(file, file.version, source, group)[row]), source)
 
 
+# Columns
+
+
 @functools.lru_cache(maxsize=_ROW_GROUPS_IN_MEMORY)
 def _row_group(file: DataFile, version: tuple[int, int], source: SourceConfig, group: int) -> Any:
     """Returns the source's column in one row group, cached.
@@ -112,6 +115,9 @@ def _where(file: DataFile, table: Any, group: int, row: int) -> str:
     """Returns the location of a row for error messages, counted over the whole file."""
     before = sum(table.metadata.row_group(earlier).num_rows for earlier in range(group))
     return f"{file.name}: row {before + row}"
+
+
+# Opening
 
 
 def _open_column(stream: Any, file: DataFile, source: SourceConfig, span: Span) -> Any:

@@ -15,6 +15,8 @@ from looplm_jax.data.sources.spooled import Spool, seekable
 from looplm_jax.data.splits import document_key
 from looplm_jax.errors import UserError
 
+# Streaming
+
 
 def scan(file: Input, source: SourceConfig, bad: BadRecordPolicy, span: Span | None = None) -> Iterator[Document]:
     """Yields every document of a file, or of one span of it, in order, in one pass and bounded memory.
@@ -31,6 +33,9 @@ def spans(file: Input, unit_bytes: int) -> tuple[Span, ...]:
     A compressed file is a single span. The result is a pure function of the file and the unit size.
     """
     return format_of(file).spans(file, unit_bytes)
+
+
+# Random access
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -37,6 +37,7 @@ class Spool:
         descriptor, left = self._opened(), memoryview(block)
         with _room(name):
             while left:
+                # A write may be partial.
                 written = os.write(descriptor, left)
                 left = left[written:]
                 self.end += written

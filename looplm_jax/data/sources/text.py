@@ -23,6 +23,7 @@ _LONGEST_PARAGRAPH = 65536
 
 # A long file is first divided into sections, each of which can be read without the others.
 _SECTION_BYTES = 2**24
+# In order of preference: after blank lines, after a line, after a word, before the first byte of a character.
 _ENDS_OF_SECTIONS = (_BLANK_LINES, re.compile(rb"\n"), re.compile(rb" "), re.compile(rb"(?=[\x00-\x7f\xc0-\xff])"))
 
 
@@ -60,6 +61,7 @@ class Text:
                 bad.handle(lambda: file.name, f"not UTF-8 at byte {place}")
                 continue
 
+            # The byte order mark is not part of the text.
             start = len(codecs.BOM_UTF8) if section.start == 0 and content.startswith(codecs.BOM_UTF8) else 0
             for end in _document_ends(content, size) if file.suffix in _PROSE else [len(content)]:
                 if end > start:
@@ -69,6 +71,9 @@ class Text:
     def read(self, file: DataFile, source: SourceConfig, place: tuple[int, int]) -> Document:
         """Returns the text of one document. Only that document is read."""
         return decode(file.read(*place), "document")
+
+
+# Sections
 
 
 def _sections(file: DataFile, size: int, span: Span) -> Iterator[Span]:
@@ -91,6 +96,9 @@ def _section_start(file: DataFile, size: int, near: int) -> int:
     window = file.read(near, min(near + _LONGEST_PARAGRAPH, size))
     found = filter(None, (pattern.search(window) for pattern in _ENDS_OF_SECTIONS))
     return near + next((match.end() for match in found), 0)
+
+
+# Documents
 
 
 def _document_ends(content: bytes, size: int) -> Iterator[int]:

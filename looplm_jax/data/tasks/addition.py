@@ -97,6 +97,7 @@ class Addition:
         return self._example(self._draw("addition-validation", 0, index, self.terms, held_out=True))
 
     def _columns(self, terms: int) -> int:
+        """Returns the number of columns for a problem of `terms` numbers, with leading zeros in the sum."""
         return terms * (self.digits + 1) + len(str(terms * (10**self.digits - 1))) + 2
 
     def _sums(
@@ -109,6 +110,7 @@ class Addition:
         """
 
         def draw(places: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n Q"]:
+            # Each number is followed by a plus sign, or by the equals sign after the last one.
             numbers = random.integers(10**self.digits, size=(len(places), terms))
             written = np.full((len(places), terms, self.digits + 1), _SIGNS[0])
             written[..., :-1] = 1 + _digits(numbers, self.digits)
@@ -124,6 +126,7 @@ class Addition:
         draw_again(questions, draw, written, every, f"addition:digits={self.digits}", "raise digits")
 
         digits = questions[:, 1:].reshape(count, terms, self.digits + 1)[..., :-1] - 1
+        # The sum of each digit's column, weighted by its power of ten, avoids parsing the numbers again.
         sums = (digits.sum(axis=1) * 10 ** np.arange(self.digits - 1, -1, -1)).sum(axis=1)
         answers = 1 + _digits(sums, len(str(terms * (10**self.digits - 1))))
         return questions, np.pad(answers, [(0, 0), (0, 1)])

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int, Int32
 from looplm_jax.data.documents import Example
 from looplm_jax.data.tokenizers.symbols import SymbolTokenizer
 
-_ENDLESS = 2**48
+_ENDLESS = 2**48  # nominal length of a training stream
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

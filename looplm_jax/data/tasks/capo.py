@@ -36,7 +36,10 @@ from looplm_jax.data.tokenizers.symbols import SymbolTokenizer
 from looplm_jax.errors import UserError
 
 START = "<bio>"
-_TEMPLATES = 50  # for each attribute
+_TEMPLATES = 50  # templates per attribute
+
+
+# People and biographies
 
 
 class Kind(enum.IntEnum):
@@ -93,7 +96,11 @@ class Biography:
     @property
     def text(self) -> str:
         """The biography as ordinary text."""
+        # Symbols that begin with a hyphen, and full stops, are joined to the previous symbol.
         return " ".join(self.symbols[1:]).replace(" -", "").replace(f" {END}", END)
+
+
+# The task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

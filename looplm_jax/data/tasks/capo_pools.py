@@ -21,6 +21,7 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
+# Given names, first and middle, are a stem of _GIVEN with an ending; places and last names start with _PLACES.
 _GIVEN = _words("Al Ber Cor Dan El Fer Gal Har Is Jul Kat Lor Mar Mel Nor Or Per Ros Sal Tam")
 _FIRST = _words("-a -ana -anne -ard -as -ela -elle -en -ette -ia -in -ina -ine -is -ita -ius -on -or -ric -us")
 _MIDDLE = _words(

@@ -34,10 +34,12 @@ class Template:
     phrase: tuple[str, ...]
 
 
+# Openings, shared by two attributes each.
 _BY_HEARSAY = ("Apparently", "Evidently", "Indeed", "Officially", "Reportedly")
 _IN_TIME = ("Afterwards", "Eventually", "Later", "Subsequently", "Then")
 _NOW = ("Currently", "Now", "Nowadays", "Presently", "Today")
 
+# Phrases of each attribute.
 _BIRTH_DATE = (
     "was born on",
     "was delivered on",

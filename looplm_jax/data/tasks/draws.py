@@ -11,7 +11,7 @@ from looplm_jax.data.splits import is_validation
 from looplm_jax.errors import UserError
 
 HELD_OUT = 1 / 16  # fraction of all problems of the tested size
-_MOST_DRAWS = 1_000
+_MOST_DRAWS = 1_000  # attempts per problem
 
 P = TypeVar("P")
 

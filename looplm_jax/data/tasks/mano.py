@@ -91,6 +91,7 @@ class Mano:
         longest = np.flatnonzero(lengths == self.length)
         draw_again(expressions, draw, self._written, longest, self._name, "raise length or modulus")
 
+        # Columns of a row: <bos>, <len_l>, the expression, <ans>, the value. <bos> is id 0 and <ans> is id 1.
         first_symbol = 2 + self.length  # after <bos>, <ans> and the lengths
         tokens = np.zeros((count, self.max_tokens), np.int32)
         tokens[:, 1], tokens[:, 2:-2] = 1 + lengths, first_symbol + expressions
@@ -149,6 +150,9 @@ class Mano:
         return Example.of(tokens, [False] + [everywhere] * (len(tokens) - 2) + [True])
 
 
+# One expression at a time
+
+
 def draw_expression(generator: np.random.Generator, length: int, modulus: int) -> Expression:
     """Returns gen(length) of the paper: an expression with `length` operators, and its value."""
     choices = _Choices(
@@ -174,6 +178,7 @@ def _expression(length: int, choices: _Choices, modulus: int) -> Expression:
         operand = next(choices.operands)
         return Expression((str(operand),), operand)
     operator = OPERATORS[next(choices.operators)]
+    # Uniform in 0..length-1.
     left_length = int(next(choices.splits) * length)
     left = _expression(left_length, choices, modulus)
     right = _expression(length - 1 - left_length, choices, modulus)
@@ -186,6 +191,9 @@ def _apply(operator: str, left: int, right: int) -> int:
     if operator == "+":
         return left + right
     return left - right if operator == "-" else left * right
+
+
+# Many expressions at once
 
 
 def draw_expressions(

@@ -170,6 +170,9 @@ def _written(sequence: Int[np.ndarray, "length"]) -> str:
     return characters.tobytes().decode()
 
 
+# One sequence at a time
+
+
 def find(sequence: Sequence[int], start: int, hops: int) -> int:
     """Returns find_p of the paper from position `start`.
 
@@ -179,6 +182,7 @@ def find(sequence: Sequence[int], start: int, hops: int) -> int:
     for _ in range(hops):
         if place == 0:
             return 0
+        # Positions count from 1 and indices from 0: the symbol before position j is `sequence[j - 2]`.
         places = (j for j in range(place, 1, -1) if sequence[j - 2] == sequence[place - 1])
         place = next(places, 0)
     return place
@@ -206,6 +210,9 @@ def draw_chain(random: np.random.Generator, *, hops: int, length: int, alphabet:
     backwards += random.integers(alphabet, size=length - len(backwards)).tolist()
 
     return backwards[::-1]
+
+
+# Many sequences at once
 
 
 def find_all(sequences: Int[np.ndarray, "N length"], hops: int) -> Int[np.ndarray, "N"]:

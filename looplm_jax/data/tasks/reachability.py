@@ -165,6 +165,9 @@ class Reachability:
         return Example.of(tokens, mask)
 
 
+# Random graphs and questions
+
+
 def draw_forest(random: np.random.Generator, *, nodes: int, trees: int, distance: int) -> Forest:
     """Returns a forest whose trees have main paths of `distance` edges, with its edges in random order."""
     names = random.permutation(nodes).tolist()
@@ -188,6 +191,7 @@ def draw_question(random: np.random.Generator, forest: Forest, length: int, asks
     if asks is Asks.ROOT:
         return f"? n{path[length]} n{path[0]}"
     reached = bool(random.integers(2))
+    # The start is uniform over the nodes that have a node `length` edges further down.
     place = int(random.integers(len(path) - length))
     goal = (path if reached else other)[place + length]
     return f"? n{path[place]} n{goal} <ans> {'yes' if reached else 'no'}"

@@ -101,6 +101,7 @@ class ThreeHop:
             draws = generator("threehop-fewer", seed, index)
             hops = int(draws.integers(self.fewest, _HOPS + 1))
             if hops < _HOPS:
+                # Any layer from which `hops` hops end in one of the first four layers.
                 person = int(draws.integers((_HOPS + 1 - hops) * self.people))
                 return self._asked(person, tuple(draws.integers(self.relations, size=hops).tolist()))
 

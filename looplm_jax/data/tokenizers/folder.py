@@ -33,6 +33,7 @@ class FolderTokenizer(JsonTokenizer):
         values = json.loads(content)
         check_expansion(values["tokenizer.json"].encode())
         self.ids = TokenIds(**{**values["ids"], "stop": tuple(values["ids"]["stop"])})
+        # Stop tokens and the padding token structure text, so they are special even if the file does not mark them.
         special = {*self.ids.stop} if self.ids.pad is None else {*self.ids.stop, self.ids.pad}
         super().__init__(values["tokenizer.json"].encode(), self.ids.bos, self.ids.eos, special)
         self.files: Mapping[str, str] = values["files"]

@@ -23,7 +23,7 @@ _KEPT_WHOLE = ("generation_config.json", *_BY_NAME, "chat_template.jinja", "chat
 _MORE_TEMPLATES = "additional_chat_templates"
 _LICENSE = re.compile(r"(licen[cs]e|notice|copying|use_policy|acceptable_use)[\w.-]*", re.IGNORECASE)
 _LICENSE_FIELD = re.compile(r"^license(?:_name|_link)?:[ \t]*\S.*$", re.MULTILINE)
-_LARGEST_TEXT = 2**20
+_LARGEST_TEXT = 2**20  # bytes
 
 Named = Mapping[str, Mapping[str, tuple[int, ...]]]  # kind of token -> file name -> ids that the file names
 
@@ -67,6 +67,9 @@ def read_folder_tokenizer(folder: Path, vocab_size: int | None = None) -> tuple[
 
     files, lost = _kept_files(folder)
     return FolderTokenizer.of(content, ids, files), (*notes, *lost)
+
+
+# Token ids
 
 
 def _named_ids(folder: Path, tokenizer: JsonTokenizer, vocab_size: int) -> tuple[Named, list[str]]:
@@ -132,6 +135,9 @@ def _contradictions(folder: Path, named: Named) -> Iterator[str]:
                 yield f"{folder}: {name} has {kind} {ids[0]}, but {first} has {winner}, which is used"
 
 
+# Files that are carried along
+
+
 def _kept_files(folder: Path) -> tuple[dict[str, str], list[str]]:
     """Returns the texts of the files to carry along, by name, and notes about files that cannot be kept."""
     names = [name for name in _KEPT_WHOLE if (folder / name).is_file()]
@@ -164,8 +170,12 @@ def _read_text(path: Path) -> str | None:
 def _license_fields(readme: Path) -> str:
     """Returns the license lines of a model card's YAML front matter."""
     text = _read_text(readme) if readme.is_file() else None
+    # Front matter is between two lines of dashes at the start of the file.
     parts = (text or "").split("---\n", 2)
     return "".join(f"{line}\n" for line in _LICENSE_FIELD.findall(parts[1])) if len(parts) == 3 and not parts[0] else ""
+
+
+# Export
 
 
 def other_files(tokenizer: FolderTokenizer) -> dict[str, bytes]:

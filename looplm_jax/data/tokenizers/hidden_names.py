@@ -27,6 +27,7 @@ def with_names_hidden(content: bytes, names: Collection[str]) -> bytes:
     vocabulary.
     """
     file = json.loads(content)
+    # Random names cannot occur in a text by accident.
     hidden = {name: uuid.uuid4().hex for name in names}
     for token in file.get("added_tokens", ()):
         token["content"] = hidden.get(token["content"], token["content"])

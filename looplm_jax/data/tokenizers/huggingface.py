@@ -165,6 +165,9 @@ class JsonTokenizer(Tokenizer):
         return _parse(with_names_hidden(self._content, self._names))
 
 
+# Calls of the library
+
+
 def _ids(tokenizer: Any, text: str) -> list[int]:
     """Encodes a text with a tokenizer of the library, and converts the library's errors."""
     try:

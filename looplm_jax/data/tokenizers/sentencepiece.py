@@ -94,6 +94,7 @@ class SentencePieceTokenizer(Tokenizer):
     def _ids(self, processor: Any, text: str) -> list[int]:
         """Encodes a text, with literal space marks as their UTF-8 bytes."""
         try:
+            # The parts between literal marks are encoded separately and joined by the bytes of the mark.
             first, *rest = (processor.encode(part) for part in text.split(SPACE_MARK))
         except RuntimeError:
             raise not_unicode() from None
@@ -117,6 +118,9 @@ class SentencePieceTokenizer(Tokenizer):
     def _parsing(self) -> Any:
         """A variant of the model in which special tokens are user-defined ones, which their names produce."""
         return _retyped(self._model, self._special, _PieceType.USER_DEFINED)
+
+
+# Editing of the model's protobuf message
 
 
 class _PieceType(enum.IntEnum):
