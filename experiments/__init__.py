@@ -1,1 +1,1 @@
-"""Experiments: each module is the record of one, and runs it."""
+"""Experiments: each module documents one experiment and runs it."""

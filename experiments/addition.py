@@ -1,17 +1,18 @@
-"""Addition of n numbers (Saunshi et al., arXiv 2502.17416): loops in the place of layers, at equal parameters.
+"""Addition of n numbers (Saunshi et al., arXiv 2502.17416): loops instead of layers, at equal parameters.
 
     looplm experiment addition --scale cpu
 
-k layers looped T times learn to add (`looplm_jax.data.tasks.addition`): training mixes n = 2, 4, 8, … numbers, tests
-ask for one n, 24 among them, which training never saw.
+Models of k layers looped T times learn to add (`looplm_jax.data.tasks.addition`). Training mixes n = 2, 4, 8, …
+numbers; each test uses one n, including 24, which training never contains.
 
-Printed, and so at `paper`: three digits, n to 32, width 256, 8 heads, feed-forward 1024, 200,000 steps of 1,024
-problems, learning rate 5e-3, the last loop alone supervised, the best of three seeds. Ours: AdamW in the place of
-Adafactor, at three rates; problems are packed to 136 tokens (430 rows hold about 1,024 problems); and RoPE.
+Published, and used at `paper`: three digits, n up to 32, width 256, 8 heads, feed-forward width 1024, 200,000 steps of
+1,024 problems, learning rate 5e-3, supervision of the last loop only, the best of three seeds. Our choices: AdamW
+instead of Adafactor, at three learning rates; problems packed to 136 tokens (430 rows hold about 1,024 problems); and
+RoPE.
 
-`cpu`: two digits, n to 4, one layer of width 64. About 16 minutes a cell with three loops and 7 without, three at a
-time on two cores. At n = 4, 94.2 % with loops and 64.1 % without, over three seeds (`docs/results.md`). `gpu` has not
-been run.
+`cpu`: two digits, n up to 4, one layer of width 64. A cell takes about 16 minutes with three loops and 7 without, with
+three cells running on two cores. At n = 4, accuracy is 94.2 % with loops and 64.1 % without, over three seeds
+(`docs/results.md`). `gpu` has not been run.
 """
 
 from types import MappingProxyType
@@ -23,12 +24,16 @@ _SHAPES = ((12, 1), (1, 1), (1, 12), (2, 1), (2, 6), (3, 1), (3, 4))
 
 
 def _problem(longest: int, digits: int, tests: tuple[int, ...], steps: int) -> Problem:
+    """Returns the problem of adding up to `longest` numbers, with one test per number of terms."""
     task = f"addition:longest={longest},digits={digits}"
     at = {f"n={terms}": f"{task},terms={terms}" for terms in tests}
+
+    # The test with the most numbers is the task itself.
     return Problem(task=f"{task},terms={max(tests)}", tests=at, steps=steps)
 
 
 def _printed(*accuracies: float) -> dict[str, float]:
+    """Returns the published accuracies in percent."""
     return dict(zip(("n=8", "n=16", "n=24", "n=32"), accuracies, strict=True))
 
 

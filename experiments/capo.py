@@ -1,29 +1,31 @@
-"""Capo (paper, 6.1 and B.1): looping adds no storage; looped or not, a model knows as many bits a parameter.
+"""Capo (paper, 6.1 and B.1): looping adds no storage; bits of knowledge per parameter are the same with loops.
 
     looplm experiment capo --scale cpu
 
-Models of k layers, plain or looped four times, read biographies of N invented people (`looplm_jax.data.tasks.capo`), in
-other words at each exposure, and are asked for names and facts (`looplm_jax.evaluation.knowledge_bits`). Printed: about
-2 bits a parameter after 1,000 exposures, looped or not, and about 1 after 100.
+Models of k layers, plain or looped four times, read biographies of N synthetic people (`looplm_jax.data.tasks.capo`),
+worded differently at each exposure, and are then tested on names and facts (`looplm_jax.evaluation.knowledge_bits`).
+Published: about 2 bits per parameter after 1,000 exposures, with or without loops, and about 1 after 100.
 
-Printed, and so at `paper`: RoPE, tied head, heads of 64, 512 packed positions, batch 192, AdamW (0.9, 0.98), eps 1e-6,
-rate 1e-3, decay 0.02, warm-up 1,000, cosine to a tenth, 1,000 exposures, N from 20K to 500K, 1M to 40M parameters, 1
-loop against 4. Not printed, and so ours:
+Published, and used at `paper`: RoPE, tied head, heads of width 64, 512 packed positions, batch 192, AdamW (0.9, 0.98),
+eps 1e-6, learning rate 1e-3, weight decay 0.02, warm-up 1,000, cosine to a tenth, 1,000 exposures, N from 20K to 500K,
+1M to 40M parameters, 1 loop against 4. Not published, and so our choices:
 
-* Depths and widths, two or three for each N, so that some models cannot know all there is; feed-forward width 8/3.
-* Pre-norm layers as GPT-2's, with RMSNorm and SwiGLU as Ouro's.
-* The loss: cross-entropy of all tokens, nearly all of it after the last loop, as of a plain model of that depth. It is
-  Eq. 4 with a prior that leaves 0.06 to the loops before, at weight 1.
-* The order of the sentences; and that the pronoun counts where it first stands, and the company's city does not, since
-  it follows from the company.
-* The tokenizer is the task's own of 315 symbols: the 50,257 of GPT-2's would be most of the parameters of such models.
-  Pools and templates are our own writing.
+* Depths and widths, two or three for each N, so that some models cannot hold all the knowledge; feed-forward width 8/3.
+* Pre-norm layers as in GPT-2, with RMSNorm and SwiGLU as in Ouro.
+* The loss: cross-entropy of all tokens, almost entirely after the last loop, as for a plain model of that depth. It is
+  Eq. 4 with a prior that leaves 0.06 to the earlier loops, at weight 1.
+* The order of the sentences. The pronoun counts at its first occurrence; the company's city does not count, since it
+  follows from the company.
+* The tokenizer is the task's own, with 315 symbols: GPT-2's 50,257 would be most of the parameters of such models.
+  Pools
+  and templates are our own text.
 
-At `paper` the largest cell, N = 500K on 12⊗4, sees 2.8e10 tokens and takes 2.8e19 operations. At `cpu` rate and initial
-matrices are larger, as a width of 32 needs, and batches are small: 2 sequences instead of 8 made little of a difference
-(0.69 against 0.64 bits at 94 exposures of 500 people), since what counts is exposures. With the uniform prior (beta
-0.1, and Ouro's four norms a layer) 2⊗4 was at 0.25 bits after 59 exposures of 500 people where 2⊗1 was at 0.43. 2⊗4 has
-half the learning rate of 2⊗1: at 1e-2 the run gave up at step 571, after ten bad steps in a row.
+At `paper` the largest cell, N = 500K on 12⊗4, sees 2.8e10 tokens and takes 2.8e19 operations. At `cpu` the learning
+rate and the initial matrices are larger, as a width of 32 requires, and batches are small: 2 sequences instead of 8
+made little difference (0.69 against 0.64 bits at 94 exposures of 500 people), since exposures are what counts. With the
+uniform prior (beta 0.1, and Ouro's four norms per layer) 2⊗4 reached 0.25 bits after 59 exposures of 500 people, where
+2⊗1 reached 0.43. 2⊗4 uses half the learning rate of 2⊗1: at 1e-2 the run stopped at step 571, after ten bad steps in a
+row.
 """
 
 import dataclasses
@@ -50,15 +52,17 @@ _PAPER: dict[str, Any] = {
 
 
 def _pair(**settings: Any) -> list[CapoRun]:
-    """The same model, plain and looped."""
+    """Returns the runs of the same model, plain and looped."""
     return [CapoRun(loops=loops, **settings) for loops in _LOOPS]
 
 
 def _printed(people: int, layers: int, width: int) -> list[CapoRun]:
+    """Returns the pair of a model at the published settings."""
     return _pair(people=people, layers=layers, width=width, heads=width // 64, **_PAPER)
 
 
 def _on_cpu(loops: int, learning_rate: float) -> CapoRun:
+    """Returns a run for two CPU cores."""
     return CapoRun(
         loops=loops,
         learning_rate=learning_rate,
@@ -101,22 +105,22 @@ _RUNS: Mapping[Scale, Sequence[CapoRun]] = MappingProxyType(
 
 
 class Capo:
-    """The experiment at all scales."""
+    """The Capo experiment at all scales."""
 
     name = "capo"
     claim = "looping adds no storage: as many bits of knowledge a parameter with 4 loops as with 1"
     scales = tuple(_RUNS)
 
     def cells(self, scale: Scale) -> tuple[Cell, ...]:
-        """One for each model."""
+        """Returns one cell per model."""
         return tuple(Cell(name=run.name, settings=dataclasses.asdict(run)) for run in _RUNS[scale])
 
     def run(self, cell: Cell, folder: Path, console: Console) -> Mapping[str, Any]:
-        """Train and ask one model."""
+        """Trains and tests one model."""
         return run_capo(CapoRun(**cell.settings), folder / "run", console)
 
     def report(self, records: Sequence[Record]) -> Report:
-        """Bits a parameter, with and without loops."""
+        """Reports bits per parameter, with and without loops."""
         return capo_report(records)
 
 

@@ -1,4 +1,4 @@
-"""What the runs of Capo say: bits a parameter with and without loops, by depth and by exposures."""
+"""The report of Capo: bits per parameter with and without loops, by depth and by exposures."""
 
 import functools
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ Model = tuple[int, str, int]  # people, shape, parameters
 
 
 def capo_report(records: Sequence[Record]) -> Report:
-    """Tables, figures, and a sentence for each model that was trained with and without loops."""
+    """Returns tables, figures, and a sentence for each model that was trained with and without loops."""
     models = _by_model(records)
     return Report(
         tables=(_capacity(models), _by_depth(models), _by_exposures(models)),
@@ -25,7 +25,7 @@ def capo_report(records: Sequence[Record]) -> Report:
 
 
 def _by_model(records: Sequence[Record]) -> dict[Model, list[Record]]:
-    """The seeds of each model."""
+    """Groups the records, one per seed, by model."""
     found: dict[Model, list[Record]] = {}
     for record in records:
         result = record.result
@@ -34,15 +34,18 @@ def _by_model(records: Sequence[Record]) -> dict[Model, list[Record]]:
 
 
 def _known(records: Sequence[Record]) -> np.ndarray:
-    """Bits a parameter after the last trained loop, of each seed."""
+    """Returns bits per parameter after the last trained loop, for each seed."""
     return np.array([record.result["at_trained_depth"] for record in records])
 
 
 def _capacity(models: dict[Model, list[Record]]) -> Table:
+    """Returns the table of knowledge per model."""
     rows = []
     for (people, shape, parameters), records in models.items():
         bits, result = _known(records), records[0].result
+        # Index of the last trained loop, from the T of "k⊗T".
         depth = int(shape.split("⊗")[1]) - 1
+
         rows.append(
             [
                 shape,
@@ -56,6 +59,7 @@ def _capacity(models: dict[Model, list[Record]]) -> Table:
                 *(f"{np.mean([record.result[kind][depth] for record in records]):.2f}" for kind in ("name", "value")),
             ]
         )
+
     columns = [
         "layers ⊗ loops",
         "parameters",
@@ -70,7 +74,7 @@ def _capacity(models: dict[Model, list[Record]]) -> Table:
 
 
 def _by_depth(models: dict[Model, list[Record]]) -> Table:
-    """Up to twice the trained depth."""
+    """Returns the table of bits per parameter at depths up to twice the trained one."""
     means = {model: np.mean([record.result["bits"] for record in records], axis=0) for model, records in models.items()}
     most = max(map(len, means.values()))
     rows = [
@@ -82,7 +86,7 @@ def _by_depth(models: dict[Model, list[Record]]) -> Table:
 
 
 def _by_exposures(models: dict[Model, list[Record]]) -> Table:
-    """In the course of the first seed's training, whose learning rate falls to the end."""
+    """Returns the table of bits over the training of the first seed, whose learning rate decays to the end."""
     curves = {model: records[0].result["curve"] for model, records in models.items()}
     most = max(map(len, curves.values()))
     rows = [
@@ -94,11 +98,12 @@ def _by_exposures(models: dict[Model, list[Record]]) -> Table:
 
 
 def _compare(models: dict[Model, list[Record]]) -> list[str]:
-    """What looping is worth, where all else is the same."""
+    """Returns one sentence per looped model whose plain twin was run: the gain of looping."""
     findings = []
     for (people, shape, parameters), records in models.items():
         layers, loops = shape.split("⊗")
         plain = models.get((people, f"{layers}⊗1", parameters))
+
         if loops != "1" and plain:
             ours, theirs = _known(records).mean(), _known(plain).mean()
             findings.append(
@@ -110,20 +115,26 @@ def _compare(models: dict[Model, list[Record]]) -> list[str]:
 
 
 def _plot(models: dict[Model, list[Record]], path: Path) -> None:
-    """Bits a parameter by exposures, and by loops at test. Raises UserError without matplotlib."""
+    """Plots bits per parameter by exposures, and by loops at test. Raises UserError without matplotlib."""
     made, (left, right) = figure(columns=2)
+
     for number, ((people, shape, _), records) in enumerate(models.items()):
         about = {"color": f"C{number}", "label": f"{shape}, {people:,} people"}
         for place, record in enumerate(records):
             seen, bits = zip(*record.result["curve"], strict=True)
+            # One legend entry per model, not per seed.
             left.plot(seen, bits, marker=".", **(about if place == 0 else {"color": about["color"]}))
+
+        # Mean over seeds, and a band for their range.
         depths = np.array([record.result["bits"] for record in records])
         loops = np.arange(1, depths.shape[1] + 1)
         right.plot(loops, depths.mean(0), marker="o", **about)
         right.fill_between(loops, depths.min(0), depths.max(0), color=about["color"], alpha=0.15, linewidth=0)
+
     for people, most in {(people, records[0].result["most"]) for (people, _, _), records in models.items()}:
         left.axhline(most, color="#888888", linestyle="--", linewidth=1)
         left.text(0, most, f"all there is to know of {people:,} people", va="bottom", color="#666666", fontsize=8)
+
     left.set(title="Capo: in training", xlabel="exposures", ylabel="bits a parameter", xlim=(0, None), ylim=(0, None))
     right.set(title="Capo: at test", xlabel="loops at test", ylabel="bits a parameter", ylim=(0, None))
     right.xaxis.get_major_locator().set_params(integer=True)

@@ -1,4 +1,4 @@
-"""Runs of Capo: k layers looped T times read about N people, and how many bits a parameter they know by then."""
+"""Runs of Capo: k layers looped T times read about N people; the result is the knowledge in bits per parameter."""
 
 import dataclasses
 import functools
@@ -36,14 +36,14 @@ from looplm_jax.training.metrics import EVALUATION, TRAIN, read_metrics
 from looplm_jax.training.run import train
 from looplm_jax.training.signals import Stopped
 
-_MEASUREMENTS = 8  # in the course of training, which takes a few hundredths of its time
+_MEASUREMENTS = 8  # over training; they take a few hundredths of its time
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CapoRun:
-    """One cell of the grid. An exposure is one biography of everybody.
+    """One cell of the grid. An exposure is one biography of every person.
 
-    With the default prior, the loss is that after the last loop but for 0.06 of it.
+    With the default prior, all but 0.06 of the loss is that after the last loop.
     """
 
     people: int
@@ -64,31 +64,31 @@ class CapoRun:
 
     @property
     def shape(self) -> str:
-        """`k x T` as the tables name it."""
+        """Returns the shape as `k⊗T`, as in the tables."""
         return f"{self.layers}⊗{self.loops}"
 
     @property
     def name(self) -> str:
-        """As its cell is named."""
+        """Returns the name of the cell."""
         return f"N{self.people}-{self.layers}x{self.loops}-w{self.width}-seed{self.seed}"
 
     @functools.cached_property
     def task(self) -> Capo:
-        """The people, the same for all shapes of a seed."""
+        """Returns the task with its people, which are the same for all shapes of a seed."""
         return Capo(people=self.people, world=self.seed)
 
     @property
     def steps(self) -> int:
-        """As many as the exposures take, if biographies were cut where a sequence is full; see `exposures_of`."""
+        """Returns the steps for the exposures, as if sequences could split biographies; see `exposures_of`."""
         positions = self.exposures * self.people * (self.task.mean_tokens - 1)
         return math.ceil(positions / (self.batch_size * self.sequence_length))
 
     def exposures_of(self, targets: float) -> float:
-        """How often everybody was read about in a number of targets."""
+        """Returns the number of exposures in a number of targets."""
         return targets / (self.people * (self.task.mean_tokens - 1))
 
     def recipe(self) -> Recipe:
-        """The recipe of the run."""
+        """Returns the recipe of the run."""
         return Recipe(
             name="capo",
             seed=self.seed,
@@ -118,6 +118,7 @@ class CapoRun:
         )
 
     def _stage(self) -> Stage:
+        """Returns the only stage. A plain model has a single exit, so its entropy weight is 0."""
         return Stage(
             name="train",
             steps=self.steps,
@@ -134,23 +135,26 @@ class CapoRun:
 
 
 def run_capo(run: CapoRun, folder: Path, console: Console) -> dict[str, Any]:
-    """Train, or go on, and measure what is known at every depth up to twice the trained one.
+    """Trains, or resumes training, and measures the knowledge at every depth up to twice the trained one.
 
     Returns:
-      shape, people, parameters; exposures: how many there were; bits: bits a parameter after each loop, and
-      at_trained_depth; most: R_max; name and value: nats a person after each loop; curve: exposures, and bits a
-      parameter by then after the last trained loop; and how fast it trained, as `run_speed` says.
+      shape, people, parameters; exposures: their actual number; bits: bits per parameter after each loop, and
+      at_trained_depth; most: R_max; name and value: nats per person after each loop; curve: exposures, and bits per
+      parameter at that time after the last trained loop; and the speed of training from `run_speed`.
 
     Raises:
-      Stopped: a signal came; called again, it goes on.
+      Stopped: a signal arrived; calling again resumes.
     """
     outcome = train(run.recipe(), folder, evaluate=functools.partial(_measure, run), console=console)
     if outcome.stopped_by is not None:
         raise Stopped(outcome.stopped_by)
+
     rows = read_metrics(folder)
     measured = [row for row in rows if row["kind"] == EVALUATION]
-    targets = statistics.fmean(row["tokens"] for row in rows if row["kind"] == TRAIN)  # of a step
+    # Packing decides how many targets a step has, so exposures derive from the logged counts.
+    targets = statistics.fmean(row["tokens"] for row in rows if row["kind"] == TRAIN)  # targets per step
     last, parameters = measured[-1], count_params(run.recipe().model)
+
     return {
         "shape": run.shape,
         "people": run.people,
@@ -167,7 +171,7 @@ def run_capo(run: CapoRun, folder: Path, console: Console) -> dict[str, Any]:
 
 
 def _measure(run: CapoRun, model: LoopLM, params: Params, held_out: ValidationBatches) -> Mapping[str, Any]:
-    """What is known. Nothing is held out, so it is all people that are asked for."""
+    """Measures the knowledge. Nothing is held out: the test covers all people."""
     del held_out
     loss = knowledge_loss(model, params, run.task, loops=2 * run.loops)
     bits = bits_per_parameter(loss, run.people, count_params(model.config))

@@ -1,4 +1,4 @@
-"""What `looplm experiment` does."""
+"""The implementation of `looplm experiment`."""
 
 import argparse
 import functools
@@ -19,37 +19,43 @@ from looplm_jax.training.signals import Stopped
 
 
 def run_experiment(arguments: argparse.Namespace) -> int:
-    """Run a share of an experiment's grid, and report all that is finished of it; a signal ends the process.
+    """Runs a share of an experiment's grid, and reports all finished cells; a signal ends the process.
 
     Raises:
-      UserError: unknown name, scale or share, an empty grid, or a folder of other results.
+      UserError: the name, scale or share is unknown, the grid is empty, or the folder has other results.
     """
     name = arguments.name
     if name not in EXPERIMENTS:
         raise UserError(f"no such experiment {name!r}{suggest(name, EXPERIMENTS)}")
+
     experiment, share = EXPERIMENTS[name], Share.parse(arguments.share)
     scale = _scale(arguments.scale, experiment)
     cells = experiment.cells(scale)
     if not cells:
         raise UserError(f"{name} has no cells at --scale {scale.value}; give it at least one shape and one seed")
+
     out = arguments.out or arguments.root / name / scale.value
     grid = Grid(folder=out, experiment=name, scale=scale.value)
     grid.open()
     console = Console(stderr=True, highlight=False)
     again = f"looplm experiment {name} --scale {scale.value} --out {pasted(out)}"
+
     try:
         outcome = grid.run(cells, functools.partial(experiment.run, console=console), share, console.print)
     except Stopped as stopped:
         leave(console, f"stopped by {stopped.signal.name}; the same command goes on from there", stopped.signal)
+
     records, failed = outcome.records, outcome.failed
     if records:
         written = write_results(out, experiment, scale, records, len(cells), _for_tables())
         print(f"wrote {', '.join(written)} to {out}")
+
     if failed:
         raise UserError(
             f"not finished: {', '.join(failed)} ({next(iter(failed.values()))}); mend that, and the same command tries "
             "again; finished cells stay"
         )
+
     if not records:
         print(f"no cell of this share; next: {again}")
         return 0
@@ -58,13 +64,14 @@ def run_experiment(arguments: argparse.Namespace) -> int:
 
 
 def list_experiments(root: Path) -> int:
-    """Every experiment, what it claims, and how much of each scale is done."""
+    """Lists every experiment, its claim, and how many cells of each scale are finished."""
     rows = []
     for name, experiment in EXPERIMENTS.items():
         for scale in experiment.scales:
             cells = experiment.cells(scale)
             done = sum((root / name / scale.value / "cells" / cell.name / "record.json").exists() for cell in cells)
             rows.append([name, scale.value, f"{done} of {len(cells)}", experiment.claim])
+
     columns = ("experiment", "scale", "cells done", "what it tests")
     Console(highlight=False, soft_wrap=True).print(Table(title="experiments", columns=columns, rows=rows).rich())
     print(f"next: looplm experiment {next(iter(EXPERIMENTS))} --scale cpu")
@@ -72,12 +79,13 @@ def list_experiments(root: Path) -> int:
 
 
 def report_experiments(root: Path) -> int:
-    """The tables and findings of all results below a folder. Raises UserError where a file is damaged."""
+    """Prints the tables and findings of all results below a folder. Raises UserError if a file is damaged."""
     found = sorted(root.glob("*/*/results.json"))
     if not found:
         print(f"looplm: no results in {root}", file=sys.stderr)
         print(f"next: looplm experiment {next(iter(EXPERIMENTS))} --scale cpu")
         return 0
+
     console = _for_tables()
     for path in found:
         results = read_results(path)
@@ -85,16 +93,18 @@ def report_experiments(root: Path) -> int:
             raise UserError(f"{path}: no such experiment {results.experiment!r}; remove the file")
         console.print(f"\n{results.experiment}, {results.scale}: {len(results.records)} of {results.cells} cells")
         show(EXPERIMENTS[results.experiment], results.records, console)
+
     print(f"figures lie beside each results.json in {root}; next: looplm experiment list")
     return 0
 
 
 def _for_tables() -> Console:
-    """One in which no table is squeezed: a narrower terminal breaks its lines, and a file has them whole."""
+    """Returns a console that does not squeeze tables: a terminal wraps their lines, and a file has them whole."""
     return Console(highlight=False, soft_wrap=True, width=1000)
 
 
 def _scale(text: str, experiment: Experiment) -> Scale:
+    """Returns a scale of the experiment. Raises UserError if it has no such scale."""
     values = [scale.value for scale in experiment.scales]
     if text not in values:
         raise UserError(f"{experiment.name} has no scale {text!r}{suggest(text, values)}")

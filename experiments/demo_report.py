@@ -1,4 +1,4 @@
-"""The report of the demo: tables and figures on held-out text, with the command and the time of every part."""
+"""The report of the demo: tables and figures on held-out text, with the command and time of every part."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ _COLUMNS = 96
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generated:
-    """A prompt, the tokens that followed, and the loops each took."""
+    """A prompt, the tokens of its continuation, and the loops of each."""
 
     prompt: str
     pieces: Sequence[str]
@@ -34,11 +34,12 @@ def write_report(
     commands: Mapping[str, str],
     generated: Sequence[Generated],
 ) -> list[str]:
-    """Write `report.md` and its figures from the evaluations in `out`. Returns the names of the files."""
+    """Writes `report.md` and its figures from the evaluations in `out`. Returns the names of the files."""
     evaluations = {
         name: json.loads((out / "evaluation" / name / "evaluation.json").read_text())
         for name in ("stage1", "stage2", "one-loop")
     }
+
     figures = _figures(out, evaluations)
     sections = [
         _title(recipe),
@@ -48,11 +49,13 @@ def write_report(
         _generations(generated),
         _parts(seconds, commands),
     ]
+
     (out / "report.md").write_text("\n".join(sections), encoding="utf-8")
     return ["report.md", *figures]
 
 
 def _title(recipe: Recipe) -> str:
+    """Returns the heading and a summary of the model and its training."""
     stages = "; ".join(
         f"{stage.name}: {stage.steps} steps of {stage.batch_size} x {stage.sequence_length} tokens, {stage.loops} loops"
         for stage in recipe.stages
@@ -65,18 +68,22 @@ def _title(recipe: Recipe) -> str:
 
 
 def _depths(evaluations: Mapping[str, Any]) -> str:
+    """Returns the section with the loss at every depth."""
     looped, one_loop = evaluations["stage2"]["depths"], evaluations["one-loop"]["depths"]
     rows = [
         [f"{loops:.0f}", f"{loss:.4f}", f"{accuracy:.2%}", "trained depth" if loops == looped["trained_loops"] else ""]
         for loops, loss, accuracy in zip(looped["loops"], looped["loss"], looped["accuracy"], strict=True)
     ]
+
     rows.append(["no loops", f"{one_loop['loss'][0]:.4f}", f"{one_loop['accuracy'][0]:.2%}", "trained with T = 1"])
+
     columns = ("loops", "loss (nats/token)", "accuracy", "")
     table = Table(title="depth", columns=columns, rows=rows, marked=looped["trained_loops"] - 1).markdown()
     return f"## Loss at every depth, {looped['tokens']:,} held-out tokens\n\n{table}\n{_verdict(looped, one_loop)}\n"
 
 
 def _verdict(looped: Mapping[str, Any], one_loop: Mapping[str, Any]) -> str:
+    """Returns the comparison of the trained depth with one loop and with the twin without loops."""
     trained = looped["trained_loops"]
     first, deep, plain = looped["loss"][0], looped["loss"][trained - 1], one_loop["loss"][0]
     return (
@@ -86,10 +93,12 @@ def _verdict(looped: Mapping[str, Any], one_loop: Mapping[str, Any]) -> str:
 
 
 def _against(loss: float, other: float) -> str:
+    """Returns the difference of two losses in words."""
     return f"{abs(loss - other):.4f} nats {'below' if loss < other else 'above'}"
 
 
 def _exits(evaluations: Mapping[str, Any]) -> str:
+    """Returns the section about early exit before and after Stage II."""
     before, after = (evaluations[name]["exits"] for name in ("stage1", "stage2"))
     rows = [
         [f"q={q:g}", f"{l0:.2f}", f"{x0:.4f}", f"{l1:.2f}", f"{x1:.4f}"]
@@ -102,8 +111,10 @@ def _exits(evaluations: Mapping[str, Any]) -> str:
             strict=True,
         )
     ]
+
     columns = ("exit", "mean loops, Stage I", "loss, Stage I", "mean loops, Stage II", "loss, Stage II")
     table = Table(title="exits", columns=columns, rows=rows).markdown()
+
     areas = (
         "Mean loss over all budgets (area under the curve divided by its span): "
         f"fixed depth {after['fixed']['area']:.4f}, "
@@ -113,6 +124,7 @@ def _exits(evaluations: Mapping[str, Any]) -> str:
 
 
 def _figures(out: Path, evaluations: Mapping[str, Any]) -> list[str]:
+    """Draws the figures. Returns their names, or none if matplotlib is not installed."""
     try:
         one_loop = _sweep(evaluations["one-loop"], deepest=1)
         plot_depths({"looped": _sweep(evaluations["stage2"]), "without loops": one_loop}, out / "depth.png")
@@ -131,35 +143,42 @@ def _figures(out: Path, evaluations: Mapping[str, Any]) -> list[str]:
 
 
 def _sweep(evaluation: Mapping[str, Any], *, deepest: int | None = None) -> DepthSweep:
+    """Returns the sweep of an evaluation, optionally only its first depths."""
     depths = evaluation["depths"]
     curve = _curve(depths, deepest=deepest)
     return DepthSweep(curve=curve, trained_loops=depths["trained_loops"], tokens=depths["tokens"])
 
 
 def _curve(values: Mapping[str, Any], *, deepest: int | None = None) -> Curve:
+    """Returns the curve of stored points, optionally only the first ones."""
     return Curve.of(*(values[name][:deepest] for name in ("loops", "loss", "accuracy")))
 
 
 def _generations(generated: Sequence[Generated]) -> str:
+    """Returns the section with generated text."""
     blocks = [f"```\n{_aligned(sample)}\n```\n" for sample in generated]
     return "\n".join(["## Text by Q-exit, with the loops of each token below it\n", *blocks])
 
 
 def _aligned(sample: Generated) -> str:
-    """The prompt, then lines of tokens with their loops underneath."""
+    """Returns the prompt, followed by lines of tokens with their loops underneath."""
     shown = [piece.replace("\n", "⏎").replace("\t", "⇥") for piece in sample.pieces]
     lines = [sample.prompt.replace("\n", "⏎")]
+
     tokens = counts = ""
+
     for piece, loops in zip(shown, sample.exit_loops, strict=True):
         if len(tokens) + len(piece) > _COLUMNS:
             lines += [tokens, counts]
             tokens = counts = ""
         tokens += piece
         counts += str(loops).ljust(len(piece))
+
     return "\n".join([*lines, tokens, counts])
 
 
 def _parts(seconds: Mapping[str, float], commands: Mapping[str, str]) -> str:
+    """Returns the section with the time and command of every part."""
     rows = [[name, f"{seconds[name]:.0f} s", f"`{' '.join(command.split())}`"] for name, command in commands.items()]
     table = Table(title="parts", columns=("part", "wall time", "command"), rows=rows).markdown()
     total = sum(seconds.values())

@@ -1,7 +1,7 @@
-"""A data-dependent start of a sandwich from a dense model: each branch adds as much as it does in that model.
+"""Initializes a sandwich from a dense model with data: each branch adds as much as it does in the dense model.
 
-The second norm gives what a branch adds the root mean square of its weights, token by token. Here those weights are
-the mean of what the branch adds in the dense model, measured on a batch.
+The second norm scales the output of a branch, token by token, to the root mean square of the norm's weights. Here those
+weights are the mean of the branch outputs' root mean squares in the dense model, measured on one batch.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ _SECOND_NORMS = {
 
 
 def with_second_norms(checkpoint: Path, out: Path, scales: dict[str, Float[Array, "L"]]) -> None:
-    """A copy of the checkpoint of a sandwich with these weights in the norms after its branches, one for each layer."""
+    """Copies a sandwich checkpoint, with these weights in the norms after its branches, one value per layer."""
     whole = read_whole(checkpoint)
     arrays = dict(whole.arrays)
     for branch, name in _SECOND_NORMS.items():
@@ -37,7 +37,7 @@ def with_second_norms(checkpoint: Path, out: Path, scales: dict[str, Float[Array
 
 
 def matched_scales(checkpoint: Path, recipe: Recipe) -> dict[str, Float[Array, "L"]]:
-    """Of each branch of each layer, the mean over the tokens of one training batch of its root mean square."""
+    """Returns, per branch and layer, the root mean square of its output, averaged over one training batch's tokens."""
     loaded, stage = looplm_jax.load(checkpoint), recipe.stages[0]
     batches = train_batches(
         recipe.data,
@@ -46,8 +46,10 @@ def matched_scales(checkpoint: Path, recipe: Recipe) -> dict[str, Float[Array, "
         sequence_length=stage.sequence_length,
         seed=recipe.data.seed,
     )
+
     batch = next(batches)
     batches.close()
+
     context = make_context(loaded.recipe.model, jnp.asarray(batch.positions), jnp.asarray(batch.segment_ids))
     return branch_sizes(loaded.params, loaded.recipe.model, jnp.asarray(batch.tokens), context)
 
@@ -55,19 +57,22 @@ def matched_scales(checkpoint: Path, recipe: Recipe) -> dict[str, Float[Array, "
 def branch_sizes(
     params: Params, config: ModelConfig, tokens: Int[Array, "B S"], context: Context
 ) -> dict[str, Float[Array, "L"]]:
-    """Mean root mean square of what each branch of each layer adds in one pass through a stack without second norms."""
+    """Returns the mean root mean square of each branch's output per layer, in one pass without second norms."""
     norm, attention, mlp = RMSNorm(config.norm_eps), Attention(config), SwiGLU(config)
 
     def layer(x: Array, weights: Params) -> tuple[Array, dict[str, Array]]:
         normal = norm.apply({"params": weights["attention_norm"]}, x)
         mixed, _ = attention.apply({"params": weights["attention"]}, normal, context)
         x = x + mixed
+
         normal = norm.apply({"params": weights["mlp_norm"]}, x)
         added = cast(Array, mlp.apply({"params": weights["mlp"]}, normal))
+
         return x + added, {"attention": _size(mixed), "mlp": _size(added)}
 
     return jax.lax.scan(layer, params["embedding"][tokens], params["core"]["layers"])[1]
 
 
 def _size(x: Float[Array, "B S D"]) -> Float[Array, ""]:
+    """Returns the mean over tokens of the root mean square over the width."""
     return jnp.sqrt(jnp.mean(jnp.square(x), axis=-1)).mean()

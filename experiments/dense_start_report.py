@@ -1,4 +1,4 @@
-"""The report of `dense_start`: held-out loss against steps of every start, and when each is back at the dense loss."""
+"""The report of `dense_start`: held-out loss against steps, and when each start recovers the dense loss."""
 
 import dataclasses
 import sys
@@ -15,16 +15,17 @@ _SHOWN_STEPS = (0, 25, 50, 100, 200, 400, 800)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Course:
-    """Held-out loss of every loop (nats a token) after some steps."""
+    """Held-out loss of every loop (nats per token) at some steps."""
 
     name: str
     steps: Sequence[int]
     losses: Sequence[Sequence[float]]
 
     def back(self, target: float, loop: int) -> int | None:
-        """The first measured step from which on the loss of a loop stays at `target` or below; None: there is none."""
+        """Returns the first measured step from which on a loop's loss stays at or below `target`, or None."""
         found = None
         for step, losses in zip(reversed(self.steps), reversed(self.losses), strict=True):
+            # A model with a single loop is compared by that loop at every depth.
             if losses[min(loop, len(losses)) - 1] > target:
                 break
             found = step
@@ -33,7 +34,7 @@ class Course:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Results:
-    """The loss of the dense model, and the courses beside it."""
+    """The loss of the dense model, and the courses of the other runs."""
 
     dense_loss: float
     loops: int
@@ -41,7 +42,7 @@ class Results:
 
 
 def write_report(out: Path, results: Results) -> list[str]:
-    """Write `results.json`, `report.md` and, where matplotlib is installed, its figure; returns their names."""
+    """Writes `results.json`, `report.md`, and the figure if matplotlib is installed. Returns their names."""
     (out / "results.json").write_text(strict_json.dumps(dataclasses.asdict(results), indent=1) + "\n")
     figures = _plot(results, out / "dense_start.png")
     text = report(results)
@@ -51,7 +52,7 @@ def write_report(out: Path, results: Results) -> list[str]:
 
 
 def report(results: Results) -> str:
-    """Tables in Markdown: loss of loop 1, loss of the last loop, and the steps until each is back."""
+    """Returns tables in Markdown: loss of loop 1, loss of the last loop, and the steps until each has recovered."""
     parts = [f"# A looped model from a dense one\n\nThe dense model: {results.dense_loss:.4f} nats/token, held out.\n"]
     for loop in (1, results.loops):
         parts.append(f"## Loss of loop {loop} after some steps\n\n{_losses(results, loop).markdown()}")
@@ -60,17 +61,20 @@ def report(results: Results) -> str:
 
 
 def _losses(results: Results, loop: int) -> Table:
+    """Returns the table of losses of one loop at selected steps."""
     steps = [step for step in _SHOWN_STEPS if any(step in course.steps for course in results.courses)]
     rows = [[course.name, *(_at(course, step, loop) for step in steps)] for course in results.courses]
     return Table(title=f"loop {loop}", columns=("", *map(str, steps)), rows=rows)
 
 
 def _at(course: Course, step: int, loop: int) -> str:
+    """Returns the loss of a loop at a step, or nothing if it was not measured."""
     losses = dict(zip(course.steps, course.losses, strict=True)).get(step)
     return "" if losses is None else f"{losses[min(loop, len(losses)) - 1]:.3f}"
 
 
 def _returns(results: Results) -> Table:
+    """Returns the table of steps until the dense loss is recovered."""
     rows = []
     for course in results.courses:
         found = [course.back(results.dense_loss, loop) for loop in (1, results.loops)]
@@ -79,11 +83,13 @@ def _returns(results: Results) -> Table:
 
 
 def _plot(results: Results, path: Path) -> list[str]:
+    """Draws the losses. Returns the name of the figure, or none if matplotlib is not installed."""
     try:
         require_matplotlib()
     except UserError as error:
         print(error, file=sys.stderr)
         return []
+
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.6, 3.8), layout="constrained")
@@ -95,6 +101,7 @@ def _plot(results: Results, path: Path) -> list[str]:
         axes.set_ylim(results.dense_loss - 0.2, results.dense_loss + 1.5)
         axes.set_xlabel("training steps")
         axes.set_title(f"loop {loop}")
+
     figure.axes[0].set_ylabel("held-out loss (nats/token)")
     figure.axes[0].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)

@@ -1,18 +1,18 @@
-"""Depth and extrapolation (paper, Tables 10 to 13): quality at every number of loops, up to twice those trained.
+"""Depth and extrapolation (paper, Tables 10 to 13): quality at every number of loops, up to twice the trained number.
 
     looplm experiment depth --scale cpu
 
-A looped model runs at any depth. Printed: the base models of Ouro are best at the four loops that they were trained
-with, lose much below them and little beyond (MMLU at T = 1..8, in the table); the Thinking models peak at T = 3 to 5.
+A looped model runs at any depth. Published: Ouro's base models are best at the four loops that they were trained with,
+much worse below and slightly worse beyond (MMLU at T = 1..8, in the table); the Thinking models peak at T = 3 to 5.
 
-Any trained model of ours gets this sweep in one command: `looplm evaluate RUN` measures every depth up to twice the
-trained one, `--max-loops T` up to any other, and `--tasks mmlu --num-fewshot 5 --depth-sweep` the printed benchmark.
-Here it is a grid over seeds with the printed rows beside: loss and next-token accuracy of the text models that
-early-exit and kv-sharing study as well. Exact match at every depth, where one loop too few is a wrong answer, is a part
-of every cell of mano, addition, p-hop and the other grids over shapes: their figures `depths_TEST.png`.
+For any trained model, one command gives this sweep: `looplm evaluate RUN` measures every depth up to twice the trained
+one, `--max-loops T` up to any other, and `--tasks mmlu --num-fewshot 5 --depth-sweep` the published benchmark. This
+experiment is a grid over seeds, next to the published rows: loss and next-token accuracy of the text models that
+early-exit and kv-sharing also study. Exact match at every depth, where one loop too few gives a wrong answer, is part
+of every cell of mano, addition, p-hop and the other grids over shapes: see their figures `depths_TEST.png`.
 
-`cpu`: two seeds, seconds beside the training of the text models. `gpu` (not run): `text-small`. `paper` (not run):
-Ouro-1.4B as published, in `checkpoints/ouro-1.4b`.
+`cpu`: two seeds; takes seconds in addition to the training of the text models. `gpu` (not run): `text-small`. `paper`
+(not run): the published Ouro-1.4B, in `checkpoints/ouro-1.4b`.
 """
 
 import functools
@@ -39,19 +39,19 @@ _PRINTED = {
 
 
 class Depth(OnTextModels):
-    """The experiment."""
+    """The depth experiment."""
 
     name = "depth"
     claim = "a looped model runs at any depth: quality at T = 1 to twice the trained number of loops"
 
     def run(self, cell: Cell, folder: Path, console: Console) -> Mapping[str, Any]:
-        """Train Stage I, or find it trained, and measure all depths."""
+        """Trains Stage I, unless it is trained, and measures all depths."""
         models, model, held_out = self.studied(cell, folder, console)
         loaded = load(models.stage1(model))
         return depth_sweep(loaded.model, loaded.params, models.held_out(model, loaded, **held_out)).to_json()
 
     def report(self, records: Sequence[Record]) -> Report:
-        """The text models by loops, beside the printed benchmark."""
+        """Reports the text models by loops, next to the published benchmark."""
         sweeps = {record.cell.removeprefix("text-"): _sweep(record.result) for record in records}
         results = [record.result for record in records]
         return Report(
@@ -62,12 +62,13 @@ class Depth(OnTextModels):
 
 
 def _sweep(result: Mapping[str, Any]) -> DepthSweep:
+    """Returns the sweep of a stored result."""
     curve = Curve.of(*(result[name] for name in ("loops", "loss", "accuracy")))
     return DepthSweep(curve=curve, trained_loops=result["trained_loops"], tokens=result["tokens"])
 
 
 def _table(results: Sequence[Mapping[str, Any]]) -> Table:
-    """A row for each depth: mean and range over seeds, and the printed accuracies."""
+    """Returns a table with one row per depth: mean and range over seeds, and the published accuracies."""
     trained = results[0]["trained_loops"]
     columns = [
         "loops",
@@ -77,6 +78,7 @@ def _table(results: Sequence[Mapping[str, Any]]) -> Table:
         "range",
         *(f"printed MMLU, {name}" for name in _PRINTED),
     ]
+
     loss, accuracy = (np.array([result[name] for result in results]) for name in ("loss", "accuracy"))
     rows = [
         [
@@ -89,11 +91,13 @@ def _table(results: Sequence[Mapping[str, Any]]) -> Table:
         ]
         for index, loops in enumerate(results[0]["loops"])
     ]
+
     title = f"Every depth, held-out text, mean of {len(results)} seeds (trained with {trained} loops)"
     return Table(title=title, columns=columns, rows=rows, marked=trained - 1)
 
 
 def _finding(results: Sequence[Mapping[str, Any]]) -> str:
+    """Returns a sentence about the best depth."""
     loss = np.mean([result["loss"] for result in results], axis=0)
     trained, best = results[0]["trained_loops"], int(np.argmin(loss)) + 1
     return (

@@ -1,24 +1,25 @@
-"""Early exit (paper, Figure 5; section 5): which rule to stop looping buys the most quality for the fewest loops.
+"""Early exit (paper, Figure 5; section 5): which exit rule gives the best quality for the fewest loops.
 
     looplm experiment early-exit --scale cpu
 
-Every policy of `looplm_jax.halting`, its one number moved over all of its range, on held-out text: fixed depth, Q-exit
-on the gate as Stage I leaves it, as Stage II makes it (Eq. 5 and 6 as printed) and as the look-ahead variant of Stage
-II makes it (the gate of loop t learns the gain of loop t + 1), state difference, absolute and relative, KL and entropy
-change of successive predictions, arg-max unchanged, and plain readouts of confidence: the largest probability, and its
-margin. Stage II moves the gate alone, so all that reads states and predictions is the same before and after it.
+Compares every policy of `looplm_jax.halting`, with its parameter swept over its whole range, on held-out text: fixed
+depth; Q-exit on the gate after Stage I, after Stage II (Eq. 5 and 6 as published), and after the look-ahead variant of
+Stage II (the gate of loop t learns the gain of loop t + 1); state difference, absolute and relative; KL and entropy
+change of successive predictions; unchanged arg-max; and plain confidence readouts: the largest probability, and its
+margin. Stage II changes only the gate, so every rule that reads states and predictions is the same before and after it.
 
-A family is a curve of loss (nats a token) and next-token accuracy against mean loops. All curves are joined to one
-loop and to T loops for everybody by straight lines, which is what drawing lots gives, and compared by their area: the
-mean over all budgets from 1 to T. Intervals are 95 % percentile bootstraps over held-out sequences, paired.
+A family is a curve of loss (nats per token) and next-token accuracy against mean loops. All curves are extended by
+straight lines to one loop and to T loops for every token, which corresponds to choosing at random between two rules,
+and are compared by their area: the mean over all budgets from 1 to T. Intervals are paired 95 % percentile bootstraps
+over held-out sequences.
 
-Printed (MMLU): a Stage II gate is 2 to 3 points above the Stage I gate at equal mean loops, and the
-state difference within 1 to 2 points of it. arXiv 2607.20519: plain confidence readouts often match or beat gates.
+Published (MMLU): a Stage II gate is 2 to 3 points above the Stage I gate at equal mean loops, and the state difference
+is within 1 to 2 points of it. arXiv 2607.20519: plain confidence readouts often match or beat gates.
 
-Not printed, and so ours: the thresholds, the length and learning rate of Stage II, and what is measured where MMLU is
-out of reach. `cpu`: the recipe `demo`, two seeds, whose models kv-sharing and depth then use too; training takes most
-of the time. `gpu` (not run): the recipe `text-small`. `paper` (not run): Ouro-1.4B as published, in the folder
-`checkpoints/ouro-1.4b`; its gate stands where Stage I's does, and Stage II is trained anew, on the same text.
+Not published, and so our choices: the thresholds, the length and learning rate of Stage II, and what is measured where
+MMLU is out of reach. `cpu`: the recipe `demo`, two seeds, whose models kv-sharing and depth use as well; training takes
+most of the time. `gpu` (not run): the recipe `text-small`. `paper` (not run): the published Ouro-1.4B, in the folder
+`checkpoints/ouro-1.4b`; its gate is used as the Stage I gate, and Stage II is trained again, on the same text.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,7 +44,7 @@ STAGE1, PRINTED, AHEAD = f"{GATE}, Stage I gate", f"{GATE}, Stage II gate", f"{G
 _TARGETS = {PRINTED: GateTarget.AS_PRINTED, AHEAD: GateTarget.LOOK_AHEAD}
 _RESAMPLES = 1000
 _POINT = ("loops", "loss", "accuracy")
-_DRAWN = (FIXED, STAGE1, PRINTED, AHEAD, "state difference", "confidence")  # in the figure
+_DRAWN = (FIXED, STAGE1, PRINTED, AHEAD, "state difference", "confidence")  # the curves in the figure
 _PAIRS = (
     (PRINTED, STAGE1),
     (AHEAD, PRINTED),
@@ -54,30 +55,34 @@ _PAIRS = (
 
 
 class EarlyExit(OnTextModels):
-    """The experiment."""
+    """The early-exit experiment."""
 
     name = "early-exit"
     claim = "the trained gate pays: quality against mean loops, for every exit policy, before and after Stage II"
 
     def run(self, cell: Cell, folder: Path, console: Console) -> Mapping[str, Any]:
-        """Train Stage I and both kinds of Stage II, or find them trained, and score every policy."""
+        """Trains Stage I and both kinds of Stage II, unless they are trained, and scores every policy."""
         models, model, held_out = self.studied(cell, folder, console)
         gates = {STAGE1: models.stage1(model)} | {
             name: models.stage2(model, target) for name, target in _TARGETS.items()
         }
+
         first = load(gates[STAGE1])
         batches = models.held_out(model, first, **held_out)
         wanted = families(first.model.config.loops)
         sums = score_families(first.model, first.params, batches, wanted)
+
         sums[STAGE1] = sums.pop(GATE)
         for name in _TARGETS:
+            # Only the gate differs, so only the Q-exit family has to be scored again.
             params = load(gates[name]).params
             sums[name] = score_families(first.model, params, batches, {GATE: wanted[GATE]})[GATE]
+
         speed = {} if model.checkpoint else run_speed(gates[STAGE1])
         return {"loops": first.model.config.loops, **measure(sums), **speed}
 
     def report(self, records: Sequence[Record]) -> Report:
-        """One table of areas and budgets, the comparisons in words, and the curves."""
+        """Returns a table of areas and budgets, the comparisons in words, and the curves."""
         results = [record.result for record in records]
         return Report(
             tables=[_table(results)],
@@ -87,16 +92,20 @@ class EarlyExit(OnTextModels):
 
 
 def measure(sums: Mapping[str, RowSums]) -> dict[str, Any]:
-    """Curves, areas and their intervals of families that were scored on the same rows.
+    """Returns curves, areas and intervals of families that were scored on the same rows.
 
     Returns:
-      tokens, sequences; families: by name the points of the curve, its areas in loss and accuracy, and how these differ
-      from fixed depth; pairs: the differences of some areas. Each difference has its interval.
+      tokens, sequences; families: by name, the points of the curve, its areas in loss and accuracy, and their
+        differences
+      from fixed depth; pairs: the differences of selected areas. Each difference has its interval.
     """
     rows = sums[FIXED].tokens.size
-    drawn = np.concatenate([np.ones((1, rows), int), resamples(rows, _RESAMPLES)])  # the first is the sample itself
+    # The first resample is the sample itself.
+    drawn = np.concatenate([np.ones((1, rows), int), resamples(rows, _RESAMPLES)])
+
     plain = sums[FIXED].resampled(drawn)
     frontiers = {name: own.resampled(drawn).joined(plain) for name, own in sums.items()}
+
     return {
         "tokens": int(sums[FIXED].tokens.sum()),
         "sequences": rows,
@@ -113,6 +122,7 @@ def measure(sums: Mapping[str, RowSums]) -> dict[str, Any]:
 
 
 def _points(sums: RowSums, drawn: np.ndarray) -> dict[str, list[float]]:
+    """Returns the points of a curve, without repeated loops, in rising order."""
     own = sums.resampled(drawn[:1])
     order = np.unique(own.loops[0], return_index=True)[1]
     values = {"loops": own.loops, "loss": own.loss, "accuracy": own.accuracy}
@@ -120,6 +130,7 @@ def _points(sums: RowSums, drawn: np.ndarray) -> dict[str, list[float]]:
 
 
 def _areas(own: Frontier, other: Frontier) -> dict[str, Any]:
+    """Returns the areas of a curve, and their differences from another's with intervals over resamples."""
     found: dict[str, Any] = {}
     for name in ("loss", "accuracy"):
         area, base = (each.area(getattr(each, name)) for each in (own, other))
@@ -129,11 +140,12 @@ def _areas(own: Frontier, other: Frontier) -> dict[str, Any]:
 
 
 def _table(results: Sequence[Mapping[str, Any]]) -> Table:
-    """Rows from the least to the greatest mean loss over all budgets."""
+    """Returns the table of policies, from the lowest to the highest mean loss over all budgets."""
     budgets = _budgets(results)
     names = sorted(results[0]["families"], key=lambda name: _mean(results, name, "loss"))
     columns = ["policy", "loss, all budgets", "against fixed depth", "accuracy, all budgets", "against fixed depth"]
     columns += [f"loss at {budget:g} loops" for budget in budgets]
+
     curves = _mean_curves(results, names, budgets)
     rows = [
         [
@@ -146,28 +158,31 @@ def _table(results: Sequence[Mapping[str, Any]]) -> Table:
         ]
         for name in names
     ]
+
     return Table(
         title=f"Early exit, mean of {len(results)} seeds", columns=columns, rows=rows, marked=names.index(FIXED)
     )
 
 
 def _budgets(results: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Whole and half numbers of loops between one and all."""
+    """Returns multiples of a half between one loop and all, at most five."""
     return np.arange(1.5, results[0]["loops"], 0.5).tolist()[:5]
 
 
 def _mean(results: Sequence[Mapping[str, Any]], name: str, quantity: str) -> float:
+    """Returns an area of a family, averaged over seeds."""
     return float(np.mean([result["families"][name][quantity] for result in results]))
 
 
 def _difference(results: Sequence[Mapping[str, Any]], name: str, quantity: str) -> str:
+    """Returns the difference from fixed depth with its interval, as text."""
     if name == FIXED:
         return ""
     return _with_interval([result["families"][name] for result in results], quantity)
 
 
 def _with_interval(found: Sequence[Mapping[str, Any]], quantity: str) -> str:
-    """The mean difference over seeds, and the union of their intervals."""
+    """Returns the mean difference over seeds, and the union of their intervals, as text."""
     factor, digits = (100, 2) if quantity == "accuracy" else (1, 4)
     mean = factor * np.mean([each[f"{quantity}_difference"] for each in found])
     low, high = (factor * end for end in union([each[f"{quantity}_interval"] for each in found]))
@@ -175,6 +190,7 @@ def _with_interval(found: Sequence[Mapping[str, Any]], quantity: str) -> str:
 
 
 def _findings(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns the findings: the best family, the compared pairs, and the published result."""
     found = []
     for index, pair in enumerate(results[0]["pairs"]):
         each = [result["pairs"][index] for result in results]
@@ -183,6 +199,7 @@ def _findings(results: Sequence[Mapping[str, Any]]) -> list[str]:
             f"{name} against {other}, mean over all budgets: loss {_with_interval(each, 'loss')} nats a token, "
             f"accuracy {_with_interval(each, 'accuracy')} points."
         )
+
     best = min(results[0]["families"], key=lambda name: _mean(results, name, "loss"))
     tokens, sequences = results[0]["tokens"], results[0]["sequences"]
     return [
@@ -196,12 +213,13 @@ def _findings(results: Sequence[Mapping[str, Any]]) -> list[str]:
 def _mean_curves(
     results: Sequence[Mapping[str, Any]], names: Sequence[str] = _DRAWN, budgets: Sequence[float] | None = None
 ) -> dict[str, Curve]:
-    """Curves at the same budgets, their mean over seeds."""
+    """Returns the curves at common budgets, averaged over seeds."""
     grid = np.linspace(1, results[0]["loops"], 13) if budgets is None else np.asarray(budgets)
     return {name: _mean_curve(results, name, grid) for name in names}
 
 
 def _mean_curve(results: Sequence[Mapping[str, Any]], name: str, grid: np.ndarray) -> Curve:
+    """Returns the curve of one family, averaged over seeds."""
     seeds = []
     for result in results:
         own, plain = (
@@ -209,6 +227,7 @@ def _mean_curve(results: Sequence[Mapping[str, Any]], name: str, grid: np.ndarra
             for which in (name, FIXED)
         )
         seeds.append(own.joined(plain).at(grid))
+
     loss, accuracy = (np.mean([getattr(curve, key) for curve in seeds], axis=0) for key in ("loss", "accuracy"))
     return Curve.of(grid, loss, accuracy)
 

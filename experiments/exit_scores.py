@@ -1,4 +1,4 @@
-"""Families of exit policies, from the fewest to the most loops, scored on the same sequences from one forward pass."""
+"""Families of exit policies, from the fewest to the most loops, scored on the same sequences in one forward pass."""
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,7 +31,7 @@ from looplm_jax.inference.tick import logits_of
 from looplm_jax.losses import token_scores
 from looplm_jax.models.looplm import LoopLM, Params, head_matrix
 
-# Probabilities, closer together towards 0 and 1, where gates and predictions are sure; and thresholds of any unit.
+# Probabilities, denser near 0 and 1, where confident gates and predictions are; and thresholds that suit any unit.
 _PROBABILITIES = (0.0, *(1 / (1 + np.exp(-np.linspace(-12, 12, 49)))).tolist(), 1.0)
 _CHANGES = tuple(np.geomspace(1e-6, 1e3, 73).tolist())
 
@@ -39,7 +39,7 @@ FIXED, GATE = "fixed depth", "Q-exit"
 
 
 def families(loops: int) -> dict[str, tuple[ExitPolicy, ...]]:
-    """Every policy of `looplm_jax.halting` by name, each with its one number over all of its range."""
+    """Returns every policy of `looplm_jax.halting` by name, with its parameter swept over its whole range."""
     return {
         FIXED: tuple(FixedLoops(loops=count) for count in range(1, loops + 1)),
         GATE: tuple(QExit(q=q) for q in _PROBABILITIES),
@@ -55,7 +55,7 @@ def families(loops: int) -> dict[str, tuple[ExitPolicy, ...]]:
 
 @flax.struct.dataclass
 class RowSums:
-    """Of a family of M policies on N rows: sums over the tokens of each row that count."""
+    """Sums over the unmasked tokens of each of N rows, for a family of M policies."""
 
     loss: Float[Array, "M N"]
     correct: Float[Array, "M N"]
@@ -63,7 +63,7 @@ class RowSums:
     tokens: Float[Array, "N"]
 
     def resampled(self, drawn: Int[np.ndarray, "R N"]) -> "Frontier":
-        """Means over the tokens of each resample of the rows."""
+        """Returns means over the tokens of each resample of the rows."""
         tokens = drawn @ np.asarray(self.tokens)
 
         def mean(sums: Float[Array, "M N"]) -> Float[np.ndarray, "R M"]:
@@ -74,28 +74,28 @@ class RowSums:
 
 @flax.struct.dataclass
 class Frontier:
-    """Points of rising mean loops, for each of R resamples."""
+    """Points in the order of rising mean loops, for each of R resamples."""
 
     loops: Float[np.ndarray, "R M"]
     loss: Float[np.ndarray, "R M"]
     accuracy: Float[np.ndarray, "R M"]
 
     def joined(self, fixed: "Frontier") -> "Frontier":
-        """With one loop for all tokens before it and T loops behind it.
+        """Returns the frontier between the point of one loop and the point of T loops for all tokens.
 
-        What lies between two points is what drawing lots between the two policies gives, so that all families have a
-        curve over the whole span, those too that never leave at loop 1.
+        The line between two points corresponds to choosing at random between their policies. So every family has a
+        curve over the whole span, including families that never exit at loop 1.
         """
         ends = zip(jax.tree.leaves(self), jax.tree.leaves(fixed), strict=True)
         values = [np.concatenate([whole[:, :1], own, whole[:, -1:]], axis=1) for own, whole in ends]
         return jax.tree.unflatten(jax.tree.structure(self), values)
 
     def area(self, values: Float[np.ndarray, "R M"]) -> Float[np.ndarray, "R"]:
-        """The mean of `values` over all budgets from 1 to T (trapezia)."""
+        """Returns the mean of `values` over all budgets from 1 to T (trapezoidal rule)."""
         return np.trapezoid(values, self.loops, axis=1) / (self.loops[:, -1] - self.loops[:, 0])
 
     def at(self, budgets: ArrayLike) -> Curve:
-        """Of the first resample, at budgets of mean loops."""
+        """Returns the curve of the first resample at budgets of mean loops."""
         wanted = np.asarray(budgets, float)
         loss, accuracy = (np.interp(wanted, self.loops[0], values[0]) for values in (self.loss, self.accuracy))
         return Curve.of(wanted, loss, accuracy)
@@ -104,19 +104,21 @@ class Frontier:
 def score_families(
     model: LoopLM, params: Params, batches: Iterable[Batch], wanted: Mapping[str, Sequence[ExitPolicy]]
 ) -> dict[str, RowSums]:
-    """All families on all rows of the batches that have a token to count."""
+    """Scores all families on all rows of the batches that have an unmasked token."""
     tables = {name: _table(policies) for name, policies in wanted.items()}
     found = []
+
     for batch in batches:
         arrays = batch.tokens, batch.targets, batch.positions, batch.segment_ids, batch.loss_mask
         sums = jax.device_get(_score(model, params, *arrays, tables))
         counted = batch.loss_mask.sum(axis=1) > 0
         found.append(jax.tree.map(lambda x, counted=counted: x[..., counted].astype(np.float64), sums))
+
     return jax.tree.map(lambda *parts: np.concatenate(parts, axis=-1), *found)
 
 
 def _table(policies: Sequence[ExitPolicy]) -> PolicyTable:
-    """Policies of one kind, one behind the other."""
+    """Stacks policies of one kind into a table, one policy per entry of the leading axis."""
     room = PolicyTable.empty(1, kinds=(type(policies[0]),))
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(room.row(policy) for policy in policies))
 
@@ -132,6 +134,7 @@ def _score(
     mask: Float[Array, "B S"],
     tables: dict[str, PolicyTable],
 ) -> dict[str, RowSums]:
+    """Returns the sums of all families on one batch."""
     output: Any = model.apply({"params": params}, tokens, positions=positions, segment_ids=segment_ids)
     scored = token_scores(output.hidden, head_matrix(params, model.config), targets, chunk=model.compute.loss_chunk)
     logits = logits_of(model, params, output.hidden)
@@ -146,6 +149,7 @@ def _score(
         return at_exit(scored.loss), at_exit(scored.correct), jnp.sum(exits.astype(jnp.float32) * mask, axis=-1)
 
     def of_family(table: PolicyTable) -> RowSums:
+        # One forward pass; only the choice of the exits is repeated for each policy.
         loss, correct, loops = jax.vmap(sums)(table)
         return RowSums(loss=loss, correct=correct, loops=loops, tokens=jnp.sum(mask, axis=-1))
 

@@ -1,4 +1,4 @@
-"""What an experiment is: a claim, a grid of cells at each scale, and a report with the printed results beside ours."""
+"""The interface of an experiment: a claim, a grid of cells per scale, and a report with the published results."""
 
 import dataclasses
 import enum
@@ -12,17 +12,17 @@ from looplm_jax.evaluation.tables import Table
 
 
 class Scale(enum.Enum):
-    """How large an experiment is run; the code is the same."""
+    """The size at which an experiment runs; the code is the same."""
 
-    SMOKE = "smoke"  # seconds: whether it runs
-    CPU = "cpu"  # two cores, at most 20 minutes a cell
+    SMOKE = "smoke"  # seconds, to check that it runs
+    CPU = "cpu"  # two cores, at most 20 minutes per cell
     GPU = "gpu"  # half an hour of one H200
-    PAPER = "paper"  # the printed settings
+    PAPER = "paper"  # the published settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One run of a grid. `settings` are plain JSON values, and all that its result follows from."""
+    """One run of a grid. `settings` are plain JSON values that determine the result completely."""
 
     name: str
     settings: Mapping[str, Any]
@@ -30,7 +30,7 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Record:
-    """What a finished cell leaves: its result, what made it and how long that took."""
+    """The record of a finished cell: its result, the settings and versions that produced it, and its time."""
 
     cell: str
     settings: Mapping[str, Any]
@@ -41,7 +41,7 @@ class Record:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """Tables with ours beside the printed numbers, what they say, and figures by name, each drawn to a path."""
+    """Tables of our results next to the published ones, findings, and figures by name, each drawn to a path."""
 
     tables: Sequence[Table]
     findings: Sequence[str]
@@ -49,25 +49,25 @@ class Report:
 
 
 class Experiment(Protocol):
-    """One experiment; its module's docstring is its record."""
+    """One experiment. The docstring of its module is its documentation."""
 
     @property
     def name(self) -> str:
-        """As it is typed."""
+        """Returns the name that the user types."""
 
     @property
     def claim(self) -> str:
-        """What it tests, in a line."""
+        """Returns what the experiment tests, in one line."""
 
     @property
     def scales(self) -> tuple[Scale, ...]:
-        """Those that it has settings for."""
+        """Returns the scales that it has settings for."""
 
     def cells(self, scale: Scale) -> tuple[Cell, ...]:
-        """The grid at a scale."""
+        """Returns the cells of a scale."""
 
     def run(self, cell: Cell, folder: Path, console: Console) -> Mapping[str, Any]:
-        """The result of a cell, as plain JSON values. Files go to `folder`; called again, it goes on from them."""
+        """Returns the result of a cell as plain JSON values. Files go to `folder`; a second call resumes from them."""
 
     def report(self, records: Sequence[Record]) -> Report:
-        """What the records of a scale say, those of a part of the grid too."""
+        """Returns the report for the records of a scale, which may be only part of its grid."""

@@ -7,7 +7,7 @@ from looplm_jax.evaluation.plots import require_matplotlib
 
 
 def figure(columns: int = 1, width: float = 4.8) -> tuple[Any, list[Any]]:
-    """A figure and its axes, side by side, without pyplot. Raises UserError without matplotlib."""
+    """Returns a figure and its axes, side by side, without pyplot. Raises UserError without matplotlib."""
     require_matplotlib()
     from matplotlib.figure import Figure
 
@@ -21,5 +21,5 @@ def figure(columns: int = 1, width: float = 4.8) -> tuple[Any, list[Any]]:
 
 
 def save(made: Any, path: Path) -> None:
-    """Write it as PNG."""
+    """Writes the figure as PNG."""
     made.savefig(path, dpi=150)

@@ -1,8 +1,7 @@
-"""A grid of runs: finished cells are skipped, each keeps a record, and processes or hosts can share the work.
+"""A grid of runs: finished cells are skipped, each writes a record, and processes or hosts can share the work.
 
-A folder belongs to one experiment at one scale. Cells are run one after the other; stopped at any moment, the same
-command goes on where it was. With `--share 2/4` a process takes every fourth cell, beginning with the second. A cell
-that fails does not hold up the others.
+A folder holds one experiment at one scale. Cells run one after another; if the command stops, the same command resumes.
+With `--share 2/4` a process takes every fourth cell, starting with the second. A failed cell does not stop the others.
 """
 
 import dataclasses
@@ -20,21 +19,21 @@ from looplm_jax.errors import UserError
 from looplm_jax.files import write_atomically
 from looplm_jax.training.signals import Stopped
 
-FORMAT = 1  # of the records; raised when a reader of old ones would be wrong
+FORMAT = 1  # of the records; incremented when old ones would be misread
 _INTERRUPTED = "interrupted.json"
 _PACKAGES = ("looplm_jax", "jax", "flax", "optax", "numpy")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Share:
-    """Which cells of the grid a process takes: numbers `part`, `part + of`, … from 1."""
+    """The cells that a process takes: numbers `part`, `part + of`, … counted from 1."""
 
     part: int = 1
     of: int = 1
 
     @classmethod
     def parse(cls, text: str) -> "Share":
-        """`2/4`. Raises UserError for anything else."""
+        """Parses `2/4`. Raises UserError for anything else."""
         part, slash, of = text.partition("/")
         if not slash or not part.isdecimal() or not of.isdecimal() or not 1 <= int(part) <= int(of):
             raise UserError(f"--share {text}: write it as PART/OF, such as 1/4 to 4/4")
@@ -43,7 +42,7 @@ class Share:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """The records of all finished cells of a grid, and why cells failed just now, by name."""
+    """The records of all finished cells of a grid, and the reasons why cells failed in this run, by name."""
 
     records: list[Record]
     failed: Mapping[str, str]
@@ -58,7 +57,7 @@ class Grid:
     scale: str
 
     def open(self) -> None:
-        """Make the folder, or check that it is this experiment's.
+        """Creates the folder, or checks that it is this experiment's.
 
         Raises:
           UserError: it holds another experiment, scale or version.
@@ -71,29 +70,34 @@ class Grid:
                 for key, value in mine.items()
                 if theirs.get(key) != value
             ]
+
             if differs:
                 raise UserError(f"{self.folder} holds other results ({'; '.join(differs)}); choose another --out")
             return
+
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, _json(mine))
 
     def records(self, cells: Sequence[Cell]) -> list[Record]:
-        """Those of the cells that are finished.
+        """Returns the records of the finished cells.
 
         Raises:
-          UserError: a record was made with other settings than the cell has now.
+          UserError: a record was made with settings other than the cell's.
         """
         return [record for cell in cells if (record := self.record(cell)) is not None]
 
     def record(self, cell: Cell) -> Record | None:
-        """The record of a cell, or None if it is not finished. Raises UserError as `records` does."""
+        """Returns the record of a cell, or None if it is not finished. Raises UserError as `records` does."""
         path = self.cell_folder(cell) / "record.json"
         if not path.exists():
             return None
+
         values = _read(path)
         record = Record(**{**values, "result": strict_json.with_nan(values["result"])})
+        # Through JSON, because records hold lists where settings may hold tuples.
         settings = json.loads(_json(cell.settings))
         changed = [key for key in {**settings, **record.settings} if settings.get(key) != record.settings.get(key)]
+
         if changed:
             raise UserError(
                 f"{path} was made with other settings ({', '.join(changed)}); choose another --out, or remove it"
@@ -101,7 +105,7 @@ class Grid:
         return record
 
     def cell_folder(self, cell: Cell) -> Path:
-        """Where a cell's files lie."""
+        """Returns the folder of a cell's files."""
         return self.folder / "cells" / cell.name
 
     def run(
@@ -111,33 +115,38 @@ class Grid:
         share: Share,
         say: Callable[[str], None],
     ) -> Outcome:
-        """Run what is not finished of a share of the grid. A cell whose work raises UserError is passed over.
+        """Runs the unfinished cells of a share of the grid. A cell whose work raises UserError is skipped.
 
         Raises:
           UserError: as `records`.
-          Stopped: a signal came; the same call goes on from there.
+          Stopped: a signal arrived; the same call resumes.
         """
-        self.records(cells)  # what does not fit is refused before anything runs
+        self.records(cells)  # refuses mismatched records before anything runs
         failed = {}
         mine = cells[share.part - 1 :: share.of]
+
         for number, cell in enumerate(mine, 1):
             where = f"cell {number} of {len(mine)}, {cell.name}"
             if self.record(cell) is not None:
                 say(f"{where}: finished before")
                 continue
+
             say(f"{where}: begins")
             folder = self.cell_folder(cell)
             folder.mkdir(parents=True, exist_ok=True)
             start, before = time.perf_counter(), _seconds_before(folder)
+
             try:
                 result = work(cell, folder)
             except Stopped:
+                # Time of interrupted attempts counts toward the record of the cell.
                 write_atomically(folder / _INTERRUPTED, _json({"seconds": before + time.perf_counter() - start}))
                 raise
             except UserError as error:
                 failed[cell.name] = str(error)
                 say(f"{where}: FAILED: {error}")
                 continue
+
             record = Record(
                 cell=cell.name,
                 settings=cell.settings,
@@ -147,24 +156,27 @@ class Grid:
             )
             write_atomically(folder / "record.json", _json(dataclasses.asdict(record)))
             say(f"{where}: finished in {record.seconds:.0f} s")
+
         return Outcome(records=self.records(cells), failed=failed)
 
     def _identity(self) -> dict[str, Any]:
+        """Returns what a folder must agree on to be continued."""
         return {"format": FORMAT, "experiment": self.experiment, "scale": self.scale}
 
 
 def versions() -> dict[str, str]:
-    """Of what the numbers depend on."""
+    """Returns the versions of Python and of the packages that the numbers depend on."""
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in _PACKAGES}}
 
 
 def _seconds_before(folder: Path) -> float:
-    """What an unfinished cell took before a signal stopped it."""
+    """Returns the time that an unfinished cell took before a signal stopped it."""
     path = folder / _INTERRUPTED
     return float(_read(path)["seconds"]) if path.exists() else 0.0
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """Reads a JSON file. Raises UserError if it is damaged."""
     try:
         return json.loads(path.read_text())
     except ValueError:
@@ -172,4 +184,5 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _json(value: Any) -> bytes:
+    """Returns a value as bytes of strict JSON."""
     return (strict_json.dumps(value, indent=1, sort_keys=True) + "\n").encode()

@@ -1,20 +1,22 @@
-"""KV sharing (paper, section 5.4.2 and Table 14): the last loop's keys and values are enough to decode with.
+"""KV sharing (paper, section 5.4.2 and Table 14): the last loop's keys and values suffice for decoding.
 
     looplm experiment kv-sharing --scale cpu
 
-Each loop has keys and values of its own, T times the memory of a plain model. While it decodes, a model may keep one
-plane for all loops: of a token's last loop, of its first, or the mean (`looplm_jax.inference.kv_cache` has the rules;
-the paper does not print them). Printed: with the last loop alone GSM8K and MATH-500 hardly change, with the first they
-collapse; and sharing in the prefill as well costs more than 10 points of GSM8K.
+Each loop has its own keys and values, so the cache takes T times the memory of a plain model's. In decoding, a model
+may keep one plane for all loops: that of a token's last loop, of its first loop, or the mean
+(`looplm_jax.inference.kv_cache` has the rules; the paper does not state them). Published: with the last loop alone,
+GSM8K and MATH-500 hardly change; with the first, they collapse; and sharing in the prefill as well costs more than 10
+points of GSM8K.
 
-Measured here on held-out text that the model is told token by token, as in decoding (`states_in_turn`), every token
-with all T loops: loss and accuracy of the second half of each sequence. With a full prefill the first half is read by
-all T planes and then shared; with a shared prefill it goes through the one plane too, token by token, so that no loop
-but those that are kept is ever seen. And the engine continues the first halves greedily with each cache: how many of
-its tokens come before the first that differs from the full cache's. Intervals are 95 % bootstraps over sequences.
+Measured here on held-out text that is fed to the model token by token, as in decoding (`states_in_turn`), with all T
+loops for every token: loss and accuracy of the second half of each sequence. With a full prefill, the first half is
+read by all T planes and then shared. With a shared prefill it also goes through the one plane, token by token, so that
+only the loops that are kept are ever visible. In addition, the engine continues the first halves greedily with each
+cache: the result is how many tokens precede the first difference from the full cache's. Intervals are 95 % bootstraps
+over sequences.
 
-`cpu`: the text models of early-exit, two seeds. `gpu` (not run): `text-small`. `paper` (not run): Ouro-1.4B as
-published, in `checkpoints/ouro-1.4b`; the printed benchmarks themselves are not run.
+`cpu`: the text models of early-exit, two seeds. `gpu` (not run): `text-small`. `paper` (not run): the published
+Ouro-1.4B, in `checkpoints/ouro-1.4b`; the published benchmarks themselves are not run.
 """
 
 import functools
@@ -56,17 +58,18 @@ _SLOTS = 32
 
 
 class KVSharing(OnTextModels):
-    """The experiment."""
+    """The KV-sharing experiment."""
 
     name = "kv-sharing"
     claim = "the last loop's cache is enough: four cache strategies in decoding, and sharing during the prefill"
 
     def run(self, cell: Cell, folder: Path, console: Console) -> Mapping[str, Any]:
-        """Train Stage I, or find it trained, and decode with every cache."""
+        """Trains Stage I, unless it is trained, and decodes with every cache."""
         models, model, held_out = self.studied(cell, folder, console)
         loaded = load(models.stage1(model))
         texts = whole_rows(models.held_out(model, loaded, **held_out))
         config, dtype = loaded.model.config, compute_dtype(loaded.model.compute)
+
         return {
             "loops": config.loops,
             "sequences": len(texts),
@@ -76,7 +79,7 @@ class KVSharing(OnTextModels):
         }
 
     def report(self, records: Sequence[Record]) -> Report:
-        """One table, and how much each way of sharing costs."""
+        """Returns one table, and the cost of each way of sharing."""
         results = [record.result for record in records]
         return Report(
             tables=[_table(results)],
@@ -86,10 +89,10 @@ class KVSharing(OnTextModels):
 
 
 def whole_rows(batches: Sequence[Batch] | Any) -> Int[np.ndarray, "N S"]:
-    """The rows that one piece of a document fills.
+    """Returns the rows that a single piece of a document fills.
 
     Raises:
-      UserError: there is none.
+      UserError: there is no such row.
     """
     rows = [
         row
@@ -97,6 +100,7 @@ def whole_rows(batches: Sequence[Batch] | Any) -> Int[np.ndarray, "N S"]:
         for row, segments in zip(batch.tokens, batch.segment_ids, strict=True)
         if (segments == 1).all()
     ]
+
     if not rows:
         raise UserError("no held-out document fills a sequence; lower sequence_length, or give longer documents")
     return np.stack(rows)
@@ -109,15 +113,16 @@ def quality(
     batch_size: int,
     caches: Sequence[CacheStrategy] = tuple(_PRINTED),
 ) -> dict[str, Any]:
-    """Loss and accuracy of the second halves, told token by token, by cache and prefill; and what sharing costs.
+    """Returns loss and accuracy of the second halves, by cache and prefill, and the cost of sharing.
 
-    `caches` must hold the full one, which the others are compared with.
+    `caches` must include the full cache, which the others are compared with.
     """
     told = {
         (strategy, prefill): _told(model, params, texts, batch_size, strategy, prefill)
         for strategy in caches
         for prefill in _PREFILLS
     }
+
     drawn = resamples(len(texts), _RESAMPLES)
     base = told[CacheStrategy.FULL, "full"]
     return {
@@ -125,6 +130,7 @@ def quality(
             "loss": float(own[0].mean()),
             "accuracy": float(own[1].mean()),
             "loss_difference": float((own[0] - base[0]).mean()),
+            # A resample draws rows with repetition, so a product with their counts is the sum over the resample.
             "loss_interval": list(interval(drawn @ (own[0] - base[0]).mean(axis=1) / len(texts))),
             "accuracy_difference": float((own[1] - base[1]).mean()),
             "accuracy_interval": list(interval(drawn @ (own[1] - base[1]).mean(axis=1) / len(texts))),
@@ -141,14 +147,17 @@ def _told(
     strategy: CacheStrategy,
     prefill: str,
 ) -> Float[np.ndarray, "2 N H"]:
-    """Loss and correctness of each token of the second halves."""
+    """Returns loss and correctness of each token of the second halves."""
     half, parts = texts.shape[1] // 2, []
+
     for start in range(0, len(texts), batch_size):
         rows = texts[start : start + batch_size]
+        # The last batch repeats its first row, so that one program serves all batches.
         padded = np.concatenate([rows, np.repeat(rows[:1], batch_size - len(rows), axis=0)])
         read = half if prefill == "full" else 1
         scores = _told_scores(model, params, padded, read=read, wanted=half, strategy=strategy)
         parts.append(jax.device_get(scores)[:, : len(rows)])
+
     return np.concatenate(parts, axis=1).astype(np.float64)
 
 
@@ -156,9 +165,10 @@ def _told(
 def _told_scores(
     model: LoopLM, params: Params, texts: Int[Array, "B S"], *, read: int, wanted: int, strategy: CacheStrategy
 ) -> Float[Array, "2 B H"]:
-    """A prompt of `read` tokens, the rest one by one; scores of those from number `wanted` on."""
+    """Feeds a prompt of `read` tokens, then the rest one by one. Returns scores from token `wanted` on."""
     rows, loops = texts.shape[0], model.config.loops
     tokens = texts[:, read:]
+
     rollouts = Rollouts(
         prompts=texts[:, :read],
         prompt_lengths=jnp.full(rows, read),
@@ -166,25 +176,29 @@ def _told_scores(
         exit_loops=jnp.full_like(tokens, loops),
         lengths=jnp.full(rows, tokens.shape[1]),
     )
+
     hidden = states_in_turn(model, params, rollouts, strategy=strategy, loops=loops)
     scored = token_scores(hidden[None], head_matrix(params, model.config), tokens, chunk=model.compute.loss_chunk)
     return jnp.stack([scored.loss[0], scored.correct[0].astype(jnp.float32)])[..., wanted - read :]
 
 
 def agreement(model: LoopLM, params: Params, texts: Int[np.ndarray, "N S"]) -> dict[str, Any]:
-    """Greedy continuations of the first halves with each cache, beside those of the full one.
+    """Compares greedy continuations of the first halves with each cache against those with the full cache.
 
     Returns:
-      By cache: the share of continuations that are the same to the end, and the mean share of tokens before the first
-      that differs.
+      By cache: the fraction of continuations that are equal to the end, and the mean fraction of tokens before the
+        first
+      difference.
     """
     half = texts.shape[1] // 2
     prompts = [row[:half].tolist() for row in texts]
     continued = {each: _continued(model, params, prompts, half, each) for each in _PRINTED}
     same = {each: tokens == continued[CacheStrategy.FULL] for each, tokens in continued.items()}
+
     return {
         each.value: {
             "whole": float(equal.all(axis=1).mean()),
+            # A cumulative product stays 0 after the first difference.
             "before_first_difference": float(np.cumprod(equal, axis=1).mean()),
         }
         for each, equal in same.items()
@@ -194,6 +208,7 @@ def agreement(model: LoopLM, params: Params, texts: Int[np.ndarray, "N S"]) -> d
 def _continued(
     model: LoopLM, params: Params, prompts: Sequence[Sequence[int]], tokens: int, strategy: CacheStrategy
 ) -> Int[np.ndarray, "N H"]:
+    """Returns the greedy continuation of each prompt with one cache."""
     config = EngineConfig(slots=_SLOTS, capacity=len(prompts[0]) + tokens, cache=strategy, chunk=_SLOTS * tokens)
     results = Engine(model, params, config=config).generate(
         prompts, max_new_tokens=tokens, policy=FixedLoops(loops=model.config.loops)
@@ -202,6 +217,7 @@ def _continued(
 
 
 def _table(results: Sequence[Mapping[str, Any]]) -> Table:
+    """Returns the table of all caches and prefills."""
     columns = ["cache", "prefill", "loss", "against full", "accuracy", "greedy tokens as with full"]
     columns += ["bytes a token", "Ouro-1.4B, bf16", "printed GSM8K", "printed MATH-500"]
     rows = [_row(results, strategy, prefill) for prefill in _PREFILLS for strategy in _PRINTED]
@@ -209,10 +225,12 @@ def _table(results: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _row(results: Sequence[Mapping[str, Any]], strategy: CacheStrategy, prefill: str) -> list[str]:
+    """Returns the row of a cache and a prefill."""
     told = [result["told"][f"{strategy.value}, {prefill} prefill"] for result in results]
     same = np.mean([result["greedy"][strategy.value]["before_first_difference"] for result in results])
-    decoding = prefill == "full"  # what is printed, and what the engine does
+    decoding = prefill == "full"  # the published setting, and the engine's
     shape = ouro_1_4b()
+
     return [
         strategy.value,
         prefill,
@@ -227,12 +245,14 @@ def _row(results: Sequence[Mapping[str, Any]], strategy: CacheStrategy, prefill:
 
 
 def _with_interval(told: Sequence[Mapping[str, Any]], quantity: str) -> str:
+    """Returns the mean difference over seeds, and the union of their intervals, as text."""
     low, high = union([each[f"{quantity}_interval"] for each in told])
     mean = np.mean([each[f"{quantity}_difference"] for each in told])
     return f"{mean:+.4f} ({low:+.4f} to {high:+.4f})"
 
 
 def _findings(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns one sentence per way of sharing."""
     found = []
     for strategy in (CacheStrategy.LAST, CacheStrategy.AVERAGE, CacheStrategy.FIRST):
         decoding, both = (
@@ -247,9 +267,10 @@ def _findings(results: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _plot(results: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """What each way of sharing costs: a bar for each cache and prefill, a dot for each seed."""
+    """Plots the cost of each way of sharing: one bar per cache and prefill, one dot per seed."""
     made, (axes,) = figure(width=6.0)
     shared = [strategy for strategy in _PRINTED if strategy.shares]
+
     for side, prefill in enumerate(_PREFILLS):
         costs = [
             [result["told"][f"{strategy.value}, {prefill} prefill"]["loss_difference"] for result in results]
@@ -259,6 +280,7 @@ def _plot(results: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.bar(places, np.mean(costs, axis=1), width=0.36, color=f"C{side}", label=f"{prefill} prefill")
         for place, seeds in zip(places, costs, strict=True):
             axes.plot([place] * len(seeds), seeds, "k.", markersize=5)
+
     axes.set_xticks(range(len(shared)), [strategy.value for strategy in shared])
     axes.set(xlabel="what one plane keeps", ylabel="loss above the full cache (nats/token)")
     axes.legend(frameon=False)

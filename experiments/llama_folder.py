@@ -1,4 +1,4 @@
-"""A model with norm placement `pre`, applied once, is a Llama: this writes it as the Hugging Face folder of one."""
+"""Writes a model with norm placement `pre` as the Hugging Face folder of a Llama, which it is when applied once."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from looplm_jax.convert.tokenizer_files import tokenizer_files
 
 
 def write_llama(checkpoint: Path, out: Path) -> None:
-    """The newest good step of a checkpoint in float32, without its gate, and its tokeniser as a tokenizer.json."""
+    """Writes the latest valid checkpoint in float32, without its gate, and its tokenizer as a tokenizer.json."""
     loaded = looplm_jax.load(checkpoint)
     config = loaded.recipe.model
     arrays = {path: jax.device_get(array) for path, array in flat_arrays(loaded.params).items()}
@@ -34,6 +34,7 @@ def write_llama(checkpoint: Path, out: Path) -> None:
 
 
 def _llama_config(config: ModelConfig) -> dict[str, Any]:
+    """Returns the `config.json` of a Llama of this shape."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

@@ -1,17 +1,17 @@
-"""p-hop induction (Saunshi et al., arXiv 2502.17416): loops in the place of layers, at equal parameters.
+"""p-hop induction (Saunshi et al., arXiv 2502.17416): loops instead of layers, at equal parameters.
 
     looplm experiment p-hop --scale cpu
 
-k layers looped T times learn to follow p hops through a sequence of symbols (`looplm_jax.data.tasks.p_hop`). Sequences
-are laid out around a chain of hops, so none is degenerate; a second test draws symbols independently, a quarter of
-which sequences end in two equal symbols and are answered by one induction head, so both kinds are reported.
+Models of k layers looped T times learn to follow p hops through a sequence of symbols (`looplm_jax.data.tasks.p_hop`).
+Sequences are built around a chain of hops, so none is degenerate. A second test draws symbols independently; a quarter
+of those sequences end in two equal symbols and can be answered by one induction head. Both kinds are reported.
 
-Printed, and so at `paper`: alphabet 4, n = 256, p = 16 and 32, width 128, 8 heads, feed-forward 512, RoPE, 200,000
-steps of 256 sequences, learning rate 1e-3, the last loop alone supervised. Ours: AdamW in the place of Adafactor, and
-three seeds.
+Published, and used at `paper`: alphabet 4, n = 256, p = 16 and 32, width 128, 8 heads, feed-forward width 512, RoPE,
+200,000 steps of 256 sequences, learning rate 1e-3, supervision of the last loop only. Our choices: AdamW instead of
+Adafactor, and three seeds.
 
 `cpu`: Eq. 4 with beta 0.1, n = 16, p = 2, one layer of width 64, and a curriculum: half of the training problems ask
-for one hop (`fewest`). With p = 3 and n = 24, in a first try, two hops were not learnt in 1,000 steps.
+for one hop (`fewest`). With p = 3 and n = 24, in a first attempt, two hops were not learned in 1,000 steps.
 """
 
 from types import MappingProxyType
@@ -23,12 +23,14 @@ _SHAPES = ((6, 1), (1, 1), (1, 6), (2, 1), (2, 3), (3, 1), (3, 2))
 
 
 def _problem(hops: int, length: int, steps: int, more: str = "") -> Problem:
+    """Returns the problem of a number of hops, with tests on both kinds of sequences."""
     task = f"phop:hops={hops},length={length}{more}"
     tests = {f"p={hops}": task, f"p={hops}, independent symbols": f"{task},sequences=uniform"}
     return Problem(task=task, tests=tests, steps=steps)
 
 
 def _printed(sixteen: float, thirty_two: float) -> dict[str, float]:
+    """Returns the published accuracies in percent."""
     return {"p=16": sixteen, "p=32": thirty_two}
 
 

@@ -2,22 +2,22 @@
 
     looplm experiment prior --scale cpu
 
-Stage I is an expected loss plus beta times the divergence of the exit distribution from a prior (Eq. 4 is the uniform
-one, up to a constant). The same model, data and seeds with a uniform prior and with geometric ones, `rate (1 -
-rate)^(t-1)` cut off at T: the larger the rate, the more is asked of the first loop. Printed: the uniform prior has the
-lowest training loss, and uses all depths.
+The Stage I loss is an expected loss plus beta times the divergence of the exit distribution from a prior (Eq. 4 is the
+uniform case, up to a constant). The experiment trains the same model on the same data and seeds with a uniform prior
+and with geometric ones, `rate (1 - rate)^(t-1)` truncated at T: a larger rate puts more weight on the first loop.
+Published: the uniform prior has the lowest training loss, and uses all depths.
 
-Reported: the training loss `sum_t p_t L_t` over the last tenth of the steps, without the regulariser, which is another
-one for each prior; held-out loss at every depth up to twice the trained one, and of the exits themselves; mean exit
-loop, entropy of the exit distribution, and the share of exits at each loop. The loss of the exits and that of full
-depth are told apart: a prior on early exits may harm the one and not the other.
+Reported: the training loss `sum_t p_t L_t` over the last tenth of the steps, without the regularizer, which differs
+between priors; held-out loss at every depth up to twice the trained one, and at the exits; mean exit loop, entropy of
+the exit distribution, and the fraction of exits at each loop. The loss at the exits and the loss at full depth are
+reported separately: a prior on early exits may harm one and not the other.
 
-Printed, and so at `paper` (not run): rates 0.1 to 0.9 and 40,000 steps of 50,000 tokens, 2e9 in all. Not printed where
-we could read it, and so ours: the model (twelve layers of the width of Ouro, 0.8e9 parameters, T = 4), sequences of
-2,048 tokens, beta 0.1, AdamW at 3e-4, and the documents, which are expected in `corpora/fineweb-edu`.
+Published, and used at `paper` (not run): rates 0.1 to 0.9 and 40,000 steps of 50,000 tokens, 2e9 in total. Not
+published where we could read it, and so our choices: the model (twelve layers of Ouro's width, 0.8e9 parameters, T =
+4), sequences of 2,048 tokens, beta 0.1, AdamW at 3e-4, and the documents, which are expected in `corpora/fineweb-edu`.
 
-`cpu`: a text model of 1.2M parameters rather than a task: text has easy and hard tokens side by side, so that every
-depth is of use to some of them. 1,000 steps, five priors, two seeds. `gpu` (not run): `text-small`.
+`cpu`: a text model of 1.2M parameters instead of a task: text has easy and hard tokens next to each other, so that
+every depth is useful to some of them. 1,000 steps, five priors, two seeds. `gpu` (not run): `text-small`.
 """
 
 import dataclasses
@@ -40,12 +40,12 @@ from looplm_jax.training.metrics import TRAIN, read_metrics
 from looplm_jax.training.run import train
 from looplm_jax.training.signals import Stopped
 
-_TAIL = 0.1  # share of the steps, the last ones, that the training loss is the mean of
+_TAIL = 0.1  # the fraction of steps, at the end, over which the training loss is averaged
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PriorGrid:
-    """A scale: a model, the rates of its geometric priors beside the uniform one, and what it is tested on."""
+    """A scale: a model, the rates of its geometric priors in addition to the uniform one, and the held-out data."""
 
     recipe: str
     changes: Mapping[str, Any]
@@ -55,7 +55,7 @@ class PriorGrid:
     documents: str = ""
 
     def cells(self) -> tuple[Cell, ...]:
-        """One for each prior and seed."""
+        """Returns one cell per prior and seed."""
         return tuple(
             Cell(
                 name=f"{_name(rate).replace(' ', '-')}-seed{seed}",
@@ -70,11 +70,13 @@ class PriorGrid:
         )
 
     def _model(self, rate: float | None, seed: int) -> TextModel:
+        """Returns the model of a prior and a seed."""
         prior = {} if rate is None else {"stages.pretrain.prior.kind": "geometric", "stages.pretrain.prior.rate": rate}
         return TextModel(recipe=self.recipe, changes={**self.changes, **prior}, seed=seed, documents=self.documents)
 
 
 def _name(rate: float | None) -> str:
+    """Returns the name of a prior."""
     return UNIFORM if rate is None else f"geometric {rate:g}"
 
 
@@ -140,27 +142,29 @@ GRIDS: Mapping[Scale, PriorGrid] = MappingProxyType(
 
 
 class Prior:
-    """The experiment."""
+    """The prior experiment."""
 
     name = "prior"
     claim = "a uniform prior over exit steps explores all depths and has the lowest training loss"
     scales = tuple(GRIDS)
 
     def cells(self, scale: Scale) -> tuple[Cell, ...]:
-        """One for each prior and seed."""
+        """Returns one cell per prior and seed."""
         return GRIDS[scale].cells()
 
     def run(self, cell: Cell, folder: Path, console: Console) -> Mapping[str, Any]:
-        """Train Stage I with the prior and measure it."""
+        """Trains Stage I with the prior, and measures the model."""
         models = TextModels.beside(folder, self.name, console)
         model, run = TextModel(**cell.settings["model"]), folder / "run"
         outcome = train(models.stage1_recipe(model), run, console=console)
         if outcome.stopped_by is not None:
             raise Stopped(outcome.stopped_by)
+
         loaded = load(run)
         evaluation = evaluate(
             loaded.model, loaded.params, models.held_out(model, loaded, **cell.settings["held_out"])
         ).to_json()
+
         return {
             "prior": cell.settings["prior"],
             "loops": loaded.model.config.loops,
@@ -176,15 +180,15 @@ class Prior:
         }
 
     def report(self, records: Sequence[Record]) -> Report:
-        """A table of the priors, which depths they use, and the courses of training."""
+        """Returns a table of the priors, the depths they use, and the training curves."""
         return prior_report(records)
 
 
 def training_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the metrics of a training say: the course of the expected loss, and means over the last tenth of the steps.
+    """Returns the curve of the expected loss, and means over the last tenth of the steps, from a run's metrics.
 
     Returns:
-      curve: step and expected loss; training_loss; loss_per_loop, exit_entropy and mean_exit_loop, of training too.
+      curve: step and expected loss; training_loss; and loss_per_loop, exit_entropy and mean_exit_loop in training.
     """
     last = [row for row in rows if row["step"] > (1 - _TAIL) * rows[-1]["step"]]
 

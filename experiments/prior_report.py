@@ -1,4 +1,4 @@
-"""Tables and figures of the priors over exit steps: which trains best, and which depths each uses."""
+"""Tables and figures of the priors over exit steps: which one trains best, and which depths each uses."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -17,10 +17,11 @@ Results = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 def prior_report(records: Sequence[Record]) -> Report:
-    """A table of the priors, which depths they use, and the courses of training."""
+    """Returns a table of the priors, the depths they use, and the training curves."""
     by_prior: dict[str, list[Mapping[str, Any]]] = {}
     for record in records:
         by_prior.setdefault(record.result["prior"], []).append(record.result)
+
     return Report(
         tables=[_table(by_prior), _depths(by_prior)],
         findings=_findings(by_prior),
@@ -29,8 +30,10 @@ def prior_report(records: Sequence[Record]) -> Report:
 
 
 def _table(by_prior: Results) -> Table:
+    """Returns the table of losses, one row per prior."""
     columns = ("prior", "seeds", "training loss", "range", "at full depth", "held-out, by exits", "at full depth")
     rows = []
+
     for prior, results in by_prior.items():
         training = np.array([result["training_loss"] for result in results])
         rows.append(
@@ -44,17 +47,20 @@ def _table(by_prior: Results) -> Table:
                 f"{np.mean([_full_depth(result) for result in results]):.4f}",
             ]
         )
+
     title = "Prior over exit steps: loss (nats/token), mean of seeds"
     marked = list(by_prior).index(UNIFORM) if UNIFORM in by_prior else None
     return Table(title=title, columns=columns, rows=rows, marked=marked)
 
 
 def _depths(by_prior: Results) -> Table:
+    """Returns the table of exits and losses per loop, one row per prior."""
     loops = next(iter(by_prior.values()))[0]["loops"]
     columns = ["prior", "mean exit loop", "entropy (nats)"]
     columns += [f"exits at {loop}" for loop in range(1, loops + 1)] + [
         f"loss at {loop}" for loop in range(1, loops + 1)
     ]
+
     rows = []
     for prior, results in by_prior.items():
         held_out = [result["held_out"] for result in results]
@@ -69,20 +75,23 @@ def _depths(by_prior: Results) -> Table:
                 *(f"{loss:.4f}" for loss in losses),
             ]
         )
+
     return Table(
         title=f"Depths that are used, held-out text (entropy at most {np.log(loops):.3f})", columns=columns, rows=rows
     )
 
 
 def _full_depth(result: Mapping[str, Any]) -> float:
+    """Returns the held-out loss at the trained depth."""
     return float(result["held_out"]["loss"][result["loops"] - 1])
 
 
 def _findings(by_prior: Results) -> list[str]:
-    """Which prior is lowest, and by how much for each seed, as the same seeds see the same data."""
+    """Returns the best prior, and the differences from uniform per seed: equal seeds see the same data."""
     means = {prior: np.mean([result["training_loss"] for result in results]) for prior, results in by_prior.items()}
     best = min(means, key=lambda prior: means[prior])
     found = [f"The lowest training loss: {best} ({means[best]:.4f} nats a token). Printed: uniform."]
+
     if UNIFORM not in by_prior:
         return found
     for prior, results in by_prior.items():
@@ -97,8 +106,9 @@ def _findings(by_prior: Results) -> list[str]:
 
 
 def _plot(by_prior: Results, path: Path) -> None:
-    """Training loss, a moving mean over a tenth of the course, of the first seed; and exits by loop."""
+    """Plots the first seed's training loss, a moving mean over a tenth of the steps, and the exits by loop."""
     made, (left, right) = figure(columns=2)
+
     for number, (prior, results) in enumerate(by_prior.items()):
         steps, losses = np.array(results[0]["curve"]).T
         width = max(len(steps) // 10, 1)
@@ -106,6 +116,7 @@ def _plot(by_prior: Results, path: Path) -> None:
         left.plot(steps[width - 1 :], smooth, color=f"C{number}", label=prior)
         shares = np.mean([result["held_out"]["exit_pdf"] for result in results], axis=0)
         right.plot(range(1, len(shares) + 1), 100 * shares, marker="o", color=f"C{number}", label=prior)
+
     left.set(xlabel="step", ylabel="expected training loss (nats/token)")
     left.legend(frameon=False)
     right.set(xlabel="loop", ylabel="exits (%)", ylim=(0, None))

@@ -2,26 +2,28 @@
 
     looplm experiment reachability --scale cpu
 
-Two parts. The construction: the theorem's weights, written by hand (`experiments.reachability_weights`), against
-breadth-first search on random digraphs of 2 to 64 nodes, sparse ones, trees and paths, in which the longest shortest
-path D runs from 1 to 63 (`experiments.random_digraphs`). All pairs of different nodes of a graph must be told rightly.
-Each edge is in the weights or in the context, by a fair coin; and all in the one or the other. Two errors of the print
-are measured as well: scores that are zero, and a context without self-loops. The paper prints the theorem and no
-experiment: the graphs, their number and their sizes are ours at every scale.
+There are two parts. The construction: the theorem's weights, set by hand (`experiments.reachability_weights`), against
+breadth-first search on random digraphs of 2 to 64 nodes: sparse ones, trees and paths, whose longest shortest path D
+ranges from 1 to 63 (`experiments.random_digraphs`). A graph counts as exact if all pairs of different nodes are
+correct. Each edge is placed in the weights or in the context at random; there are also variants with all edges in one
+of them. Two errors of the published construction are measured as well: scores that are zero, and a context without
+self-loops. The paper states the theorem without an experiment: the graphs, their number and their sizes are our choices
+at every scale.
 
-And trained models, all of it ours: k layers looped T times read the edges of three trees in random order and name the
-root that reaches a node, 1 to `distance` edges below it (`looplm_jax.data.tasks.reachability`). Naming any root is
-right in a third: edges have to be followed to know which. Four questions stand behind each graph in training, the near
-ones more often; the test asks one, over each distance, and over one edge more than any in training, where the same
-nodes make two longer trees and any root is right in half.
+And trained models, entirely our design: k layers looped T times read the edges of three trees in random order and name
+the root from which a node is reachable, 1 to `distance` edges below it (`looplm_jax.data.tasks.reachability`). Naming
+any root is correct in a third of the cases: edges have to be followed to know which. In training, four questions follow
+each graph, near ones more often. The test asks one question, at each distance, and at one edge more than in training,
+where the same nodes form two longer trees and any root is correct in half of the cases.
 
-How it was found, with one layer of width 64 at learning rate 3e-3: which nodes are roots is learnt first, without
-following an edge, and leaves the less to be won the fewer they are. With two trees, distances 1 to 3 equally often and
-weights drawn with deviation 0.02, five loops stayed there: 50 % after 1,500 steps. With three trees, distances 1 and 2
-and the near one more often, and deviation 0.125, which is one over the root of the width, four loops learnt to follow
-one edge after about 700 steps and two after about 1,200. The other choices were not tried one by one.
+How it was found, with one layer of width 64 at learning rate 3e-3: which nodes are roots is learned first, without
+following an edge, and the fewer roots there are, the less remains to be gained. With two trees, distances 1 to 3
+equally often and initial weights of standard deviation 0.02, five loops stayed there: 50 % after 1,500 steps. With
+three trees, distances 1 and 2 with the near one more often, and standard deviation 0.125, one over the square root of
+the width, four loops learned to follow one edge after about 700 steps and two after about 1,200. The other choices were
+not tried one by one.
 
-`cpu`: 9 nodes, paths of 2 edges, width 64; the records of the runs say how long each cell took. `gpu` and `paper`
+`cpu`: 9 nodes, paths of 2 edges, width 64; the records of the runs state how long each cell took. `gpu` and `paper`
 have not been run.
 """
 
@@ -40,7 +42,7 @@ from experiments.shape_grid import Grid, Problem
 from experiments.task_runs import TaskRun, run_task
 
 _CONSTRUCTION = "construction"
-_TREES = 3  # of a graph, except that the test of a longer path than any in training has two
+_TREES = 3  # in a graph; the test with a path longer than in training has two
 _FURTHER = ", never trained"
 
 
@@ -49,8 +51,8 @@ class ReachabilityExperiment:
     """The construction, in one cell, and a grid of trained shapes.
 
     Args:
-      constructions: by scale.
-      grids: by scale.
+      constructions: the construction of each scale.
+      grids: the grid of each scale.
     """
 
     constructions: Mapping[Scale, Construction]
@@ -60,25 +62,26 @@ class ReachabilityExperiment:
 
     @property
     def scales(self) -> tuple[Scale, ...]:
-        """Those of the grids, the smallest first."""
+        """Returns the scales of the grids, smallest first."""
         return tuple(scale for scale in Scale if scale in self.grids)
 
     def cells(self, scale: Scale) -> tuple[Cell, ...]:
-        """The construction, and every trained shape and seed."""
+        """Returns the construction, and every trained shape and seed."""
         construction = Cell(name=_CONSTRUCTION, settings=dataclasses.asdict(self.constructions[scale]))
         return construction, *self.grids[scale].cells()
 
     def run(self, cell: Cell, folder: Path, console: Console) -> Mapping[str, Any]:
-        """Try the construction, or train and test a shape."""
+        """Evaluates the construction, or trains and tests a shape."""
         if cell.name == _CONSTRUCTION:
             return try_construction(Construction(**cell.settings))
         return run_task(TaskRun(**cell.settings), folder / "run", console)
 
     def report(self, records: Sequence[Record]) -> Report:
-        """Of both parts, as far as they are done."""
+        """Reports both parts, as far as they are finished."""
         built = [construction_report(record.result) for record in records if record.cell == _CONSTRUCTION]
         trained = [record for record in records if record.cell != _CONSTRUCTION]
         parts = built + ([trained_report(trained, _chances(trained[0]))] if trained else [])
+
         return Report(
             tables=[table for part in parts for table in part.tables],
             findings=[finding for part in parts for finding in part.findings],
@@ -87,20 +90,23 @@ class ReachabilityExperiment:
 
 
 def _chances(record: Record) -> dict[str, float]:
-    """Accuracy of naming any root, by test."""
+    """Returns the accuracy of naming any root, by test."""
     return {test: 1 / 2 if test.endswith(_FURTHER) else 1 / _TREES for test in record.result["accuracy"]}
 
 
 def _problem(distance: int, steps: int) -> Problem:
+    """Returns the problem of a distance, with a test per distance and one beyond it."""
     nodes = _TREES * (distance + 1)
     task = f"reachability:nodes={nodes},trees={_TREES},distance={distance},asks=root"
     tests = {_edges(asked): f"{task},asked={asked}" for asked in range(1, distance + 1)}
+
     further = f"reachability:nodes={nodes},trees=2,distance={distance + 1},asks=root"
     tests[f"{_edges(distance + 1)}{_FURTHER}"] = further
     return Problem(task=f"{task},questions=4,nearer=true", tests=tests, steps=steps)
 
 
 def _edges(number: int) -> str:
+    """Returns a number of edges as text."""
     return "1 edge" if number == 1 else f"{number} edges"
 
 

@@ -1,4 +1,4 @@
-"""How many loops the hand-built transformer needs: all pairs of many random graphs against breadth-first search."""
+"""The loops that the hand-built transformer needs: all pairs of many random graphs against breadth-first search."""
 
 import collections
 import dataclasses
@@ -15,16 +15,16 @@ from experiments.random_digraphs import UNREACHED, distances, draw_digraph
 from experiments.reachability_weights import SHARPNESS, initial_state, reachability_weights, reached_after
 from looplm_jax.data.tasks.draws import generator
 
-_AT_ONCE = 50  # graphs
+_AT_ONCE = 50  # graphs evaluated together
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Variant:
-    """How the edges are shared between weights and context, and whether an error of the print is left in."""
+    """A division of the edges between weights and context, and an error of the published construction to keep."""
 
     name: str
-    knowledge: float  # share of the edges that the weights hold
-    sharpness: float = SHARPNESS  # 0: K^T Q = 0, as printed
+    knowledge: float  # fraction of the edges that the weights hold
+    sharpness: float = SHARPNESS  # 0: K^T Q = 0, as published
     self_loops: bool = True  # in the context
 
 
@@ -39,7 +39,7 @@ VARIANTS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Construction:
-    """Which random graphs are tried."""
+    """The random graphs to evaluate."""
 
     graphs: int
     most_nodes: int
@@ -47,24 +47,27 @@ class Construction:
 
 
 def loops_needed(diameter: int) -> int:
-    """The theorem's `ceil(log2 D) + 1`."""
+    """Returns `ceil(log2 D) + 1` loops, as in the theorem."""
     return (diameter - 1).bit_length() + 1
 
 
 def try_construction(construction: Construction) -> dict[str, Any]:
-    """Compare all pairs of different nodes of each graph with breadth-first search.
+    """Compares all pairs of different nodes of each graph with breadth-first search.
 
     Returns:
       diameters: number of graphs by D, the longest shortest path; exact: by variant and D, the number of graphs whose
-      pairs are all told rightly after 0, 1, … loops; nodes: number of graphs by their nodes.
+        pairs
+      are all correct after 0, 1, … loops; nodes: number of graphs by their number of nodes.
     """
     graphs = [
         draw_digraph(construction.seed, index, most_nodes=construction.most_nodes)
         for index in range(construction.graphs)
     ]
+
     lengths = [distances(edges) for edges in graphs]
     diameters = [int(found.max()) for found in lengths]
     truth = _padded([found != UNREACHED for found in lengths], construction.most_nodes)
+
     return {
         "nodes": _sums([len(edges) for edges in graphs], np.ones(len(graphs))),
         "diameters": _sums(diameters, np.ones(len(graphs))),
@@ -75,13 +78,16 @@ def try_construction(construction: Construction) -> dict[str, Any]:
 def _exact(
     construction: Construction, variant: Variant, graphs: Sequence[Bool[np.ndarray, "_ _"]], truth: Bool[Array, "G n n"]
 ) -> Bool[np.ndarray, "G loops+1"]:
+    """Returns, for each graph and number of loops, whether a variant is exact."""
     known = [
         edges & (generator("knowledge", construction.seed, index).random(edges.shape) < variant.knowledge)
         for index, edges in enumerate(graphs)
     ]
+
     knowledge = _padded(known, construction.most_nodes)
     context = _padded(graphs, construction.most_nodes) & ~knowledge
     context |= variant.self_loops & jnp.eye(construction.most_nodes, dtype=bool)
+
     exact = _found_exactly(
         knowledge,
         context,
@@ -101,9 +107,11 @@ def _found_exactly(
     *,
     loops: int,
 ) -> Bool[Array, "G {loops}+1"]:
+    """Returns, for each graph and number of loops, whether all pairs of different nodes are correct."""
+
     def one(knowledge: Array, context: Array, truth: Array) -> Array:
         found = reached_after(reachability_weights(knowledge, sharpness), initial_state(context), loops=loops)
-        is_node = jnp.diagonal(truth)  # all reach themselves; what pads the graph does not
+        is_node = jnp.diagonal(truth)  # all nodes reach themselves; padding does not
         asked = is_node[:, None] & is_node & ~jnp.eye(len(truth), dtype=bool)
         return jnp.all((found == truth) | ~asked, axis=(1, 2))
 
@@ -111,11 +119,13 @@ def _found_exactly(
 
 
 def _padded(relations: Sequence[Bool[np.ndarray, "_ _"]], nodes: int) -> Bool[Array, "G {nodes} {nodes}"]:
+    """Returns the relations as one array, padded with nodes without edges."""
     padded = [np.pad(relation, (0, nodes - len(relation))) for relation in relations]
     return jnp.array(np.stack(padded))
 
 
 def _sums(keys: Sequence[int], values: np.ndarray) -> dict[str, Any]:
+    """Returns the sum of the values of each key, keys in rising order, as JSON values."""
     sums: dict[int, Any] = collections.defaultdict(int)
     for key, value in zip(keys, values, strict=True):
         sums[key] = sums[key] + value.astype(int)

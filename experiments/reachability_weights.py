@@ -1,21 +1,23 @@
 """The hand-built looped transformer that finds all paths of a graph (Ouro paper, B.5, Theorem 2).
 
-Of the graph's edges some are knowledge, in the weights, and the others stand in the context. Column j of the state is
-`[v_j ; a_j]`: which node it is, and the nodes that are known to be reached from it. One head, one feed-forward layer,
+Some edges of the graph are knowledge, stored in the weights; the others are in the context. Column j of the state is
+`[v_j ; a_j]`: the identity of the node, and the nodes that are known to be reachable from it. One head and one
+feed-forward layer,
 
     H' = N(H + V H softmax((K H)^T Q H)),   H'' = N(H' + W2 relu(W1 H')),   N(x) = 1{x > 0}
 
-are applied again and again. The query of j is a_j and the key of i is v_i, so that j attends to what it reaches, and
-takes over what that reaches: the square of the relation. The feed-forward layer adds the edges that are knowledge.
+are applied repeatedly. The query of j is a_j and the key of i is v_i, so that j attends to the nodes it reaches, and
+takes over the nodes that they reach: the square of the relation. The feed-forward layer adds the edges that are
+knowledge.
 
-As printed `K^T Q = 0`: every node attends to all. Here `Q = [[0, I], [0, 0]]`, and every node reaches itself in the
-context, for a node that reaches none would attend to all as well. Scores are scaled by `SHARPNESS`, for softmax is
-never zero on paper.
+As published, `K^T Q = 0`: every node attends to all. Here `Q = [[0, I], [0, 0]]`, and every node reaches itself in the
+context, because a node that reaches none would also attend to all. Scores are scaled by `SHARPNESS`, because softmax is
+never exactly zero in theory.
 
-After k loops a pair is found if and only if a walk joins it that falls into at most 2^(k-1) pieces, each of them an
-edge or two edges of the context in a row: knowledge enters at the end of loop 1, and from then on each loop doubles.
-So with the longest shortest path D, `ceil(log2 D) + 1` loops find all; one fewer do too if the context holds all edges,
-and never do if the weights hold all.
+After k loops a pair is found if and only if it is joined by a walk that splits into at most 2^(k-1) pieces, each of
+them an edge, or two consecutive edges of the context: knowledge enters at the end of loop 1, and each further loop
+doubles the length. So if the longest shortest path is D, `ceil(log2 D) + 1` loops find all pairs; one loop fewer also
+does if the context holds all edges, and never does if the weights hold all.
 """
 
 import flax.struct
@@ -28,7 +30,7 @@ SHARPNESS = 128.0  # e^-128 is zero in float32
 
 @flax.struct.dataclass
 class ReachabilityWeights:
-    """Weights of the layer, for graphs of n nodes."""
+    """Weights of the layer for graphs of n nodes; d = 2n."""
 
     query: Float[Array, "d d"]
     key: Float[Array, "d d"]
@@ -40,7 +42,7 @@ class ReachabilityWeights:
 def reachability_weights(
     knowledge: Bool[Array, "n n"], sharpness: float | Float[Array, ""] = SHARPNESS
 ) -> ReachabilityWeights:
-    """The weights that know some edges, from rows to columns. d = 2n. Without `sharpness`, K^T Q = 0 as printed."""
+    """Returns weights that hold some edges, from rows to columns. With `sharpness` 0, K^T Q = 0 as published."""
     nodes = len(knowledge)
     eye, none = jnp.eye(nodes, dtype=jnp.float32), jnp.zeros((nodes, nodes), jnp.float32)
     return ReachabilityWeights(
@@ -53,14 +55,14 @@ def reachability_weights(
 
 
 def initial_state(context: Bool[Array, "n n"]) -> Float[Array, "d n"]:
-    """Columns `[v_j ; a_j]` from the edges of the context, from rows to columns."""
+    """Returns the columns `[v_j ; a_j]` for the edges of the context, from rows to columns."""
     return jnp.concatenate([jnp.eye(len(context), dtype=jnp.float32), context.T.astype(jnp.float32)])
 
 
 def reached_after(
     weights: ReachabilityWeights, state: Float[Array, "d n"], *, loops: int
 ) -> Bool[Array, "{loops}+1 n n"]:
-    """Whether a node (row) is known to reach another (column), after 0..`loops` loops."""
+    """Returns whether a node (row) is known to reach another (column), after 0..`loops` loops."""
 
     def loop(state: Array, _: None) -> tuple[Array, Array]:
         state = _layer(weights, state)
@@ -71,6 +73,8 @@ def reached_after(
 
 
 def _layer(weights: ReachabilityWeights, state: Float[Array, "d n"]) -> Float[Array, "d n"]:
+    """Applies one loop."""
+    # [n, n]: the score of every key (row) for every query (column).
     scores = (weights.key @ state).T @ (weights.query @ state)
     attended = weights.value @ state @ jax.nn.softmax(scores, axis=0)
     state = _threshold(state + attended)
@@ -78,8 +82,10 @@ def _layer(weights: ReachabilityWeights, state: Float[Array, "d n"]) -> Float[Ar
 
 
 def _threshold(state: Float[Array, "d n"]) -> Float[Array, "d n"]:
+    """Returns N(x) = 1{x > 0}."""
     return (state > 0).astype(state.dtype)
 
 
 def _reached(state: Float[Array, "d n"]) -> Bool[Array, "n n"]:
+    """Returns the relation that the lower half of the state holds."""
     return state[state.shape[1] :].T > 0

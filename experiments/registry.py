@@ -1,4 +1,4 @@
-"""Every experiment by name."""
+"""All experiments by name."""
 
 from collections.abc import Mapping
 from types import MappingProxyType

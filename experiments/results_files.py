@@ -1,4 +1,4 @@
-"""The results of an experiment at a scale, as files: the records as JSON, a report in Markdown, figures."""
+"""The result files of an experiment at a scale: the records as JSON, a report in Markdown, and figures."""
 
 import dataclasses
 import json
@@ -17,9 +17,9 @@ from looplm_jax.files import write_atomically
 def write_results(
     out: Path, experiment: Experiment, scale: Scale, records: Sequence[Record], cells: int, console: Console
 ) -> list[str]:
-    """Print the tables; write `results.json`, `report.md` and, where matplotlib is installed, the figures.
+    """Prints the tables, and writes `results.json`, `report.md` and, if matplotlib is installed, the figures.
 
-    Returns their names.
+    Returns the names of the files.
     """
     report = show(experiment, records, console)
     figures = _draw(report, out, console)
@@ -32,19 +32,19 @@ def write_results(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Results:
-    """What a results file holds."""
+    """The contents of a results file."""
 
     experiment: str
     scale: str
-    cells: int  # of the whole grid
+    cells: int  # in the whole grid
     records: Sequence[Record]
 
 
 def read_results(path: Path) -> Results:
-    """A results file.
+    """Reads a results file.
 
     Raises:
-      UserError: it is damaged, or of another version.
+      UserError: the file is damaged, or has another version.
     """
     try:
         about = json.loads(path.read_text())
@@ -56,20 +56,23 @@ def read_results(path: Path) -> Results:
             return Results(**{**about, "records": records})
     except (ValueError, TypeError, KeyError, AttributeError):
         raise UserError(f"{path} is not a file of results; the experiment's command writes it again") from None
+
     raise UserError(f"{path} is of version {version}, and this is {FORMAT}; run the experiment with another --root")
 
 
 def show(experiment: Experiment, records: Sequence[Record], console: Console) -> Report:
-    """Print the tables and findings of an experiment's records. Returns its report."""
+    """Prints the tables and findings of an experiment's records. Returns its report."""
     report = experiment.report(records)
     for table in report.tables:
         console.print(table.rich())
+
     for finding in report.findings:
         console.print(finding)
     return report
 
 
 def _draw(report: Report, out: Path, console: Console) -> list[str]:
+    """Draws the figures. Returns their names, or none if matplotlib is not installed."""
     try:
         for name, draw in report.figures.items():
             draw(out / name)
@@ -87,8 +90,10 @@ def _markdown(
     report: Report,
     figures: Sequence[str],
 ) -> str:
+    """Returns the text of `report.md`."""
     hours = sum(record.seconds for record in records) / 3600
     versions = sorted({f"{name} {version}" for record in records for name, version in record.versions.items()})
+
     sections = [
         f"# {experiment.name}, at scale {scale.value}",
         experiment.claim[0].upper() + experiment.claim[1:] + ".",
@@ -98,4 +103,5 @@ def _markdown(
         *(f"![{name}]({name})" for name in figures),
         f"`looplm experiment {experiment.name} --scale {scale.value}`",
     ]
+
     return "\n\n".join(section for section in sections if section) + "\n"

@@ -1,4 +1,4 @@
-"""Grids over shapes, k layers looped T times, on a synthetic task: what Mano, addition, p-hop and others share."""
+"""Grids over shapes, k layers looped T times, on a synthetic task: shared by Mano, addition, p-hop and others."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +16,7 @@ Shape = tuple[int, int]  # layers, loops
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:
-    """What is trained on, for how long, and the tasks of the same vocabulary that it is tested on, by name."""
+    """A task to train on, its number of steps, and the tasks of the same vocabulary to test on, by name."""
 
     task: str
     tests: Mapping[str, str]
@@ -25,7 +25,7 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Grid:
-    """What a scale runs: every problem with every shape, learning rate and seed. `settings` are fields of `TaskRun`."""
+    """The runs of a scale: every problem, shape, learning rate and seed. `settings` are fields of `TaskRun`."""
 
     problems: Mapping[str, Problem]
     shapes: Sequence[Shape]
@@ -34,7 +34,7 @@ class Grid:
     settings: Mapping[str, Any]
 
     def cells(self) -> tuple[Cell, ...]:
-        """One for each run."""
+        """Returns one cell per run."""
         return tuple(
             Cell(
                 name=f"{name}-{layers}x{loops}-lr{rate:g}-seed{seed}",
@@ -60,15 +60,15 @@ class Grid:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShapeExperiment:
-    """Such an experiment at all scales.
+    """A grid over shapes at all scales.
 
     Args:
-      name: as it is typed.
-      claim: what it tests, in a line.
-      title: of tables and figures.
-      grids: by scale.
-      printed: accuracy in per cent, by shape and test.
-      pairs: shapes of equal parameters, without and with loops, that are compared in words.
+      name: the name that the user types.
+      claim: what it tests, in one line.
+      title: the title of tables and figures.
+      grids: the grid of each scale.
+      printed: published accuracy in percent, by shape and test.
+      pairs: shapes of equal parameters, without and with loops, that the findings compare.
     """
 
     name: str
@@ -80,22 +80,24 @@ class ShapeExperiment:
 
     @property
     def scales(self) -> tuple[Scale, ...]:
-        """Those of the grids, the smallest first."""
+        """Returns the scales of the grids, smallest first."""
         return tuple(scale for scale in Scale if scale in self.grids)
 
     def cells(self, scale: Scale) -> tuple[Cell, ...]:
-        """The grid at a scale."""
+        """Returns the cells of a scale."""
         return self.grids[scale].cells()
 
     def run(self, cell: Cell, folder: Path, console: Console) -> Mapping[str, Any]:
-        """Train and test one shape."""
+        """Trains and tests one shape."""
         return run_task(TaskRun(**cell.settings), folder / "run", console)
 
     def report(self, records: Sequence[Record]) -> Report:
-        """One table for each problem, with all of its tests."""
+        """Returns one table per problem, with all of its tests."""
         groups: dict[tuple[str, ...], list[Record]] = {}
         for record in records:
+            # Problems differ in their tests, which the results name.
             groups.setdefault(tuple(record.result["accuracy"]), []).append(record)
+
         tables, findings = [], []
         figures: dict[str, Callable[[Path], None]] = {}
         for tests, mine in groups.items():
@@ -103,4 +105,5 @@ class ShapeExperiment:
             tables.append(shape_table(mine, {test: test for test in tests}, self.printed, title))
             findings += [finding for test in tests for finding in compare(mine, test, self.pairs)]
             figures |= curves_and_depths(mine, tests, self.title)
+
         return Report(tables=tables, findings=findings, figures=figures)

@@ -30,13 +30,13 @@ from looplm_jax.training.metrics import TRAIN, read_metrics
 from looplm_jax.training.run import train
 from looplm_jax.training.signals import Stopped
 
-# Small models learn in jumps, up as well as down, at rates that large ones could not take: no step is left out for it.
+# Small models learn in jumps, up as well as down, at learning rates too high for large ones, so no spike is skipped.
 _NO_SPIKES = GuardConfig(sigma=1e6)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskRun:
-    """One cell of such a grid. `tests` are tasks of the same vocabulary, by name."""
+    """One cell of a grid. `tests` are tasks of the same vocabulary, by name."""
 
     task: str
     tests: Mapping[str, str]
@@ -49,24 +49,24 @@ class TaskRun:
     sequence_length: int
     learning_rate: float
     seed: int
-    mlp_width: int = 0  # 0: 8/3 of the width, in sixteens
+    mlp_width: int = 0  # 0: 8/3 of the width, rounded to a multiple of 16
     beta: float = 0.1
-    last_loop_only: bool = False  # the loss after the last loop alone, in the place of Eq. 4
+    last_loop_only: bool = False  # use the loss after the last loop alone instead of Eq. 4
     b2: float = 0.98
     weight_decay: float = 0.1
     warmup_steps: int = 0
-    final_share: float = 0.1  # of the peak learning rate, at the end of the cosine
+    final_share: float = 0.1  # fraction of the peak learning rate at the end of the cosine
     rope_theta: float = 1e4
     init_std: float = 0.02
     test_items: int = 1024
 
     @property
     def shape(self) -> str:
-        """`k x T` as the tables name it."""
+        """Returns the shape as `k⊗T`, as in the tables."""
         return f"{self.layers}⊗{self.loops}"
 
     def recipe(self) -> Recipe:
-        """The recipe of the run."""
+        """Returns the recipe of the run."""
         task = make_task(self.task)
         return Recipe(
             name="task-run",
@@ -108,19 +108,22 @@ class TaskRun:
 
 
 def run_task(run: TaskRun, folder: Path, console: Console) -> dict[str, Any]:
-    """Train, or go on, and test at every depth up to twice the trained one.
+    """Trains, or resumes training, and tests at every depth up to twice the trained one.
 
     Returns:
-      shape; accuracy: by test, of each loop; at_trained_depth: by test, after the last trained loop; commonest: by
-      test, the share of the commonest answer, which is what a constant gets; curve: step and training loss;
-      parameters: their number; and how fast it trained, as `run_speed` says.
+      shape; accuracy: by test, after each loop; at_trained_depth: by test, after the last trained loop; commonest: by
+        test,
+      the fraction of the most common answer, which is the accuracy of a constant; curve: step and training loss;
+        parameters:
+      their number; and the speed of training from `run_speed`.
 
     Raises:
-      Stopped: a signal came; called again, it goes on.
+      Stopped: a signal arrived; calling again resumes.
     """
     outcome = train(run.recipe(), folder, console=console)
     if outcome.stopped_by is not None:
         raise Stopped(outcome.stopped_by)
+
     loaded = load(folder)
     depth = 2 * run.loops
     tasks = {name: make_task(spec) for name, spec in run.tests.items()}
@@ -130,6 +133,7 @@ def run_task(run: TaskRun, folder: Path, console: Console) -> dict[str, Any]:
         ).tolist()
         for name, task in tasks.items()
     }
+
     steps = [row for row in read_metrics(folder) if row["kind"] == TRAIN]
     return {
         "shape": run.shape,

@@ -1,8 +1,8 @@
-"""Text models that several experiments study, each trained once for its settings, in a folder that they share.
+"""Text models that several experiments study. Each is trained once per settings, in a shared folder.
 
-Stage I, then Stage II from its end, with either target of the gate. Each is a run folder of its own, which goes on
-where it was stopped; where two processes want the same one, the second waits for the first. The text is the source of
-the local Python's standard library, unless other documents are named.
+Stage I runs first, then Stage II from its end, with either target of the gate. Each has its own run folder and resumes
+where it stopped; if two processes need the same one, the second waits for the first. The text is the source of the
+local Python's standard library, unless other documents are given.
 """
 
 import contextlib
@@ -24,19 +24,19 @@ from looplm_jax.recipes import named_recipe
 from looplm_jax.training.run import train
 from looplm_jax.training.signals import Stopped
 
-_NEW_ORDER = 1000  # added to the seed of Stage II's data, which comes in another order than in Stage I
+_NEW_ORDER = 1000  # added to the data seed of Stage II, which reads the data in another order than Stage I
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextModel:
-    """What a text model follows from.
+    """The settings that determine a text model.
 
     Args:
-      recipe: by name; its first stage is Stage I, its last Stage II.
-      changes: of fields of the recipe, by their dotted paths.
-      seed: of the parameters and of the order of the documents.
+      recipe: the name of a recipe; its first stage is Stage I, its last Stage II.
+      changes: new values of recipe fields, by their dotted paths.
+      seed: the seed of the parameters and of the order of the documents.
       checkpoint: a run folder or a Hugging Face folder to study instead; Stage I is then not run.
-      documents: files of text; empty: the source of the standard library.
+      documents: text files; if empty, the source of the standard library.
     """
 
     recipe: str
@@ -47,31 +47,32 @@ class TextModel:
 
     @property
     def name(self) -> str:
-        """Of its folder: another one for any other settings."""
+        """Returns the name of its folder, which is unique to the settings."""
         content = json.dumps(dataclasses.asdict(self), sort_keys=True)
         return f"{self.recipe}-seed{self.seed}-{hashlib.blake2b(content.encode(), digest_size=4).hexdigest()}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextModels:
-    """The folder that they lie in."""
+    """The shared folder of the models."""
 
     folder: Path
     console: Console
 
     @classmethod
     def beside(cls, cell: Path, experiment: str, console: Console) -> "TextModels":
-        """The folder for a cell: one for all experiments below a root; inside the results where these lie elsewhere."""
+        """Returns the folder for a cell: shared by all experiments below a root, else inside the results folder."""
         results = cell.parent.parent
         usual = results.parent.name == experiment
         return cls(folder=(results.parent.parent if usual else results) / "text-models", console=console)
 
     def recipe(self, model: TextModel) -> Recipe:
-        """The whole recipe of a model, with its documents and their tokeniser, which all seeds share."""
+        """Returns the complete recipe of a model, with its documents and their tokenizer, which all seeds share."""
         recipe = override(named_recipe(model.recipe), model.changes)
         data = dataclasses.replace(recipe.data, sources=(SourceConfig(path=self._documents(model)),), root="")
         if not model.checkpoint:
             data = dataclasses.replace(data, tokenizer=self._tokenizer(dataclasses.replace(recipe, data=data), model))
+
         return dataclasses.replace(
             recipe,
             name="text-model",
@@ -81,25 +82,26 @@ class TextModels:
         )
 
     def stage1_recipe(self, model: TextModel) -> Recipe:
-        """Stage I alone."""
+        """Returns the recipe with Stage I only."""
         recipe = self.recipe(model)
         return dataclasses.replace(recipe, stages=recipe.stages[:1])
 
     def stage1(self, model: TextModel) -> Path:
-        """The run folder of Stage I, trained; or the checkpoint that is studied instead.
+        """Trains Stage I, unless it is trained. Returns its run folder, or the checkpoint that is studied instead.
 
         Raises:
-          Stopped: a signal came; called again, it goes on.
+          Stopped: a signal arrived; calling again resumes.
         """
         if model.checkpoint:
             return Path(model.checkpoint)
         return self._trained(self.stage1_recipe(model), model, "stage1")
 
     def stage2(self, model: TextModel, target: GateTarget) -> Path:
-        """The run folder of Stage II, trained. Raises as `stage1`."""
+        """Trains Stage II, unless it is trained, and returns its run folder. Raises as `stage1`."""
         start, recipe = self.stage1(model), self.recipe(model)
         if model.checkpoint:
             recipe = dataclasses.replace(recipe, model=load(start).recipe.model)
+
         stage = dataclasses.replace(recipe.stages[-1], objective=Objective.GATE, gate_target=target)
         recipe = dataclasses.replace(
             recipe,
@@ -112,7 +114,7 @@ class TextModels:
     def held_out(
         self, model: TextModel, loaded: Loaded, *, sequences: int, sequence_length: int, batch_size: int
     ) -> ValidationBatches:
-        """Held-out documents as packed sequences: the same ones for all seeds."""
+        """Returns held-out documents as packed sequences, the same for all seeds."""
         return validation_batches(
             dataclasses.replace(self.recipe(model).data, tokenizer=""),
             loaded.need_tokenizer(),
@@ -122,6 +124,7 @@ class TextModels:
         )
 
     def _trained(self, recipe: Recipe, model: TextModel, part: str) -> Path:
+        """Trains a recipe, unless it is trained. Returns its run folder."""
         folder = self.folder / model.name / part
         with self._alone(f"{model.name}-{part}"):
             outcome = train(recipe, folder, console=self.console)
@@ -130,6 +133,7 @@ class TextModels:
         return folder
 
     def _documents(self, model: TextModel) -> str:
+        """Returns the pattern of the documents, after collecting the standard library if none are given."""
         if model.documents:
             return model.documents
         path = self.folder / "stdlib.jsonl"
@@ -139,7 +143,8 @@ class TextModels:
         return str(path)
 
     def _tokenizer(self, recipe: Recipe, model: TextModel) -> str:
-        """Of the vocabulary that the model has, trained on the documents of its recipe that are not held out."""
+        """Returns a tokenizer of the model's vocabulary size, trained on the documents that are not held out."""
+        # Other documents, or another split, give another tokenizer, which therefore needs another file.
         about = f"{model.documents} {recipe.data.validation_fraction}"
         digest = hashlib.blake2b(about.encode(), digest_size=4).hexdigest()
         path = self.folder / f"tokenizer-{recipe.model.vocab_size}-{digest}.model"
@@ -152,7 +157,7 @@ class TextModels:
 
     @contextlib.contextmanager
     def _alone(self, name: str) -> Iterator[None]:
-        """One process at a time makes what has this name; the lock of a process that died is none."""
+        """Holds the lock of a name, which the system releases if the process dies."""
         self.folder.mkdir(parents=True, exist_ok=True)
 
         def wait() -> None:

@@ -1,4 +1,4 @@
-"""The text models that early exit, KV sharing and depth study at each scale: the same ones for all three."""
+"""The text models of each scale, shared by the early-exit, KV-sharing and depth experiments."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -26,12 +26,12 @@ SMALLEST: Mapping[str, Any] = MappingProxyType(
         "evaluation.sequences": 8,
         "log_every": 1,
     }
-)  # changes of `demo` that make it run in seconds
+)  # changes of `demo` that let it run in seconds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextCells:
-    """A cell for each seed of a model, and the held-out sequences that it is measured on."""
+    """A cell per seed of a model, and the held-out sequences to measure it on."""
 
     recipe: str
     seeds: int
@@ -42,11 +42,11 @@ class TextCells:
     checkpoint: str = ""
 
     def model(self, seed: int) -> TextModel:
-        """One of the models."""
+        """Returns the model of a seed."""
         return TextModel(recipe=self.recipe, changes=dict(self.changes), seed=seed, checkpoint=self.checkpoint)
 
     def cells(self) -> tuple[Cell, ...]:
-        """With the fields of `TextModel`, and those of `TextModels.held_out`, as settings."""
+        """Returns cells whose settings are the fields of `TextModel` and the arguments of `TextModels.held_out`."""
         return tuple(
             Cell(
                 name=f"text-seed{seed}",
@@ -96,16 +96,16 @@ TEXT_CELLS: Mapping[Scale, TextCells] = MappingProxyType(
 
 
 class OnTextModels:
-    """What the experiments on these models share."""
+    """The base class of experiments on the text models."""
 
     name: str
     scales = tuple(TEXT_CELLS)
 
     def cells(self, scale: Scale) -> tuple[Cell, ...]:
-        """One for each seed."""
+        """Returns one cell per seed."""
         return TEXT_CELLS[scale].cells()
 
     def studied(self, cell: Cell, folder: Path, console: Console) -> tuple[TextModels, TextModel, Mapping[str, Any]]:
-        """The models beside a cell, the one that it is about, and the held-out text to measure it on."""
+        """Returns the shared models, the model that the cell studies, and the arguments of its held-out text."""
         held_out = {name: value for name, value in cell.settings.items() if name != "model"}
         return TextModels.beside(folder, self.name, console), TextModel(**cell.settings["model"]), held_out

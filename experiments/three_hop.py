@@ -1,21 +1,21 @@
-"""Three-hop questions (paper, 6.2 and B.3): more loops need fewer different questions to learn to combine facts.
+"""Three-hop questions (paper, 6.2 and B.3): with more loops, fewer questions suffice to learn to combine facts.
 
     looplm experiment three-hop --scale cpu
 
-A model is trained on a part of all questions about a world of people and relations (`looplm_jax.data.tasks.three_hop`)
-and asked 3,000 others: what it gets right, it gets by combining facts that it has only ever seen inside of questions.
-The fewer questions it needs for that, the better it learns to combine.
+A model is trained on a part of all questions about a world of people and relations (`looplm_jax.data.tasks.three_hop`),
+and tested on 3,000 others. It can answer those only by combining facts that it has seen only inside questions. The
+fewer questions it needs for that, the better it learns to combine.
 
-Printed, and so at `paper`: 500 people, 20 relations, 6 layers looped 1, 2 and 4 times and 24 layers once (the
+Published, and used at `paper`: 500 people, 20 relations, 6 layers looped 1, 2 and 4 times and 24 layers once (the
 operations of 6⊗4), width 1024, 16 heads, learning rate 5e-4, warm-up 1,000, cosine to a tenth, 20,000 steps of 2,048
-sequences of 1,024 packed tokens, parts of 2.5 % to 25 % of 800,000 questions, the mean of four seeds. The result is a
-figure: no number is printed but which parts it shows (100,000, 120,000 and 140,000). Ours: feed-forward width, decay
-0.1, and Eq. 4 with beta 0.1 on the answer.
+sequences of 1,024 packed tokens, parts of 2.5 % to 25 % of 800,000 questions, the mean of four seeds. The published
+result is a figure; the only numbers in print are the parts it shows (100,000, 120,000 and 140,000). Our choices:
+feed-forward width, weight decay 0.1, and Eq. 4 with beta 0.1 on the answer.
 
-`cpu`: a world of 100 people and eight relations, one layer of width 64, the last loop alone supervised, and a
-curriculum: two thirds of the training ask for one or two hops (`fewest`). About 9 minutes a cell with three loops and
-6 without, three at a time on two cores. From 8,000 questions on, 99.8 % of others right with loops and 31.6 % without
-(`docs/results.md`). `gpu` has not been run.
+`cpu`: a world of 100 people and eight relations, one layer of width 64, supervision of the last loop only, and a
+curriculum: two thirds of the training problems ask for one or two hops (`fewest`). A cell takes about 9 minutes with
+three loops and 6 without, with three cells running on two cores. From 8,000 questions on, 99.8 % of the other questions
+are answered correctly with loops and 31.6 % without (`docs/results.md`). `gpu` has not been run.
 """
 
 import dataclasses
@@ -41,6 +41,7 @@ _LEARNT = 0.9
 
 
 def _problems(questions: Sequence[int], world: str, steps: int) -> dict[str, Problem]:
+    """Returns the problems of training on some numbers of questions."""
     tasks = {count: f"threehop:questions={count}{world}" for count in questions}
     return {f"q{count}": Problem(task=task, tests={TEST: task}, steps=steps) for count, task in tasks.items()}
 
@@ -87,7 +88,7 @@ _SMOKE = Grid(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ThreeHopExperiment:
-    """Shapes against the number of different questions."""
+    """Shapes against the number of distinct questions."""
 
     grids: Mapping[Scale, Grid]
     name: str = "three-hop"
@@ -95,19 +96,19 @@ class ThreeHopExperiment:
 
     @property
     def scales(self) -> tuple[Scale, ...]:
-        """Those of the grids, the smallest first."""
+        """Returns the scales of the grids, smallest first."""
         return tuple(scale for scale in Scale if scale in self.grids)
 
     def cells(self, scale: Scale) -> tuple[Cell, ...]:
-        """The grid at a scale."""
+        """Returns the cells of a scale."""
         return self.grids[scale].cells()
 
     def run(self, cell: Cell, folder: Path, console: Console) -> Mapping[str, Any]:
-        """Train one shape on one number of questions, and ask others."""
+        """Trains one shape on a number of questions, and tests it on others."""
         return run_task(TaskRun(**cell.settings), folder / "run", console)
 
     def report(self, records: Sequence[Record]) -> Report:
-        """Accuracy by shape and number of questions."""
+        """Reports the accuracy by shape and number of questions."""
         found = by_questions(records)
         return Report(
             tables=(_table(found),),
@@ -120,7 +121,7 @@ class ThreeHopExperiment:
 
 
 def by_questions(records: Sequence[Record]) -> dict[str, dict[int, list[float]]]:
-    """Accuracy on questions that training never held, of each seed, by shape and number of questions trained on."""
+    """Returns the accuracy on questions outside training for each seed, by shape and number of training questions."""
     found: dict[str, dict[int, list[float]]] = {}
     for record in records:
         questions: int = getattr(make_task(record.settings["task"]), "questions")  # noqa: B009, Task has none
@@ -130,6 +131,7 @@ def by_questions(records: Sequence[Record]) -> dict[str, dict[int, list[float]]]
 
 
 def _table(found: Mapping[str, Mapping[int, Sequence[float]]]) -> Table:
+    """Returns the table of accuracies, one row per shape."""
     questions = sorted({count for points in found.values() for count in points})
     rows = [
         [shape, *(_spread(points[count]) if count in points else "" for count in questions)]
@@ -143,11 +145,13 @@ def _table(found: Mapping[str, Mapping[int, Sequence[float]]]) -> Table:
 
 
 def _spread(values: Sequence[float]) -> str:
+    """Returns mean and range in percent, as text."""
     percent = 100 * np.array(values)
     return f"{percent.mean():.1f} ({percent.min():.1f} to {percent.max():.1f})"
 
 
 def _needed(shape: str, points: Mapping[int, Sequence[float]]) -> str:
+    """Returns the number of questions from which on a shape answers nearly all others, as a sentence."""
     enough = [count for count, values in points.items() if np.mean(values) >= _LEARNT]
     if enough:
         return f"{shape} gets {_LEARNT:.0%} right on average from {min(enough):,} questions on."
@@ -156,6 +160,7 @@ def _needed(shape: str, points: Mapping[int, Sequence[float]]) -> str:
 
 
 def _plot(found: Mapping[str, Mapping[int, Sequence[float]]], path: Path) -> None:
+    """Plots the accuracy by number of questions, one line per shape."""
     made, (axes,) = figure(width=7)
     for number, (shape, points) in enumerate(found.items()):
         values = [100 * np.array(points[count]) for count in points]

@@ -1,13 +1,13 @@
-"""Upcycling, measured: which order of the copied layers keeps the loss nearer, and which trains better from there.
+"""Upcycling: which order of the copied layers keeps the loss closer to the base, and which trains better from there.
 
     python -m experiments.upcycling --out runs/upcycling
 
-Ouro-2.6B begins with the 24 layers of Ouro-1.4B, twice (paper, section 4.1), in an order that is not printed. Here a
+Ouro-2.6B starts from the 24 layers of Ouro-1.4B, twice (paper, section 4.1), in an order that is not published. Here a
 small looped model is trained on the source of the local Python's standard library, upcycled to twice its layers in
-either order, and trained on, with the state of the optimiser and with a fresh one, beside the base itself trained on.
-All of them see the same data, in an order that is new to them, at a third of the learning rate before.
+either order, and trained further, with the optimizer state and with a fresh one. The base itself is trained further for
+comparison. All of them see the same data, in an order that is new to them, at a third of the previous learning rate.
 
-What is done is not done again: stopped at any moment, the same command goes on.
+Finished parts are skipped, so the same command resumes where it stopped.
 """
 
 import argparse
@@ -44,7 +44,7 @@ from looplm_jax.training.run import train
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scale:
-    """How large the comparison is: the base and its training, the steps after upcycling, and what is measured."""
+    """The size of the comparison: the base and its training, the steps after upcycling, and the measurements."""
 
     model: ModelConfig
     base_steps: int
@@ -83,20 +83,20 @@ _SMOKE = dataclasses.replace(
     sequence_length=64,
     seeds=(0,),
 )
-_NEW_ORDER = 1000  # added to the seed of what is trained on: the data comes in another order than the base saw it in
+_NEW_ORDER = 1000  # added to the seed of later training, which reads the data in another order than the base
 SCALES = {"laptop": _LAPTOP, "smoke": _SMOKE}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Variant:
-    """What is trained on: the base itself, or one that was upcycled from it."""
+    """A model that is trained further: the base itself, or one that was upcycled from it."""
 
     order: Order | None
     optimizer: bool
 
     @property
     def name(self) -> str:
-        """In the results, and as the name of its folder."""
+        """Returns the name in the results, which is also the name of its folder."""
         model = "base" if self.order is None else self.order.value
         return model if self.optimizer else f"{model}-fresh-optimizer"
 
@@ -105,17 +105,19 @@ VARIANTS = tuple(Variant(order=order, optimizer=on) for on in (True, False) for 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what is not done yet, write the results, and say where they are."""
+    """Runs what is not finished, writes the results, and prints where they are."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/upcycling"), help="folder (default: runs/upcycling)")
     parser.add_argument("--scale", choices=SCALES, default="laptop", help="smoke: seconds, to see that it works")
     arguments = parser.parse_args(argv)
     scale = SCALES[arguments.scale]
+
     try:
         courses = _courses(arguments.out, scale)
     except UserError as error:
         print(f"upcycling: {error}", file=sys.stderr)
         return 2
+
     command = f"python -m experiments.upcycling --scale {arguments.scale}"
     results = Results(command=command, scale=dataclasses.asdict(scale), courses=courses)
     print(f"\nwrote {', '.join(write_results(arguments.out, results))} to {arguments.out}")
@@ -125,11 +127,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _courses(out: Path, scale: Scale) -> list[Course]:
-    """Everything that is to be measured: for every seed a base, and every variant of it."""
+    """Returns the courses of all variants, after training a base for every seed."""
     corpus = out / "corpus.jsonl"
     if not corpus.exists():
         out.mkdir(parents=True, exist_ok=True)
         collect_stdlib(corpus)
+
     courses = []
     for seed in scale.seeds:
         print(f"\n== seed {seed}: base", flush=True)
@@ -141,10 +144,11 @@ def _courses(out: Path, scale: Scale) -> list[Course]:
 
 
 def _train_base(out: Path, scale: Scale, seed: int) -> Path:
-    """The run folder of the base. All seeds share the tokeniser of the first."""
+    """Trains the base, and returns its run folder. All seeds share the tokenizer of the first."""
     folder, first = _base(out, seed), _base(out, scale.seeds[0])
     stage = _stage(scale, scale.base_steps, scale.base_learning_rate, warmup_steps=scale.warmup_steps)
     recipe = _recipe(out, scale, seed, stage)
+
     if folder != first:
         recipe = dataclasses.replace(
             recipe, data=dataclasses.replace(recipe.data, tokenizer=str(first / "tokenizer.model"))
@@ -154,20 +158,23 @@ def _train_base(out: Path, scale: Scale, seed: int) -> Path:
 
 
 def _train_on(out: Path, scale: Scale, seed: int, variant: Variant, base: Path) -> Course:
-    """Upcycle, measure, train, and measure on the way."""
+    """Upcycles the base for a variant, trains it, and returns its measured losses."""
     folder = out / f"seed-{seed}" / variant.name
     start, model = base, scale.model
+
     if variant.order is not None:
         model = dataclasses.replace(model, num_layers=2 * model.num_layers)
         start = folder / "start"
         if not start.exists():
             print(upcycle(base, start, layers=model.num_layers, order=variant.order))
+
     stage = _stage(scale, scale.steps, scale.learning_rate)
     recipe = dataclasses.replace(
         _recipe(out, scale, seed + _NEW_ORDER, stage, measured_every=scale.measured_every),
         model=model,
         start=StartConfig(checkpoint=str(start), optimizer=variant.optimizer),
     )
+
     at_start = _measured_at_start(start, recipe, folder / "at_start.json")
     _train(recipe, folder / "run")
     rows = [{"step": 0, **at_start}, *(row for row in read_metrics(folder / "run") if row["kind"] == EVALUATION)]
@@ -181,6 +188,7 @@ def _train_on(out: Path, scale: Scale, seed: int, variant: Variant, base: Path) 
 
 
 def _stage(scale: Scale, steps: int, learning_rate: float, *, warmup_steps: int = 0) -> Stage:
+    """Returns the only stage, with a constant learning rate."""
     return Stage(
         name="pretrain",
         steps=steps,
@@ -195,6 +203,7 @@ def _stage(scale: Scale, steps: int, learning_rate: float, *, warmup_steps: int 
 
 
 def _recipe(out: Path, scale: Scale, seed: int, stage: Stage, *, measured_every: int = 0) -> Recipe:
+    """Returns the recipe of one run."""
     corpus = SourceConfig(path=str(out / "corpus.jsonl"))
     return Recipe(
         name="upcycling",
@@ -209,7 +218,7 @@ def _recipe(out: Path, scale: Scale, seed: int, stage: Stage, *, measured_every:
 
 
 def _train(recipe: Recipe, folder: Path) -> None:
-    """Train, unless that is done; the last evaluation is written at the last step."""
+    """Trains a recipe unless it is finished, which is when the last step has an evaluation."""
     if any((row["kind"], row["step"]) == (EVALUATION, recipe.total_steps) for row in read_metrics(folder)):
         return
     stopped_by = train(recipe, folder, evaluate=_measure).stopped_by
@@ -219,7 +228,7 @@ def _train(recipe: Recipe, folder: Path) -> None:
 
 
 def _measured_at_start(checkpoint: Path, recipe: Recipe, memory: Path) -> dict[str, Any]:
-    """What training measures, of a checkpoint; `memory` remembers it."""
+    """Measures a checkpoint as training does; the file `memory` caches the result."""
     if not memory.exists():
         loaded, stage = load(checkpoint), recipe.stages[0]
         held_out = validation_batches(
@@ -229,18 +238,20 @@ def _measured_at_start(checkpoint: Path, recipe: Recipe, memory: Path) -> dict[s
             sequence_length=stage.sequence_length,
             max_sequences=recipe.evaluation.sequences,
         )
+
         memory.parent.mkdir(parents=True, exist_ok=True)
         memory.write_text(json.dumps(_measure(loaded.model, loaded.params, held_out)))
     return json.loads(memory.read_text())
 
 
 def _measure(model: LoopLM, params: Params, held_out: ValidationBatches) -> dict[str, Any]:
-    """Loss after each loop, and the expected loss over the exit distribution, which training lowers; nats a token."""
+    """Returns the loss after each loop, and the expected loss that training minimizes, in nats per token."""
     exits = exit_curve(model, params, held_out)
     return {"loss_per_loop": list(exits.fixed.loss), "expected_loss": exits.expected_loss}
 
 
 def _base(out: Path, seed: int) -> Path:
+    """Returns the run folder of a seed's base."""
     return out / f"seed-{seed}" / "base-run"
 
 

@@ -1,4 +1,4 @@
-"""The report of the upcycling experiment: a table, a figure, and the numbers they are made of."""
+"""The report of the upcycling experiment: a table, a figure, and the numbers behind them."""
 
 import dataclasses
 import sys
@@ -19,7 +19,7 @@ _COLOURS = {"base": "#3a3a3a", "interleave": "#1f5fa8", "stack": "#d1495b"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Course:
-    """Held-out losses (nats a token) of one variant, at `steps` since the start of its training."""
+    """Held-out losses (nats per token) of one variant, at `steps` since the start of its training."""
 
     seed: int
     variant: str
@@ -30,7 +30,7 @@ class Course:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Results:
-    """Everything that was measured, and the command that measures it."""
+    """All measurements, and the command that produces them."""
 
     command: str
     scale: dict[str, Any]
@@ -38,40 +38,43 @@ class Results:
 
     @property
     def variants(self) -> list[str]:
-        """In the order in which they ran."""
+        """Returns the variants in the order in which they ran."""
         return list(dict.fromkeys(course.variant for course in self.courses))
 
     @property
     def steps(self) -> list[int]:
-        """Where the loss was measured."""
+        """Returns the steps at which the loss was measured."""
         return list(self.courses[0].steps)
 
     @property
     def loops(self) -> int:
-        """The depth that is trained, T."""
+        """Returns the trained depth, T."""
         return len(self.courses[0].loss_per_loop[0])
 
     def expected(self, variant: str) -> np.ndarray:
-        """Expected loss over the exit distribution, one row for each seed and one column for each of `steps`."""
+        """Returns the expected loss over the exit distribution: one row per seed and one column per step."""
         return np.array([course.expected_loss for course in self._of(variant)])
 
     def after_loop(self, variant: str, loop: int) -> np.ndarray:
-        """Loss after a loop, from 1 to T; rows and columns as above."""
+        """Returns the loss after a loop, from 1 to T; rows and columns as in `expected`."""
         return np.array([course.loss_per_loop for course in self._of(variant)])[..., loop - 1]
 
     def _of(self, variant: str) -> list[Course]:
+        """Returns the courses of a variant, one per seed."""
         return [course for course in self.courses if course.variant == variant]
 
 
 def write_results(out: Path, results: Results) -> list[str]:
-    """Write `results.json`, `report.md` and, where matplotlib is installed, `upcycling.png`; print the table.
+    """Writes `results.json`, `report.md` and, if matplotlib is installed, `upcycling.png`; prints the table.
 
-    Returns their names.
+    Returns the names of the files.
     """
     (out / "results.json").write_text(strict_json.dumps(dataclasses.asdict(results), indent=1, default=str) + "\n")
+
     tables = _tables(results)
     print(f"\n{tables}\n\n{_verdict(results)}")
     figures = _plot(results, out / "upcycling.png")
+
     sections = [
         "# Upcycling: two orders of the copies",
         _setting(results),
@@ -80,11 +83,13 @@ def write_results(out: Path, results: Results) -> list[str]:
         *(f"![{name}]({name})" for name in figures),
         f"`{results.command}`",
     ]
+
     (out / "report.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
     return ["results.json", "report.md", *figures]
 
 
 def _setting(results: Results) -> str:
+    """Returns the description of the settings."""
     scale, model = results.scale, results.scale["model"]
     layers = model["num_layers"]
     return (
@@ -96,6 +101,7 @@ def _setting(results: Results) -> str:
 
 
 def _tables(results: Results) -> str:
+    """Returns the tables of all measures."""
     measures: dict[str, Callable[[str], np.ndarray]] = {
         "Expected loss over the exit distribution": results.expected,
         "Loss after loop 1": lambda variant: results.after_loop(variant, 1),
@@ -105,12 +111,14 @@ def _tables(results: Results) -> str:
 
 
 def _table(results: Results, measure: Callable[[str], np.ndarray]) -> str:
+    """Returns the table of one measure, averaged over seeds."""
     columns = ("step", *(str(step) for step in results.steps))
     rows = [[name, *(f"{loss:.3f}" for loss in measure(name).mean(axis=0))] for name in results.variants]
     return Table(title="held-out loss", columns=columns, rows=rows).markdown().rstrip("\n")
 
 
 def _verdict(results: Results) -> str:
+    """Returns the comparison of the two orders."""
     gap = results.expected("interleave") - results.expected("stack")
 
     def one(column: int) -> str:
@@ -123,11 +131,13 @@ def _verdict(results: Results) -> str:
 
 
 def _plot(results: Results, path: Path) -> list[str]:
+    """Draws the expected loss. Returns the name of the figure, or none if matplotlib is not installed."""
     try:
         require_matplotlib()
     except UserError as error:
         print(error, file=sys.stderr)
         return []
+
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
@@ -137,6 +147,7 @@ def _plot(results: Results, path: Path) -> list[str]:
         colour = _COLOURS[name.removesuffix(_FRESH)]
         axes.plot(results.steps, losses.mean(axis=0), color=colour, linestyle=style, marker="o", label=name)
         axes.fill_between(results.steps, losses.min(axis=0), losses.max(axis=0), color=colour, alpha=0.12, linewidth=0)
+
     axes.set_xlabel("steps after upcycling")
     axes.set_ylabel("expected loss (nats/token)")
     axes.set_title("Upcycling, held-out text; bands span the seeds")

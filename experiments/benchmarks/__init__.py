@@ -1,1 +1,1 @@
-"""Speed and memory, measured: every claim about them has its command here."""
+"""Benchmarks of speed and memory: every published figure has its command here."""

@@ -1,12 +1,13 @@
-"""Self-attention of one layer, forward and backward, by each kernel that the device has: its share of what the device
-was measured to do in a matrix product.
+"""Self-attention of one layer, forward and backward, with each kernel that the device supports.
+
+Speeds are reported as a fraction of the measured speed of a matrix product.
 
     python -m experiments.benchmarks.attention                                   # 16 heads of 128, bfloat16
-    python -m experiments.benchmarks.attention --lengths 128 --tokens 256 --heads 2    # whether it runs at all
+    python -m experiments.benchmarks.attention --lengths 128 --tokens 256 --heads 2    # to check that it runs
 
 Each sequence holds documents of random lengths, 8 on average. Operations are those of a causal mask over the whole
-sequence, half of `[S, S]`, in the seven products of a pass forward and one backward that recomputes the scores; a
-kernel that skips what lies between documents can be above its share. Kernels take turns; times are medians.
+sequence, half of `[S, S]`, in the seven matrix products of a forward pass and a backward pass that recomputes the
+scores. A kernel that skips blocks between documents can exceed its fraction. Kernels take turns; times are medians.
 """
 
 import argparse
@@ -32,7 +33,7 @@ _OF_PLATFORM = {"gpu": (AttentionKernel.CUDNN, AttentionKernel.TRITON), "tpu": (
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure every kernel at every length, and print a table."""
+    """Measures every kernel at every length, and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 32768], help="tokens of a sequence")
     parser.add_argument("--tokens", type=int, default=32768, help="tokens of all sequences (default: 32768)")
@@ -40,9 +41,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--head-width", type=int, default=128)
     parser.add_argument("--turns", type=int, default=5, help="turns of each kernel (default: 5)")
     arguments = parser.parse_args(argv)
+
     ceiling = measure_ceiling(Dtype.BFLOAT16).flops
     print(f"{jax.devices()[0].device_kind}: {ceiling / 1e12:.3g} TFLOP/s, a bfloat16 matrix product")
     print("| tokens of a sequence | kernel | ms | TFLOP/s | of the ceiling |\n|---|---|---|---|---|")
+
     for length in arguments.lengths:
         sequences = max(1, arguments.tokens // length)
         inputs = _inputs(sequences, length, arguments.heads, arguments.head_width)
@@ -54,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _kernels(length: int, head_width: int) -> list[AttentionKernel]:
-    """Returns the kernels of this platform that take such sequences, XLA among them."""
+    """Returns the kernels of this platform that support such sequences, including XLA."""
     fitting = [AttentionKernel.XLA]
     for kernel in _OF_PLATFORM.get(target_platform(), ()):
         try:
@@ -68,29 +71,36 @@ def _kernels(length: int, head_width: int) -> list[AttentionKernel]:
 def _inputs(sequences: int, length: int, heads: int, head_width: int) -> tuple[Array, ...]:
     """Returns queries, keys and values, and the positions and documents of every token."""
     random = np.random.default_rng(0)
+    # [3, B, S, H, Dh]
     states = jax.random.normal(jax.random.key(0), (3, sequences, length, heads, head_width), jnp.bfloat16)
     starts = random.random((sequences, length)) < _DOCUMENTS / length
     segments = np.cumsum(starts, axis=1, dtype=np.int32)
     columns = np.broadcast_to(np.arange(length, dtype=np.int32), starts.shape)
+    # Positions restart at the start of each document.
     positions = columns - np.maximum.accumulate(np.where(starts, columns, 0), axis=1)
     return *states, jnp.asarray(positions), jnp.asarray(segments)
 
 
 def _measure(kernels: Sequence[AttentionKernel], inputs: tuple[Array, ...], turns: int) -> dict[AttentionKernel, float]:
-    """Returns the median of seconds of each kernel."""
+    """Returns the median time of each kernel in seconds."""
     runs = {kernel: functools.partial(_gradients(kernel), *inputs) for kernel in kernels}
+    # The first call compiles.
     for run in runs.values():
         jax.block_until_ready(run())
     seconds: dict[AttentionKernel, list[float]] = {kernel: [] for kernel in kernels}
+    # Kernels take turns, so that a drift of the clock speed affects all of them.
     for _ in range(turns):
         for kernel, run in runs.items():
             start = time.perf_counter()
             jax.block_until_ready(run())
             seconds[kernel].append(time.perf_counter() - start)
+
     return {kernel: statistics.median(each) for kernel, each in seconds.items()}
 
 
 def _gradients(kernel: AttentionKernel) -> Callable[..., tuple[Array, ...]]:
+    """Returns the compiled gradients with respect to queries, keys and values."""
+
     def total(queries: Array, keys: Array, values: Array, positions: Array, segments: Array) -> Array:
         mixed = self_attention(kernel, queries, keys, values, positions, segments)
         return jnp.sum(mixed * queries, dtype=jnp.float32)

@@ -1,4 +1,4 @@
-"""What a device can do, measured, for shares of it to be quoted."""
+"""Measures the attainable bandwidth and speed of a device, so that results can be quoted relative to them."""
 
 import dataclasses
 import time
@@ -12,29 +12,35 @@ from looplm_jax.config import Dtype
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ceiling:
-    """What the device was measured to do: bytes read and operations done in a second."""
+    """The measured limits of a device: bytes read per second, and floating-point operations per second."""
 
     bandwidth: float
     flops: float
 
 
 def measure_ceiling(dtype: Dtype) -> Ceiling:
-    """Bytes a second of a sum over 1 GiB, operations a second of a product of two square matrices."""
+    """Measures the bandwidth of a sum over 1 GiB, and the speed of a product of two square matrices."""
     size = 2**30 // jnp.dtype(dtype.value).itemsize
+
+    # A CPU would take minutes for the larger matrices.
     long, side = jnp.ones(size, dtype.value), 4096 if jax.default_backend() == "cpu" else 16384
     square = jnp.ones((side, side), dtype.value)
+
     total = jax.jit(lambda x: jnp.sum(x, dtype=jnp.float32))
     product = jax.jit(lambda x: x @ x)
+
     read = _best_of(lambda: total(long).block_until_ready())
     return Ceiling(bandwidth=2**30 / read, flops=2 * side**3 / _best_of(lambda: product(square).block_until_ready()))
 
 
 def _best_of(run: Callable[[], object], times: int = 5) -> float:
+    """Returns the shortest of several times, after a first run that compiles."""
     run()
     return min(_seconds(run) for _ in range(times))
 
 
 def _seconds(run: Callable[[], object]) -> float:
+    """Returns the seconds of a call."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start

@@ -1,11 +1,11 @@
-"""Checkpoints on a local disk: how fast they are written and read, and what a save adds to a training step.
+"""Checkpoints on a local disk: write and read speed, and the time that a save adds to training.
 
     python -m experiments.benchmarks.checkpoints --folder runs/checkpoints
 
-Trains models whose whole state (parameters, moments of AdamW, guard) has about the wanted size, and saves and restores
-through what training itself uses. Beside it stands what the disk does with one plain file of the same size, written to
-the end (fsync), and read with nothing of it in the page cache; checkpoints are read so too. Every figure is the median
-of `--rounds`. Needs three times the largest state on the disk, and removes what it wrote.
+Trains models whose state (parameters, moments of AdamW, guard) has about the requested size, and saves and restores
+with the same classes that training uses. For comparison it measures the disk with one plain file of the same size,
+written with fsync, and read with none of it in the page cache; checkpoints are read in the same way. Every figure is
+the median of `--rounds`. Needs free disk space of three times the largest state, and removes what it wrote.
 """
 
 import argparse
@@ -34,27 +34,27 @@ from looplm_jax.training.program import StagePrograms, place
 from looplm_jax.training.saving import Saver
 from looplm_jax.training.state import abstract_state, initial_state
 
-_BYTES_PER_PARAMETER = 12  # float32 and two moments
+_BYTES_PER_PARAMETER = 12  # float32 parameters and two moments
 _LOOPS, _LENGTH, _VOCABULARY = 2, 128, 2048
-_STEPS = 8  # without a save, in each round
+_STEPS = 8  # without a save, per round
 _BLOCK = 2**23
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Round:
-    """Seconds of one round, and bytes of a step on the disk.
+    """Seconds of one round, and the bytes of a step on disk.
 
     Attributes:
-      write: a plain file of the state's size.
-      read: that file.
+      write: writing a plain file of the state's size.
+      read: reading that file.
       step: a training step without saves (median).
-      save: a save from its beginning to its commit, with nothing else to do.
-      restore: reading it again, digests included.
-      call: beginning a save in the background, until training goes on.
+      save: a save from its start to its commit, with nothing else running.
+      restore: reading it, including its digests.
+      call: starting an asynchronous save, until training continues.
       first: the first step after that.
-      during: the steps after it until the save is committed (median; that of a step if there are none).
-      behind: steps that were taken until the commit.
-      stored: bytes of the step on the disk.
+      during: the steps after it until the save is committed (median; that of `step` if there are none).
+      behind: number of steps until the commit.
+      stored: bytes of the step on disk.
     """
 
     write: float
@@ -70,53 +70,57 @@ class Round:
 
     @property
     def stall(self) -> float:
-        """Seconds by which a save in the background delays training."""
+        """Returns the seconds by which an asynchronous save delays training."""
         return self.call + self.first - self.step + (self.behind - 1) * (self.during - self.step)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measured:
-    """The rounds for a state of so many bytes."""
+    """The rounds for a state of `state_bytes`."""
 
     state_bytes: int
     rounds: tuple[Round, ...]
 
     def median(self, name: str) -> float:
-        """The median of a figure over the rounds."""
+        """Returns the median of a figure over the rounds."""
         return statistics.median(getattr(a_round, name) for a_round in self.rounds)
 
 
 class Trainer:
-    """A model whose state has about `state_bytes`, and its step."""
+    """A model whose state has about `state_bytes`, and its train step."""
 
     def __init__(self, state_bytes: int):
         stage = Stage(
             name="bench", steps=100_000, batch_size=1, sequence_length=_LENGTH, loops=_LOOPS, beta=0.05,
             learning_rate=3e-4,
         )  # fmt: skip
+
         config = _model(state_bytes)
         self.recipe = Recipe(name="bench", model=config, stages=(stage,), compute=ComputeConfig(dtype=Dtype.FLOAT32))
+
         model, mesh = LoopLM(config, self.recipe.compute), make_mesh(MeshConfig(data=1), jax.devices()[:1])
         self._programs = StagePrograms(self.recipe, model, stage, mesh, first_step=0)
         self._programs.compile(_LOOPS)
+
         self._batch = place(_batch(config), stage, mesh)
         self.abstract = abstract_state(self.recipe, model, stage, mesh)
         self.state = initial_state(self.recipe, model, stage, mesh)
         self.done = 0
 
     def step(self) -> None:
-        """One step, to its end."""
+        """Runs one step to completion."""
         self.state, metrics = self._programs.run(_LOOPS, self.state, self._batch)
         self.done += 1
+        # Reading the loss waits for the device.
         float(metrics.loss)
 
     def forget(self) -> None:
-        """Free the state, so that no more than one is in memory when it is restored."""
+        """Frees the state, so that only one state is in memory during a restore."""
         for leaf in jax.tree.leaves(self.state):
             leaf.delete()
 
     def save(self, saver: Saver) -> None:
-        """Begin a save, as training does."""
+        """Starts a save, as training does."""
         metadata = Metadata(
             config=to_dict(self.recipe), tokenizer_kind="none", tokenizer=b"", tokenizer_fingerprint="", data_state={}
         )
@@ -124,7 +128,7 @@ class Trainer:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure and print Markdown tables."""
+    """Measures, and prints Markdown tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="where to write; must not exist")
     parser.add_argument("--megabytes", type=int, nargs="+", default=[100, 1000], help="sizes of the state")
@@ -132,46 +136,55 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.folder.exists():
         parser.error("--folder must name a folder that does not exist")
+
     measured = []
     with contextlib.ExitStack() as closing:
         options.folder.mkdir(parents=True)
         closing.callback(shutil.rmtree, options.folder)
         for megabytes in options.megabytes:
             measured.append(measure(options.folder / str(megabytes), megabytes * 10**6, options.rounds))
+
     print(bandwidth_table(measured))
     print()
     print(stall_table(measured))
 
 
 def measure(folder: Path, state_bytes: int, rounds: int) -> Measured:
-    """So many rounds with one state; the first save, which compiles the digests, is not counted."""
+    """Runs `rounds` rounds with one state. The first save, which compiles the digests, is not counted."""
     trainer = Trainer(state_bytes)
     store = CheckpointStore(folder, keep=1)
     saver = Saver(store, ALONE)
+
     for _ in range(3):
         trainer.step()
     trainer.save(saver)
     saver.finish()
+
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(trainer.state))
     return Measured(state_bytes=size, rounds=tuple(_round(folder, trainer, store, saver, size) for _ in range(rounds)))
 
 
 def _round(folder: Path, trainer: Trainer, store: CheckpointStore, saver: Saver, size: int) -> Round:
+    """Measures the plain file, steps, an asynchronous save, a synchronous save, and a restore."""
     plain = folder.with_suffix(".plain")
     write = _seconds(lambda: _write(plain, size))
     _forget(plain)
     read = _seconds(lambda: _read(plain))
     plain.unlink()
+
     steps = [_seconds(trainer.step) for _ in range(_STEPS)]
     saved = trainer.done
     call, first = _seconds(lambda: trainer.save(saver)), _seconds(trainer.step)
     during = list(_until_committed(trainer, store, saved))
+
     saver.finish()
     trainer.step()
     save = _seconds(lambda: trainer.save(saver)) + _seconds(saver.finish)
+    # The restore has to read from disk, not from the page cache.
     _forget(folder)
     trainer.forget()
     restore = _seconds(lambda: _restore(trainer, store))
+
     return Round(
         write=write,
         read=read,
@@ -187,11 +200,12 @@ def _round(folder: Path, trainer: Trainer, store: CheckpointStore, saver: Saver,
 
 
 def bandwidth_table(measured: Sequence[Measured]) -> str:
-    """MB/s of the state's bytes."""
+    """Returns a table of speeds in MB/s, relative to the bytes of the state."""
     lines = [
         "| state | on the disk | plain write | save | of plain | plain read | restore | of plain |",
         "|---|---|---|---|---|---|---|---|",
     ]
+
     for one in measured:
         write, save, read, restore = (
             one.state_bytes / one.median(name) / 1e6 for name in ("write", "save", "read", "restore")
@@ -204,11 +218,12 @@ def bandwidth_table(measured: Sequence[Measured]) -> str:
 
 
 def stall_table(measured: Sequence[Measured]) -> str:
-    """What a save adds to steps, in the background and while training waits."""
+    """Returns a table of the time that a save adds to steps, if it is asynchronous and if training waits."""
     lines = [
         "| state | step | save begun in | next step | later ones | steps until commit | stall in all | waited for |",
         "|---|---|---|---|---|---|---|---|",
     ]
+
     for one in measured:
         step, call, first, during, save = (one.median(name) for name in ("step", "call", "first", "during", "save"))
         lines.append(
@@ -219,7 +234,10 @@ def stall_table(measured: Sequence[Measured]) -> str:
 
 
 def _model(state_bytes: int) -> ModelConfig:
-    """A model of four layers as wide as the size wants; a layer has 4 D^2 parameters and a feed-forward of 8 D^2."""
+    """Returns a model of four layers, as wide as the size requires.
+
+    A layer has 4 D^2 parameters in its attention and 8 D^2 in its feed-forward network.
+    """
     wanted = state_bytes / _BYTES_PER_PARAMETER
     width = next(width for width in itertools.count(64, 64) if 48 * width**2 + 2 * _VOCABULARY * width >= wanted)
     return ModelConfig(
@@ -229,6 +247,7 @@ def _model(state_bytes: int) -> ModelConfig:
 
 
 def _batch(config: ModelConfig) -> Batch:
+    """Returns one sequence of random tokens."""
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (1, _LENGTH + 1), dtype=np.int32)
     return Batch(
         tokens=tokens[:, :-1],
@@ -240,22 +259,25 @@ def _batch(config: ModelConfig) -> Batch:
 
 
 def _until_committed(trainer: Trainer, store: CheckpointStore, step: int) -> Iterator[float]:
-    """Seconds of the steps that are taken until that one is committed."""
+    """Yields the seconds of each step until the save of step `step` is committed."""
     while step not in store.steps():
         yield _seconds(trainer.step)
 
 
 def _restore(trainer: Trainer, store: CheckpointStore) -> None:
+    """Restores the state, and waits until it is on the device."""
     trainer.state = jax.block_until_ready(store.restore(trainer.abstract).state)
 
 
 def _seconds(work: Callable[[], Any]) -> float:
+    """Returns the seconds of a call."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
 def _write(path: Path, size: int) -> None:
+    """Writes a file of random bytes, and waits until it is on disk."""
     block = np.random.default_rng(0).bytes(min(size, _BLOCK))
     with path.open("wb") as stream:
         for start in range(0, size, len(block)):
@@ -265,6 +287,7 @@ def _write(path: Path, size: int) -> None:
 
 
 def _read(path: Path) -> None:
+    """Reads a file without keeping it."""
     with path.open("rb", buffering=0) as stream:
         block = bytearray(_BLOCK)
         while stream.readinto(block):
@@ -272,9 +295,10 @@ def _read(path: Path) -> None:
 
 
 def _forget(path: Path) -> None:
-    """Put what is written on the disk and out of the page cache."""
+    """Writes files back to disk and drops them from the page cache."""
     for file in [path] if path.is_file() else filter(Path.is_file, path.rglob("*")):
         with file.open("rb") as stream:
+            # Dirty pages cannot be dropped, so they are synchronized first.
             os.fsync(stream.fileno())
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 

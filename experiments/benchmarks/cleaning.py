@@ -1,7 +1,7 @@
-"""What cleaning costs: the speed of a worker, and the memory of the process that looks for near-duplicates.
+"""The cost of cleaning: the speed of a worker, and the memory of the process that searches for near-duplicates.
 
-Workers read the source text of the standard library; evaluation items are passages of 40 words of it. The parent is
-measured on signatures of as many documents as wanted, one in ten of which is an altered copy of an earlier one.
+Workers read the source text of the standard library; evaluation items are passages of 40 words from it. The parent is
+measured on signatures of `--documents` documents, one in ten of which is an altered copy of an earlier one.
 
     python -m experiments.benchmarks.cleaning --documents 1000000
 """
@@ -26,14 +26,16 @@ _ALTERED = 13  # of 128 permutations, those in which a copy differs: a similarit
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print one line for each figure."""
+    """Prints one line per figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, default=1_000_000, help="signatures that the parent looks at")
     parser.add_argument("--items", type=int, default=10_000, help="items of the evaluation")
     options = parser.parse_args(arguments)
+
     with tempfile.TemporaryDirectory() as folder:
         texts = _corpus(Path(folder))
         ngrams = _evaluation(Path(folder), texts, options.items)
+
     near_duplicates = NearDuplicates()
     print(f"n-grams of {options.items:,} items: {_speed(ngrams.overlap, texts):.1f} MB/s")
     print(f"signatures: {_speed(near_duplicates.signature, texts):.1f} MB/s")
@@ -41,12 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _corpus(folder: Path) -> list[str]:
+    """Returns the documents of the standard library."""
     collect_stdlib(folder / "corpus.jsonl")
     return [json.loads(line)["text"] for line in (folder / "corpus.jsonl").read_text().splitlines()]
 
 
 def _evaluation(folder: Path, texts: Sequence[str], items: int) -> EvaluationNgrams:
-    """Passages of the texts with every seventh word another, so that words are common and n-grams are not."""
+    """Returns the n-grams of passages with every seventh word replaced: common words, but uncommon n-grams."""
     every_word = [word for text in texts for word in words(text)]
     starts = np.random.default_rng(0).integers(len(every_word) - _ITEM_WORDS, size=items)
     passages = [every_word[start : start + _ITEM_WORDS] for start in starts]
@@ -56,7 +59,7 @@ def _evaluation(folder: Path, texts: Sequence[str], items: int) -> EvaluationNgr
 
 
 def _speed(worker: Callable[[str], object], texts: Sequence[str]) -> float:
-    """Megabytes of text a second."""
+    """Returns the speed of a worker in megabytes of text per second."""
     start = time.perf_counter()
     for text in texts:
         worker(text)
@@ -64,6 +67,7 @@ def _speed(worker: Callable[[str], object], texts: Sequence[str]) -> float:
 
 
 def _signatures(count: int, permutations: int) -> UInt32[np.ndarray, "N P"]:
+    """Returns random signatures, one in ten of them an altered copy of one of the eight before it."""
     random = np.random.default_rng(1)
     rows = random.integers(2**32, size=(count, permutations), dtype=np.uint32)
     copies = np.arange(9, count, 10)
@@ -73,14 +77,18 @@ def _signatures(count: int, permutations: int) -> UInt32[np.ndarray, "N P"]:
 
 
 def _measure_parent(near_duplicates: NearDuplicates, documents: int) -> None:
+    """Measures the time and the peak memory of the search for near-duplicates."""
     rows = _signatures(documents, near_duplicates.permutations)
+
     start = time.perf_counter()
     duplicates = near_duplicates.drop(rows)
     seconds = time.perf_counter() - start
+    # Traced in a second pass, because tracing slows the allocations down.
     tracemalloc.start()
     near_duplicates.drop(rows)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
+
     print(f"{len(duplicates.kept):,} of {documents:,} documents dropped in {seconds:.1f} s")
     print(f"signatures {rows.nbytes / 1e6:,.0f} MB, beside them at most {peak / 1e6:,.0f} MB")
 

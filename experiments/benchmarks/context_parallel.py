@@ -1,10 +1,10 @@
-"""What devices that share a sequence send each other for attention: heads for positions, or keys and values.
+"""Communication of attention among devices that share a sequence: trading heads, or passing keys and values.
 
     python -m experiments.benchmarks.context_parallel
 
-Compiles attention and its gradients for TPUs that need not be here, at the shape of a layer of the 1.4B model, and
+Compiles attention and its gradients for TPUs that need not exist here, at the shape of a layer of the 1.4B model, and
 prints what each device sends and needs for one sequence. Passing keys and values around a ring moves as much as
-gathering them, which is compiled here; a ring holds less of them at one time. Its kernel has no causal mask: that
+gathering them, which is compiled here; a ring holds fewer of them at a time. Its kernel has no causal mask, which
 changes neither figure.
 """
 
@@ -31,12 +31,13 @@ _RUN_OF_ALL_HEADS = ("batch", "sequence", "heads", None)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Compile and print."""
+    """Compiles and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--topology", default="v5p:2x2x4")
     parser.add_argument("--length", type=int, default=65536)
     parser.add_argument("--devices", type=int, nargs="+", default=(2, 4, 8, 16), help="that share a sequence")
     args = parser.parse_args(argv)
+
     for context in args.devices:
         mesh = make_mesh(MeshConfig(data=-1, context=context), find_target(args.topology).devices)
         for name, attention in (("all-to-all", _all_to_all), ("keys and values", _gathered)):
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def compile_attention(attention: Callable[..., Array], mesh: Mesh, length: int) -> Any:
-    """Attention of one sequence for each row of the mesh, forward and backward."""
+    """Compiles attention of one sequence per row of the mesh, forward and backward."""
     config, rows = presets.ouro_1_4b(), mesh.shape["data"]
     spread = NamedSharding(mesh, partition(*_RUN_OF_ALL_HEADS))
     shape = (rows, length, config.num_heads, config.head_width)
@@ -64,15 +65,17 @@ def compile_attention(attention: Callable[..., Array], mesh: Mesh, length: int) 
 
 
 def _all_to_all(queries: Array, keys: Array, values: Array, places: Array) -> Array:
+    """Trades positions for heads around the attention, as the library does."""
     return self_attention(AttentionKernel.SPLASH, queries, keys, values, places, places)
 
 
 def _gathered(queries: Array, keys: Array, values: Array, places: Array) -> Array:
-    """Each device has its own queries and gathers all keys and values."""
+    """Computes each device's own queries against all keys and values, which it gathers."""
 
     def local(queries: Array, keys: Array, values: Array, segments: Array) -> Array:
         keys, values = (jax.lax.all_gather(x, "context", axis=1, tiled=True) for x in (keys, values))
         run, length, block = queries.shape[1], keys.shape[1], min(1024, queries.shape[1])
+
         sizes = kernels.BlockSizes(
             block_q=block,
             block_kv=block,
@@ -83,12 +86,15 @@ def _gathered(queries: Array, keys: Array, values: Array, places: Array) -> Arra
             block_q_dq=block,
             block_kv_dq=block,
         )
+
         kernel = kernels.make_splash_mha(
             masks.MultiHeadMask([masks.FullMask((run, length))] * queries.shape[2]),
             block_sizes=sizes,
             head_shards=1,
             q_seq_shards=1,
         )
+
+        # [B, S, H, Dh] -> [B, H, S, Dh], as the kernel expects.
         own = jax.lax.dynamic_slice_in_dim(segments, jax.lax.axis_index("context") * run, run, axis=1)
         by_head = (x.swapaxes(1, 2) for x in (queries, keys, values))
         return jax.vmap(kernel)(*by_head, kernels.SegmentIds(own, segments)).swapaxes(1, 2)

@@ -1,12 +1,12 @@
-"""Ouro-1.4B's shape in and out of the Hugging Face format: time, peak memory, and whether every bit comes back.
+"""Conversion of Ouro-1.4B's shape to and from the Hugging Face format: time, peak memory, and bit-exactness.
 
     python -m experiments.benchmarks.conversion --folder runs/conversion
 
-Makes a folder of random bfloat16 weights in the released shape with a tokenizer.json of 49,152 tokens, then converts
-from-hf, to-hf, and from-hf once more, each in a process of its own. Prints the seconds of each whole process and the
-most memory that was resident in it, beside a process that only imports what a conversion imports; then compares every
-tensor of the exported folder with the first one, and every array of the last checkpoint with the one before. Takes
-four times the weights (2.9 GB) of disk in `--folder`, and removes what it wrote. `--layers` makes the model smaller.
+Creates a folder of random bfloat16 weights in the released shape with a tokenizer.json of 49,152 tokens, then converts
+from-hf, to-hf, and from-hf again, each in its own process. Prints the seconds of each process and its peak resident
+memory, next to those of a process that only imports what a conversion imports. Then compares every tensor of the
+exported folder with the original, and every array of the last checkpoint with the first. Needs four times the weights
+(2.9 GB) of disk space in `--folder`, and removes what it wrote. `--layers` makes the model smaller.
 """
 
 import argparse
@@ -41,7 +41,7 @@ _IMPORTS = "imports only"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What one process took."""
+    """The cost of one process."""
 
     name: str
     seconds: float
@@ -50,14 +50,14 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measured:
-    """Every process, the imports first, the bytes of the weights, and the names of what did not come back alike."""
+    """The cost of every process, imports first, the bytes of the weights, and the names of all that differs."""
 
     costs: tuple[Cost, ...]
     weight_bytes: int
     differing: tuple[str, ...]
 
     def markdown(self) -> str:
-        """One row for each conversion."""
+        """Returns a table with one row per conversion."""
         imports, *conversions = self.costs
         lines = [
             "| conversion | seconds | peak memory | of the weights | without the imports |",
@@ -71,18 +71,21 @@ class Measured:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and print; status 1 if anything came back otherwise than it went."""
+    """Measures and prints. Returns 1 if anything differs after the round trip."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="where to write; must not exist")
     parser.add_argument("--layers", type=int, default=24, help="layers of the model (default: 24)")
     parser.add_argument("--process", nargs=3, metavar=("CONVERSION", "IN", "OUT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
+
     if arguments.process:
         return _convert(*arguments.process)
     if arguments.folder is None or arguments.folder.exists():
         parser.error("--folder must name a folder that does not exist")
+
     config = dataclasses.replace(presets.ouro_1_4b(), num_layers=arguments.layers)
     measured = measure(arguments.folder, config)
+
     print(f"{config.num_layers} layers, weights of {_gigabytes(measured.weight_bytes)} in bfloat16")
     print(f"a process that only imports: {_gigabytes(measured.costs[0].peak_bytes)}\n")
     print(measured.markdown())
@@ -91,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(folder: Path, config: ModelConfig) -> Measured:
-    """Convert a random model of that shape there and back in `folder`, which is removed at the end."""
+    """Converts a random model of a shape to and from our format in `folder`, which is removed at the end."""
     theirs, ours, exported, again = (folder / name for name in ("theirs", "ours", "exported", "again"))
     with contextlib.ExitStack() as closing:
         closing.callback(shutil.rmtree, folder)
@@ -103,12 +106,13 @@ def measure(folder: Path, config: ModelConfig) -> Measured:
             _run("to-hf", ours, exported),
             _run("from-hf", exported, again),
         )
+
         differing = (*_differing_tensors(theirs, exported), *_differing_arrays(ours, again))
     return Measured(costs=costs, weight_bytes=weight_bytes, differing=differing)
 
 
 def write_random_model(folder: Path, config: ModelConfig) -> int:
-    """A Hugging Face folder as it is published: one file of bfloat16. Returns the bytes of the weights."""
+    """Writes a Hugging Face folder as published: one file of bfloat16. Returns the bytes of the weights."""
     numbers = np.random.default_rng(0)
 
     def draw(tensor: TorchTensor) -> np.ndarray:
@@ -116,18 +120,22 @@ def write_random_model(folder: Path, config: ModelConfig) -> int:
 
     layout = list(torch_layout(array_shapes(config)))
     written = write_weights(folder, layout, draw, dtype="bfloat16", max_bytes=sys.maxsize)
+
     (folder / "config.json").write_text(json.dumps(to_ouro_config(config, dtype="bfloat16")))
     (folder / "tokenizer.json").write_text(json.dumps(byte_level_tokenizer(config.vocab_size)))
     return written.bytes
 
 
 def byte_level_tokenizer(vocab_size: int) -> dict[str, object]:
-    """A `tokenizer.json` of Ouro's kind: its special tokens, the 256 bytes, and merges of these with each other."""
+    """Returns a `tokenizer.json` of Ouro's kind: its special tokens, the 256 bytes, and merges of pairs of these."""
+    # The alphabet of byte-level BPE: printable bytes stand for themselves, all others for characters from U+0100 on.
     printable = [chr(code) for code in (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))]
     letters = printable + [chr(0x100 + code) for code in range(256 - len(printable))]
+
     needed = vocab_size - len(_SPECIAL) - len(letters)
     merges = [f"{first} {second}" for first in letters for second in letters][:needed]
     pieces = [*_SPECIAL, *letters, *(merge.replace(" ", "") for merge in merges)]
+
     special = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     return {
@@ -140,6 +148,7 @@ def byte_level_tokenizer(vocab_size: int) -> dict[str, object]:
 
 
 def _run(name: str, source: Path, out: Path) -> Cost:
+    """Runs a conversion in its own process."""
     command = [sys.executable, "-m", "experiments.benchmarks.conversion", "--process", name, str(source), str(out)]
     start = time.perf_counter()
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
@@ -147,8 +156,9 @@ def _run(name: str, source: Path, out: Path) -> Cost:
 
 
 def _convert(name: str, source: str, out: str) -> int:
-    """The body of a process: convert, and print the most bytes that were resident."""
+    """Runs a conversion in this process, and prints its peak resident bytes."""
     if name == _IMPORTS:
+        # JAX initializes its backend only at the first computation.
         jnp.zeros(8).block_until_ready()
     else:
         _CONVERSIONS[name](source, out)
@@ -157,30 +167,32 @@ def _convert(name: str, source: str, out: str) -> int:
 
 
 def _peak_bytes() -> int:
-    """Of this program alone: `getrusage` would count what its parent held when it started it."""
+    """Returns the peak resident bytes of this program. `getrusage` would include those of its parent."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 
 
 def _differing_tensors(first: Path, second: Path) -> Iterator[str]:
-    """Names of tensors that are not the same to the last bit in two Hugging Face folders; one is read at a time."""
+    """Yields the names of tensors that are not bit-identical in two Hugging Face folders, reading one at a time."""
     one, other = WeightFolder.open(first), WeightFolder.open(second)
     for name in {**one.tensors, **other.tensors}:
         if name not in one.tensors or name not in other.tensors:
             yield name
             continue
+
         a, b = one.read(name), other.read(name)
         if (a.dtype, a.shape) != (b.dtype, b.shape) or not np.array_equal(a.view(np.uint8), b.view(np.uint8)):
             yield name
 
 
 def _differing_arrays(first: Path, second: Path) -> Iterator[str]:
-    """Names of arrays whose digests differ in two checkpoints; each digest was checked when its step was written."""
+    """Yields the names of arrays whose digests differ in two checkpoints. Writing a step verified each digest."""
     one, other = (read_sidecar(list_steps(epath.Path(path) / "checkpoints")[-1]).arrays for path in (first, second))
     yield from (name for name in {**one, **other} if one.get(name) != other.get(name))
 
 
 def _gigabytes(size: int) -> str:
+    """Returns a size as text."""
     return f"{size / 10**9:.2f} GB"
 
 

@@ -1,14 +1,15 @@
-"""Tokens per second of the engine at fixed depth, with early exit and with self-speculation, against the time that
-the bytes and the operations of a tick need at least, and against a plain PyTorch twin with a cache.
+"""Tokens per second of the engine at fixed depth, with early exit, and with self-speculation.
+
+They are compared with the least time that the bytes and operations of a tick need, and with a plain PyTorch twin that
+uses a cache.
 
     python -m experiments.benchmarks.decode                          # two cores: 12 layers of width 1024, float32
     python -m experiments.benchmarks.decode --shape ouro-1.4b        # an accelerator: the 1.4B shape, bfloat16
-    python -m experiments.benchmarks.decode --shape tiny             # whether it runs at all
+    python -m experiments.benchmarks.decode --shape tiny             # to check that it runs
 
-Weights are random, with a gate that is wide enough for exits to differ from token to token. A tick reads the weights
-of the stack once, one plane of the cache of each slot, and, where a slot chooses a token, the head. The bandwidth and
-the operations a second that the floor is reckoned with are measured in the same run, by a sum over a large array and
-by a large matrix product.
+Weights are random, with a gate that is wide enough for exits to differ between tokens. A tick reads the weights of the
+stack once, one plane of the cache per slot, and, if a slot chooses a token, the head. The bandwidth and speed behind
+the lower bound are measured in the same run, with a sum over a large array and a large matrix product.
 """
 
 import argparse
@@ -35,11 +36,12 @@ from looplm_jax.models import presets
 from looplm_jax.models.blocks import unroll_layers
 from looplm_jax.models.looplm import LoopLM, Params, init_params
 
-_GATE_SPREAD = 1.5  # standard deviation of the gate's logits
+_GATE_SPREAD = 1.5  # standard deviation of the gate logits
 _PROMPT = 32
 
 
 def _cpu_shape() -> ModelConfig:
+    """Returns the shape for two CPU cores."""
     return ModelConfig(
         vocab_size=8192, width=1024, mlp_width=2816, num_layers=12, num_heads=16, max_positions=4096, loops=4
     )
@@ -54,19 +56,19 @@ SHAPES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Line:
-    """One way to decode at one batch size; tokens a second over all slots. Medians over rounds of turns."""
+    """One decoding method at one batch size, with tokens per second over all slots. Figures are medians over rounds."""
 
     name: str
     batch: int
     tokens_per_second: float
     mean_loops: float
-    gain: float  # tokens a second over those of fixed T in the same round
-    floor_share: float | None  # least possible time of a tick over its measured time
+    gain: float  # tokens per second relative to fixed T in the same round
+    floor_share: float | None  # lower bound of a tick's time over its measured time
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Decoded:
-    """What was decoded in one turn."""
+    """The result of one turn."""
 
     seconds: float
     tokens: int
@@ -74,13 +76,13 @@ class _Decoded:
 
     @property
     def rate(self) -> float:
-        """Tokens a second."""
+        """Returns tokens per second."""
         return self.tokens / self.seconds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bench:
-    """What is decoded with."""
+    """The model and the settings of the benchmark."""
 
     config: ModelConfig
     dtype: Dtype
@@ -92,7 +94,7 @@ class Bench:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, print a table and write the JSON if asked."""
+    """Measures, prints a table, and writes the JSON if requested."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(SHAPES), default="cpu")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
@@ -105,9 +107,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args(argv)
+
     end = time.monotonic() + arguments.seconds
     bench = _prepare(arguments.shape, arguments.tokens, arguments.rounds)
     _print_heading(bench)
+
     lines = []
     for batch in arguments.batches:
         if time.monotonic() > end:
@@ -116,9 +120,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         measured = _measure(bench, batch)
         _print(measured)
         lines += measured
+
     speedup = None if arguments.no_twin else _beside_the_twin(bench, arguments.pairs)
     if speedup is not None:
         print(f"batch 1, fixed T, beside the PyTorch twin with a cache, median of pairs: {speedup:.2f}x")
+
     if arguments.json:
         values = {"lines": [dataclasses.asdict(line) for line in lines], "speedup_over_twin": speedup}
         arguments.json.write_text(json.dumps({**values, "ceiling": dataclasses.asdict(bench.ceiling)}, indent=2))
@@ -126,14 +132,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _prepare(shape: str, tokens: int, rounds: int) -> Bench:
+    """Returns the benchmark of a shape, with random weights."""
     make, dtype = SHAPES[shape]
     config = make()
     model = LoopLM(config, ComputeConfig(dtype=dtype, remat=Remat.NONE))
     params = jax.jit(
         lambda key: jax.tree.map(lambda leaf: leaf.astype(dtype.value), init_params(model, key)),
     )(jax.random.key(0))
+
+    # A gate at init_std would give nearly equal exits: its logits should have a standard deviation of _GATE_SPREAD.
     spread = _GATE_SPREAD / math.sqrt(config.width) / config.init_std
     params["gate"]["kernel"] = params["gate"]["kernel"] * jnp.asarray(spread, dtype.value)
+
     return Bench(
         config=config,
         dtype=dtype,
@@ -146,10 +156,12 @@ def _prepare(shape: str, tokens: int, rounds: int) -> Bench:
 
 
 def _measure(bench: Bench, batch: int) -> list[Line]:
+    """Returns one line per decoding method, measured in turns."""
     policies: dict[str, ExitPolicy] = {"fixed T = 4": FixedLoops(loops=4)}
     policies |= {f"Q-exit, q = {q}": QExit(q=q) for q in (0.3, 0.5, 0.8)}
     engine = _engine(bench, batch)
     drafting = [_speculation(bench, batch, draft_loops) for draft_loops in (1, 2)]
+
     _run(engine, bench, FixedLoops(loops=4))
     compiled = _programs()
     runs: list[dict[str, _Decoded]] = []
@@ -157,12 +169,14 @@ def _measure(bench: Bench, batch: int) -> list[Line]:
         decoded = {name: _run(engine, bench, policy) for name, policy in policies.items()}
         decoded |= {name: run() for name, run in drafting}
         runs.append(decoded)
+
     if _programs() != compiled:
         raise RuntimeError("a program was compiled after the warm-up")
     return [_line(engine, bench, name, runs, by_ticks=name in policies) for name in runs[0]]
 
 
 def _line(engine: Engine, bench: Bench, name: str, runs: Sequence[dict[str, _Decoded]], *, by_ticks: bool) -> Line:
+    """Returns the line of one method: medians over its turns."""
     mean_loops = runs[0][name].mean_loops
     floor = _floor_seconds(bench, engine.config.slots, engine.config.capacity, mean_loops) * _ticks(bench)
     return Line(
@@ -176,42 +190,50 @@ def _line(engine: Engine, bench: Bench, name: str, runs: Sequence[dict[str, _Dec
 
 
 def _engine(bench: Bench, batch: int) -> Engine:
-    most = _PROMPT + _ticks(bench) + batch + 2  # were each pass a token; slots fill one after the other
+    """Returns an engine with room for every turn."""
+    most = _PROMPT + _ticks(bench) + batch + 2  # if each pass produced a token; slots fill one after another
     capacity = 1 << (most - 1).bit_length()
     return Engine(bench.model, bench.params, config=EngineConfig(slots=batch, capacity=capacity, chunk=_PROMPT))
 
 
 def _ticks(bench: Bench) -> int:
+    """Returns the ticks of a turn."""
     return bench.tokens * bench.config.loops
 
 
 def _programs() -> list[int]:
+    """Returns the number of compiled programs of each kind, to detect compilations."""
     return [program._cache_size() for program in (prefill_chunk, admit, run_ticks)]  # type: ignore[attr-defined]
 
 
 def _prompts(bench: Bench, count: int) -> list[list[int]]:
+    """Returns random prompts."""
     return np.random.default_rng(0).integers(0, bench.config.vocab_size, (count, _PROMPT)).tolist()
 
 
 def _run(engine: Engine, bench: Bench, policy: ExitPolicy) -> _Decoded:
-    """`bench.tokens` times T ticks with a request in every slot, none ending in them."""
+    """Runs `bench.tokens` times T ticks with a request in every slot, none of which ends during them."""
     slots, ticks = engine.config.slots, _ticks(bench)
     room = engine.config.capacity - _PROMPT
     tickets = [
         engine.submit(request)
         for request in engine.requests(_prompts(bench, slots), max_new_tokens=room, policy=policy)
     ]
+
     read = engine.stats.prompt_tokens + slots * _PROMPT
     while engine.stats.prompt_tokens < read:
         engine.step()
-    engine.step()  # what it gives out is of a tick with all slots
+    engine.step()  # its tokens are from a tick with all slots
+
     tokens, loops, start = engine.stats.tokens, engine.stats.loops, time.perf_counter()
     for _ in range(ticks):
         engine.step()
     seconds = time.perf_counter() - start
+
     if any(ticket.done for ticket in tickets) or engine.stats.loops - loops != ticks * slots:
         raise RuntimeError("a slot was not at work")
     tokens, loops = engine.stats.tokens - tokens, engine.stats.loops - loops
+
     for ticket in tickets:
         ticket.cancel()
     while engine.step():
@@ -220,19 +242,21 @@ def _run(engine: Engine, bench: Bench, policy: ExitPolicy) -> _Decoded:
 
 
 def _floor_seconds(bench: Bench, batch: int, capacity: int, mean_loops: float) -> float:
-    """The least time of a tick: the slower of reading its bytes and doing its operations."""
+    """Returns the lower bound of a tick's time: the slower of reading its bytes and doing its operations."""
     config, itemsize = bench.config, jnp.dtype(bench.dtype.value).itemsize
     stack = sum(leaf.size for leaf in jax.tree.leaves(bench.params["core"]))
     head = config.width * config.vocab_size
-    choosing = 1 - (1 - 1 / mean_loops) ** batch  # share of ticks in which some slot chooses a token
+    choosing = 1 - (1 - 1 / mean_loops) ** batch  # fraction of ticks in which some slot chooses a token
     plane = bytes_per_token(config, CacheStrategy.LAST, loops=1, dtype=bench.dtype.value) * capacity * batch
+
     read = (stack + choosing * head) * itemsize + plane
+    # Two operations, a multiplication and an addition, per weight and slot.
     operations = 2 * batch * (stack + choosing * head)
     return max(read / bench.ceiling.bandwidth, operations / bench.ceiling.flops)
 
 
 def _speculation(bench: Bench, batch: int, draft_loops: int) -> tuple[str, Callable[[], _Decoded]]:
-    """Its name, and what decodes once more; compiled."""
+    """Returns the name of the method, and a function that decodes once; it is compiled already."""
     prompts, model, params = _prompts(bench, batch), bench.model, bench.params
     if jax.default_backend() == "cpu":  # as the engine does
         model, params = LoopLM(bench.config, model.compute, unrolled=True), unroll_layers(params)
@@ -251,7 +275,7 @@ def _speculation(bench: Bench, batch: int, draft_loops: int) -> tuple[str, Calla
 
 
 def _beside_the_twin(bench: Bench, pairs: int) -> float:
-    """Median over pairs of the twin's time for a token divided by ours: batch 1, fixed T, taking turns."""
+    """Returns the median of the twin's time per token divided by ours: batch 1, fixed T, in alternating pairs."""
     import torch
 
     from experiments.benchmarks.torch_decoder import TorchDecoder
@@ -277,6 +301,7 @@ def _beside_the_twin(bench: Bench, pairs: int) -> float:
 
 
 def _print_heading(bench: Bench) -> None:
+    """Prints the device's measured limits and the head of the table."""
     bandwidth, flops = bench.ceiling.bandwidth / 1e9, bench.ceiling.flops / 1e9
     print(f"{jax.devices()[0].device_kind}: {bandwidth:.1f} GB/s, {flops:.0f} GFLOP/s measured")
     print(
@@ -285,6 +310,7 @@ def _print_heading(bench: Bench) -> None:
 
 
 def _print(lines: Sequence[Line]) -> None:
+    """Prints the rows of one batch size."""
     for line in lines:
         share = "" if line.floor_share is None else f"{line.floor_share:.2f}"
         rate = f"{line.tokens_per_second:.1f}"

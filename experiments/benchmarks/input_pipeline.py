@@ -1,8 +1,8 @@
-"""Does the input keep up? Tokens per second of three ways to read, and how long a real run waits for them.
+"""Speed of the input pipeline: tokens per second of three ways to read, and how long a real run waits for them.
 
-The text is the source of this Python's standard library. It is read (a) as JSONL, tokenised and packed on the fly, (b)
-as one prepared corpus, (c) as a mixture of 30 prepared corpora. A small recipe is then trained on each. The last
-column compares with what a host of ouro-1.4b on v5e:16x16 needs: 4,194,304 tokens a step for 64 hosts, at 8.037 s.
+The text is the source of this Python's standard library. It is read (a) as JSONL, tokenized and packed on the fly, (b)
+as one prepared corpus, (c) as a mixture of 30 prepared corpora. A small recipe is then trained on each. The last column
+compares with the needs of one host of ouro-1.4b on v5e:16x16: 4,194,304 tokens per step over 64 hosts, at 8.037 s.
 
     python -m experiments.benchmarks.input_pipeline
 """
@@ -36,34 +36,38 @@ _BATCH_TOKENS = 2**16
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """One way to read: its name, and the mixture for a length of rows."""
+    """One way to read: its name, and the mixture for each length of rows."""
 
     name: str
     sources: dict[int, tuple[SourceConfig, ...]]
 
 
 class _Unwatched:
+    """A progress watcher that ignores everything."""
+
     def begin(self, what: str, *, bytes: int, done: int) -> None:
-        """Nobody looks."""
+        """Does nothing."""
 
     def advance(self, progress: Progress) -> None:
-        """Nobody looks."""
+        """Does nothing."""
 
     def finish_unit(self, bytes: int) -> None:
-        """Nobody looks."""
+        """Does nothing."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print a table in Markdown."""
+    """Prints a table in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=10.0, help="how long each way is read")
     parser.add_argument("--steps", type=int, default=30, help="steps of each small run; 0: none")
     parser.add_argument("--workers", type=int, default=2, help="processes that prepare")
     options = parser.parse_args(arguments)
+
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         tokenizer = _collect(root)
         ways = _prepare_all(root, tokenizer, options.workers)
+
         needed = _POD_TOKENS / _POD_HOSTS / _POD_SECONDS
         print(f"| read | {' | '.join(f'tokens/s, rows of {length:,}' for length in _LENGTHS)} | of what a host needs |")
         print("|---|---|---|---|")
@@ -71,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             speeds = [_speed(sources, tokenizer, length, options.seconds) for length, sources in way.sources.items()]
             cells = " | ".join(f"{speed:,.0f}" for speed in speeds)
             print(f"| {way.name} | {cells} | {speeds[-1] / needed:,.1f} times {needed:,.0f} |", flush=True)
+
         if options.steps:
             print("\n| a small run on | tokens/s | waits for input |\n|---|---|---|")
             for way in ways:
@@ -78,11 +83,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _collect(root: Path) -> Tokenizer:
-    """The text as one file and as 30, and a tokeniser for it."""
+    """Writes the text as one file and as 30, and returns a tokenizer for it."""
     data.collect_stdlib(root / "all.jsonl")
     lines = (root / "all.jsonl").read_text().splitlines(keepends=True)
     for number in range(_SOURCES):
         (root / f"part-{number}.jsonl").write_text("".join(lines[number::_SOURCES]))
+    # The vocabulary size of the recipe that is trained later.
     texts = data.training_texts(DataConfig(sources=(SourceConfig(path=str(root / "all.jsonl")),)))
     tokenizer = data.train_sentencepiece(texts, named_recipe("text-small").model.vocab_size)
     (root / "tokenizer.model").write_bytes(tokenizer.serialize())
@@ -90,6 +96,7 @@ def _collect(root: Path) -> Tokenizer:
 
 
 def _prepare_all(root: Path, tokenizer: Tokenizer, workers: int) -> tuple[Way, ...]:
+    """Prepares every corpus at every length, and returns the three ways to read."""
     names = ["all", *(f"part-{number}" for number in range(_SOURCES))]
     for length in _LENGTHS:
         started = time.perf_counter()
@@ -116,6 +123,7 @@ def _prepare_all(root: Path, tokenizer: Tokenizer, workers: int) -> tuple[Way, .
 
 
 def _say_speed(length: int, tokens: int, size: int, seconds: float, workers: int) -> None:
+    """Prints the speed of preparation."""
     print(
         f"{workers} workers prepared rows of {length:,} at {size / seconds / 1e6:.1f} MB/s of text, "
         f"{tokens / seconds:,.0f} tokens/s\n"
@@ -123,12 +131,16 @@ def _say_speed(length: int, tokens: int, size: int, seconds: float, workers: int
 
 
 def _speed(sources: tuple[SourceConfig, ...], tokenizer: Tokenizer, length: int, seconds: float) -> float:
-    """Tokens per second that a process reads when it does nothing else."""
+    """Returns the tokens per second that a process reads when it does nothing else."""
     config = DataConfig(sources=sources, validation_fraction=0.0)
+
     rows = _BATCH_TOKENS // length
     batches = data.train_batches(config, tokenizer, batch_size=rows, sequence_length=length, seed=0)
-    for _ in range(4):  # what was read ahead while the stream was opened
+
+    # The prefetched batches were read while the stream was opened.
+    for _ in range(4):
         next(batches)
+
     started, tokens = time.perf_counter(), 0
     while time.perf_counter() - started < seconds:
         tokens += int((next(batches).segment_ids > 0).sum())
@@ -138,12 +150,14 @@ def _speed(sources: tuple[SourceConfig, ...], tokenizer: Tokenizer, length: int,
 
 
 def _train(way: Way, root: Path, steps: int) -> str:
-    """Tokens per second of a small run, and the share of the time from its first step on that it waited for input."""
+    """Returns tokens per second of a small run, and the fraction of time after step 1 spent waiting for input."""
     recipe = _small(way, root, steps)
     file, out = root / "recipe.json", root / f"run-{len(list(root.glob('run-*')))}"
     file.write_text(json.dumps(to_dict(recipe)))
     command = [sys.executable, "-m", "looplm_jax.cli.main", "train", "--recipe", str(file), "--out", str(out)]
     subprocess.run(command, check=True, capture_output=True)
+
+    # The first step is left out, because its time includes compilation.
     rows = [row for row in read_metrics(out) if row["kind"] == "train"][1:]
     seconds = total_seconds(rows)
     working = seconds[Activity.STEP] + seconds[Activity.INPUT]
@@ -152,6 +166,7 @@ def _train(way: Way, root: Path, steps: int) -> str:
 
 
 def _small(way: Way, root: Path, steps: int) -> Recipe:
+    """Returns the small recipe on one way to read."""
     recipe = named_recipe("text-small")
     stage = dataclasses.replace(recipe.stages[0], steps=steps, warmup_steps=0, decay_steps=0)
     return dataclasses.replace(

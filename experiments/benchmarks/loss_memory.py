@@ -1,10 +1,9 @@
-"""Peak memory of the loss over all loops: chunked against naive, from the compiler's own account.
+"""Peak memory of the loss over all loops: chunked against naive, as reported by the compiler.
 
     python -m experiments.benchmarks.loss_memory
 
-Compiles (and does not run) value and gradients of Eq. 4 from hidden states, 4 loops, 8 sequences of 1,024, width
-512, 49,152 tokens in the vocabulary, and prints the bytes of temporaries. The naive form holds the logits of all
-loops.
+Compiles (without running) value and gradients of Eq. 4 from hidden states, 4 loops, 8 sequences of 1,024, width 512,
+49,152 tokens in the vocabulary, and prints the bytes of temporaries. The naive form holds the logits of all loops.
 """
 
 from collections.abc import Callable
@@ -19,7 +18,7 @@ _LOOPS, _BATCH, _LENGTH, _WIDTH, _VOCABULARY = 4, 8, 1024, 512, 49152
 
 
 def main() -> None:
-    """Compile every form and print the table."""
+    """Compiles every form and prints the table."""
     naive = temporary_bytes(_naive)
     print(f"{'form':34} {'temporaries':>14} {'of naive':>9}")
     for name, loss in _forms().items():
@@ -28,11 +27,12 @@ def main() -> None:
 
 
 def temporary_bytes(loss: Callable[..., Array]) -> int:
-    """Bytes of temporaries of value and gradients in hidden states, head and gates."""
+    """Returns the bytes of temporaries for value and gradients with respect to hidden states, head and gates."""
     hidden = jax.ShapeDtypeStruct((_LOOPS, _BATCH, _LENGTH, _WIDTH), jnp.float32)
     head = jax.ShapeDtypeStruct((_WIDTH, _VOCABULARY), jnp.float32)
     gates = jax.ShapeDtypeStruct((_LOOPS, _BATCH, _LENGTH), jnp.float32)
     targets = jax.ShapeDtypeStruct((_BATCH, _LENGTH), jnp.int32)
+
     compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2))).lower(hidden, head, gates, targets).compile()
     analysis = compiled.memory_analysis()
     if analysis is None:
@@ -41,12 +41,15 @@ def temporary_bytes(loss: Callable[..., Array]) -> int:
 
 
 def _naive(hidden: Array, head: Array, gates: Array, targets: Array) -> Array:
+    """Returns the loss from the logits of all loops at once."""
     logits = hidden @ head
     at_target = jnp.take_along_axis(logits, jnp.broadcast_to(targets, gates.shape)[..., None], axis=-1)[..., 0]
     return stage1(jax.nn.logsumexp(logits, axis=-1) - at_target, gates, beta=0.05)[0]
 
 
 def _forms() -> dict[str, Callable[..., Array]]:
+    """Returns the forms of the loss: naive, recomputed in chunks, and fused with its gradients in chunks."""
+
     def rematted(chunk: int) -> Callable[..., Array]:
         return lambda h, w, g, y: stage1(token_losses(h, w, y, chunk=chunk), g, beta=0.05)[0]
 

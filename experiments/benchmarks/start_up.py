@@ -1,11 +1,11 @@
-"""Seconds from `looplm generate` to its first token: with nothing compiled, and with what the command before compiled.
+"""Seconds from `looplm generate` to its first token: without compiled programs, and with those of an earlier command.
 
     python -m experiments.benchmarks.start_up [--checkpoint RUN --prompt TEXT]
 
-Each round has an empty folder for compiled programs and starts the command twice. Without `--checkpoint` a small run
-is trained first. Where the time goes is measured by two more starts: `import` is until the modules are there, `load`
-reads the checkpoint and what it compiles, `trace` makes programs and lowers them, `compile` compiles them, or reads
-compiled ones. Parts of `trace` and `compile` lie within `load`.
+Each round has an empty folder for compiled programs and starts the command twice. Without `--checkpoint`, a small run
+is trained first. Two more starts show how the time is spent: `import` is the time until the modules are loaded, `load`
+reads the checkpoint and includes what it compiles, `trace` traces and lowers programs, `compile` compiles them, or
+reads compiled ones. Parts of `trace` and `compile` are included in `load`.
 """
 
 import argparse
@@ -55,28 +55,32 @@ print(json.dumps(seconds), file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure and print."""
+    """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", help="a run folder (default: train a small one)")
     parser.add_argument("--prompt", default="<len_3> +", help="in the vocabulary of the checkpoint")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args(argv)
+
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = options.checkpoint or _train(Path(scratch))
         arguments = ["generate", checkpoint, f"--prompt={options.prompt}", "--max-new-tokens=8"]
+
         pairs = []
         for number in range(options.rounds):
+            # An empty cache: the first start compiles, the second one reads its programs.
             environment = _environment(Path(scratch) / f"cache-{number}")
             pairs.append((_first_token(arguments, environment), _first_token(arguments, environment)))
             print(f"first {pairs[-1][0]:.2f} s, second {pairs[-1][1]:.2f} s", flush=True)
         print(f"ratio, median of {len(pairs)} pairs: {statistics.median(again / new for new, again in pairs):.2f}")
+
         environment = _environment(Path(scratch) / "cache-of-shares")
         for name in ("first", "second"):
             print(f"{name}: " + ", ".join(f"{kind} {spent:.2f} s" for kind, spent in _shares(arguments, environment)))
 
 
 def _train(folder: Path) -> str:
-    """Returns a run of a step."""
+    """Trains for one step. Returns the run folder."""
     model = presets.small(vocab_size=make_task(_TASK).tokenizer.vocab_size)
     recipe = Recipe(
         name="start-up",
@@ -87,6 +91,7 @@ def _train(folder: Path) -> str:
         checkpoint=CheckpointConfig(every=1, keep=1),
         evaluation=EvaluationConfig(sequences=1),
     )
+
     file = folder / "recipe.json"
     file.write_text(json.dumps(to_dict(recipe)))
     command = [sys.executable, "-m", "looplm_jax.cli.main", "train", f"--recipe={file}", f"--out={folder / 'run'}"]
@@ -95,11 +100,13 @@ def _train(folder: Path) -> str:
 
 
 def _environment(cache: Path) -> dict[str, str]:
+    """Returns the environment with its own compilation cache, and without the user's cache settings."""
     kept = {name: value for name, value in os.environ.items() if "CACHE" not in name}
     return {**kept, "XDG_CACHE_HOME": str(cache)}
 
 
 def _first_token(arguments: Sequence[str], environment: dict[str, str]) -> float:
+    """Returns the seconds until the command prints its first byte."""
     command = [sys.executable, "-m", "looplm_jax.cli.main", *arguments]
     started = time.perf_counter()
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as process:
@@ -112,6 +119,7 @@ def _first_token(arguments: Sequence[str], environment: dict[str, str]) -> float
 
 
 def _shares(arguments: Sequence[str], environment: dict[str, str]) -> list[tuple[str, float]]:
+    """Returns the seconds of each phase, by name."""
     command = [sys.executable, "-c", _SHARES, *arguments]
     done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     return sorted(json.loads(done.stderr.splitlines()[-1]).items())

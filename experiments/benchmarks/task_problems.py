@@ -1,8 +1,8 @@
-"""CPU time of each problem of the synthetic tasks: drawn and packed a block at a time, and one by one as before.
+"""CPU time per problem of the synthetic tasks: drawn and packed in blocks, and one by one as before.
 
     python -m experiments.benchmarks.task_problems
 
-Both streams give the packed batches of a training run. They take turns in one process; the time is that of all its
+Both streams yield the packed batches of a training run. They alternate in one process; the time is that of all its
 threads, the ratio the median over the rounds.
 """
 
@@ -23,14 +23,15 @@ from looplm_jax.data.tokenizers import Tokenizer
 
 _TASKS = {"mano": 256, "addition": 256, "phop": 512, "capo": 512, "reachability": 512, "threehop": 256}
 _ROWS = 32
-_PROBLEMS = 2 * 4096  # the window in which one by one are shuffled, twice
+_PROBLEMS = 2 * 4096  # twice the window in which problems drawn one by one are shuffled
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print a table in Markdown."""
+    """Prints a table in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args(argv).rounds
+
     print("| task | rows of | one by one | in blocks | ratio | full |\n|---|---|---|---|---|---|")
     for task, length in _TASKS.items():
         corpus = open_corpus(DataConfig(sources=(SourceConfig(path=task),)))
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         costs = [(_cost(before), _cost(after)) for _ in range(rounds + 1)][1:]  # the first fills the buffers
         ratio = statistics.median(old / new for old, new in costs)
         old, new = (1e6 * statistics.median(each) for each in zip(*costs, strict=True))
+
         full = statistics.mean((next(after).segment_ids > 0).mean() for _ in range(20))
         print(f"| {task} | {length} | {old:.1f} us | {new:.1f} us | {ratio:.1f} | {full:.1%} |", flush=True)
         before.close()
@@ -45,25 +47,28 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _in_blocks(corpus: Corpus, length: int) -> BatchIterator:
+    """Returns the stream that draws and packs problems in blocks."""
     return train_batches(corpus, _tokenizer(corpus), batch_size=_ROWS, sequence_length=length, seed=0)
 
 
 def _one_by_one(corpus: Corpus, length: int) -> BatchIterator:
-    """Returns the stream that runs have which began when problems were drawn one by one."""
+    """Returns the stream of runs that started when problems were still drawn one by one."""
     records = mixture(corpus, 0, tokenizer=_tokenizer(corpus)).to_iter_dataset(READING)
     batches = pack(records, length, shuffle_seed=0).batch(_ROWS, drop_remainder=True)
     return BatchIterator(iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=4)), {})
 
 
 def _tokenizer(corpus: Corpus) -> Tokenizer:
+    """Returns the tokenizer of a task."""
     assert corpus.own_tokenizer is not None
     return corpus.own_tokenizer
 
 
 def _cost(batches: BatchIterator) -> float:
-    """Returns the seconds of CPU that a problem takes."""
+    """Returns the CPU seconds per problem."""
     used, problems = time.process_time(), 0
     while problems < _PROBLEMS:
+        # Packed rows number their problems from 1, so the maximum is the count.
         problems += int(next(batches).segment_ids.max(axis=1).sum())
     return (time.process_time() - used) / problems
 

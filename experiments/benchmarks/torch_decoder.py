@@ -1,4 +1,4 @@
-"""Greedy decoding of the plain PyTorch twin, with a cache that is allocated once, to measure our decoder against."""
+"""Greedy decoding of the plain PyTorch twin with a preallocated cache, as a baseline for our decoder."""
 
 from typing import cast
 
@@ -10,7 +10,7 @@ from experiments.benchmarks.torch_twin import Layer, TorchLoopLM, rotary_tables,
 
 
 class TorchDecoder:
-    """One row of keys and values for each (loop, layer); every token runs through all loops."""
+    """Decodes with keys and values for each (loop, layer); every token runs through all loops."""
 
     def __init__(self, model: TorchLoopLM, *, batch: int, capacity: int, loops: int):
         config = model.config
@@ -21,13 +21,13 @@ class TorchDecoder:
 
     @torch.inference_mode()
     def fill(self, length: int) -> None:
-        """Stand-in for a prompt: `length` positions of random keys and values."""
+        """Fills `length` positions with random keys and values, instead of running a prompt."""
         self._keys[..., :length, :].normal_()
         self._values[..., :length, :].normal_()
 
     @torch.inference_mode()
     def step(self, tokens: Tensor, position: int) -> Tensor:
-        """The most probable next token of each row, `[B]`, of tokens `[B]` that stand at `position`."""
+        """Returns the most probable next token of each sequence, `[B]`, after tokens `[B]` at `position`."""
         x = self._model.embedding(tokens[:, None])
         for loop in range(self._loops):
             for number, layer in enumerate(self._model.layers):
@@ -36,6 +36,7 @@ class TorchDecoder:
         return self._model.head(x[:, -1]).argmax(-1)
 
     def _layer(self, layer: Layer, x: Tensor, keys: Tensor, values: Tensor, position: int) -> Tensor:
+        """Applies one layer to one position, writing its keys and values to the cache."""
         normal, cos, sin = layer.norms[0](x), self._cos[position], self._sin[position]
         query, key, value = layer.project(normal)
         keys[:, :, position] = rotate(key, cos, sin)[:, :, 0]

@@ -1,4 +1,4 @@
-"""The same model and Stage I loss in plain PyTorch, to measure our train step against."""
+"""A plain PyTorch version of the model and its Stage I loss, as a baseline for our train step."""
 
 import contextlib
 import dataclasses
@@ -21,7 +21,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x * rsqrt(mean(x^2) + eps) * weight`."""
+        """Returns `x * rsqrt(mean(x^2) + eps) * weight`."""
         return functional.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
@@ -39,7 +39,7 @@ class Layer(nn.Module):
         self.norms = nn.ModuleList(RMSNorm(width, config.norm_eps) for _ in range(4))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """One layer over [B, S, D]."""
+        """Applies the layer to [B, S, D]."""
         query, key, value = self.project(self.norms[0](x))
         mixed = functional.scaled_dot_product_attention(
             rotate(query, cos, sin), rotate(key, cos, sin), value, is_causal=True
@@ -47,7 +47,7 @@ class Layer(nn.Module):
         return self.finish(x, mixed)
 
     def project(self, normal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values [B, H, S, Dh], before rotary embedding."""
+        """Returns queries, keys and values [B, H, S, Dh], before rotary embedding."""
         heads = [
             project(normal).unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
             for project in (self.query, self.key, self.value)
@@ -55,14 +55,15 @@ class Layer(nn.Module):
         return heads[0], heads[1], heads[2]
 
     def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
-        """The layer behind its attention, of `mixed` [B, H, S, Dh]."""
+        """Applies the rest of the layer to the attention's output `mixed` [B, H, S, Dh]."""
+        # [B, H, S, Dh] -> [B, S, H * Dh]
         x = x + self.norms[1](self.out(mixed.transpose(1, 2).flatten(2)))
         normal = self.norms[2](x)
         return x + self.norms[3](self.down(functional.silu(self.gate(normal)) * self.up(normal)))
 
 
 class TorchLoopLM(nn.Module):
-    """Embedding, shared stack, final norm, gate and head. `recompute`: the backward pass computes each layer again."""
+    """Embedding, shared stack, final norm, gate and head. `recompute` checkpoints each layer for the backward pass."""
 
     def __init__(self, config: ModelConfig, *, recompute: bool = False) -> None:
         super().__init__()
@@ -77,7 +78,7 @@ class TorchLoopLM(nn.Module):
                 nn.init.normal_(parameter, std=config.init_std)
 
     def forward(self, tokens: Tensor, loops: int) -> tuple[list[Tensor], Tensor]:
-        """Hidden states of every loop, and gate logits [T, B, S]."""
+        """Returns the hidden states of every loop, and gate logits [T, B, S]."""
         cos, sin = (table.to(tokens.device) for table in rotary_tables(tokens.shape[1], self.config))
         x, hidden = self.embedding(tokens), []
         for _ in range(loops):
@@ -88,13 +89,13 @@ class TorchLoopLM(nn.Module):
         return hidden, torch.stack([self.gate(h)[..., 0] for h in hidden])
 
     def maybe_recomputed(self, function: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
-        """`function(*arguments)`; where `recompute` is set, nothing inside it is kept for the backward pass."""
+        """Returns `function(*arguments)`; with `recompute`, the backward pass computes its inner values again."""
         return checkpoint(function, *arguments, use_reentrant=False) if self.recompute else function(*arguments)
 
 
 @dataclasses.dataclass
 class TorchTrainer:
-    """AdamW on Eq. 4. `autocast`: the type of the matrix products, where it is not that of the parameters."""
+    """AdamW on Eq. 4. `autocast` is the dtype of the matrix products, if it differs from that of the parameters."""
 
     model: TorchLoopLM
     loops: int
@@ -108,7 +109,7 @@ class TorchTrainer:
         )
 
     def step(self, tokens: Tensor, targets: Tensor) -> float:
-        """One optimiser step; the loss before it."""
+        """Runs one optimizer step. Returns the loss before it."""
         self.optimizer.zero_grad(set_to_none=True)
         with self._types(tokens.device.type):
             loss = stage1(self.model, tokens, targets, self.loops, self.beta)
@@ -118,13 +119,14 @@ class TorchTrainer:
         return loss.item()
 
     def _types(self, device: str) -> contextlib.AbstractContextManager[object]:
+        """Returns the context that selects the dtype of the matrix products."""
         if self.autocast is None:
             return contextlib.nullcontext()
         return torch.autocast(device, dtype=self.autocast)
 
 
 def stage1(model: TorchLoopLM, tokens: Tensor, targets: Tensor, loops: int, beta: float) -> Tensor:
-    """Eq. 4, a mean over tokens."""
+    """Returns Eq. 4, averaged over tokens."""
 
     def losses_of(hidden: Tensor) -> Tensor:
         logits = model.head(hidden).flatten(0, 1)
@@ -132,22 +134,24 @@ def stage1(model: TorchLoopLM, tokens: Tensor, targets: Tensor, loops: int, beta
 
     hidden, gates = model(tokens, loops)
     gates = gates.float()
+    # One loop at a time, so that with recomputation only the logits of one loop exist.
     losses = torch.stack([model.maybe_recomputed(losses_of, h) for h in hidden])
     survival = functional.logsigmoid(-gates[:-1]).cumsum(0)
     reached = torch.cat([torch.zeros_like(gates[:1]), survival])
+    # log p_t, with the remaining probability at the last loop.
     log_pdf = reached + torch.cat([functional.logsigmoid(gates[:-1]), torch.zeros_like(gates[:1])])
     pdf = log_pdf.exp()
     return ((pdf * losses).sum(0) + beta * (pdf * log_pdf).sum(0)).mean()
 
 
 def rotary_tables(length: int, config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of positions 0 .. length - 1, [S, Dh/2]."""
+    """Returns cosines and sines of positions 0 .. length - 1, [S, Dh/2]."""
     frequencies = config.rope_theta ** (-torch.arange(0, config.head_width, 2) / config.head_width)
     angles = torch.arange(length)[:, None] * frequencies
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of split halves."""
+    """Applies the rotary embedding of split halves."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

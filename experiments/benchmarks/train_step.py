@@ -1,12 +1,11 @@
-"""Tokens per second of our train step, and of a plain PyTorch twin of the same model and loss, measured in turn in
-one run.
+"""Tokens per second of our train step, and of a plain PyTorch twin of the same model and loss.
 
     make bench                                             # or: python -m experiments.benchmarks.train_step
 
-Both do one whole optimiser step of Eq. 4 with AdamW: width 256, feed-forward 704, 4 layers, 4 loops, 8,192 tokens
-in the vocabulary, 8 sequences of 256, float32. They take turns, step by step, so that a machine whose speed drifts
-treats them alike; the ratio is the median of the pairs. The twin is eager PyTorch with fused attention; `--compile`
-puts it through `torch.compile`.
+Both run complete optimizer steps of Eq. 4 with AdamW: width 256, feed-forward width 704, 4 layers, 4 loops, 8,192
+tokens in the vocabulary, 8 sequences of 256, float32. They alternate step by step in one process, so that a drift of
+the machine's speed affects both; the ratio is the median of the pairs. The twin is eager PyTorch with fused attention;
+`--compile` uses `torch.compile`.
 """
 
 import argparse
@@ -34,7 +33,7 @@ _BATCH, _LENGTH, _LOOPS, _BETA, _LEARNING_RATE = 8, 256, 4, 0.05, 3e-4
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
-    """Seconds of every step of both, and the loss that each ended with."""
+    """Seconds of every step of both, and their final losses."""
 
     ours: list[float]
     twin: list[float]
@@ -43,33 +42,39 @@ class Result:
 
     @property
     def speedup(self) -> float:
-        """Median over the pairs of the twin's time divided by ours."""
+        """Returns the median over the pairs of the twin's time divided by ours."""
         return statistics.median(twin / ours for ours, twin in zip(self.ours, self.twin, strict=True))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, print and write the JSON if asked."""
+    """Measures, prints, and writes the JSON if requested."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=9, help="counted steps of each, after two that are not")
     parser.add_argument("--remat", choices=[choice.value for choice in Remat], default=Remat.LAYER.value)
     parser.add_argument("--compile", action="store_true", help="put the twin through torch.compile")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args(argv)
+
     config = presets.small()
     batch = _batch(config)
     result = _measure(
         _our_step(config, Remat(arguments.remat), batch), _twin_step(config, batch, arguments.compile), arguments.steps
     )
+
     _print(config, result)
     if arguments.json:
         arguments.json.write_text(json.dumps({**dataclasses.asdict(result), "speedup": result.speedup}, indent=2))
 
 
 def _measure(ours: Callable[[], float], twin: Callable[[], float], steps: int) -> Result:
+    """Runs both in turn, after two uncounted steps each."""
+    # The first steps include compilation.
     for step in (ours, twin) * 2:
         step()
+
     our_seconds, twin_seconds = [], []
     our_loss = twin_loss = 0.0
+
     for _ in range(steps):
         start = time.perf_counter()
         our_loss = ours()
@@ -77,18 +82,22 @@ def _measure(ours: Callable[[], float], twin: Callable[[], float], steps: int) -
         twin_loss = twin()
         our_seconds.append(middle - start)
         twin_seconds.append(time.perf_counter() - middle)
+
     return Result(ours=our_seconds, twin=twin_seconds, our_loss=our_loss, twin_loss=twin_loss)
 
 
 def _our_step(config: ModelConfig, remat: Remat, batch: Batch) -> Callable[[], float]:
+    """Returns a function that runs our step and returns its loss."""
     stage = Stage(
         name="bench", steps=1000, batch_size=_BATCH, sequence_length=_LENGTH, loops=_LOOPS, beta=_BETA,
         learning_rate=_LEARNING_RATE,
     )  # fmt: skip
+
     compute = ComputeConfig(dtype=Dtype.FLOAT32, remat=remat)
     recipe = Recipe(name="bench", model=config, stages=(stage,), compute=compute)
     model, mesh = LoopLM(config, compute), make_mesh(MeshConfig(data=1), jax.devices()[:1])
     programs = StagePrograms(recipe, model, stage, mesh, first_step=0)
+
     start = time.perf_counter()
     programs.compile(_LOOPS)
     print(f"compiled our step in {time.perf_counter() - start:.1f} s")
@@ -103,6 +112,7 @@ def _our_step(config: ModelConfig, remat: Remat, batch: Batch) -> Callable[[], f
 
 
 def _twin_step(config: ModelConfig, batch: Batch, compiled: bool) -> Callable[[], float]:
+    """Returns a function that runs the twin's step and returns its loss."""
     import torch
 
     from experiments.benchmarks.torch_twin import TorchLoopLM, TorchTrainer
@@ -116,6 +126,7 @@ def _twin_step(config: ModelConfig, batch: Batch, compiled: bool) -> Callable[[]
 
 
 def _batch(config: ModelConfig) -> Batch:
+    """Returns sequences of random tokens, one document each."""
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (_BATCH, _LENGTH + 1), dtype=np.int32)
     shape = (_BATCH, _LENGTH)
     return Batch(
@@ -128,6 +139,7 @@ def _batch(config: ModelConfig) -> Batch:
 
 
 def _print(config: ModelConfig, result: Result) -> None:
+    """Prints the speed of both, and their ratio."""
     flops = train_flops_per_token(config, loops=_LOOPS, sequence_length=_LENGTH)
     for name, seconds, loss in (
         ("looplm_jax", result.ours, result.our_loss),
