@@ -57,6 +57,7 @@ def pack(examples: grain.IterDataset, sequence_length: int, *, shuffle_seed: int
       Packed features with Grain's names (see `as_batch`).
     """
     features = ("tokens", "targets", "loss_mask")
+    # The window is bounded in chunks and in tokens, and is never smaller than the number of open sequences.
     pieces = grain.experimental.WindowShuffleIterDataset(
         grain.experimental.FlatMapIterDataset(examples, _Chunks(sequence_length)),
         window_size=min(_SHUFFLED_PIECES, max(_SHUFFLED_TOKENS // sequence_length, _OPEN_ROWS)),

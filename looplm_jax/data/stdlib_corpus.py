@@ -30,6 +30,7 @@ def collect_stdlib(out_path: str | Path, *, library: str | Path | None = None) -
     """
     out_path = Path(out_path)
     root = Path(library or sysconfig.get_path("stdlib"))
+    # Written under a temporary name and renamed at the end.
     partial = out_path.with_name(out_path.name + ".partial")
 
     documents = characters = 0

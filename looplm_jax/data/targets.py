@@ -26,6 +26,7 @@ def pieces_left_out(corpus: Corpus, tokenizer: Tokenizer, sequence_length: int) 
         examples = as_examples(part.train(0), part, tokenizer)
         sample = [examples[index] for index in range(count)]
 
+        # The number of chunks if none were dropped, and the number that are kept.
         pieces = sum(math.ceil((len(example.tokens) - 1) / sequence_length) for example in sample)
         kept = sum(len(chunks(example, sequence_length)) for example in sample)
         if kept < pieces:

@@ -37,6 +37,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, *, max_bytes: int
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
+            # Lossless: unknown characters become bytes, and neither characters nor white space are changed.
             byte_fallback=True,
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
@@ -44,6 +45,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, *, max_bytes: int
             allow_whitespace_only_pieces=True,
             split_digits=True,
             max_sentence_length=_MAX_UTF8_BYTES * _LINE_CHARACTERS,
+            # The ids of Ouro. One token is both bos and eos, so there is no separate eos.
             bos_id=0,
             bos_piece=END_OF_TEXT,
             eos_id=-1,
@@ -77,6 +79,7 @@ def _lines(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
 
 def _explain(error: str, vocab_size: int) -> str:
     """Converts SentencePiece's error about the vocabulary size to one line with a remedy."""
+    # SentencePiece reports the bounds of a possible vocabulary size in its messages.
     if most := re.search(r"too high.*<= (\d+)", error):
         return (
             f"there is too little text for a vocabulary of {vocab_size}: it gives at most {most[1]} tokens; "

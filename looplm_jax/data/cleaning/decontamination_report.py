@@ -103,6 +103,7 @@ class DecontaminationReport:
 
 def _found_items(file: EvaluationFile, findings: Findings) -> FoundItems:
     """Returns the numbers of found items for one evaluation file."""
+    # One entry for each item that was found in any document.
     shares = [share for (name, _), share in findings.shares.items() if name == file.name]
     return FoundItems(
         file=file.name,

@@ -24,6 +24,7 @@ def evaluation_files(patterns: Sequence[str]) -> tuple[DataFile, ...]:
 
     Raises UserError if a path matches nothing.
     """
+    # A dictionary keeps the order and drops files that several patterns match.
     return tuple(
         {file.name: file for pattern in patterns for file in find_files(pattern, by_content=False).files}.values()
     )
@@ -47,6 +48,7 @@ def read_items(file: DataFile, key: str | None = None) -> tuple[EvaluationItem, 
         for number, line in enumerate(stream, start=1):
             try:
                 texts = _texts(line, file.suffix, key)
+            # Never skipped: documents that overlap with the item would stay in the training data.
             except BadRecord as problem:
                 raise UserError(f"{file.name}:{number}: {problem}; mend it, it is an item of an evaluation") from None
             if texts:

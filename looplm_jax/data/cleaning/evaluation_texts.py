@@ -77,11 +77,13 @@ class TextsBuilder:
                 self._items.append(len(self._lines))
                 long_enough = True
 
+        # Every item has an entry, even if all of its texts are too short, so that item numbers index `lines`.
         self._lines.append((len(self._files), item.line))
         return long_enough
 
     def build(self) -> EvaluationTexts:
         """Returns everything that was added."""
+        # The empty array below gives the dtype if there are no texts.
         lengths = [len(text) for text in self._texts]
         return EvaluationTexts(
             files=tuple(self._files),

@@ -103,6 +103,7 @@ class EvaluationNgrams:
 
     def _match(self, places: Int64[np.ndarray, "places"]) -> Match:
         """Returns the match with one item, given the positions of all its n-grams that were found."""
+        # All positions are in texts of the same item.
         texts = self._texts_at(places)
         [item] = set(self.texts.items[texts].tolist())
         runs = _runs(places, self.texts.windows[texts])
@@ -152,6 +153,7 @@ def _tables(texts: EvaluationTexts, values: UInt64[np.ndarray, "vocabulary_and_u
 
     tables = []
     for length in lengths:
+        # All positions at which an n-gram of this length fits into its text.
         chosen = np.flatnonzero(texts.windows == length)
         ranges = [np.arange(texts.starts[text], texts.starts[text + 1] - length + 1) for text in chosen]
         places = np.concatenate(ranges)

@@ -119,6 +119,7 @@ class _Crew:
         before = self._bytes - sum(job.unit.bytes for job in left)
         self._watcher.begin(what, bytes=self._bytes, done=before)
 
+        # `closing` kills the workers if the loop ends early.
         with contextlib.closing(run_jobs(work, left, self._workers)) as words:
             for word in words:
                 if isinstance(word, Progress):
@@ -150,6 +151,7 @@ def _finished_units(folder: PreparedFolder) -> frozenset[int]:
     numbers = [int(name.partition(".")[0]) for name in folder.names("units") if name.endswith(".json")]
     reports = zip(numbers, _read_reports(folder, numbers), strict=True)
 
+    # A report does not count if one of its shards was removed, so the unit is done again.
     return frozenset(
         number
         for number, report in reports

@@ -34,8 +34,10 @@ class SignUnit:
         Raises UserError for the same reasons as reading.
         """
         tally = Tally(BadRecordPolicy(self.on_bad_record), say)
+        # Each pair of source and file is stored once, and documents refer to it by number.
         names: dict[tuple[str, str], int] = {}
         places: list[tuple[int, int, int]] = []
+        # The empty array determines the shape if the unit has no documents.
         signatures = [np.zeros((0, self.settings.permutations), np.uint32)]
 
         for placed in documents(job.unit, tally.bad):

@@ -84,6 +84,7 @@ class Tally:
           length: the number of positions in a sequence.
           held_out: whether the document is held out.
         """
+        # Without dropping, the document would have this many segments.
         total = math.ceil(tokens / length)
         self.pieces += total
         self.pieces_without_target += total - pieces

@@ -107,6 +107,7 @@ class TokenizeUnit:
             length = self.plan.sequence_length
             segments = pieces(example, length)
 
+            # The split is by document, so all segments of a document are on the same side.
             is_held_out = is_validation(placed.document, self.plan.validation_fraction)
             tally.tokenized(len(example.tokens) - 1, len(segments), length, held_out=is_held_out)
             if is_held_out:

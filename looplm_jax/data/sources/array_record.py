@@ -68,6 +68,7 @@ def _document(record: bytes, encoding: Encoding, source: SourceConfig, limit: in
     """Decodes a record. Raises BadRecord."""
     if len(record) > limit:
         raise too_long(limit)
+    # A chat is structured, so it is parsed as JSON even if the first record was not an object.
     if encoding is Encoding.TEXT and source.kind is RecordKind.TEXT:
         return value_document(decode(record, "record", "utf-8-sig"), source)
 

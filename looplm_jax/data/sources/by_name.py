@@ -60,6 +60,7 @@ def find_inputs(path: str, source: SourceConfig | None = None, limits: ReadLimit
 
     with readable(path):
         fs, inner = file_system(path)
+        # A saved dataset is a folder of Arrow files, which must not be searched for data files.
         saved = not fs.isfile(inner) and fs.isdir(inner) and huggingface.is_saved_dataset(fs, inner)
     if saved:
         return Inputs((huggingface.Dataset(path),))
@@ -99,6 +100,7 @@ def _checked(file: DataFile) -> DataFile:
     """Returns the file. Raises UserError if its format cannot be read from compressed data or from its server."""
     if file.compression and not isinstance(format_of(file), JsonLines | Text):
         raise UserError(f"{file.name}: such files are compressed inside; decompress it, and leave off the last ending")
+    # Compressed files are read from beginning to end; all others need random access.
     if not (file.compression or file.in_parts):
         raise UserError(f"{file.name}: the server does not give parts of files; download it, and name the copy")
     return file

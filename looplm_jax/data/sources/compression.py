@@ -181,6 +181,7 @@ def _exactly(stream: IO[bytes], count: int) -> bytes:
     """Reads exactly `count` bytes. Raises EOFError if there are fewer."""
     content = b""
     while len(content) < count:
+        # A stream may return fewer bytes than requested before its end.
         piece = stream.read(count - len(content))
         if not piece:
             raise EOFError

@@ -113,6 +113,7 @@ class _Finder:
     def _add_matches(self, fs: Any, pattern: str, matches: Iterable[str]) -> None:
         """Adds the files that a glob matches, except hidden ones and outputs of this library."""
         root = local_paths.fixed_part(pattern)
+        # Many matches share a folder, so each folder is listed once.
         output_kind = functools.cache(lambda folder: _output_kind(os.listdir(folder)))
         files = []
 
@@ -145,6 +146,7 @@ class _Finder:
         """Adds files, skipping those that were already reached through another link."""
         seen = set()
         for entry, file in found:
+            # Links are resolved on local disks only.
             real = os.path.realpath(entry.path) if file.is_local else entry.path
             if real in seen:
                 self.left_out["linked twice"] += 1
@@ -157,6 +159,7 @@ class _Finder:
         kept, hidden = [], set()
         for entry in entries:
             parts = _relative(root, entry.path).split("/")
+            # The outermost hidden component identifies what was left out.
             first = next((number for number, part in enumerate(parts) if local_paths.is_hidden(part)), None)
             if first is None:
                 kept.append(entry)
@@ -181,6 +184,7 @@ class _Finder:
         kept, used = [], set()
         for entry in entries:
             relative = _relative(root, entry.path)
+            # The outermost output folder counts; folders inside it are part of it.
             output = next((folder for folder in _folders_of(relative) if folder in outputs), None)
             if output is not None:
                 used.add(output)

@@ -109,6 +109,7 @@ class DataFile:
         if not self.is_local:
             with readable(self.name):
                 info = self.fs.info(self.path)
+            # Stores use different fields; the first that is present is used. Without any, changes are not detected.
             version = next((f"{key}={info[key]}" for key in _VERSIONS if info.get(key)), "")
             return hashlib.blake2b(version.encode(), digest_size=16).hexdigest()
 
@@ -187,6 +188,7 @@ def readable(name: str) -> Iterator[None]:
     except FileNotFoundError:
         raise UserError(f"{name}: there is no such file; check the path") from None
     except OSError as error:
+        # The remedy differs: not the file is at fault, but the limit of the process.
         if error.errno in (errno.EMFILE, errno.ENFILE):
             raise UserError(f"{name}: cannot be read (too many open files); raise the limit with ulimit -n") from None
         reason = error.strerror or " ".join(str(error).split()) or type(error).__name__

@@ -24,6 +24,7 @@ class Parquet:
             metadata = _open(stream, file).metadata
             sizes = [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
 
+        # A span is closed when the next row group would exceed the unit; each has at least one row group.
         starts, filled = [0], 0
         for group, size in enumerate(sizes):
             if filled and filled + size > unit_bytes:
@@ -38,6 +39,7 @@ class Parquet:
         with file.open() as stream:
             table = _open_column(stream, file, source, span)
             for group in range(span.start, min(span.end, table.num_row_groups)):
+                # The column is decoded as a whole; only the conversion to Python is per row.
                 for row, value in enumerate(_column(file, table, source, group)):
                     try:
                         document = value_document(_as_python(value), source)

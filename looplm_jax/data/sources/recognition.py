@@ -29,6 +29,7 @@ def recognize(file: DataFile) -> DataFile:
     ending = next((ending for magic, ending in _MAGIC.items() if head.startswith(magic)), None)
     if ending:
         raise UserError(f"{file.name}: its content is that of a {ending} file; give it that ending")
+    # Zero bytes do not occur in UTF-8 text. UTF-16 is left to `check_encoding`, which has a better message.
     if b"\0" in head and not head.startswith(_UTF_16):
         raise UserError(f"{file.name} is neither text nor of a known kind; convert it to .jsonl or .parquet")
     return file

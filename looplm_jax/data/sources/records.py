@@ -21,6 +21,7 @@ def load_json(line: bytes) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise BadRecord(f"not JSON ({error.msg} at column {error.colno})") from None
+    # `json` raises ValueError for an integer with too many digits.
     except (RecursionError, ValueError):
         raise BadRecord("not JSON that can be read (nested too deep, or a number too long)") from None
 

@@ -119,6 +119,7 @@ def open_files(
     """
     files = files or find_inputs(source.path, source, limits)
     bad, spool = BadRecordPolicy(on_bad_record), Spool()
+    # Arguments are evaluated in order, so `bad.skipped` is read after all files are indexed.
     found = FileSource(source.path, [_index(file, source, bad, spool) for file in files], bad.skipped)
 
     if len(found) == 0:

@@ -103,6 +103,7 @@ def _section_start(file: DataFile, size: int, near: int) -> int:
 
 def _document_ends(content: bytes, size: int) -> Iterator[int]:
     """Yields the ends of documents: the first possible split at which each is long enough for a file of this size."""
+    # Large files have longer documents, so that the number of documents stays near _DOCUMENTS.
     least = min(max(size // _DOCUMENTS, _DOCUMENT_BYTES.start), _DOCUMENT_BYTES.stop)
     start = 0
     for end in _places_to_cut(content):

@@ -20,6 +20,7 @@ def parse_example(record: bytes) -> Mapping[str, bytes | None] | None:
         example.ParseFromString(record)
     except DecodeError:
         return None
+    # Unrelated bytes can parse as a message. They are recognized by missing or unnamed features.
     features = example.features.feature
     if not features or "" in features:
         return None

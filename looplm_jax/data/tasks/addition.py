@@ -148,6 +148,7 @@ class Addition:
 
     def _example(self, numbers: tuple[int, ...]) -> Example:
         """Returns the problem as tokens. The sum and the end mark are the targets."""
+        # `str` writes the sum without leading zeros.
         question, answer = [END, *self._written(numbers), "="], [*str(sum(numbers)), END]
         tokens = self.tokenizer.encode(" ".join(question + answer), special=True)
         return Example.of(tokens, [False] * len(question) + [True] * len(answer))

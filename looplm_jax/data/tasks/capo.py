@@ -178,6 +178,7 @@ class Capo:
 
     def person(self, index: int) -> Person:
         """Returns the name and the facts of a person."""
+        # Indices into the name pools, followed by indices into the fact pools.
         numbers = self._people[index].tolist()
         name, facts = numbers[: len(NAME_POOLS)], dict(zip(FACT_POOLS, numbers[len(NAME_POOLS) :], strict=True))
 
@@ -217,6 +218,7 @@ class Capo:
 
         for attribute, choice in zip(Attribute, words.integers(_TEMPLATES, size=len(Attribute)).tolist(), strict=True):
             template = TEMPLATES[attribute][choice]
+            # The first sentence uses the full name, all others the pronoun.
             subject = about.name if attribute is Attribute.BIRTH_DATE else (about.pronoun,)
 
             of_subject, of_value = _COUNTS[attribute]

@@ -50,4 +50,5 @@ def make_task(spec: str) -> Task:
     if bare := [key for key, equals, _ in pairs if not equals]:
         raise UserError(f"{spec}: {bare[0]!r} has no value; write {name}:option=value,option=value")
 
+    # `from_dict` converts the strings to the types of the task's fields.
     return from_dict(TASKS[name], {key.strip(): value.strip() for key, _, value in pairs}, name)

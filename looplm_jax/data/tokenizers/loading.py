@@ -39,6 +39,7 @@ def load_tokenizer(path: str, *, warn: Callable[[str], object] = lambda _: None)
         )
 
     try:
+        # Errors of content do not name the file, errors of reading do.
         return deserialize(kinds[suffix], read_file(str(path)))
     except UserError as error:
         raise error if str(path) in str(error) else UserError(f"{path}: {error}") from None
@@ -65,6 +66,7 @@ def deserialize(kind: str, content: bytes) -> Tokenizer:
     if kind == JsonTokenizer.kind:
         check_expansion(content)
         return JsonTokenizer(content)
+    # `FolderTokenizer` checks the expansion itself.
     if kind == FolderTokenizer.kind:
         return FolderTokenizer(content)
     if kind == SymbolTokenizer.kind:

@@ -31,6 +31,7 @@ class SentencePieceTokenizer(Tokenizer):
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError:
             raise UserError("this is not a SentencePiece model; give a .model file or a tokenizer.json") from None
+        # The byte tokens that encode a literal space mark.
         self._mark_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         self._special = frozenset(filter(self._is_special, range(self.vocab_size)))
         if self.eos_id < 0:
