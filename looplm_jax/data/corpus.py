@@ -61,7 +61,7 @@ class Corpus:
     @functools.cached_property
     def own_tokenizer(self) -> Tokenizer | None:
         """The tokenizer of the tasks or the prepared sources. None for text sources, which work with any tokenizer."""
-        # The sources were checked to share one tokenizer, so the first one stands for all.
+        # The sources were checked to share one tokenizer, so the first one is used.
         if self.prepared:
             return read_tokenizer(self.prepared[0].corpus.folder, self.prepared[0].manifest)
         return self.tasks[0].task.tokenizer if self.tasks else None

@@ -21,7 +21,7 @@ _SPECIAL_TOKENS = ".special_tokens"  # newer than many saved states, so it is pa
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """The shape of a stream of batches, and the share of one process.
+    """The shape of a stream of batches, and the shard of one process.
 
     Attributes:
       batch_size: sequences in a global batch; a multiple of `process_count`.

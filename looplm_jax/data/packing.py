@@ -21,7 +21,7 @@ _SHUFFLED_TOKENS = 2**21
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Batch:
-    """B packed sequences of S positions. A position attends only to positions of its own segment."""
+    """B packed sequences of S positions. A position attends only to positions of the same segment."""
 
     tokens: Int32[np.ndarray, "B S"]
     targets: Int32[np.ndarray, "B S"]  # the next token of the same segment

@@ -37,7 +37,7 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> BatchIterator:
-    """Returns an endless iterator over one process's share of packed training batches.
+    """Returns an endless iterator over one process's shard of packed training batches.
 
     Every process reads its own documents. The stream is a pure function of the arguments and does not depend on timing
     or threads.

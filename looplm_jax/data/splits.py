@@ -30,7 +30,7 @@ def document_key(document: Document) -> int:
 
 
 def is_validation(document: Document, fraction: float) -> bool:
-    """Whether a document is held out, where `fraction` is the share of all possible documents that is."""
+    """Whether a document is held out, where `fraction` is the expected fraction of all documents."""
     return document_key(document) < _threshold(fraction)
 
 

@@ -15,7 +15,7 @@ _CHATS = 64
 def pieces_left_out(corpus: Corpus, tokenizer: Tokenizer, sequence_length: int) -> Iterator[str]:
     """Yields one line for each chat source of which some chunks have no target and are dropped.
 
-    The share is estimated on a random sample of up to 64 chats of the source. Text sources need no check, as every
+    The fraction is estimated on a random sample of up to 64 chats of the source. Text sources need no check, as every
     token of a text is a target. Prepared sources need none either: `looplm tokenize` counts their dropped chunks.
     """
     for part in corpus.texts:

@@ -73,7 +73,7 @@ def _lines(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
                     return
                 part = line[start : start + _LINE_CHARACTERS]
                 left -= len(part.encode())
-                # The mark stands for a space inside SentencePiece, so a literal one is never part of a piece.
+                # The mark represents a space inside SentencePiece, so a literal one is never part of a piece.
                 yield part.replace(SPACE_MARK, " ")
 
 

@@ -24,7 +24,7 @@ _ORDER = 0
 
 @dataclasses.dataclass(frozen=True)
 class ValidationBatches:
-    """One process's share of the held-out batches. It can be iterated over repeatedly."""
+    """One process's shard of the held-out batches. It can be iterated over repeatedly."""
 
     batches: tuple[Batch, ...]
     num_sequences: int  # over all processes, excluding the padding of the last batch
@@ -134,7 +134,7 @@ class _Interleaved:
         return self._parts[number][place]
 
 
-# One process's share
+# Sharding by process
 
 
 def _share(sequences: list[Any], geometry: Geometry) -> Batch:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Int64, UInt32, UInt64
 
-_RECALL = 0.95  # share of pairs at the threshold that become candidates; candidates are verified, so more is safe
+_RECALL = 0.95  # fraction of pairs at the threshold that become candidates; candidates are verified, so more is safe
 _SEED = 2
 _ROWS_AT_ONCE = 65536
 

@@ -32,7 +32,7 @@ class EvaluationTexts:
       words: the word numbers of all texts, concatenated.
       starts: text i is `words[starts[i]:starts[i + 1]]`.
       windows: the number of words in an n-gram of text i.
-      items: the item that text i belongs to.
+      items: the item of text i.
       lines: the file of each item, and its line in the file.
       sizes: the number of words in all texts of each item.
     """

@@ -25,7 +25,7 @@ class Findings:
     Attributes:
       documents: the number of documents searched, by source.
       dropped: the number of documents dropped, by source.
-      shares: for each item, by file and line, the largest share of it that any document contains.
+      shares: for each item, by file and line, the largest fraction of it that any document contains.
       longest: the longest matches, at most `LONGEST`.
     """
 
@@ -73,7 +73,7 @@ class Findings:
         return findings
 
     def _found(self, shares: Mapping[tuple[str, int], float]) -> None:
-        """Keeps the largest share of each item."""
+        """Keeps the largest fraction of each item."""
         for item, share in shares.items():
             self.shares[item] = max(share, self.shares.get(item, 0.0))
 

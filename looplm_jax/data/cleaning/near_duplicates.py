@@ -36,7 +36,7 @@ class NearDuplicates:
 
     Attributes:
       threshold: the Jaccard similarity of two texts' n-gram sets from which the later text is dropped. It is estimated
-        by the share of permutations under which both have the same minimal n-gram.
+        by the fraction of permutations under which both have the same minimal n-gram.
       ngram: the number of words in an n-gram.
       permutations: the number of permutations, P. A signature takes 4 bytes for each.
     """

@@ -25,7 +25,7 @@ class Match:
       file: the evaluation file.
       line: the line of the item in the file, from 1.
       words: the length of the longest run of the item's words in which every n-gram occurs in the document.
-      share: the share of the item's words that are in n-grams that occur in the document.
+      share: the fraction of the item's words that are in n-grams that occur in the document.
       excerpt: the first words of the longest run.
     """
 

@@ -27,7 +27,7 @@ class Order:
       sources: files of documents. Their weights are ignored.
       tokenizer: tokenizes the documents.
       sequence_length: positions in a sequence.
-      validation_fraction: the share of documents to hold out.
+      validation_fraction: the fraction of documents to hold out.
       on_bad_record: how to treat records that cannot be read.
       decontaminate: evaluation files; documents that overlap with one of their items are left out.
       ngram: the number of consecutive words that make an overlap.

@@ -100,7 +100,7 @@ def _by_unit(duplicates: Duplicates, numbers: Sequence[int]) -> tuple[frozenset[
 
 
 class _Places:
-    """The location of documents, by number. The files of units that were asked for are cached."""
+    """The location of documents, by number. The files of units are cached once read."""
 
     def __init__(self, folder: PreparedFolder, numbers: Sequence[int]):
         self._folder, self._numbers = folder, numbers

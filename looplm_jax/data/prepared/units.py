@@ -24,7 +24,7 @@ class Part:
 
     Attributes:
       file: the file.
-      source: the source that the file belongs to.
+      source: the source of the file.
       span: the span to read.
       bytes: the approximate size of the span, in the file's own, possibly compressed, bytes.
     """

@@ -37,7 +37,7 @@ def find_files(
 ) -> Discovery:
     """Returns the files of a path, a folder or a glob.
 
-    A folder stands for all files of known kinds below it; symbolic links are followed. A path that exists is taken
+    A folder means all files of known kinds below it; symbolic links are followed. A path that exists is taken
     literally, even if it contains wildcards. A file that is reached through several links counts once.
 
     Args:

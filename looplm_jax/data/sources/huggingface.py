@@ -90,7 +90,7 @@ def _values(column: Any, key: str, start: int, stop: int) -> list[Any]:
         if stop - start == 1:
             return [BadRecord(f"not UTF-8 at byte {error.start} of the text")]
 
-        # The error does not say which row failed, so each is read separately.
+        # The error does not identify the row, so each is read separately.
         return [value for row in range(start, stop) for value in _values(column, key, row, row + 1)]
 
 

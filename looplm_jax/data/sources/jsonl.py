@@ -14,7 +14,7 @@ _BLOCK = 2**20
 
 
 class JsonLines:
-    """The JSON Lines format. A line belongs to the span in which it begins. Blank lines are skipped."""
+    """The JSON Lines format. A line is read with the span in which it begins. Blank lines are skipped."""
 
     def spans(self, file: DataFile, unit_bytes: int) -> tuple[Span, ...]:
         """Returns ranges of bytes. A compressed file is a single span."""
@@ -50,7 +50,7 @@ def _lines(stream: IO[bytes], span: Span, limit: int) -> Iterator[tuple[int, byt
     Of a line longer than `limit`, only the start is kept.
     """
     place = span.start
-    if place:  # the line that contains this byte belongs to the span before
+    if place:  # the line that contains this byte begins in the span before
         stream.seek(place - 1)
         place += _skip_line(stream) - 1
 

@@ -37,7 +37,7 @@ class Problems:
     ) -> "Problems":
         """Returns N problems that were drawn as rows of W columns.
 
-        `used` is true for the columns that belong to a problem.
+        `used` is true for the columns that a problem occupies.
         """
         return cls(tokens[used].astype(np.int32), loss_mask[used], used.sum(axis=1))
 

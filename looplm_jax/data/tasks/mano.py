@@ -114,7 +114,7 @@ class Mano:
         return self._example(self.length, self._draw("validation", 0, index, self.length, held_out=True))
 
     def _draw(self, stream: str, seed: int, index: int, length: int, *, held_out: bool) -> Expression:
-        """Returns the first expression of its own sequence of draws that is on the requested side of the split."""
+        """Returns the first expression of the problem's draws that is on the requested side of the split."""
 
         def draw(attempt: int) -> Expression:
             return draw_expression(generator(stream, seed, index, attempt), length, self.modulus)

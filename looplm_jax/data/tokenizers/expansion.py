@@ -64,7 +64,7 @@ def _factor(pattern: Any, replacement: str) -> float:
 
 
 def _can_match_nothing(regex: str) -> bool:
-    """Whether a regular expression may match the empty string. True if Python cannot tell."""
+    """Whether a regular expression may match the empty string. True if Python cannot decide it."""
     try:
         return "(?" in regex or re.fullmatch(regex, "") is not None
     except re.error:
