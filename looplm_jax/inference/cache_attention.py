@@ -1,8 +1,8 @@
-"""Attention to a cache, which is read where it is: no layer copies it, or any part of it that no row attends to.
+"""Attention to a cache, which is read in place: no layer copies the cache, or any part that no row attends to.
 
-The TPU compiler turns a gather of rows into slices of all layers, planes and slots, so there each row is read in
-blocks, by a kernel or by a loop over the row's filled positions. Elsewhere one layer is gathered, and so it is where
-gradients are wanted.
+The TPU compiler turns a gather of rows into slices of all layers, planes and slots. So on a TPU each row is read in
+blocks, by a kernel or by a loop over the filled positions of the row. On other platforms, and if gradients are needed,
+one layer is gathered.
 """
 
 from typing import Any
@@ -19,13 +19,13 @@ from looplm_jax.models import attention
 from looplm_jax.models.blocks import Context, KeyValues
 from looplm_jax.sharding import target_platform
 
-_BLOCK = 512  # positions of a row whose scores exist at one time
+_BLOCK = 512  # positions of a row whose scores exist together
 _MASKED = -1e30
 
 
 @flax.struct.dataclass
 class PastView:
-    """What the rows of a cache read, each at its own plane, layer by layer. Implements `Past`."""
+    """The view that the rows of a cache read, each at its own plane, layer by layer. Implements `Past`."""
 
     stacked: KeyValues  # [L, P, M, c, K, Dh]
     planes: Int[Array, "N"]
@@ -36,25 +36,28 @@ class PastView:
 
     @property
     def page_size(self) -> int:
-        """Positions of a page, c."""
+        """Returns the positions of a page, c."""
         return self.stacked.keys.shape[3]
 
     @property
     def capacity(self) -> int:
-        """Positions of a row, C."""
+        """Returns the positions of a row, C."""
         return self.table.shape[1] * self.page_size
 
     def attend(
         self, layer: int | Int[Array, ""], queries: Float[Array, "N S H Dh"], own: KeyValues, context: Context
     ) -> Float[Array, "N S H Dh"]:
-        """Returns attention of the tokens at hand to the filled positions of their rows and to one another."""
+        """Returns attention of the given tokens to the filled positions of their rows and to one another."""
         assert context.mask is not None
+        # Neither the kernel nor a loop of data-dependent length can be differentiated in reverse.
         if self.differentiable or target_platform() != "tpu":
             return self._gathered(layer, queries, own, context.mask)
+
         if queries.shape[1] == 1 and decode_kernel.fits(self.page_size, queries.shape[3]):
             one = KeyValues(keys=own.keys[:, 0], values=own.values[:, 0])
             where = layer, self.planes, self.table, self.lengths
             return decode_kernel.decode_attention(queries[:, 0], one, self.stacked, *where)[:, None]
+
         return attend_row_by_row(self, layer, queries, own, context.mask)
 
     def _gathered(
@@ -64,6 +67,7 @@ class PastView:
         own: KeyValues,
         mask: Bool[Array, "N S S"],
     ) -> Float[Array, "N S H Dh"]:
+        """Returns attention to a gathered copy of one layer."""
         rows = self.planes.size
 
         def row_by_row(whole: Float[Array, "L P M c K Dh"]) -> Float[Array, "N C K Dh"]:
@@ -78,7 +82,7 @@ class PastView:
 
 @flax.struct.dataclass
 class _Mixture:
-    """A softmax under way over the keys seen so far: `values` and `total` are to be scaled by `exp(top)`."""
+    """A partial softmax over the keys seen so far: `values` and `total` have a common factor of `exp(top)`."""
 
     top: Float[Array, "K G S 1"]
     total: Float[Array, "K G S 1"]
@@ -92,7 +96,7 @@ def attend_row_by_row(
     own: KeyValues,
     mask: Bool[Array, "N S S"],
 ) -> Float[Array, "N S H Dh"]:
-    """Returns what `PastView.attend` does, reading the filled blocks of one row after another."""
+    """Returns the result of `PastView.attend`, reading the filled blocks of one row after another."""
     size = min(_BLOCK, view.page_size)
     blocks_per_page = -(-view.page_size // size)
 
@@ -104,6 +108,8 @@ def attend_row_by_row(
 
         def block(index: Array, mixture: _Mixture) -> _Mixture:
             page, within = index // blocks_per_page, index % blocks_per_page * size
+            # The last block of a page is moved back to stay inside it; `seen` excludes what the block before it
+            # covered.
             start = jnp.minimum(within, view.page_size - size)
             offsets = start + jnp.arange(size)
             seen = (offsets >= within) & (page * view.page_size + offsets < length)
@@ -116,7 +122,9 @@ def attend_row_by_row(
             top=jnp.full((*shape, 1), _MASKED), total=jnp.zeros((*shape, 1)), values=jnp.zeros((*shape, head_width))
         )
         with_own = _mix_in(nothing, grouped, own, mask)
+        # Only filled pages are read, and only the filled blocks of the last one.
         whole, rest = jnp.divmod(length, view.page_size)
+
         mixture = jax.lax.fori_loop(0, whole * blocks_per_page + -(-rest // size), block, with_own)
         mixed = (mixture.values / mixture.total).astype(queries.dtype)
         return jnp.moveaxis(mixed, 2, 0).reshape(queries.shape)
@@ -125,22 +133,25 @@ def attend_row_by_row(
 
 
 def _block_at(whole: Float[Array, "L P M c K Dh"], at: tuple[Any, ...], size: int) -> Float[Array, "b K Dh"]:
-    """Returns `size` positions of a page, laid out as in the cache: otherwise the whole cache is brought into the order
-    that suits the products best.
+    """Returns `size` positions of a page in the layout of the cache.
+
+    Without the constraint, the compiler brings the whole cache into the layout that suits the products best.
     """
     block = jax.lax.dynamic_slice(whole, (*at, 0, 0), (1, 1, 1, size, *whole.shape[4:]))
     return with_layout_constraint(block, Layout(tuple(range(block.ndim))))[0, 0, 0]
 
 
 def _mix_in(mixture: _Mixture, grouped: Float[Array, "S K G Dh"], new: KeyValues, mask: Bool[Array, "S C"]) -> _Mixture:
-    """Returns the softmax over a further block of keys as well."""
+    """Returns the partial softmax with a further block of keys."""
     scores = jnp.einsum("skgd,ckd->kgsc", grouped, new.keys, preferred_element_type=jnp.float32)
     scores = jnp.where(mask, scores, jnp.float32(_MASKED))
+
     top = jnp.maximum(mixture.top, jnp.max(scores, axis=-1, keepdims=True))
     weights, shrink = jnp.exp(scores - top), jnp.exp(mixture.top - top)
     values = jnp.einsum(
         "kgsc,ckd->kgsd", weights.astype(new.values.dtype), new.values, preferred_element_type=jnp.float32
     )
+
     return _Mixture(
         top=top,
         total=mixture.total * shrink + jnp.sum(weights, axis=-1, keepdims=True),

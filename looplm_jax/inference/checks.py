@@ -1,4 +1,4 @@
-"""Requests that an engine can never serve, refused before they wait for anything."""
+"""Checks of requests, which refuse those that an engine can never serve before they wait in its queue."""
 
 import dataclasses
 import math
@@ -16,7 +16,7 @@ from looplm_jax.inference.slots import MOST_STOP_IDS
 
 
 def usable_ids(model: ModelConfig, tokenizer: Tokenizer | None) -> int:
-    """Returns how many ids may be read and chosen: an embedding may be padded beyond what the tokenizer knows."""
+    """Returns how many ids may be read and chosen: an embedding may be padded beyond the tokenizer's vocabulary."""
     return model.vocab_size if tokenizer is None else min(model.vocab_size, tokenizer.vocab_size)
 
 
@@ -24,9 +24,11 @@ def check_request(request: Request, model: ModelConfig, engine: EngineConfig, to
     """Raises UserError, in one line, for a request that does not fit the model or the engine."""
     if not isinstance(request, Request):
         raise UserError(f"what is submitted must be a Request, not {type(request).__name__}; see Engine.requests")
+
     loops = engine.loops or model.loops
     _check_tokens(request, model, usable_ids(model, tokenizer))
     _check_past(request.past, model, loops)
+
     total = request.most_tokens
     wanted = f"{total - request.max_new_tokens} tokens of prompt and {request.max_new_tokens} new ones"
     if total > model.max_positions:
@@ -35,15 +37,18 @@ def check_request(request: Request, model: ModelConfig, engine: EngineConfig, to
         )
     if total > engine.capacity:
         raise UserError(f"{wanted} do not fit a cache of {engine.capacity}; use EngineConfig(capacity={total})")
+
     pool = engine.pool
     if pool.needed(total) > pool.pages:
         raise UserError(
             f"{wanted} take {pool.needed(total)} pages of {pool.page_size} tokens, and the cache has {pool.pages}: "
             f"{pool.needed(total) - pool.pages} are missing; use EngineConfig(pages={pool.needed(total)})"
         )
+
     if request.policy is not None:
         _check_numbers(request.policy)
     _check_policy(request.policy, loops)
+
     if len(request.stop_ids) > MOST_STOP_IDS:
         raise UserError(f"at most {MOST_STOP_IDS} stop_ids, not {len(request.stop_ids)}; use stop_strings for more")
     if request.stop_strings and tokenizer is None:
@@ -51,13 +56,14 @@ def check_request(request: Request, model: ModelConfig, engine: EngineConfig, to
 
 
 def _check_numbers(policy: ExitPolicy) -> None:
-    """A number of another type would be rounded, or fail, where the policy becomes a row of a table."""
+    """Raises UserError for numbers of a wrong type, which would be rounded, or fail, in a table of policies."""
     if isinstance(policy, Bounded):
         _check_numbers(policy.policy)
         whole_number("min_loops", policy.min_loops, least=1)
         if policy.max_loops is not None:
             whole_number("max_loops", policy.max_loops, least=1)
         return
+
     fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(policy) if dataclasses.is_dataclass(policy) else ()
     for field in fields:
         name, value = f"{field.name} of {type(policy).__name__}", getattr(policy, field.name)
@@ -68,6 +74,7 @@ def _check_numbers(policy: ExitPolicy) -> None:
 
 
 def _check_past(past: KeptCache | None, model: ModelConfig, loops: int) -> None:
+    """Raises UserError unless a prefix cache has the shapes of this engine's cache."""
     if past is None:
         return
     layers, planes, rows, _, heads, width = past.row.planes.core.keys.shape
@@ -77,11 +84,13 @@ def _check_past(past: KeptCache | None, model: ModelConfig, loops: int) -> None:
             f"the kept cache has {layers} layers, {planes} loops and {heads} heads of {width}, this engine "
             f"{model.num_layers}, {loops} and {model.kv_heads} of {model.head_width}; use the engine it comes from"
         )
+
     if past.row.lengths.is_deleted():
         raise UserError("the arrays of the kept cache were deleted; send the whole text again")
 
 
 def _check_policy(policy: ExitPolicy | None, loops: int) -> None:
+    """Raises UserError for a policy that needs more loops than the engine has."""
     most = None if policy is None else policy.max_loops
     if most is not None and most > loops:
         raise UserError(f"{most} loops are more than the {loops} of this engine; use EngineConfig(loops={most})")
@@ -94,6 +103,7 @@ def _check_policy(policy: ExitPolicy | None, loops: int) -> None:
 
 
 def _check_tokens(request: Request, model: ModelConfig, usable: int) -> None:
+    """Raises UserError for ids outside the vocabulary."""
     outside = [token for token in request.prompt_ids if not 0 <= token < usable]
     if outside:
         raise UserError(

@@ -1,10 +1,10 @@
-"""A chat whose cache is kept between turns: of each turn, only what is new is read.
+"""A chat whose cache is kept between turns, so that only the new tokens of each turn are processed.
 
     chat = Conversation(engine, tokenizer, system="Be brief.")
     for new in chat.say("Why loops?", max_new_tokens=64):
         print(new.text, end="")
 
-With a full cache and a fixed number of loops, the answers are those to one prompt with all the turns.
+With a full cache and a fixed number of loops, the answers equal those to one prompt with all turns.
 """
 
 import contextlib
@@ -29,11 +29,11 @@ SYSTEM, USER = "system", "user"
 
 
 class Conversation:
-    """Turns of ChatML (`data/chat.py`), answered by an engine, one at a time.
+    """Turns of ChatML (`data/chat.py`), answered by an engine one at a time.
 
-    Each turn draws with random keys of its own: `Sampling.index` counts the turns before it.
+    Each turn samples with its own random keys: `Sampling.index` counts the turns before it.
 
-    Raises UserError for a tokenizer without the tokens of chat.
+    Raises UserError for a tokenizer without the tokens of ChatML.
     """
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, system: str | None = None):
@@ -47,20 +47,21 @@ class Conversation:
 
     @property
     def messages(self) -> tuple[Message, ...]:
-        """What was said so far, the system's message first."""
+        """Returns all messages so far, the system message first."""
         return tuple(self._messages)
 
     @property
     def result(self) -> Result | None:
-        """The last answer as the engine gave it; None before the first one."""
+        """Returns the engine's last result; None before the first answer."""
         return self._result
 
     def reset(self) -> None:
-        """Forget everything but the system's message. Raises UserError while an answer is being given."""
+        """Forgets everything except the system message. Raises UserError while an answer is being generated."""
         with self._alone():
             self._forget()
 
     def _forget(self) -> None:
+        """Sets the state before the first turn."""
         self._messages = list(self._system)
         self._result: Result | None = None
         self._past: KeptCache | None = None
@@ -68,26 +69,28 @@ class Conversation:
         self._unread = self._tokens(self._system)
 
     def say(self, text: str, *, max_new_tokens: int | None = None, **options: Any) -> Iterator[NewToken]:
-        """The tokens of the answer as they come. Closing the iterator ends the answer; what came of it is kept.
+        """Yields the tokens of the answer as they arrive. Closing the iterator ends the answer and keeps its tokens.
 
         Args:
-          text: what the user says.
-          max_new_tokens: at most so many, and never more than the window leaves; None: all that it leaves.
-          **options: further fields of `Request`. A repetition penalty looks at all turns.
+          text: the message of the user.
+          max_new_tokens: the maximum number of tokens, further limited by the window; None: all that the window leaves.
+          **options: further fields of `Request`. A repetition penalty covers all turns.
 
         Raises:
-          UserError: no room left in the engine's window, a request that cannot be served or fails, or another answer
-            that is not complete. The conversation then stays as it was.
+          UserError: the engine's window is full, the request cannot be served or fails, or another answer is not
+            complete. The conversation then stays unchanged.
         """
         with self._alone():
             yield from self._answer(text, max_new_tokens, options)
 
     def _answer(self, text: str, max_new_tokens: int | None, options: dict[str, Any]) -> Iterator[NewToken]:
+        """Yields the tokens of an answer, and records the turn."""
         user = Message(USER, text)
         prompt = [*self._unread, *self._tokens([user]), *self._opening]
         room = self._room(len(prompt))
         if max_new_tokens is not None:
             room = min(whole_number("max_new_tokens", max_new_tokens, least=1), room)
+
         request = Request(
             prompt_ids=tuple(prompt),
             max_new_tokens=room,
@@ -95,15 +98,18 @@ class Conversation:
             keep_cache=True,
             **{"stop_ids": self._stop_ids, "sampling": Sampling(), **options},
         )
+
         turns = sum(message.role == USER for message in self._messages)
         request = dataclasses.replace(request, sampling=request.sampling.numbered(turns))
         self._ticket = ticket = self._engine.submit(request, wait=True)
+
         try:
             while not ticket.done:
                 self._engine.step()
                 yield from ticket.ready()
             yield from ticket.ready()
             if ticket.raised:
+                # After a break or an error as well, the engine has to finish the request before the cache can be kept.
                 raise ticket.raised[0]
         finally:
             ticket.cancel()
@@ -113,13 +119,13 @@ class Conversation:
                 self._take(user, ticket.result())
 
     def stop(self) -> None:
-        """End the answer that is under way early; from any thread, or a signal handler."""
+        """Ends the running answer early. May be called from any thread, or from a signal handler."""
         if self._ticket is not None:
             self._ticket.cancel()
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """A block that no other may overlap: both would go on from the same cache. Raises UserError where one does."""
+        """Excludes overlapping blocks, which would continue the same cache. Raises UserError if one is active."""
         if not self._answering.acquire(blocking=False):
             raise UserError("an answer is still being given; read it to its end, or close it, before the next turn")
         try:
@@ -128,20 +134,22 @@ class Conversation:
             self._answering.release()
 
     def _take(self, user: Message, result: Result) -> None:
-        """Add a turn, unless nothing was read of it."""
+        """Adds a turn, unless the engine never read it."""
         if result.finish is Finish.FAILED:
             raise UserError(result.error)
         self._result = result
         if result.cache is None:
             return
+
         self._messages += [user, Message(ASSISTANT, result.text)]
         self._past = result.cache
         self._read += len(result.prompt_ids) + max(len(result.tokens) - 1, 0)
-        # The cache lacks the last token. Where that ended the answer, the end of a turn takes its place.
+        # The cache lacks the last token. If that token ended the answer, the end of a turn takes its place.
         last = [token for token in result.tokens[-1:] if token not in self._stop_ids]
         self._unread = [*last, *self._closing]
 
     def _room(self, prompt: int) -> int:
+        """Returns the tokens left for an answer. Raises UserError if there are none."""
         room = self._engine.window - self._read - prompt
         if room < 1:
             raise UserError(
@@ -151,11 +159,12 @@ class Conversation:
         return room
 
     def _tokens(self, messages: list[Message]) -> list[int]:
+        """Returns the tokens of messages."""
         return tokens_and_mask(messages, self._tokenizer).tokens.tolist()
 
 
 def _around_an_answer(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """The tokens before and behind what an assistant says."""
+    """Returns the tokens before and after the text of an assistant's message."""
     empty = tokens_and_mask([Message(ASSISTANT, "")], tokenizer).tokens.tolist()
     size = 1 + len(tokenizer.encode(f"{ASSISTANT}\n"))
     return empty[:size], empty[size:]

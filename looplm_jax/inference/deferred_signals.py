@@ -1,10 +1,10 @@
-"""Signals that wait: an exception such as KeyboardInterrupt must not fall between a donation and what it returns.
+"""Deferred signals: an exception such as KeyboardInterrupt must not arise between a donation and its result.
 
     with deferred_signals:
         slots, ticked = run_ticks(slots)
 
-Python runs signal handlers in the main thread, between any two of its instructions. A handler that raises there, after
-a program has consumed its donated arrays and before its results are stored, would lose both.
+Python runs signal handlers in the main thread, between any two bytecode instructions. A handler that raises after a
+program has consumed its donated arrays, and before its results are stored, would lose both.
 """
 
 import signal
@@ -18,16 +18,18 @@ _SIGNALS = tuple(getattr(signal, f"SIG{name}") for name in _NAMES if hasattr(sig
 
 
 class _DeferredSignals:
-    """A context in which the handlers of signals wait for its end. It can be nested; threads but the main one are free.
+    """A context that defers signal handlers until it exits.
 
-    The second signal of a kind does not wait: whoever presses Ctrl-C twice is heard at once.
+    It can be nested, and has no effect outside the main thread.
+
+    The second signal of a kind is not deferred, so that pressing Ctrl-C twice takes effect at once.
     """
 
     def __init__(self) -> None:
         self._depth = 0
         self._waiting: list[int] = []
         self._handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
-        self._own = self._receive  # one object, to be recognized
+        self._own = self._receive  # a single object, so that it can be recognized
 
     def __enter__(self) -> None:
         if threading.current_thread() is not threading.main_thread():
@@ -35,27 +37,31 @@ class _DeferredSignals:
         if self._depth == 0:
             try:
                 self._install()
-            except BaseException:  # of a handler that was passed on: nothing is deferred then
+            except BaseException:  # raised by a handler that ran at once: nothing is deferred then
                 self._restore()
                 raise
-        self._depth += 1  # last: until here, a signal is passed on, and what it raises leaves nothing behind
+        self._depth += 1  # last: until here, a signal is handled at once, and an exception leaves no state behind
 
     def __exit__(self, *exception: object) -> None:
         if threading.current_thread() is not threading.main_thread():
             return
-        self._depth -= 1  # first: from here on, a signal is passed on, even if it interrupts what follows
+        self._depth -= 1  # first: from here on, a signal is handled at once, even if it interrupts the lines below
         if self._depth:
             return
+
         try:
             self._restore()
         except BaseException:
+            # The first attempt was interrupted by a handler; restoring twice is harmless.
             self._restore()
             raise
+
         while self._waiting:
             number = self._waiting.pop(0)
             self._handlers[number](number, None)
 
     def _install(self) -> None:
+        """Replaces all Python handlers. Default actions and ignored signals are left alone."""
         for number in _SIGNALS:
             handler = signal.getsignal(number)
             if callable(handler) and handler is not self._own:
@@ -63,12 +69,13 @@ class _DeferredSignals:
                 signal.signal(number, self._own)
 
     def _restore(self) -> None:
+        """Restores the handlers, except those that changed in the meantime."""
         for number, handler in self._handlers.items():
             if signal.getsignal(number) is self._own:
                 signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        """The handler of all signals meanwhile."""
+        """Handles all signals while they are deferred."""
         if self._depth and number not in self._waiting:
             self._waiting.append(number)
         else:

@@ -1,4 +1,4 @@
-"""A bounded queue whose clients take turns: one that asks for much does not keep the others waiting."""
+"""A bounded queue whose clients take turns, so that a client with many items does not delay the others."""
 
 import collections
 from collections.abc import Hashable
@@ -8,15 +8,15 @@ T = TypeVar("T", bound=Hashable)
 
 
 class FairQueue(Generic[T]):
-    """First in, first out for each client; between clients in turn.
+    """A queue that is first in, first out per client, and alternates between clients.
 
-    Every operation takes the same time, however many items wait.
+    Every operation takes constant time, regardless of the number of items.
     """
 
     def __init__(self, limit: int):
         self._limit = limit
         self._size = 0
-        # A dictionary keeps its order and forgets any key in constant time; its values mean nothing.
+        # A dictionary keeps its order and deletes any key in constant time; the values are unused.
         self._waiting: collections.OrderedDict[str, collections.OrderedDict[T, None]] = collections.OrderedDict()
 
     def __len__(self) -> int:
@@ -24,38 +24,41 @@ class FairQueue(Generic[T]):
 
     @property
     def full(self) -> bool:
-        """Whether `push` must wait."""
+        """Whether `push` would raise."""
         return self._size >= self._limit
 
     def push(self, client: str, item: T) -> None:
-        """Add an item that is not waiting already. Raises OverflowError when the queue is full."""
+        """Adds an item that is not in the queue. Raises OverflowError if the queue is full."""
         if self.full:
             raise OverflowError(f"{self._limit} items are waiting")
         self._waiting.setdefault(client, collections.OrderedDict())[item] = None
         self._size += 1
 
     def first(self) -> T:
-        """What `pop` would return, which stays. Raises IndexError when nothing waits."""
+        """Returns the item that `pop` would return, without removing it. Raises IndexError if the queue is empty."""
         if not self._waiting:
             raise IndexError("nothing waits")
         return next(iter(next(iter(self._waiting.values()))))
 
     def pop(self) -> T:
-        """The oldest item of the client whose turn it is. Raises IndexError when nothing waits."""
+        """Removes and returns the oldest item of the next client. Raises IndexError if the queue is empty."""
         if not self._waiting:
             raise IndexError("nothing waits")
+
         client, items = self._waiting.popitem(last=False)
         item, _ = items.popitem(last=False)
         self._size -= 1
         if items:
-            self._waiting[client] = items  # behind the others
+            self._waiting[client] = items  # after the other clients
+
         return item
 
     def discard(self, client: str, item: T) -> bool:
-        """Take out an item of a client; the others keep their order. Returns whether it was waiting."""
+        """Removes an item of a client; the others keep their order. Returns whether the item was in the queue."""
         items = self._waiting.get(client)
         if items is None or item not in items:
             return False
+
         del items[item]
         self._size -= 1
         if not items:

@@ -1,4 +1,4 @@
-"""Checks of what a user puts into a field: its type and its range, in one line.
+"""Checks of the type and range of user input, with errors of one line.
 
 NumPy and JAX scalars count as numbers; booleans do not.
 """
@@ -12,17 +12,18 @@ import numpy as np
 
 from looplm_jax.errors import UserError
 
-MOST = 2**31 - 1  # of an int32
+MOST = 2**31 - 1  # the largest int32
 
 
 def whole_number(name: str, value: Any, *, least: int = 0, most: int = MOST) -> int:
-    """Returns `value` as an int. Raises UserError for anything but a whole number in `least..most`."""
+    """Returns `value` as an int. Raises UserError unless it is a whole number in `least..most`."""
     if isinstance(value, bool | np.bool_):
         raise UserError(f"{name} must be a whole number, not {value}")
     try:
         number = operator.index(value)
     except TypeError:
         raise UserError(f"{name} must be a whole number, not {_shown(value)}") from None
+
     if number < least:
         raise UserError(f"{name} must be at least {least}, not {number}")
     if number > most:
@@ -31,7 +32,7 @@ def whole_number(name: str, value: Any, *, least: int = 0, most: int = MOST) -> 
 
 
 def real_number(name: str, value: Any) -> float:
-    """Returns `value` as a float, which may be infinite or NaN. Raises UserError for anything but a number."""
+    """Returns `value` as a float, which may be infinite or NaN. Raises UserError unless it is a number."""
     if isinstance(value, bool | np.bool_ | str | bytes) or not hasattr(value, "__float__"):
         raise UserError(f"{name} must be a number, not {_shown(value)}")
     try:
@@ -43,7 +44,7 @@ def real_number(name: str, value: Any) -> float:
 
 
 def truth(name: str, value: Any) -> bool:
-    """Returns `value`. Raises UserError for anything but True or False."""
+    """Returns `value` as a bool. Raises UserError unless it is True or False."""
     if not isinstance(value, bool | np.bool_):
         raise UserError(f"{name} must be True or False, not {_shown(value)}")
     return bool(value)
@@ -53,10 +54,13 @@ def token_ids(name: str, values: Any) -> tuple[int, ...]:
     """Returns `values` as a tuple of ints. Raises UserError unless they are an ordered collection of whole numbers."""
     if isinstance(values, str | bytes | bytearray):
         raise UserError(f"{name} must be token ids, not text; encode it with the tokenizer")
+
     ordered = values.tolist() if hasattr(values, "tolist") else values
     if isinstance(ordered, set | frozenset | dict) or not isinstance(ordered, Iterable):
         raise UserError(f"{name} must be a list or tuple of token ids, not {_shown(values)}")
+
     ids = tuple(ordered)
+    # Prompts are long: ids that are plain ints pass without a check of each range.
     for token in ids:
         if type(token) is not int:
             return tuple(whole_number(f"each of {name}", token, least=-MOST - 1) for token in ids)
@@ -64,6 +68,6 @@ def token_ids(name: str, values: Any) -> tuple[int, ...]:
 
 
 def _shown(value: Any) -> str:
-    """Returns a short form of a value for a message of one line."""
+    """Returns a short form of a value for a one-line message."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 60 else f"{text[:57]}..."

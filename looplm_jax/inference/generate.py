@@ -1,4 +1,4 @@
-"""Continue one prompt, token by token: the engine with a single slot, for those who need no more."""
+"""Continues a single prompt: the engine with one slot."""
 
 from collections.abc import Callable, Collection, Sequence
 
@@ -26,28 +26,29 @@ def generate(
     stop_ids: Collection[int] = (),
     on_token: Callable[[NewToken], None] | None = None,
 ) -> Result:
-    """Continue one prompt with a full cache.
+    """Continues one prompt with a full cache.
 
-    Programs are compiled for buckets of length, not for lengths; other settings of a policy or of `sampling` compile
-    nothing, unless they ask for more loops than `config.loops` or are of another kind.
+    Programs are compiled for buckets of lengths, not for each length. Other settings of a policy or of `sampling`
+    compile nothing, unless they need more loops than `config.loops` or are of another kind.
 
     Args:
       model: the network.
       params: its parameters.
       prompt_ids: at least one token.
-      max_new_tokens: at least 1; fewer come where a stop token does.
-      policy: the loop at which each token leaves; may ask for more loops than the model was trained with.
+      max_new_tokens: at least 1; a stop token may end the text earlier.
+      policy: decides the loop at which each token exits; it may use more loops than the trained depth.
       sampling: greedy by default.
       stop_ids: tokens that end the generation.
-      on_token: called with every token as soon as it is there.
+      on_token: called with every token as soon as it is chosen.
 
     Raises:
-      UserError: an empty prompt, an id beyond the vocabulary, or more positions than the model has.
+      UserError: the prompt is empty, an id is outside the vocabulary, or the model has too few positions.
     """
     longest, prompt_ids = model.config.max_positions, token_ids("prompt_ids", prompt_ids)
     max_new_tokens = whole_number("max_new_tokens", max_new_tokens, least=1)
     if not isinstance(policy, ExitPolicy) or isinstance(policy, type):
         raise UserError(f"policy must be an exit policy, such as QExit(q=0.5), not {policy!r}")
+
     config = EngineConfig(
         slots=1,
         capacity=bucket(min(max(len(prompt_ids) + max_new_tokens, 1), longest), longest),
@@ -55,6 +56,7 @@ def generate(
         chunk=min(_LONGEST_CHUNK, longest),
         unroll=False,
     )
+
     return Engine(model, params, config=config).generate(
         [prompt_ids],
         max_new_tokens=max_new_tokens,

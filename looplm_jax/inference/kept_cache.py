@@ -1,4 +1,4 @@
-"""A cache that outlives its request, with what was read into it: the next request goes on from it."""
+"""The prefix cache: a cache that outlives its request, with its tokens, so that the next request continues from it."""
 
 import dataclasses
 
@@ -9,9 +9,10 @@ from looplm_jax.inference.kv_cache import Cache
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Turn:
-    """A prompt, which ran all loops and read what was before it as the cache keeps that; and the tokens that followed.
+    """A prompt and the tokens that followed it.
 
-    The last token of an answer is in no cache: it is not here, but in the next prompt, where there is one.
+    The prompt ran all loops, and saw earlier tokens through the planes that the cache keeps. The last token of an
+    answer is in no cache: it is not part of this turn, but of the next prompt, if there is one.
     """
 
     prompt_ids: tuple[int, ...]
@@ -24,21 +25,21 @@ class Turn:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class KeptCache:
-    """The row of a request that is over, and the turns that it holds."""
+    """The cache row of a finished request, and the turns that it holds."""
 
     row: Cache = dataclasses.field(repr=False)
     turns: tuple[Turn, ...]
 
     def __len__(self) -> int:
-        """Tokens in it."""
+        """Returns the number of tokens in the cache."""
         return sum(map(len, self.turns))
 
     @property
     def lengths(self) -> Int[Array, "1"]:
-        """Tokens in the row, as the device counts them."""
+        """Returns the number of tokens in the row, as counted on the device."""
         return self.row.lengths
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        """All of them, in order."""
+        """Returns all tokens, in order."""
         return tuple(token for turn in self.turns for token in (*turn.prompt_ids, *turn.tokens))

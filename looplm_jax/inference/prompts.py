@@ -1,4 +1,4 @@
-"""From what a caller of the engine gives to requests: one prompt or several, each answered once or more often."""
+"""Converts the arguments of the engine's callers to requests: one or several prompts, each with one or more samples."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -17,16 +17,16 @@ Prompt = str | Sequence[int]
 def make_requests(
     prompts: Prompt | Sequence[Prompt], tokenizer: Tokenizer | None, *, samples: int = 1, **options: Any
 ) -> list[Request]:
-    """Returns `samples` requests for each prompt, those of one prompt side by side, each with random keys of its own.
+    """Returns `samples` requests per prompt, those of one prompt adjacent, each with its own random keys.
 
     Args:
-      prompts: texts, or lists of token ids; a text, or a list of ids, by itself is one prompt.
-      tokenizer: for texts.
-      samples: requests for each prompt.
-      **options: fields of `Request`, the same for all but for `index` and `sample` of `sampling`.
+      prompts: texts, or lists of token ids; a single text, or a single list of ids, is one prompt.
+      tokenizer: encodes texts.
+      samples: the number of requests per prompt.
+      **options: fields of `Request`, equal for all requests except for `index` and `sample` of `sampling`.
 
     Raises:
-      UserError: a prompt or an option that cannot be.
+      UserError: a prompt or an option is invalid.
     """
     samples = whole_number("samples", samples, least=1)
     sampling = options.pop("sampling", Sampling())
@@ -38,21 +38,24 @@ def make_requests(
 
 
 def _numbered(sampling: Any, index: int, sample: int) -> Any:
+    """Returns the sampling settings of one request."""
     return sampling.numbered(index, sample) if isinstance(sampling, Sampling) else sampling  # `Request` refuses others
 
 
 def _several(prompts: Any) -> list[Any]:
-    """Returns a list of prompts."""
+    """Returns a list of prompts. Raises UserError if there is no list."""
     if isinstance(prompts, str):
         return [prompts]
     if isinstance(prompts, bytes | bytearray | Mapping | set | frozenset) or not isinstance(prompts, Iterable):
         raise UserError(f"prompts must be a list of texts or of lists of token ids, not {type(prompts).__name__}")
     found = list(prompts)
+    # A list of integers is one prompt.
     one = bool(found) and all(isinstance(own, int | np.integer) or getattr(own, "ndim", None) == 0 for own in found)
     return [found] if one else found
 
 
 def _encoded(prompt: Any, tokenizer: Tokenizer | None) -> Any:
+    """Returns the token ids of a text, after a bos token; other prompts are returned unchanged."""
     if not isinstance(prompt, str):
         return prompt
     if tokenizer is None:

@@ -1,9 +1,9 @@
-"""Replay: the log-probabilities of generated tokens once more, by a pass that is told the tokens and their exit loops.
+"""Replay: recomputes the log-probabilities of generated tokens, given the tokens and their exit loops.
 
-What a token saw of an earlier one at loop t depends on the cache it was generated with, and on the loop the earlier one
-left at. With a full cache that is the earlier one's own loop t, or its exit loop where it left before: all tokens can
-be computed at once, loop after loop. The other caches show loops that come later, such as the last one, so that token
-follows token as in generation.
+The keys and values that a token saw of an earlier one at loop t depend on the cache, and on the loop at which the
+earlier token exited. With a full cache they are those of the earlier token's own loop t, or of its exit loop if it
+exited before t, so all tokens can be computed in parallel, loop by loop. The other caches show later loops, such as the
+last one, so tokens have to be computed one after another, as in generation.
 """
 
 import dataclasses
@@ -35,14 +35,14 @@ def replay(
     strategy: CacheStrategy = CacheStrategy.FULL,
     loops: int | None = None,
 ) -> Float[np.ndarray, "N"]:
-    """`result.log_probs` once more. Programs are compiled for buckets of length.
+    """Recomputes `result.log_probs`. Programs are compiled for buckets of lengths.
 
     Args:
       model: the network.
       params: its parameters.
-      result: of any request; what it went on from is replayed before it.
-      strategy: the cache of the engine it comes from.
-      loops: the loops of that engine; default: those the model is meant for.
+      result: the result of any request; the turns that the request continued are replayed first.
+      strategy: the cache strategy of the engine that produced it.
+      loops: the number of loops of that engine; default: the trained depth.
 
     Raises:
       UserError: a token was chosen at a loop beyond `loops`.
@@ -57,16 +57,16 @@ def replay(
 def replay_log_probs(
     model: LoopLM, params: Params, rollouts: Rollouts, *, strategy: CacheStrategy, loops: int
 ) -> Float[Array, "B N"]:
-    """Log-probability of every new token at its exit loop and temperature 1, nats; 0 in the padding.
+    """Returns the log-probability of every new token at its exit loop and temperature 1, in nats; 0 for padding.
 
-    Pure, and differentiable in `params`; exit loops are taken as given.
+    Pure, and differentiable with respect to `params`; exit loops are treated as constants.
 
     Args:
       model: the network.
       params: its parameters.
-      rollouts: what was generated.
-      strategy: the cache it was generated with.
-      loops: the most loops of a token, T, which prompts ran.
+      rollouts: the generated tokens.
+      strategy: the cache strategy that they were generated with.
+      loops: the maximum number of loops per token, T, which prompts ran.
     """
     if strategy.shares:
         hidden = states_in_turn(model, params, rollouts, strategy=strategy, loops=loops)
@@ -76,10 +76,13 @@ def replay_log_probs(
     return jnp.where(rollouts.mask, -losses[0], 0.0)
 
 
-def states_at_once(model: LoopLM, params: Params, rollouts: Rollouts, *, loops: int) -> Float[Array, "B N D"]:
-    """The state that each new token was chosen from, with a full cache: all tokens in parallel.
+# All tokens in parallel
 
-    A token that has left goes on in the arrays, but nobody looks: the others see the keys and values it left with.
+
+def states_at_once(model: LoopLM, params: Params, rollouts: Rollouts, *, loops: int) -> Float[Array, "B N D"]:
+    """Returns the state from which each new token was chosen, with a full cache: all tokens in parallel.
+
+    A token that has exited is still computed, but its result is unused: the others see the keys and values of its exit.
     """
     apply = bound(model, params)
     tokens, depths = rollouts.joined(), rollouts.depths(loops)
@@ -91,6 +94,7 @@ def states_at_once(model: LoopLM, params: Params, rollouts: Rollouts, *, loops: 
         state, kept, hidden = carry
         left = depths < number
         output, *own = apply(state, embedded, _of_two_ages(context, left), *kept, True, method="loop_step")
+        # Tokens that have exited keep the keys and values of their exit loop, [..., K, Dh].
         kept = jax.tree.map(lambda old, new: jnp.where(left[:, :, None, None], old, new), kept, own)
         read = jnp.take_along_axis(output.hidden, rollouts.read_positions[..., None], axis=1)
         hidden = jnp.where((rollouts.exit_loops == number)[..., None], read, hidden)
@@ -100,6 +104,7 @@ def states_at_once(model: LoopLM, params: Params, rollouts: Rollouts, *, loops: 
     shapes = jax.eval_shape(lambda: apply(state, embedded, context, None, None, True, method="loop_step"))
     kept = jax.tree.map(jnp.zeros_like, list(shapes[1:]))
     hidden = jnp.zeros((*rollouts.tokens.shape, model.config.width), state.dtype)
+
     if model.compute.remat is Remat.LOOP:
         loop = jax.checkpoint(loop, prevent_cse=False)
     (_, _, hidden), _ = jax.lax.scan(loop, (state, kept, hidden), jnp.arange(1, loops + 1))
@@ -107,21 +112,28 @@ def states_at_once(model: LoopLM, params: Params, rollouts: Rollouts, *, loops: 
 
 
 def _of_two_ages(context: Context, left: Bool[Array, "B S"]) -> Context:
-    """Keys of tokens that have left are those kept in the past; of the others, those at hand."""
+    """Masks keys: tokens that have exited are seen through the kept past, the others through this loop's keys."""
     old = left[:, None]
     assert context.mask is not None  # `make_context` was given no kernel
     return dataclasses.replace(context, mask=context.mask & ~old, past_mask=context.mask & old)
 
 
+# One token after another
+
+
 def states_in_turn(
     model: LoopLM, params: Params, rollouts: Rollouts, *, strategy: CacheStrategy, loops: int
 ) -> Float[Array, "B N D"]:
-    """The state that each new token was chosen from, with any cache: prompts in parallel, then token after token."""
+    """Returns the state from which each new token was chosen, with any cache.
+
+    Prompts are computed in parallel, new tokens one after another.
+    """
     new, exits, rows = rollouts.tokens.shape[1], rollouts.exit_loops, jnp.arange(rollouts.lengths.size)
     cache = empty_cache(
         model.config,
         strategy,
         rows=rows.size,
+        # Padding is written too, so the cache has room for a padded turn after the longest row.
         capacity=rollouts.size + max(new, 0 if rollouts.history is None else rollouts.history.tokens.shape[2]),
         loops=loops,
         dtype=compute_dtype(model.compute),
@@ -135,6 +147,7 @@ def states_in_turn(
     if rollouts.history is not None:
         cache, _ = jax.lax.scan(turn, cache, rollouts.history)
     cache, hidden = _read_prompts(model, loops, params, cache, rollouts.prompts, rollouts.prompt_lengths)
+    # The prompt's last token predicts the first new token, at that token's exit loop.
     first = hidden[exits[:, 0] - 1, rows]
     _, rest = _decode(model, loops, params, cache, rollouts.tokens[:, :-1].T, exits[:, 1:].T)
     return jnp.concatenate([first[:, None], jnp.swapaxes(rest, 0, 1)], axis=1)
@@ -143,9 +156,9 @@ def states_in_turn(
 def _read_prompts(
     model: LoopLM, loops: int, params: Params, cache: Cache, prompts: Int[Array, "B P"], lengths: Int[Array, "B"]
 ) -> tuple[Cache, Float[Array, "T B D"]]:
-    """The cache with a prompt more in each row, and what every loop says of the last token of each.
+    """Appends a prompt to each row. Returns the cache, and the state of every loop for the last token of each prompt.
 
-    The tokens of a prompt see all loops of one another, and of what was before them what the cache keeps.
+    The tokens of a prompt see all loops of one another; of earlier tokens, they see what the cache keeps.
     """
     apply, dtype, rows = bound(model, params), compute_dtype(model.compute), jnp.arange(cache.rows)
     context = cache.context(model.config, prompts.shape[1])
@@ -162,6 +175,7 @@ def _read_prompts(
         loop = jax.checkpoint(loop, prevent_cse=False)
     start = apply(embedded, method="initial_state")
     _, (hidden, *own) = jax.lax.scan(loop, start, jnp.arange(loops))
+    # [T, L, ...] -> [L, T, ...]: layers are the first axis of a cache.
     core, coda = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), own)
     planes = ModelCache(core=core, prelude=jax.tree.map(lambda x: x[:, None], prelude), coda=coda)
     kept = share(Cache(planes=planes, lengths=lengths, strategy=CacheStrategy.FULL), cache.strategy)
@@ -169,13 +183,13 @@ def _read_prompts(
 
 
 def _read_at(cache: Cache, loops_done: Int[Array, "B"], dtype: DTypeLike) -> list[PastView | None]:
-    """What each row reads of core and coda in the loop that follows, in the form that gradients go through."""
+    """Returns the views of core and coda that each row reads in its next loop, in differentiable form."""
     stacks = cache.planes.core, cache.planes.coda
     return [cache.past(stacked, loops_done, dtype, differentiable=True) for stacked in stacks]
 
 
 def _append(cache: Cache, new: Cache) -> Cache:
-    """Each row with those of `new` behind it."""
+    """Returns the cache with the rows of `new` appended to its own."""
     rows, places = jnp.arange(cache.rows)[:, None], cache.lengths[:, None] + jnp.arange(new.capacity)
     planes = jax.tree.map(
         lambda whole, own: whole.at[:, :, rows, places].set(own, mode="drop"), cache.planes, new.planes
@@ -183,15 +197,15 @@ def _append(cache: Cache, new: Cache) -> Cache:
     return dataclasses.replace(cache, planes=planes, lengths=cache.lengths + new.lengths)
 
 
-# The plain derivative of a scan would save the cache of every step. One is enough: a position never changes once it is
-# written, so the last cache, seen as short as it then was, is the cache of any step before.
+# The plain derivative of a scan would save the cache of every step. One is enough: a position never changes after it is
+# written, so the last cache, truncated to an earlier length, is the cache of that step.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _decode(
     model: LoopLM, loops: int, params: Params, cache: Cache, tokens: Int[Array, "N B"], exits: Int[Array, "N B"]
 ) -> tuple[ModelCache, Float[Array, "N B D"]]:
-    """The cache's planes with N tokens more, and the states that these leave with, one after the other."""
+    """Returns the planes of the cache with N more tokens, and the exit states of these, computed one after another."""
     result, _ = _decode_forward(model, loops, params, cache, tokens, exits)
     return result
 
@@ -199,6 +213,8 @@ def _decode(
 def _decode_forward(
     model: LoopLM, loops: int, params: Params, cache: Cache, tokens: Int[Array, "N B"], exits: Int[Array, "N B"]
 ) -> tuple[tuple[ModelCache, Float[Array, "N B D"]], PyTree]:
+    """Returns the result of `_decode`, and the residuals of its backward pass."""
+
     def one(cache: Cache, token: tuple[Array, Array]) -> tuple[Cache, Array]:
         own, hidden = _run_token(model, loops, params, cache, *token)
         rows = jnp.arange(cache.rows)
@@ -214,7 +230,7 @@ def _decode_forward(
 def _decode_backward(
     model: LoopLM, loops: int, residuals: PyTree, cotangents: tuple[ModelCache, Float[Array, "N B D"]]
 ) -> tuple[Any, ...]:
-    """Tokens in reverse: what the later ones ask of a token's keys and values is complete when its turn comes."""
+    """Processes tokens in reverse, so that a token's cotangents are complete: only later tokens read its entry."""
     params, last, tokens, exits = residuals
     d_planes, d_hidden = cotangents
     rows = jnp.arange(last.rows)
@@ -228,6 +244,7 @@ def _decode_backward(
             cache = dataclasses.replace(last, planes=planes, lengths=lengths)
             return _run_token(model, loops, params, cache, *token_and_exit)
 
+        # The token's own entry: its cotangent is consumed here, and set to zero in the cache.
         d_own = jax.tree.map(lambda whole: whole[:, :, rows, lengths][:, :, :, None], d_planes)
         d_planes = jax.tree.map(lambda whole: whole.at[:, :, rows, lengths].set(0), d_planes)
         _, pull = jax.vjp(again, params, last.planes)
@@ -245,7 +262,7 @@ _decode.defvjp(_decode_forward, _decode_backward)
 def _run_token(
     model: LoopLM, loops: int, params: Params, cache: Cache, tokens: Int[Array, "B"], exits: Int[Array, "B"]
 ) -> tuple[ModelCache, Float[Array, "B D"]]:
-    """The next token of each row: the keys and values that a cache keeps of it, and the state it leaves with."""
+    """Runs the next token of each row. Returns the keys and values that a cache keeps of it, and its exit state."""
     apply, dtype, rows = bound(model, params), compute_dtype(model.compute), cache.rows
     context = cache.context(model.config)
     past = cache.past_prelude(dtype, differentiable=True)

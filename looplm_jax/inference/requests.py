@@ -1,4 +1,4 @@
-"""What is asked of the engine, and what comes back."""
+"""Requests to the engine, and their results."""
 
 import dataclasses
 import inspect
@@ -15,9 +15,10 @@ from looplm_jax.inference.stopping import Finish, StopConditions
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NewToken:
-    """A token, the loop whose logits it was chosen from, and its log-probability there at temperature 1, nats.
+    """A token, the loop whose logits it was chosen from, and its log-probability there at temperature 1, in nats.
 
-    `text` is what became certain with it; `previews` are the likeliest tokens after each of its loops, where asked for.
+    `text` is the text that became final with it; `previews` are the most probable tokens after each of its loops, if
+    requested.
     """
 
     token: int
@@ -29,19 +30,19 @@ class NewToken:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """One prompt and how to go on from it.
+    """One prompt, and how to continue it.
 
-    `past` is the kept cache of a request before, which `prompt_ids` go on from; its own tokens are then not repeated.
+    `past` is the prefix cache of an earlier request, which `prompt_ids` continue; its own tokens are not repeated.
     """
 
     prompt_ids: tuple[int, ...]
     max_new_tokens: int
-    policy: ExitPolicy | None = None  # None: the loops that the model is meant for
+    policy: ExitPolicy | None = None  # None: the trained depth
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     stop_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
-    loops_per_token: float = math.inf  # budget: the mean over new tokens after the first, which the prompt pays for
-    milliseconds_per_token: float = math.inf  # budget: loops are given up to keep to it
+    loops_per_token: float = math.inf  # budget: mean over new tokens after the first, which comes from the prompt
+    milliseconds_per_token: float = math.inf  # budget: loops are reduced to meet it
     client: str = ""  # clients take turns in the queue
     keep_cache: bool = False
     past: KeptCache | None = None
@@ -49,51 +50,60 @@ class Request:
 
     def __post_init__(self) -> None:
         self._set("prompt_ids", token_ids("prompt_ids", self.prompt_ids))
+
         if not self.prompt_ids:
             raise UserError("the prompt is empty; give at least one token")
+
         self._set("stop_ids", token_ids("stop_ids", self.stop_ids))
-        conditions = self.stop_conditions  # refuses what cannot be
+        conditions = self.stop_conditions  # raises for invalid conditions
         self._set("stop_strings", conditions.stop_strings)
         self._set("max_new_tokens", conditions.max_new_tokens)
+
         self._set("loops_per_token", real_number("loops_per_token", self.loops_per_token))
         if not self.loops_per_token >= 1:
             raise UserError(f"loops_per_token must be at least 1, not {self.loops_per_token:g}")
+
         self._set("milliseconds_per_token", real_number("milliseconds_per_token", self.milliseconds_per_token))
         if not self.milliseconds_per_token > 0:
             raise UserError(f"milliseconds_per_token must be positive, not {self.milliseconds_per_token:g}")
+
         self._set("keep_cache", truth("keep_cache", self.keep_cache))
         self._check_objects()
 
     def _check_objects(self) -> None:
+        """Raises UserError for fields of wrong types."""
         if not isinstance(self.sampling, Sampling):
             raise UserError(f"sampling must be a Sampling, such as Sampling(temperature=1.0), not {self.sampling!r}")
         if self.policy is not None and (isinstance(self.policy, type) or not isinstance(self.policy, ExitPolicy)):
             raise UserError(f"policy must be an exit policy, such as QExit(q=0.5), not {self.policy!r}")
         if not isinstance(self.client, str):
             raise UserError(f"client must be a name, not {self.client!r}")
+
         if not isinstance(self.past, KeptCache | None):
             raise UserError(f"past must be the cache of a Result, not {type(self.past).__name__}")
+
         if self.on_token is not None and not callable(self.on_token):
             raise UserError(f"on_token must be a function, not {self.on_token!r}")
         if inspect.iscoroutinefunction(self.on_token):
             raise UserError("on_token is an async function, which would never run; use `async for new in ticket`")
 
     def _set(self, name: str, value: object) -> None:
+        """Sets a field of the frozen dataclass to its normalized value."""
         object.__setattr__(self, name, value)
 
     @property
     def tokens_before(self) -> int:
-        """Tokens of the kept cache that it continues."""
+        """Returns the number of tokens in the prefix cache that it continues."""
         return 0 if self.past is None else len(self.past)
 
     @property
     def most_tokens(self) -> int:
-        """Tokens that it may have in all: those of the kept cache, the prompt, and all new ones."""
+        """Returns the maximum number of tokens in total: the prefix cache, the prompt, and all new tokens."""
         return self.tokens_before + len(self.prompt_ids) + self.max_new_tokens
 
     @property
     def stop_conditions(self) -> StopConditions:
-        """What ends its text."""
+        """Returns the conditions that end its text."""
         return StopConditions(
             stop_ids=frozenset(self.stop_ids), stop_strings=self.stop_strings, max_new_tokens=self.max_new_tokens
         )
@@ -101,9 +111,9 @@ class Request:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
-    """The new tokens of a request, and enough to replay it: see `replay`. A stop token is the last one.
+    """The new tokens of a request, and all that `replay` needs. A stop token is included as the last one.
 
-    Fields that name tokens have one entry for each; names as in `NewToken`.
+    Fields about tokens have one entry per token, with the names of `NewToken`.
     """
 
     prompt_ids: tuple[int, ...]
@@ -113,11 +123,12 @@ class Result:
     text: str
     finish: Finish
     error: str = ""
-    sampling: Sampling = dataclasses.field(default_factory=Sampling)  # of the request: with it, it is answered the same
-    history: tuple[Turn, ...] = ()  # what the request went on from
-    cache: KeptCache | None = dataclasses.field(default=None, repr=False)  # if kept; holds all tokens but the last
+    # The settings of the request; with them, it is answered in the same way.
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    history: tuple[Turn, ...] = ()  # the turns that the request continued
+    cache: KeptCache | None = dataclasses.field(default=None, repr=False)  # if kept; all tokens but the last
 
     @property
     def mean_loops(self) -> float:
-        """Loops a token; 0 where there is none."""
+        """Returns the mean loops per token; 0 if there are none."""
         return sum(self.exit_loops) / len(self.exit_loops) if self.exit_loops else 0.0

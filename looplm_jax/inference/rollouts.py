@@ -1,4 +1,4 @@
-"""Generated tokens of several requests as one batch of arrays: what a replay needs of them."""
+"""Generated tokens of several requests as one batch of arrays, the input of a replay."""
 
 from collections.abc import Callable, Sequence
 
@@ -18,9 +18,9 @@ _NO_TURN = Turn(prompt_ids=(), tokens=(), depths=())
 
 @flax.struct.dataclass
 class Turns:
-    """H turns of each row (see `Turn`), oldest first, padded on the right.
+    """H turns per row (see `Turn`), oldest first, padded on the right.
 
-    A row that has had fewer begins with turns of no tokens. What stands in the padding has no influence.
+    Rows with fewer turns start with empty turns. The contents of the padding have no effect.
     """
 
     prompts: Int[Array, "H B P"]
@@ -31,7 +31,7 @@ class Turns:
 
     @classmethod
     def of(cls, histories: Sequence[Sequence[Turn]], longest: int) -> "Turns":
-        """The turns of each row, padded to sizes of which there are few."""
+        """Returns the turns of each row, padded to one of few sizes."""
         most = max(map(len, histories))
         turns = [[*[_NO_TURN] * (most - len(history)), *history] for history in histories]
 
@@ -47,44 +47,46 @@ class Turns:
 
     @property
     def total(self) -> Int[Array, "B"]:
-        """Tokens of all turns of each row."""
+        """Returns the number of tokens in all turns of each row."""
         return jnp.sum(self.prompt_lengths + self.lengths, axis=0)
 
 
 @flax.struct.dataclass
 class Rollouts:
-    """Prompts, the tokens that were generated after them, and the loop that each of those was chosen at.
+    """Prompts, the tokens that were generated after them, and the loop at which each of those was chosen.
 
-    Rows are padded on the right; what stands in the padding has no influence, but exit loops there must be at least 1.
+    Rows are padded on the right. The contents of the padding have no effect, but its exit loops must be at least 1.
     """
 
     prompts: Int[Array, "B P"]
     prompt_lengths: Int[Array, "B"]  # at least 1
     tokens: Int[Array, "B N"]
     exit_loops: Int[Array, "B N"]
-    lengths: Int[Array, "B"]  # new tokens
-    history: Turns | None = None  # what the prompts go on from
+    lengths: Int[Array, "B"]  # number of new tokens
+    history: Turns | None = None  # the turns that the prompts continue
     room: int | None = flax.struct.field(pytree_node=False, default=None)  # tokens of the longest row, if less than all
 
     @classmethod
     def of(cls, results: Sequence[Result], *, loops: int, longest: int) -> "Rollouts":
-        """The tokens of results, and of what these went on from, padded to sizes of which there are few.
+        """Returns the tokens of results, and of the turns that these continued, padded to one of few sizes.
 
         Args:
           results: at least one.
-          loops: the most loops of a token in the engine that they come from.
-          longest: positions of the model.
+          loops: the maximum number of loops per token in the engine that produced them.
+          longest: the number of positions of the model.
 
         Raises:
-          UserError: no result, or one with more loops than `loops`.
+          UserError: there is no result, or a result has more loops than `loops`.
         """
         if not results:
             raise UserError("there is nothing to replay; give at least one result")
         _check_loops(results, loops)
+
         prompts = [result.prompt_ids for result in results]
         tokens = [result.tokens for result in results]
         histories = [result.history for result in results]
         totals = [sum(map(len, own.history)) + len(own.prompt_ids) + len(own.tokens) for own in results]
+
         return cls(
             prompts=_padded(prompts, 0, longest),
             prompt_lengths=_lengths(prompts),
@@ -97,12 +99,12 @@ class Rollouts:
 
     @property
     def mask(self) -> Bool[Array, "B N"]:
-        """Where there is a new token."""
+        """Returns a mask of the new tokens."""
         return jnp.arange(self.tokens.shape[1]) < self.lengths[:, None]
 
     @property
     def size(self) -> int:
-        """Positions that hold any row whole, S."""
+        """Returns the number of positions that hold any complete row, S."""
         together = self.prompts.shape[1] + self.tokens.shape[1]
         if self.history is not None:
             turns, _, of_prompt = self.history.prompts.shape
@@ -111,44 +113,52 @@ class Rollouts:
 
     @property
     def read_positions(self) -> Int[Array, "B N"]:
-        """The position whose state each new token was chosen from: that of the token before it."""
+        """Returns the position whose state each new token was chosen from: that of the token before it."""
         before = self.prompt_lengths if self.history is None else self.prompt_lengths + self.history.total
         return jnp.minimum(before[:, None] - 1 + jnp.arange(self.tokens.shape[1]), self.size - 1)
 
     def joined(self) -> Int[Array, "B S"]:
-        """Each prompt with its new tokens behind it, and its history before it."""
+        """Returns, for each row, history, prompt and new tokens without padding between them."""
         return self._joined(lambda turns: (turns.prompts, turns.tokens))
 
     def depths(self, loops: int) -> Int[Array, "B S"]:
-        """The loops that each token of `joined` ran itself: a prompt all of them, a new token until the next left."""
+        """Returns the loops that each token of `joined` ran.
+
+        A token of a prompt ran all loops, a new token those up to the exit loop of the next one.
+        """
         return self._joined(lambda turns: (jnp.full_like(turns.prompts, loops), turns.depths))
 
     def _joined(self, values: Callable[[Turns], tuple[Array, Array]]) -> Int[Array, "B S"]:
-        """Values of prompts and tokens in their order, without the padding between them."""
+        """Returns values of prompts and tokens in order, without the padding between them."""
         turns = [self._last_turn()] if self.history is None else [self.history, self._last_turn()]
         joined = jnp.concatenate([_in_order(*values(own)) for own in turns], axis=1)
         padding = jnp.concatenate([_in_order(*_padding(own)) for own in turns], axis=1)
+
+        # A stable sort moves the padding to the end and keeps the order of everything else.
         order = jnp.argsort(padding, axis=1, stable=True)
         return jnp.take_along_axis(joined, order[:, : self.size], axis=1)
 
     def _last_turn(self) -> Turns:
-        """Prompts and new tokens. Nobody looks at the last token's depth, which nothing tells."""
+        """Returns prompts and new tokens as a turn. The depth of the last token is unknown, and unused."""
         depths = jnp.roll(self.exit_loops, -1, axis=1)
         turn = Turns(self.prompts, self.prompt_lengths, self.tokens, depths, self.lengths)
         return jax.tree.map(lambda x: x[None], turn)
 
 
 def _in_order(of_prompts: Int[Array, "H B P"], of_tokens: Int[Array, "H B N"]) -> Int[Array, "B H*(P+N)"]:
+    """Returns the turns of each row one after another."""
     turns = jnp.concatenate([of_prompts, of_tokens], axis=2)
     return jnp.swapaxes(turns, 0, 1).reshape(turns.shape[1], -1)
 
 
 def _padding(turns: Turns) -> tuple[Bool[Array, "H B P"], Bool[Array, "H B N"]]:
+    """Returns masks of the padding of prompts and tokens."""
     prompts = jnp.arange(turns.prompts.shape[2]) >= turns.prompt_lengths[..., None]
     return prompts, jnp.arange(turns.tokens.shape[2]) >= turns.lengths[..., None]
 
 
 def _check_loops(results: Sequence[Result], loops: int) -> None:
+    """Raises UserError if a token ran more loops than `loops`."""
     turns = [turn for result in results for turn in result.history]
     exits = [*(result.exit_loops for result in results), *(turn.depths for turn in turns)]
     most = max((max(own, default=1) for own in exits), default=1)
@@ -157,6 +167,7 @@ def _check_loops(results: Sequence[Result], loops: int) -> None:
 
 
 def _padded(rows: Sequence[Sequence[int]], filler: int, longest: int) -> Int[Array, "B N"]:
+    """Returns the rows as one array, padded to one of few sizes."""
     size = bucket(max(1, *map(len, rows)), longest)
     padded = np.full((len(rows), size), filler, np.int32)
     for number, row in enumerate(rows):
@@ -165,4 +176,5 @@ def _padded(rows: Sequence[Sequence[int]], filler: int, longest: int) -> Int[Arr
 
 
 def _lengths(rows: Sequence[Sequence[int]]) -> Int[Array, "B"]:
+    """Returns the length of each row."""
     return jnp.asarray(np.array([len(row) for row in rows], np.int32))

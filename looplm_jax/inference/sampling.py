@@ -1,7 +1,7 @@
-"""The next token from logits: greedy, or drawn at a temperature from the most probable ones.
+"""Sampling: the next token from logits, greedy, or drawn at a temperature from the most probable tokens.
 
-Nothing is sorted: what `top_k` and `top_p` keep is found by bisection over the bits of the logits, 32 sums over the
-vocabulary for each, and only where a row asks for it.
+Nothing is sorted: the sets that `top_k` and `top_p` keep are found by bisection over the bits of the logits, 32 sums
+over the vocabulary for each, and only if a row requests it.
 """
 
 import dataclasses
@@ -24,30 +24,31 @@ _SIGN_BIT = 31
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are drawn; greedy by default.
+    """The sampling settings of a request; greedy by default.
 
-    Applied in the order repetition penalty, temperature, `top_k`, `top_p`, `min_p`; each counts what the one before it
-    has left as the whole. Temperature 0 takes the most probable token after the penalty. Tokens exactly as probable as
-    the last one that a cut keeps are kept with it.
+    They apply in the order repetition penalty, temperature, `top_k`, `top_p`, `min_p`; each step renormalizes what the
+    step before it kept. Temperature 0 takes the most probable token after the penalty. Tokens exactly as probable as
+    the last one that a filter keeps are kept too.
 
-    Random draws depend on `seed`, `index` and `sample` (and the number of the token), and on nothing else. `generate`
-    and its kin count `index` and `sample` up from the values here; `Result.sampling` says what a request was given.
+    Random draws depend only on `seed`, `index`, `sample` and the number of the token. `generate` and similar functions
+    increment `index` and `sample` from the values here; `Result.sampling` has the values of a request.
     """
 
     temperature: float = 0.0  # logits are divided by it; 0 takes the most probable token
-    top_k: int = 0  # only the k most probable tokens; 0: all
-    top_p: float = 1.0  # only the fewest tokens whose probability reaches p; 1: all
-    min_p: float = 0.0  # only tokens at least min_p times as probable as the likeliest; 0: all
-    repetition_penalty: float = 1.0  # of tokens already there, positive logits are divided by it, others multiplied
+    top_k: int = 0  # keep the k most probable tokens; 0: all
+    top_p: float = 1.0  # keep the fewest tokens whose probability reaches p; 1: all
+    min_p: float = 0.0  # keep tokens at least min_p times as probable as the best; 0: all
+    repetition_penalty: float = 1.0  # divides positive logits of tokens that occurred, and multiplies negative ones
     seed: int = 0
-    index: int = 0  # of the request among those that share the seed: a prompt of a call, a turn of a chat
-    sample: int = 0  # of several samples of one prompt
+    index: int = 0  # number of the request among those with this seed: a prompt of a call, a turn of a chat
+    sample: int = 0  # number of the sample of one prompt
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             check = real_number if field.type is float else whole_number
             bounds = {} if field.type is float else {"least": -MOST - 1, "most": 2**63}
             object.__setattr__(self, field.name, check(field.name, getattr(self, field.name), **bounds))
+
         if not 0 <= self.temperature <= _LARGEST:
             raise UserError(f"temperature must not be negative, not {self.temperature}; 0 takes the likeliest token")
         if not 0 <= self.top_k <= MOST:
@@ -58,22 +59,23 @@ class Sampling:
             raise UserError(f"min_p must be in [0, 1], not {self.min_p}; 0 keeps all tokens")
         if not _SMALLEST <= self.repetition_penalty <= _LARGEST:
             raise UserError(f"repetition_penalty must be positive, not {self.repetition_penalty}; 1 changes nothing")
+
         for name in ("seed", "index", "sample"):
             if not 0 <= getattr(self, name) <= MOST:
                 raise UserError(f"{name} must be in 0..{MOST}, not {getattr(self, name)}")
 
     def numbered(self, index: int, sample: int = 0) -> "Sampling":
-        """The same for request `index` of a call and sample `sample` of its prompt, which draw with keys of their own.
+        """Returns the settings of request `index` of a call and sample `sample` of its prompt, with their own keys.
 
         Raises:
-          UserError: a number beyond int32.
+          UserError: a number exceeds int32.
         """
         return dataclasses.replace(self, index=self.index + index, sample=self.sample + sample)
 
 
 @flax.struct.dataclass
 class SamplingTable:
-    """The `Sampling` of every slot, as arrays: other numbers compile nothing.
+    """The `Sampling` of every slot, as arrays, so that other numbers compile nothing.
 
     Fields are those of `Sampling`, and `vocabulary`: ids from there on are never chosen.
     """
@@ -90,13 +92,13 @@ class SamplingTable:
 
     @classmethod
     def of(cls, sampling: Sampling, vocabulary: int = MOST) -> "SamplingTable":
-        """The numbers of one `Sampling`, without axes; they may be traced."""
+        """Returns the numbers of one `Sampling`, without axes; they may be traced."""
         numbers: dict[str, Any] = {field.name: getattr(sampling, field.name) for field in dataclasses.fields(Sampling)}
         return cls(**{name: _column(name, number) for name, number in (numbers | {"vocabulary": vocabulary}).items()})
 
     @classmethod
     def of_all(cls, samplings: Sequence[Sampling], vocabulary: int = MOST) -> "SamplingTable":
-        """One row for each of several `Sampling`s."""
+        """Returns one row for each of several `Sampling`s."""
         columns = {
             field.name: [getattr(sampling, field.name) for sampling in samplings]
             for field in dataclasses.fields(Sampling)
@@ -106,30 +108,35 @@ class SamplingTable:
 
     @classmethod
     def empty(cls, slots: int) -> "SamplingTable":
-        """Greedy slots."""
+        """Returns a table of greedy slots."""
         return jax.tree.map(lambda number: jnp.full(slots, number), cls.of(Sampling()))
 
     def with_sampling(self, slot: int | Int[Array, ""], sampling: Sampling) -> "SamplingTable":
-        """The table with one slot's settings replaced."""
+        """Returns the table with the settings of one slot replaced."""
         return _replace_row(self, slot, SamplingTable.of(sampling))
 
 
 def _column(name: str, numbers: Any) -> Array:
+    """Returns numbers as an array of the field's dtype."""
     floats = {field.name for field in dataclasses.fields(Sampling) if field.type is float}
     return jnp.asarray(numbers, jnp.float32 if name in floats else jnp.int32)
 
 
 @jax.jit
 def _replace_row(table: SamplingTable, slot: Int[Array, ""], row: SamplingTable) -> SamplingTable:
+    """Returns the table with one row replaced."""
     return jax.tree.map(lambda column, number: column.at[slot].set(number), table, row)
 
 
 @flax.struct.dataclass
 class Choice:
-    """Chosen tokens, and their log-probabilities at temperature 1 by the raw logits, before any penalty; nats."""
+    """Chosen tokens, and their log-probabilities at temperature 1 from the raw logits, before any penalty, in nats."""
 
     tokens: Int[Array, "N"]
     log_probs: Float[Array, "N"]
+
+
+# Choosing tokens
 
 
 def sample_rows(
@@ -138,36 +145,37 @@ def sample_rows(
     counts: Int[Array, "N"],
     seen: Bool[Array, "N V"] | None = None,
 ) -> Choice:
-    """One token for each row, drawn from its `probabilities`. Where all rows are greedy, nothing is drawn or cut.
+    """Draws one token per row from its `probabilities`. If all rows are greedy, nothing is drawn or filtered.
 
     Args:
-      logits: float32, of each row's next token.
+      logits: float32 logits of each row's next token.
       table: settings of each row.
-      counts: new tokens that each row has so far. With `seed`, `index` and `sample` they make the random key, so that
-        a request's tokens do not depend on its slot or its neighbors.
-      seen: tokens in the prompt or among the new tokens of each row; None where no row has a repetition penalty.
+      counts: the number of new tokens of each row so far. With `seed`, `index` and `sample` they determine the random
+        key, so that the tokens of a request do not depend on its slot or on other slots.
+      seen: tokens in the prompt or among the new tokens of each row; None if no row has a repetition penalty.
     """
     tokens = _draw(_allowed(logits, table, seen), table, jax.vmap(token_key)(table, counts))
+    # The reported probability is that of the model, so it uses the raw logits.
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
     return Choice(tokens=tokens, log_probs=chosen - jax.nn.logsumexp(logits, axis=-1))
 
 
 def likeliest(logits: Float[Array, "N V"], table: SamplingTable) -> Int[Array, "N"]:
-    """The most probable token of each row by the raw logits, among the ids that may be chosen."""
+    """Returns the most probable token of each row from the raw logits, among the ids that may be chosen."""
     return jnp.argmax(_in_vocabulary(logits, table), axis=-1).astype(jnp.int32)
 
 
 def sample(
     logits: Float[Array, "V"], sampling: Sampling, key: PRNGKeyArray, seen: Bool[Array, "V"] | None = None
 ) -> Int[Array, ""]:
-    """One token of one row. Pure; the numbers of `sampling` may be traced."""
+    """Draws one token of one row. Pure; the numbers of `sampling` may be traced."""
     row = SamplingTable.of(sampling)
     allowed = _allowed(logits, row, seen)[None]
     return _draw(allowed, jax.tree.map(lambda number: number[None], row), key[None])[0]
 
 
 def token_key(sampling: Sampling | SamplingTable, number: int | Int[Array, ""]) -> PRNGKeyArray:
-    """The key of new token `number`, counted from 0, of sample `sample` of request `index` under a seed."""
+    """Returns the key of new token `number`, counted from 0, of sample `sample` of request `index` under a seed."""
     key = seeded_key(sampling.seed)
     for part in (sampling.index, sampling.sample, number):
         key = jax.random.fold_in(key, part)
@@ -177,16 +185,22 @@ def token_key(sampling: Sampling | SamplingTable, number: int | Int[Array, ""]) 
 def probabilities(
     logits: Float[Array, "*N V"], sampling: Sampling | SamplingTable, seen: Bool[Array, "*N V"] | None = None
 ) -> Float[Array, "*N V"]:
-    """The distribution that tokens are drawn from, after penalty, temperature and cuts; greedy: all on one token.
+    """Returns the distribution that tokens are drawn from, after penalty, temperature and filters.
 
-    The numbers of `sampling` are broadcast against the leading axes of `logits`.
+    For greedy sampling all weight is on one token. The numbers of `sampling` broadcast against the leading axes of
+    `logits`.
     """
     table = sampling if isinstance(sampling, SamplingTable) else SamplingTable.of(sampling)
     table = jax.tree.map(lambda number: jnp.broadcast_to(number, logits.shape[:-1]), table)
     return jax.nn.softmax(_cut(_allowed(logits, table, seen), table))
 
 
+# Filters
+
+
 def _draw(logits: Float[Array, "N V"], table: SamplingTable, keys: Key[Array, "N"]) -> Int[Array, "N"]:
+    """Draws one token per row from the allowed logits."""
+
     def greedy() -> Int[Array, "N"]:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
@@ -199,9 +213,9 @@ def _draw(logits: Float[Array, "N V"], table: SamplingTable, keys: Key[Array, "N
 def _allowed(
     logits: Float[Array, "*N V"], table: SamplingTable, seen: Bool[Array, "*N V"] | None
 ) -> Float[Array, "*N V"]:
-    """The logits of ids in the vocabulary, after the repetition penalty; minus infinity beyond the vocabulary.
+    """Returns the logits of ids in the vocabulary after the repetition penalty, and minus infinity beyond it.
 
-    The penalty is that of CTRL (arXiv 1909.05858, section 4.1), on logits as Hugging Face applies it.
+    The penalty is that of CTRL (arXiv 1909.05858, section 4.1), applied to logits as in Hugging Face.
     """
     if seen is not None:
         penalty = table.repetition_penalty[..., None]
@@ -210,13 +224,14 @@ def _allowed(
 
 
 def _in_vocabulary(logits: Float[Array, "*N V"], table: SamplingTable) -> Float[Array, "*N V"]:
+    """Returns the logits, with minus infinity for ids that may not be chosen."""
     return jnp.where(jnp.arange(logits.shape[-1]) < table.vocabulary[..., None], logits, -jnp.inf)
 
 
 def _cut(logits: Float[Array, "*N V"], table: SamplingTable) -> Float[Array, "*N V"]:
-    """Log weights to draw by, 0 for the most probable token; minus infinity for what is left out."""
+    """Returns the log weights to draw from, 0 for the most probable token, minus infinity for excluded tokens."""
     scaled = _scaled(logits, table.temperature[..., None])
-    # A weight that is never reached keeps everything; so does p = 1, which sums of float32 may pass before the end.
+    # An unreachable weight keeps everything. So does p = 1, which float32 sums could reach before the last token.
     count = jnp.where(table.top_k > 0, table.top_k.astype(jnp.float32), jnp.inf)
     share = jnp.where(table.top_p < 1, jnp.maximum(table.top_p, jnp.finfo(jnp.float32).tiny), jnp.inf)
     scaled = _heaviest(scaled, jnp.ones_like, count)
@@ -225,8 +240,9 @@ def _cut(logits: Float[Array, "*N V"], table: SamplingTable) -> Float[Array, "*N
 
 
 def _scaled(logits: Float[Array, "*N V"], temperature: Float[Array, "*N 1"]) -> Float[Array, "*N V"]:
+    """Returns the logits divided by the temperature, relative to the best one, which alone remains at temperature 0."""
     best = jnp.argmax(logits, axis=-1, keepdims=True)
-    below = logits - jnp.take_along_axis(logits, best, axis=-1)  # at most 0: no temperature makes it overflow to inf
+    below = logits - jnp.take_along_axis(logits, best, axis=-1)  # at most 0, so that it cannot overflow to inf
     one_hot = jnp.where(jnp.arange(logits.shape[-1]) == best, 0.0, -jnp.inf)
     return jnp.where(temperature > 0, below / temperature, one_hot)
 
@@ -234,9 +250,10 @@ def _scaled(logits: Float[Array, "*N V"], temperature: Float[Array, "*N 1"]) -> 
 def _heaviest(
     scaled: Float[Array, "*N V"], weigh: Callable[[Array], Array], wanted: Float[Array, "*N"]
 ) -> Float[Array, "*N V"]:
-    """Leave out all but the fewest tokens, taken from the top, whose weights sum to `wanted`; infinity: keep all."""
+    """Keeps the fewest tokens, from the top, whose weights sum to `wanted`; infinity keeps all."""
 
     def cut() -> Float[Array, "*N V"]:
+        # Bisection from the highest bit down, for the largest threshold whose tokens still have the wanted weight.
         weights, order = weigh(scaled), _ordered_bits(scaled)
 
         def bit(place: Int[Array, ""], floor: UInt32[Array, "*N"]) -> UInt32[Array, "*N"]:
@@ -251,7 +268,8 @@ def _heaviest(
 
 
 def _ordered_bits(numbers: Float[Array, "*N"]) -> UInt32[Array, "*N"]:
-    """Unsigned integers in the order of float32 numbers."""
+    """Returns unsigned integers in the order of float32 numbers."""
     bits = jax.lax.bitcast_convert_type(numbers, jnp.uint32)
     sign = jnp.uint32(1 << _SIGN_BIT)
+    # Negative numbers have the reverse order as bits, and come before positive ones.
     return jnp.where(bits >= sign, ~bits, bits | sign)

@@ -1,4 +1,4 @@
-"""The slots of a decoder: each holds one request, at a position and at a loop of its own."""
+"""The slots of a decoder: each holds one request, at its own position and loop."""
 
 import dataclasses
 import functools
@@ -25,38 +25,38 @@ _MOST_LOOPS = 2**20
 
 @flax.struct.dataclass
 class Settings:
-    """What a request asks for, of one slot or, with a leading axis N, of all. `stop_ids` is padded with -1."""
+    """The settings of a request: of one slot or, with a leading axis N, of all. `stop_ids` is padded with -1."""
 
     policy: PolicyTable
     sampling: SamplingTable
-    limit: Int[Array, "*N"]  # new tokens at most
-    budget: Float[Array, "*N"]  # loops a token on average, at least 1; infinity: as many as the policy asks for
+    limit: Int[Array, "*N"]  # maximum number of new tokens
+    budget: Float[Array, "*N"]  # mean loops per token, at least 1; infinity: no limit beyond the policy
     stop_ids: Int[Array, "*N W"]
 
 
 @flax.struct.dataclass
 class Slots:
-    """N requests under way. The token of a slot has done `memory.loop` loops and is not yet part of its cache."""
+    """N running requests. The token of a slot has completed `memory.loop` loops and is not yet in its cache."""
 
     cache: Cache
     tokens: Int[Array, "N"]
-    state: Float[Array, "N 1 D"]  # after the last loop that was done
-    embedded: Float[Array, "N 1 D"] | None  # the prelude's output, where there is one
-    memory: LoopMemory  # of the token: loops done, and what exit policies compare the next one with
-    made: Int[Array, "N"]  # new tokens, the one under way included
-    spent: Int[Array, "N"]  # loops that the new tokens before it took
+    state: Float[Array, "N 1 D"]  # after the last completed loop
+    embedded: Float[Array, "N 1 D"] | None  # the prelude's output, if there is a prelude
+    memory: LoopMemory  # of the token: completed loops, and what exit policies compare with the next one
+    made: Int[Array, "N"]  # number of new tokens, including the running one
+    spent: Int[Array, "N"]  # loops used by the new tokens before it
     active: Bool[Array, "N"]
     settings: Settings
-    seen: Bool[Array, "N V"] | None  # tokens of prompt and text, where a request has a repetition penalty
+    seen: Bool[Array, "N V"] | None  # tokens of prompt and text, if a request has a repetition penalty
 
     @property
     def ceiling(self) -> Int[Array, "N"]:
-        """Loops that the budget leaves for the token under way, at least 1; the mean never exceeds the budget."""
+        """Returns the loops that the budget allows the running token, at least 1; the mean never exceeds the budget."""
         allowance = jnp.floor(self.settings.budget * self.made.astype(jnp.float32)) - self.spent.astype(jnp.float32)
         return jnp.clip(allowance, 1, _MOST_LOOPS).astype(jnp.int32)
 
     def replace(self, **changes: object) -> "Slots":
-        """A copy with fields replaced."""
+        """Returns a copy with fields replaced."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
 
@@ -95,7 +95,7 @@ def empty_slots(
 
 
 def fresh_memory(model: LoopLM, policies: PolicyTable, rows: int) -> LoopMemory:
-    """Of tokens that have done no loop yet."""
+    """Returns the memory of tokens before their first loop."""
     config = model.config
     return LoopMemory.before_loops(
         policies.needs,
@@ -106,14 +106,15 @@ def fresh_memory(model: LoopLM, policies: PolicyTable, rows: int) -> LoopMemory:
 
 @functools.partial(jax.jit, donate_argnames=("slots",))
 def release(slots: Slots, slot: Int[Array, ""]) -> Slots:
-    """A slot whose request is over before its last token. The slots are donated."""
+    """Returns the slots with one request ended before its last token. The slots are donated."""
     return slots.replace(active=slots.active.at[slot].set(False))
 
 
 @functools.partial(jax.jit, donate_argnames=("slots",))
 def set_budget(slots: Slots, slot: Int[Array, ""], loops_per_token: Float[Array, ""]) -> Slots:
-    """Another budget for what follows; what the request has saved or spent so far is forgotten. Slots are donated."""
+    """Sets a new budget for the following tokens; past savings and debts are dropped. The slots are donated."""
     settings = slots.settings
+    # As if every token so far had used exactly the new budget.
     spent = jnp.floor(loops_per_token * (slots.made[slot] - 1).astype(jnp.float32))
     return slots.replace(
         settings=dataclasses.replace(settings, budget=settings.budget.at[slot].set(loops_per_token)),
@@ -122,24 +123,28 @@ def set_budget(slots: Slots, slot: Int[Array, ""], loops_per_token: Float[Array,
 
 
 def grow_policies(model: LoopLM, slots: Slots, policy: ExitPolicy) -> Slots:
-    """Room for a policy of a new kind, and for what it compares. Programs over the slots are compiled once more.
+    """Returns slots with room for a policy of a new kind and its memory. Programs over the slots are recompiled.
 
-    Raises whatever the policy raises when it is traced, before it can spoil the programs of the others.
+    Raises any error that the policy raises when traced, before it can affect the programs of other requests.
     """
     table = slots.settings.policy.with_kind(policy)
+    # One row is the shape of a prefill, all rows that of a tick.
     for rows in (1, slots.tokens.size):
         jax.eval_shape(lambda rows=rows: _ask(model, policy, table, rows))
+
     fresh = fresh_memory(model, table, slots.tokens.size)
     kept = {
         field.name: getattr(slots.memory, field.name)
         for field in dataclasses.fields(slots.memory)
         if getattr(slots.memory, field.name) is not None
     }
+
     settings = dataclasses.replace(slots.settings, policy=table)
     return slots.replace(settings=settings, memory=dataclasses.replace(fresh, **kept))
 
 
 def _ask(model: LoopLM, policy: ExitPolicy, table: PolicyTable, rows: int) -> Bool[Array, "N"]:
+    """Evaluates a policy on placeholder values."""
     config, dtype = model.config, compute_dtype(model.compute)
     hidden, logits = jnp.zeros((rows, config.width), dtype), jnp.zeros((rows, config.vocab_size))
     return policy.exits(fresh_memory(model, table, rows).observe(jnp.zeros(rows), hidden, logits))

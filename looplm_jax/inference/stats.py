@@ -1,18 +1,18 @@
-"""Counts of what an engine has done."""
+"""Counters of an engine's work."""
 
 import dataclasses
 
 
 @dataclasses.dataclass
 class EngineStats:
-    """What was done so far."""
+    """The work of an engine so far."""
 
     ticks: int = 0  # passes of the stack
-    loops: int = 0  # loops of tokens in them: ticks times slots at best
-    tokens: int = 0  # new tokens given out
+    loops: int = 0  # loops of tokens in these passes, at most ticks times slots
+    tokens: int = 0  # emitted new tokens
     prompt_tokens: int = 0
     seconds_a_tick: float = 0.0  # moving mean
 
     def timed(self, seconds: float) -> None:
-        """One more tick's time."""
+        """Records the time of one tick."""
         self.seconds_a_tick = seconds if not self.seconds_a_tick else 0.9 * self.seconds_a_tick + 0.1 * seconds

@@ -1,4 +1,4 @@
-"""Where a text ends: stop tokens, stop strings, a number of tokens."""
+"""Conditions that end a text: stop tokens, stop strings, and a number of tokens."""
 
 import dataclasses
 import enum
@@ -11,9 +11,9 @@ from looplm_jax.inference.text_stream import TextStream
 
 
 class Finish(enum.Enum):
-    """Why a generation ended."""
+    """The reason why a generation ended."""
 
-    LENGTH = "length"  # all the tokens that were asked for
+    LENGTH = "length"  # the requested number of tokens is reached
     STOP = "stop"  # a stop token or a stop string
     CANCELLED = "cancelled"
     FAILED = "failed"  # logits that are not finite, or a callback that raised
@@ -21,9 +21,9 @@ class Finish(enum.Enum):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StopConditions:
-    """What ends a text, whichever comes first."""
+    """The conditions that end a text; the first one that is met counts."""
 
-    stop_ids: frozenset[int] = frozenset()  # tokens, whose own text is not part of the text
+    stop_ids: frozenset[int] = frozenset()  # tokens; their text is not part of the text
     stop_strings: tuple[str, ...] = ()  # not part of the text either
     max_new_tokens: int
 
@@ -32,8 +32,10 @@ class StopConditions:
             raise UserError(f"stop_strings must be a list of strings; write [{self.stop_strings!r}]")
         if not isinstance(self.stop_strings, Sequence) or not all(isinstance(own, str) for own in self.stop_strings):
             raise UserError(f"stop_strings must be a list of strings, not {self.stop_strings!r}")
+
         object.__setattr__(self, "stop_ids", frozenset(self.stop_ids))
         object.__setattr__(self, "stop_strings", tuple(self.stop_strings))
+
         if "" in self.stop_strings:
             raise UserError("a stop string is empty, so every text would end at once; leave it out")
         if any(token < 0 for token in self.stop_ids):
@@ -42,7 +44,7 @@ class StopConditions:
 
 
 class _NoText:
-    """In the place of a `TextStream` where there is no tokenizer."""
+    """A `TextStream` without a tokenizer, whose text is empty."""
 
     def push(self, token: int) -> str:
         del token
@@ -53,12 +55,12 @@ class _NoText:
 
 
 class StopMatcher:
-    """Takes the tokens of one request and gives out its text, up to where it ends and nothing beyond.
+    """Consumes the tokens of one request and returns its text, up to where it ends.
 
-    The text ends before the stop string that is complete first, reading character by character; before the longest one
-    if several end there. It therefore does not depend on how the text is cut into tokens. Characters that may yet turn
-    out to begin a stop string are held back. Without a tokenizer there is no text, and only tokens are counted and
-    compared. Raises UserError for stop strings without a tokenizer.
+    The text ends before the stop string that is completed first, reading character by character; if several are
+    completed together, before the longest one. The text therefore does not depend on how it is split into tokens.
+    Characters that may still be the start of a stop string are held back. Without a tokenizer the text is empty, and
+    tokens are only counted and compared. Raises UserError for stop strings without a tokenizer.
     """
 
     def __init__(self, conditions: StopConditions, tokenizer: Tokenizer | None, prompt_ids: Sequence[int] = ()):
@@ -73,30 +75,32 @@ class StopMatcher:
 
     @property
     def finish(self) -> Finish | None:
-        """Why the text has ended, or None while it goes on."""
+        """Returns why the text has ended, or None if it has not."""
         return self._finish
 
     @property
     def characters(self) -> int:
-        """Characters given out so far; once the text has ended, where it ends."""
+        """Returns the number of characters returned so far; after the end, the length of the text."""
         return self._characters
 
     def push(self, token: int) -> str:
-        """The text that is certain with this token. Tokens after the end are ignored."""
+        """Returns the text that is final with this token. Tokens after the end are ignored."""
         if self._finish is not None:
             return ""
         self._tokens += 1
         if token in self._conditions.stop_ids:
             return self.close(Finish.STOP)
+
         text = self._read(self._stream.push(token))
         if self._tokens == self._conditions.max_new_tokens:
             text += self.close(Finish.LENGTH)
         return text
 
     def close(self, finish: Finish) -> str:
-        """End the text, and give out what was held back of it. Nothing happens where it has ended before."""
+        """Ends the text, and returns the text that was held back. Does nothing if the text has ended."""
         if self._finish is not None:
             return ""
+        # Bytes of an unfinished character may still complete a stop string.
         text = self._read(self._stream.close())
         if self._finish is None:
             text += self._give(len(self._held))
@@ -104,6 +108,7 @@ class StopMatcher:
         return text
 
     def _read(self, text: str) -> str:
+        """Adds text, and returns the part that no stop string can change."""
         self._held += text
         start = self._first_stop()
         if start is not None:
@@ -112,17 +117,18 @@ class StopMatcher:
         return self._give(len(self._held) - self._beginning())
 
     def _first_stop(self) -> int | None:
-        """Where the stop string begins that is complete first."""
+        """Returns the start of the stop string that is completed first, or None."""
         starts = [(stop, self._held.find(stop)) for stop in self._conditions.stop_strings]
         _, first = min(((start + len(stop), start) for stop, start in starts if start >= 0), default=(0, None))
         return first
 
     def _beginning(self) -> int:
-        """Characters of the longest end of the text that begins a stop string."""
+        """Returns the length of the longest suffix of the text that is a proper prefix of a stop string."""
         beginnings = (stop[:size] for stop in self._conditions.stop_strings for size in range(1, len(stop)))
         return max((len(beginning) for beginning in beginnings if self._held.endswith(beginning)), default=0)
 
     def _give(self, size: int) -> str:
+        """Returns the first characters of the text that is held back."""
         text, self._held = self._held[:size], self._held[size:]
         self._characters += len(text)
         return text

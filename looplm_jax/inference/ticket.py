@@ -1,4 +1,4 @@
-"""A request on its way through the engine, as its owner sees it."""
+"""The request handle: a request in the engine, from the caller's point of view."""
 
 import asyncio
 import concurrent.futures
@@ -11,11 +11,12 @@ from looplm_jax.inference.requests import NewToken, Request, Result
 
 
 class Ticket:
-    """Wait for the result, or take its tokens as they come; from any thread, and with `await` or `async for` too.
+    """A handle that waits for the result, or yields its tokens as they arrive.
 
-    Whoever gives up cancels the request: a task that is cancelled while it awaits (`asyncio.wait_for` does that when
-    its time is over), and a loop over the tokens that is left before their end. `asyncio.shield(ticket)` prevents it.
-    A `result(timeout)` that runs out does not: call `cancel`, or wait again.
+    It works from any thread, and with `await` and `async for`. Giving up cancels the request: cancelling a task that
+    awaits the handle (as `asyncio.wait_for` does on a timeout), or leaving a loop over the tokens early.
+    `asyncio.shield(ticket)` prevents this. A `result(timeout)` that times out does not cancel: call `cancel`, or wait
+    again.
     """
 
     def __init__(
@@ -25,32 +26,32 @@ class Ticket:
         raised: list[BaseException] | None = None,
     ):
         self.request = request
-        self.raised = [] if raised is None else raised  # by `on_token`, to end more than its request
+        self.raised = [] if raised is None else raised  # exceptions of `on_token` that end more than its request
         self._on_cancel = on_cancel
         self._tokens: queue.SimpleQueue[NewToken | None] = queue.SimpleQueue()
         self._arrivals: list[Callable[[], None]] = []
         self._future: concurrent.futures.Future[Result] = concurrent.futures.Future()
-        self._future.set_running_or_notify_cancel()  # nobody but the engine ends it
+        self._future.set_running_or_notify_cancel()  # only the engine completes it
         self._cancelled = False
         self._provisional: int | None = None
 
     @property
     def provisional(self) -> int | None:
-        """The likeliest next token by the loops it has done so far, to be revised; None without previews."""
+        """Returns the most probable next token after the loops so far, which may change; None without previews."""
         return self._provisional
 
     @property
     def done(self) -> bool:
-        """Whether there is a result."""
+        """Whether the result is available."""
         return self._future.done()
 
     @property
     def cancelled(self) -> bool:
-        """Whether its owner has lost interest."""
+        """Whether the caller has canceled the request."""
         return self._cancelled
 
     def cancel(self) -> None:
-        """Ask for an early end; the result then has the tokens so far. May be called from a signal handler."""
+        """Requests an early end; the result then has the tokens so far. May be called from a signal handler."""
         if self._cancelled or self.done:
             return
         self._cancelled = True
@@ -58,33 +59,34 @@ class Ticket:
             self._on_cancel(self)
 
     def result(self, timeout: float | None = None) -> Result:
-        """The result, once it is there; the engine must be stepped by somebody meanwhile."""
+        """Returns the result, waiting for it. The engine must be stepped elsewhere in the meantime."""
         return self._future.result(timeout)
 
     def ready(self) -> Iterator[NewToken]:
-        """The tokens that are there and were not taken yet; does not wait."""
+        """Yields the tokens that have arrived and were not taken yet, without waiting."""
         while True:
             try:
                 new = self._tokens.get_nowait()
             except queue.Empty:
                 return
             if new is None:
-                self._tokens.put(None)  # the end is for all who wait
+                self._tokens.put(None)  # every waiting reader must see the end
                 return
             yield new
 
     def tokens(self) -> Iterator[NewToken]:
-        """All tokens as they come, until the end."""
+        """Yields all tokens as they arrive, until the end."""
         try:
             while (new := self._tokens.get()) is not None:
                 yield new
+            # Put back, so that other readers see the end as well.
             self._tokens.put(None)
         except BaseException:
             self.cancel()
             raise
 
     async def __aiter__(self) -> AsyncIterator[NewToken]:
-        """All tokens as they come, without holding up the event loop."""
+        """Yields all tokens as they arrive, without blocking the event loop."""
         arrived = asyncio.Event()
         notify = functools.partial(_set_from_any_thread, asyncio.get_running_loop(), arrived)
         self._arrivals.append(notify)
@@ -92,7 +94,7 @@ class Ticket:
             ended = False
             while not ended:
                 arrived.clear()
-                ended = self.done  # asked before the tokens are taken, so that none is left behind
+                ended = self.done  # read before the tokens are taken, so that none is missed
                 for new in self.ready():
                     yield new
                 if not ended:
@@ -104,7 +106,7 @@ class Ticket:
             self._arrivals.remove(notify)
 
     def __await__(self) -> Generator[Any, None, Result]:
-        """The result."""
+        """Returns the result."""
         try:
             return (yield from asyncio.wrap_future(self._future).__await__())
         except BaseException:
@@ -112,28 +114,30 @@ class Ticket:
             raise
 
     def propose(self, token: int) -> None:
-        """For the engine: what the next token would be, were it to leave now."""
+        """Called by the engine: sets the token that would be chosen if the running one exited now."""
         self._provisional = token
 
     def give(self, new: NewToken) -> None:
-        """For the engine: one more token."""
+        """Called by the engine: delivers a token."""
         self._provisional = None
         self._tokens.put(new)
         self._notify()
 
     def finish(self, result: Result) -> None:
-        """For the engine: nothing follows."""
+        """Called by the engine: delivers the result, after all tokens."""
         self._future.set_result(result)
         self._tokens.put(None)
         self._notify()
 
     def _notify(self) -> None:
+        """Wakes up all waiting event loops."""
         for notify in tuple(self._arrivals):
             notify()
 
 
 def _set_from_any_thread(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
+    """Sets an event of an event loop, unless the loop is closed."""
     try:
         loop.call_soon_threadsafe(event.set)
-    except RuntimeError:  # the loop was closed meanwhile: nobody waits there any more
+    except RuntimeError:  # the loop was closed in the meantime, so nothing waits there
         return

@@ -1,4 +1,4 @@
-"""Prompts of any lengths into the rows of one batch, all but the last token of each: the first round begins with it."""
+"""Prefill of a speculative batch: prompts of any lengths, without their last tokens, which the first round reads."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -21,14 +21,16 @@ _LONGEST_CHUNK = 128
 def begin(
     model: LoopLM, params: Params, requests: Sequence[Request], loops: int, usable: int, mesh: Mesh | None = None
 ) -> SpeculativeRows:
-    """Rows with a full cache of `loops` planes that have read the prompts, chunk after chunk.
+    """Returns rows with a full cache of `loops` planes that have read the prompts, in chunks.
 
     Ids from `usable` on are never chosen.
     """
     rows = _empty(model, requests, loops, usable, mesh)
     prompts = [request.prompt_ids[:-1] for request in requests]
     longest = max(len(prompt) for prompt in prompts)
+    # A chunk size from few buckets, so that few programs are compiled.
     size = bucket(max(longest, 1), min(_LONGEST_CHUNK, rows.cache.capacity))
+
     for start in range(0, longest, size):
         part = pad([prompt[start : start + size] for prompt in prompts], size)
         rows = read(model, params, rows, part.tokens, part.counts)
@@ -37,14 +39,14 @@ def begin(
 
 @dataclasses.dataclass(frozen=True)
 class Padded:
-    """Sequences of different lengths in one array; the first `counts[n]` of `tokens[n]` are tokens."""
+    """Sequences of different lengths in one array; the first `counts[n]` of `tokens[n]` are valid."""
 
     tokens: Int[np.ndarray, "N S"]
     counts: Int[np.ndarray, "N"]
 
 
 def pad(sequences: Sequence[Sequence[int]], size: int) -> Padded:
-    """Sequences of at most `size` tokens, padded on the right."""
+    """Pads sequences of at most `size` tokens on the right."""
     tokens = np.zeros((len(sequences), size), np.int32)
     for row, sequence in zip(tokens, sequences, strict=True):
         row[: len(sequence)] = sequence
@@ -52,6 +54,7 @@ def pad(sequences: Sequence[Sequence[int]], size: int) -> Padded:
 
 
 def _empty(model: LoopLM, requests: Sequence[Request], loops: int, usable: int, mesh: Mesh | None) -> SpeculativeRows:
+    """Returns rows with an empty cache, on their devices."""
     longest = max(len(request.prompt_ids) + request.max_new_tokens for request in requests)
 
     def make() -> Cache:
@@ -75,7 +78,7 @@ def _empty(model: LoopLM, requests: Sequence[Request], loops: int, usable: int, 
 
 
 def _seen(requests: Sequence[Request], vocab_size: int) -> Bool[Array, "N V"] | None:
-    """Tokens of the prompts, if there is a row that they matter to."""
+    """Returns a mask of the tokens in each prompt, or None if no row has a repetition penalty."""
     if all(request.sampling.repetition_penalty == 1 for request in requests):
         return None
     seen = np.zeros((len(requests), vocab_size), bool)

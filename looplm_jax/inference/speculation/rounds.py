@@ -16,7 +16,7 @@ from looplm_jax.models.looplm import LoopLM, Params
 
 @dataclasses.dataclass(kw_only=True)
 class Rounds:
-    """A batch under way: its rows as the host sees them, and what they have on the device."""
+    """A running batch: its rows on the host, and their state on the device."""
 
     model: LoopLM
     params: Params
@@ -25,10 +25,10 @@ class Rounds:
     draft_loops: int
     drafts: int
     screen: Screen | None
-    usable: int  # ids that a screen may put in
+    usable: int  # ids below this may be inserted by a screen
 
     def run(self) -> None:
-        """Draft and verify until no row is under way; rows that have ended are idle meanwhile."""
+        """Drafts and verifies until every row has ended. Rows that have ended are idle in the meantime."""
         while not all(row.done for row in self.rows):
             drafted = self._draft()
             forced = self._screen(drafted)
@@ -36,19 +36,22 @@ class Rounds:
             self._force(forced)
 
     def _draft(self) -> Draft:
+        """Drafts tokens for all rows, and counts the passes of those that are not done."""
         for row in self.rows:
             row.passes += 0 if row.done else self.drafts * self.draft_loops
         self.state, drafted = draft(self.model, self.params, self.state, loops=self.draft_loops, drafts=self.drafts)
         return drafted
 
     def _screen(self, drafted: Draft) -> list[tuple[int, ...]]:
-        """The tokens that the screen puts in the place of each row's drafts."""
+        """Returns, for each row, the tokens that the screen substitutes for its drafts, if any."""
         if self.screen is None:
             return [()] * len(self.rows)
+        # The only transfer of drafts to the host; without a screen it is skipped.
         drafts = jax.device_get(drafted.tokens).tolist()
         return [() if row.done else row.screen(self.screen, drafts[row.index], self.usable) for row in self.rows]
 
     def _verify(self, drafted: Draft, rows: Sequence[Row]) -> None:
+        """Verifies the drafts of some rows."""
         if not rows:
             return
         self.state, verified = verify(
@@ -60,9 +63,11 @@ class Rounds:
             row.verify(_of(found, row))
 
     def _force(self, forced: Sequence[tuple[int, ...]]) -> None:
+        """Appends the screen's tokens, in chunks of the size of a draft, so that one program serves all."""
         for start in range(0, max(len(tokens) for tokens in forced), self.drafts):
             part = pad([tokens[start : start + self.drafts] for tokens in forced], self.drafts)
             self.state, made = force(self.model, self.params, self.state, part.tokens, part.counts)
+
             found = jax.device_get(made)
             for row in self.rows:
                 if part.counts[row.index]:
@@ -70,10 +75,12 @@ class Rounds:
                     row.extend(_of(found, row))
 
     def _mask(self, rows: Sequence[Row]) -> Bool[np.ndarray, "N"]:
+        """Returns a mask of some rows."""
         mask = np.zeros(len(self.rows), bool)
         mask[[row.index for row in rows]] = True
         return mask
 
 
 def _of(found: Verified, row: Row) -> Verified:
+    """Returns the entry of one row."""
     return jax.tree.map(lambda x: x[row.index], found)

@@ -1,4 +1,4 @@
-"""A row of a speculative batch, as the host sees it."""
+"""One row of a speculative batch, on the host."""
 
 import asyncio
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from looplm_jax.inference.under_way import RequestError
 
 
 class Row:
-    """Takes what the rounds give, until the row ends; counts what it cost."""
+    """The host state of one row: collects its tokens until it ends, and counts the cost."""
 
     def __init__(self, index: int, request: Request, loops: int, tokenizer: Tokenizer | None = None):
         self.request = request
@@ -31,16 +31,16 @@ class Row:
 
     @property
     def done(self) -> bool:
-        """Whether it has ended."""
+        """Whether the row has ended."""
         return self._matcher.finish is not None
 
     @property
     def left(self) -> int:
-        """Tokens that may yet come."""
+        """Returns the number of tokens that may follow."""
         return self.request.max_new_tokens - len(self._tokens)
 
     def screen(self, screen: Screen, drafts: Sequence[int], vocab_size: int) -> tuple[int, ...]:
-        """What the screen puts in the place of the drafts, if anything; it may also end the row."""
+        """Returns the tokens that the screen substitutes for the drafts, if any. The screen may also end the row."""
         row = ScreenedRow(index=self.index, prompt_ids=self.request.prompt_ids, tokens=tuple(self._tokens))
         try:
             verdict = screen(row, tuple(drafts[: self.left]))
@@ -49,19 +49,20 @@ class Row:
             if Screening(verdict) is Screening.STOP:
                 self._screened = True
                 self._text.append(self._matcher.close(Finish.STOP))
-        except (Exception, asyncio.CancelledError) as error:  # of this row's screen: the other rows continue
+        except (Exception, asyncio.CancelledError) as error:  # an error of this row's screen; the other rows continue
             self._fail(str(RequestError("screen", error)))
         return ()
 
     def verify(self, verified: Verified) -> None:
-        """What became of its drafts."""
+        """Records the outcome of the row's drafts."""
         self._drafted += min(verified.tokens.size, self.left)
         before = len(self._tokens)
         self.extend(verified)
+        # An ended text drops tokens, so not every accepted draft becomes a token.
         self._accepted += min(int(verified.accepted), len(self._tokens) - before)
 
     def extend(self, verified: Verified) -> None:
-        """More tokens, as far as the text goes on."""
+        """Appends tokens until the text ends."""
         count = int(verified.counts)
         for token, log_prob in zip(verified.tokens[:count].tolist(), verified.log_probs[:count].tolist(), strict=True):
             if self.done:
@@ -74,7 +75,7 @@ class Row:
             self._fail("logits were not finite; the parameters are damaged, or overflow")
 
     def result(self) -> SpeculativeResult:
-        """What came of the prompt; only when it has ended."""
+        """Returns the result of the row, which must have ended."""
         assert self._matcher.finish is not None
         return SpeculativeResult(
             prompt_ids=self.request.prompt_ids,
@@ -92,19 +93,21 @@ class Row:
         )
 
     def _tell(self, new: NewToken) -> None:
-        """Give a token on to the owner of the row."""
+        """Passes a token to the callback of the row."""
         try:
             if self.request.on_token is not None:
                 self.request.on_token(new)
-        except (Exception, asyncio.CancelledError) as error:  # of this row's callback: the other rows continue
+        except (Exception, asyncio.CancelledError) as error:  # an error of this row's callback; the other rows continue
             self._fail(str(RequestError("on_token", error)))
 
     def _fail(self, error: str) -> None:
+        """Ends the row with an error."""
         self._error = error
         self._text.append(self._matcher.close(Finish.FAILED))
 
 
 def _checked(tokens: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
+    """Returns the tokens of a reroute. Raises UserError if one is not in the vocabulary."""
     outside = [token for token in tokens if not 0 <= token < vocab_size]
     if outside:
         raise UserError(f"token {outside[0]} of the reroute is not in the vocabulary of {vocab_size} tokens")

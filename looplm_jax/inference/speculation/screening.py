@@ -1,4 +1,4 @@
-"""Screening: a look at drafts before any token of them is given out (paper v4, section 7.3)."""
+"""Screening: inspection of drafts before any of their tokens is emitted (paper v4, section 7.3)."""
 
 import dataclasses
 import enum
@@ -8,15 +8,15 @@ from looplm_jax.errors import UserError
 
 
 class Screening(enum.Enum):
-    """What becomes of the drafts of a row."""
+    """The decision about the drafts of a row."""
 
-    CONTINUE = "continue"  # they are verified
-    STOP = "stop"  # they are dropped, and the row ends
+    CONTINUE = "continue"  # verify them
+    STOP = "stop"  # drop them, and end the row
 
 
 @dataclasses.dataclass(frozen=True)
 class Reroute:
-    """Other tokens in the place of the drafts. They are given out as they are, and the row goes on from them."""
+    """Tokens to use instead of the drafts. They are emitted unchanged, and the row continues from them."""
 
     tokens: tuple[int, ...]
 
@@ -28,7 +28,7 @@ class Reroute:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScreenedRow:
-    """The row that drafts belong to: its number in the batch, its prompt, and what was given out so far."""
+    """The row of the drafts: its index in the batch, its prompt, and the tokens emitted so far."""
 
     index: int
     prompt_ids: tuple[int, ...]

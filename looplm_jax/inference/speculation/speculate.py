@@ -1,9 +1,9 @@
-"""Continue prompts by self-speculation.
+"""Continues prompts by self-speculation.
 
 results = speculate(model, params, [[3, 14, 15], [92]], draft_loops=1, drafts=4, max_new_tokens=64)
 results[0].tokens, results[0].acceptance_rate, results[0].loops_per_token
 
-With `on_token`, tokens are given out as they are accepted.
+With `on_token`, tokens are emitted as soon as they are accepted.
 """
 
 import functools
@@ -46,39 +46,44 @@ def speculate(
     cache: CacheStrategy = CacheStrategy.FULL,
     mesh: Mesh | None = None,
 ) -> list[SpeculativeResult]:
-    """Continue prompts of any lengths, all in one batch; no row has an influence on another.
+    """Continues prompts of any lengths in one batch. No row affects another.
 
-    Greedy tokens are those of `FixedLoops(T)`, unless rounding decides between two that are equally probable. Drawn
-    tokens are distributed as those of `FixedLoops(T)`, but for one seed they are others.
+    Greedy tokens equal those of `FixedLoops(T)`, unless rounding decides between two equally probable tokens. Sampled
+    tokens have the same distribution as those of `FixedLoops(T)`, but differ for a given seed.
 
     Args:
-      model: the network; on a CPU one with `unrolled`, and the parameters that go with it, is faster.
+      model: the network; on a CPU, one with `unrolled` and the matching parameters is faster.
       params: its parameters.
-      prompts: token ids, at least one each.
+      prompts: token ids, at least one per prompt.
       draft_loops: the loop s whose predictions are the drafts.
-      drafts: drafts before they are verified, k.
-      max_new_tokens: at least 1; fewer come where a stop token does.
-      loops: the loop T whose predictions count; default: the loops that the model is meant for.
-      sampling: greedy by default; one for all rows, which then count its `index` up from row to row, or one for each,
-        taken as it is. Random keys depend on it and on the number of the token alone.
+      drafts: the number of drafts before a verification, k.
+      max_new_tokens: at least 1; a stop token may end a row earlier.
+      loops: the loop T whose predictions count; default: the trained depth.
+      sampling: greedy by default. Either one for all rows, whose `index` is then incremented from row to row, or one
+        per row, used unchanged. Random keys depend only on it and on the number of the token.
       stop_ids: tokens that end a row.
-      stop_strings: texts that end a row, and are not part of its text; they need a tokenizer.
-      tokenizer: for the text of rows; without one there is none.
-      on_token: is given the number of a row and a new token of it, as soon as that is certain: after each round those
-        that it has added, in order. If it raises, that row fails and the others go on.
-      screen: is shown every row's drafts before any of them is given out. The corrected token that follows rejected
-        drafts is not among them. If it raises, that row fails and the others go on.
-      cache: must be full: loops s+1..T of a draft have keys and values of their own.
-      mesh: that the parameters lie on; keys and values are spread over their heads.
+      stop_strings: texts that end a row, and are not part of its text; they require a tokenizer.
+      tokenizer: decodes the text of rows; without one the text is empty.
+      on_token: called with the index of a row and a new token, as soon as the token is final: after each round for the
+        tokens that it added, in order. If it raises, that row fails and the others continue.
+      screen: called with every row's drafts before any of them is emitted. The corrected token that follows rejected
+        drafts is not included. If it raises, that row fails and the others continue.
+      cache: must be full: loops s+1..T of a draft have their own keys and values.
+      mesh: the mesh of the parameters; keys and values are sharded over their heads.
 
     Raises:
-      UserError: a prompt that cannot be served, `draft_loops` outside 1..T-1, `drafts` below 1, or another cache.
+      UserError: a prompt cannot be served, `draft_loops` is outside 1..T-1, `drafts` is below 1, or the cache is not
+        full.
     """
     loops = model.config.loops if loops is None else whole_number("loops", loops, least=1)
+    # A negative `draft_loops` is an integer too; _check names its allowed range.
     draft_loops, drafts = whole_number("draft_loops", draft_loops, least=-MOST), whole_number("drafts", drafts, least=1)
     _check(draft_loops, loops, cache)
+
     if isinstance(prompts, str):
         raise UserError("prompts must be lists of token ids, not text; encode it with the tokenizer")
+
+    # Checked like requests of an engine that has room for every position of the model.
     size = EngineConfig(capacity=model.config.max_positions, loops=loops)
     rows = []
     for index, (prompt, own) in enumerate(zip(prompts, _samplings(sampling, len(prompts)), strict=True)):
@@ -92,6 +97,7 @@ def speculate(
         )
         check_request(request, model.config, size, tokenizer)
         rows.append(Row(index, request, loops, tokenizer))
+
     with on_mesh(mesh):
         if rows:
             usable = usable_ids(model.config, tokenizer)
@@ -106,10 +112,12 @@ def speculate(
                 screen=screen,
                 usable=usable,
             ).run()
+
     return [row.result() for row in rows]
 
 
 def _check(draft_loops: int, loops: int, cache: CacheStrategy) -> None:
+    """Raises UserError for loops or a cache with which drafts cannot be verified."""
     if loops < 2:
         raise UserError(f"self-speculation needs at least 2 loops, not {loops}; generate without it")
     if not 1 <= draft_loops < loops:
@@ -121,6 +129,7 @@ def _check(draft_loops: int, loops: int, cache: CacheStrategy) -> None:
 
 
 def _samplings(sampling: Sampling | Sequence[Sampling] | None, rows: int) -> Sequence[Sampling]:
+    """Returns the settings of each row."""
     if sampling is None or isinstance(sampling, Sampling):
         return [(sampling or Sampling()).numbered(index) for index in range(rows)]
     if len(sampling) != rows:

@@ -1,13 +1,13 @@
 """One round of self-speculation: draft with loop s, verify with loop T (LoopSpec, arXiv 2609.17184).
 
-The last token of a row, x_0, is not yet part of its cache. A round with k drafts is
+The last token of a row, x_0, is not yet in its cache. A round with k drafts is
 
-    draft    k passes, one after another: x_j goes through loops 1..s, whose logits give the draft x_(j+1), j = 0..k-1
-    verify   x_0 .. x_(k-1) at once through loops s+1..T, from their states after loop s: loop T's x_1 .. x_k
+    draft    k sequential passes: x_j goes through loops 1..s, whose logits give the draft x_(j+1), j = 0..k-1
+    verify   x_0 .. x_(k-1) in parallel through loops s+1..T, from their states after loop s: loop T's x_1 .. x_k
 
-The first s loops of a draft are the first s loops of the verifier, so nothing is computed twice. The drafts that
-`accept` keeps become part of the row, and a corrected token after them; the cache then holds all tokens but the last,
-as before. What rejected drafts wrote behind these is never looked at, and is written over.
+The first s loops of a draft are also the first s loops of the verifier, so nothing is computed twice. The drafts that
+`accept` keeps are appended to the row, followed by a corrected token; the cache then holds all tokens except the last,
+as before. Positions that rejected drafts wrote after these are never read, and are overwritten later.
 """
 
 import dataclasses
@@ -29,20 +29,21 @@ from looplm_jax.models.looplm import LoopLM, ModelCache, Params, compute_dtype
 
 @flax.struct.dataclass
 class SpeculativeRows:
-    """N texts under way, in a full cache. The last token of each is not yet part of it."""
+    """N running sequences in a full cache. The last token of each is not yet in the cache."""
 
     cache: Cache
     tokens: Int[Array, "N"]
-    made: Int[Array, "N"]  # new tokens
+    made: Int[Array, "N"]  # number of new tokens
     sampling: SamplingTable
-    seen: Bool[Array, "N V"] | None  # tokens of prompt and text, where a row has a repetition penalty
+    seen: Bool[Array, "N V"] | None  # tokens of prompt and text, if a row has a repetition penalty
 
     def extend(self, cache: Cache, tokens: Int[Array, "N S"], counts: Int[Array, "N"]) -> "SpeculativeRows":
-        """The rows with `counts[n]` of `tokens[n]` behind them, of which `cache` has read all but the last."""
+        """Returns the rows with `counts[n]` of `tokens[n]` appended. `cache` has read all of them except the last."""
         rows = jnp.arange(counts.size)
         new = jnp.arange(tokens.shape[1]) < counts[:, None]
         seen = self.seen
         if seen is not None:
+            # Padding is written to the index V, which is out of bounds, and dropped.
             seen = seen.at[rows[:, None], jnp.where(new, tokens, seen.shape[1])].set(True, mode="drop")
         extended = SpeculativeRows(
             cache=cache.advance(counts),
@@ -56,7 +57,7 @@ class SpeculativeRows:
 
 @flax.struct.dataclass
 class Draft:
-    """k drafts of each row, and what verification goes on from; `states` are of the tokens that the drafts follow."""
+    """k drafts of each row, and the inputs of their verification. `states` are of the tokens before the drafts."""
 
     tokens: Int[Array, "N k"]
     logits: Float[Array, "N k V"]  # of loop s
@@ -67,20 +68,20 @@ class Draft:
 
 @flax.struct.dataclass
 class Verified:
-    """What became of the drafts of each row, as in `Acceptance`, with log-probabilities under loop T (raw logits)."""
+    """The outcome of verification, as in `Acceptance`, with log-probabilities under loop T (raw logits)."""
 
     tokens: Int[Array, "N k"]
     log_probs: Float[Array, "N k"]
     counts: Int[Array, "N"]
     accepted: Int[Array, "N"]
-    failed: Bool[Array, "N"]  # logits were not finite after the tokens that are kept
+    failed: Bool[Array, "N"]  # logits were not finite after the kept tokens
 
 
 @functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("rows",))
 def read(
     model: LoopLM, params: Params, rows: SpeculativeRows, tokens: Int[Array, "N S"], counts: Int[Array, "N"]
 ) -> SpeculativeRows:
-    """Read the first `counts[n]` of `tokens[n]`, a part of the prompt, through all T loops. The rows are donated."""
+    """Reads the first `counts[n]` of `tokens[n]`, a part of the prompt, through all T loops. The rows are donated."""
     done = _read(model, params, rows.cache, tokens, rows.cache.depth)
     return settled(dataclasses.replace(rows, cache=done.cache.advance(counts)))
 
@@ -89,9 +90,9 @@ def read(
 def draft(
     model: LoopLM, params: Params, rows: SpeculativeRows, *, loops: int, drafts: int
 ) -> tuple[SpeculativeRows, Draft]:
-    """`drafts` drafts of each row by loop `loops`; the cache has then read them in its first `loops` planes.
+    """Returns `drafts` drafts per row, by loop `loops`. The first `loops` planes of the cache then hold them.
 
-    The rows are donated, and are as long as before.
+    The rows are donated, and keep their lengths.
     """
 
     def one(rows: SpeculativeRows, _: None) -> tuple[SpeculativeRows, Draft]:
@@ -103,6 +104,7 @@ def draft(
         )
         return rows.extend(done.cache, tokens[:, None], jnp.ones_like(tokens)), drafted
 
+    # Drafts are tentative: afterwards, only the planes of the cache are kept from the rows that the scan extended.
     after, drafted = jax.lax.scan(one, rows, length=drafts)
     cache = dataclasses.replace(after.cache, lengths=rows.cache.lengths)
     return settled((dataclasses.replace(rows, cache=cache), jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), drafted)))
@@ -112,13 +114,15 @@ def draft(
 def verify(
     model: LoopLM, params: Params, rows: SpeculativeRows, drafted: Draft, active: Bool[Array, "N"], *, draft_loops: int
 ) -> tuple[SpeculativeRows, Verified]:
-    """Keep of the drafts what loop T would have said. The rows are donated; those not `active` remain as they are."""
+    """Keeps the drafts that loop T accepts. The rows are donated; rows that are not `active` stay unchanged."""
     loops = range(draft_loops, rows.cache.depth)
     done = _go_on(model, params, rows.cache, drafted.states, drafted.embedded, loops)
     logits = logits_of(model, params, done.hidden)
     acceptance = _accept(rows, drafted, logits)
     counts, failed = _before_failure(logits, acceptance.counts)
+
     counts = jnp.where(active, counts, 0)
+
     verified = Verified(
         tokens=acceptance.tokens,
         log_probs=_log_probs(logits, acceptance.tokens),
@@ -133,11 +137,14 @@ def verify(
 def force(
     model: LoopLM, params: Params, rows: SpeculativeRows, tokens: Int[Array, "N S"], counts: Int[Array, "N"]
 ) -> tuple[SpeculativeRows, Verified]:
-    """Append the first `counts[n]` of `tokens[n]` as given, through all T loops. The rows are donated."""
+    """Appends the first `counts[n]` of `tokens[n]` unchanged, through all T loops. The rows are donated."""
+    # Each token is predicted from the one before it, so the inputs are shifted by one.
     before = jnp.concatenate([rows.tokens[:, None], tokens[:, :-1]], axis=1)
     done = _read(model, params, rows.cache, before, rows.cache.depth)
+
     logits = logits_of(model, params, done.hidden)
     counts, failed = _before_failure(logits, counts)
+
     forced = Verified(
         tokens=tokens,
         log_probs=_log_probs(logits, tokens),
@@ -150,7 +157,7 @@ def force(
 
 @flax.struct.dataclass
 class _Pass:
-    """What loops made of S tokens of each row; they stand in the cache, behind its `lengths`."""
+    """The result of loops on S tokens per row. Their keys and values are in the cache, after its `lengths`."""
 
     cache: Cache
     embedded: Float[Array, "N S D"]
@@ -159,15 +166,17 @@ class _Pass:
 
 
 def _read(model: LoopLM, params: Params, cache: Cache, tokens: Int[Array, "N S"], loops: int) -> _Pass:
-    """Tokens after those of the cache, through loops 1 .. `loops`."""
+    """Runs tokens after those of the cache through loops 1 .. `loops`."""
     apply = bound(model, params)
     context = cache.context(model.config, tokens.shape[1])
     past = cache.past_prelude(compute_dtype(model.compute))
+
     embedded, prelude = apply(tokens, context, past, True, method="embed")
     if prelude is not None:
         own = jax.tree.map(lambda new: new[None], prelude)
         planes = dataclasses.replace(cache.planes, prelude=_write(cache, cache.planes.prelude, own, range(1)))
         cache = dataclasses.replace(cache, planes=planes)
+
     return _go_on(model, params, cache, apply(embedded, method="initial_state"), embedded, range(loops))
 
 
@@ -179,7 +188,7 @@ def _go_on(
     embedded: Float[Array, "N S D"],
     loops: range,
 ) -> _Pass:
-    """Tokens after those of the cache that have done `loops.start` loops, through the others up to `loops.stop`."""
+    """Runs tokens after those of the cache, which have completed `loops.start` loops, up to loop `loops.stop`."""
     apply, dtype = bound(model, params), compute_dtype(model.compute)
     context = cache.context(model.config, state.shape[1])
 
@@ -198,7 +207,7 @@ def _go_on(
 
 
 def _write(cache: Cache, stacked: KeyValues | None, own: KeyValues | None, planes: range) -> KeyValues | None:
-    """Put what S tokens of each row have in some planes behind the row; what exceeds the capacity is dropped."""
+    """Writes keys and values of S tokens to some planes, after each row. Drops positions beyond the capacity."""
 
     def put(whole: Float[Array, "L P N C K Dh"], new: Float[Array, "p L N S K Dh"]) -> Float[Array, "L P N C K Dh"]:
         plane = jnp.arange(planes.start, planes.stop)[:, None, None]
@@ -210,6 +219,7 @@ def _write(cache: Cache, stacked: KeyValues | None, own: KeyValues | None, plane
 
 
 def _accept(rows: SpeculativeRows, drafted: Draft, logits: Float[Array, "N k V"]) -> Acceptance:
+    """Applies the acceptance test to the drafts of all rows."""
     sampling = jax.tree.map(lambda number: number[:, None], rows.sampling)
     numbers = rows.made[:, None] + jnp.arange(logits.shape[1])
 
@@ -225,12 +235,13 @@ def _accept(rows: SpeculativeRows, drafted: Draft, logits: Float[Array, "N k V"]
 
 
 def _before_failure(logits: Float[Array, "N S V"], counts: Int[Array, "N"]) -> tuple[Int[Array, "N"], Bool[Array, "N"]]:
-    """As many of `counts` as come before the first logits that are not finite, and whether that is fewer."""
+    """Returns how many of `counts` precede the first logits that are not finite, and whether that is fewer."""
     finite = jnp.isfinite(logits).all(axis=-1).astype(jnp.int32)
     sound = jnp.sum(jnp.cumprod(finite, axis=1), axis=1)
     return jnp.minimum(counts, sound), sound < counts
 
 
 def _log_probs(logits: Float[Array, "N S V"], tokens: Int[Array, "N S"]) -> Float[Array, "N S"]:
+    """Returns the log-probability of each token from raw logits."""
     chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
