@@ -1,4 +1,4 @@
-"""All processes of a run stop at the same step, whichever of them was asked to, or can go no further."""
+"""Agreement on stopping: all processes of a run stop at the same step, for a signal or because data is missing."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -16,55 +16,68 @@ _POLL_SECONDS = 0.1
 
 
 class OutOfData(UserError):
-    """A process could not read its share of the next batch. The message says which and why."""
+    """A process could not read its part of the next batch. The message names the process and the reason."""
 
 
 class Agreement:
-    """What `StopRequest` is to one process, for all processes of a run together.
+    """Extends `StopRequest` from one process to all processes of a run.
 
-    They agree over the network, while the devices still compute the step before, so nobody waits for it. Every method
-    must be called by all of them at the same point.
+    The processes communicate over the network while the devices still compute the previous step, so the devices do not
+    wait. All processes must call each method at the same point.
+
+    Args:
+      cluster: the processes of the run.
+      request: the stop request of this process.
     """
 
     def __init__(self, cluster: Cluster, request: StopRequest):
         self._cluster, self._request = cluster, request
 
     def check(self, failure: str | None = None) -> None:
-        """Go on, or stop here, all alike.
+        """Returns if all processes can continue, and raises the same error on all of them otherwise.
 
         Args:
-          failure: why this process has nothing to go on with.
+          failure: why this process cannot continue, or None.
 
         Raises:
-          Stopped: a signal came to one of the processes.
+          Stopped: one of the processes received a signal.
           OutOfData: one of them has a `failure`.
         """
         said = self._cluster.gather("step", [self._request.received, failure])
+        # Missing data takes precedence over a signal, so that its reason is reported.
         failures = [(index, why) for index, (_, why) in enumerate(said) if why is not None]
+
         if failures:
             index, why = failures[0]
             raise OutOfData(why if self._cluster.count == 1 else f"process {index}: {why}")
+
         _raise_first(number for number, _ in said)
 
     def run(self, function: Callable[[], R]) -> R:
-        """`function()` in a thread of its own; see `StopRequest.run`. Where one process stops, all do.
+        """Returns `function()`, run in a thread; see `StopRequest.run`. If one process stops, all do.
 
-        After a stop the devices may be used again only if `function` does not use them.
+        After a stop, the devices may be used again only if `function` does not use them.
         """
         if self._cluster.count == 1:
             return self._request.run(function)
+
         job = Job(function)
         while True:
             job.wait(_POLL_SECONDS)
             if job.failed:
-                return job.result()  # raises; the others may be waiting for this job, and hear of it when it ends all
+                return job.result()  # raises; the error ends all processes, including those that wait for this one
+
             said = self._cluster.gather("work", [self._request.received, job.ended])
             _raise_first(number for number, _ in said)
             if all(ended for _, ended in said):
                 return job.result()
 
     def run_over(self, function: Callable[[ValidationBatches], R], batches: ValidationBatches) -> R:
-        """`function(batches)`, which uses the devices. One process leaves it at once, many leave it between batches."""
+        """Returns `function(batches)`, which uses the devices.
+
+        A single process can be stopped at any moment. Several processes stop only between batches, because a collective
+        operation must not be abandoned by some of them.
+        """
         if self._cluster.count == 1:
             return self._request.run(lambda: function(batches))
         return function(_Watched(batches.batches, batches.num_sequences, self.check))
@@ -72,7 +85,7 @@ class Agreement:
 
 @dataclasses.dataclass(frozen=True)
 class _Watched(ValidationBatches):
-    """Batches before each of which all processes agree to go on."""
+    """Batches that check, before each one, that all processes can continue."""
 
     check: Callable[[], None] = lambda: None
 
@@ -83,6 +96,7 @@ class _Watched(ValidationBatches):
 
 
 def _raise_first(numbers: Iterator[int | None]) -> None:
+    """Raises Stopped for the first signal that any process received, if there is one."""
     received = [number for number in numbers if number is not None]
     if received:
         raise Stopped(received[0])

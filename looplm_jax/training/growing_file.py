@@ -1,4 +1,4 @@
-"""Files that only grow. What a disk or a bucket refuses is kept in memory, and written as soon as it is taken again."""
+"""Append-only files. Content that the disk or the bucket refuses is kept in memory and written as soon as possible."""
 
 import os
 import threading
@@ -11,27 +11,31 @@ from etils import epath
 from looplm_jax.files import AnyPath, refusal, write_atomically, writing
 
 _SECONDS_BETWEEN_UPLOADS = 30.0
-_SHARE_OF_TIME = 0.05  # uploads take no more of it
+_SHARE_OF_TIME = 0.05  # the maximum fraction of the time spent in uploads
 
 
 @runtime_checkable
 class GrowingFile(Protocol):
-    """A file to which its one writer appends."""
+    """A file to which a single writer appends.
+
+    Attributes:
+      refused: why the last content is not stored, or None if it is.
+    """
 
     refused: str | None  # why what was appended last is not stored, if so
 
     def append(self, content: bytes) -> None:
-        """Add to the end, soon."""
+        """Appends to the file soon."""
 
     def flush(self) -> None:
-        """Add to the end what was appended so far, now, such that it survives a power cut."""
+        """Writes everything appended so far now, such that it survives a power failure."""
 
     def close(self) -> None:
-        """Nothing more will come; flushes."""
+        """Flushes and closes the file."""
 
 
 def grow(path: AnyPath, content: bytes = b"") -> GrowingFile:
-    """A new file with this content, in the place of what is there.
+    """Creates a file with this content, replacing any file at `path`.
 
     Raises:
       UserError: the disk or the bucket refuses it.
@@ -41,7 +45,7 @@ def grow(path: AnyPath, content: bytes = b"") -> GrowingFile:
 
 
 class _LocalFile:
-    """Stored at once. A part that the disk still takes is no harm: the next attempt goes on behind it."""
+    """A local file, written immediately. After a partial write, the next attempt continues behind the written part."""
 
     def __init__(self, path: Path):
         self.refused: str | None = None
@@ -72,7 +76,7 @@ class _LocalFile:
 
 
 class _BucketFile:
-    """An object cannot grow: it is kept in memory, and uploaded whole by a thread now and then, and by `flush`."""
+    """An object in a bucket. Objects cannot grow, so a thread and `flush` upload the whole content."""
 
     def __init__(self, path: epath.Path, content: bytes):
         self.refused: str | None = None
@@ -93,7 +97,7 @@ class _BucketFile:
             try:
                 self._path.write_bytes(content)
                 self._stored, self.refused = len(content), None
-            except Exception as error:  # clients of buckets raise errors of many kinds, and none must end a training
+            except Exception as error:  # clients of buckets raise many types of errors; none of them may end a run
                 self.refused = refusal(error, self._path) or repr(error)
 
     def close(self) -> None:
@@ -102,6 +106,7 @@ class _BucketFile:
         self.flush()
 
     def _upload_now_and_then(self) -> None:
+        """Uploads at intervals, so that uploads take at most 5 % of the time."""
         pause = _SECONDS_BETWEEN_UPLOADS
         while not self._closed.wait(pause):
             started = time.monotonic()

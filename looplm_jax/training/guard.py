@@ -1,9 +1,9 @@
-"""The guard: a step whose loss or gradient is not finite, or whose loss is a spike, changes nothing.
+"""The guard: a step whose loss or gradient is not finite, or whose loss is a spike, is skipped.
 
-What recurs is no spike. The window also learns the losses that were skipped, and a loss is compared with the window
-without the highest 1 in 64: so few high losses leave the limit where it was, and more of them show that they belong to
-the data, such as a harder source of the mixture. Of several skips in a row only the first is learned, so a run whose
-loss stays high is stopped after `guard.patience` steps instead of getting used to it.
+Losses that recur are not spikes. The window therefore also contains losses of skipped steps, and a loss is compared
+with the window without its highest 1 in 64: a few high losses leave the limit unchanged, while more of them show that
+they are part of the data, such as a harder source of the mixture. Of several consecutive skips only the first enters
+the window, so a run whose loss stays high is stopped after `guard.patience` steps instead of adapting to it.
 """
 
 import dataclasses
@@ -15,21 +15,23 @@ from jaxtyping import Array, Bool, Float, Int
 
 from looplm_jax.config import GuardConfig
 
-_ONE_IN = 64  # of the losses of a window are set aside: its highest, which the limit does not follow
-_FAMILIAR = 2.0  # a loss up to this many times as far above the mean as the highest of the others is no spike
+_ONE_IN = 64  # the highest 1 in 64 losses of the window do not influence the limit
+_FAMILIAR = (
+    2.0  # a loss up to this multiple of the distance between the mean and the highest remaining loss is not a spike
+)
 
 
 @flax.struct.dataclass
 class GuardState:
-    """The latest losses, and what was skipped.
+    """The latest losses, and counts of skipped steps.
 
-    Lives in the train state, so a resumed run makes the same decisions.
+    It is part of the train state, so a resumed run makes the same decisions.
 
     Attributes:
-      losses: the window, a ring: accepted losses, and the first of each row of skipped ones.
-      accepted: losses that entered the window since the stage began.
-      skipped: steps skipped since the run began.
-      skipped_in_a_row: steps skipped since the last accepted one.
+      losses: the window, a ring buffer of the losses of accepted steps and of the first of consecutive skipped ones.
+      accepted: the number of losses that entered the window since the stage began.
+      skipped: the number of steps skipped since the run began.
+      skipped_in_a_row: the number of steps skipped since the last accepted one.
     """
 
     losses: Float[Array, "W"]
@@ -47,7 +49,10 @@ def initial_guard(config: GuardConfig) -> GuardState:
 
 
 def next_stage_guard(state: GuardState) -> GuardState:
-    """Forgets the losses, which another objective would make meaningless; keeps the counts."""
+    """Returns the state at the start of the next stage.
+
+    The losses are cleared, because another objective has other losses. The counts are kept.
+    """
     zeros = jnp.zeros_like(state.losses)
     return dataclasses.replace(state, losses=zeros, accepted=jnp.zeros_like(state.accepted))
 
@@ -55,19 +60,20 @@ def next_stage_guard(state: GuardState) -> GuardState:
 def is_sound(
     config: GuardConfig, state: GuardState, loss: Float[Array, ""], gradient_norm: Float[Array, ""]
 ) -> Bool[Array, ""]:
-    """Returns whether loss and gradient are finite and, once the window is full, the loss is at most its limit."""
+    """Whether loss and gradient are finite and, once the window is full, the loss does not exceed its limit."""
     finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
     return finite & ((state.accepted < state.losses.shape[0]) | (loss <= spike_limit(config, state.losses)))
 
 
 def spike_limit(config: GuardConfig, losses: Float[Array, "W"]) -> Float[Array, ""]:
-    """Returns the largest loss that is no spike after a full window.
+    """Returns the largest loss that is not a spike, given a full window.
 
-    Of the window without its highest losses, that is the mean and `sigma` standard deviations, or twice the distance
-    from the mean to the highest of those that are left, where that is more.
+    The highest losses of the window are excluded. The limit is the mean of the remaining ones plus the larger of
+    `sigma` standard deviations and twice the distance from the mean to the highest of them.
     """
     window = losses.shape[0]
     aside = min(math.ceil(window / _ONE_IN), window // 4)
+
     usual = jnp.sort(losses)[: window - aside]
     mean = jnp.mean(usual)
     return mean + jnp.maximum(config.sigma * jnp.std(usual), _FAMILIAR * (usual[-1] - mean))
@@ -76,8 +82,10 @@ def spike_limit(config: GuardConfig, losses: Float[Array, "W"]) -> Float[Array, 
 def update_guard(state: GuardState, loss: Float[Array, ""], sound: Bool[Array, ""]) -> GuardState:
     """Returns the state after an accepted or a skipped step."""
     learned = jnp.isfinite(loss) & (sound | (state.skipped_in_a_row == 0))
+
     slot = state.accepted % state.losses.shape[0]
     one = sound.astype(jnp.int32)
+
     return GuardState(
         losses=state.losses.at[slot].set(jnp.where(learned, loss, state.losses[slot])),
         accepted=state.accepted + learned.astype(jnp.int32),

@@ -1,4 +1,4 @@
-"""Metrics of a run: one JSON object a line, and TensorBoard events beside it. No refusal of a disk ends a training."""
+"""Metrics of a run: JSON Lines in `metrics.jsonl`, and TensorBoard events. Refused writes never end a run."""
 
 import contextlib
 import math
@@ -21,38 +21,47 @@ TRAIN, EVALUATION = "train", "evaluation"  # kinds of lines
 
 @runtime_checkable
 class EventSink(Protocol):
-    """Where scalars go besides `metrics.jsonl`."""
+    """An additional destination of scalars, besides `metrics.jsonl`."""
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """All scalars of a line, under names such as `train/loss`."""
+        """Writes all scalars of a line, under names such as `train/loss`."""
 
     def close(self) -> None:
-        """No more will come."""
+        """Closes the destination."""
 
 
 @runtime_checkable
 class Log(Protocol):
-    """What a run writes its metrics to."""
+    """The destination of the metrics of a run."""
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """One line."""
+        """Writes one line."""
 
     def flush(self) -> None:
-        """To be called before a save: a run that goes on from there needs the lines until there."""
+        """Stores all lines written so far. Must be called before a save.
+
+        A run that resumes from that checkpoint needs the lines up to it.
+        """
 
     def evaluated(self, step: int) -> bool:
-        """Whether an earlier process wrote the evaluation at this step."""
+        """Whether an earlier process has written the evaluation at this step."""
 
 
 class MetricsLog:
-    """Appends to `metrics.jsonl` and `tensorboard/`, and gives the same scalars to `mirrors`.
+    """Appends to `metrics.jsonl` and `tensorboard/`, and sends the same scalars to `mirrors`.
 
-    Opened at a step, it forgets the lines after it: they will be written again. Damaged lines are left out, with a
-    warning. What the disk or the bucket refuses later is kept, with a warning, and tried again with the next line.
-    `warn` gets each warning.
+    Lines after `step` are removed on opening, because the resumed run writes them again. Damaged lines are dropped with
+    a warning. Lines that the disk or the bucket refuses later are kept in memory, with a warning, and retried with the
+    next line.
+
+    Args:
+      folder: the run folder.
+      step: the step from which the run continues.
+      mirrors: additional destinations of scalars.
+      warn: receives each warning.
 
     Raises:
-      UserError: it refuses already now.
+      UserError: the disk or the bucket refuses the file already on opening.
     """
 
     def __init__(
@@ -65,49 +74,53 @@ class MetricsLog:
     ):
         kept = [row for row in read_metrics(folder, warn=warn) if row["step"] <= step]
         self._evaluated = {row["step"] for row in kept if row["kind"] == EVALUATION}
+
         self._path = folder / "metrics.jsonl"
         self._lines = grow(self._path, "".join(map(_line, kept)).encode())
         self._events = open_events(folder / "tensorboard", step=step)
+
         self._mirrors, self._warn = mirrors, warn
         self._refused: str | None = None
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """One line: `{"kind": kind, "step": step, **values}`, with null for what is not finite.
+        """Writes one line, `{"kind": kind, "step": step, **values}`, with null for values that are not finite.
 
-        Lists become one TensorBoard scalar for each loop, NaN included.
+        Each list becomes one TensorBoard scalar per loop. There, NaN stays NaN.
         """
         self._lines.append(_line({"kind": kind, "step": step, **values}).encode())
         self._events.write(step, _scalars(kind, values))
         self._tell("kept in memory, and tried again with the next line; training goes on")
+
         for mirror in self._mirrors:
             mirror.write(step, _scalars(kind, values))
 
     def flush(self) -> None:
-        """See `Log.flush`."""
+        """Stores all lines written so far; see `Log.flush`."""
         self._lines.flush()
         self._events.file.flush()
         self._tell("kept in memory, and tried again; training goes on")
 
     @property
     def evaluations(self) -> list[int]:
-        """The steps at which earlier processes wrote an evaluation."""
+        """The steps at which earlier processes have written an evaluation, in ascending order."""
         return sorted(self._evaluated)
 
     def evaluated(self, step: int) -> bool:
-        """Whether an earlier process wrote the evaluation at this step."""
+        """Whether an earlier process has written the evaluation at this step."""
         return step in self._evaluated
 
     def close(self) -> None:
-        """Close the files. Lines that are refused even now are lost."""
+        """Closes the files. Lines that are still refused are lost."""
         self._lines.close()
         self._events.file.close()
+        # Makes `_tell` report a refusal again, now with its final consequence.
         self._refused = None
         self._tell("the last lines are lost; mend that before the next run")
         for mirror in self._mirrors:
             mirror.close()
 
     def _tell(self, what_then: str) -> None:
-        """Say where refusals begin, and where they end."""
+        """Warns when writes begin to be refused, and when they succeed again."""
         refused = self._lines.refused or self._events.file.refused
         if refused is not None and self._refused is None:
             self._warn(f"NOT WRITTEN: {self._path} ({refused}): {what_then}")
@@ -117,7 +130,7 @@ class MetricsLog:
 
 
 class _Unwritten:
-    """What the other processes have in the place of a log: they know what is in it, and add nothing."""
+    """The log of the processes other than process 0: it writes nothing, but has the steps of earlier evaluations."""
 
     def __init__(self, evaluations: Sequence[int]):
         self._evaluations = frozenset(evaluations)
@@ -136,7 +149,10 @@ class _Unwritten:
 def open_log(
     folder: AnyPath, step: int, cluster: Cluster, mirrors: Sequence[EventSink] = (), *, warn: Callable[[str], None]
 ) -> Iterator[Log]:
-    """The log of a run at a step: process 0 writes it. All processes must call this together."""
+    """A context manager that yields the log of a run at a step. All processes must call this together.
+
+    Only process 0 writes the files. Arguments as for `MetricsLog`.
+    """
     log = MetricsLog(folder, step=step, mirrors=mirrors, warn=warn) if cluster.index == 0 else None
     evaluations = cluster.gather("evaluations", log.evaluations if log else [])[0]
     if log is None:
@@ -151,12 +167,13 @@ def _warn_on_stderr(line: str) -> None:
 
 
 def read_metrics(folder: AnyPath, *, warn: Callable[[str], None] = _warn_on_stderr) -> list[dict[str, Any]]:
-    """Returns the rows of `metrics.jsonl`; none if there is no file.
+    """Returns the lines of `metrics.jsonl` as dictionaries, or none if there is no file.
 
-    A last line that a killed process left incomplete is left out, and so are damaged lines, with one call of `warn`.
+    An incomplete last line, left by a killed process, is dropped silently. Damaged lines are dropped with one call of
+    `warn`.
 
     Raises:
-      UserError: the disk or the bucket refuses.
+      UserError: the disk or the bucket refuses the read.
     """
     path = folder / "metrics.jsonl"
     with reading(path):
@@ -164,7 +181,8 @@ def read_metrics(folder: AnyPath, *, warn: Callable[[str], None] = _warn_on_stde
             return []
         check_regular(path)
         lines = path.read_bytes().split(b"\n")
-    rows = [strict_json.metrics_row(line) for line in lines[:-1]]  # what follows the last newline was never finished
+
+    rows = [strict_json.metrics_row(line) for line in lines[:-1]]  # text after the last newline is incomplete
     damaged = [number for number, row in enumerate(rows, start=1) if row is None]
     if damaged:
         more = f", and {len(damaged) - 1} more" if len(damaged) > 1 else ""
@@ -173,15 +191,16 @@ def read_metrics(folder: AnyPath, *, warn: Callable[[str], None] = _warn_on_stde
 
 
 def as_values(metrics: StepMetrics) -> dict[str, Any]:
-    """The metrics of a step as plain numbers and lists; fetches them from the device.
+    """Returns the metrics of a step as plain numbers and lists, fetched from the device.
 
-    A step without a token to learn from has no loss: what would be a mean over its tokens is NaN.
+    For a step without unmasked tokens, means over tokens are NaN.
     """
     host = jax.device_get(metrics)
     tokens = int(host.tokens)
     loss, exits = host.loss, host.exits
     if tokens == 0:
         loss, exits = jax.tree.map(lambda mean: np.full_like(mean, math.nan), (loss, exits))
+
     return {
         "loss": float(loss),
         "expected_loss": float(exits.expected_loss),
@@ -197,10 +216,12 @@ def as_values(metrics: StepMetrics) -> dict[str, Any]:
 
 
 def _line(row: Mapping[str, Any]) -> str:
+    """Returns a row of metrics as one line of JSON."""
     return strict_json.dumps(row) + "\n"
 
 
 def _scalars(kind: str, values: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the numbers of a line as TensorBoard scalars."""
     scalars: dict[str, float] = {}
     for name, value in values.items():
         if isinstance(value, list):

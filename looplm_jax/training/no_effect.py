@@ -1,4 +1,4 @@
-"""Settings of a recipe that change nothing beside the others, such as a final rate of a constant schedule."""
+"""Finds settings that other settings make ineffective, such as the final rate of a constant schedule."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ _PRIOR_FIELDS = {PriorKind.UNIFORM: (), PriorKind.GEOMETRIC: ("rate",), PriorKin
 
 
 def settings_without_effect(recipe: Recipe) -> list[str]:
-    """Returns a line for each group of fields that differ from their defaults and have no effect."""
+    """Returns one note for each group of fields that differ from their defaults and have no effect."""
     notes = [note for stage in recipe.stages for note in _of_stage(stage)]
     if recipe.data.validation_fraction == 0 and (fields := _changed(recipe.evaluation, ("every", "sequences"))):
         notes.append(_note("evaluation", fields, "data.validation_fraction=0"))
@@ -19,6 +19,7 @@ def settings_without_effect(recipe: Recipe) -> list[str]:
 
 
 def _of_stage(stage: Stage) -> Iterator[str]:
+    """Yields the notes about a stage."""
     where = f"stages.{stage.name}"
     for fields, because in (*_of_schedule(stage), *_of_objective(stage)):
         if changed := _changed(stage, fields):
@@ -33,7 +34,7 @@ def _of_stage(stage: Stage) -> Iterator[str]:
 
 
 def _of_schedule(stage: Stage) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yields fields that the schedule does not use, and why."""
+    """Yields fields that the schedule does not use, and the reason."""
     match stage.schedule:
         case Schedule.CONSTANT:
             yield ("decay_steps", "final_learning_rate"), "schedule=constant"
@@ -46,7 +47,7 @@ def _of_schedule(stage: Stage) -> Iterator[tuple[tuple[str, ...], str]]:
 
 
 def _of_objective(stage: Stage) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yields fields that the objective does not use, and why."""
+    """Yields fields that the objective does not use, and the reason."""
     because = f"objective={stage.objective.value}"
     if stage.objective is not Objective.GATE:
         yield _GATE_FIELDS, because
@@ -55,7 +56,7 @@ def _of_objective(stage: Stage) -> Iterator[tuple[tuple[str, ...], str]]:
 
 
 def _never_decays(stage: Stage) -> str:
-    """Returns why a schedule that should decay keeps its peak; empty where it decays."""
+    """Returns why a decaying schedule stays at its peak rate, or an empty string if it decays."""
     if stage.schedule is Schedule.WARMUP_STABLE_DECAY and stage.decay_steps == 0:
         return "decay_steps=0"
     if stage.schedule is Schedule.COSINE and stage.steps <= max(stage.warmup_steps, 1):
@@ -64,7 +65,7 @@ def _never_decays(stage: Stage) -> str:
 
 
 def _changed(config: Any, names: tuple[str, ...]) -> list[str]:
-    """Returns `name=value` for those of the named fields that differ from their defaults."""
+    """Returns `name=value` for each named field that differs from its default."""
     fields = {field.name: field for field in dataclasses.fields(config) if field.name in names}
     return [
         f"{name}={_shown(getattr(config, name))}"
@@ -79,6 +80,7 @@ def _default(field: dataclasses.Field) -> Any:
 
 
 def _shown(value: Any) -> str:
+    """Returns a value as text; nested dataclasses are abbreviated."""
     if dataclasses.is_dataclass(value):
         return "(...)"
     return str(getattr(value, "value", value))

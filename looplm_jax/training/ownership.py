@@ -1,9 +1,9 @@
-"""One process per run folder: a lock that the system keeps, and a file that tells other machines who holds it.
+"""Ensures that one process at a time trains in a run folder, by a file lock and a heartbeat.
 
-`owner.json` is in the run folder while a process trains there. On one machine a lock on that file decides, which the
-system drops with the process, so the same command can resume right after `kill -9`. For other machines, and in
-buckets, which have no locks, the file says when its owner was last alive: after `STALE_SECONDS` without a sign of life
-the folder is free.
+`owner.json` is in the run folder while a process trains there. On one machine, a lock on that file is decisive. The
+operating system releases it when the process ends, so the same command can resume right after `kill -9`. Other
+machines, and buckets, which have no locks, rely on the heartbeat in the file: after `STALE_SECONDS` without one the
+folder is free.
 """
 
 import contextlib
@@ -25,27 +25,28 @@ OWNER_FILE = "owner.json"
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0
 
-_RETRY = 75  # exit status of sysexits.h for "try again": supervisors do
+_RETRY = 75  # exit status EX_TEMPFAIL of sysexits.h, "try again", to which supervisors react
+
 _LARGEST = 65536  # bytes of `owner.json` that are read
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class HeldElsewhereError(UserError):
-    """Another machine trains in the folder, or did a moment ago."""
+    """Another machine trains in the folder, or did so less than `STALE_SECONDS` ago."""
 
     status = _RETRY
 
 
 @runtime_checkable
 class Ownership(Protocol):
-    """A run folder that this process holds."""
+    """Exclusive ownership of a run folder by this process."""
 
     def check(self) -> None:
-        """Raises UserError where the folder was moved, removed or taken over, and must not be written to any more."""
+        """Raises UserError if the folder was moved, removed or taken over, and must no longer be written to."""
 
 
 class NotOwner:
-    """The `Ownership` of every process but process 0, which holds the folder for all."""
+    """The `Ownership` of every process except process 0, which owns the folder for all."""
 
     def check(self) -> None:
         """Does nothing."""
@@ -53,18 +54,18 @@ class NotOwner:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Owner:
-    """What `owner.json` says."""
+    """The contents of `owner.json`."""
 
     host: str
-    boot: str  # changes when the machine starts again; the same in all containers of a machine
+    boot: str  # the boot id: changes at every boot, and is the same in all containers of a machine
     pid: int
-    process_start: str  # tells a process from a later one with the same pid
+    process_start: str  # distinguishes a process from a later one with the same pid
     token: str
     heartbeat: float  # seconds since 1970
 
     @classmethod
     def this_process(cls) -> "Owner":
-        """Returns a new owner, alive now."""
+        """Returns an owner for this process, with a new token and the current time."""
         return cls(
             host=socket.gethostname(),
             boot=_boot_id(),
@@ -75,17 +76,20 @@ class Owner:
         )
 
     def is_alive(self) -> bool:
-        """Whether the process exists, where it is one of this machine; elsewhere, whether its heartbeat is fresh."""
+        """Whether the owner is alive.
+
+        On this machine, that is whether its process exists; elsewhere, whether its heartbeat is fresh.
+        """
         if self.boot == _boot_id() and self.host == socket.gethostname():
             return bool(self.process_start) and _process_start(self.pid) == self.process_start
         return time.time() - self.heartbeat < STALE_SECONDS
 
     def is_this_process(self) -> bool:
-        """Whether this process wrote it in an earlier run and could not remove it."""
+        """Whether this process wrote the file in an earlier run and could not remove it."""
         return (self.boot, self.host, self.pid) == (_boot_id(), socket.gethostname(), os.getpid())
 
     def is_in_another_container(self) -> bool:
-        """Whether it is in another container of this machine, where locks work and process numbers are other ones."""
+        """Whether the owner is in another container of this machine, which shares locks but not process ids."""
         return self.boot == _boot_id() and self.host != socket.gethostname()
 
     def __str__(self) -> str:
@@ -94,16 +98,17 @@ class Owner:
 
 @contextlib.contextmanager
 def own(folder: AnyPath) -> Iterator[Ownership]:
-    """Makes the run folder where it is missing, and keeps other processes from training in it meanwhile.
+    """A context manager that creates the run folder if necessary and keeps other processes from training in it.
 
     Raises:
       UserError: another process trains in it, or it cannot be written to.
-      HeldElsewhereError: a process on another machine trains in it, or did so in the last `STALE_SECONDS`.
+      HeldElsewhereError: a process on another machine trains in it, or did so within the last `STALE_SECONDS`.
     """
     with _own_local(folder) if isinstance(folder, Path) else _own_object(folder) as owned:
         beating = threading.Event()
         thread = threading.Thread(target=_beat, args=(owned, beating), daemon=True)
         thread.start()
+
         try:
             yield owned
         finally:
@@ -113,9 +118,11 @@ def own(folder: AnyPath) -> Iterator[Ownership]:
 
 @contextlib.contextmanager
 def _own_local(folder: Path) -> Iterator["_LocalOwnership"]:
+    """Owns a local folder, and removes the folders it has created if they are empty at the end."""
     new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
     with writing(folder):
         make_folder(folder)
+
     try:
         with contextlib.ExitStack() as held:
             with writing(folder):
@@ -123,18 +130,18 @@ def _own_local(folder: Path) -> Iterator["_LocalOwnership"]:
             held.callback(owned.release)
             yield owned
     finally:
-        with contextlib.suppress(OSError):  # they hold the run
+        with contextlib.suppress(OSError):  # not empty: the run was started
             for path in new_folders:
                 path.rmdir()
 
 
 def _locked_file(folder: Path, held: contextlib.ExitStack) -> int:
-    """Locks `owner.json` until `held` is closed. Returns its descriptor; raises what `own` raises."""
+    """Locks `owner.json` until `held` is closed and returns its descriptor. Raises the errors of `own`."""
     path = folder / OWNER_FILE
 
     def busy() -> None:
         holder: object = "another process"
-        with contextlib.suppress(FileNotFoundError):  # the other process ended and removed it a moment ago
+        with contextlib.suppress(FileNotFoundError):  # the other process has just ended and removed it
             holder = _parse(path.read_bytes()) or holder
         raise UserError(
             f"{folder} is in use by {holder}, which trains in it; wait for it or stop it, or choose another --out"
@@ -144,9 +151,12 @@ def _locked_file(folder: Path, held: contextlib.ExitStack) -> int:
         handle = held.enter_context(locked(path, busy=busy))
         if _is_same_file(path, handle):
             break
-        held.close()  # its last owner removed the file before we had the lock
+        held.close()  # the last owner removed the file before this process had the lock
+
     holder = _parse(os.pread(handle, _LARGEST, 0))
+    # With the lock held, an owner in another container of this machine has ended, whatever its heartbeat is.
     is_gone = holder is None or holder.is_this_process() or holder.is_in_another_container() or not holder.is_alive()
+
     if holder is not None and not is_gone:
         raise _held_elsewhere(holder, folder, path)
     return handle
@@ -154,11 +164,13 @@ def _locked_file(folder: Path, held: contextlib.ExitStack) -> int:
 
 @contextlib.contextmanager
 def _own_object(folder: AnyPath) -> Iterator["_ObjectOwnership"]:
+    """Owns a folder in a bucket."""
     path = folder / OWNER_FILE
     with writing(folder):
         holder = _read_object(path)
     if holder is not None and not holder.is_this_process() and holder.is_alive():
         raise _held_elsewhere(holder, folder, path)
+
     owned = _ObjectOwnership(folder, path)
     try:
         yield owned
@@ -167,6 +179,8 @@ def _own_object(folder: AnyPath) -> Iterator["_ObjectOwnership"]:
 
 
 class _LocalOwnership:
+    """Ownership of a local folder, by a lock on `owner.json`."""
+
     def __init__(self, folder: Path, handle: int):
         self._folder, self._path, self._handle = folder, folder / OWNER_FILE, handle
         self._owner = Owner.this_process()
@@ -174,20 +188,20 @@ class _LocalOwnership:
         self._write()
 
     def check(self) -> None:
-        """See `Ownership.check`."""
+        """Raises UserError if the folder is lost; see `Ownership.check`."""
         if self._is_taken or not _is_same_file(self._path, self._handle):
             raise _lost(self._folder)
 
     def beat(self) -> None:
-        """Says that the process is alive, unless another machine has taken the folder over."""
-        with contextlib.suppress(OSError):  # a disk that is full for a moment; the next heartbeat may succeed
+        """Writes a heartbeat, unless another machine has taken over the folder."""
+        with contextlib.suppress(OSError):  # a temporarily full disk: the next heartbeat may succeed
             holder = _parse(os.pread(self._handle, _LARGEST, 0))
             self._is_taken = holder is not None and holder.token != self._owner.token
             if not self._is_taken:
                 self._write()
 
     def release(self) -> None:
-        """Leaves the folder to others."""
+        """Removes `owner.json`, so that other processes may own the folder."""
         if not self._is_taken and _is_same_file(self._path, self._handle):
             with contextlib.suppress(OSError):
                 self._path.unlink()
@@ -200,6 +214,8 @@ class _LocalOwnership:
 
 
 class _ObjectOwnership:
+    """Ownership of a folder in a bucket, by a heartbeat in `owner.json`."""
+
     def __init__(self, folder: AnyPath, path: AnyPath):
         self._folder, self._path = folder, path
         self._owner = Owner.this_process()
@@ -208,13 +224,15 @@ class _ObjectOwnership:
             path.write_bytes(_content(self._owner))
 
     def check(self) -> None:
-        """See `Ownership.check`; as of the last heartbeat."""
+        """Raises UserError if the folder was lost as of the last heartbeat; see `Ownership.check`."""
         if self._is_taken:
             raise _lost(self._folder)
 
     def beat(self) -> None:
-        """Says that the process is alive, unless another one has taken the folder over."""
-        with contextlib.suppress(Exception):  # clients of buckets raise errors of many kinds; the next may succeed
+        """Writes a heartbeat, unless another process has taken over the folder."""
+        with contextlib.suppress(
+            Exception
+        ):  # clients of buckets raise many types of errors; the next heartbeat may succeed
             holder = _read_object(self._path)
             self._is_taken = holder is None or holder.token != self._owner.token
             if not self._is_taken:
@@ -222,7 +240,7 @@ class _ObjectOwnership:
                 self._path.write_bytes(_content(self._owner))
 
     def release(self) -> None:
-        """Leaves the folder to others."""
+        """Removes `owner.json`, so that other processes may own the folder."""
         with contextlib.suppress(Exception):
             holder = _read_object(self._path)
             if holder is not None and holder.token == self._owner.token:
@@ -230,6 +248,7 @@ class _ObjectOwnership:
 
 
 def _beat(owned: "_LocalOwnership | _ObjectOwnership", ended: threading.Event) -> None:
+    """Writes heartbeats until `ended` is set."""
     while not ended.wait(HEARTBEAT_SECONDS):
         owned.beat()
 
@@ -250,11 +269,12 @@ def _lost(folder: AnyPath) -> UserError:
 
 
 def _is_same_file(path: Path, handle: int) -> bool:
+    """Whether `path` is still the open file `handle`."""
     try:
         return os.path.samestat(path.stat(follow_symlinks=False), os.fstat(handle))
     except (FileNotFoundError, NotADirectoryError):
         return False
-    except OSError:  # a shared disk that does not answer for a moment says nothing about the folder
+    except OSError:  # a shared file system that is briefly unavailable does not mean that the folder is lost
         return True
 
 
@@ -263,7 +283,7 @@ def _content(owner: Owner) -> bytes:
 
 
 def _parse(content: bytes) -> Owner | None:
-    """Returns what an `owner.json` says, None where it is empty or damaged: then nobody holds the folder by it."""
+    """Returns the owner in an `owner.json`, or None if it is empty or damaged, which means that the folder is free."""
     try:
         values: Any = json.loads(content)
         kinds = {field.name: field.type for field in dataclasses.fields(Owner)}
@@ -275,6 +295,7 @@ def _parse(content: bytes) -> Owner | None:
 
 
 def _read_object(path: AnyPath) -> Owner | None:
+    """Returns the owner of a folder in a bucket, or None."""
     forget_listing(path)
     try:
         return _parse(path.read_bytes())
@@ -285,12 +306,15 @@ def _read_object(path: AnyPath) -> Owner | None:
 def _boot_id() -> str:
     try:
         return _BOOT_ID.read_text().strip()
-    except OSError:  # not Linux: one name stands for one machine
+    except OSError:  # not Linux: machines are identified by host name
         return socket.gethostname()
 
 
 def _process_start(pid: int) -> str:
-    """Returns when a process of this machine started, by its own clock; empty where there is no such process."""
+    """Returns the start time of a process of this machine, in clock ticks since boot, or an empty string if it is gone.
+
+    On systems without /proc it is "unknown".
+    """
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):

@@ -1,4 +1,4 @@
-"""A trace of some steps, for the profiler's viewer."""
+"""Records a profiler trace of some steps of a run."""
 
 import dataclasses
 import re
@@ -14,14 +14,14 @@ from looplm_jax.files import AnyPath, write_atomically
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProfiledSteps:
-    """Steps `first..last` of a run, both included."""
+    """The steps `first..last` of a run to trace, both included."""
 
     first: int
     last: int
 
     @classmethod
     def parse(cls, text: str) -> "ProfiledSteps":
-        """From `10:13`, or `10` for one step. Raises UserError where it is neither."""
+        """Returns the steps for text such as `10:13`, or `10` for one step. Raises UserError otherwise."""
         match = re.fullmatch(r"(\d+)(?::(\d+))?", text)
         first, last = (0, 0) if match is None else (int(match[1]), int(match[2] or match[1]))
         if not 1 <= first <= last:
@@ -30,7 +30,12 @@ class ProfiledSteps:
 
 
 class Profiler:
-    """Traces the steps that were asked for into a folder, if any were; in a bucket the files appear at its end."""
+    """Traces the requested steps into a folder. In a bucket, the files appear when the trace ends.
+
+    Args:
+      folder: the folder of the trace.
+      steps: the steps to trace, or None.
+    """
 
     def __init__(self, folder: AnyPath, steps: ProfiledSteps | None):
         self._folder, self._steps = folder, steps
@@ -39,7 +44,7 @@ class Profiler:
         self._running = self.traced = False
 
     def before(self, step: int) -> None:
-        """To be called before a step is started."""
+        """Starts the trace if `step` is the first one to trace. Must be called before a step is dispatched."""
         if self._steps is not None and not self.traced and self._steps.first <= step <= self._steps.last:
             self._running = self.traced = True
             if not isinstance(self._folder, Path):
@@ -47,20 +52,25 @@ class Profiler:
             jax.profiler.start_trace(self._folder if self._staging is None else self._staging.name)
 
     def after(self, step: int, results: Any) -> None:
-        """To be called after a step was started: the trace ends when the last of them has its `results`."""
+        """Ends the trace after its last step. Must be called after a step is dispatched.
+
+        Args:
+          step: the step.
+          results: its results. The trace ends when they are ready.
+        """
         if self._running and self._steps is not None and step >= self._steps.last:
             jax.block_until_ready(results)
             self.close()
 
     def close(self) -> None:
-        """End the trace, also where the run stops inside it."""
+        """Ends the trace, also if the run stops inside it."""
         if self._running:
             self._running = False
             jax.profiler.stop_trace()
             self._upload()
 
     def how_to_open(self) -> str | None:
-        """What to type to see the trace, if there is one."""
+        """Returns a line about how to view the trace, or None if there is none."""
         if not self.traced:
             return None
         if self._refused is not None:
@@ -68,11 +78,12 @@ class Profiler:
         return f"profile: pip install xprof, then `xprof --logdir {self._folder}`; or open a .trace.json.gz in Perfetto"
 
     def _upload(self) -> None:
+        """Copies the trace from a temporary folder to the bucket."""
         if self._staging is None:
             return
         with self._staging as staging:
             try:
                 for file in (path for path in Path(staging).rglob("*") if path.is_file()):
                     write_atomically(self._folder / file.relative_to(staging).as_posix(), file.read_bytes())
-            except UserError as error:  # a training does not end for it
+            except UserError as error:  # a refused trace must not end the run
                 self._refused = str(error)

@@ -1,4 +1,4 @@
-"""The mesh of a stage, its compiled programs, and batches on their way to the devices."""
+"""The mesh of a stage, its compiled train steps, and the transfer of batches to the devices."""
 
 import dataclasses
 import functools
@@ -28,12 +28,13 @@ from looplm_jax.training.step import DeviceBatch, StepMetrics, make_train_step
 
 
 def stage_mesh(recipe: Recipe, stage: Stage, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of a stage over `devices`, all attached ones by default.
+    """Returns the mesh of a stage over `devices`, by default all devices.
 
     Raises:
-      UserError: the model or the stage's batches do not divide over it.
+      UserError: the model or the batches of the stage are not evenly divisible by the mesh.
     """
     mesh, where = make_mesh(recipe.mesh_of(stage), devices), f"stages.{stage.name}"
+
     check_divides(mesh, recipe.model)
     check_batch(mesh, stage.batch_size, stage.accumulation, where)
     check_sequence(mesh, stage.sequence_length, where)
@@ -41,7 +42,10 @@ def stage_mesh(recipe: Recipe, stage: Stage, devices: Sequence[jax.Device] | Non
 
 
 class StagePrograms:
-    """One compiled train step for each number of loops that a stage uses: one, unless loops are drawn at random."""
+    """The compiled train steps of a stage, one for each number of loops.
+
+    There is only one unless the number of loops is drawn at random.
+    """
 
     def __init__(self, recipe: Recipe, model: LoopLM, stage: Stage, mesh: Mesh, *, first_step: int):
         self._recipe, self._model, self._stage, self._mesh = recipe, model, stage, mesh
@@ -49,26 +53,28 @@ class StagePrograms:
         self._programs: dict[int, Any] = {}
 
     def compiled(self, loops: int) -> bool:
-        """Whether the program for this number of loops is ready."""
+        """Whether the program for this number of loops is compiled."""
         return loops in self._programs
 
     def compile(self, loops: int) -> None:
-        """Trace and compile. The state is donated: it is updated where it lies."""
+        """Traces and compiles the program for this number of loops."""
         computed = _what_a_step_computes(self._recipe)
         self._programs[loops] = compiled_step(computed, self._model, self._stage, self._mesh, self._first_step, loops)
 
     def run(self, loops: int, state: TrainState, batch: DeviceBatch) -> tuple[TrainState, StepMetrics]:
-        """One step. `state` is used up."""
+        """Runs one step. The buffers of `state` are donated."""
         return self._programs[loops](state, batch)
 
     def text(self, loops: int) -> str:
-        """The compiled program, as text."""
+        """Returns the compiled program as text."""
         return self._programs[loops].as_text()
 
 
 def _what_a_step_computes(recipe: Recipe) -> Recipe:
-    """Returns the recipe with defaults where it says nothing about a train step: its seed, its data, what is saved, how
-    many skipped steps in a row it bears.
+    """Returns the recipe with defaults for the fields that do not influence a train step.
+
+    These are the names, the seed, the data, the saves and evaluations, and `guard.patience`. Recipes that differ only
+    in them share one compiled program.
     """
     return dataclasses.replace(
         recipe,
@@ -87,10 +93,10 @@ def _what_a_step_computes(recipe: Recipe) -> Recipe:
 def compiled_step(
     recipe: Recipe, model: LoopLM, stage: Stage, mesh: Mesh, first_step: int, loops: int
 ) -> jax.stages.Compiled:
-    """Returns the compiled train step of a stage.
+    """Returns the compiled train step of a stage, from a cache.
 
-    Kept: runs of one process that differ in their seeds or their data, as the cells of an experiment do, and a run that
-    is resumed, have the same program.
+    Runs in one process whose recipes differ only in seed or data, such as the cells of an experiment, and resumed runs
+    share a program.
     """
     return lower_step(recipe, model, stage, mesh, first_step=first_step, loops=loops).compile()
 
@@ -98,9 +104,13 @@ def compiled_step(
 def lower_step(
     recipe: Recipe, model: LoopLM, stage: Stage, mesh: Mesh, *, first_step: int, loops: int
 ) -> jax.stages.Lowered:
-    """The train step of a stage, traced for the devices of `mesh`, which need not be here. Its state is donated."""
+    """Returns the train step of a stage, lowered for the devices of `mesh`. Its state is donated.
+
+    This machine need not have those devices.
+    """
     state = abstract_state(recipe, model, stage, mesh)
     step = make_train_step(recipe, model, stage, first_step=first_step, loops=loops)
+    # The new state must have the sharding of the old one, so that donation can reuse its buffers.
     placed = jax.tree.map(lambda leaf: leaf.sharding, state)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(placed, NamedSharding(mesh, PartitionSpec())))
     with use_mesh(mesh):
@@ -108,7 +118,7 @@ def lower_step(
 
 
 def abstract_batch(stage: Stage, mesh: Mesh) -> DeviceBatch:
-    """Shapes, types and shardings of a stage's batches."""
+    """Returns shape, dtype and sharding of the batches of a stage."""
     shape = (stage.accumulation, stage.batch_size // stage.accumulation, stage.sequence_length)
     sharding = batch_sharding(mesh)
     integers: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
@@ -117,7 +127,7 @@ def abstract_batch(stage: Stage, mesh: Mesh) -> DeviceBatch:
 
 
 def place(batch: Batch, stage: Stage, mesh: Mesh) -> DeviceBatch:
-    """The rows of this process, put on its devices as its share of the global batch."""
+    """Returns the global batch on the devices, of which `batch` has the sequences of this process."""
     rows = stage.batch_size // stage.accumulation
 
     def put(own: np.ndarray) -> Array:
@@ -127,12 +137,18 @@ def place(batch: Batch, stage: Stage, mesh: Mesh) -> DeviceBatch:
 
 
 def draw_loops(stage: Stage, key: UInt32[np.ndarray, "2"], step: int) -> int:
-    """The loops of one step: the stage's own number, or one drawn uniformly from `min_loops..loops`.
+    """Returns the number of loops of one step: that of the stage, or one drawn uniformly from `min_loops..loops`.
 
-    It follows from `key` and `step` alone, the same on every process, and is drawn on the host: asking a device would
-    wait for the step that is running.
+    It depends only on `key` and `step`, so it is the same on every process. It is drawn on the host, because fetching
+    it from a device would wait for the running step.
+
+    Args:
+      stage: the stage.
+      key: the raw random key of the run.
+      step: the number of the step.
     """
     if not stage.min_loops:
         return stage.loops
+
     generator = np.random.default_rng([*key, step])
     return int(generator.integers(stage.min_loops, stage.loops, endpoint=True))

@@ -1,4 +1,4 @@
-"""The next batch, read before anyone depends on it: a source that vanishes is asked again, and then given up."""
+"""Reads training batches one ahead. Failed reads are retried by reopening the stream, then reported."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -12,29 +12,29 @@ WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before each new attempt
 
 @runtime_checkable
 class Batches(Protocol):
-    """A stream that can be opened again where it was."""
+    """A stream of batches that can be reopened at an earlier position."""
 
     def __next__(self) -> Batch:
-        """The next batch."""
+        """Returns the next batch."""
 
     def state(self) -> dict[str, Any]:
-        """The place after it."""
+        """Returns the position after the last batch."""
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue there."""
+        """Continues at a position."""
 
     def close(self) -> None:
-        """Stop its threads."""
+        """Stops the threads of the stream."""
 
 
 class Reader:
     """Reads a stream one batch ahead of its state.
 
     Args:
-      open_batches: opens the stream, at its beginning.
-      say: what to do with a line for the user.
-      start: the place to begin at.
-      waits: seconds before each new attempt.
+      open_batches: opens the stream at its beginning.
+      say: receives lines for the user.
+      start: the position to begin at; None is the beginning.
+      waits: the seconds before each retry.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Reader:
         self._place = self._batches.state()
 
     def read_ahead(self) -> str | None:
-        """Have the next batch ready. Where that fails, and fails again after every wait, returns why."""
+        """Reads the next batch. Returns None, or the reason if the read fails after all retries."""
         for attempt, wait in enumerate((*self._waits, None)):
             try:
                 if attempt:
@@ -68,21 +68,22 @@ class Reader:
         return None
 
     def take(self) -> Batch:
-        """The batch that was read ahead; from now on `state` is the place after it."""
+        """Returns the batch that was read ahead, and advances `state` to the position after it."""
         batch, self._ahead = self._ahead, None
         assert batch is not None
         self._place = self._batches.state()
         return batch
 
     def state(self) -> dict[str, Any]:
-        """The place after the batch that was taken last."""
+        """Returns the position after the last batch that was taken."""
         return self._place
 
     def close(self) -> None:
-        """Stop the stream's threads."""
+        """Stops the threads of the stream."""
         self._batches.close()
 
     def _reopen(self) -> None:
+        """Reopens the stream at the position after the last batch that was taken."""
         self._batches.close()
         self._batches = self._open()
         self._batches.restore(self._place)

@@ -1,4 +1,4 @@
-"""Metrics of a stage on their way from the device to the log and the progress bar."""
+"""Moves the metrics of a stage from the device to the log and the progress bar."""
 
 import time
 from typing import Any, cast
@@ -16,7 +16,10 @@ from looplm_jax.training.utilisation import memory_use, model_flop_utilisation, 
 
 
 class Reporter:
-    """Reports one step late: the metrics of step n are fetched while step n + 1 runs."""
+    """Reports metrics one step late: those of step n are fetched while step n + 1 runs.
+
+    Fetching them earlier would stall the devices between steps.
+    """
 
     def __init__(
         self, recipe: Recipe, stage: Stage, mesh: Mesh, log: Log, progress: TrainingProgress, watch: Stopwatch
@@ -29,43 +32,47 @@ class Reporter:
 
     @property
     def waiting(self) -> bool:
-        """Whether the devices are still at the step that is kept."""
+        """Whether the devices are still computing the step that is not reported yet."""
         return self._pending is not None and not cast(Any, self._pending[2].loss).is_ready()
 
     def add(self, step: int, loops: int, metrics: StepMetrics) -> None:
-        """Report the step before, and keep this one.
+        """Reports the previous step and keeps `metrics` for the next call.
 
         Raises:
-          UserError: the guard skipped too many steps in a row, or the disk refuses.
+          UserError: the guard skipped too many consecutive steps, or the disk refuses the log.
         """
         self.flush()
         self._pending = (step, loops, metrics)
 
     def flush(self) -> None:
-        """Report the step that is kept. Raises what `add` raises."""
+        """Reports the pending step. Raises the errors of `add`."""
         pending, self._pending = self._pending, None
         if pending is not None:
             self._report(*pending)
 
     def restart_clock(self) -> None:
-        """Leave out of the rate what was not training."""
+        """Excludes the time until now from the rate, because it was not spent training."""
         self._clock, self._clock_tokens = time.monotonic(), 0
 
     def _report(self, step: int, loops: int, metrics: StepMetrics) -> None:
+        """Writes the metrics of a step to the log and the progress bar."""
         values = as_values(metrics)
         self._clock_tokens += values["tokens"]
         rate = self._clock_tokens / max(time.monotonic() - self._clock, 1e-9)
         values["tokens_per_second"] = rate
         values["model_flops_per_second"] = rate * self._flops_per_token(loops)
         values |= model_flop_utilisation(values["model_flops_per_second"], self._peak)
+
         if is_logged(self._recipe, step):
             measured = {**values, **memory_use(), **self._watch.read_out()}
             self._log.write(TRAIN, step, {"stage": self._stage.name, "loops": loops, **measured})
             self.restart_clock()
+
         self._progress.update(self._stage.name, step, values)
         self._give_up_if_hopeless(int(metrics.skipped_in_a_row), step)
 
     def _flops_per_token(self, loops: int) -> int:
+        """Returns the model FLOPs of one token in a train step."""
         return train_flops_per_token(
             self._recipe.model,
             loops=loops,
@@ -74,6 +81,7 @@ class Reporter:
         )
 
     def _give_up_if_hopeless(self, skipped_in_a_row: int, step: int) -> None:
+        """Raises UserError if the guard skipped `guard.patience` consecutive steps."""
         if skipped_in_a_row >= self._recipe.guard.patience:
             raise UserError(
                 f"gave up at step {step}: {skipped_in_a_row} steps in a row had a loss or gradient that was not "

@@ -1,7 +1,21 @@
-"""A training run, from a recipe to its last checkpoint: the story that `looplm train` tells.
+"""A training run, from a recipe to its last checkpoint.
 
-A run is a folder. Started again with the same recipe it goes on from its newest good checkpoint, bit for bit as if
-it had never stopped: parameters, optimiser, guard, random key, place in the data and metrics.
+A run is a folder. Started again with the same recipe, it resumes from its latest valid checkpoint with bit-identical
+results: parameters, optimizer, guard, random key, position in the data and metrics are those of a run that was never
+stopped.
+
+A run starts or resumes in this order:
+
+1. Check the folder: it is new, or contains this run (`check_folder`). Nothing is written before this.
+2. Check that all processes have the same configuration, then lock the folder and check it again (`_owned`).
+3. Check the shapes of the model, the mesh and the batches of every stage, and open the data (`setup.prepare`).
+4. If the folder has no checkpoint and the recipe starts from one, read that.
+5. Write the recipe to the folder, and load or train the tokenizer.
+6. Restore the latest valid checkpoint of the folder, or create the first state.
+7. Check that all processes have the same documents, tokenizer and position.
+8. Open the metrics at the restored step. Later lines are removed, because the run writes them again.
+9. Train the remaining stages (`_train_stage`), beginning with the evaluation and the save that are due at the restored
+   step. The stream of batches is opened at the saved position.
 """
 
 import contextlib
@@ -47,7 +61,7 @@ Evaluate = Callable[[LoopLM, Params, ValidationBatches], Mapping[str, Any]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a run ended: at which saved step, how many steps the guard skipped, and by which signal if it was stopped."""
+    """The result of a run: the last saved step, the number of skipped steps, and the signal that stopped it, if any."""
 
     folder: RunFolder
     step: int
@@ -57,6 +71,8 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Run:
+    """The objects that all stages of a run share."""
+
     setup: Setup
     ownership: Ownership
     log: Log
@@ -70,6 +86,8 @@ class _Run:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _StageEnd:
+    """The state at the end of a stage, and the signal that stopped the run, if any."""
+
     state: TrainState
     stopped_by: signal.Signals | None
 
@@ -84,45 +102,51 @@ def train(
     profile: ProfiledSteps | None = None,
     mirrors: Sequence[EventSink] = (),
 ) -> Outcome:
-    """Train through the stages of a recipe in the run folder `out`, or go on where an earlier process stopped.
+    """Trains through the stages of a recipe in the run folder `out`, or resumes an earlier run in it.
 
     Args:
-      recipe: what to do.
-      out: a new or empty folder, or one that holds this same run.
-      evaluate: measures the parameters on held-out batches; its numbers go to the metrics.
-      console: where progress is shown; default: standard error.
-      cluster: the processes of the run, all of which call this; process 0 alone shows and writes what is measured.
-      profile: steps whose trace is put in the folder.
-      mirrors: where scalars go besides the folder.
+      recipe: the configuration of the run.
+      out: a new or empty folder, or one that contains this same run.
+      evaluate: measures the parameters on held-out batches. Its results are added to the metrics.
+      console: the console for progress; by default standard error.
+      cluster: the processes of the run, all of which must call this. Only process 0 prints and writes metrics.
+      profile: steps to trace into the folder.
+      mirrors: additional destinations of scalars.
 
     Raises:
-      UserError: bad data, a folder of another run, or one that another process trains in or that was moved or
-        removed meanwhile, shapes that do not fit the devices, a process that was started otherwise, a source that
-        vanished, no space on the disk for the last save, or too many skipped steps in a row. What was saved before
-        stays.
+      UserError: the data is invalid; the folder contains another run, is in use by another process, or was moved or
+        removed during the run; shapes do not fit the devices; a process was started differently; a source disappeared;
+        the last save was refused; or too many consecutive steps were skipped. Earlier checkpoints are intact.
     """
     console = console or progress_console()
     watch = Stopwatch()
+
     folder = check_folder(out, recipe)
     check_same(cluster, "configuration", {**to_dict(recipe), "out": str(folder.path)})
+
     with StopRequest() as request, contextlib.ExitStack() as closing:
         ownership = _owned(folder, recipe, closing) if cluster.index == 0 else NotOwner()
         for note in settings_without_effect(recipe):
             console.print(note)
+
         stop = Agreement(cluster, request)
         try:
             setup = stop.run(lambda: prepare(recipe, folder, console, cluster, watch))
         except Stopped as stopped:
             return Outcome(folder=folder, step=_newest_step(folder), skipped=0, stopped_by=stopped.signal)
+
         check_same(cluster, "data", identities(setup))
+
         saver = Saver(setup.store, cluster)
-        if cluster.count == 1:  # of many processes the others may be gone where this one fails
+        if cluster.count == 1:  # with several processes, closing would wait for others that may have ended
             closing.push(_closed(setup.store, console))
+
         position = setup.position
         step = int(position.state.step)
         progress = closing.enter_context(TrainingProgress(console, total_steps=recipe.total_steps, step=step))
         log = closing.enter_context(open_log(folder.path, step, cluster, mirrors, warn=progress.warn))
         profiler = closing.enter_context(contextlib.closing(Profiler(folder.path / "profile", profile)))
+
         run = _Run(
             setup=setup,
             ownership=ownership,
@@ -135,23 +159,30 @@ def train(
             evaluate=evaluate,
         )
         end = _train_stage(run, position)
+
         while end.stopped_by is None and position.stage + 1 < len(recipe.stages):
             stage = position.stage + 1
             state = enter_stage(end.state, recipe, setup.models[stage], stage, setup.meshes[stage])
             position = Position(state=state, stage=stage, data_state=None)
             end = _train_stage(run, position)
+
         saver.finish()
         refused = saver.news()
         if refused is not None:
             progress.warn(f"NOT SAVED: {refused}; a later save succeeded")
+
         if int(end.state.step) > step:
             _sum_up(run)
+
     skipped = int(end.state.guard.skipped)
     return Outcome(folder=folder, step=int(end.state.step), skipped=skipped, stopped_by=end.stopped_by)
 
 
 def _closed(store: CheckpointStore, console: Console) -> Callable[..., None]:
-    """Returns what closes the store when a run ends. A save that fails then does not hide what ended the run."""
+    """Returns a callback that closes the store when a run ends.
+
+    A failing save does not hide the error that ended the run.
+    """
 
     def close(_: object, ended_by: BaseException | None, __: object) -> None:
         try:
@@ -165,28 +196,36 @@ def _closed(store: CheckpointStore, console: Console) -> Callable[..., None]:
 
 
 def _owned(folder: RunFolder, recipe: Recipe, closing: contextlib.ExitStack) -> Ownership:
-    """Takes the folder until `closing` ends, and checks it again: another run may have written to it until now."""
+    """Owns the folder until `closing` ends, and checks it again, because another run may have written to it before."""
     ownership = closing.enter_context(own(folder.path))
     check_folder(folder.path, recipe)
     return ownership
 
 
 def _train_stage(run: _Run, position: Position) -> _StageEnd:
-    """All remaining steps of one stage, each with the evaluation and the save that are due after it."""
+    """Runs the remaining steps of a stage, each followed by the evaluation and the save that are due after it.
+
+    Every iteration evaluates and saves what is due, makes all processes agree to continue, and dispatches one step. A
+    stop request or missing data saves the current step first.
+    """
     recipe, mesh = run.setup.recipe, run.setup.meshes[position.stage]
     stage = recipe.stages[position.stage]
     first = sum(earlier.steps for earlier in recipe.stages[: position.stage])
     last = first + stage.steps
+
     state, done = position.state, int(position.state.step)
     key = jax.device_get(state.key)
     held_out = _held_out(run, position.stage)
+
     model = run.setup.models[position.stage]
     programs = StagePrograms(recipe, model, stage, mesh, first_step=first)
     reporter = Reporter(recipe, stage, mesh, run.log, run.progress, run.watch)
+
     with contextlib.closing(_open_reader(run, position)) as reader:
         try:
             while True:
-                # What is due comes before the next step, so that a run that was stopped in an evaluation makes it up.
+                # Evaluation and save come before the next step, so a run that was stopped during an evaluation repeats
+                # it on resume.
                 if first < done and _is_due(done, recipe.evaluation.every, last):
                     reporter.flush()
                     _evaluate(run, mesh, model, state, done, held_out)
@@ -194,23 +233,30 @@ def _train_stage(run: _Run, position: Position) -> _StageEnd:
                 if first < done and _is_due(done, recipe.checkpoint.every, last):
                     reporter.flush()
                     _save(run, stage, state, done, reader, permanent=done == last)
+
                 if done == last:
                     return _StageEnd(state=state, stopped_by=None)
+
+                # The next batch is read while the devices compute the previous step. A failure is not raised here but
+                # agreed on, so that all processes stop at the same step.
                 run.ownership.check()
                 failure = reader.read_ahead()
                 run.watch.charge(Activity.STEP if reporter.waiting else Activity.INPUT)
                 run.stop.check(failure)
                 _complain(run, stage, done)
+
                 loops = draw_loops(stage, key, done)
                 if not programs.compiled(loops):
                     run.progress.say(f"compiling stage {stage.name} for {loops} loops")
                     run.stop.run(functools.partial(programs.compile, loops))
                     run.watch.charge(Activity.COMPILE)
                     reporter.restart_clock()
+
                 run.profiler.before(done + 1)
                 state, metrics = programs.run(loops, state, place(reader.take(), stage, mesh))
                 done += 1
                 reporter.add(done, loops, metrics)
+
                 run.profiler.after(done, metrics)
                 run.watch.charge(Activity.STEP)
         except Stopped as stopped:
@@ -227,7 +273,7 @@ def _train_stage(run: _Run, position: Position) -> _StageEnd:
 
 
 def _open_reader(run: _Run, position: Position) -> Reader:
-    """The stage's own stream of batches, at the place where the run stopped if it stopped inside this stage."""
+    """Opens the batches of a stage, at the saved position if the run stopped inside this stage."""
     setup = run.setup
     stage, mesh = setup.recipe.stages[position.stage], setup.meshes[position.stage]
     lanes = data.lane_count(stage.batch_size, stage.sequence_length, position.data_state)
@@ -252,10 +298,11 @@ def _open_reader(run: _Run, position: Position) -> Reader:
 
 
 def _held_out(run: _Run, index: int) -> ValidationBatches | None:
-    """What a stage is evaluated on, if anyone asked for it and anything is held out. Every process has all of it."""
+    """Returns the held-out batches of a stage, or None if there is no evaluation. Every process has all of them."""
     stage = run.setup.recipe.stages[index]
     if run.evaluate is None or run.setup.recipe.data.validation_fraction == 0:
         return None
+
     return data.validation_batches(
         run.setup.corpora[index],
         run.setup.tokenizer,
@@ -268,6 +315,7 @@ def _held_out(run: _Run, index: int) -> ValidationBatches | None:
 def _evaluate(
     run: _Run, mesh: Mesh, model: LoopLM, state: TrainState, step: int, held_out: ValidationBatches | None
 ) -> None:
+    """Evaluates the parameters and logs the results, unless an earlier process has done so at this step."""
     evaluate = run.evaluate
     if evaluate is None or held_out is None or run.log.evaluated(step):
         return
@@ -282,6 +330,7 @@ def _evaluate(
 
 
 def _save(run: _Run, stage: Stage, state: TrainState, step: int, reader: Reader, *, permanent: bool) -> None:
+    """Saves a step."""
     metadata = Metadata(
         config=to_dict(run.setup.recipe),
         tokenizer_kind=run.setup.tokenizer.kind,
@@ -290,27 +339,30 @@ def _save(run: _Run, stage: Stage, state: TrainState, step: int, reader: Reader,
         data_state=reader.state(),
         extra={"stage": stage.name},
     )
+
     run.watch.charge(Activity.STEP)
     run.ownership.check()
+    # The metrics up to this step must be stored before the checkpoint from which a run may resume.
     run.log.flush()
     run.saver.save(step, state, metadata, permanent=permanent)
     run.watch.charge(Activity.SAVE)
 
 
 def _complain(run: _Run, stage: Stage, step: int) -> None:
-    """Say loudly that nothing was saved, where the training goes on all the same."""
+    """Warns about a refused save. The training continues."""
     refused = run.saver.news()
     if refused is not None:
         run.progress.warn(f"{stage.name}  step {step}  NOT SAVED: {refused}; training goes on")
 
 
 def _sum_up(run: _Run) -> None:
-    """Where the time went, and where the profile lies."""
+    """Prints how the time was spent, and how to view the profile."""
     run.watch.charge(Activity.OTHER)
     seconds = run.watch.total()
     run.progress.say(summary(seconds))
     for warning in warnings(seconds):
         run.progress.warn(f"warning: {warning}")
+
     how = run.profiler.how_to_open()
     if how is not None:
         run.progress.say(how)

@@ -1,4 +1,4 @@
-"""The folder of a run, and who may write to it."""
+"""The folder of a run, and the check that it contains this run."""
 
 import dataclasses
 import json
@@ -27,13 +27,13 @@ from looplm_jax.training.ownership import OWNER_FILE
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunFolder:
-    """One run: recipe, tokeniser, checkpoints, metrics, TensorBoard events, plots and report."""
+    """A run folder: recipe, tokenizer, checkpoints, metrics, TensorBoard events, plots and report."""
 
     path: AnyPath
 
     @property
     def checkpoints(self) -> AnyPath:
-        """Where the steps are saved; Orbax wants the whole path."""
+        """The folder of the steps, as an absolute path, which Orbax requires."""
         return absolute(self.path) / "checkpoints"
 
     @property
@@ -43,26 +43,26 @@ class RunFolder:
 
     @property
     def metrics(self) -> AnyPath:
-        """One JSON object a line."""
+        """The metrics, one JSON object per line."""
         return self.path / "metrics.jsonl"
 
     @property
     def tokenizer(self) -> AnyPath:
-        """The tokeniser, where the run trained one."""
+        """The tokenizer, if the run trained one."""
         return self.path / "tokenizer.model"
 
     @property
     def begun(self) -> bool:
-        """Whether anything was trained: from then on the folder belongs to its recipe."""
+        """Whether anything was trained. From then on the folder belongs to its recipe."""
         return self.checkpoints.exists() or (self.metrics.exists() and epath.Path(self.metrics).stat().length > 0)
 
 
 def check_folder(path: str | os.PathLike[str], recipe: Recipe) -> RunFolder:
-    """The folder of this run: a new one, or the one that an earlier process of the same run left. Nothing is written.
+    """Returns the folder of this run: a new one, or one with an earlier part of the same run. Writes nothing.
 
     Raises:
-      UserError: the folder holds another run, or files that are no run, or cannot be reached, or no checkpoint can be
-        kept under its name.
+      UserError: the folder contains another run or unrelated files, cannot be reached, or has a name under which no
+        checkpoint can be stored.
     """
     folder = RunFolder(path=any_path(path))
     checkpoint_path(folder.checkpoints)
@@ -72,10 +72,12 @@ def check_folder(path: str | os.PathLike[str], recipe: Recipe) -> RunFolder:
 
 
 def claim_folder(folder: RunFolder, recipe: Recipe) -> None:
-    """Make the folder and write the recipe. What a command that failed before its first step left there gives way.
+    """Creates the folder and writes the recipe.
+
+    Files of a command that failed before its first step are replaced.
 
     Raises:
-      UserError: the disk refuses.
+      UserError: the disk refuses the write.
     """
     with writing(folder.path):
         make_folder(folder.path)
@@ -85,7 +87,7 @@ def claim_folder(folder: RunFolder, recipe: Recipe) -> None:
 
 
 def read_recipe(path: AnyPath) -> Recipe:
-    """A recipe from a JSON file. Raises UserError where it is not one."""
+    """Returns the recipe in a JSON file. Raises UserError if the file does not contain one."""
     check_regular(path)
     try:
         values = json.loads(read_text(path))
@@ -101,22 +103,28 @@ def read_recipe(path: AnyPath) -> Recipe:
 
 
 def _check_folder(folder: RunFolder, recipe: Recipe) -> None:
+    """Raises UserError if the folder contains another run or unrelated files."""
     if folder.path.exists() and not folder.path.is_dir():
         raise UserError(f"{folder.path} is a file; choose another --out")
     if not folder.begun:
         if not folder.config.exists() and _holds_files(folder):
             raise UserError(f"{folder.path} is not empty and holds no run; choose another --out")
         return
+
     saved = _saved_recipe(folder)
     if saved is None:
         raise UserError(
             f"{folder.config} is missing or damaged, and no checkpoint says what was trained here; choose another --out"
         )
+
     check_same_run(str(folder.path), to_dict(saved), to_dict(recipe))
 
 
 def _saved_recipe(folder: RunFolder) -> Recipe | None:
-    """Returns the recipe of a run that has begun: from its checkpoints where `config.json` is missing or damaged."""
+    """Returns the recipe of a run that has begun, or None.
+
+    If `config.json` is missing or damaged, the recipe is read from the checkpoints.
+    """
     check_regular(folder.config)
     try:
         values = json.loads(folder.config.read_bytes())
@@ -128,12 +136,13 @@ def _saved_recipe(folder: RunFolder) -> Recipe | None:
 
 
 def _checkpoint_recipe(folder: RunFolder) -> Recipe | None:
-    """Returns the recipe in the latest checkpoint whose description can be read; None where there is none."""
+    """Returns the recipe of the latest checkpoint with readable metadata, or None if there is no checkpoint."""
     if not CheckpointStore(folder.checkpoints, keep=1).steps():
         return None
     return read_metadata(str(folder.checkpoints)).saved_recipe()
 
 
 def _holds_files(folder: RunFolder) -> bool:
-    unfinished = (f"{folder.config.name}.new", OWNER_FILE)  # of a process that was killed in its first moments
+    """Whether the folder contains files other than those of a process that was killed at its start."""
+    unfinished = (f"{folder.config.name}.new", OWNER_FILE)  # left by a process that was killed at its start
     return folder.path.is_dir() and any(entry.name not in unfinished for entry in folder.path.iterdir())

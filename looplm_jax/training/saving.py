@@ -1,4 +1,4 @@
-"""Saves of a run. A disk that refuses one does not stop the training: the next save may succeed, the last one must."""
+"""Saves checkpoints of a run. Training continues after a refused save; only the last save must succeed."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,45 +11,46 @@ _POLL_SECONDS = 0.2
 
 
 class Saver:
-    """Saves to a store, and keeps what the disk said for whoever asks. All processes must call it together."""
+    """Saves to a store and keeps the reasons of refused saves. All processes must call its methods together."""
 
     def __init__(self, store: CheckpointStore, cluster: Cluster):
         self._store, self._cluster = store, cluster
-        self._refused: str | None = None  # the newest save
+        self._refused: str | None = None  # why the latest save was refused
         self._news: str | None = None
 
     def save(self, step: int, state: Any, metadata: Metadata, *, permanent: bool) -> None:
-        """See `CheckpointStore.save`; a `SaveError` is kept."""
+        """Saves a step; see `CheckpointStore.save`. A `SaveError` is kept instead of raised."""
         self._wait()
         self._refused = None
         store = self._store
         self._attempt(lambda: store.save(step, state, metadata, permanent=permanent))
 
     def finish(self) -> None:
-        """Wait for the newest save.
+        """Waits for the latest save.
 
         Raises:
-          SaveError: the disk refused it: the steps after the newest good one are lost.
+          SaveError: the disk refused it, so the steps after the latest valid checkpoint are lost.
         """
         self._wait()
         if self._refused is not None:
             raise SaveError(self._refused)
 
     def news(self) -> str | None:
-        """What the disk refused since this was asked last."""
+        """Returns why a save was refused since the last call, or None."""
         news, self._news = self._news, None
         return news
 
     def _wait(self) -> None:
-        """Until the newest save is committed on all processes, or the disk refused it to one of them."""
+        """Waits until the latest save is committed on all processes, or refused on one of them."""
         if self._refused is None:
             self._attempt(self._store.wait)
 
     def _attempt(self, work: Callable[[], None]) -> None:
-        """`work()` on all processes. Where the disk refuses one, that is kept, and the others wait no longer."""
+        """Runs `work()` on all processes. If the disk refuses it on one of them, the others stop waiting."""
         if self._cluster.count == 1:
             self._keep(_reason(work))
             return
+
         job = Job(lambda: _reason(work))
         ended = [False]
         while not all(ended) and self._refused is None:
@@ -57,16 +58,18 @@ class Saver:
             said = self._cluster.gather("save", [job.ended, job.result() if job.ended else None])
             ended = [end for end, _ in said]
             self._keep(next((why for _, why in said if why is not None), None))
+        # Another process failed. Orbax would wait for it for a long time, so the thread is left behind with its store.
         if not job.ended:
             self._store = self._store.abandoned()
 
     def _keep(self, reason: str | None) -> None:
+        """Stores the reason of a refused save."""
         if reason is not None:
             self._refused = self._news = reason
 
 
 def _reason(work: Callable[[], None]) -> str | None:
-    """Why the disk refuses, if it does."""
+    """Runs `work()` and returns why the disk refused it, or None."""
     try:
         work()
     except SaveError as error:

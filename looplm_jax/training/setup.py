@@ -1,4 +1,4 @@
-"""From a recipe and a folder to everything that the first step needs: what the run is made of, and where it stands."""
+"""Prepares a run: data, models, meshes, tokenizer, checkpoints and the state from which it continues."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -29,9 +29,9 @@ from looplm_jax.training.tokenizer import run_tokenizer
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Position:
-    """Where a run stands: its state, the stage that state belongs to, and the place in that stage's data.
+    """The position of a run: its state, the stage of that state, and the position in the data of that stage.
 
-    `data_state` is None where the stage has not begun.
+    `data_state` is None if the stage has not begun.
     """
 
     state: TrainState
@@ -41,13 +41,24 @@ class Position:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What stays the same from the first step to the last, and the position to go on from."""
+    """The objects that stay the same from the first step to the last, and the position from which the run continues.
+
+    Attributes:
+      recipe: the configuration of the run.
+      folder: the run folder.
+      meshes: the mesh of each stage.
+      models: the model of each stage.
+      corpora: the corpus of each stage.
+      tokenizer: the tokenizer.
+      store: the checkpoints.
+      position: the position from which the run continues.
+    """
 
     recipe: Recipe
     folder: RunFolder
-    meshes: tuple[Mesh, ...]  # of each stage
-    models: tuple[LoopLM, ...]  # of each stage
-    corpora: tuple[Corpus, ...]  # of each stage
+    meshes: tuple[Mesh, ...]
+    models: tuple[LoopLM, ...]
+    corpora: tuple[Corpus, ...]
     tokenizer: Tokenizer
     store: CheckpointStore
     position: Position
@@ -60,26 +71,32 @@ def prepare(
     cluster: Cluster = ALONE,
     watch: Stopwatch | None = None,
 ) -> Setup:
-    """Check shapes and data, claim the folder, find or train the tokeniser, and restore, take over or make the state.
+    """Prepares a run: checks shapes and data, claims the folder, finds or trains the tokenizer, and restores the state.
+
+    Without a checkpoint in the folder, the state is initialized or taken from the checkpoint that the recipe starts
+    from.
 
     Args:
-      recipe: what to do.
-      folder: where.
-      console: what is shown.
+      recipe: the configuration of the run.
+      folder: the run folder.
+      console: the console for messages.
       cluster: the processes of the run.
-      watch: what the time went to.
+      watch: accounts for the time.
 
     Raises:
-      UserError: bad data, shapes that do not fit the devices, a folder of another run, or a checkpoint that the run
-        cannot start from.
+      UserError: the data is invalid, shapes do not fit the devices, the folder contains another run, or a checkpoint
+        cannot be used.
     """
     watch = watch or Stopwatch()
+
     meshes = tuple(stage_mesh(recipe, stage) for stage in recipe.stages)
     corpora = _open_corpora(recipe, console)
     models = tuple(LoopLM(recipe.model_of(stage), recipe.compute) for stage in recipe.stages)
+
     store = CheckpointStore(folder.checkpoints, keep=recipe.checkpoint.keep)
     goes_on = bool(store.steps())
     start = read_start(recipe, models[0], meshes[0]) if recipe.start.checkpoint and not goes_on else None
+    # Everything that may be refused is read before `claim_folder` writes to the folder.
     inherited = _inherited(recipe, folder, start)
 
     def own_folder() -> Tokenizer:
@@ -89,11 +106,13 @@ def prepare(
 
     tokenizer = first_on_process_0(cluster, "folder", own_folder)
     _report_pieces_left_out(recipe, corpora, tokenizer, console)
+
     watch.charge(Activity.OTHER)
     if goes_on:
         position = _restore(recipe, folder, models[0], meshes, store, tokenizer, console)
     else:
         position = Position(state=_first_state(recipe, models[0], meshes[0], start, console), stage=0, data_state=None)
+
     watch.charge(Activity.RESTORE)
     return Setup(
         recipe=recipe,
@@ -108,27 +127,30 @@ def prepare(
 
 
 def identities(setup: Setup) -> dict[str, Any]:
-    """What must be the same on all processes: the documents of every stage, and the tokeniser."""
+    """Returns the values that must be the same on all processes: documents of every stage, tokenizer and position."""
     documents = {stage.name: corpus.digest for stage, corpus in zip(setup.recipe.stages, setup.corpora, strict=True)}
     place = [int(setup.position.state.step), setup.position.stage]
     return {"documents": documents, "tokenizer": setup.tokenizer.fingerprint, "position": place}
 
 
 def _open_corpora(recipe: Recipe, console: Console) -> tuple[Corpus, ...]:
-    """What each stage is trained on. A mixture that several stages share is opened, and read, once."""
+    """Returns the corpus of each stage. A mixture that several stages share is opened and read once."""
     opened: dict[DataConfig, Corpus] = {}
     for data in map(recipe.data_of, recipe.stages):
         if data not in opened:
             opened[data] = open_corpus(data, say=console.print)
+
     corpora = tuple(opened[recipe.data_of(stage)] for stage in recipe.stages)
     for stage, corpus in zip(recipe.stages, corpora, strict=True):
         if corpus.own_tokenizer is not None:
             check_fit(corpus, corpus.own_tokenizer, stage.sequence_length)
+
     _check_same_vocabulary(recipe, corpora)
     return corpora
 
 
 def _report_pieces_left_out(recipe: Recipe, corpora: Sequence[Corpus], tokenizer: Tokenizer, console: Console) -> None:
+    """Prints the parts of the data that do not fit in a sequence, once per source."""
     stages = zip(recipe.stages, corpora, strict=True)
     lines = (line for stage, corpus in stages for line in pieces_left_out(corpus, tokenizer, stage.sequence_length))
     for line in dict.fromkeys(lines):  # stages may share a source
@@ -136,12 +158,16 @@ def _report_pieces_left_out(recipe: Recipe, corpora: Sequence[Corpus], tokenizer
 
 
 def _check_same_vocabulary(recipe: Recipe, corpora: Sequence[Corpus]) -> None:
-    """Raises UserError where a stage does not speak the language of another; text speaks that of prepared rows."""
+    """Raises UserError if the stages have different vocabularies.
+
+    A stage of text has the vocabulary of prepared data of another stage, if there is any.
+    """
     prepared = _speaking(corpora)
     spoken = [
         prepared.own_tokenizer if corpus.texts and prepared.prepared else corpus.own_tokenizer for corpus in corpora
     ]
     owned = [None if tokenizer is None else tokenizer.fingerprint for tokenizer in spoken]
+
     for stage, fingerprint in zip(recipe.stages, owned, strict=True):
         if fingerprint != owned[0]:
             raise UserError(
@@ -151,28 +177,36 @@ def _check_same_vocabulary(recipe: Recipe, corpora: Sequence[Corpus]) -> None:
 
 
 def _speaking(corpora: Sequence[Corpus]) -> Corpus:
-    """The corpus that decides about the tokeniser: the first with prepared rows, or else the first."""
+    """Returns the corpus that determines the tokenizer: the first with prepared data, or else the first."""
     return next((corpus for corpus in corpora if corpus.prepared), corpora[0])
 
 
 def _inherited(recipe: Recipe, folder: RunFolder, start: Start | None) -> Tokenizer | None:
-    """The tokeniser of the checkpoint that the run started from: a run that goes on has it in its own checkpoints."""
+    """Returns the tokenizer of the checkpoint that the run starts from, or None.
+
+    A run that resumes has it in its own checkpoints.
+    """
     if not recipe.start.checkpoint:
         return None
+
     if start is not None:
         return start.tokenizer
+
     metadata = read_metadata(str(folder.checkpoints))
     return deserialize(metadata.tokenizer_kind, metadata.tokenizer)
 
 
 def _first_state(recipe: Recipe, model: LoopLM, mesh: Mesh, start: Start | None, console: Console) -> TrainState:
+    """Returns the first state of a run, with the parameters of `start` if there is one."""
     if start is None:
         return initial_state(recipe, model, recipe.stages[0], mesh)
+
     for damaged in start.damaged:
         console.print(f"warning: {damaged}; passed over", style="yellow")
     for note in start.notes:
         console.print(f"note: {literal(note)}")
     console.print(describe_start(start, recipe.model))
+
     return started_state(start, recipe, model, mesh)
 
 
@@ -185,7 +219,7 @@ def _restore(
     tokenizer: Tokenizer,
     console: Console,
 ) -> Position:
-    """The newest good checkpoint, refused if another configuration or tokeniser made it."""
+    """Returns the latest valid checkpoint. Raises UserError if its configuration or tokenizer is a different one."""
     stages = [stage.name for stage in recipe.stages]
     wanted = {**to_dict(recipe), "tokenizer": tokenizer.fingerprint}
 
@@ -194,13 +228,16 @@ def _restore(
         saved = {**to_dict(before), "tokenizer": metadata.tokenizer_fingerprint}
         check_same_run(str(folder.path), saved, wanted)
         index = stages.index(metadata.extra["stage"])
+        # The saved window of the guard may have another size, so the state is restored in its saved shape first.
         as_saved = dataclasses.replace(recipe, guard=before.guard)
         return abstract_state(as_saved, model, recipe.stages[index], meshes[index])
 
     restored = store.restore(describe)
     for damaged in restored.damaged:
         console.print(f"warning: {damaged}; going back to step {restored.step}", style="yellow")
+
     stage = stages.index(restored.metadata.extra["stage"])
     console.print(f"going on from step {restored.step} of stage {stages[stage]}")
+
     state = dataclasses.replace(restored.state, guard=with_window(restored.state.guard, recipe.guard))
     return Position(state=state, stage=stage, data_state=restored.metadata.data_state)

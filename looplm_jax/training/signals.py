@@ -1,4 +1,7 @@
-"""SIGTERM, SIGHUP and Ctrl-C as a request to stop, noticed between steps, compilations and evaluations included."""
+"""Handles SIGTERM, SIGHUP and Ctrl-C as requests to stop.
+
+They are noticed between steps, and during compilations and evaluations.
+"""
 
 import signal
 import threading
@@ -14,7 +17,7 @@ _POLL_SECONDS = 0.1
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop. `signal` is which one."""
+    """A signal asked the run to stop. `signal` is that signal."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
@@ -22,10 +25,13 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """While entered, the first SIGTERM, SIGHUP or Ctrl-C is remembered instead of ending the process; a second Ctrl-C
-    ends it at once. A SIGHUP or SIGINT that the process was started to ignore stays ignored (see `stop_signals`).
+    """A context manager that records a stop signal instead of ending the process.
 
-    Signals reach only the main thread of Python; elsewhere nothing is installed and no request ever comes.
+    The first SIGTERM, SIGHUP or Ctrl-C is recorded. A second Ctrl-C ends the process immediately. A SIGHUP or SIGINT
+    that the process was started to ignore stays ignored (see `stop_signals`).
+
+    Python delivers signals only to the main thread. In other threads no handler is installed and no request is ever
+    recorded.
     """
 
     def __init__(self) -> None:
@@ -43,19 +49,19 @@ class StopRequest:
 
     @property
     def received(self) -> int | None:
-        """The signal that came."""
+        """The signal that was received, or None."""
         return self._received
 
     def check(self) -> None:
-        """Raise `Stopped` if a signal came."""
+        """Raises `Stopped` if a signal was received."""
         if self._received is not None:
             raise Stopped(self._received)
 
     def run(self, function: Callable[[], R]) -> R:
-        """`function()` in a thread of its own, so that a signal is noticed while it compiles or computes.
+        """Returns `function()`, run in a thread so that a signal is noticed while it compiles or computes.
 
-        Where one comes, raises `Stopped` at once and leaves the thread behind: its result is not wanted any more.
-        Whoever ends the process then must not wait for it.
+        If a signal is received, raises `Stopped` immediately and abandons the thread, whose result is no longer needed.
+        The process must then exit without waiting for that thread.
         """
         job = Job(function)
         while not job.ended:
@@ -71,7 +77,7 @@ class StopRequest:
 
 
 class Job(Generic[R]):
-    """A function at work in a thread of its own, which ends with the process."""
+    """A function that runs in a daemon thread, which ends with the process."""
 
     def __init__(self, function: Callable[[], R]):
         self._function = function
@@ -82,20 +88,20 @@ class Job(Generic[R]):
 
     @property
     def ended(self) -> bool:
-        """Whether there is a result."""
+        """Whether the function has returned or raised an error."""
         return not self._thread.is_alive()
 
     @property
     def failed(self) -> bool:
-        """Whether it has ended with an error."""
+        """Whether the function has raised an error."""
         return self._error is not None
 
     def wait(self, seconds: float) -> None:
-        """Until it has ended, or so long at most."""
+        """Waits until the function has ended, at most `seconds`."""
         self._thread.join(seconds)
 
     def result(self) -> R:
-        """What the function returned; raises what it raised."""
+        """Returns the result of the function, or raises its error."""
         if self._error is not None:
             raise self._error
         return self._value[0]
@@ -103,5 +109,5 @@ class Job(Generic[R]):
     def _run(self) -> None:
         try:
             self._value.append(self._function())
-        except BaseException as error:  # whatever it is, it is raised again where the result is asked for
+        except BaseException as error:  # of any type: `result` raises it in the calling thread
             self._error = error

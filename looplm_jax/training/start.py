@@ -1,5 +1,6 @@
-"""What a new run begins with where its recipe names a checkpoint: parameters, tokeniser and, if asked for, the
-optimiser's state, put straight where the run keeps them.
+"""Initializes a new run from a checkpoint that its recipe names.
+
+The parameters, the tokenizer and, if requested, the optimizer state are read directly into the shardings of the run.
 """
 
 import dataclasses
@@ -25,25 +26,33 @@ _OPTIMIZER = "optimizer"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Start:
-    """The parameters of a checkpoint in float32, in the shardings of the run; `model` is that of the checkpoint.
+    """The contents of a checkpoint from which a run starts.
 
-    `optimizer` is None where a fresh one was asked for.
+    Attributes:
+      origin: the checkpoint, for messages.
+      model: the model configuration of the checkpoint.
+      params: the parameters in float32, in the shardings of the run.
+      optimizer: the optimizer state, or None for a fresh one.
+      tokenizer: the tokenizer, or None for a Hugging Face folder without one.
+      damaged: the newer steps that were skipped.
+      notes: ambiguities and contradictions of a Hugging Face folder.
     """
 
     origin: str
     model: ModelConfig
     params: Params
     optimizer: optax.OptState | None
-    tokenizer: Tokenizer | None  # None for a Hugging Face folder without one
+    tokenizer: Tokenizer | None
     damaged: tuple[DamagedStep, ...] = ()
-    notes: tuple[str, ...] = ()  # about what a Hugging Face folder leaves open or contradicts
+    notes: tuple[str, ...] = ()
 
 
 def read_start(recipe: Recipe, model: LoopLM, mesh: Mesh) -> Start:
-    """Reads `recipe.start.checkpoint`, array by array into the shardings of the run.
+    """Reads `recipe.start.checkpoint`, array by array, into the shardings of the run.
 
     Raises:
-      UserError: no good checkpoint, a model of another shape, or no optimiser state that the first stage can use.
+      UserError: there is no valid checkpoint, its model has another shape, or it has no optimizer state that the first
+        stage can use.
     """
     path = Path(recipe.start.checkpoint)
     if is_hf_folder(path):
@@ -52,12 +61,15 @@ def read_start(recipe: Recipe, model: LoopLM, mesh: Mesh) -> Start:
 
 
 def started_state(start: Start, recipe: Recipe, model: LoopLM, mesh: Mesh) -> TrainState:
-    """The first state of a run, as `training.state.initial_state`, with what `start` holds in the place of the same."""
+    """Returns the first state of a run, like `training.state.initial_state`, with the arrays of `start`."""
     return state_around(start.params, recipe, model, recipe.stages[0], mesh, start.optimizer)
 
 
 def describe_start(start: Start, ours: ModelConfig) -> str:
-    """What the run starts from, and which settings of the model differ without changing its shape."""
+    """Returns a line about what the run starts from.
+
+    It includes the settings of the model that differ without changing its shape.
+    """
     what = "the parameters" if start.optimizer is None else "the parameters and the optimiser state"
     differing = codec.differences(_filled_in(ours), _filled_in(start.model))
     settings = f"; settings of the model that differ (here, there): {'; '.join(differing)}" if differing else ""
@@ -65,9 +77,10 @@ def describe_start(start: Start, ours: ModelConfig) -> str:
 
 
 def check_shape(origin: str, ours: ModelConfig, theirs: ModelConfig) -> None:
-    """Raises UserError, with the flags to type, where parameters of one model do not fit the other."""
+    """Raises UserError if the parameters of one model do not fit the other. The message has the flags that fix it."""
     free = {name: getattr(ours, name) for name in _NO_SHAPE}
     here, there = _filled_in(ours), dataclasses.replace(_filled_in(theirs), **free)
+
     differing = codec.differences(here, there)
     if differing:
         values = codec.to_dict(there)
@@ -79,13 +92,16 @@ def check_shape(origin: str, ours: ModelConfig, theirs: ModelConfig) -> None:
 
 
 def _from_checkpoint(recipe: Recipe, model: LoopLM, mesh: Mesh) -> Start:
+    """Reads a checkpoint of this package."""
     path = recipe.start.checkpoint
     metadata = read_metadata(path)
     theirs = metadata.recipe().model
     check_shape(path, recipe.model, theirs)
+
     wanted = abstract_state(recipe, model, recipe.stages[0], mesh)
     restored = restore_params(path, wanted.params, dtype=jnp.float32)
     optimizer = _read_optimizer(recipe, wanted.optimizer, restored.step) if recipe.start.optimizer else None
+
     return Start(
         origin=f"{path}, step {restored.step}",
         model=theirs,
@@ -97,11 +113,14 @@ def _from_checkpoint(recipe: Recipe, model: LoopLM, mesh: Mesh) -> Start:
 
 
 def _from_hf_folder(recipe: Recipe, mesh: Mesh) -> Start:
+    """Reads a Hugging Face folder."""
     path = recipe.start.checkpoint
     check_shape(path, recipe.model, read_hf_config(Path(path)))
     if recipe.start.optimizer:
         raise _without_optimizer(path)
+
     found = load_hf(path, mesh=mesh, dtype=jnp.float32)
+
     return Start(
         origin=path,
         model=found.config,
@@ -113,11 +132,12 @@ def _from_hf_folder(recipe: Recipe, mesh: Mesh) -> Start:
 
 
 def _filled_in(model: ModelConfig) -> ModelConfig:
-    """The same model with nothing left to a default that follows from other fields."""
+    """Returns the same model with the defaults that depend on other fields filled in."""
     return dataclasses.replace(model, num_kv_heads=model.kv_heads, head_dim=model.head_width)
 
 
 def _read_optimizer(recipe: Recipe, wanted: optax.OptState, step: int) -> optax.OptState:
+    """Reads the optimizer state. Raises UserError if the first stage cannot use it."""
     path, stage = recipe.start.checkpoint, recipe.stages[0].name
     if not any(name.startswith(f"{_OPTIMIZER}.") for name in read_records(path, step=step)):
         raise _without_optimizer(path)
@@ -131,4 +151,5 @@ def _read_optimizer(recipe: Recipe, wanted: optax.OptState, step: int) -> optax.
 
 
 def _without_optimizer(path: str) -> UserError:
+    """Returns the error for a checkpoint without optimizer state."""
     return UserError(f"{path} holds no optimiser state; set start.optimizer to false")

@@ -1,4 +1,4 @@
-"""What a run is made of at one step, and how it passes from one stage to the next."""
+"""The state of a run at one step, and the transition from one stage to the next."""
 
 import dataclasses
 import functools
@@ -25,11 +25,14 @@ from looplm_jax.training.optimizer import adamw
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that a step changes; a checkpoint holds it whole.
+    """Everything that a step changes. A checkpoint contains all of it.
 
-    `step` counts steps over all stages, skipped ones included. `optimizer` belongs to the trainable parameters of
-    the stage. `key` is the raw key that random choices of the training, such as a random number of loops, are drawn
-    from.
+    Attributes:
+      step: the number of steps over all stages, including skipped ones.
+      params: the parameters, in top-level groups.
+      optimizer: the optimizer state of the trainable parameters of the stage.
+      guard: the state of the guard.
+      key: the raw random key for random choices during training, such as a random number of loops.
     """
 
     step: Int[Array, ""]
@@ -40,36 +43,44 @@ class TrainState:
 
 
 def split_params(params: Params, trainable: Sequence[str]) -> tuple[Params, Params]:
-    """The parameters that a stage trains and those it leaves alone, by top-level group; all are trained if none
-    is named.
+    """Returns the parameters that a stage trains, and the frozen ones.
+
+    Args:
+      params: the parameters by top-level group.
+      trainable: the groups to train; empty for all.
+
+    Raises:
+      UserError: a group does not exist.
     """
     unknown = [group for group in trainable if group not in params]
     if unknown:
         raise UserError(f"no parameter group {unknown[0]!r} to train{suggest(unknown[0], params)}")
+
     groups = set(trainable) or set(params)
     moving = {name: value for name, value in params.items() if name in groups}
     return moving, {name: value for name, value in params.items() if name not in groups}
 
 
 def _around(params: Params, recipe: Recipe, stage: Stage) -> TrainState:
-    """The first state of a run with these parameters. Boxed where the parameters are."""
+    """Returns the first state of a run with these parameters, boxed with axis names if the parameters are."""
     moving, _ = split_params(params, stage.trained_groups)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         optimizer=adamw(recipe.optimizer).init(moving),
         guard=initial_guard(recipe.guard),
+        # Key 0 initializes the parameters (see `initial_state`); key 1 is for random choices during training.
         key=jax.random.key_data(jax.random.fold_in(seeded_key(recipe.seed), 1)),
     )
 
 
 def abstract_state(recipe: Recipe, model: LoopLM, stage: Stage, mesh: Mesh) -> TrainState:
-    """Shapes, types and shardings of the state that `stage` needs, without making it."""
+    """Returns shape, dtype and sharding of the state that `stage` needs, without allocating it."""
     return abstract(jax.eval_shape(lambda params: _around(params, recipe, stage), boxed_shapes(model.config)), mesh)
 
 
 def initial_state(recipe: Recipe, model: LoopLM, stage: Stage, mesh: Mesh) -> TrainState:
-    """The first state of a run, made where it will live. The same numbers on any mesh."""
+    """Returns the first state of a run, initialized directly in its sharding. Its values are the same on any mesh."""
     key = jax.random.key_data(jax.random.fold_in(seeded_key(recipe.seed), 0))
     make = _initializer(model.config, mesh)
     with use_mesh(mesh):
@@ -82,7 +93,7 @@ def state_around(
 ) -> TrainState:
     """Returns the first state of a run with these parameters, and with this optimizer state if one is given."""
     given = {"params": params} if optimizer is None else {"params": params, "optimizer": optimizer}
-    nothing: dict[str, Any] = dict.fromkeys(given)  # what would be thrown away is never made
+    nothing: dict[str, Any] = dict.fromkeys(given)  # the given parts are not allocated a second time
 
     def rest(params: Params) -> TrainState:
         return dataclasses.replace(_around(params, recipe, stage), **nothing)
@@ -95,9 +106,9 @@ def state_around(
 
 @functools.lru_cache(maxsize=8)
 def _initializer(config: ModelConfig, mesh: Mesh) -> Callable[[UInt32[np.ndarray, "2"]], Params]:
-    """Returns the program that makes initial parameters from a raw key, each where it will live.
+    """Returns the program that initializes parameters from a raw key directly in their shardings, from a cache.
 
-    Kept: runs of one process that differ in their seeds, as the cells of an experiment do, have the same program.
+    Runs in one process that differ only in their seeds, such as the cells of an experiment, share a program.
     """
     placed = jax.tree.map(lambda leaf: leaf.sharding, abstract(boxed_shapes(config), mesh))
 
@@ -108,16 +119,18 @@ def _initializer(config: ModelConfig, mesh: Mesh) -> Callable[[UInt32[np.ndarray
 
 
 def enter_stage(state: TrainState, recipe: Recipe, model: LoopLM, index: int, mesh: Mesh) -> TrainState:
-    """The end of stage `index - 1` as the start of stage `index`, laid out on the mesh of that stage.
+    """Returns the final state of stage `index - 1` as the first state of stage `index`, in the shardings of its mesh.
 
-    The optimiser goes on where the same parameters are trained, and is fresh otherwise; the guard forgets the losses
-    of another objective.
+    The optimizer state is kept if both stages train the same parameters, and reset otherwise. The guard clears its
+    losses, because another objective has other losses.
     """
     before, stage = recipe.stages[index - 1], recipe.stages[index]
     placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(recipe, model, stage, mesh))
+
     state = dataclasses.replace(state, guard=next_stage_guard(state.guard))
     if set(before.trained_groups) == set(stage.trained_groups):
         return jax.device_put(state, placed)
+    # The old optimizer state has another tree structure, so it is left out of the transfer.
     rest = jax.device_put(dataclasses.replace(state, optimizer=()), dataclasses.replace(placed, optimizer=()))
     moving, _ = split_params(rest.params, stage.trained_groups)
     optimizer = jax.jit(adamw(recipe.optimizer).init, out_shardings=placed.optimizer)(moving)

@@ -1,4 +1,4 @@
-"""One train step: gradients of the stage's objective, accumulated, clipped, guarded and applied."""
+"""The train step: gradients of the stage's objective, accumulated, clipped, guarded and applied."""
 
 import dataclasses
 from collections.abc import Callable
@@ -22,10 +22,19 @@ from looplm_jax.training.state import TrainState, split_params
 
 @flax.struct.dataclass
 class StepMetrics:
-    """What a step reports; means over the batch's unmasked tokens.
+    """The metrics of a step; means over the unmasked tokens of the batch.
 
-    Where only the loss after the last loop is trained on, the losses of the loops before it are 0 at steps that are
-    not logged: they are not computed.
+    With the objective `last_loss`, the losses of earlier loops are computed only at steps that are logged, and are 0 at
+    others.
+
+    Attributes:
+      loss: the loss that is trained.
+      exits: losses per loop and statistics of the exit distribution.
+      gradient_norm: the global norm of the gradients before clipping.
+      learning_rate: the learning rate.
+      tokens: the number of unmasked tokens.
+      skipped: the number of steps skipped since the run began.
+      skipped_in_a_row: the number of steps skipped since the last accepted one.
     """
 
     loss: Float[Array, ""]
@@ -41,9 +50,14 @@ TrainStep = Callable[[TrainState, DeviceBatch], tuple[TrainState, StepMetrics]]
 
 
 def make_train_step(recipe: Recipe, model: LoopLM, stage: Stage, *, first_step: int, loops: int) -> TrainStep:
-    """The step of a stage that begins at `first_step` of the run, at a number of loops.
+    """Returns the train step of a stage, to be jitted with its state donated.
 
-    To be jitted with its state donated.
+    Args:
+      recipe: the configuration of the run.
+      model: the model.
+      stage: the stage.
+      first_step: the number of steps of the run before the stage.
+      loops: the number of loops.
     """
 
     def train_step(state: TrainState, batch: DeviceBatch) -> tuple[TrainState, StepMetrics]:
@@ -60,16 +74,18 @@ def make_train_step(recipe: Recipe, model: LoopLM, stage: Stage, *, first_step: 
                     return _last_loss(model, loops, variables, part, count, logged)
 
         (loss, exits), gradients = loss_and_gradients(objective, model, moving, frozen, batch)
+
         norm = optax.tree.norm(gradients)
         rate = learning_rate(stage, state.step - first_step)
         updates, optimizer_state = direction(recipe.optimizer, gradients, state.optimizer, moving)
         updated = jax.tree.map(lambda weight, update: weight - rate * update, moving, updates)
 
-        # Without a token to learn from the loss is 0 and says nothing: the step changes nothing, the guard included.
+        # Without unmasked tokens the loss is 0 and meaningless: the step changes nothing, including the guard.
         has_targets = jnp.any(batch.loss_mask != 0)
         sound = is_sound(recipe.guard, state.guard, loss, norm)
         guard = _choose(has_targets, update_guard(state.guard, loss, sound), state.guard)
         applied = sound & has_targets
+
         next_state = dataclasses.replace(
             state,
             step=state.step + 1,
@@ -77,6 +93,7 @@ def make_train_step(recipe: Recipe, model: LoopLM, stage: Stage, *, first_step: 
             optimizer=_choose(applied, optimizer_state, state.optimizer),
             guard=guard,
         )
+
         return next_state, StepMetrics(
             loss=loss,
             exits=exits,
@@ -98,8 +115,10 @@ def is_logged(recipe: Recipe, step: int | Int[Array, ""]) -> bool | Bool[Array, 
 def _expected_loss(
     model: LoopLM, stage: Stage, loops: int, variables: Variables, part: DeviceBatch, count: Float[Array, ""]
 ) -> tuple[Float[Array, ""], Stage1Metrics]:
+    """Returns the Stage I loss (Eq. 4) of a microbatch, and its metrics."""
     output = _apply(model, variables, part, loops)
     prior = None if stage.prior.kind is PriorKind.UNIFORM else log_prior(stage.prior, loops)
+
     return stage1_from_hidden(
         output.hidden,
         _head(model, variables),
@@ -116,9 +135,14 @@ def _expected_loss(
 def _gate_loss(
     model: LoopLM, stage: Stage, loops: int, variables: Variables, part: DeviceBatch, count: Float[Array, ""]
 ) -> tuple[Float[Array, ""], Stage1Metrics]:
+    """Returns the Stage II loss (Eq. 6) of a microbatch, and its metrics.
+
+    The losses of the tokens are constants, so the backward pass reaches only the gate.
+    """
     output = _apply(model, variables, part, loops)
     head = _head(model, variables)
     losses = jax.lax.stop_gradient(token_losses(output.hidden, head, part.targets, chunk=model.compute.loss_chunk))
+
     loss, _ = stage2(
         losses,
         output.gate_logits,
@@ -128,6 +152,7 @@ def _gate_loss(
         count=count,
         target=stage.gate_target,
     )
+    # Stage I without its entropy term, for the metrics only.
     _, exits = stage1(losses, jax.lax.stop_gradient(output.gate_logits), beta=0.0, mask=part.loss_mask, count=count)
     return loss, exits
 
@@ -140,9 +165,10 @@ def _last_loss(
     count: Float[Array, ""],
     logged: bool | Bool[Array, ""],
 ) -> tuple[Float[Array, ""], Stage1Metrics]:
-    """Returns the loss after the last loop, which is Eq. 4 over that loop alone: the last gate has no part in it."""
+    """Returns the loss after the last loop: Eq. 4 for that loop alone. The last gate does not influence it."""
     output = _apply(model, variables, part, loops)
     head, chunk = _head(model, variables), model.compute.loss_chunk
+
     loss, last = stage1_from_hidden(
         output.hidden[-1:],
         head,
@@ -153,6 +179,7 @@ def _last_loss(
         count=count,
         chunk=chunk,
     )
+
     if loops == 1:
         return loss, last
 
@@ -166,6 +193,7 @@ def _last_loss(
         lambda *_: jnp.zeros(loops - 1),
         *jax.lax.stop_gradient((output.hidden[:-1], head)),
     )
+    # All tokens exit after the last loop. `last` counts it as loop 1, hence the factor `loops`.
     exits = Stage1Metrics(
         loss_per_loop=jnp.concatenate([earlier, last.loss_per_loop]),
         exit_pdf=jnp.zeros(loops).at[-1].set(last.exit_pdf[0]),
@@ -177,13 +205,16 @@ def _last_loss(
 
 
 def _head(model: LoopLM, variables: Variables) -> Float[Array, "D V"]:
+    """Returns the matrix from hidden states to logits."""
     return cast(Array, model.apply(variables, method="head_weights"))
 
 
 def _apply(model: LoopLM, variables: Variables, part: DeviceBatch, loops: int) -> LoopLMOutput:
+    """Runs the model on a microbatch."""
     output = model.apply(variables, part.tokens, loops=loops, positions=part.positions, segment_ids=part.segment_ids)
     return cast(LoopLMOutput, output)
 
 
 def _choose(condition: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
+    """Returns the tree `new` if the condition holds, or else `old`."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)

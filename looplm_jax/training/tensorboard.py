@@ -1,6 +1,6 @@
-"""TensorBoard events, in the format of its files.
+"""Writes TensorBoard event files.
 
-TensorBoard's own writer is not used: it hands events to a thread, which dies with a traceback where the disk refuses.
+TensorBoard's own writer passes events to a thread, which ends with a traceback if the disk refuses a write.
 """
 
 import socket
@@ -19,7 +19,7 @@ _FORMAT = "brain.Event:2"
 
 
 def open_events(folder: AnyPath, *, step: int) -> "EventLog":
-    """A new file of events in `folder`. Raises UserError where the disk or the bucket refuses it."""
+    """Creates an event file in `folder`. Raises UserError if the disk or the bucket refuses it."""
     name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.from-{step}"
     with writing(folder):
         make_folder(folder)
@@ -27,7 +27,12 @@ def open_events(folder: AnyPath, *, step: int) -> "EventLog":
 
 
 class EventLog:
-    """Events from `step` on. TensorBoard then hides the events of earlier files after it."""
+    """An event file with events after `step`. TensorBoard hides later events of earlier files.
+
+    Args:
+      file: the file.
+      step: the step from which the run continues.
+    """
 
     def __init__(self, file: GrowingFile, *, step: int):
         self.file = file
@@ -35,12 +40,12 @@ class EventLog:
         self._append(Event(wall_time=time.time(), step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """One event with all `scalars`."""
+        """Writes one event with all `scalars`."""
         values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
         self._append(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
 
     def _append(self, event: Event) -> None:
-        """A record: length, its checksum, the event, its checksum."""
+        """Writes a record: length, checksum of the length, event, checksum of the event."""
         content = event.SerializeToString()
         length = struct.pack("<Q", len(content))
         self.file.append(length + _checksum(length) + content + _checksum(content))

@@ -1,4 +1,4 @@
-"""The tokeniser of a run: the one it was given, its task's own, its checkpoint's, or one trained on its data."""
+"""Selects the tokenizer of a run: a given one, that of its task, that of its checkpoint, or one trained on its data."""
 
 from pathlib import Path
 
@@ -18,23 +18,34 @@ from looplm_jax.training.run_folder import RunFolder
 def run_tokenizer(
     recipe: Recipe, corpus: Corpus, folder: RunFolder, console: Console, inherited: Tokenizer | None = None
 ) -> Tokenizer:
-    """The tokeniser that a run uses from its first step to its last; one that was trained lies in the run folder.
+    """Returns the tokenizer that a run uses from its first to its last step.
 
-    `inherited` is that of the checkpoint whose parameters the run started from.
+    A tokenizer that the run trains is written to the run folder.
+
+    Args:
+      recipe: the configuration of the run.
+      corpus: the corpus that determines the tokenizer.
+      folder: the run folder.
+      console: the console for messages.
+      inherited: the tokenizer of the checkpoint that the run started from.
 
     Raises:
-      UserError: its vocabulary is not the model's, it is not the inherited one, or the data is too little to train one.
+      UserError: its vocabulary is not that of the model, it differs from the inherited one, or there is too little data
+        to train one.
     """
     tokenizer = corpus.own_tokenizer
     if tokenizer is not None and recipe.data.tokenizer:
         _check_own(recipe, corpus, tokenizer)
+
     if tokenizer is None and recipe.data.tokenizer:
         tokenizer = data.load_tokenizer(
             recipe.data.tokenizer, warn=lambda note: console.print(f"note: {literal(note)}")
         )
+
     if inherited is not None:
         _check_inherited(recipe, corpus, tokenizer, inherited)
         tokenizer = inherited
+
     if tokenizer is None:
         if recipe.start.checkpoint:
             raise UserError(
@@ -46,12 +57,16 @@ def run_tokenizer(
             texts = data.training_texts(corpus, seed=recipe.data.seed)
             write_atomically(folder.tokenizer, data.train_sentencepiece(texts, recipe.model.vocab_size).serialize())
         tokenizer = data.load_tokenizer(str(folder.tokenizer))
+
     data.check_vocab(tokenizer, recipe.model.vocab_size)
     return tokenizer
 
 
 def _check_own(recipe: Recipe, corpus: Corpus, own: Tokenizer) -> None:
-    """A task takes no other tokeniser; prepared rows take their own, wherever it lies."""
+    """Raises UserError if `data.tokenizer` is not the tokenizer of the corpus.
+
+    A task accepts no other tokenizer. Prepared data accepts its own tokenizer from any path.
+    """
     if corpus.tasks:
         raise UserError(f"{corpus.tasks[0].config.path!r} has a vocabulary of its own; leave data.tokenizer empty")
     if data.load_tokenizer(recipe.data.tokenizer).fingerprint != own.fingerprint:
@@ -62,12 +77,15 @@ def _check_own(recipe: Recipe, corpus: Corpus, own: Tokenizer) -> None:
 
 
 def _check_inherited(recipe: Recipe, corpus: Corpus, tokenizer: Tokenizer | None, inherited: Tokenizer) -> None:
+    """Raises UserError if the tokenizer differs from that of the checkpoint that the run starts from."""
     if tokenizer is None or tokenizer.fingerprint == inherited.fingerprint:
         return
+
     origin = recipe.start.checkpoint
     if corpus.tasks:
         task = corpus.tasks[0].config.path
         raise UserError(f"{task!r} has another vocabulary than {origin}; start from a checkpoint of the same task")
+
     if corpus.prepared:
         rows = corpus.prepared[0].config.path
         raise UserError(
@@ -79,7 +97,7 @@ def _check_inherited(recipe: Recipe, corpus: Corpus, tokenizer: Tokenizer | None
 
 
 def _how_to_prepare(origin: str, inherited: Tokenizer) -> str:
-    """What to type for rows that a start from `origin` can read."""
+    """Returns how to prepare data that a run that starts from `origin` can read."""
     if is_hf_folder(Path(origin)):
         return f"prepare it with --tokenizer {pasted(origin)}"
     if isinstance(inherited, FolderTokenizer):

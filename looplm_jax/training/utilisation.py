@@ -1,4 +1,4 @@
-"""How well the devices are used: model FLOP utilisation, and memory where the backend tells."""
+"""Utilization of the devices: model FLOPs utilization (MFU), and peak memory if the backend reports it."""
 
 import jax
 from jax.sharding import Mesh
@@ -7,7 +7,7 @@ from looplm_jax.sharding.chips import known_chip
 
 
 def peak_flops(mesh: Mesh) -> float | None:
-    """What all devices of a mesh could do in bfloat16, operations a second; None where one of them is not known."""
+    """Returns the bfloat16 peak of all devices of a mesh, in operations per second; None if one is unknown."""
     chips = [known_chip(device.device_kind) for device in mesh.devices.flat]
     if any(chip is None for chip in chips):
         return None
@@ -15,14 +15,14 @@ def peak_flops(mesh: Mesh) -> float | None:
 
 
 def model_flop_utilisation(flops_per_second: float, peak: float | None) -> dict[str, float]:
-    """`{"mfu": model FLOP/s over peak FLOP/s}` (PaLM, 2204.02311, appendix B), or nothing where no peak is known."""
+    """Returns `{"mfu": model FLOP/s / peak FLOP/s}` (PaLM, arXiv 2204.02311, appendix B), or {} without a peak."""
     return {} if peak is None else {"mfu": flops_per_second / peak}
 
 
 def memory_use() -> dict[str, int]:
-    """The most bytes that one of this process's devices has held so far, or nothing where the backend does not count.
+    """Returns the peak memory of the fullest device of this process, in bytes, or {} if the backend does not report it.
 
-    That is since the process began, other programs of it included.
+    The peak is since the process started and includes all its programs.
     """
     counted = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [int(stats["peak_bytes_in_use"]) for stats in counted if "peak_bytes_in_use" in stats]

@@ -1,4 +1,4 @@
-"""Weights & Biases, an extra that is imported only where it is asked for."""
+"""Sends metrics to Weights & Biases, an optional dependency that is imported only on request."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,16 @@ from looplm_jax.errors import UserError
 
 
 class WandbLog:
-    """The scalars of a run in a project. A run that goes on is the same run there: `name` is its identity."""
+    """The scalars of a run in a Weights & Biases project.
+
+    Args:
+      project: the project.
+      name: the name and id of the run. A resumed run continues the run with the same id.
+      config: the configuration to record.
+
+    Raises:
+      UserError: Weights & Biases is not installed.
+    """
 
     def __init__(self, project: str, *, name: str, config: Mapping[str, Any]):
         try:
@@ -17,9 +26,9 @@ class WandbLog:
         self._run = wandb.init(project=project, name=name, id=name, resume="allow", config=dict(config))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """One line of the metrics."""
+        """Sends one line of metrics."""
         self._run.log(dict(scalars), step=step)
 
     def close(self) -> None:
-        """Wait until all is sent."""
+        """Waits until everything is sent."""
         self._run.finish()
