@@ -3,8 +3,8 @@
     lambda_t = sigmoid(gate_t),  S_t = prod_{j<=t} (1 - lambda_j),  S_0 = 1
     p_t = lambda_t S_{t-1} for t < T,  p_T = S_{T-1}   (the last gate is not used)
 
-Loops are the leading axis, T. Log space keeps saturated gates exact: `log sigmoid` is finite where a sigmoid rounds
-to 0 or 1.
+The leading axis, T, is that of loops. Log space is accurate for saturated gates: `log sigmoid` is finite where a
+sigmoid rounds to 0 or 1.
 """
 
 import jax
@@ -13,12 +13,12 @@ from jaxtyping import Array, Float, Int
 
 
 def log_survival(gate_logits: Float[Array, "T *B"]) -> Float[Array, "T *B"]:
-    """`log S_t` for t = 1..T: the log-probability that no loop up to t has exited, if the last gate counted too."""
+    """Returns `log S_t` for t = 1..T: the log-probability of no exit up to loop t, counting the last gate too."""
     return jnp.cumsum(jax.nn.log_sigmoid(-gate_logits.astype(jnp.float32)), axis=0)
 
 
 def log_exit_distribution(gate_logits: Float[Array, "T *B"]) -> Float[Array, "T *B"]:
-    """`log p_t`: exact and with finite gradients for any finite gates."""
+    """Returns `log p_t`. It is accurate and has finite gradients for any finite gates."""
     logits = gate_logits.astype(jnp.float32)
     reached = jnp.concatenate([jnp.zeros_like(logits[:1]), log_survival(logits[:-1])])  # log S_{t-1}
     exits = jnp.concatenate([jax.nn.log_sigmoid(logits[:-1]), jnp.zeros_like(logits[:1])])  # log lambda_t; 0 at T
@@ -26,39 +26,42 @@ def log_exit_distribution(gate_logits: Float[Array, "T *B"]) -> Float[Array, "T 
 
 
 def exit_distribution(gate_logits: Float[Array, "T *B"]) -> Float[Array, "T *B"]:
-    """`p_t`, the probability of leaving after loop t; sums to one over loops."""
+    """Returns `p_t`, the probability of an exit after loop t. It sums to one over loops."""
     return jnp.exp(log_exit_distribution(gate_logits))
 
 
 def exit_cdf(exit_pdf: Float[Array, "T *B"]) -> Float[Array, "T *B"]:
-    """`CDF(n)`, the probability of leaving at loop n or before: `1 - S_n`, and exactly 1 at T."""
+    """Returns `CDF(n)`, the probability of an exit at loop n or earlier: `1 - S_n`, and exactly 1 at T."""
     return 1.0 - _tail(exit_pdf)
 
 
 def entropy(log_pdf: Float[Array, "T *B"]) -> Float[Array, "*B"]:
-    """`H(p) = -sum_t p_t log p_t`, nats, from log-probabilities."""
+    """Returns `H(p) = -sum_t p_t log p_t` in nats, from log-probabilities."""
     return -jnp.sum(jnp.exp(log_pdf) * log_pdf, axis=0)
 
 
 def mean_exit_loop(exit_pdf: Float[Array, "T *B"]) -> Float[Array, "*B"]:
-    """`sum_t t p_t`, loops."""
+    """Returns the mean exit loop `sum_t t p_t`, from probabilities."""
     loops = jnp.arange(1, exit_pdf.shape[0] + 1, dtype=exit_pdf.dtype)
     return jnp.tensordot(loops, exit_pdf, axes=1)
 
 
 def q_exit(exit_pdf: Float[Array, "T *B"], q: float | Float[Array, ""]) -> Int[Array, "*B"]:
-    """Q-exit: `min { m : CDF(m) >= q }`, in 1..T, for q in [0, 1].
+    """Returns the loop of Q-exit, `min { m : CDF(m) >= q }`, in 1..T, for q in [0, 1].
 
-    Asked as `S_m <= 1 - q`, because 1 - S_m rounds to one long before S_m is zero. q = 0 is loop 1. q = 1 is loop T
-    even where the survival underflows.
+    q = 0 is loop 1. q = 1 is loop T even if the survival underflows.
     """
     q = jnp.asarray(q, jnp.float32)
+    # The condition is tested as S_m <= 1 - q, because 1 - S_m rounds to one long before S_m is zero.
     exited = (_tail(exit_pdf) <= 1.0 - q) & (q < 1.0)
     exited = exited.at[-1].set(True)
     return jnp.argmax(exited, axis=0).astype(jnp.int32) + 1
 
 
 def _tail(exit_pdf: Float[Array, "T *B"]) -> Float[Array, "T *B"]:
-    """`S_n` for n < T and 0 at T, summed from the small end so that small survivals keep their digits."""
+    """Returns `S_n` for n < T, and 0 at T.
+
+    Sums start at the last loop, so that small survivals keep their precision.
+    """
     sums = jnp.cumsum(exit_pdf.astype(jnp.float32)[::-1], axis=0)[::-1]
     return jnp.concatenate([sums[1:], jnp.zeros_like(sums[:1])])

@@ -1,4 +1,4 @@
-"""The exit loop of tokens whose loops have all been run: prompts, and evaluation."""
+"""The exit loop of tokens for which all loops were computed, as for prompts and in evaluation."""
 
 from collections.abc import Callable
 
@@ -19,14 +19,14 @@ def exit_loops(
     gate_logits: Float[Array, "T *B"],
     logits: Head | Float[Array, "T *B V"],
 ) -> Int[Array, "*B"]:
-    """The loop that each token leaves at, in 1..T; what has not left before leaves at T.
+    """Returns the loop at which each token exits, in 1..T. Tokens that have not exited earlier exit at T.
 
     Args:
-      policy: one for all tokens, or a table with one for each.
-      hidden: states of every loop.
-      gate_logits: exit gates of every loop.
-      logits: predictions of every loop, or the head that makes those of one loop, `[*B, D]` to `[*B, V]`. The head is
-        called only for policies that read predictions, and for one loop at a time.
+      policy: a policy for all tokens, or a table with one per token.
+      hidden: the states of every loop.
+      gate_logits: the exit gates of every loop.
+      logits: the predictions of every loop, or a head that computes those of one loop, `[*B, D]` to `[*B, V]`. The head
+        is called only for policies that read predictions, and for one loop at a time.
     """
 
     def predict(loop: Int[Array, ""]) -> Float[Array, "*B V"] | None:
@@ -39,6 +39,8 @@ def exit_loops(
         return signals.memory(), policy.exits(signals)
 
     loops = jnp.arange(hidden.shape[0])
+    # The memory needs the shapes of the states and predictions of one loop; nothing is computed here.
     of_one_loop = jax.eval_shape(lambda loop: (hidden[loop], predict(loop)), loops[0])
     _, leaves = jax.lax.scan(after_loop, LoopMemory.before_loops(policy.needs, *of_one_loop), loops)
+
     return jnp.argmax(leaves.at[-1].set(True), axis=0).astype(jnp.int32) + 1

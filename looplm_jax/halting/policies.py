@@ -1,8 +1,8 @@
-"""Exit policies: small frozen objects that decide, per token, the loop to leave at.
+"""Exit policies: small frozen objects that decide, per token, at which loop to exit.
 
-Here are those that read the number of the loop and the gate, bounds around any policy, and a function of one's own;
-`readouts.py` has those that read states and predictions. A policy of one's own class is a frozen dataclass of `int`
-and `float` fields with the members of `ExitPolicy`.
+This module has the policies that read the number of the loop and the gate, bounds around any policy, and policies from
+a function. Policies that read states and predictions are in `readouts`. A user-defined policy is a frozen dataclass of
+`int` and `float` fields with the members of `ExitPolicy`.
 """
 
 import dataclasses
@@ -20,23 +20,29 @@ _MOST_LOOPS = 2**31 - 1
 
 @runtime_checkable
 class ExitPolicy(Protocol):
-    """Decides after each loop which tokens leave. The last loop ends a token whatever a policy says."""
+    """Decides after each loop which tokens exit. Every token exits at the last loop, whatever the policy."""
 
     @property
     def needs(self) -> Needs:
-        """What it reads besides the number of the loop; the same for every object of a class, save `Custom`."""
+        """The signals that the policy reads in addition to the number of the loop.
+
+        They are the same for every object of a class, except for `Custom`.
+        """
 
     @property
     def max_loops(self) -> int | None:
-        """The most loops this policy asks for; None leaves it to the model."""
+        """The largest number of loops of this policy; None leaves it to the model."""
 
     def exits(self, signals: Signals) -> Bool[Array, "*B"]:
-        """True for the tokens that leave. What compares with the loop before is False at loop 1."""
+        """Returns True for the tokens that exit.
+
+        Policies that compare with the previous loop return False at loop 1.
+        """
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FixedLoops:
-    """Every token takes the same number of loops."""
+    """Every token exits after the same number of loops."""
 
     loops: int
     needs: ClassVar[Needs] = Needs(0)
@@ -46,19 +52,19 @@ class FixedLoops:
 
     @property
     def max_loops(self) -> Any:
-        """The number itself, which inside a program may be traced."""
+        """The number of loops, which may be a tracer inside a program."""
         return self.loops
 
     def exits(self, signals: Signals) -> Bool[Array, "*B"]:
-        """All tokens at that loop."""
+        """Returns True for all tokens from that loop on."""
         return signals.loop >= self.loops
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QExit:
-    """Leave at the first loop with `CDF >= q`, asked as `log S <= log(1 - q)` (paper v4, section 3.2).
+    """Exits at the first loop with `CDF >= q`, tested as `log S <= log(1 - q)` (paper v4, section 3.2).
 
-    q = 1 never leaves early.
+    With q = 1 no token exits early.
     """
 
     q: float
@@ -70,15 +76,21 @@ class QExit:
             raise UserError(f"q must be in [0, 1], not {self.q}")
 
     def exits(self, signals: Signals) -> Bool[Array, "*B"]:
-        """Tokens whose survival has fallen to `1 - q`."""
+        """Returns True for tokens whose survival is at most `1 - q`."""
         return signals.log_survival <= jnp.log1p(-jnp.asarray(self.q, jnp.float32))
 
 
 @dataclasses.dataclass(frozen=True)
 class Bounded:
-    """Another policy with a floor and a ceiling on loops; where the two disagree with it, they win.
+    """A policy with bounds on the number of loops, which take precedence over the policy.
 
-    `max_loops=None` leaves the ceiling to the policy. Bounds of bounds become one, the outer ones winning.
+    With `max_loops=None` the policy determines the upper bound. Nested bounds are merged; the outer ones take
+    precedence.
+
+    Attributes:
+      policy: the policy.
+      min_loops: no token exits before this loop.
+      max_loops: every token exits at this loop.
     """
 
     policy: ExitPolicy
@@ -95,10 +107,12 @@ class Bounded:
         self._merge()
 
     def _merge(self) -> None:
-        """One floor and one ceiling, of these bounds and of what the policy itself asks for."""
+        """Merges these bounds with those of the policy into one lower and one upper bound."""
         ceilings = [most for most in (self.max_loops, self.policy.max_loops) if most is not None]
         ceiling = max(min(ceilings), self.min_loops) if ceilings else None
+        # The dataclass is frozen.
         object.__setattr__(self, "max_loops", ceiling)
+
         if isinstance(self.policy, Bounded):
             floor = max(self.min_loops, self.policy.min_loops)
             object.__setattr__(self, "min_loops", floor if ceiling is None else min(floor, ceiling))
@@ -106,11 +120,11 @@ class Bounded:
 
     @property
     def needs(self) -> Needs:
-        """What the policy inside needs."""
+        """The needs of the inner policy."""
         return self.policy.needs
 
     def exits(self, signals: Signals) -> Bool[Array, "*B"]:
-        """What the policy says between the bounds; no token below the floor, every token at the ceiling."""
+        """Returns the decision of the policy between the bounds, False below them and True at the upper one."""
         ceiling = _MOST_LOOPS if self.max_loops is None else self.max_loops
         return between(self.policy.exits(signals), signals.loop, self.min_loops, ceiling)
 
@@ -120,11 +134,11 @@ ExitFunction = Callable[[Array, Array | None, Array, Array | None], Array]
 
 @dataclasses.dataclass(frozen=True)
 class Custom:
-    """A function of one's own: `function(t, hidden, gate_logits, logits)` says which tokens leave after loop t.
+    """A policy from a function: `function(t, hidden, gate_logits, logits)` returns which tokens exit after loop t.
 
-    It gets arrays `[*B]`, `[*B, D]`, `[*B]` and `[*B, V]`, whose rows may be at different loops, and returns booleans
-    `[*B]`. `hidden` and `logits` may be None unless `needs` names them. It must be pure: it becomes part of the
-    compiled program, so make it once and use it again.
+    The function receives arrays `[*B]`, `[*B, D]`, `[*B]` and `[*B, V]` and returns booleans `[*B]`. Tokens may be at
+    different loops. `hidden` and `logits` may be None unless `needs` includes them. The function must be pure, because
+    it becomes part of the compiled program. Create a policy once and reuse it: each new function is compiled again.
     """
 
     function: ExitFunction
@@ -137,26 +151,28 @@ class Custom:
             raise UserError(f"Custom needs a function that can be hashed, not {self.function!r}")
 
     def exits(self, signals: Signals) -> Bool[Array, "*B"]:
-        """What the function says. Raises UserError when that is not one boolean for each token."""
+        """Returns the result of the function. Raises UserError if that is not one boolean per token."""
         leaves = self.function(signals.loop, signals.hidden, signals.gate_logits, signals.logits)
+
         shape, dtype = jnp.shape(leaves), jnp.result_type(leaves)
         if shape != signals.loop.shape or dtype != jnp.bool_:
             raise UserError(
                 f"the function of a Custom exit policy must return bool{list(signals.loop.shape)}, one for each "
                 f"token, not {dtype.name}{list(shape)}"
             )
+
         return jnp.asarray(leaves)
 
 
 def between(
     leaves: Bool[Array, "*B"], loop: Int[Array, "*B"], floor: int | Int[Array, "*#B"], ceiling: int | Int[Array, "*#B"]
 ) -> Bool[Array, "*B"]:
-    """`leaves` from loop `floor` on, and everything at loop `ceiling`."""
+    """Returns `leaves` from loop `floor` on, and True from loop `ceiling` on."""
     return (leaves & (loop >= floor)) | (loop >= ceiling)
 
 
 def check_count(name: str, value: Any) -> None:
-    """Raise UserError for a number of loops that cannot be."""
+    """Raises UserError if `value` is not a valid number of loops."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise UserError(f"{name} must be a whole number, not {value!r}")
     if value < 1:
@@ -166,7 +182,7 @@ def check_count(name: str, value: Any) -> None:
 
 
 def required(signal: Float[Array, "*X"] | Int[Array, "*X"] | None, name: str) -> Array:
-    """A signal that the policy's `needs` promise. Raises ValueError when the program did not compute it."""
+    """Returns a signal that the policy's `needs` include. Raises ValueError if the program did not compute it."""
     if signal is None:
         raise ValueError(f"this policy reads {name}, which was not computed: its needs were not respected")
     return signal

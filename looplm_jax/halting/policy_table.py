@@ -1,4 +1,8 @@
-"""Exit policies of many slots as one pytree: which classes there are is part of a program, their numbers are not."""
+"""Exit policies of many slots as one pytree.
+
+The classes of the policies are part of a compiled program; their numbers are arrays. A slot can therefore be given
+another policy of a known class without compilation.
+"""
 
 import dataclasses
 import functools
@@ -14,7 +18,7 @@ from looplm_jax.errors import UserError
 from looplm_jax.halting.policies import Bounded, Custom, ExitPolicy, FixedLoops, QExit, between
 from looplm_jax.halting.signals import Needs, Signals
 
-Kind = type[Any] | Custom  # the class of a policy; a Custom is a kind of its own
+Kind = type[Any] | Custom  # the class of a policy; each Custom policy is a separate kind
 _DTYPES: dict[Any, Any] = {int: jnp.int32, "int": jnp.int32, float: jnp.float32, "float": jnp.float32}
 _MOST_KINDS = 32
 _NO_KIND = -1
@@ -23,21 +27,27 @@ _NO_CEILING = 2**31 - 1
 
 @flax.struct.dataclass
 class PolicyTable:
-    """A policy for each of N slots. Without the axis N it is one policy, for any batch, with traced numbers.
+    """A policy for each of N slots. Without the axis N, one policy with traced numbers, for any batch.
 
-    `numbers[i]` has the fields of the policies of class `kinds[i]`, which are zeros in slots of another class. Bounds
-    are taken off a policy into `floor` and `ceiling`. A slot without a policy leaves at loop 1.
+    Bounds are stored in `floor` and `ceiling`, separately from the policy. A slot without a policy exits at loop 1.
+
+    Attributes:
+      kinds: the classes of the policies in the table.
+      kind: the class of each slot as an index into `kinds`, or -1 for no policy.
+      numbers: for each class, the fields of its policies by name. They are zero in slots of another class.
+      floor: the smallest exit loop of each slot.
+      ceiling: the largest exit loop of each slot.
     """
 
     kinds: tuple[Kind, ...] = flax.struct.field(pytree_node=False)
-    kind: Int[Array, "*N"]  # index into kinds; -1: no policy
+    kind: Int[Array, "*N"]
     numbers: tuple[dict[str, Array], ...]
     floor: Int[Array, "*N"]
     ceiling: Int[Array, "*N"]
 
     @classmethod
     def empty(cls, slots: int, kinds: tuple[Kind, ...] = (FixedLoops, QExit)) -> "PolicyTable":
-        """Slots without policies, and room for policies of these kinds."""
+        """Returns a table of slots without policies, with room for policies of these kinds."""
         return cls(
             kinds=kinds,
             kind=jnp.full(slots, _NO_KIND, jnp.int32),
@@ -48,36 +58,45 @@ class PolicyTable:
 
     @property
     def needs(self) -> Needs:
-        """What any of the kinds reads."""
+        """The needs of all kinds together."""
         return functools.reduce(operator.or_, (kind.needs for kind in self.kinds), Needs(0))
 
     def exits(self, signals: Signals) -> Bool[Array, "*N"]:
-        """What the policy of each slot says, within its bounds."""
+        """Returns whether each slot exits by its policy, within its bounds."""
         leaves = jnp.zeros(signals.loop.shape, bool)
         for index, (kind, numbers) in enumerate(zip(self.kinds, self.numbers)):
             leaves = jnp.where(self.kind == index, _policy(kind, numbers).exits(signals), leaves)
+
         return between(leaves, signals.loop, self.floor, self.ceiling)
 
     def accepts(self, policy: ExitPolicy) -> bool:
-        """Whether its kind is known, so that setting it compiles nothing."""
+        """Whether the policy's kind is in the table, so that setting it needs no compilation."""
         return _kind(_unbounded(policy)) in self.kinds
 
     def with_kind(self, policy: ExitPolicy) -> "PolicyTable":
-        """Room for policies of this one's kind as well; the table itself where it is known. Raises as `with_kinds`."""
+        """Returns a table with room for policies of this policy's kind: the table itself if it has room.
+
+        Raises the errors of `with_kinds`.
+        """
         return self if self.accepts(policy) else self.with_kinds((*self.kinds, _kind(_unbounded(policy))))
 
     def with_kinds(self, kinds: tuple[Kind, ...]) -> "PolicyTable":
-        """Room for exactly these kinds; slots of other kinds lose their policy. A program is compiled for each tuple.
+        """Returns a table with room for exactly these kinds. Slots of other kinds lose their policy.
+
+        A program is compiled for each tuple of kinds.
 
         Raises:
-          UserError: a class that is no frozen dataclass of numbers, or more than 32 kinds.
+          UserError: a class is not a frozen dataclass of numbers, or there are more than 32 kinds.
         """
         if len(kinds) > _MOST_KINDS:
             raise UserError(
                 f"more than {_MOST_KINDS} kinds of exit policy at once; make each Custom policy once and use it again"
             )
+
         known = dict(zip(self.kinds, self.numbers))
+        # Maps old indices to new ones. The final None maps -1 to itself, because index -1 selects the last entry.
         moved = [kinds.index(kind) if kind in kinds else _NO_KIND for kind in (*self.kinds, None)]
+
         return PolicyTable(
             kinds=kinds,
             kind=jnp.asarray(moved, jnp.int32)[self.kind],
@@ -87,13 +106,16 @@ class PolicyTable:
         )
 
     def row(self, policy: ExitPolicy) -> "PolicyTable":
-        """One policy as a table without the axis N. Raises ValueError for a kind that is not known."""
+        """Returns one policy as a table without the axis N. Raises ValueError if its kind is not in the table."""
         if not self.accepts(policy):
             raise ValueError(f"no room for policies of the kind {_kind(_unbounded(policy))}; see PolicyTable.with_kind")
+
         inner = _unbounded(policy)
         own = _kind(inner)
+
         floor = policy.min_loops if isinstance(policy, Bounded) else 1
         ceiling = _NO_CEILING if policy.max_loops is None else policy.max_loops
+
         return PolicyTable(
             kinds=self.kinds,
             kind=jnp.asarray(self.kinds.index(own), jnp.int32),
@@ -103,11 +125,14 @@ class PolicyTable:
         )
 
     def with_row(self, slot: int | Int[Array, ""], row: "PolicyTable") -> "PolicyTable":
-        """The policy of one slot replaced. Pure; slot and row may be traced."""
+        """Returns a table with the policy of one slot replaced. Pure; slot and row may be tracers."""
         return jax.tree.map(lambda whole, own: whole.at[slot].set(own), self, row)
 
     def with_policy(self, slot: int, policy: ExitPolicy) -> "PolicyTable":
-        """The policy of one slot replaced, by a program that is compiled once for a table's kinds and size."""
+        """Returns a table with the policy of one slot replaced.
+
+        The program that replaces it is compiled once for a table's kinds and size.
+        """
         return _with_row(self, jnp.int32(slot), self.row(policy))
 
 
@@ -115,15 +140,20 @@ _with_row = jax.jit(PolicyTable.with_row)
 
 
 def _unbounded(policy: ExitPolicy) -> ExitPolicy:
+    """Returns the policy inside bounds."""
     return policy.policy if isinstance(policy, Bounded) else policy
 
 
 def _kind(policy: ExitPolicy) -> Kind:
+    """Returns the kind of a policy without bounds."""
     return policy if isinstance(policy, Custom) else type(policy)
 
 
 def _policy(kind: Kind, numbers: dict[str, Array]) -> Any:
-    """A policy of arrays, not validated: inside a program its numbers have no values to check."""
+    """Returns a policy whose fields are arrays.
+
+    Its `__post_init__` is not called, because traced numbers have no values to validate.
+    """
     if isinstance(kind, Custom):
         return kind
     policy = object.__new__(kind)
@@ -133,15 +163,17 @@ def _policy(kind: Kind, numbers: dict[str, Array]) -> Any:
 
 
 def _numbers(policy: ExitPolicy) -> dict[str, Array]:
+    """Returns the fields of a policy as arrays."""
     return {name: jnp.asarray(getattr(policy, name), dtype) for name, dtype in _dtypes(_kind(policy)).items()}
 
 
 def _zeros(kind: Kind, shape: tuple[int, ...]) -> dict[str, Array]:
+    """Returns zeros for the fields of a kind's policies."""
     return {name: jnp.zeros(shape, dtype) for name, dtype in _dtypes(kind).items()}
 
 
 def _dtypes(kind: Kind) -> dict[str, Any]:
-    """The fields of a kind's policies."""
+    """Returns the dtypes of the fields of a kind's policies. Raises UserError if one is not a number."""
     if isinstance(kind, Custom):
         return {}
     fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else None

@@ -1,4 +1,4 @@
-"""Exit policies as typed on a command line: `q=0.5`, `kl=1e-3,min=2,max=6`."""
+"""Parses exit policies from text, as in a command line: `q=0.5`, `kl=1e-3,min=2,max=6`."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ from looplm_jax.halting.readouts import (
     RelativeHiddenDifference,
 )
 
-# Each name with its policy, which has one number, and an example of that number.
+# The policy of each name, which has a single numeric field, and an example of its value.
 _RULES: dict[str, tuple[type[Any], str]] = {
     "loops": (FixedLoops, "4"),
     "q": (QExit, "0.5"),
@@ -32,12 +32,13 @@ _BOUNDS = {"min": "min_loops", "max": "max_loops"}
 
 
 def parse_exit_policy(text: str) -> ExitPolicy:
-    """A rule and its number, then bounds on loops if any: `q=0.5`, `loops=4`, `kl=1e-3,min=2,max=6`.
+    """Returns the exit policy for a rule and its number, followed by optional bounds on loops.
 
-    The rules are loops, q, hidden, relative, kl, entropy, stable, confidence and margin.
+    Examples: `q=0.5`, `loops=4`, `kl=1e-3,min=2,max=6`. The rules are loops, q, hidden, relative, kl, entropy, stable,
+    confidence and margin.
 
     Raises:
-      UserError: anything else, or a number that the policy does not allow.
+      UserError: the text has another form, or the policy does not allow its number.
     """
     rule, *bounds = text.split(",")
     policy = _rule(text, rule)
@@ -45,16 +46,19 @@ def parse_exit_policy(text: str) -> ExitPolicy:
 
 
 def _rule(text: str, part: str) -> ExitPolicy:
+    """Returns the policy for a rule such as `q=0.5`."""
     name, value = _split(part)
     if name not in _RULES:
         hint = "; the rule comes before min and max" if name in _BOUNDS else suggest(name, _RULES)
         raise UserError(f"unknown exit policy {text!r}; write for example q=0.5{hint}")
+
     policy, example = _RULES[name]
     (field,) = dataclasses.fields(policy)
     return policy(**{field.name: _number(text, value, field.type, f"{name}={example}")})
 
 
 def _bounds(text: str, parts: Iterable[str]) -> dict[str, int]:
+    """Returns the bounds for parts such as `min=2`."""
     bounds: dict[str, int] = {}
     for name, value in map(_split, parts):
         if name not in _BOUNDS:
@@ -62,6 +66,7 @@ def _bounds(text: str, parts: Iterable[str]) -> dict[str, int]:
                 f"exit policy {text!r}: only min and max may follow the rule, not {name!r}; "
                 "write for example q=0.5,min=2,max=6"
             )
+
         if _BOUNDS[name] in bounds:
             raise UserError(f"exit policy {text!r}: {name} is given twice; keep one")
         bounds[_BOUNDS[name]] = _number(text, value, int, f"{name}=2")
@@ -74,6 +79,7 @@ def _split(part: str) -> tuple[str, str]:
 
 
 def _number(text: str, value: str, kind: Any, example: str) -> Any:
+    """Returns the number that `value` represents. Raises UserError otherwise."""
     try:
         return kind(value)
     except ValueError:

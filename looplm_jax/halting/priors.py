@@ -1,4 +1,4 @@
-"""Priors over exit loops, as log-probabilities over 1..T, and the divergence of an exit distribution from one."""
+"""Priors over exit loops, as log-probabilities over 1..T, and the divergence of an exit distribution from a prior."""
 
 import jax
 import jax.numpy as jnp
@@ -10,22 +10,26 @@ _HERMITE_NODES = 64
 
 
 def uniform(loops: int) -> Float[Array, "T"]:
-    """`1 / T`: what the entropy term of Eq. 4 stands for."""
+    """Returns `log(1 / T)` for each loop, the prior to which the entropy term of Eq. 4 corresponds."""
     return jnp.full((loops,), -jnp.log(jnp.float32(loops)))
 
 
 def geometric(loops: int, rate: float) -> Float[Array, "T"]:
-    """`rate (1 - rate)^(t-1)`, truncated at T and renormalised (PonderNet)."""
+    """Returns the log of `rate (1 - rate)^(t-1)`, truncated at T and renormalized (PonderNet)."""
     steps = jnp.arange(loops, dtype=jnp.float32)
     return jax.nn.log_softmax(steps * jnp.log1p(-jnp.float32(rate)))
 
 
 def poisson_log_normal(loops: int, mean: float, sigma: float) -> Float[Array, "T"]:
-    """`1 + Poisson(rate)` with `log rate ~ Normal(log(mean - 1) - sigma^2 / 2, sigma)`, truncated at T and
-    renormalised (Huginn).
+    """Returns the log-probabilities of a Poisson log-normal prior, truncated at T and renormalized (Huginn).
 
-    `mean` is the mean number of loops before truncation and must exceed 1. The integral over the rate is a
-    Gauss-Hermite quadrature.
+    The number of loops is `1 + Poisson(rate)` with `log rate ~ Normal(log(mean - 1) - sigma^2 / 2, sigma)`. The
+    integral over the rate is a Gauss-Hermite quadrature.
+
+    Args:
+      loops: the number of loops, T.
+      mean: the mean number of loops before truncation; must exceed 1.
+      sigma: the standard deviation of the log-rate.
     """
     nodes, weights = _hermite(_HERMITE_NODES)
     log_rate = jnp.log(jnp.float32(mean - 1.0)) - sigma**2 / 2 + sigma * nodes
@@ -35,7 +39,7 @@ def poisson_log_normal(loops: int, mean: float, sigma: float) -> Float[Array, "T
 
 
 def log_prior(config: PriorConfig, loops: int) -> Float[Array, "T"]:
-    """The prior that a stage's configuration names."""
+    """Returns the log-probabilities of the prior of a stage's configuration."""
     match config.kind:
         case PriorKind.UNIFORM:
             return uniform(loops)
@@ -46,13 +50,16 @@ def log_prior(config: PriorConfig, loops: int) -> Float[Array, "T"]:
 
 
 def kl_divergence(log_pdf: Float[Array, "T *B"], log_prior: Float[Array, "T"]) -> Float[Array, "*B"]:
-    """`KL(p || prior) = sum_t p_t (log p_t - log prior_t)`, nats."""
+    """Returns `KL(p || prior) = sum_t p_t (log p_t - log prior_t)` in nats."""
     prior = log_prior.reshape(-1, *[1] * (log_pdf.ndim - 1))
     return jnp.sum(jnp.exp(log_pdf) * (log_pdf - prior), axis=0)
 
 
 def _hermite(count: int) -> tuple[Float[Array, "N"], Float[Array, "N"]]:
-    """Nodes and weights of the expectation over a standard normal (Golub and Welsch: eigenvectors of a tridiagonal)."""
+    """Returns nodes and weights of the quadrature of an expectation over a standard normal variable.
+
+    They are eigenvalues and eigenvectors of a tridiagonal matrix (Golub and Welsch).
+    """
     beside = jnp.sqrt(jnp.arange(1, count, dtype=jnp.float32))
     nodes, vectors = jnp.linalg.eigh(jnp.diag(beside, 1) + jnp.diag(beside, -1))
     return nodes, jnp.square(vectors[0])

@@ -1,6 +1,6 @@
 """Exit policies that read states and predictions instead of the gate.
 
-Float32 and log space throughout. Policies that compare with the loop before leave no token at loop 1.
+They compute in float32 and log space. No token exits at loop 1 by a policy that compares with the previous loop.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from looplm_jax.halting.signals import Needs, Signals
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _SmallChange:
-    """Leave when the change since the loop before is below a threshold."""
+    """Exits when the change since the previous loop is below a threshold."""
 
     threshold: float
     needs: ClassVar[Needs]
@@ -31,60 +31,60 @@ class _SmallChange:
             raise UserError(f"the threshold of {type(self).__name__} is beyond float32: {self.threshold}")
 
     def change(self, signals: Signals) -> Float[Array, "*B"]:
-        """Since the loop before; not used at loop 1."""
+        """Returns the change since the previous loop; ignored at loop 1."""
         raise NotImplementedError
 
     def exits(self, signals: Signals) -> Bool[Array, "*B"]:
-        """Tokens that changed less than the threshold."""
+        """Returns True for tokens whose change is below the threshold."""
         return (signals.loop > 1) & (self.change(signals) < self.threshold)
 
 
 class HiddenDifference(_SmallChange):
-    """`||h_t - h_{t-1}||_2 < threshold`."""
+    """Exits when `||h_t - h_{t-1}||_2 < threshold`."""
 
     needs = Needs.HIDDEN
 
     def change(self, signals: Signals) -> Float[Array, "*B"]:
-        """Length of the step."""
+        """Returns `||h_t - h_{t-1}||_2`."""
         return _norm(_hidden(signals) - _previous_hidden(signals))
 
 
 class RelativeHiddenDifference(_SmallChange):
-    """`||h_t - h_{t-1}||_2 / ||h_t||_2 < threshold` (Huginn: 0.03)."""
+    """Exits when `||h_t - h_{t-1}||_2 / ||h_t||_2 < threshold` (Huginn: 0.03)."""
 
     needs = Needs.HIDDEN
 
     def change(self, signals: Signals) -> Float[Array, "*B"]:
-        """Length of the step over the length of the state it led to."""
+        """Returns `||h_t - h_{t-1}||_2 / ||h_t||_2`."""
         hidden = _hidden(signals)
         return _norm(hidden - _previous_hidden(signals)) / jnp.maximum(_norm(hidden), jnp.finfo(jnp.float32).tiny)
 
 
 class KLDivergence(_SmallChange):
-    """`KL(p_t || p_{t-1}) < threshold`, nats, between successive predictions (Huginn: 5e-4 to 1e-3)."""
+    """Exits when `KL(p_t || p_{t-1}) < threshold`, in nats, between consecutive predictions (Huginn: 5e-4 to 1e-3)."""
 
     needs = Needs.PREVIOUS_LOGITS
 
     def change(self, signals: Signals) -> Float[Array, "*B"]:
-        """The divergence."""
+        """Returns `KL(p_t || p_{t-1})`."""
         log_p, log_previous = _log_probs(signals), _previous_log_probs(signals)
         return _expectation(log_p, log_p - log_previous)
 
 
 class EntropyChange(_SmallChange):
-    """`|H(p_t) - H(p_{t-1})| < threshold`, nats."""
+    """Exits when `|H(p_t) - H(p_{t-1})| < threshold`, in nats."""
 
     needs = Needs.PREVIOUS_LOGITS
 
     def change(self, signals: Signals) -> Float[Array, "*B"]:
-        """By how much the entropy went up or down."""
+        """Returns `|H(p_t) - H(p_{t-1})|`."""
         log_p, log_previous = _log_probs(signals), _previous_log_probs(signals)
         return jnp.abs(_expectation(log_p, log_p) - _expectation(log_previous, log_previous))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ArgmaxStable:
-    """Leave when the most probable token was that of the loop before, so many times in a row."""
+    """Exits when the most probable token was the same as in the previous loop, `times` times in a row."""
 
     times: int
     needs: ClassVar[Needs] = Needs.LOGITS
@@ -94,13 +94,13 @@ class ArgmaxStable:
         check_count("times", self.times)
 
     def exits(self, signals: Signals) -> Bool[Array, "*B"]:
-        """Tokens whose prediction has stood for that long."""
+        """Returns True for tokens whose prediction was unchanged at least that often."""
         return required(signals.unchanged, "the count of unchanged predictions") >= self.times
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Confidence:
-    """Leave when the most probable token has at least this probability."""
+    """Exits when the most probable token has at least this probability."""
 
     probability: float
     needs: ClassVar[Needs] = Needs.LOGITS
@@ -111,13 +111,13 @@ class Confidence:
             raise UserError(f"probability must be in [0, 1], not {self.probability}")
 
     def exits(self, signals: Signals) -> Bool[Array, "*B"]:
-        """Tokens that are as sure."""
+        """Returns True for tokens with at least this probability."""
         return jnp.max(_log_probs(signals), axis=-1) >= jnp.log(jnp.asarray(self.probability, jnp.float32))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Margin:
-    """Leave when the most probable token is ahead of the second by at least this probability."""
+    """Exits when the most probable token exceeds the second by at least this probability."""
 
     margin: float
     needs: ClassVar[Needs] = Needs.LOGITS
@@ -128,7 +128,7 @@ class Margin:
             raise UserError(f"margin must be in [0, 1], not {self.margin}")
 
     def exits(self, signals: Signals) -> Bool[Array, "*B"]:
-        """Tokens whose lead is as large."""
+        """Returns True for tokens with at least this margin."""
         log_p = _log_probs(signals)
         best = jnp.argmax(log_p, axis=-1, keepdims=True)
         others = jnp.where(jnp.arange(log_p.shape[-1]) == best, -jnp.inf, log_p)
@@ -157,6 +157,6 @@ def _norm(vector: Float[Array, "*B D"]) -> Float[Array, "*B"]:
 
 
 def _expectation(log_p: Float[Array, "*B V"], values: Float[Array, "*B V"]) -> Float[Array, "*B"]:
-    """`sum_v p_v value_v`; tokens that cannot be count nothing, though their value be infinite."""
+    """Returns `sum_v p_v value_v`. Tokens of probability 0 contribute 0 even if their value is infinite."""
     p = jnp.exp(log_p)
     return jnp.sum(jnp.where(p > 0, p * values, 0.0), axis=-1)

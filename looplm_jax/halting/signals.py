@@ -1,4 +1,4 @@
-"""What exit policies look at: the signals of one loop, and what of it the signals of the next loop need."""
+"""The signals that exit policies read after each loop, and the memory that is carried from one loop to the next."""
 
 import enum
 
@@ -9,19 +9,19 @@ from jaxtyping import Array, Float, Int
 
 
 class Needs(enum.Flag):
-    """What a policy reads besides the number of the loop. `Needs(0)` is nothing."""
+    """The signals that a policy reads in addition to the number of the loop. `Needs(0)` is none."""
 
     GATE = 1  # gate logits and log survival
-    HIDDEN = 2  # states of this loop and of the one before
+    HIDDEN = 2  # states of this loop and the previous one
     LOGITS = 4  # predictions of this loop
-    PREVIOUS_LOGITS = 8 | LOGITS  # of the loop before, too: an array [B, V] that is kept between loops
+    PREVIOUS_LOGITS = 8 | LOGITS  # and of the previous loop: an array [B, V] is kept between loops
 
 
 @flax.struct.dataclass
 class Signals:
-    """After one loop. What no policy of the program needs is None.
+    """The signals after one loop. Those that no policy of the program needs are None.
 
-    At loop 1 there is no loop before it: `previous_*` are then anything of the right shape, and `unchanged` is 0.
+    At loop 1, `previous_*` have arbitrary values of the right shape, and `unchanged` is 0.
     """
 
     loop: Int[Array, "*B"]  # 1-based
@@ -32,10 +32,12 @@ class Signals:
     logits: Float[Array, "*B V"] | None = None  # float32
     previous_logits: Float[Array, "*B V"] | None = None
     prediction: Int[Array, "*B"] | None = None  # the most probable token
-    unchanged: Int[Array, "*B"] | None = None  # loops in a row, up to this one, that predict as the loop before did
+    unchanged: Int[Array, "*B"] | None = (
+        None  # consecutive loops, up to this one, with the prediction of the previous loop
+    )
 
     def memory(self) -> "LoopMemory":
-        """What the next loop needs."""
+        """Returns what the next loop needs."""
         return LoopMemory(
             loop=self.loop,
             log_survival=self.log_survival,
@@ -48,7 +50,10 @@ class Signals:
 
 @flax.struct.dataclass
 class LoopMemory:
-    """What the signals of a loop need of the loops before it. Names as in `Signals`; `loop` counts the loops done."""
+    """The values of earlier loops that the signals of the next loop need.
+
+    Names are as in `Signals`. `loop` is the number of completed loops.
+    """
 
     loop: Int[Array, "*B"]
     log_survival: Float[Array, "*B"]
@@ -61,10 +66,17 @@ class LoopMemory:
     def before_loops(
         cls, needs: Needs, hidden: jax.ShapeDtypeStruct, logits: jax.ShapeDtypeStruct | None = None
     ) -> "LoopMemory":
-        """Zeros: no loop is done. Of `[*B, D]` and `[*B, V]` only what is needed is kept."""
+        """Returns the memory before the first loop, filled with zeros.
+
+        Args:
+          needs: the signals that will be read. Others are not kept.
+          hidden: shape and dtype of the states of one loop, `[*B, D]`.
+          logits: shape and dtype of the predictions of one loop, `[*B, V]`.
+        """
         rows = hidden.shape[:-1]
         predictions = logits if Needs.LOGITS in needs else None
         compared = logits if Needs.PREVIOUS_LOGITS in needs else None
+
         return cls(
             loop=jnp.zeros(rows, jnp.int32),
             log_survival=jnp.zeros(rows, jnp.float32),
@@ -80,14 +92,16 @@ class LoopMemory:
         hidden: Float[Array, "*B D"] | None = None,
         logits: Float[Array, "*B V"] | None = None,
     ) -> Signals:
-        """The signals of one more loop. States and predictions that nobody needs, by this memory, are left out."""
+        """Returns the signals after one more loop, without states and predictions that this memory does not need."""
         loop, gate_logits = self.loop + 1, gate_logits.astype(jnp.float32)
+
         if self.prediction is None or self.unchanged is None or logits is None:
             logits, prediction, unchanged = None, None, None
         else:
             logits = logits.astype(jnp.float32)
             prediction = jnp.argmax(logits, axis=-1).astype(jnp.int32)
             unchanged = jnp.where((prediction == self.prediction) & (loop > 1), self.unchanged + 1, 0)
+
         return Signals(
             loop=loop,
             gate_logits=gate_logits,

@@ -1,7 +1,7 @@
-"""Cross-entropy of every token at every loop, in chunks of the sequence: `[T, B, S, V]` never exists.
+"""Cross-entropy of every token at every loop, in chunks of the sequence, without an array `[T, B, S, V]`.
 
-At one time there are the logits of one loop and `chunk` positions of each sequence, `[B, chunk, V]`, in float32. On a
-mesh every device goes through the chunks of its own tokens.
+Only the logits of one loop and `chunk` positions of each sequence, `[B, chunk, V]`, exist simultaneously, in float32.
+On a mesh, every device processes the chunks of its own tokens.
 """
 
 import functools
@@ -21,7 +21,7 @@ R = TypeVar("R")
 
 @flax.struct.dataclass
 class TokenScores:
-    """Cross-entropy in nats, and whether the most probable token is the target."""
+    """Cross-entropy of each token in nats, and whether its most probable token is the target."""
 
     loss: Float[Array, "T B S"]
     correct: Bool[Array, "T B S"]
@@ -30,13 +30,15 @@ class TokenScores:
 def token_losses(
     hidden: Float[Array, "T B S D"], head: Float[Array, "D V"], targets: Int[Array, "B S"], *, chunk: int = 128
 ) -> Float[Array, "T B S"]:
-    """Cross-entropy of each target at each loop, nats, float32. Its backward pass makes each chunk's logits once more.
+    """Returns the cross-entropy of each target at each loop, in nats and float32.
+
+    The backward pass recomputes the logits of each chunk.
 
     Args:
-      hidden: states that the head reads, of every loop.
-      head: matrix from states to logits; cast to the dtype of `hidden`.
-      targets: token that each position predicts.
-      chunk: positions of a sequence handled at one time.
+      hidden: the states that the head reads, for every loop.
+      head: the matrix from states to logits. It is cast to the dtype of `hidden`.
+      targets: the token that each position predicts.
+      chunk: the number of positions of a sequence that are processed together.
     """
 
     @jax.checkpoint
@@ -51,7 +53,7 @@ def token_losses(
 def token_scores(
     hidden: Float[Array, "T B S D"], head: Float[Array, "D V"], targets: Int[Array, "B S"], *, chunk: int = 128
 ) -> TokenScores:
-    """Loss and correctness of each token at each loop, for evaluation. Arguments as in `token_losses`."""
+    """Returns loss and correctness of each token at each loop, for evaluation. Arguments as in `token_losses`."""
 
     def scores_of(states: Float[Array, "B C D"], head: Float[Array, "D V"], labels: Int[Array, "B C"]) -> TokenScores:
         logits = _logits(states, head)
@@ -68,10 +70,10 @@ def weighted_token_losses(
     *,
     chunk: int = 128,
 ) -> tuple[Float[Array, ""], Float[Array, "T B S"]]:
-    """`sum(weights * token_losses)`, and the token losses themselves as a constant.
+    """Returns `sum(weights * token_losses)`, and the token losses as a constant.
 
-    Differentiable in `hidden`, `head` and `weights`. Because the weights are known before the logits, the forward
-    pass makes the gradient of each chunk while its logits exist, and nothing is computed twice.
+    The sum is differentiable in `hidden`, `head` and `weights`. Because the weights do not depend on the logits, the
+    forward pass computes the gradient of each chunk while its logits exist, and nothing is recomputed.
     """
     total, losses = _weighted(hidden, head, targets, weights, chunk)
     return total, jax.lax.stop_gradient(losses)
@@ -79,16 +81,19 @@ def weighted_token_losses(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _weighted(hidden: Array, head: Array, targets: Array, weights: Array, chunk: int) -> tuple[Array, Array]:
+    """Returns the weighted sum and the token losses; without differentiation no gradients are computed."""
     losses = token_losses(hidden, head, targets, chunk=chunk)
     return jnp.sum(weights * losses), losses
 
 
 def _weighted_forward(hidden: Array, head: Array, targets: Array, weights: Array, chunk: int) -> tuple[PyTree, PyTree]:
+    """Computes losses and gradients together, as the forward rule of `_weighted`."""
     make = on_own_tokens(
         functools.partial(_losses_and_gradients, chunk=chunk),
         inputs=(_STATES, (None, None), _STATES[1:3], _STATES[:3]),
         outputs=_STATES[:3],
     )
+
     (losses, hidden_grad), head_grad = make(hidden, head.astype(hidden.dtype), targets, weights)
     return (jnp.sum(weights * losses), losses), (hidden_grad, head_grad.astype(head.dtype), losses)
 
@@ -96,7 +101,10 @@ def _weighted_forward(hidden: Array, head: Array, targets: Array, weights: Array
 def _losses_and_gradients(
     hidden: Array, head: Array, targets: Array, weights: Array, *, chunk: int
 ) -> tuple[tuple[Array, Array], Array]:
-    """Losses and gradients of states, of the tokens at hand; and the gradient of the head, a sum over them."""
+    """Returns losses and gradients of the states for the given tokens, and the gradient of the head, summed over them.
+
+    The gradients are those of `sum(weights * losses)`.
+    """
 
     def step(head_grad: Array, part: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
         states, labels, weight = part
@@ -104,22 +112,27 @@ def _losses_and_gradients(
         log_norm = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         is_target = _is_target(logits, labels)
         loss = log_norm[..., 0] - jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+        # The derivative of the weighted cross-entropy with respect to the logits: softmax minus one-hot target.
         slope = (jnp.exp(logits - log_norm) - is_target.astype(jnp.float32)) * weight[..., None]
         slope = slope.astype(states.dtype)
+
         states_grad = jnp.einsum("bcv,dv->bcd", slope, head)
         head_grad += jnp.einsum("bcd,bcv->dv", states, slope, preferred_element_type=jnp.float32)
+
         return head_grad, (loss, states_grad)
 
     chunks = _split(hidden, targets, chunk, weights)
     head_grad, (losses, hidden_grad) = jax.lax.scan(step, jnp.zeros(head.shape, jnp.float32), chunks)
+
     losses, hidden_grad = (_join(part, hidden.shape[:3]) for part in (losses, hidden_grad))
     return (losses, hidden_grad), head_grad
 
 
 def _weighted_backward(chunk: int, saved: tuple[Array, Array, Array], cotangents: tuple[Array, Array]) -> PyTree:
+    """Scales the gradients of the forward pass, as the backward rule of `_weighted`."""
     del chunk
     hidden_grad, head_grad, losses = saved
-    scale, _ = cotangents  # the losses leave through stop_gradient
+    scale, _ = cotangents  # the losses are returned through stop_gradient, so their cotangent is zero
     return scale.astype(hidden_grad.dtype) * hidden_grad, scale * head_grad, None, scale * losses
 
 
@@ -127,15 +140,20 @@ _weighted.defvjp(_weighted_forward, _weighted_backward)
 
 
 def _logits(states: Float[Array, "B C D"], head: Float[Array, "D V"]) -> Float[Array, "B C V"]:
+    """Returns logits in float32 from a product in the dtype of the states."""
     return jnp.einsum("bcd,dv->bcv", states, head.astype(states.dtype), preferred_element_type=jnp.float32)
 
 
 def _is_target(logits: Float[Array, "B C V"], labels: Int[Array, "B C"]) -> Bool[Array, "B C V"]:
-    """A comparison rather than a gather: it fuses, and a vocabulary sharded over devices stays where it is."""
+    """Returns a one-hot mask of the targets.
+
+    A comparison fuses, unlike a gather, and a vocabulary that is sharded over devices needs no communication.
+    """
     return jax.lax.broadcasted_iota(labels.dtype, logits.shape, logits.ndim - 1) == labels[..., None]
 
 
 def _cross_entropy(logits: Float[Array, "B C V"], labels: Int[Array, "B C"]) -> Float[Array, "B C"]:
+    """Returns `logsumexp(logits) - logits[label]`."""
     at_target = jnp.sum(jnp.where(_is_target(logits, labels), logits, 0.0), axis=-1)
     return jax.nn.logsumexp(logits, axis=-1) - at_target
 
@@ -143,7 +161,10 @@ def _cross_entropy(logits: Float[Array, "B C V"], labels: Int[Array, "B C"]) -> 
 def _over_chunks(
     function: Callable[[Array, Array, Array], R], hidden: Array, head: Array, targets: Array, chunk: int
 ) -> R:
-    """`function(states [B, C, D], head, labels [B, C])` over every loop and chunk; leaves come back as [T, B, S]."""
+    """Applies `function(states [B, C, D], head, labels [B, C])` to every loop and chunk.
+
+    The leaves of its result are returned with axes [T, B, S].
+    """
 
     def of_own_tokens(hidden: Array, head: Array, targets: Array) -> tuple[R, tuple[()]]:
         chunks = _split(hidden, targets, chunk)
@@ -156,7 +177,10 @@ def _over_chunks(
 
 
 def _split(hidden: Array, targets: Array, chunk: int, weights: Array | None = None) -> tuple[Array, ...]:
-    """Chunks along a new leading axis, loops outermost; the sequence is padded to a whole number of them."""
+    """Splits arrays into chunks along a new leading axis, loops outermost.
+
+    The sequence is padded to a multiple of the size of a chunk.
+    """
     loops, _, length, _ = hidden.shape
     size = min(chunk, length)
     count = -(-length // size)
@@ -171,8 +195,9 @@ def _split(hidden: Array, targets: Array, chunk: int, weights: Array | None = No
 
 
 def _join(parts: Array, shape: tuple[int, ...]) -> Array:
-    """The inverse of `_split`: [T * count, B, size, ...] -> [T, B, S, ...]."""
+    """Reverses `_split`: [T * count, B, size, ...] -> [T, B, S, ...]."""
     loops, batch, length = shape
     count = parts.shape[0] // loops
+
     whole = jnp.moveaxis(parts.reshape(loops, count, *parts.shape[1:]), 1, 2)
     return whole.reshape(loops, batch, count * parts.shape[2], *parts.shape[3:])[:, :, :length]

@@ -1,9 +1,9 @@
-"""Stage I (Eq. 4): the expected loss over exits, with an entropy term that keeps all depths in use.
+"""The loss of Stage I (Eq. 4): the expected loss over exits, with an entropy term that keeps all depths in use.
 
     loss_i = sum_t p_t L_i^(t) - beta H(p),   averaged over unmasked tokens
 
-With another prior than the uniform one the second term is `beta KL(p || prior)`; for the uniform prior the two
-differ by the constant `beta log T`.
+With a prior other than the uniform one, the second term is `beta KL(p || prior)`. For the uniform prior the two differ
+by the constant `beta log T`.
 """
 
 import flax.struct
@@ -17,7 +17,7 @@ from looplm_jax.losses.cross_entropy import weighted_token_losses
 
 @flax.struct.dataclass
 class Stage1Metrics:
-    """What Stage I logs, each a mean over unmasked tokens; losses and entropy in nats."""
+    """Metrics of Stage I: means over unmasked tokens, with losses and entropy in nats."""
 
     loss_per_loop: Float[Array, "T"]
     exit_pdf: Float[Array, "T"]
@@ -35,19 +35,25 @@ def stage1(
     count: Float[Array, ""] | None = None,
     log_prior: Float[Array, "T"] | None = None,
 ) -> tuple[Float[Array, ""], Stage1Metrics]:
-    """Eq. 4 on losses of any origin.
+    """Computes Eq. 4 from the losses of all loops.
 
     Args:
-      token_losses: cross-entropy of each token at each loop, nats.
-      gate_logits: exit gate before its sigmoid.
-      beta: weight of the entropy, or of the divergence from `log_prior`.
-      mask: 1 for tokens that count; default all.
-      count: tokens to divide sums by, where these are a part of a batch; default: those that count.
+      token_losses: the cross-entropy of each token at each loop, in nats.
+      gate_logits: the exit gate before its sigmoid.
+      beta: the weight of the entropy, or of the divergence from `log_prior`.
+      mask: 1 for tokens that count, 0 for others; by default all count.
+      count: the number of tokens by which sums are divided, if these are a part of a batch; by default the number of
+        unmasked ones.
       log_prior: log-probabilities over loops; None is Eq. 4 as printed.
+
+    Returns:
+      The loss, and its metrics.
     """
     log_pdf = log_exit_distribution(gate_logits)
+
     weights = mean_weights(mask, count, gate_logits)
     expected = jnp.sum(jnp.exp(log_pdf) * token_losses * weights)
+
     return _finish(expected, token_losses, log_pdf, weights, beta, log_prior)
 
 
@@ -63,22 +69,23 @@ def stage1_from_hidden(
     log_prior: Float[Array, "T"] | None = None,
     chunk: int = 128,
 ) -> tuple[Float[Array, ""], Stage1Metrics]:
-    """The same from hidden states, in one pass over the logits.
+    """Computes Eq. 4 from hidden states, in one pass over the logits.
 
-    The weights `p_t` of the losses do not depend on the logits, so the gradient of the weighted sum is made while
-    each chunk of logits is at hand: three matrix products a chunk, where recomputing the logits in the backward
-    pass takes four.
+    The weights `p_t` of the losses do not depend on the logits, so the gradient of the weighted sum is computed while
+    each chunk of logits exists. This takes three matrix products per chunk instead of the four of a backward pass that
+    recomputes the logits. Arguments as in `stage1` and `token_losses`.
     """
     log_pdf = log_exit_distribution(gate_logits)
     weights = mean_weights(mask, count, gate_logits)
     expected, token_losses = weighted_token_losses(hidden, head, targets, jnp.exp(log_pdf) * weights, chunk=chunk)
+
     return _finish(expected, token_losses, log_pdf, weights, beta, log_prior)
 
 
 def mean_weights(
     mask: Float[Array, "*B"] | None, count: Float[Array, ""] | None, gate_logits: Float[Array, "T *B"]
 ) -> Float[Array, "*B"]:
-    """Returns weights that turn a sum over tokens into a mean over unmasked ones; all zero where none is."""
+    """Returns weights that turn a sum over tokens into a mean over unmasked ones; all zero if there are none."""
     mask = jnp.ones(gate_logits.shape[1:], jnp.float32) if mask is None else mask.astype(jnp.float32)
     return mask / jnp.maximum(jnp.sum(mask) if count is None else count, 1.0)
 
@@ -91,9 +98,11 @@ def _finish(
     beta: float,
     log_prior: Float[Array, "T"] | None,
 ) -> tuple[Float[Array, ""], Stage1Metrics]:
+    """Adds the regularization term and computes the metrics."""
     pdf = jnp.exp(log_pdf)
     mean_entropy = jnp.sum(entropy(log_pdf) * weights)
     regulariser = -mean_entropy if log_prior is None else jnp.sum(kl_divergence(log_pdf, log_prior) * weights)
+
     over_tokens = tuple(range(1, token_losses.ndim))
     metrics = Stage1Metrics(
         loss_per_loop=jnp.sum(token_losses * weights, axis=over_tokens),
@@ -102,4 +111,5 @@ def _finish(
         exit_entropy=mean_entropy,
         mean_exit_loop=jnp.sum(mean_exit_loop(pdf) * weights),
     )
+
     return expected + beta * regulariser, metrics

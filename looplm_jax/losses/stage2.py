@@ -1,12 +1,12 @@
-"""Stage II (Eq. 5 and 6): the gate learns to stop where another loop no longer lowers the loss.
+"""The loss of Stage II (Eq. 5 and 6), which trains the gate to stop when another loop no longer lowers the loss.
 
     I_i^(t) = max(0, stop_grad(L_i^(t-1) - L_i^(t)))                          Eq. 5, the gain of a loop
-    w_i^(t) = sigmoid(k (I_i^(t) - gamma))                                    1: go on, 0: stop
+    w_i^(t) = sigmoid(k (I_i^(t) - gamma))                                    1: continue, 0: stop
     L_adaptive^(t) = -mean_i [ w log(1 - lambda^(t)) + (1 - w) log lambda^(t) ]   Eq. 6
     loss = (1/T) sum_{t=2..T} L_adaptive^(t)
 
-As printed, lambda^(t) is trained on the gain just made, t-1 -> t: lambda^(1) has no target, and lambda^(T) has one
-though no exit reads it. `GateTarget.LOOK_AHEAD` trains lambda^(t) on the gain t -> t+1, for t = 1..T-1.
+As printed, lambda^(t) is trained on the gain of the preceding loop, t-1 -> t: lambda^(1) has no target, and lambda^(T)
+has one although no exit uses it. `GateTarget.LOOK_AHEAD` trains lambda^(t) on the gain t -> t+1, for t = 1..T-1.
 """
 
 import flax.struct
@@ -20,7 +20,7 @@ from looplm_jax.losses.stage1 import mean_weights
 
 @flax.struct.dataclass
 class Stage2Metrics:
-    """What Stage II logs, each a mean over unmasked tokens."""
+    """Metrics of Stage II: means over unmasked tokens, one for each of the T-1 gates that are trained."""
 
     continue_target: Float[Array, "gates"]
     adaptive_loss: Float[Array, "gates"]
@@ -36,25 +36,34 @@ def stage2(
     count: Float[Array, ""] | None = None,
     target: GateTarget = GateTarget.AS_PRINTED,
 ) -> tuple[Float[Array, ""], Stage2Metrics]:
-    """Eq. 5 and 6. Gradients reach `gate_logits` only.
+    """Computes Eq. 5 and 6. Gradients reach only `gate_logits`.
 
     Args:
-      token_losses: cross-entropy of each token at each loop, nats; T at least 2.
-      gate_logits: exit gate before its sigmoid.
-      k: slope of the target.
-      gamma: gain at which going on and stopping are even, nats.
-      mask: 1 for tokens that count; default all.
-      count: tokens to divide sums by, where these are a part of a batch; default: those that count.
-      target: which gain trains which gate.
+      token_losses: the cross-entropy of each token at each loop, in nats; T must be at least 2.
+      gate_logits: the exit gate before its sigmoid.
+      k: the slope of the target.
+      gamma: the gain in nats at which continuing and stopping have equal weight.
+      mask: 1 for tokens that count, 0 for others; by default all count.
+      count: the number of tokens by which sums are divided, if these are a part of a batch; by default the number of
+        unmasked ones.
+      target: the gain on which each gate is trained.
+
+    Returns:
+      The loss, and its metrics.
     """
     losses = jax.lax.stop_gradient(token_losses)
     gain = jnp.maximum(0.0, losses[:-1] - losses[1:])
     go_on = jax.nn.sigmoid(k * (gain - gamma))
+
     logits = gate_logits.astype(jnp.float32)
     logits = logits[1:] if target is GateTarget.AS_PRINTED else logits[:-1]
+
     per_token = -(go_on * jax.nn.log_sigmoid(-logits) + (1.0 - go_on) * jax.nn.log_sigmoid(logits))
+
     weights = mean_weights(mask, count, logits)
     over_tokens = tuple(range(1, logits.ndim))
     adaptive = jnp.sum(per_token * weights, axis=over_tokens)
     metrics = Stage2Metrics(continue_target=jnp.sum(go_on * weights, axis=over_tokens), adaptive_loss=adaptive)
+
+    # Eq. 6 divides by T, although there are T-1 terms.
     return jnp.sum(adaptive) / gate_logits.shape[0], metrics

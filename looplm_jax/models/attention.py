@@ -1,4 +1,4 @@
-"""Attention: rotary positions, masks and the softmax, as pure functions on arrays."""
+"""Attention as pure functions on arrays: rotary embedding, masks and softmax attention."""
 
 import functools
 
@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-_MASKED = -1e30  # not -inf: a row with every key masked stays finite
+_MASKED = -1e30  # not -inf, so that a query without any visible key stays finite
 
 
 def rotary_angles(
     positions: Int[Array, "B S"], head_dim: int, theta: float
 ) -> tuple[Float[Array, "B S 1 half"], Float[Array, "B S 1 half"]]:
-    """Cosines and sines of `positions * theta ** (-2 i / Dh)`, in float32."""
+    """Returns cosines and sines of `positions * theta ** (-2 i / Dh)`, in float32."""
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angles = positions.astype(jnp.float32)[..., None, None] * frequencies
     return jnp.cos(angles), jnp.sin(angles)
@@ -21,7 +21,7 @@ def rotary_angles(
 def rotate(
     x: Float[Array, "B S N Dh"], cos: Float[Array, "B S 1 half"], sin: Float[Array, "B S 1 half"]
 ) -> Float[Array, "B S N Dh"]:
-    """Rotary embedding of split halves (`rotate_half`): the pair of element i is element i + Dh/2."""
+    """Applies rotary embedding to split halves (`rotate_half`): element i is paired with element i + Dh/2."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)
@@ -33,9 +33,10 @@ def visible(
     key_positions: Int[Array, "B C"],
     key_segments: Int[Array, "B C"],
 ) -> Bool[Array, "B Q C"]:
-    """Who sees whom: keys of the query's own document at its position or before it.
+    """Returns which keys each query sees: those of its own document at its position or before.
 
-    Positions count from the start of each document, so the same rule serves packed rows, padded rows and caches.
+    Positions count from the start of each document, so the same rule is valid for packed sequences, padded sequences
+    and caches.
     """
     causal = query_positions[:, :, None] >= key_positions[:, None, :]
     return causal & (query_segments[:, :, None] == key_segments[:, None, :])
@@ -47,19 +48,28 @@ def attend(
     values: tuple[Float[Array, "B _ K Dh"], ...],
     masks: tuple[Bool[Array, "B Q _"], ...],
 ) -> Float[Array, "B Q H Dh"]:
-    """Grouped-query softmax attention over several blocks of keys, such as a cache and the tokens at hand.
+    """Computes grouped-query softmax attention over several blocks of keys, such as a cache and the current tokens.
 
-    One softmax runs over all blocks, in float32, with scores scaled by `Dh ** -0.5`. The blocks are never copied
-    together.
+    One softmax in float32 spans all blocks, with scores scaled by `Dh ** -0.5`. The blocks are not concatenated,
+    because that would copy the cache.
+
+    Args:
+      queries: the queries.
+      keys: the keys of each block.
+      values: the values of each block.
+      masks: which keys of each block each query sees.
     """
     batch, length, num_heads, head_dim = queries.shape
     num_kv_heads = keys[0].shape[2]
     grouped = (queries * head_dim**-0.5).reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
+
     scores = jnp.concatenate([_scores(grouped, block, mask) for block, mask in zip(keys, masks, strict=True)], axis=-1)
     weights = jax.nn.softmax(scores, axis=-1).astype(queries.dtype)
+
     sizes = [block.shape[1] for block in values]
     starts = [sum(sizes[:index]) for index in range(1, len(sizes))]
     parts = jnp.split(weights, starts, axis=-1)
+
     mixed = [jnp.einsum("bkgqc,bckd->bqkgd", part, block) for part, block in zip(parts, values, strict=True)]
     return functools.reduce(jnp.add, mixed).reshape(queries.shape)
 
@@ -67,5 +77,6 @@ def attend(
 def _scores(
     grouped: Float[Array, "B Q K G Dh"], keys: Float[Array, "B C K Dh"], mask: Bool[Array, "B Q C"]
 ) -> Float[Array, "B K G Q C"]:
+    """Returns masked scores in float32. G is the number of queries per key head."""
     scores = jnp.einsum("bqkgd,bckd->bkgqc", grouped, keys, preferred_element_type=jnp.float32)
     return jnp.where(mask[:, None, None], scores, jnp.float32(_MASKED))

@@ -1,4 +1,7 @@
-"""The sandwich block and a stack of them: `nn.scan` over layers, so that the program does not grow with L."""
+"""The transformer block and a stack of blocks.
+
+The stack is an `nn.scan` over layers, so the size of the program does not depend on the number of layers.
+"""
 
 import functools
 from collections.abc import Callable
@@ -16,7 +19,7 @@ from looplm_jax.models import attention, gathered
 from looplm_jax.models.attention_kernels import OUTPUT, self_attention
 from looplm_jax.sharding import target_platform, whole_sequences
 
-# Names under which a layer's values may be saved for the backward pass.
+# Names of the activations of a layer that may be saved for the backward pass.
 _LAYER_INPUT = "layer_input"
 _QUERIES_KEYS_VALUES = "queries_keys_values"
 _MLP_OUTPUT = "mlp_output"
@@ -28,7 +31,7 @@ _SAVED = {
 
 @flax.struct.dataclass
 class KeyValues:
-    """Keys (after rotary embedding) and values; a stack of layers puts the layer axis first."""
+    """Keys (after rotary embedding) and values. In those of a stack, the layer axis is first."""
 
     keys: Float[Array, "*L B C K Dh"]
     values: Float[Array, "*L B C K Dh"]
@@ -36,29 +39,36 @@ class KeyValues:
     def attend(
         self, layer: int | Int[Array, ""], queries: Float[Array, "B S H Dh"], own: "KeyValues", context: "Context"
     ) -> Float[Array, "B S H Dh"]:
-        """Returns attention to those of one layer, as far as `context.past_mask` goes, and to the tokens at hand."""
+        """Returns attention to the keys of one layer, masked by `context.past_mask`, and to the current tokens."""
         assert context.mask is not None
         assert context.past_mask is not None
+
         keys, values = (self.keys[layer], own.keys), (self.values[layer], own.values)
         return attention.attend(queries, keys, values, (context.past_mask, context.mask))
 
 
 @runtime_checkable
 class Past(Protocol):
-    """Earlier tokens, layer by layer: `KeyValues`, or a view of a cache, which is attended to where it is."""
+    """Earlier tokens of all layers: `KeyValues`, or a view of a cache that attends in place."""
 
     def attend(
         self, layer: int | Int[Array, ""], queries: Float[Array, "B S H Dh"], own: KeyValues, context: "Context"
     ) -> Float[Array, "B S H Dh"]:
-        """Returns attention of `queries` to the earlier tokens in one layer and to the tokens at hand, `own`."""
+        """Returns attention of `queries` to the earlier tokens in one layer and to the current tokens, `own`."""
 
 
 @flax.struct.dataclass
 class Context:
-    """What every layer of every loop shares: rotary angles of the tokens at hand, and who sees whom.
+    """Values that every layer of every loop shares: rotary angles and visibility of the current tokens.
 
-    Who sees whom among them is a `mask`, or else for `kernel` to tell from positions and segment ids. `past_mask` says
-    the same of `KeyValues` that come before them; a view of a cache needs none.
+    Attributes:
+      cos: the cosines of the rotary angles.
+      sin: the sines of the rotary angles.
+      positions: the position of each token in its document.
+      segment_ids: the document of each token.
+      mask: which of the current tokens see each other, or None if `kernel` derives it from positions and segment ids.
+      past_mask: which earlier tokens of `KeyValues` each token sees. A view of a cache needs none.
+      kernel: the attention kernel, or None for masks.
     """
 
     cos: Float[Array, "B S 1 half"]
@@ -79,17 +89,20 @@ def make_context(
     *,
     kernel: AttentionKernel | None = None,
 ) -> Context:
-    """The context of tokens at `positions` of documents `segment_ids`, after a cache if there is one.
+    """Returns the context of tokens at `positions` of documents `segment_ids`, optionally after a cache.
 
-    With a `kernel` no mask of the tokens at hand is made; that is for calls without a cache.
+    With a `kernel`, the mask of the current tokens is not created. That is for calls without a cache.
     """
     cos, sin = attention.rotary_angles(positions, config.head_width, config.rope_theta)
     mask = None if kernel else attention.visible(positions, segment_ids, positions, segment_ids)
+
     past_mask = None
     if past_positions is not None and past_segment_ids is not None:
         past_mask = attention.visible(positions, segment_ids, past_positions, past_segment_ids)
-    if kernel:  # once here, not in every layer: kernels work on whole sequences
+
+    if kernel:  # kernels need whole sequences; gathered once here instead of in every layer
         positions, segment_ids = whole_sequences(positions), whole_sequences(segment_ids)
+
     return Context(
         cos=cos,
         sin=sin,
@@ -108,22 +121,25 @@ def parameter(
     axes: tuple[str, ...],
     shape: tuple[int, ...],
 ) -> Array:
-    """A float32 parameter of `module`, with the logical names of its axes; or the gathered copy that came with it."""
+    """Returns a float32 parameter of `module`, or the gathered copy that was passed with it.
+
+    The parameter is created boxed with the logical names of its axes.
+    """
     boxed = nn.with_logical_partitioning(initializer, axes)
-    stored = cast(Array, module.param(name, boxed, shape, jnp.float32))  # Linen hands it out unboxed
+    stored = cast(Array, module.param(name, boxed, shape, jnp.float32))  # Linen returns it unboxed
     if not module.has_variable(gathered.COLLECTION, name):
         return stored
     return gathered.use_copy(stored, cast(Array, module.get_variable(gathered.COLLECTION, name)), axes)
 
 
 class RMSNorm(nn.Module):
-    """`x * rsqrt(mean(x^2) + eps)` in float32, cast back, then times a weight (not one plus it)."""
+    """Computes `x * rsqrt(mean(x^2) + eps)` in float32, casts back and multiplies by a weight (not by 1 + weight)."""
 
     eps: float
 
     @nn.compact
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        """Normalise along the last axis."""
+        """Normalizes along the last axis."""
         scale = parameter(self, "scale", nn.initializers.ones, ("norm",), (x.shape[-1],))
         wide = x.astype(jnp.float32)
         normal = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
@@ -131,7 +147,14 @@ class RMSNorm(nn.Module):
 
 
 class Projection(nn.Module):
-    """A matrix without bias from the trailing axes of its input to `features`, computed in the dtype of the input."""
+    """A linear map without bias from the trailing axes of its input to `features`, in the dtype of the input.
+
+    Attributes:
+      features: the trailing axes of the output.
+      axes: the logical names of the axes of the kernel.
+      init_std: the standard deviation of the initial kernel.
+      contracted: the number of trailing axes of the input that are contracted.
+    """
 
     features: tuple[int, ...]
     axes: tuple[str, ...]
@@ -140,7 +163,7 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B S ..."]) -> Float[Array, "B S ..."]:
-        """Multiply the `contracted` trailing axes away."""
+        """Contracts the trailing axes of `x` with the kernel."""
         shape = (*x.shape[-self.contracted :], *self.features)
         kernel = parameter(self, "kernel", nn.initializers.normal(self.init_std), self.axes, shape)
         product = _cpu_product if target_platform() == "cpu" else _product
@@ -148,6 +171,7 @@ class Projection(nn.Module):
 
 
 def _product(x: Array, kernel: Array, contracted: int) -> Array:
+    """Returns the product over the last `contracted` axes of `x` and the first of `kernel`."""
     return jnp.tensordot(x, kernel, axes=contracted)
 
 
@@ -155,8 +179,9 @@ def _product(x: Array, kernel: Array, contracted: int) -> Array:
 def _cpu_product(x: Array, kernel: Array, contracted: int) -> Array:
     """Returns the same as `_product`, with a gradient that XLA's CPU compiler computes faster.
 
-    JAX computes the gradient of the kernel as cotangents times inputs, transposed. For that the compiler transposes the
-    cotangents of every projection, the widest arrays of a layer among them, and leaves its fast library of products.
+    JAX computes the gradient of the kernel as the transpose of cotangents times inputs. For that, the compiler
+    transposes the cotangents of every projection, including the widest arrays of a layer, and does not use its fast
+    library of matrix products.
     """
     return _product(x, kernel, contracted)
 
@@ -170,6 +195,7 @@ def _cpu_product_backward(contracted: int, saved: tuple[Array, Array], cotangent
     tokens = tuple(range(x.ndim - contracted))
     features = kernel.ndim - contracted
     trailing = tuple(range(cotangents.ndim - features, cotangents.ndim)), tuple(range(contracted, kernel.ndim))
+
     x_grad = jax.lax.dot_general(cotangents, kernel, (trailing, ((), ())))
     kernel_grad = jax.lax.dot_general(x, cotangents, ((tokens, tokens), ((), ())))
     return x_grad, kernel_grad
@@ -179,7 +205,7 @@ _cpu_product.defvjp(_cpu_product_forward, _cpu_product_backward)
 
 
 class Attention(nn.Module):
-    """Causal grouped-query self-attention; its keys and values come back for a cache."""
+    """Causal grouped-query self-attention. It also returns its keys and values, for a cache."""
 
     config: ModelConfig
 
@@ -191,16 +217,27 @@ class Attention(nn.Module):
         past: Past | None = None,
         layer: int | Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B S D"], KeyValues]:
-        """Output, and this call's own keys and values. `layer` says which one of `past` is its own."""
+        """Returns the output, and the keys and values of this call.
+
+        Args:
+          x: the input.
+          context: the values that all layers share.
+          past: earlier tokens, or None.
+          layer: the index of this layer in `past`.
+        """
         config, std = self.config, self.config.init_std
         kv_shape = (config.kv_heads, config.head_width)
+
         query_shape = (config.num_heads, config.head_width)
+
         queries = Projection(query_shape, ("embed", "heads", "head_dim"), std, name="query")(x)
         keys = Projection(kv_shape, ("embed", "kv_heads", "head_dim"), std, name="key")(x)
         values = Projection(kv_shape, ("embed", "kv_heads", "head_dim"), std, name="value")(x)
+
         queries = attention.rotate(queries, context.cos, context.sin)
         keys = attention.rotate(keys, context.cos, context.sin)
         queries, keys, values = (checkpoint_name(x, _QUERIES_KEYS_VALUES) for x in (queries, keys, values))
+
         own = KeyValues(keys=keys, values=values)
         mixed = _mix(queries, own, context, past, layer)
         out = Projection((config.width,), ("heads", "head_dim", "embed"), std, contracted=2, name="out")(mixed)
@@ -214,22 +251,24 @@ def _mix(
     past: Past | None,
     layer: int | Int[Array, ""] | None,
 ) -> Float[Array, "B S H Dh"]:
+    """Returns attention by the kernel, or by masks to the earlier and the current tokens."""
     if context.kernel is not None:
         return self_attention(context.kernel, queries, own.keys, own.values, context.positions, context.segment_ids)
     assert context.mask is not None
+
     if past is None or layer is None:
         return checkpoint_name(attention.attend(queries, (own.keys,), (own.values,), (context.mask,)), OUTPUT)
     return past.attend(layer, queries, own, context)
 
 
 class SwiGLU(nn.Module):
-    """`down(silu(gate(x)) * up(x))`."""
+    """The feed-forward layer `down(silu(gate(x)) * up(x))`."""
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        """Both projections, the product, and back to the model width."""
+        """Applies the layer."""
         config, std = self.config, self.config.init_std
         gate = Projection((config.mlp_width,), ("embed", "mlp"), std, name="gate")(x)
         up = Projection((config.mlp_width,), ("embed", "mlp"), std, name="up")(x)
@@ -238,7 +277,10 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention, then SwiGLU, each a residual branch with norms before it and, in a sandwich, after it."""
+    """One layer: attention and SwiGLU as residual branches, with a norm before each.
+
+    In a sandwich, there is also a norm after each branch.
+    """
 
     config: ModelConfig
     return_cache: bool = False
@@ -247,11 +289,13 @@ class Block(nn.Module):
     def __call__(
         self, x: Float[Array, "B S D"], layer: int | Int[Array, ""] | None, past: Past | None, context: Context
     ) -> tuple[Float[Array, "B S D"], KeyValues | None]:
-        """Output, and keys and values when `return_cache`. `layer` says which one of `past` is its own."""
+        """Returns the output, and keys and values if `return_cache`. `layer` is the index of this layer in `past`."""
         x = checkpoint_name(x, _LAYER_INPUT)
+
         mixed, own = Attention(self.config, name="attention")(self._norm("attention_norm", x), context, past, layer)
         x = x + self._post_norm("attention_post_norm", mixed)
         x = x + self._post_norm("mlp_post_norm", SwiGLU(self.config, name="mlp")(self._norm("mlp_norm", x)))
+
         x = nn.with_logical_constraint(x, ("batch", "sequence", "embed_activation"))
         return x, own if self.return_cache else None
 
@@ -263,10 +307,10 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """`length` blocks in a row.
+    """A sequence of `length` blocks.
 
-    Their parameters are stacked on a leading layer axis, unless the stack is `unrolled`: then each layer has its own
-    arrays (`unroll_layers`), which a decoder on a CPU reads without copying them first.
+    Their parameters are stacked along a leading layer axis, unless the stack is `unrolled`. Then each layer has
+    separate arrays (`unroll_layers`), which a decoder on a CPU reads without copying them first.
     """
 
     config: ModelConfig
@@ -278,9 +322,10 @@ class Stack(nn.Module):
     def __call__(
         self, x: Float[Array, "B S D"], context: Context, past: Past | None = None, return_cache: bool = False
     ) -> tuple[Float[Array, "B S D"], KeyValues | None]:
-        """All layers in a row; the keys and values that come back have a leading layer axis."""
+        """Applies all layers. The returned keys and values have a leading layer axis."""
         if self.unrolled:
             return self._one_by_one(x, context, past, return_cache)
+
         layers = nn.scan(
             _rematted(self.remat),
             variable_axes={"params": 0, gathered.COLLECTION: 0},
@@ -288,14 +333,16 @@ class Stack(nn.Module):
             in_axes=(0, nn.broadcast, nn.broadcast),
             length=self.length,
             metadata_params={nn.PARTITION_NAME: "layers"},
-            check_constancy_invariants=False,  # layers share nothing, and to check that would be to trace them twice
+            check_constancy_invariants=False,  # layers share nothing, and the check would trace them twice
         )
+
         numbers = None if past is None else jnp.arange(self.length)
         return layers(self.config, return_cache, name="layers")(x, numbers, past, context)
 
     def _one_by_one(
         self, x: Float[Array, "B S D"], context: Context, past: Past | None, return_cache: bool
     ) -> tuple[Float[Array, "B S D"], KeyValues | None]:
+        """Applies the layers of an unrolled stack."""
         caches = []
         for number in range(self.length):
             x, own = Block(self.config, return_cache, name=f"layer_{number}")(x, number, past, context)
@@ -304,7 +351,7 @@ class Stack(nn.Module):
 
 
 def unroll_layers(params: dict[str, Any]) -> dict[str, Any]:
-    """The parameters of a model for `unrolled` stacks: an array for each layer instead of one for all."""
+    """Returns the parameters for `unrolled` stacks: separate arrays for each layer instead of stacked ones."""
     return {
         name: _one_tree_a_layer(value["layers"]) if isinstance(value, dict) and "layers" in value else value
         for name, value in params.items()
@@ -313,18 +360,24 @@ def unroll_layers(params: dict[str, Any]) -> dict[str, Any]:
 
 @jax.jit
 def _one_tree_a_layer(stacked: dict[str, Any]) -> dict[str, Any]:
+    """Returns one tree of parameters per layer from stacked parameters."""
     length = jax.tree.leaves(stacked)[0].shape[0]
     return {f"layer_{number}": jax.tree.map(lambda x, at=number: x[at], stacked) for number in range(length)}
 
 
 def _rematted(remat: Remat) -> type[Block]:
+    """Returns the block with the given rematerialization."""
     if remat is Remat.LAYER:
         return nn.remat(Block, prevent_cse=False)
+
     policies = jax.checkpoint_policies
     if remat is Remat.DOTS:
-        kernel = policies.save_only_these_names(OUTPUT)  # which has matmuls of its own
+        kernel = policies.save_only_these_names(
+            OUTPUT
+        )  # attention has products too, which the policy of dots does not save
         policy = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, kernel)
         return nn.remat(Block, prevent_cse=False, policy=policy)
+
     if remat in _SAVED:
         return nn.remat(Block, prevent_cse=False, policy=policies.save_only_these_names(*_SAVED[remat]))
     if remat is Remat.OFFLOAD:
@@ -333,7 +386,10 @@ def _rematted(remat: Remat) -> type[Block]:
 
 
 def _offloaded() -> Callable[..., Any] | None:
-    """Keeps what layers start from in the memory of the host; on a CPU, whose memory that is, where it lies."""
+    """Returns a policy that keeps the inputs of layers in host memory.
+
+    On a CPU it is None, because the inputs are in host memory already.
+    """
     if target_platform() == "cpu":
         return None
     return jax.checkpoint_policies.save_and_offload_only_these_names(

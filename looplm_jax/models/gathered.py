@@ -1,7 +1,7 @@
-"""Copies of parameters that are sharded over devices, all-gathered once and used by every loop.
+"""Copies of sharded parameters, all-gathered once and used by every loop.
 
-All loops use the same weights. Left to itself, a program gathers the shards of each layer again in every loop, forward
-and backward. The copies come in beside the parameters, as a collection of the same names; gradients go to the
+All loops use the same weights. By default, a program all-gathers the shards of each layer again in every loop, forward
+and backward. The copies are passed beside the parameters, as a collection with the same names. Gradients go to the
 parameters, whose values are not read.
 """
 
@@ -19,12 +19,12 @@ COLLECTION = "gathered"
 
 
 def gather(params: Any, axes: Any, dtype: DTypeLike) -> Any:
-    """Returns copies in `dtype`, sharded no more along the model width.
+    """Returns copies in `dtype` that are no longer sharded along the model width.
 
     Args:
       params: a tree of float32 parameters.
-      axes: the logical names of each one's axes.
-      dtype: what matrices are multiplied in.
+      axes: the logical names of the axes of each parameter.
+      dtype: the dtype of the matrix products.
     """
 
     def whole(weight: Array, names: PartitionSpec) -> Array:
@@ -35,7 +35,7 @@ def gather(params: Any, axes: Any, dtype: DTypeLike) -> Any:
 
 
 def use_copy(parameter: Float[Array, "..."], copy: Float[Array, "..."], axes: tuple[str, ...]) -> Float[Array, "..."]:
-    """Returns `copy`, whose gradient is that of `parameter`: summed in its type, and sharded as it is."""
+    """Returns `copy`, whose gradient goes to `parameter`: summed in its dtype, and sharded like it."""
     return _use_copy(parameter, copy, axes, parameter.dtype)
 
 

@@ -1,11 +1,11 @@
-"""LoopLM: embed, then one shared stack applied T times, with a head and an exit gate after every loop (paper,
-section 3.1).
+"""LoopLM embeds tokens and applies one shared stack T times, with a head and an exit gate after every loop.
 
     h = E[tokens]
     for t in 1..T:  h = RMS(stack(h));  hidden[t] = h;  gate[t] = h . w + b
 
-The final norm is inside the loop: its output feeds the head, the gate and the next loop. A prelude runs once before the
-loops. A coda runs on the way from every loop's state to its head and gate; the next loop does not see it.
+(Paper, section 3.1.) The final norm is inside the loop: its output feeds the head, the gate and the next loop. A
+prelude runs once before the loops. A coda runs between the state of every loop and its head and gate; the next loop
+does not see its output.
 """
 
 import functools
@@ -27,14 +27,14 @@ from looplm_jax.models.blocks import Context, KeyValues, Past, RMSNorm, Stack, m
 from looplm_jax.sharding import target_platform, whole_length
 
 _STACKS = ("prelude", "core", "coda")
-UNCAST = ("gate",)  # groups of parameters that no pass casts to the dtype of its products: probabilities come of them
+UNCAST = ("gate",)  # groups that are never cast to the dtype of the matrix products: they determine probabilities
 _IN_PRODUCTS = (*_STACKS, "injection")
 Params = dict[str, Any]  # nested, by the names of modules; leaves are arrays
 
 
 @flax.struct.dataclass
 class LoopLMOutput:
-    """States and gate logits of every loop; logits are `hidden[t] @ head_matrix(...)`."""
+    """The states and gate logits of every loop. Logits are `hidden[t] @ head_matrix(...)`."""
 
     hidden: Float[Array, "T B S D"]
     gate_logits: Float[Array, "T B S"]
@@ -42,7 +42,7 @@ class LoopLMOutput:
 
 @flax.struct.dataclass
 class ModelCache:
-    """Keys and values of every layer: those of the prelude once, those of core and coda for each loop (leading T)."""
+    """Keys and values of every layer: of the prelude once, of core and coda for each loop (leading axis T)."""
 
     core: KeyValues
     prelude: KeyValues | None = None
@@ -51,7 +51,13 @@ class ModelCache:
 
 @flax.struct.dataclass
 class LoopOutput:
-    """What one loop gives: the state that the next loop starts from, what the head reads, and the gate."""
+    """The output of one loop.
+
+    Attributes:
+      state: the state from which the next loop starts.
+      hidden: the state that the head reads.
+      gate_logits: the exit gate before its sigmoid.
+    """
 
     state: Float[Array, "B S D"]
     hidden: Float[Array, "B S D"]
@@ -59,9 +65,14 @@ class LoopOutput:
 
 
 class LoopLM(nn.Module):
-    """A looped language model. `init_params` makes its parameters; `head_matrix` finds its head among them.
+    """A looped language model.
 
-    `unrolled` runs on parameters that `unroll_layers` made.
+    `init_params` initializes its parameters, and `head_matrix` returns its head.
+
+    Attributes:
+      config: the architecture.
+      compute: how it is computed.
+      unrolled: whether the parameters are those of `unroll_layers`, with separate arrays for each layer.
     """
 
     config: ModelConfig
@@ -69,20 +80,24 @@ class LoopLM(nn.Module):
     unrolled: bool = False
 
     def setup(self) -> None:
-        """Declare the parameters."""
+        """Declares the parameters."""
         config, remat = self.config, self.compute.remat
         normal = nn.initializers.normal(config.init_std)
+
         self.embedding = parameter(self, "embedding", normal, ("vocab", "embed"), (config.vocab_size, config.width))
         if config.prelude_layers:
             self.prelude = Stack(config, config.prelude_layers, remat, self.unrolled)
+
         self.core = Stack(config, config.num_layers, remat, self.unrolled)
         self.norm = RMSNorm(config.norm_eps)
         if config.injection is Injection.LINEAR:
             shape = (2 * config.width, config.width)
             self.injection = parameter(self, "injection", _starts_as_add, ("embed_in", "embed"), shape)
+
         if config.coda_layers:
             self.coda = Stack(config, config.coda_layers, remat, self.unrolled)
             self.coda_norm = RMSNorm(config.norm_eps)
+
         self.gate = ExitGate(config.init_std)
         if not config.tied_head:
             self.head = parameter(self, "head", normal, ("embed", "vocab"), (config.width, config.vocab_size))
@@ -95,13 +110,14 @@ class LoopLM(nn.Module):
         positions: Int[Array, "B S"] | None = None,
         segment_ids: Int[Array, "B S"] | None = None,
     ) -> LoopLMOutput:
-        """States and gate logits after each of `loops` loops (default: `config.loops`).
+        """Returns states and gate logits after each loop.
 
         Args:
-          tokens: token ids.
-          loops: any number from 1 up, also beyond the depth that was trained.
-          positions: place of each token in its document; default: its column.
-          segment_ids: document of each token; tokens see their own document only. Default: one document a row.
+          tokens: the token ids.
+          loops: the number of loops, from 1 up and possibly larger than the trained depth; by default `config.loops`.
+          positions: the position of each token in its document; by default its position in the sequence.
+          segment_ids: the document of each token. Tokens see only their own document. By default a sequence is one
+            document.
         """
         output, _ = self.prefill(tokens, loops=loops, positions=positions, segment_ids=segment_ids, return_cache=False)
         return output
@@ -115,13 +131,18 @@ class LoopLM(nn.Module):
         segment_ids: Int[Array, "B S"] | None = None,
         return_cache: bool = True,
     ) -> tuple[LoopLMOutput, ModelCache | None]:
-        """The forward pass, and the keys and values of all its layers and loops when `return_cache`."""
+        """Returns the output of the forward pass, and the keys and values of all layers and loops if `return_cache`.
+
+        Arguments as in `__call__`.
+        """
         loops = self.config.loops if loops is None else loops
         _check_call(self.config, tokens, loops)
+
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
+
         kernel = choose_kernel(
             self.compute,
             length=whole_length(tokens.shape[1]),
@@ -129,6 +150,7 @@ class LoopLM(nn.Module):
             dtype=compute_dtype(self.compute),
         )
         context = make_context(self.config, positions, segment_ids, kernel=kernel)
+
         embedded, prelude_cache = self.embed(tokens, context, return_cache=return_cache)
 
         def loop(model: LoopLM, state: Array, _: None) -> tuple[Array, PyTree]:
@@ -137,17 +159,20 @@ class LoopLM(nn.Module):
 
         if self.compute.remat is Remat.LOOP:
             loop = nn.remat(loop, prevent_cse=False)
+
         shared = ["params", gathered.COLLECTION]
         scan = nn.scan(
             loop,
             variable_broadcast=shared,
             split_rngs={"params": False},
             length=loops,
-            # Flax traces the loop twice to check that its parameters are the same in all loops, which only those can
-            # violate that are made in it.
+            # Flax traces the loop twice to check that its parameters are the same in all loops. Only parameters that
+            # are created inside it can violate this, so the check is for initialization only.
             check_constancy_invariants=self.is_initializing(),
         )
+
         _, (hidden, gate_logits, core_cache, coda_cache) = scan(self, self.initial_state(embedded), None)
+
         cache = ModelCache(core=core_cache, prelude=prelude_cache, coda=coda_cache) if return_cache else None
         return LoopLMOutput(hidden=hidden, gate_logits=gate_logits), cache
 
@@ -158,21 +183,26 @@ class LoopLM(nn.Module):
         past: Past | None = None,
         return_cache: bool = False,
     ) -> tuple[Float[Array, "B S D"], KeyValues | None]:
-        """Token embeddings, through the prelude if there is one."""
-        # Whole rows of the table: from parts of rows the partitioner would gather parts of what no one wants.
+        """Returns the token embeddings, after the prelude if there is one.
+
+        Also returns keys and values of the prelude if `return_cache`.
+        """
+        # Rows of the table are not sharded for the lookup: with sharded rows the partitioner would gather parts of rows
+        # that are not needed.
         table = nn.with_logical_constraint(self.embedding, ("vocab", "embed_activation"))
         x = jnp.take(table, tokens, axis=0).astype(compute_dtype(self.compute))
         x = nn.with_logical_constraint(x, ("batch", "sequence", "embed_activation"))
+
         if not self.config.prelude_layers:
             return x, None
         return self.prelude(x, context, past, return_cache)
 
     def head_weights(self) -> Float[Array, "D V"]:
-        """Returns the matrix from hidden states to logits, or the gathered copy that came with it."""
+        """Returns the matrix from hidden states to logits, or the gathered copy that was passed with it."""
         return self.embedding.T if self.config.tied_head else self.head
 
     def initial_state(self, embedded: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        """What loop 1 starts from: the embedded input, or zero where injection adds it in every loop."""
+        """Returns the state before loop 1: the embedded input, or zero if injection adds it in every loop."""
         return embedded if self.config.injection is Injection.NONE else jnp.zeros_like(embedded)
 
     def loop_step(
@@ -184,17 +214,31 @@ class LoopLM(nn.Module):
         coda_past: Past | None = None,
         return_cache: bool = False,
     ) -> tuple[LoopOutput, KeyValues | None, KeyValues | None]:
-        """One loop over the shared stack, with the keys and values of core and coda when `return_cache`."""
+        """Runs one loop of the shared stack.
+
+        Returns its output, and keys and values of core and coda if `return_cache`.
+
+        Args:
+          state: the state after the previous loop.
+          embedded: the embedded input, for injection.
+          context: the values that all layers share.
+          core_past: earlier tokens in the layers of the core, or None.
+          coda_past: earlier tokens in the layers of the coda, or None.
+          return_cache: whether to return keys and values.
+        """
         state, core_cache = self.core(self._inject(state, embedded), context, core_past, return_cache)
         state = self.norm(state)
+
         hidden, coda_cache = state, None
         if self.config.coda_layers:
             hidden, coda_cache = self.coda(state, context, coda_past, return_cache)
             hidden = self.coda_norm(hidden)
+
         output = LoopOutput(state=state, hidden=hidden, gate_logits=self.gate(hidden))
         return output, core_cache, coda_cache
 
     def _inject(self, state: Float[Array, "B S D"], embedded: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        """Returns the input of the core: the state, combined with the embedded input."""
         match self.config.injection:
             case Injection.NONE:
                 return state
@@ -205,13 +249,13 @@ class LoopLM(nn.Module):
 
 
 class ExitGate(nn.Module):
-    """`h @ w + b`: one scalar per token, in float32 because probabilities are made of it."""
+    """The exit gate `h @ w + b`: one scalar per token, in float32 because probabilities are computed from it."""
 
     init_std: float
 
     @nn.compact
     def __call__(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B"]:
-        """Gate logits of every token."""
+        """Returns the gate logit of every token."""
         normal = nn.initializers.normal(self.init_std)
         weight = parameter(self, "kernel", normal, ("embed_in",), (hidden.shape[-1],))
         bias = parameter(self, "bias", nn.initializers.zeros, ("norm",), (1,))
@@ -219,16 +263,17 @@ class ExitGate(nn.Module):
 
 
 def compute_dtype(compute: ComputeConfig) -> jnp.dtype:
-    """The type of the matrix products; `auto` asks what the program will run on."""
+    """Returns the dtype of the matrix products. `auto` depends on the platform that the program will run on."""
     if compute.dtype is Dtype.AUTO:
         return jnp.dtype(jnp.float32 if target_platform() == "cpu" else jnp.bfloat16)
     return jnp.dtype(compute.dtype.value)
 
 
 def gather_stacks(model: LoopLM, params: Params) -> Params:
-    """Copies of the parameters of all stacks in the type of the matrix products, whole but for `tensor`.
+    """Returns copies of the parameters of all stacks in the dtype of the matrix products, sharded only along `tensor`.
 
-    They go to `LoopLM.apply` as the collection `gathered`, for programs that run many loops on one set of parameters.
+    They are passed to `LoopLM.apply` as the collection `gathered`, in programs that run many loops with the same
+    parameters.
     """
     stacks = {name: value for name, value in params.items() if name in _STACKS}
     axes = parameter_axes(model.config)
@@ -241,9 +286,9 @@ def parameter_axes(config: ModelConfig) -> PyTree:
 
 
 def copy_dtypes(model: LoopLM) -> PyTree:
-    """Returns the type that the model uses each parameter in, of those in one array for all layers.
+    """Returns the dtype in which the model uses each parameter, for parameters with stacked layers.
 
-    Embedding and head are in float32: their gradients are sums over all tokens, made in float32.
+    Embedding and head are float32, because their gradients are sums over all tokens, computed in float32.
     """
     matrices = compute_dtype(model.compute)
     return {
@@ -253,44 +298,50 @@ def copy_dtypes(model: LoopLM) -> PyTree:
 
 
 def head_matrix(params: Params, config: ModelConfig) -> Float[Array, "D V"]:
-    """The matrix from hidden states to logits: the head, or the transposed embedding where they are tied."""
+    """Returns the matrix from hidden states to logits: the head, or the transposed embedding if they are tied."""
     return params["embedding"].T if config.tied_head else params["head"]
 
 
 def init_params(model: LoopLM, key: PRNGKeyArray) -> Params:
-    """Initial float32 parameters as plain arrays (Normal(0, 0.02); ones for norms; zero for the gate's bias)."""
+    """Returns initial float32 parameters: Normal(0, 0.02), ones for norms, zero for the bias of the gate."""
     return _initializer(model.config)(key)
 
 
 @functools.lru_cache(maxsize=8)
 def _initializer(config: ModelConfig) -> Callable[[PRNGKeyArray], Params]:
+    """Returns the compiled initializer of a configuration, from a cache."""
     return jax.jit(lambda key: nn.meta.unbox(boxed_params(LoopLM(config), key)))
 
 
 def boxed_params(model: LoopLM, key: PRNGKeyArray) -> PyTree:
-    """Initial parameters, each boxed with the logical names of its axes."""
-    plain = LoopLM(model.config)  # a rematted loop would hand back scalars as NumPy arrays
+    """Returns initial parameters, each boxed with the logical names of its axes."""
+    plain = LoopLM(model.config)  # a rematerialized loop would return scalars as NumPy arrays
     return plain.init(key, jnp.zeros((1, 1), jnp.int32), loops=1)["params"]
 
 
 @functools.lru_cache(maxsize=64)
 def boxed_shapes(config: ModelConfig) -> PyTree:
-    """The same as shapes, without making any. Kept: to trace the model takes longer than what is done with them."""
+    """Returns the shapes and dtypes of `boxed_params` without allocating arrays.
+
+    They are cached, because tracing the model takes longer than using them.
+    """
     return jax.eval_shape(lambda: boxed_params(LoopLM(config), jax.random.key(0)))
 
 
 def count_params(config: ModelConfig) -> int:
-    """Number of parameters, exact, without making any."""
+    """Returns the exact number of parameters without allocating them."""
     return sum(leaf.size for leaf in jax.tree.leaves(boxed_shapes(config)))
 
 
 def _starts_as_add(key: PRNGKeyArray, shape: tuple[int, int], dtype: DTypeLike) -> Array:
+    """Initializes linear injection as the sum of state and input: two stacked identity matrices."""
     del key
     identity = jnp.eye(shape[1], dtype=dtype)
     return jnp.concatenate([identity, identity])
 
 
 def _check_call(config: ModelConfig, tokens: Int[Array, "B S"], loops: int) -> None:
+    """Raises UserError if the number of loops or the length is invalid."""
     if loops < 1:
         raise UserError(f"loops must be at least 1, not {loops}")
     length = whole_length(tokens.shape[1])

@@ -1,20 +1,20 @@
-"""Shapes by name: the released Ouro models, and small ones for laptops and tests."""
+"""Model configurations by name: the released Ouro models, and small ones for laptops and tests."""
 
 from looplm_jax.config import ModelConfig
 
 
 def ouro_1_4b() -> ModelConfig:
-    """Ouro-1.4B: 1,434,652,673 parameters (paper, Table 2)."""
+    """Returns Ouro-1.4B: 1,434,652,673 parameters (paper, Table 2)."""
     return ModelConfig(vocab_size=49152, width=2048, mlp_width=5632, num_layers=24, num_heads=16)
 
 
 def ouro_2_6b() -> ModelConfig:
-    """Ouro-2.6B: 2,667,974,657 parameters (paper, Table 2)."""
+    """Returns Ouro-2.6B: 2,667,974,657 parameters (paper, Table 2)."""
     return ModelConfig(vocab_size=49152, width=2048, mlp_width=5632, num_layers=48, num_heads=16)
 
 
 def small(vocab_size: int = 8192) -> ModelConfig:
-    """A model for a laptop: width 256, four layers."""
+    """Returns a model for a laptop: width 256, four layers."""
     return ModelConfig(
         vocab_size=vocab_size,
         width=256,
@@ -27,7 +27,7 @@ def small(vocab_size: int = 8192) -> ModelConfig:
 
 
 def tiny(vocab_size: int = 97) -> ModelConfig:
-    """A model for tests: grouped-query attention, width 32, two layers."""
+    """Returns a model for tests: grouped-query attention, width 32, two layers."""
     return ModelConfig(
         vocab_size=vocab_size,
         width=32,

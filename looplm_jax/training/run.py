@@ -237,9 +237,10 @@ def _train_stage(run: _Run, position: Position) -> _StageEnd:
                 if done == last:
                     return _StageEnd(state=state, stopped_by=None)
 
+                run.ownership.check()
+
                 # The next batch is read while the devices compute the previous step. A failure is not raised here but
                 # agreed on, so that all processes stop at the same step.
-                run.ownership.check()
                 failure = reader.read_ahead()
                 run.watch.charge(Activity.STEP if reporter.waiting else Activity.INPUT)
                 run.stop.check(failure)

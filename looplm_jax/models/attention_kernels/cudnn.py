@@ -1,7 +1,7 @@
-"""Flash attention by cuDNN on a GPU.
+"""Flash attention by cuDNN on GPU.
 
-Its public call knows no documents: that tokens of one document see no other is a bias, [B, 1, S, S], and cuDNN writes a
-gradient of the same size. Long sequences are left to `triton`.
+Its public interface has no documents. That tokens see only their own document is a bias [B, 1, S, S], and cuDNN writes
+a gradient of the same size. Long sequences are therefore left to `triton`.
 """
 
 import jax
@@ -11,12 +11,12 @@ from jaxtyping import Array, Float, Int
 
 from looplm_jax.errors import UserError
 
-_WIDEST = 128  # head that cuDNN takes on every GPU it supports; Hopper takes 256
-_TOO_LONG = 8192  # tokens from which on each sequence has 128 MiB of bias, and as much of its gradient
+_WIDEST = 128  # largest head width on every GPU that cuDNN supports; Hopper supports 256
+_TOO_LONG = 8192  # tokens; from this length on each sequence has 128 MiB of bias, and as much of its gradient
 
 
 def fits(length: int, head_width: int, dtype: DTypeLike) -> bool:
-    """Whether cuDNN can take such sequences, in a backward pass too."""
+    """Whether cuDNN supports such sequences, including the backward pass."""
     return (
         dtype == jnp.bfloat16
         and length % 2 == 0
@@ -27,7 +27,7 @@ def fits(length: int, head_width: int, dtype: DTypeLike) -> bool:
 
 
 def check(length: int, head_width: int, dtype: DTypeLike) -> None:
-    """Refuse what cuDNN cannot take. Raises UserError."""
+    """Raises UserError if cuDNN does not support such sequences."""
     if not fits(length, head_width, dtype):
         raise UserError(
             f"compute.attention=cudnn needs bfloat16, an even number of tokens below {_TOO_LONG} and heads of a "
@@ -43,7 +43,10 @@ def cudnn_attention(
     positions: Int[Array, "B S"],
     segment_ids: Int[Array, "B S"],
 ) -> Float[Array, "B S H Dh"]:
-    """Softmax attention to the keys of the own document up to the own column: positions grow along each document."""
+    """Computes softmax attention to the keys of the same document up to the query's column.
+
+    Columns replace positions, because positions increase within each document.
+    """
     del positions
     same_document = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
     return jax.nn.dot_product_attention(

@@ -1,4 +1,4 @@
-"""Self-attention on a mesh: each device computes it for its rows and heads, over whole sequences."""
+"""Self-attention on a mesh: each device computes it for its sequences and heads, over whole sequences."""
 
 import functools
 import math
@@ -18,7 +18,10 @@ from looplm_jax.sharding import divides, heads_from_devices, heads_to_devices, p
 
 
 def _named(kernel: Callable[..., Array]) -> Callable[..., Array]:
-    """Returns a kernel whose output may be saved under its name; splash names it itself, beside the softmax's sums."""
+    """Returns the kernel with its output named for rematerialization policies.
+
+    Splash names its output itself, together with the softmax statistics.
+    """
     return lambda *arrays: checkpoint_name(kernel(*arrays), OUTPUT)
 
 
@@ -38,28 +41,31 @@ def self_attention(
     positions: Int[Array, "B S"],
     segment_ids: Int[Array, "B S"],
 ) -> Float[Array, "B s H Dh"]:
-    """Grouped-query softmax attention of each token to its own document, up to its own position.
+    """Computes grouped-query softmax attention of each token to its own document, up to its own position.
 
-    In a local region, queries, keys and values are those of one device, its `s` of the `S` positions of each sequence.
-    Scores are scaled by `Dh ** -0.5` and their softmax is in float32. Documents lie in columns one after another, and
-    positions grow along each.
+    In a local region, queries, keys and values are those of one device: `s` of the `S` positions of each sequence.
+    Scores are scaled by `Dh ** -0.5`, and their softmax is in float32. Documents must be contiguous, and positions
+    increase within each.
     """
     arrays = queries, keys, values, positions, segment_ids
     mesh, heads = jax.sharding.get_abstract_mesh(), partition("batch", "sequence", "heads", None)
+
     if kernel is AttentionKernel.XLA and sequence_shards() == 1:
-        return _KERNELS[kernel](*arrays)  # which the compiler shards over the mesh by itself
+        return _KERNELS[kernel](*arrays)  # the compiler shards it over the mesh
     if mesh.empty:
         return _KERNELS[kernel](*arrays)
     if not divides(queries.shape, heads):
         return _KERNELS[AttentionKernel.XLA](*arrays)
+
     kv_heads, rows = partition("batch", "sequence", "kv_heads", None), partition("batch", None)
     mapped = jax.shard_map(
         functools.partial(_on_whole_sequences, _KERNELS[kernel]),
         in_specs=(heads, kv_heads, kv_heads, rows, rows),
         out_specs=heads,
         axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
-        check_vma=False,  # Pallas kernels do not tell along which axes their results vary
+        check_vma=False,  # Pallas kernels do not declare along which axes their results vary
     )
+
     return mapped(*arrays)
 
 
@@ -71,11 +77,12 @@ def _on_whole_sequences(
     positions: Int[Array, "B S"],
     segment_ids: Int[Array, "B S"],
 ) -> Float[Array, "B s H Dh"]:
-    """On one device: its run of positions of all heads it has, traded for whole sequences of some of them, and back."""
+    """Computes attention on one device, with an all-to-all from positions to heads before it and back after it."""
     shards = sequence_shards()
     if shards == 1:
         return kernel(queries, keys, values, positions, segment_ids)
-    copies = shards // math.gcd(shards, keys.shape[2])  # fewer heads of keys than devices
+    copies = shards // math.gcd(shards, keys.shape[2])  # with fewer key heads than devices, heads are repeated
     keys, values = (jnp.repeat(x, copies, axis=2) for x in (keys, values))
+
     queries, keys, values = (heads_to_devices(x) for x in (queries, keys, values))
     return heads_from_devices(kernel(queries, keys, values, positions, segment_ids))

@@ -1,6 +1,6 @@
-"""Splash attention on TPU: the scores live in the chip's fast memory, and blocks above the diagonal are passed over.
+"""Splash attention on TPU. Scores stay in the chip's fast memory, and blocks above the diagonal are skipped.
 
-On anything but a TPU the kernel is interpreted, slowly, for tests.
+On other platforms the kernel is interpreted, slowly, for tests.
 """
 
 import jax
@@ -11,24 +11,25 @@ from jaxtyping import Array, Float, Int
 from looplm_jax.errors import UserError
 from looplm_jax.sharding import target_kind, target_platform
 
-OUTPUT = "attention_output"  # what the backward pass may find saved under this name, with its softmax statistics
-_LANES = 128  # of a vector register; a block of keys holds a multiple
+OUTPUT = "attention_output"  # name of the saved output and its softmax statistics
+_LANES = 128  # lanes of a vector register; a block of keys is a multiple
 
-# Queries and keys of a block, by generation. Each block has a fixed cost beside its 4 * block^2 * Dh operations, and
-# keys and values are read once for each block of queries, so a fast chip wants large ones. Larger ones do more work
-# above the diagonal, and 2048 is more than v5e and v5p grant a kernel of their fast memory, and v6e of 64K tokens.
+# Block sizes of queries and keys by generation. Each block has a fixed cost in addition to its 4 * block^2 * Dh
+# operations, and keys and values are read once per block of queries, so fast chips need large blocks. Larger blocks do
+# more work above the diagonal, and 2048 exceeds the fast memory that a kernel may use on v5e and v5p, and on v6e with
+# 64K tokens.
 _BLOCKS = {"TPU v5 lite": 1024, "TPU v5": 1024, "TPU v5p": 1024, "TPU v6 lite": 1024}
 _BLOCK_ELSEWHERE = 512
-_KEYS_AT_A_TIME = 512  # of a block of keys, whose scores exist at one time
+_KEYS_AT_A_TIME = 512  # keys of a block whose scores exist simultaneously
 
 
 def fits(length: int) -> bool:
-    """Whether the kernel can take sequences of this length."""
+    """Whether the kernel supports sequences of this length."""
     return length % _LANES == 0
 
 
 def check(length: int) -> None:
-    """Refuse sequences that the kernel cannot take. Raises UserError."""
+    """Raises UserError if the kernel does not support sequences of this length."""
     if not fits(length):
         raise UserError(
             f"compute.attention=splash needs sequences of a multiple of {_LANES} tokens, not {length}; "
@@ -43,9 +44,13 @@ def splash_attention(
     positions: Int[Array, "B S"],
     segment_ids: Int[Array, "B S"],
 ) -> Float[Array, "B S H Dh"]:
-    """Softmax attention to the keys of the own document up to the own column: positions grow along each document."""
+    """Computes softmax attention to the keys of the same document up to the query's column.
+
+    Columns replace positions, because positions increase within each document.
+    """
     del positions
     length, num_heads, head_width = queries.shape[1:]
+
     kernel = kernels.make_splash_mha(
         masks.MultiHeadMask([masks.CausalMask((length, length))] * num_heads),
         block_sizes=_block_sizes(length),
@@ -63,9 +68,11 @@ def splash_attention(
 
 
 def _block_sizes(length: int) -> kernels.BlockSizes:
+    """Returns block sizes that divide `length`."""
     block = _BLOCKS.get(target_kind(), _BLOCK_ELSEWHERE)
     while length % block:
         block //= 2
+
     part = min(block, _KEYS_AT_A_TIME)
     return kernels.BlockSizes(
         block_q=block,

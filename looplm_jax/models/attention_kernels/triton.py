@@ -1,8 +1,8 @@
-"""Flash attention on a GPU, for long sequences, by the Pallas kernel for Triton that comes with JAX.
+"""Flash attention on GPU for long sequences, by the Pallas Triton kernel of JAX.
 
-It compares document ids tile by tile, so nothing is [S, S], and an interpreter runs it on a CPU, where the tests
-compare values and gradients with plain attention. cuDNN's packed layout would need Hopper, a bound on the documents of
-a sequence that the compiler knows, and softmax statistics of [B * bound, H, S].
+The kernel compares document ids tile by tile, so no array is [S, S]. It can be interpreted on a CPU, where the tests
+compare its values and gradients with plain attention. cuDNN's packed layout would need Hopper, a static bound on the
+number of documents per sequence, and softmax statistics of [B * bound, H, S].
 """
 
 import warnings
@@ -15,21 +15,21 @@ from jaxtyping import Array, Float, Int
 from looplm_jax.errors import UserError
 from looplm_jax.sharding import target_platform
 
-_WIDEST = 128  # head that these tiles were compiled for
-_LARGEST = 64  # queries or keys of a tile, which has to divide the length
+_WIDEST = 128  # the head width for which these tiles were compiled
+_LARGEST = 64  # queries or keys of the largest tile, which must divide the length
 
-# Compiled for an H200 and for compute capability 8.6, with heads of 128, no kernel takes more than 81 KiB of shared
-# memory, which every GPU with bfloat16 has; of tiles that are all 64 x 64 the backward kernel takes 105 KiB.
+# Compiled for an H200 and for compute capability 8.6 with heads of 128, no kernel uses more than 81 KiB of shared
+# memory, which every GPU with bfloat16 has. If all tiles were 64 x 64, the backward kernel would use 105 KiB.
 _TILES = {"block_q": 64, "block_k": 64, "block_q_dkv": 32, "block_kv_dkv": 64, "block_q_dq": 64, "block_kv_dq": 32}
 
 
 def fits(length: int, head_width: int, dtype: DTypeLike) -> bool:
-    """Whether the kernel can take such sequences, in a backward pass too."""
+    """Whether the kernel supports such sequences, including the backward pass."""
     return dtype == jnp.bfloat16 and length % _LARGEST == 0 and head_width % 8 == 0 and head_width <= _WIDEST
 
 
 def check(length: int, head_width: int, dtype: DTypeLike) -> None:
-    """Refuse what the kernel cannot take. Raises UserError."""
+    """Raises UserError if the kernel does not support such sequences."""
     if not fits(length, head_width, dtype):
         raise UserError(
             f"compute.attention=triton needs bfloat16, a multiple of {_LARGEST} tokens and heads of a multiple of 8 "
@@ -45,11 +45,16 @@ def triton_attention(
     positions: Int[Array, "B S"],
     segment_ids: Int[Array, "B S"],
 ) -> Float[Array, "B S H Dh"]:
-    """Softmax attention to the keys of the own document up to the own column: positions grow along each document."""
+    """Computes softmax attention to the keys of the same document up to the query's column.
+
+    Columns replace positions, because positions increase within each document.
+    """
     del positions
     kernels = _kernels()
+
     num_heads, head_width = queries.shape[2:]
     keys, values = (jnp.repeat(x, num_heads // x.shape[2], axis=2) for x in (keys, values))
+
     return kernels.mha(
         queries,
         keys,
@@ -63,8 +68,9 @@ def triton_attention(
 
 
 def _kernels() -> ModuleType:
+    """Returns the module of the kernel, imported without its deprecation warning."""
     with warnings.catch_warnings():
-        # JAX 0.11 recommends tokamax instead, which brings many packages and pins the version of one.
+        # JAX 0.11 recommends tokamax instead, which has many dependencies and pins the version of one.
         warnings.simplefilter("ignore", DeprecationWarning)
         from jax.experimental.pallas.ops.gpu import attention
     return attention

@@ -1,4 +1,4 @@
-"""Self-attention by XLA. Long sequences go through it in chunks of queries: no array has both S queries and S keys."""
+"""Self-attention by XLA. Long sequences are processed in chunks of queries, so no array is [S, S]."""
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +6,8 @@ from jaxtyping import Array, Float, Int
 
 from looplm_jax.models.attention import attend, visible
 
-_CHUNK = 512  # queries whose scores exist at one time
-_NOWHERE = -1  # the document of padding, which no key has
+_CHUNK = 512  # queries whose scores exist simultaneously
+_NOWHERE = -1  # the document of padding, which matches no key
 
 
 def xla_attention(
@@ -17,9 +17,9 @@ def xla_attention(
     positions: Int[Array, "B S"],
     segment_ids: Int[Array, "B S"],
 ) -> Float[Array, "B S H Dh"]:
-    """Softmax attention to the keys of the own document up to the own position.
+    """Computes softmax attention to the keys of the same document up to the query's position.
 
-    The backward pass makes the scores of each chunk once more.
+    The backward pass recomputes the scores of each chunk.
     """
     length = queries.shape[1]
     size = min(_CHUNK, length)
