@@ -1,4 +1,9 @@
-"""Looped language models in JAX: shared layers applied T times, supervised at every loop, with a gate to stop."""
+"""Looped language models in JAX: shared layers applied T times, with a loss at every loop and a gate that stops early.
+
+Load a model and generate: `load`, `generate`, and `Engine` with `EngineConfig` for many requests. Train: `train` with a
+`Recipe`. Build a model in Python: `LoopLM`, `ModelConfig`, `ComputeConfig` and `init_params`. `UserError` is the error
+for invalid input.
+"""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -45,7 +50,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for: `looplm --help` must not wait for JAX."""
+    """Imports a public name on first access, so that `looplm --help` does not wait for JAX."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

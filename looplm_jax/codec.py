@@ -1,6 +1,6 @@
-"""Configurations to JSON and back, and single fields overridden by their dotted path.
+"""Converts configurations to JSON and back, and overrides single fields by their dotted paths.
 
-A stage is addressed by its name (`stages.pretrain.beta`); `stage.beta` means that field of every stage.
+A stage is addressed by its name (`stages.pretrain.beta`). `stage.beta` is that field of every stage.
 """
 
 import dataclasses
@@ -18,7 +18,14 @@ C = TypeVar("C")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Leaf:
-    """A field that holds a plain value, with its dotted path."""
+    """A field with a plain value.
+
+    Attributes:
+      path: its dotted path.
+      annotation: its type.
+      help: its help text.
+      value: its value.
+    """
 
     path: str
     annotation: Any
@@ -27,31 +34,39 @@ class Leaf:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A configuration as plain JSON values: enums by value, tuples as lists."""
+    """Returns a configuration as plain JSON values: enums by value, tuples as lists."""
     return {field.name: _encode(getattr(config, field.name)) for field in dataclasses.fields(config)}
 
 
 def from_dict(kind: type[C], values: Any, where: str = "") -> C:
-    """The inverse of `to_dict`.
+    """Returns the configuration that `to_dict` converted.
+
+    Args:
+      kind: the dataclass.
+      values: the plain values.
+      where: the dotted path of the configuration, for messages.
 
     Raises:
-      UserError: an unknown or missing field or a value of the wrong type, named by its dotted path.
+      UserError: a field is unknown, missing or of the wrong type. The message has its dotted path.
     """
     if not isinstance(values, Mapping):
         raise UserError(f"{where or kind.__name__}: expected an object with named fields, got {values!r}")
+
     hints = typing.get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     for name in values:
         if name not in fields:
             raise UserError(f"unknown field {_join(where, str(name))!r}{suggest(str(name), fields)}")
+
     missing = [name for name, field in fields.items() if name not in values and _is_required(field)]
     if missing:
         raise UserError(f"missing field {_join(where, missing[0])!r}")
+
     return kind(**{name: _decode(hints[name], value, _join(where, name)) for name, value in values.items()})
 
 
 def leaves(config: Any, where: str = "") -> Iterator[Leaf]:
-    """Every plain field below `config`, depth first, in the order of declaration; stages appear under their names."""
+    """Yields every plain field below `config`, depth first, in order of declaration. Stages are addressed by name."""
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -66,25 +81,31 @@ def leaves(config: Any, where: str = "") -> Iterator[Leaf]:
 
 
 def override(config: C, changes: Mapping[str, Any]) -> C:
-    """A copy of `config` with the fields at the given dotted paths replaced, validated as a whole.
+    """Returns a copy of `config` with the fields at the given dotted paths replaced.
 
-    Values may be strings as typed on a command line. Raises UserError for an unknown path.
+    Values may be strings as typed on a command line. The result is validated as a whole.
+
+    Raises:
+      UserError: a path is unknown or a value is invalid.
     """
     tree = to_dict(config)
     known = [leaf.path for leaf in leaves(config)]
+
     for path, value in changes.items():
         targets = _expand(path, known)
         if not targets:
             raise UserError(f"unknown field {path!r}{_suggest_path(path, known)}")
         for target in targets:
             _assign(tree, target.split("."), value)
+
     return from_dict(type(config), tree)
 
 
 def parse_flags(arguments: Sequence[str]) -> dict[str, str]:
-    """`--path value` and `--path=value` pairs from a command line. Raises UserError for anything else."""
+    """Returns the pairs of `--path value` and `--path=value` on a command line. Raises UserError for anything else."""
     changes: dict[str, str] = {}
     words = iter(arguments)
+
     for word in words:
         if not word.startswith("--"):
             raise UserError(f"unexpected argument {word!r}; fields are set with --name value")
@@ -98,7 +119,7 @@ def parse_flags(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def differences(ours: Any, theirs: Any) -> list[str]:
-    """One `path: ours, theirs` for each field in which two configurations of one type differ."""
+    """Returns one `path: ours, theirs` for each field in which two configurations of the same type differ."""
     a = {leaf.path: _encode(leaf.value) for leaf in leaves(ours)}
     b = {leaf.path: _encode(leaf.value) for leaf in leaves(theirs)}
     return [f"{path}: {a.get(path)!r}, {b.get(path)!r}" for path in {**a, **b} if a.get(path) != b.get(path)]
@@ -113,10 +134,12 @@ def _join(where: str, name: str) -> str:
 
 
 def _named(items: tuple[Any, ...]) -> dict[str, Any]:
+    """Returns the items by name, or by index if they have none."""
     return {getattr(item, "name", str(index)): item for index, item in enumerate(items)}
 
 
 def _encode(value: Any) -> Any:
+    """Returns a value as plain JSON."""
     if dataclasses.is_dataclass(value):
         return to_dict(value)
     if isinstance(value, enum.Enum):
@@ -127,6 +150,7 @@ def _encode(value: Any) -> Any:
 
 
 def _decode(annotation: Any, value: Any, where: str) -> Any:
+    """Returns the value of a field of the given type. Raises UserError if it has another type."""
     if dataclasses.is_dataclass(annotation):
         return from_dict(typing.cast(type, annotation), value, where)
     if typing.get_origin(annotation) in (tuple, types.GenericAlias):
@@ -137,6 +161,7 @@ def _decode(annotation: Any, value: Any, where: str) -> Any:
 
 
 def _decode_tuple(item: Any, value: Any, where: str) -> tuple[Any, ...]:
+    """Returns a tuple from a list, or from comma-separated text."""
     if isinstance(value, str):
         value = [part for part in value.split(",") if part]
     if not isinstance(value, list | tuple):
@@ -145,6 +170,7 @@ def _decode_tuple(item: Any, value: Any, where: str) -> tuple[Any, ...]:
 
 
 def _decode_enum(kind: type[enum.Enum], value: Any, where: str) -> enum.Enum:
+    """Returns the member of an enum with this value."""
     values = [str(member.value) for member in kind]
     if value not in values:
         raise UserError(f"{where}: no such choice {value!r}{suggest(str(value), values)}")
@@ -152,6 +178,7 @@ def _decode_enum(kind: type[enum.Enum], value: Any, where: str) -> enum.Enum:
 
 
 def _decode_scalar(kind: type, value: Any, where: str) -> Any:
+    """Returns a bool, str, int or float, from a value of this type or from text."""
     if kind is bool:
         words = {"true": True, "false": False}
         if isinstance(value, bool):
@@ -159,25 +186,30 @@ def _decode_scalar(kind: type, value: Any, where: str) -> Any:
         if isinstance(value, str) and value.lower() in words:
             return words[value.lower()]
         raise UserError(f"{where}: expected true or false, got {value!r}")
+
     if kind is str:
         if isinstance(value, str):
             return value
         raise UserError(f"{where}: expected text, got {value!r}")
+
     name = {int: "a whole number", float: "a number"}[kind]
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise UserError(f"{where}: expected {name}, got {value!r}")
     if kind is int and isinstance(value, float):
         raise UserError(f"{where}: expected {name}, got {value!r}")
+
     try:
         number = kind(value)
-    except (ValueError, OverflowError):  # the latter: a whole number beyond every float
+    except (ValueError, OverflowError):  # OverflowError: an integer that is too large for a float
         raise UserError(f"{where}: expected {name}, got {value!r}") from None
+
     if number != number or number in (float("inf"), float("-inf")):
         raise UserError(f"{where}: expected a finite number, got {value!r}")
     return number
 
 
 def _expand(path: str, known: list[str]) -> list[str]:
+    """Returns the known paths that `path` refers to; `stage.x` is field x of every stage."""
     if path in known:
         return [path]
     first, _, rest = path.partition(".")
@@ -187,16 +219,19 @@ def _expand(path: str, known: list[str]) -> list[str]:
 
 
 def _suggest_path(path: str, known: list[str]) -> str:
+    """Returns a hint for an unknown path."""
     if path.startswith("stage."):
         known = sorted({"stage." + full.split(".", 2)[2] for full in known if full.startswith("stages.")})
     return suggest(path, known, otherwise="; `--help` lists them")
 
 
 def _assign(tree: Any, path: list[str], value: Any) -> None:
+    """Sets the value at a path in nested dictionaries and lists."""
     for key in path[:-1]:
         tree = _named_entry(tree, key) if isinstance(tree, list) else tree[key]
     tree[path[-1]] = value
 
 
 def _named_entry(items: list[dict[str, Any]], key: str) -> dict[str, Any]:
+    """Returns the item of a list with this name or index."""
     return next(item for index, item in enumerate(items) if item.get("name", str(index)) == key)

@@ -1,7 +1,7 @@
-"""Configuration: frozen, keyword-only dataclasses, one source for Python, commands, `--help` and checkpoints.
+"""Configuration: frozen, keyword-only dataclasses, the single source for Python, the CLI, `--help` and checkpoints.
 
-Every class validates itself when it is made. `codec.py` turns them into JSON and back and applies overrides; the
-help text beside each field is what `looplm train --help` prints.
+Every class validates itself on creation. `codec` converts configurations to JSON and back and applies overrides. The
+help text of each field is printed by `looplm train --help`.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ _MOST_STEPS = 2**31 - 1  # the step counter of a checkpoint has 32 bits
 
 
 def _field(help_text: str, default: Any = dataclasses.MISSING) -> Any:
+    """Returns a dataclass field with a help text."""
     metadata = {_HELP: help_text}
     if default is dataclasses.MISSING:
         return dataclasses.field(metadata=metadata)
@@ -26,14 +27,19 @@ def _field(help_text: str, default: Any = dataclasses.MISSING) -> Any:
 
 
 def _require(condition: bool, message: str) -> None:
+    """Raises UserError with `message` unless the condition holds."""
     if not condition:
         raise UserError(message)
 
 
 def _check_kinds(config: Any, where: str) -> None:
-    """Refuses values that are not of the type of their field, NaN and infinity; what Python code may pass as well."""
+    """Raises UserError if a value does not have the type of its field, or is NaN or infinite.
+
+    Values from Python code are checked too, not only decoded ones.
+    """
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), f"{where}.{field.name}" if where else field.name
+
         if field.type is int:
             _require(_is_number(value, int), f"{name} must be a whole number, not {value!r}")
             _require(abs(value) < _TOO_LARGE, f"{name} must be below 2**63, not {value}")
@@ -51,14 +57,14 @@ def _is_number(value: Any, kind: Any) -> bool:
 
 
 class NormPlacement(enum.Enum):
-    """Where a layer normalises: before each branch, or before and after it (Ouro)."""
+    """The placement of norms in a layer: before each branch, or before and after it (Ouro)."""
 
     SANDWICH = "sandwich"
     PRE = "pre"
 
 
 class Injection(enum.Enum):
-    """How the embedded input `e` enters every loop: not at all (Ouro), as `h + e`, or as `W [h; e]` (Huginn)."""
+    """Injection of the embedded input `e` into every loop: none (Ouro), `h + e`, or `W [h; e]` (Huginn)."""
 
     NONE = "none"
     ADD = "add"
@@ -66,7 +72,7 @@ class Injection(enum.Enum):
 
 
 class Dtype(enum.Enum):
-    """What matrices are multiplied in. `auto` is bfloat16 on TPU and GPU, float32 on a CPU."""
+    """The dtype of matrix products. `auto` is bfloat16 on TPU and GPU, and float32 on CPU."""
 
     AUTO = "auto"
     FLOAT32 = "float32"
@@ -74,10 +80,10 @@ class Dtype(enum.Enum):
 
 
 class AttentionKernel(enum.Enum):
-    """What computes self-attention: XLA, a TPU's splash kernel, or a GPU's cuDNN or Triton kernel.
+    """The implementation of self-attention: XLA, the splash kernel on TPU, or the cuDNN or Triton kernel on GPU.
 
-    `auto` takes splash on TPU where shapes allow. On a GPU, where shapes and dtype allow, it takes cuDNN below 8,192
-    tokens and Triton from there on. Elsewhere it takes XLA.
+    `auto` selects splash on TPU if the shapes allow it. On GPU, if shapes and dtype allow it, it selects cuDNN below
+    8,192 tokens and Triton from there on. Otherwise it selects XLA.
     """
 
     AUTO = "auto"
@@ -88,11 +94,11 @@ class AttentionKernel(enum.Enum):
 
 
 class Remat(enum.Enum):
-    """What the backward pass recomputes: nothing, all but the matmuls, each layer, or each whole loop.
+    """The values that the backward pass recomputes: none, all except matrix products, each layer, or each whole loop.
 
-    `save_qkv` recomputes each layer but for queries, keys, values and the outputs of attention and feed-forward;
-    `save_outputs` saves the two outputs alone. `offload` recomputes each layer from a start that waits in the memory of
-    the host.
+    `save_qkv` recomputes each layer except queries, keys, values and the outputs of attention and feed-forward.
+    `save_outputs` saves only the two outputs. `offload` recomputes each layer from its input, which is kept in host
+    memory.
     """
 
     NONE = "none"
@@ -105,9 +111,10 @@ class Remat(enum.Enum):
 
 
 class Gather(enum.Enum):
-    """When parameters that are spread over devices are gathered: for each layer of each loop, or once a step.
+    """The frequency of all-gathering sharded parameters: for each layer of each loop, or once per step.
 
-    All loops use the same weights: `per_step` divides what is sent by their number, and holds a whole copy meanwhile.
+    All loops use the same weights. `per_step` divides the communication by the number of loops, and holds a whole copy
+    during the step.
     """
 
     PER_LAYER = "per_layer"
@@ -115,11 +122,11 @@ class Gather(enum.Enum):
 
 
 class Reduce(enum.Enum):
-    """When gradients are summed over devices: in every loop of the model, once per microbatch, or once per step.
+    """The frequency of summing gradients over devices: in every loop of the model, once per microbatch, or once per step.
 
-    `microbatch` and `step` hold the gradient of all parameters on every device, and need `gather=per_step`:
-    `microbatch` in the type of the matrix products, `step` in float32. `auto` is `step` where each device holds all
-    parameters anyway, and `loop` where they are sharded.
+    `microbatch` and `step` hold the gradient of all parameters on every device, and need `gather=per_step`. The
+    gradient is in the dtype of the matrix products for `microbatch` and in float32 for `step`. `auto` is `step` if each
+    device holds all parameters anyway, and `loop` if they are sharded.
     """
 
     AUTO = "auto"
@@ -129,10 +136,10 @@ class Reduce(enum.Enum):
 
 
 class Objective(enum.Enum):
-    """What a stage minimises.
+    """The objective that a stage minimizes.
 
-    EXPECTED_LOSS: the expected loss over exits (Eq. 4). GATE: the gate's adaptive loss (Eq. 5-6). LAST_LOSS: the loss
-    after the last loop alone, as looped models without a gate are trained; the gate gets no gradient.
+    EXPECTED_LOSS: the expected loss over exits (Eq. 4). GATE: the adaptive loss of the gate (Eq. 5-6). LAST_LOSS: the
+    loss after the last loop only, as looped models without a gate are trained; the gate receives no gradient.
     """
 
     EXPECTED_LOSS = "expected_loss"
@@ -141,7 +148,7 @@ class Objective(enum.Enum):
 
 
 class GateTarget(enum.Enum):
-    """Which gain trains the gate of loop t: the one just made, t-1 -> t (as printed), or the next, t -> t+1."""
+    """The gain that trains the gate of loop t: the previous one, t-1 -> t (as printed), or the next, t -> t+1."""
 
     AS_PRINTED = "as_printed"
     LOOK_AHEAD = "look_ahead"
@@ -156,7 +163,7 @@ class PriorKind(enum.Enum):
 
 
 class Schedule(enum.Enum):
-    """The learning rate after warm-up: constant, cosine to the final rate, or constant then a linear decay to it.
+    """The learning rate after warm-up: constant, cosine to the final rate, or constant followed by linear decay to it.
 
     The last step of a cosine or a decay has the final rate.
     """
@@ -167,14 +174,14 @@ class Schedule(enum.Enum):
 
 
 class RecordKind(enum.Enum):
-    """What a record of a source is: a text, or a chat, of which only the assistant's turns are learnt."""
+    """The kind of the records of a source: text, or chats, of which only the assistant's turns are learned."""
 
     TEXT = "text"
     CHAT = "chat"
 
 
 class OnBadRecord(enum.Enum):
-    """What a record that cannot be read does: stop the run, or be skipped and counted."""
+    """The action for a record that cannot be read: stop the run, or skip the record and count it."""
 
     STOP = "stop"
     SKIP = "skip"
@@ -182,7 +189,7 @@ class OnBadRecord(enum.Enum):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The shape of a looped language model: prelude, then a core stack applied `loops` times, then a coda."""
+    """The architecture of a looped language model: a prelude, a core stack applied `loops` times, and a coda."""
 
     vocab_size: int = _field("tokens in the vocabulary, V")
     width: int = _field("model width, D")
@@ -204,11 +211,13 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check_kinds(self, "model")
+
         for name in ("vocab_size", "width", "mlp_width", "num_layers", "num_heads", "max_positions"):
             _require(getattr(self, name) >= 1, f"model.{name} must be at least 1, not {getattr(self, name)}")
         for name in ("num_kv_heads", "head_dim", "prelude_layers", "coda_layers"):
             _require(getattr(self, name) >= 0, f"model.{name} must not be negative, not {getattr(self, name)}")
         _require(self.loops >= 1, f"model.loops must be at least 1, not {self.loops}")
+
         for name in ("rope_theta", "norm_eps", "init_std"):
             _require(getattr(self, name) > 0, f"model.{name} must be positive, not {getattr(self, name)}")
         _require(
@@ -216,6 +225,7 @@ class ModelConfig:
             f"model.num_heads={self.num_heads} does not divide model.width={self.width}; "
             "change one of them, or set model.head_dim",
         )
+
         _require(self.head_width % 2 == 0, f"model.head_dim must be even for rotary embedding, not {self.head_width}")
         _require(
             self.num_heads % self.kv_heads == 0,
@@ -224,18 +234,21 @@ class ModelConfig:
 
     @property
     def kv_heads(self) -> int:
-        """Key/value heads, K."""
+        """The number of key/value heads, K."""
         return self.num_kv_heads or self.num_heads
 
     @property
     def head_width(self) -> int:
-        """Width of a head, Dh."""
+        """The width of a head, Dh."""
         return self.head_dim or self.width // self.num_heads
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
-    """How the model is computed. Nothing here changes what a checkpoint holds."""
+    """The computation of the model: dtype, attention kernel, rematerialization and collectives.
+
+    No field changes the contents of a checkpoint.
+    """
 
     dtype: Dtype = _field("type of the matrix products; parameters stay float32", Dtype.AUTO)
     attention: AttentionKernel = _field("what computes self-attention", AttentionKernel.AUTO)
@@ -256,7 +269,10 @@ class ComputeConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along each axis. The product must be the number of devices; one axis may be -1, all that are left."""
+    """The number of devices along each axis of the mesh.
+
+    The product must be the number of devices. One axis may be -1, which takes the remaining devices.
+    """
 
     data: int = _field("copies of the model, each with its share of the batch", -1)
     fsdp: int = _field("shares of the parameters, each with its share of the batch", 1)
@@ -273,20 +289,22 @@ class MeshConfig:
         _require(list(sizes.values()).count(-1) <= 1, "only one axis of mesh may be -1")
 
     def with_context(self, context: int) -> "MeshConfig":
-        """The same devices, `context` of them to a sequence.
+        """Returns a mesh of the same devices in which `context` devices share a sequence.
 
-        They are taken from `fsdp`, or else from `data`; parameters are spread over fsdp and context alike, so where
-        they come from fsdp no parameter moves. An axis of -1 adapts by itself.
+        The devices are taken from `fsdp`, or else from `data`. Parameters are sharded over `fsdp` and `context` alike,
+        so devices from `fsdp` move no parameter. An axis of -1 adapts by itself.
 
         Raises:
-          UserError: neither axis has that many.
+          UserError: neither axis has enough devices.
         """
         if -1 in dataclasses.asdict(self).values():
             return dataclasses.replace(self, context=context)
+
         for name in ("fsdp", "data"):
             size = getattr(self, name) * self.context
             if size % context == 0:
                 return dataclasses.replace(self, **{name: size // context}, context=context)
+
         raise UserError(
             f"{context} devices cannot share a sequence: neither mesh.fsdp={self.fsdp} nor mesh.data={self.data} "
             "divides; change one of them, or the context of the stage"
@@ -295,7 +313,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW. Norms and biases are not decayed."""
+    """The AdamW optimizer. Norms and biases have no weight decay."""
 
     b1: float = _field("decay of the mean of gradients", 0.9)
     b2: float = _field("decay of the mean of squared gradients", 0.95)
@@ -314,7 +332,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """One source of the mixture: files of documents, or a synthetic task such as `mano:length=10`."""
+    """A source of the mixture: files of documents, or a synthetic task such as `mano:length=10`."""
 
     path: str = _field(
         "files (a glob; local or any fsspec URL; .txt .jsonl .parquet .arrayrecord), "
@@ -338,7 +356,7 @@ class SourceConfig:
 
 
 def sources_like(paths: Iterable[str], known: Iterable[SourceConfig]) -> tuple[SourceConfig, ...]:
-    """Sources of equal weight, read as the known ones are where those agree on kind and keys, else as texts."""
+    """Returns sources of equal weight with the kind and keys of the known ones, or text sources if those differ."""
     patterns = {dataclasses.replace(source, path="-", weight=1.0) for source in known}
     pattern = patterns.pop() if len(patterns) == 1 else SourceConfig(path="-")
     return tuple(dataclasses.replace(pattern, path=path) for path in paths)
@@ -346,7 +364,7 @@ def sources_like(paths: Iterable[str], known: Iterable[SourceConfig]) -> tuple[S
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReadLimits:
-    """What a data file may ask for, so that no file takes all memory or all of the disk."""
+    """Limits on what data files may use, so that no file exhausts the memory or the disk."""
 
     record_bytes: int = _field(
         "longest line, ArrayRecord record or uncut text file; a longer one is a bad record", 2**26
@@ -363,7 +381,7 @@ class ReadLimits:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where tokens come from."""
+    """The data: a mixture of sources, and how they are read and tokenized."""
 
     sources: tuple[SourceConfig, ...] = _field("the mixture", ())
     root: str = _field(
@@ -385,7 +403,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PriorConfig:
-    """The prior over exit loops that the exit distribution is drawn towards."""
+    """The prior over exit loops toward which the exit distribution is regularized."""
 
     kind: PriorKind = _field("family of the prior", PriorKind.UNIFORM)
     rate: float = _field("geometric: chance of exit at each loop", 0.5)
@@ -401,7 +419,7 @@ class PriorConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One stage of training: what is minimised, over how many steps, and which parameters move."""
+    """One stage of training: its objective, its steps, its batches and the parameters that it trains."""
 
     name: str = _field("name of the stage")
     objective: Objective = _field("what is minimised", Objective.EXPECTED_LOSS)
@@ -432,6 +450,7 @@ class Stage:
         where = f"stages.{self.name}"
         _check_kinds(self, where)
         _require(bool(self.name) and "." not in self.name, f"a stage needs a name without dots, not {self.name!r}")
+
         for name in ("steps", "batch_size", "sequence_length", "accumulation", "loops"):
             _require(getattr(self, name) >= 1, f"{where}.{name} must be at least 1, not {getattr(self, name)}")
         _require(
@@ -441,6 +460,7 @@ class Stage:
         _require(
             0 <= self.min_loops <= self.loops, f"{where}.min_loops must be in 0..{self.loops}, not {self.min_loops}"
         )
+
         for name in ("context", "rope_theta", "beta", "warmup_steps", "decay_steps", "final_learning_rate"):
             _require(getattr(self, name) >= 0, f"{where}.{name} must not be negative, not {getattr(self, name)}")
         for name in ("learning_rate", "gain_slope"):
@@ -458,18 +478,19 @@ class Stage:
             self.objective is not Objective.LAST_LOSS or set(self.trainable) != {"gate"},
             f"{where}.trainable=gate learns nothing from objective=last_loss; choose other groups or objective=gate",
         )
+
         if self.objective is Objective.GATE:
             _require(self.loops >= 2, f"{where}: the gate has nothing to learn with one loop; set {where}.loops")
 
     @property
     def trained_groups(self) -> tuple[str, ...]:
-        """The parameter groups that move: those named, or else all, or the gate where it is the objective."""
+        """The parameter groups to train: the named ones, or else all, or the gate if it is the objective."""
         return self.trainable or (("gate",) if self.objective is Objective.GATE else ())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GuardConfig:
-    """When a step is skipped, and when the run gives up."""
+    """Criteria for skipping a step, and for stopping the run after consecutive skips."""
 
     window: int = _field("losses remembered to tell a spike from what the data brings", 128)
     sigma: float = _field("a loss this many standard deviations above the usual losses of the window is a spike", 6.0)
@@ -484,7 +505,7 @@ class GuardConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """How often a run is saved and how many saves are kept."""
+    """The interval between saves, and the number of checkpoints to keep."""
 
     every: int = _field("steps between saves; the last step of a stage is always saved", 200)
     keep: int = _field("newest saves kept; the last one of each stage is kept besides", 3)
@@ -497,7 +518,7 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """How often and on how much held-out text the loss of every loop is measured during training."""
+    """The interval between evaluations during training, and the number of held-out sequences for each."""
 
     every: int = _field("steps between evaluations; 0: only at the end of a stage", 0)
     sequences: int = _field("held-out sequences used", 64)
@@ -510,7 +531,7 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StartConfig:
-    """What a new run begins with, instead of initial parameters. A run that goes on does not look at it again."""
+    """The checkpoint from which a new run starts. A run that resumes does not read it again."""
 
     checkpoint: str = _field("a run folder, one of its steps, or a Hugging Face folder; empty: initial parameters", "")
     optimizer: bool = _field("take the optimiser's state of that checkpoint too", False)
@@ -522,7 +543,7 @@ class StartConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A whole run: the model, its data, and the stages it is trained through."""
+    """A complete run: the model, the data, and the stages of training."""
 
     name: str = _field("name of the recipe")
     description: str = _field("what it is for, how long it takes and what it reaches", "")
@@ -542,6 +563,7 @@ class Recipe:
     def __post_init__(self) -> None:
         _check_kinds(self, "")
         _require(len(self.stages) >= 1, f"recipe {self.name!r} needs at least one stage")
+
         names = [stage.name for stage in self.stages]
         _require(len(set(names)) == len(names), f"the stages of recipe {self.name!r} need different names, not {names}")
         _require(self.log_every >= 1, f"log_every must be at least 1, not {self.log_every}")
@@ -549,6 +571,7 @@ class Recipe:
             self.total_steps <= _MOST_STEPS,
             f"the stages of recipe {self.name!r} have {self.total_steps} steps together, more than {_MOST_STEPS}",
         )
+
         for stage in self.stages:
             _require(
                 stage.sequence_length <= self.model.max_positions,
@@ -557,26 +580,26 @@ class Recipe:
             )
 
     def model_of(self, stage: Stage) -> ModelConfig:
-        """The model as it is in a stage: with the rotary base that this stage, or one before it, has set."""
+        """Returns the model in a stage, with the rotary base that this stage or an earlier one has set."""
         known = self.stages[: self.stages.index(stage) + 1]
         bases = [self.model.rope_theta, *(earlier.rope_theta for earlier in known if earlier.rope_theta)]
         return dataclasses.replace(self.model, rope_theta=bases[-1])
 
     def data_of(self, stage: Stage) -> DataConfig:
-        """What a stage is trained on: the mixture of its own, or else that of the recipe."""
+        """Returns the data of a stage: its own mixture, or else that of the recipe."""
         root = self.data.root.replace("{length}", str(stage.sequence_length))
         return dataclasses.replace(self.data, root=root, sources=stage.sources or self.data.sources)
 
     def mesh_of(self, stage: Stage) -> MeshConfig:
-        """The mesh of a stage: that of the recipe, with the stage's own number of devices to a sequence."""
+        """Returns the mesh of a stage: that of the recipe, with the stage's number of devices per sequence."""
         return self.mesh.with_context(stage.context) if stage.context else self.mesh
 
     @property
     def total_steps(self) -> int:
-        """Optimiser steps of all stages together."""
+        """The number of optimizer steps of all stages together."""
         return sum(stage.steps for stage in self.stages)
 
 
 def help_text(field: dataclasses.Field) -> str:
-    """The line that `--help` prints beside a field."""
+    """Returns the help text of a field."""
     return field.metadata.get(_HELP, "")

@@ -1,19 +1,26 @@
-"""The one exception for mistakes that the user can mend."""
+"""The exception for mistakes that the user can fix."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """What is wrong and how to fix it, in one line. Commands print it and exit with `status`."""
+    """An error that the user can fix. Its message is one line: what is wrong and how to fix it.
+
+    Commands print it without a traceback and exit with `status`.
+    """
 
     status = 2
 
 
 def suggest(word: str, known: Iterable[str], otherwise: str | None = None, cutoff: float = 0.6) -> str:
-    """Returns `"; did you mean 'x'?"` when a known word is close to `word`, else `otherwise`, or the known words.
+    """Returns `"; did you mean 'x'?"` if a known word is close to `word`.
 
-    `cutoff` is how close, as difflib measures it: 1 is the word itself.
+    Args:
+      word: the unknown word.
+      known: the known words.
+      otherwise: the result if no word is close; by default a list of the known words.
+      cutoff: the minimum similarity as `difflib` measures it, between 0 and 1.
     """
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, on this disk or in a bucket, and one line where it refuses."""
+"""Atomic writes and checked reads of files, on local disks or in buckets, with one-line errors."""
 
 import contextlib
 import errno
@@ -19,9 +19,9 @@ from etils.epath import backend
 from looplm_jax.errors import UserError
 
 NO_SPACE = "no space left on the disk"
-AnyPath: TypeAlias = Path | epath.Path  # on this disk, or in a bucket
+AnyPath: TypeAlias = Path | epath.Path  # a local path, or one in a bucket
 
-WAITS = (0.2, 1.0, 3.0)  # seconds before each new attempt at a read that the disk refused
+WAITS = (0.2, 1.0, 3.0)  # seconds before each retry of a refused read
 
 _BUCKET = "gs://"
 _SPECIAL_FILES = {
@@ -30,17 +30,17 @@ _SPECIAL_FILES = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)  # of file systems that have none
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)  # errors of file systems without locks
 _LONGEST = 200
 
 T = TypeVar("T")
 
 
 def any_path(path: str | os.PathLike[str]) -> AnyPath:
-    """A path on this disk, or in a bucket where it begins with `gs://`.
+    """Returns a local path, or a path in a bucket if it begins with `gs://`.
 
     Raises:
-      UserError: a URL of another kind, or gcsfs is not installed.
+      UserError: the path is a URL of another kind, or gcsfs is not installed.
     """
     text = os.fspath(path)
     if "://" not in text:
@@ -49,36 +49,38 @@ def any_path(path: str | os.PathLike[str]) -> AnyPath:
         raise UserError(f"{text}: a run lies on a disk or in a bucket; give a path, or gs://bucket/folder")
     if importlib.util.find_spec("gcsfs") is None:
         raise UserError(f"{text}: buckets need gcsfs; install it with `pip install 'looplm_jax[gcs]'`")
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what it logs it raises, too
+
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it also raises the errors that it logs
     return epath.Path(text)
 
 
 def in_bucket(path: AnyPath) -> bool:
-    """Whether it is an object, or the beginning of the names of objects, rather than a file or a folder."""
+    """Whether a path is in a bucket rather than on a local disk."""
     return os.fspath(path).startswith(_BUCKET)
 
 
 def pasted(path: str | os.PathLike[str]) -> str:
-    """A path as it is typed in a shell, also where it looks like a flag."""
+    """Returns a path quoted for a shell, also if it looks like a flag."""
     text = os.fspath(path)
     return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 def absolute(path: AnyPath) -> AnyPath:
-    """The same place, whatever the current folder."""
+    """Returns the same path, independent of the current directory."""
     return path.absolute() if isinstance(path, Path) else path
 
 
 def check_regular(path: str | os.PathLike[str]) -> None:
-    """Does nothing for a regular file, a folder, or what is not on this disk.
+    """Checks that a path is not a special file. Paths in buckets and missing files pass.
 
     Raises:
-      UserError: the path is a named pipe, a socket or a device. To read one may take forever, or all memory.
+      UserError: the path is a named pipe, a socket or a device. Reading it may take forever or all memory.
     """
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError):
-        return  # whoever opens it says why
+        return  # opening the file reports the reason
+
     kind = _SPECIAL_FILES.get(stat.S_IFMT(mode))
     if kind:
         raise UserError(f"{os.fspath(path)} is {kind}, not a file; give a regular file")
@@ -88,8 +90,8 @@ def read_text(path: AnyPath) -> str:
     """Returns the text of a UTF-8 file, without a byte order mark.
 
     Raises:
-      OSError: there is no such file, or it cannot be read.
-      UserError: it is not UTF-8.
+      OSError: the file does not exist or cannot be read.
+      UserError: the file is not UTF-8.
     """
     try:
         return path.read_bytes().decode("utf-8-sig")
@@ -98,22 +100,26 @@ def read_text(path: AnyPath) -> str:
 
 
 def make_folder(path: AnyPath) -> None:
-    """With its parents; in a bucket there is nothing to make. Raises OSError."""
+    """Creates a folder with its parents; does nothing in a bucket. Raises OSError."""
     if isinstance(path, Path):
         path.mkdir(parents=True, exist_ok=True)
 
 
 def forget_listing(path: AnyPath) -> None:
-    """Clients of buckets keep lists of what they saw there, and others write as well."""
+    """Clears the listings that clients of buckets cache, because other programs write to the bucket too."""
     if in_bucket(path):
         backend.fsspec_backend.fs(path).invalidate_cache()
 
 
 def retried(read: Callable[[], T], passing: type[Exception] | tuple[type[Exception], ...] = OSError) -> T:
-    """What `read` returns, tried again after each of `WAITS` where it raises an error that may pass.
+    """Returns the result of `read`, retried after each of `WAITS` if it raises an error that may be temporary.
+
+    Args:
+      read: the function to call.
+      passing: the types of temporary errors.
 
     Raises:
-      Exception: the error of the last attempt, or one of another kind.
+      Exception: the error of the last attempt, or an error of another type.
     """
     for wait in WAITS:
         try:
@@ -124,7 +130,7 @@ def retried(read: Callable[[], T], passing: type[Exception] | tuple[type[Excepti
 
 
 def refusal(error: Exception, path: AnyPath) -> str | None:
-    """Why the disk or the bucket refused `path`, or None if `error` is of another kind."""
+    """Returns why the disk or the bucket refused `path`, or None if `error` is of another kind."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return NO_SPACE
     if in_bucket(path):
@@ -134,39 +140,41 @@ def refusal(error: Exception, path: AnyPath) -> str | None:
 
 @contextlib.contextmanager
 def writing(path: AnyPath) -> Iterator[None]:
-    """Raises UserError, with the name of the file, where the disk or the bucket refuses what is written inside."""
+    """A context manager that raises UserError with the name of the file if the disk or the bucket refuses a write."""
     with _naming(path, "written"):
         yield
 
 
 @contextlib.contextmanager
 def reading(path: AnyPath) -> Iterator[None]:
-    """Raises UserError, with the name of the file, where the disk or the bucket refuses what is read inside."""
+    """A context manager that raises UserError with the name of the file if the disk or the bucket refuses a read."""
     with _naming(path, "read"):
         yield
 
 
 def write_atomically(path: AnyPath, content: bytes) -> None:
-    """Write a file that is never seen half-written. Raises UserError where the disk or the bucket refuses."""
+    """Writes a file atomically. Raises UserError if the disk or the bucket refuses it."""
     with writing(path):
         if isinstance(path, Path):
             _replace(path, content)
         else:
-            path.write_bytes(content)  # an object appears once all of it has arrived
+            path.write_bytes(content)  # an object becomes visible only when it is complete
 
 
 @contextlib.contextmanager
 def locked(path: Path, *, busy: Callable[[], None]) -> Iterator[int]:
-    """Holds an exclusive lock on a folder or a file, which is made if it is missing, and gives its descriptor.
+    """A context manager that holds an exclusive lock on a folder or a file and yields its descriptor.
 
-    The system drops the lock with the process, however it ends. Where the file system has no locks, none is held.
+    A missing file is created. The operating system releases the lock when the process ends, however that happens. On a
+    file system without locks, none is held.
 
     Args:
-      path: what is locked.
-      busy: called where another process holds the lock: it raises, or returns and the lock is waited for.
+      path: the folder or file to lock.
+      busy: called if another process holds the lock. It raises an error, or returns to wait for the lock.
     """
     flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
     handle = os.open(path, flags, 0o666)
+
     try:
         _lock(handle, busy)
         yield handle
@@ -175,6 +183,7 @@ def locked(path: Path, *, busy: Callable[[], None]) -> Iterator[int]:
 
 
 def _lock(handle: int, busy: Callable[[], None]) -> None:
+    """Locks an open file."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -186,12 +195,13 @@ def _lock(handle: int, busy: Callable[[], None]) -> None:
 
 
 def _replace(path: Path, content: bytes) -> None:
+    """Writes a temporary file and renames it."""
     temporary = path.with_name(path.name + ".new")
     try:
         with temporary.open("wb") as stream:
             stream.write(content)
             stream.flush()
-            os.fsync(stream.fileno())  # otherwise a power cut after the rename can leave an empty file
+            os.fsync(stream.fileno())  # otherwise a power failure after the rename may leave an empty file
         os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)
@@ -200,6 +210,7 @@ def _replace(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def _naming(path: AnyPath, done: str) -> Iterator[None]:
+    """Converts refused operations to UserError."""
     try:
         yield
     except UserError:
@@ -212,7 +223,10 @@ def _naming(path: AnyPath, done: str) -> Iterator[None]:
 
 
 def _refusal_of_bucket(error: Exception) -> str | None:
-    """Clients of buckets raise errors of many kinds; those of TensorStore name the object."""
+    """Returns why a bucket refused an operation, or None if `error` is of another kind.
+
+    Clients of buckets raise many types of errors; those of TensorStore contain the name of the object.
+    """
     text = " ".join(str(error).split())
     if isinstance(error, FileNotFoundError):
         return "there is no such bucket"

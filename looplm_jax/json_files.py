@@ -1,4 +1,4 @@
-"""JSON objects from files that somebody else wrote."""
+"""Reads JSON objects from untrusted files."""
 
 import json
 from pathlib import Path
@@ -6,15 +6,16 @@ from typing import Any
 
 from looplm_jax.errors import UserError
 
-_LARGEST_FILE = 10 * 2**20  # the index of a model of 600 billion parameters has 9 MB
+_LARGEST_FILE = 10 * 2**20  # the index of a model with 600 billion parameters has 9 MB
 _MOST_LEVELS = 16
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Returns the object in a JSON file.
 
     Raises:
-      UserError: the file is missing, unreadable, larger than 10 MiB, or holds anything else.
+      UserError: the file is missing, unreadable, larger than 10 MiB, nested more than 16 levels deep, or not a JSON
+        object.
     """
     try:
         if not path.is_file():
@@ -30,6 +31,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise
     except ValueError as error:  # not JSON, not Unicode, or a number of too many digits
         raise UserError(f"{path} is not JSON ({' '.join(str(error).split())[:100]}); copy it again") from None
+
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold a JSON object, not a {type(values).__name__}; copy it again")
     if _is_deeper(values, _MOST_LEVELS):
@@ -38,6 +40,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def _is_deeper(value: Any, levels: int) -> bool:
+    """Whether a JSON value is nested more than `levels` levels deep."""
     if not isinstance(value, dict | list):
         return False
     items = value.values() if isinstance(value, dict) else value
@@ -45,4 +48,5 @@ def _is_deeper(value: Any, levels: int) -> bool:
 
 
 def _too_deep(path: Path) -> UserError:
+    """Returns the error for a file that is nested too deep."""
     return UserError(f"{path} is nested more than {_MOST_LEVELS} levels deep; it is no {path.name}")

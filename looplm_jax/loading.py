@@ -1,4 +1,4 @@
-"""From a path to a model that runs."""
+"""Loads a model, its parameters and its tokenizer from a path."""
 
 import dataclasses
 import os
@@ -24,26 +24,30 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """A model with its parameters and all that a checkpoint says about it. `model, params = load(path)` works too.
+    """A model with its parameters and everything else in its checkpoint. `model, params = load(path)` works too.
 
-    A Hugging Face folder says nothing of how its model was trained: its recipe is one that stands for that.
+    Attributes:
+      model: the model.
+      params: the parameters.
+      mesh: the mesh of the devices that hold the parameters.
+      tokenizer: the tokenizer, or None for a Hugging Face folder without one.
+      recipe: the recipe of the run. A Hugging Face folder does not have one, so it is a placeholder.
+      step: the step of the checkpoint, or 0 for a Hugging Face folder.
+      warnings: the newer steps that were skipped, or notes about a Hugging Face folder.
+      origin: the folder, for messages.
     """
 
     model: LoopLM
     params: Params
-    mesh: Mesh  # of the devices that hold the parameters
-    tokenizer: Tokenizer | None  # None for a Hugging Face folder without one
+    mesh: Mesh
+    tokenizer: Tokenizer | None
     recipe: Recipe
     step: int
     warnings: tuple[str, ...]
     origin: str = "the folder"
 
     def need_tokenizer(self) -> Tokenizer:
-        """Returns the tokenizer.
-
-        Raises:
-          UserError: the folder has none.
-        """
+        """Returns the tokenizer. Raises UserError if the folder has none."""
         return needed_tokenizer(self.tokenizer, self.origin)
 
     def __iter__(self) -> Iterator[Any]:
@@ -57,18 +61,21 @@ def load(
     mesh: MeshConfig | None = None,
     dtype: DTypeLike | None = None,
 ) -> Loaded:
-    """The model of a checkpoint, its parameters verified against their digests, or of a Hugging Face Ouro folder.
+    """Loads the model of a checkpoint or of a Hugging Face Ouro folder.
+
+    The parameters of a checkpoint are verified against their digests.
 
     Args:
-      path: a run folder, its `checkpoints` folder, one step, or a Hugging Face folder.
-      step: which step; default: the newest good one.
-      mesh: devices to spread the parameters over; default: the first device alone.
-      dtype: of the parameters, float32, bfloat16 or float16; default: on a CPU as they are stored, elsewhere that of
-        the matrix products, to which every pass would cast them, and as they are stored for the gate, which none casts.
+      path: a run folder, its `checkpoints` folder, the folder of one step, or a Hugging Face folder.
+      step: the number of the step; by default the latest valid one.
+      mesh: the devices over which to shard the parameters; by default only the first device.
+      dtype: the dtype of the parameters: float32, bfloat16 or float16. By default they keep their stored dtype on a
+        CPU. On other platforms they have the dtype of the matrix products, to which every pass would cast them
+        otherwise. The gate, which is never cast, keeps its stored dtype.
 
     Raises:
-      UserError: not a checkpoint, no good step, a Hugging Face folder that `convert.from_hf.load_hf` refuses, a mesh
-        that does not fit, or a dtype that the devices lack.
+      UserError: the path is not a checkpoint, there is no valid step, `convert.from_hf.load_hf` refuses the Hugging
+        Face folder, the mesh does not fit, or the devices do not support the dtype.
     """
     devices = make_mesh(mesh or MeshConfig(), None if mesh else first_device())
     if is_hf_folder(Path(path)):
@@ -77,24 +84,26 @@ def load(
 
 
 def _cast(dtype: DTypeLike | None, compute: ComputeConfig, mesh: Mesh) -> dict[str, Any]:
-    """Returns how parameters are cast as they are read: a dtype that is asked for holds for all of them."""
+    """Returns the arguments that cast parameters as they are read. An explicit dtype is for all parameters."""
     return {"dtype": parameter_dtype(dtype, compute, mesh), "uncast": UNCAST if dtype is None else ()}
 
 
 def parameter_dtype(dtype: DTypeLike | None, compute: ComputeConfig, mesh: Mesh) -> jnp.dtype | None:
-    """Returns the type in which parameters are held on the devices of a mesh; None: as they are stored.
+    """Returns the dtype of the parameters on the devices of a mesh, or None to keep their stored dtypes.
 
     Raises:
-      UserError: `dtype` is of another kind, or the devices cannot multiply in it.
+      UserError: `dtype` is not one of the supported ones, or the devices cannot multiply in it.
     """
     platform = mesh.devices.flat[0].platform
     if dtype is None:
         with use_mesh(mesh):
             return None if platform == "cpu" else compute_dtype(compute)
+
     try:
         name = jnp.dtype(dtype).name
     except TypeError:
         name = str(dtype)
+
     known = [each for each in _DTYPES if platform != "tpu" or each != "float16"]
     if name not in known:
         lacks = f"a {platform.upper()} has no {name}" if name in _DTYPES else f"dtype {name!r} is not for parameters"
@@ -103,13 +112,16 @@ def parameter_dtype(dtype: DTypeLike | None, compute: ComputeConfig, mesh: Mesh)
 
 
 def _load_checkpoint(path: str, step: int | None, mesh: Mesh, dtype: DTypeLike | None) -> Loaded:
+    """Loads a checkpoint of this package."""
     metadata = read_metadata(path, step)
     recipe = metadata.recipe()
     model = LoopLM(recipe.model, recipe.compute)
     cast = _cast(dtype, recipe.compute, mesh)
     check_divides(mesh, recipe.model)
+
     wanted = abstract(boxed_shapes(recipe.model), mesh)
     restored = restore_params(path, wanted, step=step, **cast)
+
     return Loaded(
         model=model,
         params=restored.state,
@@ -122,10 +134,13 @@ def _load_checkpoint(path: str, step: int | None, mesh: Mesh, dtype: DTypeLike |
 
 
 def _load_hf_folder(path: Path, step: int | None, mesh: Mesh, dtype: DTypeLike | None) -> Loaded:
+    """Loads a Hugging Face folder."""
     if step is not None:
         raise UserError(f"{path} is a Hugging Face folder, which has no steps; leave step out")
+
     found = load_hf(path, mesh=mesh, **_cast(dtype, ComputeConfig(), mesh))
     recipe = converted_recipe(path, found.config)
+
     return Loaded(
         model=LoopLM(recipe.model, recipe.compute),
         params=found.params,

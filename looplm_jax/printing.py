@@ -1,4 +1,4 @@
-"""What this package prints: text that others wrote never steers a terminal, and no stream ends the work."""
+"""Terminal output: text from others cannot control the terminal, and a closed stream does not end the program."""
 
 import contextlib
 import errno
@@ -8,54 +8,59 @@ import re
 import sys
 from typing import TextIO
 
-# C0 and C1 control characters, marks that reverse the direction of text, and lone surrogates (bytes of a file name).
+# C0 and C1 control characters, marks that change the direction of text, and lone surrogates (undecodable bytes of file
+# names).
 _STEERING = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def visible(text: str, *, keep: str = "\n\t") -> str:
-    r"""Returns the text with each character that steers a terminal as an escape, `\x1b` for example.
+    r"""Returns the text with each character that controls a terminal as an escape, for example `\x1b`.
 
     Args:
       text: any text.
-      keep: characters that are left as they are.
+      keep: characters to leave unchanged.
     """
     return _STEERING.sub(lambda found: found[0] if found[0] in keep else _escape(found[0]), text)
 
 
 def literal(text: str) -> str:
-    """Returns the text such that Rich shows it as it is: visible, and without markup."""
+    """Returns the text such that Rich prints it unchanged: with escapes, and without markup."""
     from rich.markup import escape
 
     return escape(visible(text))
 
 
 def one_line(message: str) -> str:
-    """Returns the message as a single visible line."""
+    """Returns the message as a single line with escapes."""
     return visible(" ".join(message.split()), keep="")
 
 
 def show(text: str) -> None:
-    """Prints the text, visible, on standard output."""
+    """Prints the text with escapes on standard output."""
     print(visible(text))
 
 
 def complain(message: str) -> None:
-    """Prints one line on standard error. Nothing happens if that is closed."""
+    """Prints one line on standard error. Does nothing if that is closed."""
     with contextlib.suppress(OSError, ValueError):
         print(f"looplm: {one_line(message)}", file=sys.stderr, flush=True)
 
 
 def complain_at_once(message: str) -> None:
-    """The same past Python's buffers, from any thread, for a process that is about to end."""
+    """Prints one line on standard error without Python's buffers, from any thread.
+
+    This is for a process that is about to exit.
+    """
     with contextlib.suppress(OSError):
         os.write(2, f"looplm: {one_line(message)}\n".encode(errors="backslashreplace"))
 
 
 def steady_streams() -> None:
-    """Makes standard output and error take any text for as long as the process runs.
+    """Makes standard output and error robust for the lifetime of the process.
 
-    What they cannot encode is replaced. A reader that goes away is not noticed: `looplm train 2>&1 | head` still
-    trains. A stream that was closed before the program started leads nowhere, and no file gets its number.
+    Characters that they cannot encode are replaced. Output to a closed pipe is dropped, so `looplm train 2>&1 | head`
+    continues to train. A stream that was closed before the program started is connected to the null device, so that no
+    other file gets its descriptor.
     """
     for number, name in ((0, "stdin"), (1, "stdout"), (2, "stderr")):
         stream: TextIO | None = getattr(sys, name)
@@ -67,6 +72,7 @@ def steady_streams() -> None:
 
 
 def _steady(stream: TextIO, number: int) -> TextIO:
+    """Returns a robust replacement of a stream."""
     stream.flush()
     return io.TextIOWrapper(
         io.BufferedWriter(_Pipe(number)),  # type: ignore[type-var]
@@ -77,9 +83,9 @@ def _steady(stream: TextIO, number: int) -> TextIO:
 
 
 class _Pipe(io.RawIOBase):
-    """Standard output or error, without the errors of a reader that is gone; of standard error, without any.
+    """Standard output or error, without errors of a closed pipe. Standard error raises no errors at all.
 
-    What a full disk refuses is raised once: Python would try again to write it when the process ends.
+    The error of a full disk is raised only once, because Python would try to write again when the process ends.
     """
 
     def __init__(self, number: int):
@@ -106,6 +112,7 @@ class _Pipe(io.RawIOBase):
 
 
 def _open_nowhere(number: int) -> None:
+    """Opens a descriptor on the null device if it is closed."""
     try:
         os.fstat(number)
     except OSError:

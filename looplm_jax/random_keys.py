@@ -1,16 +1,16 @@
-"""Random keys that follow from a seed alone."""
+"""Random keys that depend only on a seed."""
 
 import jax
 from jaxtyping import Array, Int, PRNGKeyArray, UInt32
 
-_IMPLEMENTATION = "threefry2x32"  # others draw otherwise in a batch than alone
+_IMPLEMENTATION = "threefry2x32"  # other implementations may draw different values in a batch than alone
 
 
 def seeded_key(seed: int | Int[Array, ""]) -> PRNGKeyArray:
-    """Returns the key of a seed, the same whatever JAX_DEFAULT_PRNG_IMPL says."""
+    """Returns the key for a seed, independent of JAX_DEFAULT_PRNG_IMPL."""
     return jax.random.key(seed, impl=_IMPLEMENTATION)
 
 
 def from_raw(raw: UInt32[Array, "2"]) -> PRNGKeyArray:
-    """Returns the key whose raw form is `raw`, as `jax.random.key_data` gives it for keys of `seeded_key`."""
+    """Returns the key with the raw data `raw`, as `jax.random.key_data` returns it for keys of `seeded_key`."""
     return jax.random.wrap_key_data(raw, impl=_IMPLEMENTATION)

@@ -1,4 +1,7 @@
-"""What may differ when a run is resumed: one table for the recipe, the place in the data and the saved arrays."""
+"""The fields that may differ when a run is resumed.
+
+One table is used for the recipe, the position in the data and the saved arrays.
+"""
 
 import dataclasses
 import fnmatch
@@ -6,7 +9,13 @@ import fnmatch
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Whether some fields may differ between a run and its resumption, and why. A `*` stands for any part of a path."""
+    """A rule about fields: whether they may differ between a run and its resumption, and why.
+
+    Attributes:
+      fields: dotted paths, in which `*` matches any part.
+      free: whether they may differ.
+      why: the reason, for the documentation.
+    """
 
     fields: tuple[str, ...]
     free: bool
@@ -37,18 +46,18 @@ RULES = (
 
 
 def may_differ(path: str) -> bool:
-    """Returns whether the field at a dotted path of the recipe is free on resume; a field without a rule is fixed."""
+    """Whether the field at a dotted path of the recipe may differ on resume. A field without a rule may not."""
     rule = rule_of(path)
     return rule is not None and rule.free
 
 
 def rule_of(path: str) -> Rule | None:
-    """Returns the first rule that names the field, or None."""
+    """Returns the first rule that matches the field, or None."""
     return next((rule for rule in RULES if any(fnmatch.fnmatchcase(path, name) for name in rule.fields)), None)
 
 
 def markdown() -> str:
-    """Returns the table as the documentation prints it."""
+    """Returns the table in Markdown, as it is in the documentation."""
     rows = [f"| {_named(rule)} | {'may differ' if rule.free else 'must be the same'} | {rule.why} |" for rule in RULES]
     return "\n".join(["| fields | on resume | why |", "|---|---|---|", *rows])
 

@@ -1,4 +1,4 @@
-"""JSON that every reader accepts: a number that is not finite is written as null, for JSON has no NaN or infinity."""
+"""Strict JSON: numbers that are not finite are written as null, because JSON has no NaN or infinity."""
 
 import json
 import math
@@ -16,24 +16,26 @@ def dumps(
 
 
 def metrics_row(line: bytes) -> dict[str, Any] | None:
-    """Returns the object of a line of `metrics.jsonl`, or None where the line is damaged.
+    """Returns the object of a line of `metrics.jsonl`, or None if the line is damaged.
 
-    A sound line is a JSON object with a `kind`, and a `step` that is a whole number. Bare NaN, which older versions
-    wrote, is read.
+    A valid line is a JSON object with a string `kind` and an integer `step`. Bare NaN, which older versions wrote, is
+    accepted.
     """
     try:
         row = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError):  # also what is not UTF-8, and numbers of thousands of digits
+    except (ValueError, RecursionError):  # includes invalid UTF-8, and numbers with thousands of digits
         return None
+
     if not isinstance(row, dict) or not isinstance(row.get("kind"), str):
         return None
+
     step = row.get("step")
     is_step = isinstance(step, int) and not isinstance(step, bool) and 0 <= step < _LARGEST_STEP
     return row if is_step else None
 
 
 def number(value: Any) -> float:
-    """Returns a value of a row as a number, NaN where it is null or something else."""
+    """Returns a value of a row as a float, or NaN if it is null or not a number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return math.nan
     try:
@@ -43,12 +45,12 @@ def number(value: Any) -> float:
 
 
 def numbers(value: Any) -> list[float]:
-    """Returns a list of a row as numbers, NaN where an entry is null or something else; one number as a list of one."""
+    """Returns a list of a row as floats, with NaN for entries that are not numbers. A single number becomes a list."""
     return [number(entry) for entry in value] if isinstance(value, list) else [number(value)]
 
 
 def with_nan(value: Any) -> Any:
-    """Returns a value that was read from JSON with NaN for every null in it: the inverse of `dumps` for results."""
+    """Returns a value that was read from JSON with NaN for every null: the inverse of `dumps` for results."""
     if value is None:
         return math.nan
     if isinstance(value, dict):
@@ -57,6 +59,7 @@ def with_nan(value: Any) -> Any:
 
 
 def _finite(value: Any) -> Any:
+    """Returns a value with None for every NaN and infinity in it."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

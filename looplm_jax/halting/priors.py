@@ -33,6 +33,7 @@ def poisson_log_normal(loops: int, mean: float, sigma: float) -> Float[Array, "T
     """
     nodes, weights = _hermite(_HERMITE_NODES)
     log_rate = jnp.log(jnp.float32(mean - 1.0)) - sigma**2 / 2 + sigma * nodes
+
     counts = jnp.arange(loops, dtype=jnp.float32)
     log_poisson = counts[:, None] * log_rate - jnp.exp(log_rate) - jax.lax.lgamma(counts + 1.0)[:, None]
     return jax.nn.log_softmax(jax.nn.logsumexp(log_poisson, axis=1, b=weights))

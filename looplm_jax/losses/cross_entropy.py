@@ -76,6 +76,7 @@ def weighted_token_losses(
     forward pass computes the gradient of each chunk while its logits exist, and nothing is recomputed.
     """
     total, losses = _weighted(hidden, head, targets, weights, chunk)
+
     return total, jax.lax.stop_gradient(losses)
 
 

@@ -49,6 +49,7 @@ def cudnn_attention(
     """
     del positions
     same_document = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+
     return jax.nn.dot_product_attention(
         queries, keys, values, mask=same_document, is_causal=True, implementation="cudnn"
     )
