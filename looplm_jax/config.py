@@ -122,7 +122,7 @@ class Gather(enum.Enum):
 
 
 class Reduce(enum.Enum):
-    """The frequency of summing gradients over devices: in every loop of the model, once per microbatch, or once per step.
+    """The frequency of summing gradients over devices: in every loop of the model, per microbatch, or per step.
 
     `microbatch` and `step` hold the gradient of all parameters on every device, and need `gather=per_step`. The
     gradient is in the dtype of the matrix products for `microbatch` and in float32 for `step`. `auto` is `step` if each
