@@ -20,6 +20,7 @@ from types import MappingProxyType
 from experiments.experiment import Scale
 from experiments.shape_grid import Grid, Problem, ShapeExperiment
 
+# (layers, loops)
 _SHAPES = ((12, 1), (1, 1), (1, 12), (2, 1), (2, 6), (3, 1), (3, 4))
 
 
@@ -63,6 +64,7 @@ _CPU = Grid(
         "batch_size": 64,
         "sequence_length": 36,
         "warmup_steps": 50,
+        # one over the square root of the width
         "init_std": 0.125,
         "last_loop_only": True,
     },

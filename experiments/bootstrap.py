@@ -11,6 +11,7 @@ _LEVEL = 0.95
 
 def resamples(rows: int, count: int, seed: int = 0) -> Int[np.ndarray, "R N"]:
     """Returns how often each of `rows` is drawn in each of `count` resamples with replacement."""
+    # Drawing rows with replacement gives multinomial counts.
     return np.random.default_rng(seed).multinomial(rows, np.full(rows, 1.0 / rows), size=count)
 
 

@@ -83,6 +83,7 @@ _RUNS: Mapping[Scale, Sequence[CapoRun]] = MappingProxyType(
         Scale.SMOKE: _pair(
             people=20, exposures=2, layers=1, width=16, heads=2, batch_size=16, sequence_length=64, learning_rate=1e-3
         ),
+        # Different learning rates: the looped model diverges at the higher one.
         Scale.CPU: [_on_cpu(loops=1, learning_rate=1e-2), _on_cpu(loops=4, learning_rate=5e-3)],
         Scale.GPU: _pair(
             **_PAPER | {"people": 20_000, "exposures": 100, "layers": 2, "width": 128, "heads": 2, "batch_size": 32}

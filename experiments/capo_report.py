@@ -102,6 +102,7 @@ def _compare(models: dict[Model, list[Record]]) -> list[str]:
     findings = []
     for (people, shape, parameters), records in models.items():
         layers, loops = shape.split("⊗")
+        # Looping adds no parameters, so the twin has the same number.
         plain = models.get((people, f"{layers}⊗1", parameters))
 
         if loops != "1" and plain:
@@ -131,6 +132,7 @@ def _plot(models: dict[Model, list[Record]], path: Path) -> None:
         right.plot(loops, depths.mean(0), marker="o", **about)
         right.fill_between(loops, depths.min(0), depths.max(0), color=about["color"], alpha=0.15, linewidth=0)
 
+    # A set: both shapes of a pair have the same maximum.
     for people, most in {(people, records[0].result["most"]) for (people, _, _), records in models.items()}:
         left.axhline(most, color="#888888", linestyle="--", linewidth=1)
         left.text(0, most, f"all there is to know of {people:,} people", va="bottom", color="#666666", fontsize=8)

@@ -80,6 +80,7 @@ class CapoRun:
     @property
     def steps(self) -> int:
         """Returns the steps for the exposures, as if sequences could split biographies; see `exposures_of`."""
+        # A biography of n tokens has n - 1 targets.
         positions = self.exposures * self.people * (self.task.mean_tokens - 1)
         return math.ceil(positions / (self.batch_size * self.sequence_length))
 
@@ -95,6 +96,7 @@ class CapoRun:
             model=ModelConfig(
                 vocab_size=self.task.tokenizer.vocab_size,
                 width=self.width,
+                # SwiGLU has three matrices: at 8/3 of the width it is as large as a plain network at 4.
                 mlp_width=round(self.width * 8 / 3 / 16) * 16,
                 num_layers=self.layers,
                 num_heads=self.heads,
@@ -172,6 +174,7 @@ def run_capo(run: CapoRun, folder: Path, console: Console) -> dict[str, Any]:
 
 def _measure(run: CapoRun, model: LoopLM, params: Params, held_out: ValidationBatches) -> Mapping[str, Any]:
     """Measures the knowledge. Nothing is held out: the test covers all people."""
+    # Required by the interface of `evaluate`.
     del held_out
     loss = knowledge_loss(model, params, run.task, loops=2 * run.loops)
     bits = bits_per_parameter(loss, run.people, count_params(model.config))

@@ -36,6 +36,7 @@ def run_experiment(arguments: argparse.Namespace) -> int:
 
     out = arguments.out or arguments.root / name / scale.value
     grid = Grid(folder=out, experiment=name, scale=scale.value)
+    # Before the first cell: a folder of other results is refused.
     grid.open()
     console = Console(stderr=True, highlight=False)
     again = f"looplm experiment {name} --scale {scale.value} --out {pasted(out)}"
@@ -47,6 +48,7 @@ def run_experiment(arguments: argparse.Namespace) -> int:
 
     records, failed = outcome.records, outcome.failed
     if records:
+        # Also after a failure, so that finished cells are in the report.
         written = write_results(out, experiment, scale, records, len(cells), _for_tables())
         print(f"wrote {', '.join(written)} to {out}")
 

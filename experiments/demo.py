@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
 
+    # As flags of `looplm train`.
     overrides = [word for field, value in arguments.set for word in (f"--{field}", value)]
     parts = _Parts(out=arguments.out, overrides=overrides)
     for name, part in parts.all().items():
@@ -98,6 +99,7 @@ class _Parts:
         """Runs one part, and adds its time to that of earlier attempts."""
         print(f"\n== {name}", flush=True)
         start = time.monotonic()
+        # Parts run in this process, through the entry point of the command line.
         status = part(name)
         seconds = {**self.seconds(), name: self.seconds().get(name, 0.0) + time.monotonic() - start}
         self._timings.write_text(json.dumps(seconds, indent=2))
@@ -157,6 +159,7 @@ class _Parts:
         """Evaluates one step of a run, unless that was done."""
         out = self.out / "evaluation" / label
         words = ["evaluate", str(run), "--out", str(out)] + ([] if step is None else ["--step", str(step)])
+        # Written last, so it marks a finished evaluation.
         if (out / "evaluation.json").exists():
             self.commands[name] = shlex.join(["looplm", *words])
             return 0
@@ -165,6 +168,7 @@ class _Parts:
     def _generate(self, name: str) -> int:
         """Generates text for every prompt."""
         statuses = [self._looplm(name, self._generate_words(prompt)) for prompt in PROMPTS]
+        # 0 if all succeeded.
         return max(statuses)
 
     def _generate_words(self, prompt: str) -> list[str]:

@@ -54,6 +54,9 @@ def write_report(
     return ["report.md", *figures]
 
 
+# Sections
+
+
 def _title(recipe: Recipe) -> str:
     """Returns the heading and a summary of the model and its training."""
     stages = "; ".join(
@@ -123,6 +126,9 @@ def _exits(evaluations: Mapping[str, Any]) -> str:
     return f"## Early exit before and after Stage II\n\n{table}\n{areas}\n"
 
 
+# Figures
+
+
 def _figures(out: Path, evaluations: Mapping[str, Any]) -> list[str]:
     """Draws the figures. Returns their names, or none if matplotlib is not installed."""
     try:
@@ -154,6 +160,9 @@ def _curve(values: Mapping[str, Any], *, deepest: int | None = None) -> Curve:
     return Curve.of(*(values[name][:deepest] for name in ("loops", "loss", "accuracy")))
 
 
+# Generated text and timings
+
+
 def _generations(generated: Sequence[Generated]) -> str:
     """Returns the section with generated text."""
     blocks = [f"```\n{_aligned(sample)}\n```\n" for sample in generated]
@@ -168,10 +177,12 @@ def _aligned(sample: Generated) -> str:
     tokens = counts = ""
 
     for piece, loops in zip(shown, sample.exit_loops, strict=True):
+        # A new line never splits a token from its number of loops.
         if len(tokens) + len(piece) > _COLUMNS:
             lines += [tokens, counts]
             tokens = counts = ""
         tokens += piece
+        # Aligned with the start of the token above.
         counts += str(loops).ljust(len(piece))
 
     return "\n".join([*lines, tokens, counts])

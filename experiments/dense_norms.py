@@ -31,6 +31,7 @@ def with_second_norms(checkpoint: Path, out: Path, scales: dict[str, Float[Array
     whole = read_whole(checkpoint)
     arrays = dict(whole.arrays)
     for branch, name in _SECOND_NORMS.items():
+        # [L] -> [L, D]: one value for all weights of a norm.
         arrays[name] = jnp.broadcast_to(scales[branch][:, None], arrays[name].shape).astype(arrays[name].dtype)
     with fresh_folder(out) as folder:
         write_whole(folder, dataclasses.replace(whole, arrays=arrays))
@@ -48,6 +49,7 @@ def matched_scales(checkpoint: Path, recipe: Recipe) -> dict[str, Float[Array, "
     )
 
     batch = next(batches)
+    # Stops the threads that read ahead.
     batches.close()
 
     context = make_context(loaded.recipe.model, jnp.asarray(batch.positions), jnp.asarray(batch.segment_ids))

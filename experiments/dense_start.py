@@ -172,6 +172,7 @@ class _Experiment:
             final_learning_rate=run.learning_rate / 10,
         )
         sources = (SourceConfig(path=str(self._corpus)),)
+        # A start has its own tokenizer, and the dense run trains one; only a run from scratch needs a path.
         tokenizer = "" if run.start or run is DENSE else str(self._llama / "tokenizer.json")
         recipe = dataclasses.replace(
             recipe,
@@ -218,6 +219,7 @@ class _Experiment:
                 second_norm=_SMALL_NORM,
             )
 
+        # Last, because it uses the checkpoints of both placements.
         if not (starts / "matched").exists():
             scales = matched_scales(starts / "pre", self._recipe(PRE))
             with_second_norms(starts / "sandwich", starts / "matched", scales)

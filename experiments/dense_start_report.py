@@ -24,6 +24,7 @@ class Course:
     def back(self, target: float, loop: int) -> int | None:
         """Returns the first measured step from which on a loop's loss stays at or below `target`, or None."""
         found = None
+        # Backwards, to find the start of the final stretch below the target.
         for step, losses in zip(reversed(self.steps), reversed(self.losses), strict=True):
             # A model with a single loop is compared by that loop at every depth.
             if losses[min(loop, len(losses)) - 1] > target:

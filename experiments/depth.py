@@ -79,6 +79,7 @@ def _table(results: Sequence[Mapping[str, Any]]) -> Table:
         *(f"printed MMLU, {name}" for name in _PRINTED),
     ]
 
+    # [seeds, loops]
     loss, accuracy = (np.array([result[name] for result in results]) for name in ("loss", "accuracy"))
     rows = [
         [

@@ -91,6 +91,9 @@ class EarlyExit(OnTextModels):
         )
 
 
+# Measuring
+
+
 def measure(sums: Mapping[str, RowSums]) -> dict[str, Any]:
     """Returns curves, areas and intervals of families that were scored on the same rows.
 
@@ -139,6 +142,9 @@ def _areas(own: Frontier, other: Frontier) -> dict[str, Any]:
     return found
 
 
+# Reporting
+
+
 def _table(results: Sequence[Mapping[str, Any]]) -> Table:
     """Returns the table of policies, from the lowest to the highest mean loss over all budgets."""
     budgets = _budgets(results)
@@ -146,6 +152,7 @@ def _table(results: Sequence[Mapping[str, Any]]) -> Table:
     columns = ["policy", "loss, all budgets", "against fixed depth", "accuracy, all budgets", "against fixed depth"]
     columns += [f"loss at {budget:g} loops" for budget in budgets]
 
+    # Points of families lie at different mean loops; the curves are interpolated at common ones.
     curves = _mean_curves(results, names, budgets)
     rows = [
         [

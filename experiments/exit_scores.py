@@ -64,6 +64,7 @@ class RowSums:
 
     def resampled(self, drawn: Int[np.ndarray, "R N"]) -> "Frontier":
         """Returns means over the tokens of each resample of the rows."""
+        # [R]: tokens in each resample.
         tokens = drawn @ np.asarray(self.tokens)
 
         def mean(sums: Float[Array, "M N"]) -> Float[np.ndarray, "R M"]:
@@ -101,6 +102,9 @@ class Frontier:
         return Curve.of(wanted, loss, accuracy)
 
 
+# Scoring
+
+
 def score_families(
     model: LoopLM, params: Params, batches: Iterable[Batch], wanted: Mapping[str, Sequence[ExitPolicy]]
 ) -> dict[str, RowSums]:
@@ -111,6 +115,7 @@ def score_families(
     for batch in batches:
         arrays = batch.tokens, batch.targets, batch.positions, batch.segment_ids, batch.loss_mask
         sums = jax.device_get(_score(model, params, *arrays, tables))
+        # Rows that pad the last batch would be drawn by the bootstrap.
         counted = batch.loss_mask.sum(axis=1) > 0
         found.append(jax.tree.map(lambda x, counted=counted: x[..., counted].astype(np.float64), sums))
 
@@ -119,6 +124,7 @@ def score_families(
 
 def _table(policies: Sequence[ExitPolicy]) -> PolicyTable:
     """Stacks policies of one kind into a table, one policy per entry of the leading axis."""
+    # A table of one kind evaluates only the signals that this kind needs.
     room = PolicyTable.empty(1, kinds=(type(policies[0]),))
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(room.row(policy) for policy in policies))
 

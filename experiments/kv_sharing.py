@@ -88,6 +88,9 @@ class KVSharing(OnTextModels):
         )
 
 
+# Quality, token by token
+
+
 def whole_rows(batches: Sequence[Batch] | Any) -> Int[np.ndarray, "N S"]:
     """Returns the rows that a single piece of a document fills.
 
@@ -98,6 +101,7 @@ def whole_rows(batches: Sequence[Batch] | Any) -> Int[np.ndarray, "N S"]:
         row
         for batch in batches
         for row, segments in zip(batch.tokens, batch.segment_ids, strict=True)
+        # Other rows hold several documents, or padding.
         if (segments == 1).all()
     ]
 
@@ -123,6 +127,7 @@ def quality(
         for prefill in _PREFILLS
     }
 
+    # The same resamples for all caches, so that the differences are paired.
     drawn = resamples(len(texts), _RESAMPLES)
     base = told[CacheStrategy.FULL, "full"]
     return {
@@ -153,6 +158,7 @@ def _told(
     for start in range(0, len(texts), batch_size):
         rows = texts[start : start + batch_size]
         # The last batch repeats its first row, so that one program serves all batches.
+        # The padding repeats a row, because every row must have tokens.
         padded = np.concatenate([rows, np.repeat(rows[:1], batch_size - len(rows), axis=0)])
         read = half if prefill == "full" else 1
         scores = _told_scores(model, params, padded, read=read, wanted=half, strategy=strategy)
@@ -180,6 +186,9 @@ def _told_scores(
     hidden = states_in_turn(model, params, rollouts, strategy=strategy, loops=loops)
     scored = token_scores(hidden[None], head_matrix(params, model.config), tokens, chunk=model.compute.loss_chunk)
     return jnp.stack([scored.loss[0], scored.correct[0].astype(jnp.float32)])[..., wanted - read :]
+
+
+# Greedy continuations
 
 
 def agreement(model: LoopLM, params: Params, texts: Int[np.ndarray, "N S"]) -> dict[str, Any]:
@@ -210,10 +219,14 @@ def _continued(
 ) -> Int[np.ndarray, "N H"]:
     """Returns the greedy continuation of each prompt with one cache."""
     config = EngineConfig(slots=_SLOTS, capacity=len(prompts[0]) + tokens, cache=strategy, chunk=_SLOTS * tokens)
+    # Without a tokenizer nothing stops early: all continuations have the same length.
     results = Engine(model, params, config=config).generate(
         prompts, max_new_tokens=tokens, policy=FixedLoops(loops=model.config.loops)
     )
     return np.array([result.tokens for result in results])
+
+
+# Reporting
 
 
 def _table(results: Sequence[Mapping[str, Any]]) -> Table:

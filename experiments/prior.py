@@ -190,6 +190,7 @@ def training_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Returns:
       curve: step and expected loss; training_loss; and loss_per_loop, exit_entropy and mean_exit_loop in training.
     """
+    # By steps, because not every step is logged.
     last = [row for row in rows if row["step"] > (1 - _TAIL) * rows[-1]["step"]]
 
     def mean(name: str) -> Any:

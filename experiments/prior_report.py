@@ -111,6 +111,7 @@ def _plot(by_prior: Results, path: Path) -> None:
 
     for number, (prior, results) in enumerate(by_prior.items()):
         steps, losses = np.array(results[0]["curve"]).T
+        # of the moving mean, in logged steps
         width = max(len(steps) // 10, 1)
         smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
         left.plot(steps[width - 1 :], smooth, color=f"C{number}", label=prior)

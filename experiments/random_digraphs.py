@@ -24,6 +24,7 @@ def draw_digraph(seed: int, index: int, *, most_nodes: int) -> Bool[np.ndarray, 
     Returns: whether an edge leads from a node (row) to another (column).
     """
     random = generator("digraph", seed, index)
+    # All families are equally likely.
     family = list(Family)[int(random.integers(len(Family)))]
     nodes = int(random.integers(2, most_nodes + 1))
 
@@ -48,6 +49,7 @@ def _draw(random: np.random.Generator, family: Family, nodes: int) -> Bool[np.nd
         case Family.TREE:
             edges, window = np.zeros((nodes, nodes), bool), int(random.integers(1, nodes + 1))
             for node in range(1, nodes):
+                # A small window makes deep trees, a large one shallow trees.
                 edges[random.integers(max(0, node - window), node), node] = True
         case Family.PATH:
             edges = np.eye(nodes, k=1, dtype=bool)

@@ -96,10 +96,12 @@ def _chances(record: Record) -> dict[str, float]:
 
 def _problem(distance: int, steps: int) -> Problem:
     """Returns the problem of a distance, with a test per distance and one beyond it."""
+    # Each tree is a root and `distance` nodes below it.
     nodes = _TREES * (distance + 1)
     task = f"reachability:nodes={nodes},trees={_TREES},distance={distance},asks=root"
     tests = {_edges(asked): f"{task},asked={asked}" for asked in range(1, distance + 1)}
 
+    # The same nodes in two trees: paths are longer, the graph is not.
     further = f"reachability:nodes={nodes},trees=2,distance={distance + 1},asks=root"
     tests[f"{_edges(distance + 1)}{_FURTHER}"] = further
     return Problem(task=f"{task},questions=4,nearer=true", tests=tests, steps=steps)

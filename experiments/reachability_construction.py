@@ -48,6 +48,7 @@ class Construction:
 
 def loops_needed(diameter: int) -> int:
     """Returns `ceil(log2 D) + 1` loops, as in the theorem."""
+    # bit_length of D - 1 is ceil(log2 D).
     return (diameter - 1).bit_length() + 1
 
 
@@ -85,6 +86,7 @@ def _exact(
     ]
 
     knowledge = _padded(known, construction.most_nodes)
+    # Every edge is in exactly one of the two.
     context = _padded(graphs, construction.most_nodes) & ~knowledge
     context |= variant.self_loops & jnp.eye(construction.most_nodes, dtype=bool)
 
@@ -120,6 +122,7 @@ def _found_exactly(
 
 def _padded(relations: Sequence[Bool[np.ndarray, "_ _"]], nodes: int) -> Bool[Array, "G {nodes} {nodes}"]:
     """Returns the relations as one array, padded with nodes without edges."""
+    # One size for all graphs, so that one program serves them.
     padded = [np.pad(relation, (0, nodes - len(relation))) for relation in relations]
     return jnp.array(np.stack(padded))
 

@@ -70,6 +70,9 @@ def trained_report(records: Sequence[Record], chances: Mapping[str, float]) -> R
     )
 
 
+# The construction
+
+
 def _exact_at(result: Mapping[str, Any], variant: str, offset: int) -> int:
     """Returns the number of graphs that are exact at the loops that the theorem needs, plus `offset`."""
     exact = result["exact"][variant]
@@ -117,6 +120,9 @@ def _span(diameters: Sequence[str]) -> str:
     return diameters[0] if len(diameters) == 1 else f"{diameters[0]} to {diameters[-1]}"
 
 
+# Trained shapes
+
+
 def _runs(records: Sequence[Record], shape: str) -> Float[np.ndarray, "seeds tests loops"]:
     """Returns the accuracies of all seeds of a shape."""
     return np.array([list(record.result["accuracy"].values()) for record in records if record.result["shape"] == shape])
@@ -162,6 +168,7 @@ def _seeds(number: int) -> str:
 
 def _by_depth(records: Sequence[Record], shape: str) -> Table:
     """Returns the table of accuracies of one shape by loops."""
+    # [tests, loops]
     runs = 100 * _runs(records, shape).mean(axis=0)
     tests = list(records[0].result["accuracy"])
     trained = runs.shape[1] // 2
@@ -173,10 +180,14 @@ def _by_depth(records: Sequence[Record], shape: str) -> Table:
     )
 
 
+# Figures
+
+
 def _plot_construction(result: Mapping[str, Any], variant: str, path: Path) -> None:
     """Plots the fraction of exact graphs by loops, and marks the loops that the theorem needs."""
     made, (axes,) = figure(width=6.4)
     for needed, diameters in _classes(result).items():
+        # by number of loops, from 0
         shares = 100 * _shares(result, variant, diameters)
         (line,) = axes.plot(shares, marker="o", markersize=3, label=_span(diameters))
         axes.plot(needed, shares[needed], marker="o", color=line.get_color())

@@ -56,6 +56,7 @@ def reachability_weights(
 
 def initial_state(context: Bool[Array, "n n"]) -> Float[Array, "d n"]:
     """Returns the columns `[v_j ; a_j]` for the edges of the context, from rows to columns."""
+    # [n, n] on [n, n]: v_j is one-hot.
     return jnp.concatenate([jnp.eye(len(context), dtype=jnp.float32), context.T.astype(jnp.float32)])
 
 
@@ -69,6 +70,7 @@ def reached_after(
         return state, _reached(state)
 
     _, found = jax.lax.scan(loop, state, length=loops)
+    # The entry of 0 loops is the context itself.
     return jnp.concatenate([_reached(state)[None], found])
 
 

@@ -48,6 +48,7 @@ def read_results(path: Path) -> Results:
     """
     try:
         about = json.loads(path.read_text())
+        # Checked before the fields, which may differ in another version.
         version = about.pop("format")
         if version == FORMAT:
             records = [

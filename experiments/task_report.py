@@ -78,6 +78,7 @@ def plot_curves(records: Sequence[Record], title: str, path: Path) -> None:
         shape = record.result["shape"]
         axes.plot(steps, losses, color=f"C{shapes.index(shape)}", alpha=0.8, linewidth=1, label=shape)
     # A dictionary keeps one entry per label.
+    # {label: line}
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     axes.legend(handles.values(), handles.keys(), title="layers ⊗ loops")
     axes.set(title=title, xlabel="step", ylabel="training loss (nats)")
@@ -106,6 +107,7 @@ def curves_and_depths(records: Sequence[Record], tests: Sequence[str], title: st
         "curves.png": functools.partial(plot_curves, records, f"{title}: training loss")
     }
     for test in tests:
+        # The name of a test may have characters that file names should not have.
         name = re.sub(r"[^a-zA-Z0-9=]+", "_", test)
         figures[f"depths_{name}.png"] = functools.partial(plot_depths, records, test, f"{title}, {test}")
     return figures

@@ -90,6 +90,7 @@ class TaskRun:
                     sequence_length=self.sequence_length,
                     loops=self.loops,
                     objective=Objective.LAST_LOSS if self.last_loop_only else Objective.EXPECTED_LOSS,
+                    # A single exit has no entropy.
                     beta=self.beta if self.loops > 1 else 0.0,
                     learning_rate=self.learning_rate,
                     schedule=Schedule.COSINE,
@@ -101,6 +102,7 @@ class TaskRun:
             optimizer=OptimizerConfig(b2=self.b2, eps=1e-6, weight_decay=self.weight_decay),
             data=DataConfig(sources=(SourceConfig(path=self.task),), seed=self.seed),
             guard=_NO_SPIKES,
+            # Ten saves per run, and about a hundred logged steps.
             checkpoint=CheckpointConfig(every=max(self.steps // 10, 1), keep=1),
             evaluation=EvaluationConfig(sequences=1),
             log_every=max(self.steps // 100, 1),

@@ -63,6 +63,7 @@ class TextModels:
     def beside(cls, cell: Path, experiment: str, console: Console) -> "TextModels":
         """Returns the folder for a cell: shared by all experiments below a root, else inside the results folder."""
         results = cell.parent.parent
+        # The default layout is ROOT/NAME/SCALE/cells/CELL.
         usual = results.parent.name == experiment
         return cls(folder=(results.parent.parent if usual else results) / "text-models", console=console)
 
@@ -71,6 +72,7 @@ class TextModels:
         recipe = override(named_recipe(model.recipe), model.changes)
         data = dataclasses.replace(recipe.data, sources=(SourceConfig(path=self._documents(model)),), root="")
         if not model.checkpoint:
+            # A checkpoint brings its own tokenizer.
             data = dataclasses.replace(data, tokenizer=self._tokenizer(dataclasses.replace(recipe, data=data), model))
 
         return dataclasses.replace(
@@ -116,6 +118,7 @@ class TextModels:
     ) -> ValidationBatches:
         """Returns held-out documents as packed sequences, the same for all seeds."""
         return validation_batches(
+            # The loaded model's own tokenizer is passed separately.
             dataclasses.replace(self.recipe(model).data, tokenizer=""),
             loaded.need_tokenizer(),
             batch_size=batch_size,

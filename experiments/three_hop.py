@@ -153,6 +153,7 @@ def _spread(values: Sequence[float]) -> str:
 def _needed(shape: str, points: Mapping[int, Sequence[float]]) -> str:
     """Returns the number of questions from which on a shape answers nearly all others, as a sentence."""
     enough = [count for count, values in points.items() if np.mean(values) >= _LEARNT]
+    # The smallest number of questions that suffices.
     if enough:
         return f"{shape} gets {_LEARNT:.0%} right on average from {min(enough):,} questions on."
     best = max(np.mean(values) for values in points.values())

@@ -126,6 +126,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+# The courses of training
+
+
 def _courses(out: Path, scale: Scale) -> list[Course]:
     """Returns the courses of all variants, after training a base for every seed."""
     corpus = out / "corpus.jsonl"
@@ -165,6 +168,7 @@ def _train_on(out: Path, scale: Scale, seed: int, variant: Variant, base: Path) 
     if variant.order is not None:
         model = dataclasses.replace(model, num_layers=2 * model.num_layers)
         start = folder / "start"
+        # fresh_folder makes it complete, or not at all.
         if not start.exists():
             print(upcycle(base, start, layers=model.num_layers, order=variant.order))
 
@@ -185,6 +189,9 @@ def _train_on(out: Path, scale: Scale, seed: int, variant: Variant, base: Path) 
         loss_per_loop=[row["loss_per_loop"] for row in rows],
         expected_loss=[row["expected_loss"] for row in rows],
     )
+
+
+# Recipes and runs
 
 
 def _stage(scale: Scale, steps: int, learning_rate: float, *, warmup_steps: int = 0) -> Stage:
@@ -224,6 +231,7 @@ def _train(recipe: Recipe, folder: Path) -> None:
     stopped_by = train(recipe, folder, evaluate=_measure).stopped_by
     if stopped_by is not None:
         print("upcycling: stopped; the same command goes on from there", file=sys.stderr)
+        # As shells report a process that a signal ended.
         sys.exit(128 + stopped_by)
 
 

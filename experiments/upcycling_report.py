@@ -64,6 +64,9 @@ class Results:
         return [course for course in self.courses if course.variant == variant]
 
 
+# Writing
+
+
 def write_results(out: Path, results: Results) -> list[str]:
     """Writes `results.json`, `report.md` and, if matplotlib is installed, `upcycling.png`; prints the table.
 
@@ -119,6 +122,7 @@ def _table(results: Results, measure: Callable[[str], np.ndarray]) -> str:
 
 def _verdict(results: Results) -> str:
     """Returns the comparison of the two orders."""
+    # [seeds, steps]
     gap = results.expected("interleave") - results.expected("stack")
 
     def one(column: int) -> str:

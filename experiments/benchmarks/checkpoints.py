@@ -149,6 +149,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(stall_table(measured))
 
 
+# Measuring
+
+
 def measure(folder: Path, state_bytes: int, rounds: int) -> Measured:
     """Runs `rounds` rounds with one state. The first save, which compiles the digests, is not counted."""
     trainer = Trainer(state_bytes)
@@ -199,6 +202,9 @@ def _round(folder: Path, trainer: Trainer, store: CheckpointStore, saver: Saver,
     )
 
 
+# Tables
+
+
 def bandwidth_table(measured: Sequence[Measured]) -> str:
     """Returns a table of speeds in MB/s, relative to the bytes of the state."""
     lines = [
@@ -231,6 +237,9 @@ def stall_table(measured: Sequence[Measured]) -> str:
             f"| {one.median('behind'):.0f} | {one.median('stall'):.2f} s | {save:.2f} s |"
         )
     return "\n".join(lines)
+
+
+# The model, its batch, and files
 
 
 def _model(state_bytes: int) -> ModelConfig:

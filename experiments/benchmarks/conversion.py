@@ -93,6 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if measured.differing else 0
 
 
+# Measuring
+
+
 def measure(folder: Path, config: ModelConfig) -> Measured:
     """Converts a random model of a shape to and from our format in `folder`, which is removed at the end."""
     theirs, ours, exported, again = (folder / name for name in ("theirs", "ours", "exported", "again"))
@@ -109,6 +112,9 @@ def measure(folder: Path, config: ModelConfig) -> Measured:
 
         differing = (*_differing_tensors(theirs, exported), *_differing_arrays(ours, again))
     return Measured(costs=costs, weight_bytes=weight_bytes, differing=differing)
+
+
+# The model that is converted
 
 
 def write_random_model(folder: Path, config: ModelConfig) -> int:
@@ -147,6 +153,9 @@ def byte_level_tokenizer(vocab_size: int) -> dict[str, object]:
     }
 
 
+# One conversion in its own process
+
+
 def _run(name: str, source: Path, out: Path) -> Cost:
     """Runs a conversion in its own process."""
     command = [sys.executable, "-m", "experiments.benchmarks.conversion", "--process", name, str(source), str(out)]
@@ -170,6 +179,9 @@ def _peak_bytes() -> int:
     """Returns the peak resident bytes of this program. `getrusage` would include those of its parent."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+
+
+# Comparing the results
 
 
 def _differing_tensors(first: Path, second: Path) -> Iterator[str]:

@@ -131,6 +131,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"wrote {arguments.json}")
 
 
+# The model, and the methods in turn
+
+
 def _prepare(shape: str, tokens: int, rounds: int) -> Bench:
     """Returns the benchmark of a shape, with random weights."""
     make, dtype = SHAPES[shape]
@@ -189,6 +192,9 @@ def _line(engine: Engine, bench: Bench, name: str, runs: Sequence[dict[str, _Dec
     )
 
 
+# The engine
+
+
 def _engine(bench: Bench, batch: int) -> Engine:
     """Returns an engine with room for every turn."""
     most = _PROMPT + _ticks(bench) + batch + 2  # if each pass produced a token; slots fill one after another
@@ -239,6 +245,9 @@ def _run(engine: Engine, bench: Bench, policy: ExitPolicy) -> _Decoded:
     while engine.step():
         pass
     return _Decoded(seconds=seconds, tokens=tokens, mean_loops=loops / tokens)
+
+
+# The lower bound, speculation, and the twin
 
 
 def _floor_seconds(bench: Bench, batch: int, capacity: int, mean_loops: float) -> float:
@@ -298,6 +307,9 @@ def _beside_the_twin(bench: Bench, pairs: int) -> float:
 
     decode_twin(), decode_ours()
     return statistics.median(decode_twin() / decode_ours() for _ in range(pairs))
+
+
+# Printing
 
 
 def _print_heading(bench: Bench) -> None:

@@ -82,6 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 print(f"| {way.name} | {_train(way, root, options.steps)} |", flush=True)
 
 
+# Preparing the three ways to read
+
+
 def _collect(root: Path) -> Tokenizer:
     """Writes the text as one file and as 30, and returns a tokenizer for it."""
     data.collect_stdlib(root / "all.jsonl")
@@ -128,6 +131,9 @@ def _say_speed(length: int, tokens: int, size: int, seconds: float, workers: int
         f"{workers} workers prepared rows of {length:,} at {size / seconds / 1e6:.1f} MB/s of text, "
         f"{tokens / seconds:,.0f} tokens/s\n"
     )
+
+
+# Reading, and training on what is read
 
 
 def _speed(sources: tuple[SourceConfig, ...], tokenizer: Tokenizer, length: int, seconds: float) -> float:

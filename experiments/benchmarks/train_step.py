@@ -86,6 +86,9 @@ def _measure(ours: Callable[[], float], twin: Callable[[], float], steps: int) -
     return Result(ours=our_seconds, twin=twin_seconds, our_loss=our_loss, twin_loss=twin_loss)
 
 
+# The two steps, and their batch
+
+
 def _our_step(config: ModelConfig, remat: Remat, batch: Batch) -> Callable[[], float]:
     """Returns a function that runs our step and returns its loss."""
     stage = Stage(

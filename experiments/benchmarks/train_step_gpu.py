@@ -96,6 +96,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"wrote {arguments.json}")
 
 
+# Taking turns, each in its own process
+
+
 def _shape(arguments: argparse.Namespace) -> Shape:
     """Returns the shape that the arguments select."""
     shape = SHAPES[arguments.shape]
@@ -145,6 +148,9 @@ def _together(name: str, turns: Sequence[Side]) -> Side:
         seconds=tuple(second for turn in worked for second in turn.seconds),
         ceiling_flops=max((turn.ceiling_flops for turn in worked if turn.ceiling_flops), default=None),
     )
+
+
+# One side, in its process
 
 
 def _side(name: str, arguments: argparse.Namespace) -> Side:
@@ -239,6 +245,9 @@ def _timed(step: Callable[[], float], steps: int) -> tuple[tuple[float, ...], fl
         loss = step()
         seconds.append(time.perf_counter() - start)
     return tuple(seconds), loss
+
+
+# Printing
 
 
 def _print(shape: Shape, batch: int, sides: Sequence[Side]) -> None:

@@ -31,6 +31,7 @@ _HELP = """\
 
 def run_chat(arguments: argparse.Namespace) -> int:
     """Runs `looplm chat` with its arguments. Returns the exit status: 2 if a piped line was a user error."""
+    # Checked before the checkpoint is read, which may take minutes.
     options = {**request_options(arguments), "max_new_tokens": arguments.max_new_tokens}
 
     loaded = load(arguments.checkpoint, step=arguments.step, dtype=arguments.dtype)
@@ -92,6 +93,7 @@ class ChatSession:
         # input() provides line editing at a terminal; its sentinel None never matches.
         source = iter(lambda: input("> "), None) if self._by_hand else sys.stdin
         try:
+            # Blank lines are not turns.
             yield from filter(None, map(str.strip, source))
         except EOFError:
             print()
@@ -118,6 +120,7 @@ class ChatSession:
                 clock.tick(new)
                 view.show(new)
 
+        # say() sets the result when its iterator ends.
         result = self._conversation.result
         assert result is not None
         view.finish(result, clock.rate)
@@ -134,6 +137,7 @@ class ChatSession:
     def _exit_rule(self, text: str) -> None:
         """Sets the exit policy. Raises UserError if it needs more loops than the cache was allocated for."""
         policy = parse_exit_policy(text)
+        # The planes of the cache were allocated for max_loops.
         if (policy.max_loops or 0) > self._max_loops:
             raise UserError(
                 f"{policy.max_loops} loops are more than the {self._max_loops} that this chat was started for; "

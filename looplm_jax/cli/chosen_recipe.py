@@ -12,6 +12,7 @@ from looplm_jax.recipes import RECIPES, Scale, named_recipe, scaled
 def chosen_recipe(name: str, scale: str) -> Recipe:
     """Returns the recipe with a name, or from a .json file. Raises UserError if there is none."""
     if name.endswith(".json"):
+        # Imported here, because it loads JAX, which `--help` does not need.
         from looplm_jax.training.run_folder import read_recipe
 
         return scaled(read_recipe(Path(name)), Scale(scale))
@@ -25,6 +26,7 @@ def recipe_or_checkpoint(name: str, scale: str) -> Recipe:
     """
     if name in RECIPES or name.endswith(".json"):
         return chosen_recipe(name, scale)
+    # A path in a bucket is checked when it is read.
     if "://" not in name and not Path(name).exists():
         hint = suggest(name, RECIPES, otherwise="; name a recipe, a .json file or a checkpoint")
         raise UserError(f"there is no recipe and no checkpoint {name!r}{hint}")

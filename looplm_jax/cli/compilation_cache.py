@@ -36,6 +36,7 @@ def keep_compiled_programs(environment: MutableMapping[str, str] = os.environ) -
     Settings that the user made in the environment are kept. If the cache cannot be used and the user can fix it, the
     reason is printed in one line.
     """
+    # JAX reads these variables when it is imported. A folder chosen by the user is used as it is.
     if "jax" in sys.modules or _FOLDER in environment:
         return
     if environment.get("JAX_ENABLE_COMPILATION_CACHE", "1").lower() in ("0", "false"):
@@ -46,6 +47,7 @@ def keep_compiled_programs(environment: MutableMapping[str, str] = os.environ) -
         return
 
     try:
+        # Only the owner may write: cached programs are executed.
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         problem = _problem(folder)
         if problem is None:
@@ -60,11 +62,13 @@ def keep_compiled_programs(environment: MutableMapping[str, str] = os.environ) -
         environment.setdefault(name, value)
     environment[_FOLDER] = str(folder)
     warnings.showwarning = _without_the_cache(folder, warnings.showwarning)
+    # Every damaged entry has to reach showwarning, whatever other filters are set.
     warnings.filterwarnings("always", message=_PROBLEM.pattern)
 
 
 def _default_folder(environment: MutableMapping[str, str]) -> Path | None:
     """Returns the default folder, or None if the user has no home directory."""
+    # The XDG specification says to ignore relative paths.
     base = environment.get("XDG_CACHE_HOME", "")
     if os.path.isabs(base):
         return Path(base) / "looplm_jax"

@@ -19,6 +19,7 @@ _FLOATS = ("float32", "bfloat16")
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `looplm convert`, with one subcommand per direction."""
+    # argparse does not require a subcommand by default.
     parser.set_defaults(convert=None)
     commands = parser.add_subparsers(title="directions", metavar="DIRECTION", parser_class=type(parser))
     _from_hf(_direction(commands, "from-hf", "a Hugging Face Ouro folder becomes a checkpoint", _run_from_hf))
@@ -36,6 +37,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     arguments.convert(arguments)
     return 0
+
+
+# Arguments of each direction
 
 
 def _direction(
@@ -112,6 +116,9 @@ def _checkpoint(parser: argparse.ArgumentParser) -> None:
 
 def _out(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, help="folder to write; must be empty, or not there yet")
+
+
+# Running each direction
 
 
 def _run_from_hf(arguments: argparse.Namespace) -> None:

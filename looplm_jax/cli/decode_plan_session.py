@@ -18,6 +18,7 @@ from looplm_jax.training.signals import Stopped, StopRequest
 
 def run_decode_plan(recipe: Recipe, request: DecodeRequest, *, given: str, topology: str, out: Path | None) -> int:
     """Plans a tick, then prints and writes the plan. Returns 1 if it does not fit; a signal ends the process."""
+    # All checks precede the compilation, which may take minutes.
     check_out(out)
     request.check(recipe.model)
 

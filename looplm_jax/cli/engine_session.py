@@ -66,6 +66,7 @@ def make_engine(
     config = EngineConfig(
         slots=slots,
         capacity=window,
+        # One plane of the cache per loop, so loops beyond the trained depth need more memory.
         loops=most_loops(loaded, arguments),
         cache=CacheStrategy(arguments.cache),
         chunk=min(_LONGEST_CHUNK, window),

@@ -52,6 +52,7 @@ def default_out(checkpoint: str, step: int) -> Path:
     if "://" in checkpoint:
         raise UserError(f"say with --out where to write the evaluation of {checkpoint}")
     path = Path(checkpoint)
+    # The checkpoint may be a run folder, its `checkpoints` folder, or one step.
     run = next((folder.parent for folder in (path, path.parent) if folder.name == "checkpoints"), path)
     return run / "evaluation" / f"step_{step}"
 
@@ -72,6 +73,7 @@ def _batches(loaded: Loaded, data: DataConfig, sequences: int) -> ValidationBatc
     return validation_batches(
         data,
         loaded.need_tokenizer(),
+        # A microbatch fits into memory, because training used it.
         batch_size=min(stage.batch_size // stage.accumulation, sequences),
         sequence_length=stage.sequence_length,
         max_sequences=sequences,

@@ -33,6 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         from experiments.command import list_experiments, report_experiments, run_experiment
     except ModuleNotFoundError as error:
+        # Another module is missing: an error of the experiments themselves.
         if error.name is None or error.name.partition(".")[0] != "experiments":
             raise
         raise UserError("the package `experiments` is not installed; install looplm_jax from its repository") from None

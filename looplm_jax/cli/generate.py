@@ -67,6 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:
     """Returns the prompts. Raises UserError if one is empty."""
+    # Without a prompt the text is empty, which is refused with a hint.
     texts = [read_text(Path(arguments.prompt_file))] if arguments.prompt_file else arguments.prompt or [""]
     if not all(texts):
         raise UserError("the prompt is empty; give --prompt TEXT or --prompt-file FILE")

@@ -28,6 +28,7 @@ _MOST_SLOTS = 8
 def run_generation(prompts: Sequence[str], arguments: argparse.Namespace) -> int:
     """Runs `looplm generate` with its arguments. Returns the exit status."""
     options = request_options(arguments)
+    # From here on `prompts` has one entry per sample.
     sampling, prompts = repeated(options.pop("sampling"), prompts, arguments)
 
     loaded = load(arguments.checkpoint, step=arguments.step, dtype=arguments.dtype)
@@ -58,6 +59,7 @@ def run_generation(prompts: Sequence[str], arguments: argparse.Namespace) -> int
     )
 
     tickets = [engine.submit(request) for request in requests]
+    # Canceled requests still have results, so the texts so far are shown.
     with interrupt_calls(lambda: _cancel(tickets)):
         for prompt, ticket, clock in zip(prompts, tickets, clocks, strict=True):
             view = view_of(arguments, loaded, prompt)
@@ -67,6 +69,9 @@ def run_generation(prompts: Sequence[str], arguments: argparse.Namespace) -> int
     if status == 0 and not arguments.json:
         show(f"next: {_next_command(arguments, options['policy'], loaded)}")
     return status
+
+
+# From prompts to requests
 
 
 def repeated(
@@ -89,6 +94,7 @@ def _request(loaded: Loaded, prompt: str, count: int | None, special: bool, **op
     """Returns the request for one prompt."""
     tokenizer = loaded.need_tokenizer()
     prompt_ids = (tokenizer.bos_id, *tokenizer.encode(prompt, special=special))
+    # The prompt starts with a bos token, as the documents of training do.
     count = new_tokens(loaded, len(prompt_ids), count)
     return Request(prompt_ids=prompt_ids, max_new_tokens=count, **options)  # type: ignore[arg-type]
 
@@ -107,6 +113,9 @@ def _window(loaded: Loaded, requests: Sequence[Request]) -> int:
     longest = loaded.model.config.max_positions
     wanted = max(len(request.prompt_ids) + request.max_new_tokens for request in requests)
     return bucket(min(wanted, longest), longest)
+
+
+# Showing the answers
 
 
 def _follow(engine: Engine, ticket: Ticket, view: View) -> Result:

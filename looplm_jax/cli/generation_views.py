@@ -28,6 +28,9 @@ _ENDS = {
 }
 
 
+# The interface, and the clock
+
+
 class View(Protocol):
     """Shows the tokens of one answer."""
 
@@ -57,7 +60,11 @@ class Stopwatch:
         """Returns tokens per second, or None for fewer than three tokens."""
         if len(self._times) < 3:
             return None
+        # Intervals from the second token on.
         return (len(self._times) - 2) / (self._times[-1] - self._times[1])
+
+
+# The three views
 
 
 class ColourView:
@@ -99,6 +106,7 @@ class PlainView:
     def __init__(self, header: str = ""):
         self._header = header
         self._shown = 0
+        # Escape sequences could change the state of a terminal; a file gets the exact text.
         self._as_shown: Callable[[str], str] = visible if sys.stdout.isatty() else str
 
     def show(self, new: NewToken) -> None:
@@ -156,9 +164,13 @@ class JsonView:
             "tokens_per_second": rate,
         }
 
+        # Only requests with --revise have previews.
         if any(self._previews):
             values["previews"] = self._previews
         print(strict_json.dumps(values))
+
+
+# Text of the views
 
 
 def header(prompt: str, max_loops: int) -> Text:

@@ -15,6 +15,7 @@ def expand_home(value: Any) -> Any:
     """Returns a path, or a list of paths, with a leading `~/` or `~user/` expanded; other values unchanged."""
     if isinstance(value, list):
         return [expand_home(each) for each in value]
+    # argparse has already converted some arguments to Path.
     if isinstance(value, Path):
         return Path(expand_home(str(value)))
     return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value

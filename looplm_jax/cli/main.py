@@ -74,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except UserError as error:
         return _fail(str(error), error.status)
+    # The reader, such as `head`, has seen enough.
     except BrokenPipeError:
         return 0
     except KeyboardInterrupt:
@@ -81,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return _fail(f"no space left on the disk{_at(error)}: free some and run the same command again")
+        # Not an error of a file: a bug, which needs its traceback.
         if error.filename is None:
             raise
         return _fail(f"{error.filename}: {error.strerror}")
@@ -114,6 +116,7 @@ def _dispatch(arguments: list[str]) -> int:
     if not getattr(command, "OVERRIDES", False):
         namespace = parser.parse_args(arguments[1:])
         return _run(command, namespace)
+    # Unknown flags are fields of the recipe, which the command checks.
     namespace, overrides = parser.parse_known_args(arguments[1:])
     namespace.overrides, namespace.flags = overrides, parser.known_flags()
     return _run(command, namespace)

@@ -108,6 +108,7 @@ def _run_decode(arguments: argparse.Namespace) -> int:
     given = {name: getattr(arguments, name) for name in ("slots", "page_size", "pages", "filled", "loops_mean")}
     given["capacity"] = arguments.capacity
     if arguments.capacity is None:
+        # The default must fit models with fewer positions.
         given["capacity"] = min(DecodeRequest.capacity, recipe.model.max_positions)
     if arguments.cache is not None:
         given["cache"] = CacheStrategy(arguments.cache)
@@ -130,5 +131,6 @@ def _refuse_without_effect(arguments: argparse.Namespace) -> None:
 
     if arguments.decode:
         for path in parse_flags(arguments.overrides):
+            # Fields of training have no effect on a tick.
             if "." in path and not path.startswith("model.") and path != "compute.dtype":
                 raise UserError(f"--{path} has no effect with --decode; only --model.* and --compute.dtype do")

@@ -50,6 +50,7 @@ class Progress:
 
     def compile(self, what: str, function: Callable[[], R]) -> R:
         """Returns `function()`, showing `what` meanwhile, on a terminal with the elapsed seconds."""
+        # A log gets one line instead of a moving bar.
         if not self._console.is_terminal:
             self._console.print(f"compiling {what}")
             return self._stop.run(function)
@@ -86,6 +87,9 @@ def run_plan(request: PlanRequest) -> int:
     return 0 if fits else 1
 
 
+# Planning and searching
+
+
 def _plan_all(
     request: PlanRequest, stages: Sequence[Stage], target: Target, progress: Progress, out: Console
 ) -> tuple[list[dict], bool]:
@@ -118,6 +122,9 @@ def _search_all(
     return found, fits
 
 
+# Checks before planning
+
+
 def _chosen_stages(request: PlanRequest) -> list[Stage]:
     """Returns the requested stages, or all. Raises UserError for an unknown name."""
     names = [stage.name for stage in request.recipe.stages]
@@ -143,10 +150,14 @@ def _check_write(request: PlanRequest, stages: Sequence[Stage]) -> None:
 
     if request.write.suffix != ".json":
         raise UserError(f"--write {request.write} must end in .json, as recipes do")
+    # One recipe file has one set of compute.* and mesh.* fields.
     if len(stages) > 1:
         raise UserError(
             "compute.* and mesh.* are the same for all stages; name the one to choose them for with --stage"
         )
+
+
+# After planning
 
 
 def _write_recipe(out: Path | None, result: SearchResult) -> None:

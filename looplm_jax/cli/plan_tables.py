@@ -46,6 +46,7 @@ def _trial(trial: Trial) -> tuple[str, str, str]:
     plan = trial.plan
     if not plan.fits:
         return f"{plan.memory.total / _GIB:.2f}", "does not fit", ""
+    # Traffic is in GB, memory in GiB.
     sent = sum(each.bytes for each in plan.inside.collectives) if plan.inside else 0
     return f"{plan.memory.total / _GIB:.2f}", _seconds(plan.timing.step) if plan.timing else "", f"{sent / _GB:.1f}"
 

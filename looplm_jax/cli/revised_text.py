@@ -24,7 +24,9 @@ class RevisedText:
     def propose(self, text: str) -> None:
         """Prints a provisional piece, unless it would reach the end of the line, where backspace cannot return."""
         self._erase()
+        # A line break or tab could not be taken back.
         shown = "".join(character if character.isprintable() else " " for character in visible(text, keep="\n\t"))
+        # Wide characters take two cells.
         width = cell_len(shown)
         if cell_len(self._line.expandtabs()) % self._console.width + width < self._console.width:
             self._print(Text(shown, style="dim"))
@@ -32,6 +34,7 @@ class RevisedText:
 
     def _erase(self) -> None:
         """Overwrites the provisional piece with spaces."""
+        # Back, over with spaces, and back again.
         back = "\b" * self._proposed
         self._console.file.write(f"{back}{' ' * self._proposed}{back}")
         self._proposed = 0

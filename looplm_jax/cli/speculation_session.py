@@ -44,6 +44,7 @@ def run_speculation(prompts: Sequence[str], arguments: argparse.Namespace) -> in
                 first.show(new)
 
         results = speculate(
+            # model and parameters
             *_unrolled(loaded),
             _encoded(loaded, prompts, arguments),
             draft_loops=arguments.draft_loops,
@@ -55,6 +56,7 @@ def run_speculation(prompts: Sequence[str], arguments: argparse.Namespace) -> in
             stop_strings=options["stop_strings"],
             tokenizer=loaded.need_tokenizer(),
             on_token=give,
+            # Screening is the only point at which a running batch can be stopped.
             screen=lambda *_: Screening.STOP if stopped else Screening.CONTINUE,
         )
 

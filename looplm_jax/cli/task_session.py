@@ -28,6 +28,7 @@ _QUIET = {"TQDM_DISABLE": "1", "DISABLE_MULTIPROC": "1"}  # no progress bars, an
 def run_task_evaluation(arguments: argparse.Namespace) -> int:
     """Runs `looplm evaluate --tasks` with its arguments. Returns the exit status."""
     require_compilation()
+    # Mistakes are reported before lm_eval is imported, which takes seconds.
     settings = _settings(arguments)
     names = _task_names(arguments)
     _prepare_lm_eval()
@@ -51,6 +52,9 @@ def run_task_evaluation(arguments: argparse.Namespace) -> int:
     return 0
 
 
+# Arguments
+
+
 def _settings(arguments: argparse.Namespace) -> Settings:
     """Returns the settings that the arguments give."""
     given = {name: getattr(arguments, name) for name in ("batch_size", "max_length", "add_bos_token", "special_tokens")}
@@ -72,9 +76,13 @@ def _task_names(arguments: argparse.Namespace) -> list[str]:
 def _prepare_lm_eval() -> None:
     """Configures lm_eval before its import, which reads the environment."""
     for name, value in _QUIET.items():
+        # The user's own settings are kept.
         os.environ.setdefault(name, value)
     require_lm_eval()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+
+# Running the tasks
 
 
 def _evaluate(
@@ -124,6 +132,9 @@ def _counter(status: Status) -> Callable[[int], None]:
         status.update(f"{scored:,} requests scored")
 
     return count
+
+
+# After the run
 
 
 def _write(out: Path, content: dict[str, Any]) -> Path:

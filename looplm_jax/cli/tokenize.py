@@ -76,6 +76,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="leave out documents that are so much like an earlier one, 0.8 for example (default: keep all)",
     )
 
+    # The same flags and help texts as the fields of a recipe.
     for leaf in leaves(ReadLimits()):
         parser.add_argument(
             f"--data.limits.{leaf.path}",

@@ -71,6 +71,7 @@ class TokenizeProgress:
     def _show(self) -> None:
         """Updates the bar; without a terminal, prints a line if the last one is old enough."""
         now = time.monotonic()
+        # The clock may not have advanced.
         seconds = max(now - self._started, 1e-9)
         status = (
             f"{self._documents:,} documents  {self._tokens:,} tokens  {self._bytes / seconds / 1e6:.1f} MB/s  "
@@ -84,6 +85,7 @@ class TokenizeProgress:
 
     def _time_left(self, seconds: float) -> str:
         """Returns the estimated time left, based on finished work units; unknown before the first one."""
+        # Work of earlier runs says nothing about the speed of this one.
         finished = self._done - self._before
         if not finished:
             return "?"

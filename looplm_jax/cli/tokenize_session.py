@@ -26,6 +26,7 @@ class _Stopped(BaseException):
 
 def prepare_corpus(order: Order, out: str, workers: int | None) -> int:
     """Prepares a corpus. Returns the exit status: 128 + n if signal n stopped it."""
+    # The exception unwinds through `prepare`, which stops its workers.
     before = {number: signal.signal(number, _stop) for number in stop_signals()}
 
     try:
@@ -68,6 +69,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 def _say_what_was_written(manifest: Manifest, out: str) -> None:
     """Prints the totals, what was left out, and the command to run next."""
     documents = sum(source.documents for source in manifest.sources)
+    # Fraction of positions that are tokens, not padding.
     used = manifest.tokens / (manifest.rows * manifest.plan.sequence_length)
     held_out = sum(shard.rows for shard in manifest.validation)
 

@@ -79,6 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(codec.to_dict(recipe), indent=2))
         return 0
 
+    # Stages without their own sources use those of the recipe.
     if not all(recipe.data_of(stage).sources for stage in recipe.stages):
         raise UserError("there is nothing to train on; say --data 'mine/*.jsonl' (.txt, .jsonl, .parquet, or a folder)")
 
@@ -96,6 +97,9 @@ def run(arguments: argparse.Namespace) -> int:
     profile = ProfiledSteps.parse(arguments.profile_steps) if arguments.profile_steps else None
     options = Options(told=told, profile=profile, wandb_project=arguments.wandb)
     return run_training(recipe, any_path(arguments.out or _default_folder(recipe)), options)
+
+
+# The run folder and the recipe
 
 
 def _default_folder(recipe: Recipe) -> str:
@@ -121,6 +125,7 @@ def _data(recipe: Recipe, arguments: argparse.Namespace) -> DataConfig:
     """Returns the data configuration with the changes of the arguments."""
     changes: dict[str, object] = {}
     if arguments.data:
+        # Files of --data are read like the recipe's own sources, if these agree on kind and keys.
         known = (source for stage in recipe.stages for source in recipe.data_of(stage).sources)
         sources = sources_like(arguments.data, known)
         changes["sources"] = tuple(map(_as_chats, sources)) if arguments.chat else sources
@@ -134,6 +139,9 @@ def _data(recipe: Recipe, arguments: argparse.Namespace) -> DataConfig:
 def _as_chats(source: SourceConfig) -> SourceConfig:
     """Returns the source with records that are chats."""
     return dataclasses.replace(source, kind=RecordKind.CHAT)
+
+
+# The list of fields in --help
 
 
 def _field_list() -> str:

@@ -56,6 +56,7 @@ def run_training(recipe: Recipe, out: AnyPath, options: Options | None = None) -
         raise
 
     cluster.leave()
+    # After cluster.leave(), so that the others do not take this exit for a failure.
     jax.distributed.shutdown()
     return status
 
@@ -64,6 +65,7 @@ def _run_training(recipe: Recipe, out: AnyPath, options: Options, cluster: Clust
     """Trains in this process and reports."""
     require_platform()
     require_compilation()
+    # Only process 0 reports.
     console = progress_console(quiet=cluster.index > 0)
     console.print(_announcement(recipe, out, cluster))
 

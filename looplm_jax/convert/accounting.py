@@ -58,6 +58,7 @@ def _check_sizes(weights: WeightFolder, config: ModelConfig) -> None:
         raise UserError(f"{weights.path}: config.json says {asked}, but the files hold {len(found)} layers")
 
     attention, mlp = "model.layers.0.self_attn", "model.layers.0.mlp"
+    # These four tensors determine every size in the configuration.
     needed = {
         _EMBEDDING: (config.vocab_size, config.width),
         f"{attention}.q_proj.weight": (config.num_heads * config.head_width, config.width),

@@ -117,6 +117,7 @@ def load_dense(
     _check_second_norm(second_norm, norm_placement)
 
     folder = Path(path)
+    # Before the check that every tensor has a place in the model.
     weights = _without_derived(WeightFolder.open(folder))
     config = read_dense_config(folder, weights, loops=loops, norm_placement=norm_placement)
     check_divides(mesh, config)
@@ -132,6 +133,9 @@ def load_dense(
     params = unflat_arrays({**arrays, **_initial(config, missing, second_norm, seed)})
 
     return HfModel(config=config, params=params, tokenizer=tokenizer, notes=notes)
+
+
+# The configuration of the dense model
 
 
 def read_dense_config(folder: Path, weights: WeightFolder, *, loops: int, norm_placement: NormPlacement) -> ModelConfig:
@@ -165,6 +169,9 @@ def _as_llama(values: Mapping[str, Any]) -> dict[str, Any]:
     unread = {"use_sliding_window"} if kind == "mistral" else set()  # a Mistral ignores this field
     given = {name: value for name, value in values.items() if name not in unread}
     return {**_ASSUMED[kind], **given, "model_type": "llama"}
+
+
+# Its tensors, and those that it lacks
 
 
 def _in_a_llama(tensor: TorchTensor) -> bool:
@@ -202,6 +209,7 @@ def _initial(
 
     def make(key: Array) -> dict[ArrayPath, Array]:
         everything = flat_arrays(nn.meta.unbox(boxed_params(LoopLM(config), key)))
+        # Norms start at one, so the product is second_norm.
         scales = {path: 1.0 if _SECOND_NORMS.isdisjoint(path) else second_norm for path in targets}
         return {path: (scales[path] * everything[path]).astype(target.dtype) for path, target in targets.items()}
 

@@ -44,6 +44,9 @@ def is_hf_folder(path: Path) -> bool:
     return has_weights(path) and not (path / "checkpoints").is_dir()
 
 
+# Reading and converting
+
+
 def load_hf(
     path: str | os.PathLike[str], *, mesh: Mesh, dtype: DTypeLike | None = None, uncast: Sequence[str] = ()
 ) -> HfModel:
@@ -70,6 +73,7 @@ def load_hf(
     tokenizer, notes = read_hf_tokenizer(folder, config.vocab_size)
 
     targets = parameter_targets(config, mesh, dtype or weights.one_dtype(tensor.name for tensor in layout))
+    # For example the exit gate, which `looplm_jax.load` keeps as stored.
     for tensor in layout:
         if tensor.path[0] in uncast:
             targets[tensor.path] = targets[tensor.path].update(dtype=weights.tensors[tensor.name].dtype)
@@ -98,6 +102,9 @@ def convert_from_hf(
         tokenizer = needed_tokenizer(model.tokenizer, folder)
         write_converted(staging, converted_recipe(Path(folder), model.config), model.params, tokenizer)
     return summary(Path(out), model.config, model.params, model.notes)
+
+
+# Parts of a folder, also used for dense models
 
 
 def read_hf_config(folder: Path) -> ModelConfig:

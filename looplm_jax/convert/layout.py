@@ -64,11 +64,16 @@ class TorchTensor:
 
     def to_torch(self, array: np.ndarray) -> np.ndarray:
         """Returns our slice in PyTorch's layout, as a view."""
+        # [in..., out...] -> [in, out] -> [out, in]
         return array if self.contracted == _VECTOR else array.reshape(self.shape[::-1]).T
 
     def to_ours(self, tensor: np.ndarray) -> np.ndarray:
         """Returns a PyTorch tensor in our layout, as a view: the inverse of `to_torch`."""
+        # [out, in] -> [in, out] -> [in..., out...]
         return tensor if self.contracted == _VECTOR else tensor.T.reshape(self.our_shape)
+
+
+# The layout of a model
 
 
 def array_shapes(config: ModelConfig) -> PyTree[jax.ShapeDtypeStruct]:
@@ -98,6 +103,7 @@ def torch_layout(params: PyTree) -> Iterator[TorchTensor]:
             yield TorchTensor(name=name, path=path, layer=None, our_shape=shape, contracted=contracted)
 
     stacked = {path: leaf for path, leaf in flat.items() if path[:2] == _LAYERS}
+    # All arrays of the stack have the same number of layers.
     for layer in range(next(iter(stacked.values())).shape[0]):
         for path, leaf in stacked.items():
             name, contracted = _IN_A_LAYER[path[2:]]
@@ -146,8 +152,12 @@ def refuse_wrappers(names: Iterable[str], where: str) -> None:
     """
     for name in names:
         for part, what in _WRAPPERS.items():
+            # With a leading dot, "module." matches only a complete component of a name.
             if f".{part}" in f".{name}":
                 raise UserError(f"{where}: tensor {name} has {part!r} in its name, from {what}, or rename the tensors")
+
+
+# Checking tensors against the layout
 
 
 def account(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, TorchTensor], where: str) -> None:

@@ -72,6 +72,9 @@ class TrainingRecord:
     evaluation: Mapping[str, Any] | None  # the last evaluation row of `metrics.jsonl` up to `step`
 
 
+# The record and the card
+
+
 def training_record(checkpoint: str, restored: Restored) -> TrainingRecord:
     """Returns the record of the step restored from `checkpoint`, with metrics if it is in a run folder."""
     steps = candidates(checkpoint, restored.step)[0].path.parent
@@ -96,6 +99,9 @@ def model_card(record: TrainingRecord, *, dtype: str) -> str:
         _USE.format(loops=recipe.model.loops),
     ]
     return _HEAD + "\n" + "\n".join(part for part in parts if part)
+
+
+# Sections
 
 
 def _shape(model: ModelConfig, dtype: str) -> str:
@@ -144,6 +150,7 @@ def _steps_done(stages: Sequence[Stage], step: int) -> list[int]:
     """Returns how many steps of each stage a run at `step` has completed."""
     done = []
     for stage in stages:
+        # Stages run one after another.
         done.append(min(stage.steps, step))
         step -= done[-1]
     return done
@@ -191,6 +198,7 @@ def _evaluation(record: TrainingRecord) -> str:
         return ""
     losses = numbers(record.evaluation.get("loss_per_loop"))
 
+    # A diverged run has losses whose exponential overflows.
     perplexities = [math.exp(min(loss, _LARGEST_EXPONENT)) for loss in losses]
     rows = [
         (loop, f"{loss:.4f}", f"{perplexity:.2f}")
@@ -204,6 +212,9 @@ def _evaluation(record: TrainingRecord) -> str:
 def _versions() -> str:
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("looplm_jax", "jax"))
     return f"Written by {versions}.\n"
+
+
+# Metrics and Markdown
 
 
 def _metrics(run: epath.Path) -> Iterator[dict[str, Any]]:

@@ -143,6 +143,7 @@ def from_ouro_config(values: Mapping[str, Any]) -> ModelConfig:
             "remove it and choose the loop when generating, with --exit loops=..."
         )
 
+    # 1 means that no token exits early, as in our models.
     if values.get("early_exit_threshold", 1) != 1:
         raise UserError(
             f"config.json: early_exit_threshold={_brief(values['early_exit_threshold'])} is not kept in a model; "
@@ -286,6 +287,7 @@ def _refuse_other_values(values: Mapping[str, Any]) -> None:
         if name in values and values[name] not in allowed:
             raise UserError(f"config.json: {name}={_brief(values[name])} is not honored here, only {allowed[0]!r}")
 
+    # Configurations may state a window and disable it; a missing flag counts as enabled.
     window = values.get("sliding_window")
     if window is not None and values.get("use_sliding_window") is not False:
         raise UserError(f"config.json: sliding_window={_brief(window)} is not honored here, only None")
@@ -301,8 +303,10 @@ def _is_default_rope(rope: Any) -> bool:
         return False
     rope = {name: value for name, value in _of_full_attention(rope).items() if value is not None}
 
+    # Older configurations call this field "type".
     kind = rope.pop("rope_type", rope.pop("type", "default"))
     rope.pop("type", None)
+    # Without scaling, the original length has no effect; the base is read by _rope_theta.
     for unread in ("rope_theta", "original_max_position_embeddings"):
         rope.pop(unread, None)
 

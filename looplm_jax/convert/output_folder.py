@@ -44,6 +44,7 @@ def _absent_or_empty(out: Path) -> Path:
         raise UserError(f"{out} is a file; choose another folder")
     if target.is_dir() and any(target.iterdir()):
         raise UserError(f"{out} is not empty; choose another folder")
+    # Neither can be replaced by a rename.
     if target == Path.cwd() or target.is_mount():
         raise UserError(f"{out} is the current folder or a mount point; name a new folder inside it")
     return target

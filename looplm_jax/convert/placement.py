@@ -54,6 +54,7 @@ def _place(weights: WeightFolder, tensors: list[TorchTensor], target: jax.ShapeD
             if tensor.layer is None:
                 _copy(shards[key], whole[index])
             else:
+                # index[0] selects layers, which are not sharded.
                 _copy(shards[key][tensor.layer], whole[index[1:]])
 
     array = jax.make_array_from_callback(

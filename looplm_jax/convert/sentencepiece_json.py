@@ -48,6 +48,9 @@ def sentencepiece_json(content: bytes) -> bytes:
     return json.dumps(_document(pieces), ensure_ascii=False).encode()
 
 
+# The document
+
+
 def _document(pieces: Sequence[Piece]) -> dict[str, Any]:
     """Returns a document in the format of the `tokenizers` package, with every field that its own files have."""
     return {
@@ -96,6 +99,7 @@ def _added_token(token: int, piece: Piece) -> dict[str, Any]:
 
 def _merges(pieces: Sequence[Piece]) -> list[tuple[str, str]]:
     """Returns the pair that forms each piece, best first. Nothing merges with a user-defined piece."""
+    # SentencePiece matches user-defined pieces first, so no merge may cross them.
     fixed = [piece.text for piece in pieces if piece.kind is PieceKind.USER_DEFINED]
     scores = {
         piece.text: piece.score
@@ -116,7 +120,9 @@ def _last_merge(text: str, scores: Mapping[str, float]) -> tuple[str, str] | Non
     parts = list(text)
     while len(parts) > 2:
         joined = [left + right for left, right in itertools.pairwise(parts)]
+        # max returns the first of equal scores: merges start from the left.
         best = max(range(len(joined)), key=lambda place: scores.get(joined[place], -float("inf")))
+        # No two neighbors can merge any more, so encoding never forms this piece.
         if joined[best] not in scores:
             return None
         parts[best : best + 2] = [joined[best]]
@@ -124,6 +130,9 @@ def _last_merge(text: str, scores: Mapping[str, float]) -> tuple[str, str] | Non
     # The loop leaves two parts, because every merged piece has at least two characters.
     left, right = parts
     return left, right
+
+
+# What cannot be converted
 
 
 def _check_settings(settings: Settings) -> None:

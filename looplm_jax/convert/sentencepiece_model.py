@@ -77,6 +77,7 @@ def read_model(content: bytes) -> SentencePieceModel:
 def _piece(message: bytes) -> Piece:
     # 2: score, 1: text, 3: type.
     fields = dict(_fields(message))
+    # An unset field is not written: a missing score is 0.0.
     (score,) = struct.unpack("<f", fields.get(2, bytes(4)))
     return Piece(fields[1].decode(), score, PieceKind(fields.get(3, PieceKind.NORMAL)))
 
@@ -89,7 +90,9 @@ def _settings(model: list[tuple[int, Any]]) -> Settings:
 
     return Settings(
         model_type=Algorithm(trainer.get(3, Algorithm.UNIGRAM)),
+        # Field numbers of TrainerSpec (3, 35) and NormalizerSpec (2 to 5).
         byte_fallback=bool(trainer.get(35, False)),
+        # 2: precompiled_charsmap, empty if the text is not normalized.
         normalization_rules=bool(normalizer.get(2) or denormalizer.get(2)),
         add_dummy_prefix=bool(normalizer.get(3, True)),
         remove_extra_whitespaces=bool(normalizer.get(4, True)),

@@ -87,6 +87,7 @@ def _cut(tensors: Sequence[TorchTensor], sizes: Sequence[int], max_bytes: int) -
     shards: list[list[TorchTensor]] = [[]]
     room = max_bytes
     for tensor, size in zip(tensors, sizes, strict=True):
+        # The second condition keeps an oversized tensor from leaving an empty shard before it.
         if size > room and shards[-1]:
             shards.append([])
             room = max_bytes
@@ -106,6 +107,7 @@ def _write_file(
     path: Path, tensors: Sequence[TorchTensor], read: Callable[[TorchTensor], np.ndarray], dtype: str
 ) -> None:
     """Writes one safetensors file."""
+    # The entry that save_pretrained writes: these are tensors of PyTorch.
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:
@@ -117,6 +119,7 @@ def _write_file(
         }
 
     encoded = json.dumps(header, separators=(",", ":")).encode()
+    # Trailing spaces are valid JSON; they align the tensors after the header.
     encoded += b" " * (-len(encoded) % _ALIGNMENT)
 
     with path.open("wb") as stream:

@@ -70,6 +70,7 @@ def from_torch_state_dict(state: Mapping[str, "torch.Tensor"], config: ModelConf
 
 def _to_tensor(torch: ModuleType, array: np.ndarray) -> "torch.Tensor":
     """Returns a copy as a PyTorch tensor. PyTorch accepts NumPy's bfloat16 only as bits."""
+    # torch.from_numpy shares memory, and JAX's host arrays are read-only.
     array = np.array(array, order="C")
     if array.dtype == jnp.bfloat16:
         return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)

@@ -90,6 +90,9 @@ def convert_to_hf(
     )
 
 
+# Weights
+
+
 def _widest(params: Any) -> str:
     """Returns the dtype that holds every parameter without loss; `config.json` can name only one."""
     stored = {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
@@ -111,6 +114,9 @@ def _read(arrays: dict[ArrayPath, np.ndarray], dtype: np.dtype, tensor: TorchTen
     return tensor.to_torch(ours.view(f"u{dtype.itemsize}"))
 
 
+# All other files
+
+
 def _write_small_files(folder: Path, source: str, restored: Restored, dtype: str) -> tuple[str, ...]:
     """Writes everything except the weights. Returns warnings about what is left out."""
     metadata = restored.metadata
@@ -118,11 +124,13 @@ def _write_small_files(folder: Path, source: str, restored: Restored, dtype: str
     tokenizer = deserialize(metadata.tokenizer_kind, metadata.tokenizer)
     special: dict[str, Any] = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     if isinstance(tokenizer, FolderTokenizer):
+        # The token ids of the original folder win.
         special |= kept_json(tokenizer, "config.json")
 
     _write_json(folder / "config.json", {**to_ouro_config(recipe.model, dtype=dtype), **special})
     _write_json(folder / "generation_config.json", _generation_config(tokenizer))
     for name, content in tokenizer_files(tokenizer, max_positions=recipe.model.max_positions).items():
+        # Some names contain a folder.
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
 

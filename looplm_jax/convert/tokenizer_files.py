@@ -51,6 +51,7 @@ def tokenizer_files(tokenizer: Tokenizer, *, max_positions: int) -> dict[str, by
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_positions,
         "model_input_names": ["input_ids", "attention_mask"],
+        # With True, transformers would remove spaces before punctuation when decoding.
         "clean_up_tokenization_spaces": False,
         **special,
     }
@@ -60,6 +61,7 @@ def tokenizer_files(tokenizer: Tokenizer, *, max_positions: int) -> dict[str, by
         theirs = kept_json(tokenizer, "tokenizer_config.json")
         if theirs.pop("auto_map", None):  # it names code, which is not copied
             theirs.pop("tokenizer_class", None)
+        # The folder's own settings win over our defaults.
         settings = {**settings, **theirs}
         special = {**special, **kept_json(tokenizer, "special_tokens_map.json")}
         others = other_files(tokenizer)
@@ -73,7 +75,11 @@ def tokenizer_files(tokenizer: Tokenizer, *, max_positions: int) -> dict[str, by
 
     if _knows_chat(tokenizer) and not has_template:
         files["chat_template.jinja"] = CHAT_TEMPLATE.encode()
+    # Files of the folder replace ours of the same name.
     return {**files, **others}
+
+
+# Properties of a tokenizer
 
 
 def stop_ids(tokenizer: Tokenizer) -> list[int]:
@@ -111,6 +117,9 @@ def _knows_chat(tokenizer: Tokenizer) -> bool:
     return None not in (tokenizer.token_id(IM_START), tokenizer.token_id(IM_END))
 
 
+# The tokenizer.json
+
+
 def _tokenizer_json(tokenizer: Tokenizer) -> bytes:
     """Returns the `tokenizer.json` of a tokenizer."""
     if isinstance(tokenizer, FolderTokenizer):
@@ -137,6 +146,7 @@ def _symbols(symbols: Sequence[str]) -> dict[str, Any]:
         "normalizer": None,
         "pre_tokenizer": {
             "type": "Split",
+            # str.split also splits at the separators 0x1c to 0x1f, which \s does not match.
             "pattern": {"Regex": r"[\s\x1c-\x1f]+"},
             "behavior": "Removed",
             "invert": False,

@@ -65,6 +65,7 @@ def upcycle(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str], *, 
       UserError: `checkpoint` is not a checkpoint, no step is valid, `layers` is not a larger multiple, `out` is not
         empty, or the file system refuses a write. No partial output remains.
     """
+    # The metadata is checked before the arrays, which may be large, are read.
     before = from_dict(Recipe, read_metadata(os.fspath(checkpoint)).config)
     _check_layers(os.fspath(checkpoint), before.model.num_layers, layers)
     recipe = dataclasses.replace(before, model=dataclasses.replace(before.model, num_layers=layers))
@@ -88,6 +89,7 @@ def upcycle(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str], *, 
 def source_layers(order: Order, before: int, after: int) -> tuple[int, ...]:
     """Returns, for each of `after` layers, the index of the original layer that it copies, below `before`."""
     originals, copies = np.arange(before), after // before
+    # repeat: 0 0 1 1 ...; tile: 0 1 ... 0 1 ...
     chosen = np.repeat(originals, copies) if order is Order.INTERLEAVE else np.tile(originals, copies)
     return tuple(chosen.tolist())
 

@@ -84,10 +84,15 @@ class WeightFolder:
         return next(iter(example))
 
 
+# Finding the files
+
+
 def has_weights(path: Path) -> bool:
     """Whether `path` is a folder with the weights of a Hugging Face model, in any format."""
     return path.is_dir() and any(
-        next(path.glob(form), None) for form in (SINGLE, INDEX, "model-*.safetensors", *_PICKLED)
+        # An incomplete download may have shards without an index.
+        next(path.glob(form), None)
+        for form in (SINGLE, INDEX, "model-*.safetensors", *_PICKLED)
     )
 
 
@@ -99,6 +104,7 @@ def _locate(folder: Path) -> tuple[Path, Path | None]:
 
     single, index = folder / SINGLE, folder / INDEX
     if single.exists() and index.exists():
+        # Loading either one silently could load stale weights.
         raise UserError(f"{folder} holds both {SINGLE} and {INDEX}; remove the one that is out of date")
     if single.exists() or index.exists():
         return single, index if index.exists() else None
@@ -112,10 +118,14 @@ def _locate(folder: Path) -> tuple[Path, Path | None]:
     raise UserError(f"{folder} holds neither {SINGLE} nor {INDEX}; give the folder of a Hugging Face model")
 
 
+# Reading headers
+
+
 def _of_shards(folder: Path, index: Path) -> dict[str, StoredTensor]:
     """Returns the tensors of all shards. Raises UserError unless the index and the shards list the same tensors."""
     shard_of = _weight_map(index)
     found: dict[str, StoredTensor] = {}
+    # Each shard once, in the order of the index.
     for shard in dict.fromkeys(shard_of.values()):
         if not (folder / shard).exists():
             raise UserError(f"{index} names {shard}, which is missing; copy it to {folder}")
@@ -124,6 +134,7 @@ def _of_shards(folder: Path, index: Path) -> dict[str, StoredTensor]:
                 raise UserError(f"{folder / shard} holds tensor {name}, which {INDEX} does not name there")
             found[name] = stored
 
+    # The reverse direction: every tensor of the index was found.
     for name, shard in shard_of.items():
         if name not in found:
             raise UserError(f"{index} names tensor {_brief(name)} in {shard}, which does not hold it")
@@ -154,6 +165,7 @@ def _of_file(file: Path) -> dict[str, StoredTensor]:
         listed = {name: (tuple(header.get_shape()), header.get_dtype()) for name, header in headers.items()}
 
     for name, (_, dtype) in listed.items():
+        # Names are shown in messages and used as keys, so control characters are refused.
         if not name.isprintable():
             raise UserError(f"{file} holds a tensor called {_brief(name)}, which is no name of PyTorch's")
         if dtype not in _DTYPES:
@@ -163,6 +175,9 @@ def _of_file(file: Path) -> dict[str, StoredTensor]:
         name: StoredTensor(file=file, shape=shape, dtype=jnp.dtype(_DTYPES[dtype]))
         for name, (shape, dtype) in listed.items()
     }
+
+
+# Errors
 
 
 @contextlib.contextmanager

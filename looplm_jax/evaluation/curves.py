@@ -31,6 +31,7 @@ class Curve:
         It is the loss in nats per token, averaged over budgets of loops.
         """
         span = self.loops[-1] - self.loops[0]
+        # A model with a single loop has a curve of one point.
         if span == 0:
             return self.loss[0]
         return float(np.trapezoid(self.loss, self.loops)) / span

@@ -37,6 +37,7 @@ def evaluate(
     Raises:
       UserError: `max_loops` is below one, or there is no token to evaluate.
     """
+    # One pass over the batches serves both: scores hold depths and exits.
     means = masked_means(scorer(model, params, loops=max_loops), batches, on_batch)
     return Evaluation(
         depths=summarise_depths(means.values.depths, model.config.loops, means.tokens),

@@ -60,11 +60,13 @@ def summarise_exits(means: Scores, q_grid: Sequence[float], tokens: int) -> Exit
     exits, depths = means.exits, means.depths
     fixed = np.arange(1, len(exits.pdf) + 1)
     return ExitCurve(
+        # Depths may go beyond the trained one, gates do not.
         fixed=Curve.of(fixed, depths.loss[: fixed.size], depths.correct[: fixed.size]),
         q_exit=Curve.of(exits.loops, exits.loss, exits.correct),
         q_grid=tuple(float(q) for q in q_grid),
         exit_pdf=tuple(float(p) for p in exits.pdf),
         expected_loss=float(exits.expected_loss),
+        # sum_t t p_t; `fixed` holds the loops 1..T.
         mean_exit_loop=float(np.dot(fixed, exits.pdf)),
         tokens=tokens,
     )

@@ -71,6 +71,7 @@ def knowledge_loss(
 
 def bits_per_parameter(loss: KnowledgeLoss, people: int, parameters: int) -> Float[np.ndarray, "T"]:
     """Returns R of the paper after each loop. It is negative for a model that is worse than a uniform guess."""
+    # ln(N0 / e^p1) + ln(S0 / e^p2)
     nats = math.log(NAMES) - loss.name + math.log(FACTS) - loss.value
     return people * nats / math.log(2) / parameters
 
@@ -98,6 +99,7 @@ def _sums(
     model: LoopLM, params: Params, tokens: Int[Array, "B N"], kinds: Int[Array, "B N"], *, loops: int
 ) -> Float[Array, "T kinds"]:
     """Returns the cross-entropy of each kind of token, summed over a batch."""
+    # Without the last token: each token is predicted from those before it.
     output: Any = model.apply({"params": params}, tokens[:, :-1], loops=loops)
     head = head_matrix(params, model.config)
     losses = token_losses(output.hidden, head, tokens[:, 1:], chunk=model.compute.loss_chunk)

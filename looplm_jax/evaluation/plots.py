@@ -24,6 +24,9 @@ _MARKERS = "osD^vP"
 _DPI = 150
 
 
+# Figures of evaluations
+
+
 def plot_depths(sweeps: Mapping[str, DepthSweep], path: Path) -> None:
     """Plots loss and accuracy against loops for one or more labeled models, and marks the trained depth.
 
@@ -61,6 +64,9 @@ def plot_exits(curves: Mapping[str, Curve], path: Path) -> None:
     figure.savefig(path, dpi=_DPI)
 
 
+# The figure of a training run
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Panel:
     """A training metric: its name in the rows and its axis label. Lists are drawn as one line per loop."""
@@ -90,6 +96,7 @@ def plot_training(rows: Sequence[Mapping[str, Any]], path: Path | io.BytesIO) ->
     training = [row for row in rows if row.get("kind", "train") == "train"]
     panels = [panel for panel in _PANELS if any(panel.metric in row for row in training)]
 
+    # Rounded up; an empty run still needs a grid.
     figure, grid = _figure(columns=2, rows=max(1, -(-len(panels) // 2)))
     for axes, panel in zip(grid, panels, strict=False):
         _training_panel(axes, panel, [row for row in training if panel.metric in row])
@@ -123,7 +130,11 @@ def _shade(loop: int, loops: int) -> Any:
     """Returns a color that darkens with depth."""
     import matplotlib
 
+    # The lightest colors, above 0.85, are left out.
     return matplotlib.colormaps["viridis"](0.85 * (1 - loop / max(1, loops - 1)))
+
+
+# Parts of figures
 
 
 def _curves(axes: "Axes", curves: Mapping[str, Curve], quantity: str) -> None:
@@ -160,6 +171,9 @@ def _mark(axes: "Axes", loops: int, text: str, *, height: float) -> None:
     )
 
 
+# matplotlib
+
+
 def require_matplotlib() -> None:
     """Imports matplotlib regardless of MPLBACKEND: figures are written to files, which needs no backend.
 
@@ -193,5 +207,6 @@ def _figure(*, columns: int, rows: int = 1) -> "tuple[Figure, list[Axes]]":
         axes.grid(True, color="#e4e4e4", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
+        # Loops and steps are whole numbers.
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure, grid

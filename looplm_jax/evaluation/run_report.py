@@ -99,6 +99,7 @@ def _stage_row(stage: Stage, rows: list[dict[str, Any]]) -> list[str]:
 
     # The median rate is robust against a few slow steps.
     last = own[-1]
+    # `number` reads a missing rate as NaN.
     rates = sorted(filter(math.isfinite, (number(row.get("tokens_per_second")) for row in own)))
     loss, exit_loop, skipped = (number(last.get(name)) for name in ("loss", "mean_exit_loop", "skipped"))
     rate = rates[len(rates) // 2] if rates else math.nan

@@ -52,6 +52,7 @@ def scorer(
     Exits are scored up to the trained depth.
     """
     loops = 2 * model.config.loops if loops is None else loops
+    # The gate is trained for these loops only.
     exit_loops = min(model.config.loops, loops)
     grid = jnp.asarray(q_grid, jnp.float32)
 
@@ -94,9 +95,11 @@ def score_exits(depths: PerDepth, gate_logits: Float[Array, "E *BS"], q_grid: Fl
     # q_exit returns loops counted from 1.
     loops = jax.vmap(functools.partial(q_exit, pdf))(q_grid)
     return PerExit(
+        # loops: [Q, ...], as indices into [T, ...].
         loss=jnp.take_along_axis(depths.loss, loops - 1, axis=0),
         correct=jnp.take_along_axis(depths.correct, loops - 1, axis=0),
         loops=loops,
         pdf=pdf,
+        # sum_t p_t L_t over the E loops of the exit distribution.
         expected_loss=jnp.sum(pdf * depths.loss[: pdf.shape[0]], axis=0),
     )

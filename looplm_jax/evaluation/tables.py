@@ -45,6 +45,7 @@ def depth_table(sweep: DepthSweep) -> Table:
         [str(int(loops)), f"{loss:.4f}", f"{accuracy:.2%}", _note(int(loops), sweep)]
         for loops, loss, accuracy in zip(curve.loops, curve.loss, curve.accuracy, strict=True)
     ]
+    # A sweep may end before the trained depth.
     marked = sweep.trained_loops - 1 if sweep.trained_loops <= len(rows) else None
     return Table(
         title=f"every depth, {sweep.tokens:,} held-out tokens",

@@ -76,4 +76,5 @@ def _all_right(
     output: Any = model.apply({"params": params}, tokens[:, :-1], loops=loops)
     head = head_matrix(params, model.config)
     scored = token_scores(output.hidden, head, tokens[:, 1:], chunk=model.compute.loss_chunk)
+    # Tokens outside the mask are not targets, and count as correct.
     return jnp.all(scored.correct | ~mask[:, 1:], axis=-1)

@@ -20,6 +20,7 @@ from looplm_jax.models.blocks import Context, KeyValues
 from looplm_jax.sharding import target_platform
 
 _BLOCK = 512  # positions of a row whose scores exist together
+# Not minus infinity: a row without a visible key would be NaN.
 _MASKED = -1e30
 
 
@@ -71,6 +72,7 @@ class PastView:
         rows = self.planes.size
 
         def row_by_row(whole: Float[Array, "L P M c K Dh"]) -> Float[Array, "N C K Dh"]:
+            # [N, W, c, K, Dh]; entries of the table that are not in use are clipped, and masked below.
             pages = whole.at[layer, self.planes[:, None], self.table].get(mode="clip")
             return pages.reshape(rows, self.capacity, *whole.shape[4:]).astype(self.dtype)
 
@@ -104,6 +106,7 @@ def attend_row_by_row(
         pages, plane, length, queries, own, mask = row
         tokens, num_heads, head_width = queries.shape
         kv_heads = own.keys.shape[1]
+        # [S, H, Dh] -> [S, K, G, Dh]: G query heads share a key/value head.
         grouped = (queries * head_width**-0.5).reshape(tokens, kv_heads, num_heads // kv_heads, head_width)
 
         def block(index: Array, mixture: _Mixture) -> _Mixture:
@@ -121,14 +124,17 @@ def attend_row_by_row(
         nothing = _Mixture(
             top=jnp.full((*shape, 1), _MASKED), total=jnp.zeros((*shape, 1)), values=jnp.zeros((*shape, head_width))
         )
+        # The new tokens first: each sees itself, so no total is zero.
         with_own = _mix_in(nothing, grouped, own, mask)
         # Only filled pages are read, and only the filled blocks of the last one.
         whole, rest = jnp.divmod(length, view.page_size)
 
         mixture = jax.lax.fori_loop(0, whole * blocks_per_page + -(-rest // size), block, with_own)
         mixed = (mixture.values / mixture.total).astype(queries.dtype)
+        # [K, G, S, Dh] -> [S, H, Dh]
         return jnp.moveaxis(mixed, 2, 0).reshape(queries.shape)
 
+    # One row at a time: rows have different lengths.
     return jax.lax.map(one_row, (view.table, view.planes, view.lengths, queries, own, mask))
 
 
@@ -147,6 +153,7 @@ def _mix_in(mixture: _Mixture, grouped: Float[Array, "S K G Dh"], new: KeyValues
     scores = jnp.where(mask, scores, jnp.float32(_MASKED))
 
     top = jnp.maximum(mixture.top, jnp.max(scores, axis=-1, keepdims=True))
+    # Earlier sums are rescaled to the new maximum, as in flash attention.
     weights, shrink = jnp.exp(scores - top), jnp.exp(mixture.top - top)
     values = jnp.einsum(
         "kgsc,ckd->kgsd", weights.astype(new.values.dtype), new.values, preferred_element_type=jnp.float32

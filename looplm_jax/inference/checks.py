@@ -77,6 +77,7 @@ def _check_past(past: KeptCache | None, model: ModelConfig, loops: int) -> None:
     """Raises UserError unless a prefix cache has the shapes of this engine's cache."""
     if past is None:
         return
+    # The capacity may differ: the row is copied into this engine's pages.
     layers, planes, rows, _, heads, width = past.row.planes.core.keys.shape
     wanted = (model.num_layers, loops, 1, model.kv_heads, model.head_width)
     if (layers, planes, rows, heads, width) != wanted:

@@ -66,6 +66,7 @@ class Conversation:
         self._result: Result | None = None
         self._past: KeptCache | None = None
         self._read = 0  # tokens in the cache
+        # Read together with the first message.
         self._unread = self._tokens(self._system)
 
     def say(self, text: str, *, max_new_tokens: int | None = None, **options: Any) -> Iterator[NewToken]:
@@ -89,6 +90,7 @@ class Conversation:
         prompt = [*self._unread, *self._tokens([user]), *self._opening]
         room = self._room(len(prompt))
         if max_new_tokens is not None:
+            # At most what the window leaves, even if more is requested.
             room = min(whole_number("max_new_tokens", max_new_tokens, least=1), room)
 
         request = Request(
@@ -166,5 +168,6 @@ class Conversation:
 def _around_an_answer(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """Returns the tokens before and after the text of an assistant's message."""
     empty = tokens_and_mask([Message(ASSISTANT, "")], tokenizer).tokens.tolist()
+    # <|im_start|> and the role; the rest closes the turn.
     size = 1 + len(tokenizer.encode(f"{ASSISTANT}\n"))
     return empty[:size], empty[size:]

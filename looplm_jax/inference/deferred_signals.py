@@ -64,6 +64,7 @@ class _DeferredSignals:
         """Replaces all Python handlers. Default actions and ignored signals are left alone."""
         for number in _SIGNALS:
             handler = signal.getsignal(number)
+            # SIG_DFL and SIG_IGN are not callable: they do not run Python code.
             if callable(handler) and handler is not self._own:
                 self._handlers[number] = handler
                 signal.signal(number, self._own)
@@ -71,6 +72,7 @@ class _DeferredSignals:
     def _restore(self) -> None:
         """Restores the handlers, except those that changed in the meantime."""
         for number, handler in self._handlers.items():
+            # A handler that the block installed stays.
             if signal.getsignal(number) is self._own:
                 signal.signal(number, handler)
 

@@ -61,6 +61,7 @@ class FairQueue(Generic[T]):
 
         del items[item]
         self._size -= 1
+        # A client without items must not get a turn.
         if not items:
             del self._waiting[client]
         return True

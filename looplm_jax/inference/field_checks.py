@@ -17,6 +17,7 @@ MOST = 2**31 - 1  # the largest int32
 
 def whole_number(name: str, value: Any, *, least: int = 0, most: int = MOST) -> int:
     """Returns `value` as an int. Raises UserError unless it is a whole number in `least..most`."""
+    # bool is a subclass of int.
     if isinstance(value, bool | np.bool_):
         raise UserError(f"{name} must be a whole number, not {value}")
     try:
@@ -55,6 +56,7 @@ def token_ids(name: str, values: Any) -> tuple[int, ...]:
     if isinstance(values, str | bytes | bytearray):
         raise UserError(f"{name} must be token ids, not text; encode it with the tokenizer")
 
+    # Converts a NumPy or JAX array in one transfer.
     ordered = values.tolist() if hasattr(values, "tolist") else values
     if isinstance(ordered, set | frozenset | dict) or not isinstance(ordered, Iterable):
         raise UserError(f"{name} must be a list or tuple of token ids, not {_shown(values)}")

@@ -52,6 +52,7 @@ def generate(
     config = EngineConfig(
         slots=1,
         capacity=bucket(min(max(len(prompt_ids) + max_new_tokens, 1), longest), longest),
+        # More planes than the trained depth only if the policy uses them.
         loops=max(model.config.loops, policy.max_loops or 0),
         chunk=min(_LONGEST_CHUNK, longest),
         unroll=False,

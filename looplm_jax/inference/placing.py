@@ -33,6 +33,7 @@ def settled(tree: T) -> T:
 
     Otherwise XLA chooses, and the next program is recompiled.
     """
+    # Without a mesh there is nothing to choose.
     if jax.sharding.get_abstract_mesh().empty:
         return tree
     return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, _spec(leaf)), tree)

@@ -85,6 +85,7 @@ def states_at_once(model: LoopLM, params: Params, rollouts: Rollouts, *, loops: 
     A token that has exited is still computed, but its result is unused: the others see the keys and values of its exit.
     """
     apply = bound(model, params)
+    # [B, S] each
     tokens, depths = rollouts.joined(), rollouts.depths(loops)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     context = make_context(model.config, positions, jnp.ones_like(positions))
@@ -93,15 +94,18 @@ def states_at_once(model: LoopLM, params: Params, rollouts: Rollouts, *, loops: 
     def loop(carry: PyTree, number: Int[Array, ""]) -> tuple[PyTree, None]:
         state, kept, hidden = carry
         left = depths < number
+        # Of `kept`, only the entries of tokens that have exited are visible.
         output, *own = apply(state, embedded, _of_two_ages(context, left), *kept, True, method="loop_step")
         # Tokens that have exited keep the keys and values of their exit loop, [..., K, Dh].
         kept = jax.tree.map(lambda old, new: jnp.where(left[:, :, None, None], old, new), kept, own)
+        # [B, N, D]: the states that would choose each new token at this loop.
         read = jnp.take_along_axis(output.hidden, rollouts.read_positions[..., None], axis=1)
         hidden = jnp.where((rollouts.exit_loops == number)[..., None], read, hidden)
         return (output.state, kept, hidden), None
 
     state = apply(embedded, method="initial_state")
     shapes = jax.eval_shape(lambda: apply(state, embedded, context, None, None, True, method="loop_step"))
+    # Never read: no token has exited before loop 1.
     kept = jax.tree.map(jnp.zeros_like, list(shapes[1:]))
     hidden = jnp.zeros((*rollouts.tokens.shape, model.config.width), state.dtype)
 
@@ -113,6 +117,7 @@ def states_at_once(model: LoopLM, params: Params, rollouts: Rollouts, *, loops: 
 
 def _of_two_ages(context: Context, left: Bool[Array, "B S"]) -> Context:
     """Masks keys: tokens that have exited are seen through the kept past, the others through this loop's keys."""
+    # [B, 1, S]: by key, for all queries.
     old = left[:, None]
     assert context.mask is not None  # `make_context` was given no kernel
     return dataclasses.replace(context, mask=context.mask & ~old, past_mask=context.mask & old)
@@ -169,6 +174,7 @@ def _read_prompts(
         planes = jnp.broadcast_to(done, rows.shape)
         past = _read_at(cache, planes, dtype)
         output, core, coda = apply(state, embedded, context, *past, True, method="loop_step")
+        # The last token of a prompt, whose position differs between rows.
         return output.state, (output.hidden[rows, lengths - 1], core, coda)
 
     if model.compute.remat is Remat.LOOP:
@@ -247,6 +253,7 @@ def _decode_backward(
         # The token's own entry: its cotangent is consumed here, and set to zero in the cache.
         d_own = jax.tree.map(lambda whole: whole[:, :, rows, lengths][:, :, :, None], d_planes)
         d_planes = jax.tree.map(lambda whole: whole.at[:, :, rows, lengths].set(0), d_planes)
+        # Recomputes the forward pass of this token.
         _, pull = jax.vjp(again, params, last.planes)
         sums = jax.tree.map(jnp.add, (d_params, d_planes), pull((d_own, d_state)))
         return (*sums, lengths), None
@@ -277,6 +284,7 @@ def _run_token(
         hidden = jnp.where((done + 1 == exits)[:, None], output.hidden[:, 0], hidden)
         return (output.state, hidden, own), None
 
+    # A cache of one position collects what the strategy keeps of the token.
     own = empty_cache(model.config, cache.strategy, rows=rows, capacity=1, loops=loops, dtype=dtype)
     state = apply(embedded, method="initial_state")
     carry = (state, jnp.zeros_like(state[:, 0]), own)

@@ -84,6 +84,7 @@ class Request:
 
         if self.on_token is not None and not callable(self.on_token):
             raise UserError(f"on_token must be a function, not {self.on_token!r}")
+        # Calling it would only create a coroutine.
         if inspect.iscoroutinefunction(self.on_token):
             raise UserError("on_token is an async function, which would never run; use `async for new in ticket`")
 

@@ -33,6 +33,7 @@ class Turns:
     def of(cls, histories: Sequence[Sequence[Turn]], longest: int) -> "Turns":
         """Returns the turns of each row, padded to one of few sizes."""
         most = max(map(len, histories))
+        # Empty turns first, so that the last turn of every row is its newest.
         turns = [[*[_NO_TURN] * (most - len(history)), *history] for history in histories]
 
         def stacked(pick: Callable[[Turn], Sequence[int]]) -> tuple[Int[Array, "H B N"], Int[Array, "H B"]]:
@@ -115,6 +116,7 @@ class Rollouts:
     def read_positions(self) -> Int[Array, "B N"]:
         """Returns the position whose state each new token was chosen from: that of the token before it."""
         before = self.prompt_lengths if self.history is None else self.prompt_lengths + self.history.total
+        # Padding could point beyond the last position.
         return jnp.minimum(before[:, None] - 1 + jnp.arange(self.tokens.shape[1]), self.size - 1)
 
     def joined(self) -> Int[Array, "B S"]:
@@ -140,6 +142,7 @@ class Rollouts:
 
     def _last_turn(self) -> Turns:
         """Returns prompts and new tokens as a turn. The depth of the last token is unknown, and unused."""
+        # A token runs until its successor exits, so depths are exit loops shifted by one.
         depths = jnp.roll(self.exit_loops, -1, axis=1)
         turn = Turns(self.prompts, self.prompt_lengths, self.tokens, depths, self.lengths)
         return jax.tree.map(lambda x: x[None], turn)
@@ -148,6 +151,7 @@ class Rollouts:
 def _in_order(of_prompts: Int[Array, "H B P"], of_tokens: Int[Array, "H B N"]) -> Int[Array, "B H*(P+N)"]:
     """Returns the turns of each row one after another."""
     turns = jnp.concatenate([of_prompts, of_tokens], axis=2)
+    # [H, B, P + N] -> [B, H * (P + N)]
     return jnp.swapaxes(turns, 0, 1).reshape(turns.shape[1], -1)
 
 

@@ -46,6 +46,7 @@ class Sampling:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             check = real_number if field.type is float else whole_number
+            # Ranges are checked below, with messages of their own.
             bounds = {} if field.type is float else {"least": -MOST - 1, "most": 2**63}
             object.__setattr__(self, field.name, check(field.name, getattr(self, field.name), **bounds))
 
@@ -109,6 +110,7 @@ class SamplingTable:
     @classmethod
     def empty(cls, slots: int) -> "SamplingTable":
         """Returns a table of greedy slots."""
+        # The default settings are greedy.
         return jax.tree.map(lambda number: jnp.full(slots, number), cls.of(Sampling()))
 
     def with_sampling(self, slot: int | Int[Array, ""], sampling: Sampling) -> "SamplingTable":
@@ -207,6 +209,7 @@ def _draw(logits: Float[Array, "N V"], table: SamplingTable, keys: Key[Array, "N
     def draw() -> Int[Array, "N"]:
         return jax.vmap(jax.random.categorical)(keys, _cut(logits, table)).astype(jnp.int32)
 
+    # One slot that samples is enough to take the slower branch.
     return jax.lax.cond(jnp.any(table.temperature > 0), draw, greedy)
 
 
@@ -243,6 +246,7 @@ def _scaled(logits: Float[Array, "*N V"], temperature: Float[Array, "*N 1"]) -> 
     """Returns the logits divided by the temperature, relative to the best one, which alone remains at temperature 0."""
     best = jnp.argmax(logits, axis=-1, keepdims=True)
     below = logits - jnp.take_along_axis(logits, best, axis=-1)  # at most 0, so that it cannot overflow to inf
+    # Greedy: the log weights of a distribution on one token.
     one_hot = jnp.where(jnp.arange(logits.shape[-1]) == best, 0.0, -jnp.inf)
     return jnp.where(temperature > 0, below / temperature, one_hot)
 
@@ -258,12 +262,14 @@ def _heaviest(
 
         def bit(place: Int[Array, ""], floor: UInt32[Array, "*N"]) -> UInt32[Array, "*N"]:
             higher = floor | (jnp.uint32(1) << (_SIGN_BIT - place).astype(jnp.uint32))
+            # Weight of all tokens at or above the candidate threshold.
             weight = jnp.sum(jnp.where(order >= higher[..., None], weights, 0.0), axis=-1)
             return jnp.where(weight >= wanted, higher, floor)
 
         floor = jax.lax.fori_loop(0, _SIGN_BIT + 1, bit, jnp.zeros(wanted.shape, jnp.uint32))
         return jnp.where(order >= floor[..., None], scaled, -jnp.inf)
 
+    # Skipped if no row has this filter.
     return jax.lax.cond(jnp.any(jnp.isfinite(wanted)), cut, lambda: scaled)
 
 

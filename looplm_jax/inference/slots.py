@@ -18,6 +18,7 @@ from looplm_jax.inference.page_pool import PoolSize
 from looplm_jax.inference.sampling import SamplingTable
 from looplm_jax.models.looplm import LoopLM, compute_dtype
 
+# The table of stop ids has a fixed width; further stop conditions are checked on the host.
 MOST_STOP_IDS = 8
 NO_TOKEN = -1
 _MOST_LOOPS = 2**20
@@ -52,12 +53,16 @@ class Slots:
     @property
     def ceiling(self) -> Int[Array, "N"]:
         """Returns the loops that the budget allows the running token, at least 1; the mean never exceeds the budget."""
+        # The total budget up to this token, minus what earlier tokens used.
         allowance = jnp.floor(self.settings.budget * self.made.astype(jnp.float32)) - self.spent.astype(jnp.float32)
         return jnp.clip(allowance, 1, _MOST_LOOPS).astype(jnp.int32)
 
     def replace(self, **changes: object) -> "Slots":
         """Returns a copy with fields replaced."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+
+# Creating slots
 
 
 def empty_slots(
@@ -102,6 +107,9 @@ def fresh_memory(model: LoopLM, policies: PolicyTable, rows: int) -> LoopMemory:
         jax.ShapeDtypeStruct((rows, config.width), compute_dtype(model.compute)),
         jax.ShapeDtypeStruct((rows, config.vocab_size), np.dtype(np.float32)),
     )
+
+
+# Changing one slot
 
 
 @functools.partial(jax.jit, donate_argnames=("slots",))

@@ -119,6 +119,7 @@ class StopMatcher:
     def _first_stop(self) -> int | None:
         """Returns the start of the stop string that is completed first, or None."""
         starts = [(stop, self._held.find(stop)) for stop in self._conditions.stop_strings]
+        # The smallest end, then the smallest start, which is the longest stop string.
         _, first = min(((start + len(stop), start) for stop, start in starts if start >= 0), default=(0, None))
         return first
 

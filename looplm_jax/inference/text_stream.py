@@ -31,6 +31,7 @@ class TextStream:
         known, text = self._decoded()
         if text.endswith(_INCOMPLETE):
             return ""
+        # Only the last complete piece is needed as context for the next one.
         self._before, self._waiting = self._waiting, []
         return _behind(known, text)
 

@@ -75,6 +75,7 @@ def tick(model: LoopLM, params: Params, slots: Slots, *, loops: int, previews: b
     past = seen.past(cache.planes.core, done, dtype), seen.past(cache.planes.coda, done, dtype)
 
     output, core, coda = apply(state, embedded, context, *past, True, method="loop_step")
+    # [N, 1, D] -> [N, D]
     hidden = output.hidden[:, 0]
 
     # Values that are not finite would harm the next request of the slot. Because of this test the write waits for the
@@ -107,6 +108,9 @@ def tick(model: LoopLM, params: Params, slots: Slots, *, loops: int, previews: b
     return settled((receive(slots, ticked), ticked))
 
 
+# Choosing tokens
+
+
 def choose(
     model: LoopLM,
     params: Params,
@@ -126,6 +130,7 @@ def choose(
         found = logits_of(model, params, hidden) if logits is None else logits
         return sample_rows(found, sampling, slots.made, slots.seen), ~jnp.isfinite(found).all(axis=-1)
 
+    # Both branches of cond must return the same structure.
     shapes = jax.eval_shape(draw)
     choice, broken = jax.lax.cond(jnp.any(exited), draw, lambda: jax.tree.map(jnp.zeros_like, shapes))
 
@@ -159,6 +164,9 @@ def receive(slots: Slots, ticked: Ticked) -> Slots:
     )
 
 
+# Applying the model
+
+
 def bound(model: LoopLM, params: Params) -> Callable[..., Any]:
     """Returns `model.apply` with these parameters bound."""
     return functools.partial(model.apply, {"params": params})
@@ -167,6 +175,7 @@ def bound(model: LoopLM, params: Params) -> Callable[..., Any]:
 def logits_of(model: LoopLM, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
     """Returns the float32 logits of states."""
     head = head_matrix(params, model.config).astype(hidden.dtype)
+    # Products in the dtype of the states, sums in float32.
     return jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=jnp.float32)
 
 

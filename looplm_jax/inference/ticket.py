@@ -119,12 +119,14 @@ class Ticket:
 
     def give(self, new: NewToken) -> None:
         """Called by the engine: delivers a token."""
+        # It was for this token.
         self._provisional = None
         self._tokens.put(new)
         self._notify()
 
     def finish(self, result: Result) -> None:
         """Called by the engine: delivers the result, after all tokens."""
+        # Before the end marker: a reader that sees the end may ask for the result.
         self._future.set_result(result)
         self._tokens.put(None)
         self._notify()

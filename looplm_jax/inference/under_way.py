@@ -86,6 +86,7 @@ class UnderWay:
         try:
             if request.keep_cache and keep is not None and finish is not Finish.FAILED:
                 cache = KeptCache(row=keep(self.tokens_in_cache), turns=(*self._history, self._turn()))
+        # Without its cache the result would not be what was requested, so the request fails.
         except Exception as failure:
             finish, error = Finish.FAILED, str(RequestError("keeping the cache", failure))
 
@@ -114,6 +115,7 @@ class UnderWay:
         """Returns the turn that the request added to the cache."""
         return Turn(
             prompt_ids=self.ticket.request.prompt_ids,
+            # The last token was never read into the cache.
             tokens=tuple(new.token for new in self._made[:-1]),
             depths=tuple(new.exit_loop for new in self._made[1:]),
         )

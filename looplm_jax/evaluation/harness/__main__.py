@@ -28,6 +28,7 @@ def main() -> int:
 
 def _run_harness() -> None:
     """Registers the adapter and runs the harness's command line."""
+    # Here, so that a missing package is reported in one line.
     import lm_eval.models  # noqa: F401  (registers the harness's own models)
     from lm_eval._cli import HarnessCLI
     from lm_eval.api.registry import model_registry

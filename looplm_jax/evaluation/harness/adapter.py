@@ -38,6 +38,7 @@ class LoopLMAdapter(TemplateLM):
     ) -> "LoopLMAdapter":
         """Returns the model for `--model_args` and the harness's own flags."""
         given = ModelArgs.of({**(additional_config or {}), **arg_dict})
+        # The total is not known in advance.
         bar = tqdm(desc="requests scored", unit="")
         return cls(load(given.checkpoint, step=given.step), given.settings, on_requests=bar.update)
 
@@ -93,6 +94,7 @@ class LoopLMAdapter(TemplateLM):
         """Returns the log-likelihood of whole texts, from windows that score each token once."""
         windows = [self._rolling(*request.args) for request in requests]
         # All windows of all texts in one call, so that batches are full.
+        # The answers are in the order of the windows, so each text takes as many as it has windows.
         answers = iter(self.answers([window for parts in windows for window in parts]))
         return [sum((next(answers)[0] for _ in parts), 0.0) for parts in windows]
 
@@ -133,6 +135,7 @@ class LoopLMAdapter(TemplateLM):
         return [Window.of(context, scored, self.max_length) for context, scored in disjoint]
 
     def _generation(self, context: str, generation_kwargs: Mapping[str, Any]) -> Request:
+        # An empty context needs at least one token to predict from.
         prompt_ids = self.tok_encode(context) or [self.prefix_token_id]
         tokenizer, policy = self._loaded.need_tokenizer(), self.policy
         return generation_request(prompt_ids, generation_kwargs, tokenizer, policy=policy, longest=self.max_length)

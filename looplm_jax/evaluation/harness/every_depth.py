@@ -36,6 +36,7 @@ class EveryDepth(LoopLMAdapter):
 
     def answers(self, windows: Sequence[Window]) -> list[Answer]:
         """Returns the answer to each window at `depth`."""
+        # dict.fromkeys removes repeats and keeps the order.
         new = [window for window in dict.fromkeys(windows) if window not in self._known]
         self._known |= zip(new, self._scorer(new), strict=True)
         found, place = [self._known[window] for window in windows], self.depth - 1

@@ -26,6 +26,9 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "se
 _NEUTRAL = {"num_beams": 1, "num_return_sequences": 1}  # arguments that tasks set for other engines
 
 
+# From the harness to the engine
+
+
 def generation_request(
     prompt_ids: Sequence[int],
     generation_kwargs: Mapping[str, Any],
@@ -67,6 +70,7 @@ def generation_request(
         policy=policy,
         sampling=_sampling(given),
         stop_ids=tuple(stop_ids(tokenizer)),
+        # An empty stop string would end every text at once.
         stop_strings=tuple(text for text in ([until] if isinstance(until, str) else until) if text),
     )
 
@@ -119,6 +123,9 @@ def generate_texts(
     return results
 
 
+# Checks of generation_kwargs
+
+
 def _check_names(given: Mapping[str, Any]) -> None:
     """Raises UserError for arguments that have no effect here."""
     known = ("until", "do_sample", *_OF_LENGTH, *_SAMPLING)
@@ -135,4 +142,5 @@ def _sampling(given: Mapping[str, Any]) -> Sampling:
         return Sampling(**settings)
     if temperature == 0:
         raise UserError("generation_kwargs do_sample=True needs a temperature above 0; 0 takes the likeliest token")
+    # The task's own top_k replaces the default.
     return Sampling(**{"temperature": temperature, "top_k": _TOP_K, **settings})

@@ -75,6 +75,7 @@ def choose_tasks(names: Sequence[str], *, include_path: str | None = None) -> Ch
     chosen.names = list(dict.fromkeys(found for name in names for found in _matches(name, chosen.all_tasks)))
     try:
         chosen.load(chosen.names)
+    # Loading a task runs its own code and downloads, so any exception is possible.
     except Exception as error:
         reason = " ".join(str(error).split())
         raise UserError(f"cannot load {', '.join(names)}: {type(error).__name__}: {reason}") from error
@@ -122,6 +123,7 @@ def _matches(name: str, known: Iterable[str]) -> list[str]:
 
 def _metrics(metrics: dict[str, Any]) -> list[str]:
     """Returns the keys of the values; each is "metric,filter", next to "metric_stderr,filter"."""
+    # Other keys are names and settings.
     return [key for key in metrics if "," in key and "_stderr," not in key]
 
 

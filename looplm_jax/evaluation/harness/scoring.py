@@ -53,6 +53,7 @@ class WindowScorer:
 
     def __call__(self, windows: Sequence[Window]) -> list[Likelihood]:
         """Returns the likelihood of each window, summed in float64."""
+        # Windows without a scored token are in no batch, and keep this entry.
         results = [Likelihood.of_nothing(self.loops if self.policy is None else 1)] * len(windows)
         for batch in window_batches(windows, rows=self.rows, longest=self.longest):
             arrays = batch.tokens, batch.read_positions, batch.targets
@@ -91,7 +92,9 @@ def score_windows(
         exits = jnp.broadcast_to(depths, hidden.shape[:3])
     else:
         gate_logits = jnp.take_along_axis(output.gate_logits, read_positions[None], axis=2)
+        # [1, B, P]: one readout per token.
         exits = _exit_loops(policy, hidden, gate_logits, head)[None]
+        # Loops count from 1.
         hidden = jnp.take_along_axis(hidden, exits[..., None] - 1, axis=0)
 
     return WindowScores(scores=token_scores(hidden, head, targets, chunk=model.compute.loss_chunk), loops=exits)
@@ -117,6 +120,7 @@ def _exit_loops(
 
 def _likelihood(found: WindowScores, row: int, scored: int) -> Likelihood:
     """Returns the likelihood of one window of a batch."""
+    # Positions after the scored ones are padding.
     loss, correct, loops = (
         np.asarray(values)[:, row, :scored] for values in (found.scores.loss, found.scores.correct, found.loops)
     )

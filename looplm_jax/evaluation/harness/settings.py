@@ -63,6 +63,7 @@ class ModelArgs:
         )
 
         for name in rest:
+            # The first field of Settings, the policy, is given as loops or exit.
             known = ("checkpoint", "step", "loops", "exit", *(field.name for field in dataclasses.fields(Settings)[1:]))
             raise UserError(f"unknown model argument {name!r}{suggest(name, known)}")
         return cls(checkpoint=str(checkpoint), step=step, settings=settings)

@@ -72,6 +72,7 @@ def _batch(
         *inputs, _ = window = windows[index].tokens
         scored = windows[index].scored
         tokens[row, : len(inputs)] = inputs
+        # The token at position p + 1 is predicted at position p.
         read_positions[row, :scored] = np.arange(len(inputs) - scored, len(inputs))
         targets[row, :scored] = window[-scored:]
     return WindowBatch(indices=tuple(indices), tokens=tokens, read_positions=read_positions, targets=targets)

@@ -38,6 +38,7 @@ def accept(
       keys: random keys, independent of those that drew the drafts.
     """
     size = drafts.shape[1]
+    # [N, k, 2] -> 2 x [N, k]
     test_keys, correction_keys = jnp.moveaxis(jax.vmap(jax.vmap(jax.random.split))(keys), -1, 0)
     chance = jax.vmap(jax.vmap(jax.random.uniform))(test_keys)
     # Without a division: q may be tiny, and a draft that p excludes must fail even for chance 0.
@@ -46,6 +47,7 @@ def accept(
     accepted = jnp.sum(jnp.cumprod(passed.astype(jnp.int32), axis=1), axis=1)
 
     rows, rejected = jnp.arange(drafts.shape[0]), jnp.minimum(accepted, size - 1)
+    # [N, V]; unused for rows without a rejected draft.
     wanted = target[rows, rejected]
     residual = jnp.maximum(wanted - proposal[rows, rejected], 0)
     # Rounding may leave no weight if p and q are almost equal.

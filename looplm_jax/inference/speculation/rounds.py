@@ -31,6 +31,7 @@ class Rounds:
         """Drafts and verifies until every row has ended. Rows that have ended are idle in the meantime."""
         while not all(row.done for row in self.rows):
             drafted = self._draft()
+            # The screen sees all rows before any of them is verified.
             forced = self._screen(drafted)
             self._verify(drafted, [row for row in self.rows if not row.done and not forced[row.index]])
             self._force(forced)
@@ -57,6 +58,7 @@ class Rounds:
         self.state, verified = verify(
             self.model, self.params, self.state, drafted, self._mask(rows), draft_loops=self.draft_loops
         )
+        # One transfer per round.
         found = jax.device_get(verified)
         for row in rows:
             row.passes += self.state.cache.depth - self.draft_loops

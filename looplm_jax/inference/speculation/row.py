@@ -43,6 +43,7 @@ class Row:
         """Returns the tokens that the screen substitutes for the drafts, if any. The screen may also end the row."""
         row = ScreenedRow(index=self.index, prompt_ids=self.request.prompt_ids, tokens=tuple(self._tokens))
         try:
+            # Drafts beyond the requested length would never be emitted.
             verdict = screen(row, tuple(drafts[: self.left]))
             if isinstance(verdict, Reroute):
                 return _checked(verdict.tokens, vocab_size)[: self.left]

@@ -131,6 +131,7 @@ def _check(draft_loops: int, loops: int, cache: CacheStrategy) -> None:
 def _samplings(sampling: Sampling | Sequence[Sampling] | None, rows: int) -> Sequence[Sampling]:
     """Returns the settings of each row."""
     if sampling is None or isinstance(sampling, Sampling):
+        # As `generate` numbers the prompts of a call.
         return [(sampling or Sampling()).numbered(index) for index in range(rows)]
     if len(sampling) != rows:
         raise UserError(f"{len(sampling)} samplings for {rows} prompts; give one for all, or one for each")

@@ -77,6 +77,9 @@ class Verified:
     failed: Bool[Array, "N"]  # logits were not finite after the kept tokens
 
 
+# Programs
+
+
 @functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("rows",))
 def read(
     model: LoopLM, params: Params, rows: SpeculativeRows, tokens: Int[Array, "N S"], counts: Int[Array, "N"]
@@ -155,6 +158,9 @@ def force(
     return rows.extend(done.cache, tokens, counts), forced
 
 
+# Passes of the stack
+
+
 @flax.struct.dataclass
 class _Pass:
     """The result of loops on S tokens per row. Their keys and values are in the cache, after its `lengths`."""
@@ -173,6 +179,7 @@ def _read(model: LoopLM, params: Params, cache: Cache, tokens: Int[Array, "N S"]
 
     embedded, prelude = apply(tokens, context, past, True, method="embed")
     if prelude is not None:
+        # The prelude has a single plane.
         own = jax.tree.map(lambda new: new[None], prelude)
         planes = dataclasses.replace(cache.planes, prelude=_write(cache, cache.planes.prelude, own, range(1)))
         cache = dataclasses.replace(cache, planes=planes)
@@ -198,6 +205,7 @@ def _go_on(
         output, core, coda = apply(carry[0], embedded, context, *past, True, method="loop_step")
         return (output.state, output.hidden), ModelCache(core=core, coda=coda)
 
+    # `hidden` starts with any array of its shape; the first loop replaces it.
     (state, hidden), own = jax.lax.scan(loop, (state, state), jnp.arange(loops.start, loops.stop))
     core = _write(cache, cache.planes.core, own.core, loops)
     assert core is not None
@@ -212,15 +220,20 @@ def _write(cache: Cache, stacked: KeyValues | None, own: KeyValues | None, plane
     def put(whole: Float[Array, "L P N C K Dh"], new: Float[Array, "p L N S K Dh"]) -> Float[Array, "L P N C K Dh"]:
         plane = jnp.arange(planes.start, planes.stop)[:, None, None]
         row = jnp.arange(cache.rows)[:, None]
+        # [N, S]: after the tokens of each row.
         position = cache.lengths[:, None] + jnp.arange(new.shape[3])
         return whole.at[:, plane, row, position].set(jnp.swapaxes(new, 0, 1).astype(whole.dtype), mode="drop")
 
     return jax.tree.map(put, stacked, own)
 
 
+# Acceptance
+
+
 def _accept(rows: SpeculativeRows, drafted: Draft, logits: Float[Array, "N k V"]) -> Acceptance:
     """Applies the acceptance test to the drafts of all rows."""
     sampling = jax.tree.map(lambda number: number[:, None], rows.sampling)
+    # [N, k]: the number of each new token, as in ordinary sampling.
     numbers = rows.made[:, None] + jnp.arange(logits.shape[1])
 
     def key(table: SamplingTable, number: Int[Array, ""]) -> Array:
