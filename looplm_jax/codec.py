@@ -33,6 +33,9 @@ class Leaf:
     value: Any
 
 
+# Conversion and overrides
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Returns a configuration as plain JSON values: enums by value, tuples as lists."""
     return {field.name: _encode(getattr(config, field.name)) for field in dataclasses.fields(config)}
@@ -88,6 +91,7 @@ def override(config: C, changes: Mapping[str, Any]) -> C:
     Raises:
       UserError: a path is unknown or a value is invalid.
     """
+    # Changes are applied to the plain values, so that the result is decoded and validated as a whole.
     tree = to_dict(config)
     known = [leaf.path for leaf in leaves(config)]
 
@@ -125,6 +129,9 @@ def differences(ours: Any, theirs: Any) -> list[str]:
     return [f"{path}: {a.get(path)!r}, {b.get(path)!r}" for path in {**a, **b} if a.get(path) != b.get(path)]
 
 
+# Fields and paths
+
+
 def _is_required(field: dataclasses.Field) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
@@ -147,6 +154,9 @@ def _encode(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_encode(item) for item in value]
     return value
+
+
+# Decoding
 
 
 def _decode(annotation: Any, value: Any, where: str) -> Any:
@@ -193,6 +203,7 @@ def _decode_scalar(kind: type, value: Any, where: str) -> Any:
         raise UserError(f"{where}: expected text, got {value!r}")
 
     name = {int: "a whole number", float: "a number"}[kind]
+    # A boolean is an int in Python, but not a number in a configuration.
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise UserError(f"{where}: expected {name}, got {value!r}")
     if kind is int and isinstance(value, float):
@@ -203,9 +214,13 @@ def _decode_scalar(kind: type, value: Any, where: str) -> Any:
     except (ValueError, OverflowError):  # OverflowError: an integer that is too large for a float
         raise UserError(f"{where}: expected {name}, got {value!r}") from None
 
+    # NaN differs from itself.
     if number != number or number in (float("inf"), float("-inf")):
         raise UserError(f"{where}: expected a finite number, got {value!r}")
     return number
+
+
+# Overrides
 
 
 def _expand(path: str, known: list[str]) -> list[str]:

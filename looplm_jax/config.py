@@ -18,6 +18,9 @@ _TOO_LARGE = 2**63
 _MOST_STEPS = 2**31 - 1  # the step counter of a checkpoint has 32 bits
 
 
+# Fields and their validation
+
+
 def _field(help_text: str, default: Any = dataclasses.MISSING) -> Any:
     """Returns a dataclass field with a help text."""
     metadata = {_HELP: help_text}
@@ -53,7 +56,11 @@ def _check_kinds(config: Any, where: str) -> None:
 
 
 def _is_number(value: Any, kind: Any) -> bool:
+    # A boolean is an int in Python.
     return isinstance(value, kind) and not isinstance(value, bool)
+
+
+# Choices
 
 
 class NormPlacement(enum.Enum):
@@ -187,6 +194,9 @@ class OnBadRecord(enum.Enum):
     SKIP = "skip"
 
 
+# Model and computation
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The architecture of a looped language model: a prelude, a core stack applied `loops` times, and a coda."""
@@ -311,6 +321,9 @@ class MeshConfig:
         )
 
 
+# Optimizer
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """The AdamW optimizer. Norms and biases have no weight decay."""
@@ -328,6 +341,9 @@ class OptimizerConfig:
         for name in ("eps", "clip_norm"):
             _require(getattr(self, name) > 0, f"optimizer.{name} must be positive, not {getattr(self, name)}")
         _require(self.weight_decay >= 0, f"optimizer.weight_decay must not be negative, not {self.weight_decay}")
+
+
+# Data
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -399,6 +415,9 @@ class DataConfig:
         _check_kinds(self, "data")
         fraction = self.validation_fraction
         _require(0 <= fraction < 1, f"data.validation_fraction must be in [0, 1), not {fraction}")
+
+
+# Stages
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -486,6 +505,9 @@ class Stage:
     def trained_groups(self) -> tuple[str, ...]:
         """The parameter groups to train: the named ones, or else all, or the gate if it is the objective."""
         return self.trainable or (("gate",) if self.objective is Objective.GATE else ())
+
+
+# Run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

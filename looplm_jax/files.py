@@ -36,6 +36,9 @@ _LONGEST = 200
 T = TypeVar("T")
 
 
+# Paths
+
+
 def any_path(path: str | os.PathLike[str]) -> AnyPath:
     """Returns a local path, or a path in a bucket if it begins with `gs://`.
 
@@ -68,6 +71,9 @@ def pasted(path: str | os.PathLike[str]) -> str:
 def absolute(path: AnyPath) -> AnyPath:
     """Returns the same path, independent of the current directory."""
     return path.absolute() if isinstance(path, Path) else path
+
+
+# Reading
 
 
 def check_regular(path: str | os.PathLike[str]) -> None:
@@ -129,6 +135,9 @@ def retried(read: Callable[[], T], passing: type[Exception] | tuple[type[Excepti
     return read()
 
 
+# Errors
+
+
 def refusal(error: Exception, path: AnyPath) -> str | None:
     """Returns why the disk or the bucket refused `path`, or None if `error` is of another kind."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -152,6 +161,9 @@ def reading(path: AnyPath) -> Iterator[None]:
         yield
 
 
+# Writing
+
+
 def write_atomically(path: AnyPath, content: bytes) -> None:
     """Writes a file atomically. Raises UserError if the disk or the bucket refuses it."""
     with writing(path):
@@ -172,6 +184,7 @@ def locked(path: Path, *, busy: Callable[[], None]) -> Iterator[int]:
       path: the folder or file to lock.
       busy: called if another process holds the lock. It raises an error, or returns to wait for the lock.
     """
+    # A folder can be locked but not opened for writing. Symbolic links are not followed to a file elsewhere.
     flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
     handle = os.open(path, flags, 0o666)
 

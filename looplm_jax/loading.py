@@ -77,6 +77,7 @@ def load(
       UserError: the path is not a checkpoint, there is no valid step, `convert.from_hf.load_hf` refuses the Hugging
         Face folder, the mesh does not fit, or the devices do not support the dtype.
     """
+    # Without a mesh, all parameters are on the first device.
     devices = make_mesh(mesh or MeshConfig(), None if mesh else first_device())
     if is_hf_folder(Path(path)):
         return _load_hf_folder(Path(path), step, devices, dtype)

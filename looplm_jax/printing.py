@@ -13,6 +13,9 @@ from typing import TextIO
 _STEERING = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
+# Text
+
+
 def visible(text: str, *, keep: str = "\n\t") -> str:
     r"""Returns the text with each character that controls a terminal as an escape, for example `\x1b`.
 
@@ -53,6 +56,9 @@ def complain_at_once(message: str) -> None:
     """
     with contextlib.suppress(OSError):
         os.write(2, f"looplm: {one_line(message)}\n".encode(errors="backslashreplace"))
+
+
+# Streams
 
 
 def steady_streams() -> None:

@@ -37,6 +37,9 @@ _NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 _READ_AHEAD = 2**28  # bytes; the largest arrays come first, while most of the memory is still free
 
 
+# Reading
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Read:
     """The pending reads of the shards of one array that this process needs. Replicas share a read."""
@@ -78,6 +81,7 @@ def load(folder: epath.Path, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[s
     arrays: dict[str, Array] = {}
 
     while waiting or reads:
+        # The next read starts only while less than `_READ_AHEAD` bytes are pending, which bounds host memory.
         while waiting and (not reads or sum(_bytes(read.target) for read in reads.values()) < _READ_AHEAD):
             with _naming(waiting[0]):
                 reads[waiting[0]] = _start(opened[waiting[0]].result(), targets[waiting[0]])
@@ -130,6 +134,9 @@ def _start(store: ts.TensorStore, target: jax.ShapeDtypeStruct) -> _Read:
     return _Read(target=target, sharding=sharding, parts=parts)
 
 
+# Errors
+
+
 @contextlib.contextmanager
 def _naming(name: str) -> Iterator[None]:
     """Converts errors of TensorStore to DamagedError or RefusedError that name the array.
@@ -140,6 +147,7 @@ def _naming(name: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, jax.errors.JaxRuntimeError):
+        # Out of memory, on the host or a device, is independent of the files.
         raise
     except DamagedError as error:
         raise DamagedError(f"array {name} cannot be read ({error})") from error
@@ -152,6 +160,7 @@ def _naming(name: str) -> Iterator[None]:
 
 def _refusal(error: Exception) -> str | None:
     """Returns why the file system or the bucket refused a read, or None if the files themselves are wrong."""
+    # A missing file is damage. Other errors of the operating system are refusals.
     if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
         return error.strerror or brief(error)
 

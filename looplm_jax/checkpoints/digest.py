@@ -52,6 +52,9 @@ def _digest_all(arrays: list[Array]) -> UInt32[Array, "N lanes"]:
     return jnp.stack([_digest_whole(array) for array in arrays])
 
 
+# Arrays that are processed at once
+
+
 @jax.jit  # parameters and both optimizer moments have the same shapes, so each shape is traced once
 def _digest_whole(array: Array) -> UInt32[Array, "lanes"]:
     """Returns the digest of an array that is processed at once."""
@@ -69,6 +72,9 @@ def _digest_by_numpy(array: np.ndarray) -> np.ndarray:
 
 def _in_host_memory(array: Array) -> bool:
     return array.is_fully_addressable and next(iter(array.devices())).platform == "cpu"
+
+
+# Arrays that are processed in blocks
 
 
 @functools.partial(jax.jit, static_argnames="block_bytes")
@@ -110,6 +116,9 @@ def _sum(count: int, part: Callable[[UInt32[Array, ""]], UInt32[Array, "lanes"]]
     return jax.lax.fori_loop(0, count, add, jnp.zeros(_LANES, jnp.uint32))
 
 
+# Arithmetic
+
+
 def _digest(array: Any, words: UInt32[Any, "..."], starts: Sequence[Any], xp: Any = jnp) -> UInt32[Any, "lanes"]:
     """Returns both lanes of the block of `array` that begins at `starts` and consists of `words`.
 
@@ -119,6 +128,7 @@ def _digest(array: Any, words: UInt32[Any, "..."], starts: Sequence[Any], xp: An
       starts: the first index of the block on each axis, or () for a block that begins at the origin.
       xp: `jax.numpy` or `numpy`.
     """
+    # The seed contains dtype and shape, so a reinterpreted or reshaped array has another digest.
     seeds = [zlib.crc32(f"{array.dtype}{array.shape}{lane}".encode()) for lane in range(_LANES)]
     mixed = (_mix(words ^ _positions(words.shape, seed, starts, xp)) for seed in seeds)
     return xp.stack([xp.sum(lane, dtype=np.uint32) for lane in mixed])

@@ -88,6 +88,7 @@ def _inspect(folder: StepFolder) -> StepReport:
 
     try:
         sidecar = retried(lambda: read_sidecar(folder), RefusedError)
+        # Only one array is in memory at a time.
         for name, record in sidecar.arrays.items():
             _read(folder, name, record, sidecar.arrays)
     except DamagedError as error:

@@ -105,6 +105,9 @@ class Sidecar:
     permanent: bool
 
 
+# Encoding and decoding
+
+
 def encode(metadata: Metadata, arrays: dict[str, ArrayRecord], *, permanent: bool) -> dict[str, str]:
     """Returns the sidecar as JSON with its checksum. All processes must call this together."""
     values = {
@@ -130,6 +133,7 @@ def decode(value: Any) -> Sidecar:
         raise DamagedError("the checksum of its metadata differs")
 
     values = _checked(json.loads(value["body"]))
+    # The data state is saved as a list with one entry per process.
     arrays, states, permanent = (values.pop(name) for name in ("arrays", "data_state", "permanent"))
 
     return Sidecar(
@@ -143,6 +147,9 @@ def decode(value: Any) -> Sidecar:
         arrays={name: ArrayRecord(**{**record, "shape": tuple(record["shape"])}) for name, record in arrays.items()},
         permanent=permanent,
     )
+
+
+# Validation
 
 
 def _checked(body: Any) -> dict[str, Any]:
@@ -213,7 +220,11 @@ def _other_version(version: Any, why: str) -> OtherVersionError:
 
 
 def _checksum(body: str) -> str:
+    # A damaged body may contain lone surrogates.
     return hashlib.sha256(body.encode(errors="surrogatepass")).hexdigest()
+
+
+# Data state of several processes
 
 
 def _joined(first: Any, second: Any) -> Any:

@@ -20,6 +20,7 @@ class _LocalPath(gpath.PosixGPath):
 
     @property
     def _uri_scheme(self) -> str | None:
+        # The base class takes a path below /gs for a bucket.
         return None
 
     def glob(self, pattern: str) -> Iterator["_LocalPath"]:

@@ -65,6 +65,9 @@ class Found(Generic[T]):
     damaged: tuple[DamagedStep, ...]
 
 
+# Restoring
+
+
 def read_metadata(path: str, step: int | None = None) -> Metadata:
     """Returns the metadata of `step` or of the latest step with valid metadata. No array is read.
 
@@ -110,6 +113,9 @@ def restore_params(
     return restore(candidates(path, step), describe, prefix=prefix, dtype=dtype, uncast=groups)
 
 
+# Selecting a step
+
+
 def candidates(path: str, step: int | None = None) -> list[StepFolder]:
     """Returns the step folders that a path given by a user refers to, newest first.
 
@@ -122,6 +128,7 @@ def candidates(path: str, step: int | None = None) -> list[StepFolder]:
     """
     given = checkpoint_path(path)
     with reading(given):
+        # In order of preference: a run folder, its `checkpoints` folder, one step.
         nested = list_steps(given / "checkpoints") or list_steps(given)
         folders = nested or [found for found in list_steps(given.parent) if found.path == given]
     if not folders:
@@ -192,6 +199,7 @@ def restore(
         sidecar = read_sidecar(folder)
         abstract = describe(sidecar)
         targets, records = flatten(abstract, prefix), below(sidecar.arrays, prefix)
+        # Checked before any array is read.
         _require_same_arrays(folder, records, targets)
 
         arrays = read_arrays(folder, targets, records)
@@ -203,6 +211,9 @@ def restore(
 
     found = newest_good(folders, read)
     return dataclasses.replace(found.value, damaged=found.damaged)
+
+
+# Arrays
 
 
 def _as_stored(target: jax.ShapeDtypeStruct, record: ArrayRecord | None) -> jax.ShapeDtypeStruct:

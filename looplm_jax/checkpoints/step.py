@@ -61,6 +61,9 @@ class Writing:
         logging.getLogger("absl").removeFilter(_is_no_echo)
 
 
+# Listing
+
+
 def list_steps(folder: epath.Path) -> list[StepFolder]:
     """Returns every step folder below `folder`, oldest first. Each call reads the file system or the bucket.
 
@@ -81,6 +84,7 @@ def _list_steps(folder: epath.Path) -> list[StepFolder]:
         for entry, match in found
         if match and _is_folder(entry)
     ]
+    # Of two folders with the same number, the committed one comes last.
     return sorted(steps, key=lambda step: (step.step, step.committed))
 
 
@@ -113,6 +117,9 @@ def _mode(path: epath.Path) -> int | None:
         return None
 
 
+# Writing
+
+
 def start_writing(
     path: epath.Path, arrays: dict[str, Array], metadata: Metadata, *, permanent: bool, compressed: bool = True
 ) -> Writing:
@@ -128,6 +135,7 @@ def start_writing(
       compressed: whether to compress the arrays. Compression needs up to as much additional memory as the arrays;
         without it they are written from their own buffers.
     """
+    # The digests are computed here and not in the background, because the caller may donate the arrays afterwards.
     found = digests(arrays)
     records = {
         name: ArrayRecord(shape=array.shape, dtype=str(array.dtype), digest=found[name])
@@ -138,10 +146,14 @@ def start_writing(
     if _is_link(path) and jax.process_index() == 0:
         path.unlink()
 
+    # Errors are reported once, by `Writing.result`.
     logging.getLogger("absl").addFilter(_is_no_echo)
     with _context(compressed):
         response = ocp.save_checkpointables_async(path, {_ARRAYS: arrays, _SIDECAR: sidecar}, overwrite=True)
     return Writing(response=response)
+
+
+# Reading
 
 
 def read_sidecar(folder: StepFolder) -> Sidecar:
@@ -157,6 +169,7 @@ def read_sidecar(folder: StepFolder) -> Sidecar:
 
     path = folder.path / _SIDECAR / _SIDECAR_FILE
     try:
+        # Reading a named pipe would block forever.
         check_regular(path)
         value = json.loads(path.read_bytes())
     except UserError as error:
@@ -191,6 +204,9 @@ def read_arrays(
     return arrays
 
 
+# Deleting and renaming
+
+
 def delete(folder: StepFolder) -> None:
     """Removes a step. Of a symbolic link, only the link is removed.
 
@@ -211,8 +227,12 @@ def set_aside(folder: StepFolder) -> epath.Path:
     return folder.path.rename(folder.path.with_name(f"{folder.path.name}.set-aside-{number}"))
 
 
+# Orbax and the file system
+
+
 def write_failure(error: Exception, path: epath.Path) -> str | None:
     """Returns the reason why the file system or the bucket refused a write, or None if `error` is of another kind."""
+    # TensorStore gives the error code of the operating system only in its message.
     in_text = OS_ERROR.search(str(error))
     code = int(in_text[1]) if in_text else getattr(error, "errno", None)
 

@@ -63,6 +63,8 @@ class CheckpointStore:
         self._other_version: frozenset[int] = frozenset()
         self._is_abandoned = False
 
+    # Saving
+
     def save(self, step: int, state: Any, metadata: Metadata, *, permanent: bool = False) -> None:
         """Saves `state` asynchronously. Once this returns, its buffers may be donated.
 
@@ -79,6 +81,7 @@ class CheckpointStore:
           UserError: the folder contains a step that is not older.
         """
         self.wait()
+        # A run that stops right after a save, or right after it resumed, saves the same step again.
         if step == self._current:
             return
 
@@ -126,6 +129,8 @@ class CheckpointStore:
         """Waits for the last save, as `wait` does. There is nothing else to close."""
         self.wait()
 
+    # Restoring
+
     def steps(self) -> list[int]:
         """Returns the numbers of the steps committed on disk, oldest first."""
         return [folder.step for folder in self._committed()]
@@ -149,6 +154,8 @@ class CheckpointStore:
         self._damaged = frozenset(passed.step for passed in restored.damaged if not passed.other_version)
         self._other_version = frozenset(passed.step for passed in restored.damaged if passed.other_version)
         return restored
+
+    # Deleting
 
     def _committed(self) -> list[StepFolder]:
         return [folder for folder in list_steps(self._folder) if folder.committed]
@@ -190,6 +197,8 @@ class CheckpointStore:
         for folder in old + damaged:
             if jax.process_index() == 0 and (folder in damaged or not _is_permanent(folder)):
                 delete(folder)
+
+    # Errors
 
     @contextlib.contextmanager
     def _naming_failed_writes(self, step: int) -> Iterator[None]:

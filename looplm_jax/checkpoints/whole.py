@@ -82,6 +82,7 @@ def _write(path: epath.Path, whole: WholeStep) -> str | None:
     The exception is dropped because it would keep the failed arrays alive.
     """
     try:
+        # Uncompressed, because compression may need as much memory again as the arrays.
         start_writing(path, whole.arrays, whole.metadata, permanent=True, compressed=False).result()
     except Exception as error:
         reason = write_failure(error, path)

@@ -20,6 +20,9 @@ _BIND = "JAX_COORDINATOR_BIND_ADDRESS"
 _START_SECONDS = 60  # timeout of the JAX runtime, which is started only after all processes have connected
 
 
+# Flags
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Join:
     """The values of the flags about other processes.
@@ -100,6 +103,7 @@ def join(told: Join) -> Cluster:
     links, bound = _links(place)
     member = Member(place.index, place.count, links)
 
+    # From here on, the JAX runtime aborts this process when it misses another one.
     on_abort(f"process {place.index}: the JAX runtime gave up because a process was lost (see above)", LOST)
 
     try:
@@ -144,6 +148,9 @@ def _place(told: Join) -> _Place:
 _HINT = "say --coordinator, --processes and --process"
 
 
+# Rendezvous
+
+
 def _links(place: _Place) -> tuple[dict[int, Link], str | None]:
     """Returns the links to the other processes and, on process 0, the address that it binds to."""
     token = _token()
@@ -183,6 +190,9 @@ def _listener(host: str, port: int, count: int) -> socket.socket:
         raise UserError(f"{where}: {hint}") from None
 
 
+# Addresses
+
+
 def _bound(place: _Place) -> tuple[str, int]:
     """Returns the host and port on which process 0 listens.
 
@@ -191,6 +201,7 @@ def _bound(place: _Place) -> tuple[str, int]:
     them.
     """
     host, port = place.host_and_port
+    # An explicit address takes precedence.
     if own := os.environ.get(_BIND):
         place = dataclasses.replace(place, address=own)
         return place.host_and_port
@@ -200,6 +211,7 @@ def _bound(place: _Place) -> tuple[str, int]:
     except OSError:
         return host, port
 
+    # A loopback address that was given literally is meant literally.
     literal = host == "localhost" or host in found
     only_here = all(str(address).startswith("127.") or address == "::1" for address in found)
     return ("" if only_here and not literal else host), port

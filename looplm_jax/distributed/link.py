@@ -45,6 +45,7 @@ class Link:
         The other end may be an unrelated program, so the number of bytes and the total time are bounded, however slowly
         the bytes arrive.
         """
+        # Invalid JSON and JSON that is nested too deep are not from a process of this run.
         try:
             return json.loads(self._first_line(time.monotonic() + seconds))
         except (OSError, ValueError, RecursionError):
@@ -55,6 +56,7 @@ class Link:
         threading.Thread(target=self._beat, daemon=True).start()
         try:
             while line := self._lines.readline(_LONGEST_MESSAGE):
+                # A heartbeat is a line with null.
                 if line != b"null\n":
                     yield json.loads(line)
         except TimeoutError:
@@ -70,6 +72,7 @@ class Link:
         """Whether the other end has closed the connection, as far as this can be detected without consuming data."""
         waiting = select.poll()
         waiting.register(self._connection, select.POLLIN)
+        # MSG_PEEK does not consume data. An empty result is an end of file.
         try:
             return bool(waiting.poll(0)) and self._connection.recv(1, socket.MSG_PEEK) == b""
         except OSError:
@@ -89,6 +92,7 @@ class Link:
     def close(self) -> None:
         """Closes the connection. The other end receives an end of file."""
         self._closed.set()
+        # A shutdown wakes a thread that is blocked in a read.
         with contextlib.suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)
         self._connection.close()

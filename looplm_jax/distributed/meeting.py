@@ -20,6 +20,9 @@ _CONNECT_SECONDS = 10.0
 _MOST_STRANGERS = 256  # the maximum number of unidentified connections
 
 
+# Process 0
+
+
 class Meeting:
     """The rendezvous on process 0. Each connection is greeted in its own thread, so a silent one delays no other.
 
@@ -46,6 +49,7 @@ class Meeting:
         news = _News(patience)
 
         while missing := self._missing():
+            # The listener has a short timeout, so that disconnected processes and the time limit are noticed.
             with contextlib.suppress(
                 TimeoutError, ConnectionError
             ):  # ConnectionError: an unrelated client has disconnected already
@@ -84,6 +88,7 @@ class Meeting:
         link = Link(connection)
         try:
             match link.receive(_GREETING_SECONDS):
+                # A boolean is an int in Python, but not a process index.
                 case [str(token), int(index), *details] if self._knows(token) and not isinstance(index, bool):
                     self._arrive(link, index, details)
                 case _:
@@ -117,6 +122,7 @@ class Meeting:
                 self._links[index] = link
                 self._complete = len(self._links) == self._count - 1
 
+        # Refused outside the lock, because sending may block.
         if before is not None:
             where = " and ".join(sorted({before.host, link.host}))
             _refuse(before, f"two processes were started as --process {index} (on {where})")
@@ -135,6 +141,9 @@ class Meeting:
             for link in self._links.values():
                 link.send(["refused", message])
                 link.close()
+
+
+# Other processes
 
 
 def reach(
@@ -195,6 +204,9 @@ class _News:
         if due:
             self._last = time.monotonic()
         return due
+
+
+# Messages
 
 
 def _refuse(link: Link, message: str) -> None:

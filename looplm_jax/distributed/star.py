@@ -45,8 +45,11 @@ class Member:
         for receiver in self._receivers:
             receiver.start()
 
+    # Gathering
+
     def gather(self, name: str, value: Any) -> list[Any]:
         """Returns the value of every process; see `Cluster.gather`."""
+        # Calls with the same name are numbered, and the n-th calls of all processes belong together.
         with self._changed:
             number = self._rounds[name]
             self._rounds[name] += 1
@@ -88,6 +91,8 @@ class Member:
         if not self._leaving:
             self._end_without(peer)
 
+    # Ending
+
     def _end_without(self, peer: int) -> NoReturn:
         """Ends all processes because `peer` is lost.
 
@@ -112,6 +117,7 @@ class Member:
         values = [votes[index] for index in range(self.count)]
         self._leaving |= name == _LEAVE
 
+        # Sent outside the lock, because sending may block.
         for link in self._links.values():
             link.send(["result", name, number, values])
         self._keep(name, number, values)
@@ -128,6 +134,7 @@ class Member:
 
         Process 0 first notifies the others and waits until they have exited.
         """
+        # From here on, a closed link does not mean that a process was lost.
         self._leaving = True
         others = {peer: link for peer, link in self._links.items() if peer != origin}
 

@@ -18,6 +18,9 @@ from looplm_jax.halting.signals import Needs, Signals
 _MOST_LOOPS = 2**31 - 1
 
 
+# Policies
+
+
 @runtime_checkable
 class ExitPolicy(Protocol):
     """Decides after each loop which tokens exit. Every token exits at the last loop, whatever the policy."""
@@ -108,6 +111,7 @@ class Bounded:
 
     def _merge(self) -> None:
         """Merges these bounds with those of the policy into one lower and one upper bound."""
+        # The smaller upper bound applies, raised to the outer lower bound if necessary.
         ceilings = [most for most in (self.max_loops, self.policy.max_loops) if most is not None]
         ceiling = max(min(ceilings), self.min_loops) if ceilings else None
         # The dataclass is frozen.
@@ -162,6 +166,9 @@ class Custom:
             )
 
         return jnp.asarray(leaves)
+
+
+# Helpers
 
 
 def between(

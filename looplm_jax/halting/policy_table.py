@@ -139,6 +139,9 @@ class PolicyTable:
 _with_row = jax.jit(PolicyTable.with_row)
 
 
+# Policies as arrays
+
+
 def _unbounded(policy: ExitPolicy) -> ExitPolicy:
     """Returns the policy inside bounds."""
     return policy.policy if isinstance(policy, Bounded) else policy

@@ -15,6 +15,8 @@ from looplm_jax.errors import UserError
 from looplm_jax.halting.policies import check_count, required
 from looplm_jax.halting.signals import Needs, Signals
 
+# Changes between loops
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _SmallChange:
@@ -57,6 +59,7 @@ class RelativeHiddenDifference(_SmallChange):
     def change(self, signals: Signals) -> Float[Array, "*B"]:
         """Returns `||h_t - h_{t-1}||_2 / ||h_t||_2`."""
         hidden = _hidden(signals)
+        # The maximum avoids a division by zero.
         return _norm(hidden - _previous_hidden(signals)) / jnp.maximum(_norm(hidden), jnp.finfo(jnp.float32).tiny)
 
 
@@ -80,6 +83,9 @@ class EntropyChange(_SmallChange):
         """Returns `|H(p_t) - H(p_{t-1})|`."""
         log_p, log_previous = _log_probs(signals), _previous_log_probs(signals)
         return jnp.abs(_expectation(log_p, log_p) - _expectation(log_previous, log_previous))
+
+
+# Predictions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,6 +140,9 @@ class Margin:
         others = jnp.where(jnp.arange(log_p.shape[-1]) == best, -jnp.inf, log_p)
         lead = jnp.exp(jnp.max(log_p, axis=-1)) - jnp.exp(jnp.max(others, axis=-1))
         return lead >= self.margin
+
+
+# Values in float32
 
 
 def _hidden(signals: Signals) -> Float[Array, "*B D"]:

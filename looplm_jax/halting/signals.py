@@ -100,6 +100,7 @@ class LoopMemory:
         else:
             logits = logits.astype(jnp.float32)
             prediction = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+            # At loop 1 the previous prediction is a placeholder.
             unchanged = jnp.where((prediction == self.prediction) & (loop > 1), self.unchanged + 1, 0)
 
         return Signals(

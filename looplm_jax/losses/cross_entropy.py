@@ -80,6 +80,9 @@ def weighted_token_losses(
     return total, jax.lax.stop_gradient(losses)
 
 
+# Gradients in the forward pass
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _weighted(hidden: Array, head: Array, targets: Array, weights: Array, chunk: int) -> tuple[Array, Array]:
     """Returns the weighted sum and the token losses; without differentiation no gradients are computed."""
@@ -140,6 +143,9 @@ def _weighted_backward(chunk: int, saved: tuple[Array, Array, Array], cotangents
 _weighted.defvjp(_weighted_forward, _weighted_backward)
 
 
+# Logits of a chunk
+
+
 def _logits(states: Float[Array, "B C D"], head: Float[Array, "D V"]) -> Float[Array, "B C V"]:
     """Returns logits in float32 from a product in the dtype of the states."""
     return jnp.einsum("bcd,dv->bcv", states, head.astype(states.dtype), preferred_element_type=jnp.float32)
@@ -157,6 +163,9 @@ def _cross_entropy(logits: Float[Array, "B C V"], labels: Int[Array, "B C"]) -> 
     """Returns `logsumexp(logits) - logits[label]`."""
     at_target = jnp.sum(jnp.where(_is_target(logits, labels), logits, 0.0), axis=-1)
     return jax.nn.logsumexp(logits, axis=-1) - at_target
+
+
+# Chunks
 
 
 def _over_chunks(

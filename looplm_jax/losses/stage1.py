@@ -99,6 +99,7 @@ def _finish(
     log_prior: Float[Array, "T"] | None,
 ) -> tuple[Float[Array, ""], Stage1Metrics]:
     """Adds the regularization term and computes the metrics."""
+    # `expected` is passed in, because its gradient may be computed together with the logits.
     pdf = jnp.exp(log_pdf)
     mean_entropy = jnp.sum(entropy(log_pdf) * weights)
     regulariser = -mean_entropy if log_prior is None else jnp.sum(kl_divergence(log_pdf, log_prior) * weights)

@@ -55,6 +55,7 @@ def stage2(
     gain = jnp.maximum(0.0, losses[:-1] - losses[1:])
     go_on = jax.nn.sigmoid(k * (gain - gamma))
 
+    # Gains are those of loops 2..T. They train the gates 2..T as printed, or 1..T-1 when looking ahead.
     logits = gate_logits.astype(jnp.float32)
     logits = logits[1:] if target is GateTarget.AS_PRINTED else logits[:-1]
 

@@ -61,13 +61,16 @@ def attend(
     """
     batch, length, num_heads, head_dim = queries.shape
     num_kv_heads = keys[0].shape[2]
+    # [B, Q, K, G, Dh]: G query heads share each key head.
     grouped = (queries * head_dim**-0.5).reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
 
+    # [B, K, G, Q, C], with the blocks of keys concatenated along C.
     scores = jnp.concatenate([_scores(grouped, block, mask) for block, mask in zip(keys, masks, strict=True)], axis=-1)
     weights = jax.nn.softmax(scores, axis=-1).astype(queries.dtype)
 
     sizes = [block.shape[1] for block in values]
     starts = [sum(sizes[:index]) for index in range(1, len(sizes))]
+    # The weights are split again, so that each block of values is used in place.
     parts = jnp.split(weights, starts, axis=-1)
 
     mixed = [jnp.einsum("bkgqc,bckd->bqkgd", part, block) for part, block in zip(parts, values, strict=True)]

@@ -29,6 +29,9 @@ _SAVED = {
 }
 
 
+# Inputs of a layer
+
+
 @flax.struct.dataclass
 class KeyValues:
     """Keys (after rotary embedding) and values. In those of a stack, the layer axis is first."""
@@ -112,6 +115,9 @@ def make_context(
         past_mask=past_mask,
         kernel=kernel,
     )
+
+
+# Parameters and projections
 
 
 def parameter(
@@ -202,6 +208,9 @@ def _cpu_product_backward(contracted: int, saved: tuple[Array, Array], cotangent
 
 
 _cpu_product.defvjp(_cpu_product_forward, _cpu_product_backward)
+
+
+# Layers
 
 
 class Attention(nn.Module):
@@ -336,6 +345,7 @@ class Stack(nn.Module):
             check_constancy_invariants=False,  # layers share nothing, and the check would trace them twice
         )
 
+        # Only `past` needs the index of the layer.
         numbers = None if past is None else jnp.arange(self.length)
         return layers(self.config, return_cache, name="layers")(x, numbers, past, context)
 
@@ -363,6 +373,9 @@ def _one_tree_a_layer(stacked: dict[str, Any]) -> dict[str, Any]:
     """Returns one tree of parameters per layer from stacked parameters."""
     length = jax.tree.leaves(stacked)[0].shape[0]
     return {f"layer_{number}": jax.tree.map(lambda x, at=number: x[at], stacked) for number in range(length)}
+
+
+# Rematerialization
 
 
 def _rematted(remat: Remat) -> type[Block]:

@@ -229,6 +229,7 @@ class LoopLM(nn.Module):
         state, core_cache = self.core(self._inject(state, embedded), context, core_past, return_cache)
         state = self.norm(state)
 
+        # The coda reads the state; the next loop starts from the state before the coda.
         hidden, coda_cache = state, None
         if self.config.coda_layers:
             hidden, coda_cache = self.coda(state, context, coda_past, return_cache)
@@ -260,6 +261,9 @@ class ExitGate(nn.Module):
         weight = parameter(self, "kernel", normal, ("embed_in",), (hidden.shape[-1],))
         bias = parameter(self, "bias", nn.initializers.zeros, ("norm",), (1,))
         return hidden.astype(jnp.float32) @ weight.astype(jnp.float32) + bias[0].astype(jnp.float32)
+
+
+# Computation
 
 
 def compute_dtype(compute: ComputeConfig) -> jnp.dtype:
@@ -295,6 +299,9 @@ def copy_dtypes(model: LoopLM) -> PyTree:
         name: jax.tree.map(lambda _, own=matrices if name in _IN_PRODUCTS else jnp.float32: jnp.dtype(own), group)
         for name, group in nn.meta.unbox(boxed_shapes(model.config)).items()
     }
+
+
+# Parameters
 
 
 def head_matrix(params: Params, config: ModelConfig) -> Float[Array, "D V"]:

@@ -41,6 +41,7 @@ def on_each_device(
         return jax.tree.map(lambda names: _along(devices, names), axes, is_leaf=_is_axes)
 
     def local(*arguments: PyTree) -> tuple[R, PyTree]:
+        # Logical constraints inside may not use the axes that are manual here.
         with nn.logical_axis_rules(free_rules()):
             return function(*arguments)
 

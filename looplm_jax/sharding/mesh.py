@@ -40,6 +40,9 @@ LOGICAL_AXIS_RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
 Axes = PartitionSpec | Sequence[str | None]  # logical axes of an array; None for an axis that is not sharded
 
 
+# Meshes
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns the mesh that `config` describes.
 
@@ -75,6 +78,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         return Mesh(grid, tuple(sizes), axis_types=axis_types)
 
     return jax.make_mesh(shape, tuple(sizes), axis_types=axis_types, devices=devices)
+
+
+# Checks
 
 
 def check_divides(mesh: Mesh, model: ModelConfig) -> None:
@@ -115,6 +121,9 @@ def check_sequence(mesh: Mesh, length: int, where: str) -> None:
             f"{where}.sequence_length={length} does not divide over {shares} devices; "
             f"use a multiple of {shares}, or another {where}.context"
         )
+
+
+# Shardings
 
 
 @contextlib.contextmanager

@@ -34,6 +34,7 @@ def place_rows(own: np.ndarray, mesh: Mesh, rows: int) -> Array:
     held = process_rows(mesh, rows)
 
     def shard(index: Any) -> np.ndarray:
+        # `index` is the global slice of one device, `place` its start among the sequences of this process.
         first, after, _ = index[1].indices(rows)
         place = held.index(first)
         return own[index[0], place : place + after - first, index[2]]

@@ -35,6 +35,7 @@ def on_own_tokens(function: F, inputs: tuple[Axes, ...], outputs: Axes) -> F:
         specs = tuple(partition(*axes) for axes in inputs)
         if not all(divides(array.shape, spec) for array, spec in zip(arrays, specs, strict=True)):
             return function(*arrays)
+
         mapped = jax.shard_map(
             local,
             in_specs=specs,
@@ -48,5 +49,6 @@ def on_own_tokens(function: F, inputs: tuple[Axes, ...], outputs: Axes) -> F:
         own, sums = function(*arrays)
         return own, jax.lax.psum(sums, devices)
 
+    # Read when the function is wrapped, in the mesh and the local region of the caller.
     devices = token_axes()
     return whole if devices else function  # type: ignore[return-value]

@@ -1,4 +1,8 @@
-"""Loss and gradients of a batch: over its microbatches, and over the devices that share each of them."""
+"""Loss and gradients of a batch, accumulated over its microbatches and reduced over devices.
+
+Either the compiler decides where gradients are summed over devices, which is in every loop of the model, or each device
+accumulates its own gradients and they are reduced once per microbatch or step (`compute.reduce`).
+"""
 
 import functools
 from collections.abc import Callable
@@ -28,16 +32,30 @@ class DeviceBatch:
 
 
 Variables: TypeAlias = dict[str, Params]
-Sums: TypeAlias = tuple[Float[Array, ""], Stage1Metrics]  # over some tokens, divided by the number of all
-# The loss and metrics of a microbatch `[B, S]`: its sums, divided by the tokens that the whole batch learns from.
+# Sums over some tokens, divided by the number of unmasked tokens of the batch.
+Sums: TypeAlias = tuple[Float[Array, ""], Stage1Metrics]
+
+# A function of variables, a microbatch `[B, S]` and the number of unmasked tokens of the whole batch.
 LossOf: TypeAlias = Callable[[Variables, DeviceBatch, Float[Array, ""]], Sums]
 
 
 def loss_and_gradients(
     loss_of: LossOf, model: LoopLM, moving: Params, frozen: Params, batch: DeviceBatch
 ) -> tuple[Sums, Params]:
-    """Returns loss and metrics of a batch, means over its unmasked tokens, and the gradients of `moving`."""
+    """Returns the loss, metrics and gradients of a batch.
+
+    Args:
+      loss_of: returns the loss and metrics of a microbatch.
+      model: the model.
+      moving: the parameters to differentiate, by top-level group.
+      frozen: the other parameters.
+      batch: the batch.
+
+    Returns:
+      Loss and metrics as means over unmasked tokens, and the gradients of `moving`.
+    """
     count = jnp.sum(batch.loss_mask, dtype=jnp.float32)
+
     match when_reduced(model.compute):
         case Reduce.LOOP:
             return _reduced_by_the_compiler(loss_of, model, moving, frozen, batch, count)
@@ -46,18 +64,21 @@ def loss_and_gradients(
 
 
 def when_reduced(compute: ComputeConfig) -> Reduce:
-    """Returns when gradients are summed over the devices of the mesh in use; never `auto`."""
+    """Returns when gradients are summed over the devices of the current mesh; never `auto`."""
     mesh = jax.sharding.get_abstract_mesh()
     if all(mesh.shape[axis] == 1 for axis in token_axes()):
-        return Reduce.LOOP  # there is one device, or none that has tokens of its own
+        return Reduce.LOOP  # all devices have the same tokens: nothing to reduce
+
     if compute.reduce is not Reduce.AUTO:
         return compute.reduce
+
     return Reduce.STEP if mesh.shape["fsdp"] * mesh.shape["context"] == 1 else Reduce.LOOP
 
 
 def _reduced_by_the_compiler(
     loss_of: LossOf, model: LoopLM, moving: Params, frozen: Params, batch: DeviceBatch, count: Float[Array, ""]
 ) -> tuple[Sums, Params]:
+    """Computes gradients with global arrays; the compiler inserts the reductions."""
     copies = gather_stacks(model, {**frozen, **moving}) if model.compute.gather is Gather.PER_STEP else {}
 
     def of_microbatch(microbatch: DeviceBatch) -> tuple[Sums, Params]:
@@ -78,17 +99,26 @@ def _reduced_once(
     batch: DeviceBatch,
     count: Float[Array, ""],
 ) -> tuple[Sums, Params]:
-    """Gradients add up on each device, in the place that one array has, until they are summed over all devices."""
+    """Computes gradients in a local region: each device accumulates its own, and one reduction sums them.
+
+    The parameters that the model receives are zeros: their values are not read, because the model uses the all-gathered
+    copies (`models.gathered`), and only their gradients matter.
+    """
     axes, dtypes = parameter_axes(model.config), copy_dtypes(model)
+
+    # Gradients of a single microbatch have the dtype of the products; sums over microbatches need float32.
     sums_in = jax.tree.map(lambda own: own if when is Reduce.MICROBATCH else jnp.dtype(jnp.float32), dtypes)
 
     def on_device(params: Params, batch: DeviceBatch, count: Array) -> tuple[Sums, Params]:
         copies = jax.tree.map(lambda shard, dtype, names: gather(shard.astype(dtype), names), params, dtypes, axes)
 
         def reduced(batch: DeviceBatch) -> tuple[Sums, Params]:
-            # Zeros of this batch: those of all would be one more array of the size of the parameters, to copy from.
+            # The barrier makes the zeros depend on the batch. Otherwise they would be one more array of the size of the
+            # parameters that is shared by all microbatches and copied.
             zero, _ = jax.lax.optimization_barrier((jnp.zeros(()), batch.tokens))
             zeros = jax.tree.map(functools.partial(_filled, zero), copies, sums_in, axes)
+
+            # The pullback adds to these references in place, so there is one array per parameter for all microbatches.
             accumulators = jax.tree.map(jax.new_ref, {name: zeros[name] for name in moving})
 
             def of_microbatch(microbatch: DeviceBatch) -> Sums:
@@ -115,6 +145,7 @@ def _reduced_once(
 
 
 def _filled(value: Float[Array, ""], like: Array, dtype: jnp.dtype, axes: PyTree) -> Array:
+    """Returns an array like `like` that is filled with a traced value, in another dtype."""
     return nn.with_logical_constraint(jnp.broadcast_to(value.astype(dtype), like.shape), axes)
 
 

@@ -62,6 +62,7 @@ def is_sound(
 ) -> Bool[Array, ""]:
     """Whether loss and gradient are finite and, once the window is full, the loss does not exceed its limit."""
     finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
+    # Until the window is full there is no limit.
     return finite & ((state.accepted < state.losses.shape[0]) | (loss <= spike_limit(config, state.losses)))
 
 
@@ -72,6 +73,7 @@ def spike_limit(config: GuardConfig, losses: Float[Array, "W"]) -> Float[Array, 
     `sigma` standard deviations and twice the distance from the mean to the highest of them.
     """
     window = losses.shape[0]
+    # Of a small window at most a quarter is excluded.
     aside = min(math.ceil(window / _ONE_IN), window // 4)
 
     usual = jnp.sort(losses)[: window - aside]
@@ -81,6 +83,7 @@ def spike_limit(config: GuardConfig, losses: Float[Array, "W"]) -> Float[Array, 
 
 def update_guard(state: GuardState, loss: Float[Array, ""], sound: Bool[Array, ""]) -> GuardState:
     """Returns the state after an accepted or a skipped step."""
+    # Of consecutive skipped losses only the first enters the window.
     learned = jnp.isfinite(loss) & (sound | (state.skipped_in_a_row == 0))
 
     slot = state.accepted % state.losses.shape[0]

@@ -19,6 +19,9 @@ from looplm_jax.training.tensorboard import open_events
 TRAIN, EVALUATION = "train", "evaluation"  # kinds of lines
 
 
+# Destinations
+
+
 @runtime_checkable
 class EventSink(Protocol):
     """An additional destination of scalars, besides `metrics.jsonl`."""
@@ -162,6 +165,9 @@ def open_log(
         yield log
 
 
+# Reading
+
+
 def _warn_on_stderr(line: str) -> None:
     print(f"looplm: {line}", file=sys.stderr)
 
@@ -188,6 +194,9 @@ def read_metrics(folder: AnyPath, *, warn: Callable[[str], None] = _warn_on_stde
         more = f", and {len(damaged) - 1} more" if len(damaged) > 1 else ""
         warn(f"warning: {path}:{damaged[0]}{more}: not a line of metrics; left out")
     return [row for row in rows if row is not None]
+
+
+# Values
 
 
 def as_values(metrics: StepMetrics) -> dict[str, Any]:

@@ -96,6 +96,9 @@ class Owner:
         return f"process {self.pid} on {self.host}"
 
 
+# Owning a folder
+
+
 @contextlib.contextmanager
 def own(folder: AnyPath) -> Iterator[Ownership]:
     """A context manager that creates the run folder if necessary and keeps other processes from training in it.
@@ -112,6 +115,7 @@ def own(folder: AnyPath) -> Iterator[Ownership]:
         try:
             yield owned
         finally:
+            # The heartbeat ends before the ownership is released.
             beating.set()
             thread.join()
 
@@ -178,6 +182,9 @@ def _own_object(folder: AnyPath) -> Iterator["_ObjectOwnership"]:
         owned.release()
 
 
+# Heartbeats
+
+
 class _LocalOwnership:
     """Ownership of a local folder, by a lock on `owner.json`."""
 
@@ -209,6 +216,7 @@ class _LocalOwnership:
     def _write(self) -> None:
         self._owner = dataclasses.replace(self._owner, heartbeat=time.time())
         content = _content(self._owner)
+        # Overwritten before it is truncated, so that readers never find an empty file.
         os.pwrite(self._handle, content, 0)
         os.ftruncate(self._handle, len(content))
 
@@ -253,6 +261,9 @@ def _beat(owned: "_LocalOwnership | _ObjectOwnership", ended: threading.Event) -
         owned.beat()
 
 
+# Errors
+
+
 def _held_elsewhere(holder: Owner, folder: AnyPath, path: AnyPath) -> HeldElsewhereError:
     seconds = max(0.0, time.time() - holder.heartbeat)
     return HeldElsewhereError(
@@ -266,6 +277,9 @@ def _lost(folder: AnyPath) -> UserError:
         f"{folder} was moved, removed or taken over by another process while this one trained in it; nothing more is "
         "written, and the steps since the last save are lost; put the folder back, and the same command resumes"
     )
+
+
+# The owner file
 
 
 def _is_same_file(path: Path, handle: int) -> bool:
@@ -301,6 +315,9 @@ def _read_object(path: AnyPath) -> Owner | None:
         return _parse(path.read_bytes())
     except FileNotFoundError:
         return None
+
+
+# Identity of a process
 
 
 def _boot_id() -> str:

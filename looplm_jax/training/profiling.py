@@ -48,6 +48,7 @@ class Profiler:
         if self._steps is not None and not self.traced and self._steps.first <= step <= self._steps.last:
             self._running = self.traced = True
             if not isinstance(self._folder, Path):
+                # The trace is written to a local folder and copied to the bucket at its end.
                 self._staging = tempfile.TemporaryDirectory()
             jax.profiler.start_trace(self._folder if self._staging is None else self._staging.name)
 

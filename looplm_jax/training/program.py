@@ -26,6 +26,8 @@ from looplm_jax.sharding import (
 from looplm_jax.training.state import TrainState, abstract_state
 from looplm_jax.training.step import DeviceBatch, StepMetrics, make_train_step
 
+# Programs
+
 
 def stage_mesh(recipe: Recipe, stage: Stage, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns the mesh of a stage over `devices`, by default all devices.
@@ -115,6 +117,9 @@ def lower_step(
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(placed, NamedSharding(mesh, PartitionSpec())))
     with use_mesh(mesh):
         return jitted.lower(state, abstract_batch(stage, mesh))
+
+
+# Batches
 
 
 def abstract_batch(stage: Stage, mesh: Mesh) -> DeviceBatch:

@@ -56,6 +56,7 @@ class Reader:
         """Reads the next batch. Returns None, or the reason if the read fails after all retries."""
         for attempt, wait in enumerate((*self._waits, None)):
             try:
+                # A retry reopens the stream, because a failed source may have left it in an undefined state.
                 if attempt:
                     self._reopen()
                 self._ahead = next(self._batches)

@@ -121,6 +121,7 @@ def train(
     console = console or progress_console()
     watch = Stopwatch()
 
+    # Steps 1 and 2 of the order above: refuse the wrong folder, then own it.
     folder = check_folder(out, recipe)
     check_same(cluster, "configuration", {**to_dict(recipe), "out": str(folder.path)})
 
@@ -129,18 +130,21 @@ def train(
         for note in settings_without_effect(recipe):
             console.print(note)
 
+        # Steps 3 to 6, in a thread, so that a stop signal is noticed.
         stop = Agreement(cluster, request)
         try:
             setup = stop.run(lambda: prepare(recipe, folder, console, cluster, watch))
         except Stopped as stopped:
             return Outcome(folder=folder, step=_newest_step(folder), skipped=0, stopped_by=stopped.signal)
 
+        # Step 7.
         check_same(cluster, "data", identities(setup))
 
         saver = Saver(setup.store, cluster)
         if cluster.count == 1:  # with several processes, closing would wait for others that may have ended
             closing.push(_closed(setup.store, console))
 
+        # Step 8.
         position = setup.position
         step = int(position.state.step)
         progress = closing.enter_context(TrainingProgress(console, total_steps=recipe.total_steps, step=step))
@@ -158,6 +162,7 @@ def train(
             profiler=profiler,
             evaluate=evaluate,
         )
+        # Step 9.
         end = _train_stage(run, position)
 
         while end.stopped_by is None and position.stage + 1 < len(recipe.stages):
@@ -166,6 +171,7 @@ def train(
             position = Position(state=state, stage=stage, data_state=None)
             end = _train_stage(run, position)
 
+        # The last save must succeed. Earlier refusals are only reported.
         saver.finish()
         refused = saver.news()
         if refused is not None:
@@ -200,6 +206,9 @@ def _owned(folder: RunFolder, recipe: Recipe, closing: contextlib.ExitStack) -> 
     ownership = closing.enter_context(own(folder.path))
     check_folder(folder.path, recipe)
     return ownership
+
+
+# Stages
 
 
 def _train_stage(run: _Run, position: Position) -> _StageEnd:
@@ -273,6 +282,9 @@ def _train_stage(run: _Run, position: Position) -> _StageEnd:
             ) from None
 
 
+# Data
+
+
 def _open_reader(run: _Run, position: Position) -> Reader:
     """Opens the batches of a stage, at the saved position if the run stopped inside this stage."""
     setup = run.setup
@@ -313,6 +325,9 @@ def _held_out(run: _Run, index: int) -> ValidationBatches | None:
     )
 
 
+# Evaluation and saving
+
+
 def _evaluate(
     run: _Run, mesh: Mesh, model: LoopLM, state: TrainState, step: int, held_out: ValidationBatches | None
 ) -> None:
@@ -347,6 +362,9 @@ def _save(run: _Run, stage: Stage, state: TrainState, step: int, reader: Reader,
     run.log.flush()
     run.saver.save(step, state, metadata, permanent=permanent)
     run.watch.charge(Activity.SAVE)
+
+
+# Reporting
 
 
 def _complain(run: _Run, stage: Stage, step: int) -> None:

@@ -53,6 +53,7 @@ class Saver:
 
         job = Job(lambda: _reason(work))
         ended = [False]
+        # The processes exchange their results until all have saved or one of them was refused.
         while not all(ended) and self._refused is None:
             job.wait(_POLL_SECONDS)
             said = self._cluster.gather("save", [job.ended, job.result() if job.ended else None])

@@ -89,6 +89,7 @@ def prepare(
     """
     watch = watch or Stopwatch()
 
+    # Whatever does not fit is refused before anything is written.
     meshes = tuple(stage_mesh(recipe, stage) for stage in recipe.stages)
     corpora = _open_corpora(recipe, console)
     models = tuple(LoopLM(recipe.model_of(stage), recipe.compute) for stage in recipe.stages)
@@ -104,6 +105,7 @@ def prepare(
             claim_folder(folder, recipe)
         return run_tokenizer(recipe, _speaking(corpora), folder, console, inherited)
 
+    # Process 0 writes the recipe and trains a missing tokenizer, which the other processes then read.
     tokenizer = first_on_process_0(cluster, "folder", own_folder)
     _report_pieces_left_out(recipe, corpora, tokenizer, console)
 
@@ -131,6 +133,9 @@ def identities(setup: Setup) -> dict[str, Any]:
     documents = {stage.name: corpus.digest for stage, corpus in zip(setup.recipe.stages, setup.corpora, strict=True)}
     place = [int(setup.position.state.step), setup.position.stage]
     return {"documents": documents, "tokenizer": setup.tokenizer.fingerprint, "position": place}
+
+
+# Data and tokenizer
 
 
 def _open_corpora(recipe: Recipe, console: Console) -> tuple[Corpus, ...]:
@@ -194,6 +199,9 @@ def _inherited(recipe: Recipe, folder: RunFolder, start: Start | None) -> Tokeni
 
     metadata = read_metadata(str(folder.checkpoints))
     return deserialize(metadata.tokenizer_kind, metadata.tokenizer)
+
+
+# State
 
 
 def _first_state(recipe: Recipe, model: LoopLM, mesh: Mesh, start: Start | None, console: Console) -> TrainState:

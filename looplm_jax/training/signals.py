@@ -64,6 +64,7 @@ class StopRequest:
         The process must then exit without waiting for that thread.
         """
         job = Job(function)
+        # The main thread waits in short intervals, so that it can react to a signal.
         while not job.ended:
             job.wait(_POLL_SECONDS)
             self.check()
@@ -71,6 +72,8 @@ class StopRequest:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         del frame
+
+        # Ctrl-C after any stop signal ends the process immediately.
         if self._received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._received = number

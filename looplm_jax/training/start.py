@@ -20,7 +20,7 @@ from looplm_jax.errors import UserError
 from looplm_jax.models.looplm import LoopLM, Params
 from looplm_jax.training.state import TrainState, abstract_state, state_around
 
-_NO_SHAPE = ("loops", "rope_theta", "norm_eps", "max_positions", "init_std")
+_NO_SHAPE = ("loops", "rope_theta", "norm_eps", "max_positions", "init_std")  # do not change the shapes of parameters
 _OPTIMIZER = "optimizer"
 
 
@@ -89,6 +89,9 @@ def check_shape(origin: str, ours: ModelConfig, theirs: ModelConfig) -> None:
         raise UserError(
             f"{origin} holds a model of another shape ({'; '.join(differing)} there); type {flags}, or start elsewhere"
         )
+
+
+# Reading
 
 
 def _from_checkpoint(recipe: Recipe, model: LoopLM, mesh: Mesh) -> Start:

@@ -56,6 +56,7 @@ def split_params(params: Params, trainable: Sequence[str]) -> tuple[Params, Para
     if unknown:
         raise UserError(f"no parameter group {unknown[0]!r} to train{suggest(unknown[0], params)}")
 
+    # An empty selection trains all groups.
     groups = set(trainable) or set(params)
     moving = {name: value for name, value in params.items() if name in groups}
     return moving, {name: value for name, value in params.items() if name not in groups}
@@ -72,6 +73,9 @@ def _around(params: Params, recipe: Recipe, stage: Stage) -> TrainState:
         # Key 0 initializes the parameters (see `initial_state`); key 1 is for random choices during training.
         key=jax.random.key_data(jax.random.fold_in(seeded_key(recipe.seed), 1)),
     )
+
+
+# The first state
 
 
 def abstract_state(recipe: Recipe, model: LoopLM, stage: Stage, mesh: Mesh) -> TrainState:
@@ -116,6 +120,9 @@ def _initializer(config: ModelConfig, mesh: Mesh) -> Callable[[UInt32[np.ndarray
         return nn.meta.unbox(boxed_params(LoopLM(config), from_raw(raw)))
 
     return jax.jit(make, out_shardings=placed)
+
+
+# The next stage
 
 
 def enter_stage(state: TrainState, recipe: Recipe, model: LoopLM, index: int, mesh: Mesh) -> TrainState:

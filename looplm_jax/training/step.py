@@ -84,6 +84,7 @@ def make_train_step(recipe: Recipe, model: LoopLM, stage: Stage, *, first_step: 
         has_targets = jnp.any(batch.loss_mask != 0)
         sound = is_sound(recipe.guard, state.guard, loss, norm)
         guard = _choose(has_targets, update_guard(state.guard, loss, sound), state.guard)
+        # A skipped step keeps the old parameters and optimizer state.
         applied = sound & has_targets
 
         next_state = dataclasses.replace(
@@ -110,6 +111,9 @@ def make_train_step(recipe: Recipe, model: LoopLM, stage: Stage, *, first_step: 
 def is_logged(recipe: Recipe, step: int | Int[Array, ""]) -> bool | Bool[Array, ""]:
     """Whether the metrics of a step, counted from 1, are logged."""
     return (step % recipe.log_every == 0) | (step == recipe.total_steps)
+
+
+# Objectives
 
 
 def _expected_loss(
@@ -202,6 +206,9 @@ def _last_loss(
         mean_exit_loop=loops * last.mean_exit_loop,
     )
     return loss, exits
+
+
+# Helpers
 
 
 def _head(model: LoopLM, variables: Variables) -> Float[Array, "D V"]:

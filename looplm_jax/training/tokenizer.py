@@ -33,6 +33,7 @@ def run_tokenizer(
       UserError: its vocabulary is not that of the model, it differs from the inherited one, or there is too little data
         to train one.
     """
+    # The tokenizers of the corpus, of `data.tokenizer` and of the initial checkpoint must agree if there are several.
     tokenizer = corpus.own_tokenizer
     if tokenizer is not None and recipe.data.tokenizer:
         _check_own(recipe, corpus, tokenizer)
