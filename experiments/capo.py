@@ -17,8 +17,7 @@ eps 1e-6, learning rate 1e-3, weight decay 0.02, warm-up 1,000, cosine to a tent
 * The order of the sentences. The pronoun counts at its first occurrence; the company's city does not count, since it
   follows from the company.
 * The tokenizer is the task's own, with 315 symbols: GPT-2's 50,257 would be most of the parameters of such models.
-  Pools
-  and templates are our own text.
+  Pools and templates are our own text.
 
 At `paper` the largest cell, N = 500K on 12⊗4, sees 2.8e10 tokens and takes 2.8e19 operations. At `cpu` the learning
 rate and the initial matrices are larger, as a width of 32 requires, and batches are small: 2 sequences instead of 8

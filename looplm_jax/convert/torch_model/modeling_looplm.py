@@ -438,8 +438,8 @@ class OuroModel(OuroPreTrainedModel):
 
         real = real_tokens(attention_mask, past + new)
 
-        # Positions: given by the caller, or counted over the real tokens. Packed documents need both mask and cache
-        # absent.
+        # Positions are given by the caller, or counted over the real tokens. Packed documents are recognized by their
+        # positions, only without a mask and without cached tokens.
         documents = None
         if position_ids is None:
             columns = torch.arange(past + new, device=state.device)[None] if real is None else real.cumsum(-1) - 1

@@ -1,4 +1,4 @@
-r"""The command line of lm-evaluation-harness, with the model `looplm` and the tasks of this package registered.
+"""The command line of lm-evaluation-harness, with the model `looplm` and the tasks of this package registered.
 
     python -m looplm_jax.evaluation.harness run --model looplm --model_args checkpoint=runs/text-small exit=q=0.5 \\
         --tasks looplm_smoke
