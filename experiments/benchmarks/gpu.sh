@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Measures attention, the train step and decoding at the shape of Ouro-1.4B on one GPU, in ten minutes in all, each as a
-# share of what the GPU was measured to do in the same run: operations of a matrix product, bytes of a sum.
+# Measures attention, the train step and decoding at the shape of Ouro-1.4B on one GPU, in ten minutes in total. Results
+# are relative to limits of the GPU measured in the same run: the speed of a matrix product, the bandwidth of a sum.
 #
 #   experiments/benchmarks/gpu.sh            # needs looplm_jax[cuda13], and torch for the twin
-#   experiments/benchmarks/gpu.sh --tiny     # whether everything runs, on any machine, in a few minutes
+#   experiments/benchmarks/gpu.sh --tiny     # to check that everything runs, on any machine, in a few minutes
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -20,7 +20,7 @@ elif [ $# -gt 0 ]; then
   exit 2
 fi
 
-# What one process has compiled, the next need not compile again.
+# A program that one process compiled is reused by the next.
 JAX_COMPILATION_CACHE_DIR=$(mktemp -d)
 export JAX_COMPILATION_CACHE_DIR
 trap 'rm -rf "$JAX_COMPILATION_CACHE_DIR"' EXIT
