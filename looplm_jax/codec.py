@@ -77,6 +77,7 @@ def leaves(config: Any, where: str = "") -> Iterator[Leaf]:
         if dataclasses.is_dataclass(value):
             yield from leaves(value, path)
         elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+            # Stages and other named items are addressed by name.
             for key, item in _named(value).items():
                 yield from leaves(item, _join(path, key))
         else:
@@ -173,6 +174,7 @@ def _decode(annotation: Any, value: Any, where: str) -> Any:
 def _decode_tuple(item: Any, value: Any, where: str) -> tuple[Any, ...]:
     """Returns a tuple from a list, or from comma-separated text."""
     if isinstance(value, str):
+        # Text from a command line.
         value = [part for part in value.split(",") if part]
     if not isinstance(value, list | tuple):
         raise UserError(f"{where}: expected a list, got {value!r}")

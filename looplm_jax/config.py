@@ -52,6 +52,7 @@ def _check_kinds(config: Any, where: str) -> None:
         elif isinstance(field.type, type) and not typing.get_origin(field.type):
             _require(isinstance(value, field.type), f"{name} must be of type {field.type.__name__}, not {value!r}")
         else:
+            # All other annotations are those of tuples.
             _require(isinstance(value, tuple), f"{name} must be a tuple, not {value!r}")
 
 
@@ -307,6 +308,7 @@ class MeshConfig:
         Raises:
           UserError: neither axis has enough devices.
         """
+        # An axis of -1 takes the devices that remain.
         if -1 in dataclasses.asdict(self).values():
             return dataclasses.replace(self, context=context)
 
@@ -604,6 +606,7 @@ class Recipe:
     def model_of(self, stage: Stage) -> ModelConfig:
         """Returns the model in a stage, with the rotary base that this stage or an earlier one has set."""
         known = self.stages[: self.stages.index(stage) + 1]
+        # The latest base that is set applies.
         bases = [self.model.rope_theta, *(earlier.rope_theta for earlier in known if earlier.rope_theta)]
         return dataclasses.replace(self.model, rope_theta=bases[-1])
 

@@ -105,6 +105,7 @@ def parameter_dtype(dtype: DTypeLike | None, compute: ComputeConfig, mesh: Mesh)
     except TypeError:
         name = str(dtype)
 
+    # TPUs do not support float16.
     known = [each for each in _DTYPES if platform != "tpu" or each != "float16"]
     if name not in known:
         lacks = f"a {platform.upper()} has no {name}" if name in _DTYPES else f"dtype {name!r} is not for parameters"

@@ -114,6 +114,7 @@ class _Pipe(io.RawIOBase):
             if self._number == 1 and error.errno != errno.EPIPE and not self._raised:
                 self._raised = True
                 raise
+            # The data is dropped: the reader is gone, the error was raised before, or the stream is standard error.
             return len(data)
 
 

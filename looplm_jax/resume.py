@@ -22,6 +22,7 @@ class Rule:
     why: str
 
 
+# The first matching rule applies, so single fields of stages come before `stages.*`.
 RULES = (
     Rule(("name", "description", "log_every"), True, "how the run is called and logged"),
     Rule(("checkpoint.*", "evaluation.*"), True, "when the run is saved and measured, and how much of that is kept"),

@@ -63,6 +63,7 @@ def _digest_whole(array: Array) -> UInt32[Array, "lanes"]:
 
 def _digest_by_numpy(array: np.ndarray) -> np.ndarray:
     """Returns the same digest as `_digest_whole`, computed with NumPy."""
+    # Narrow elements are widened to 32 bits; elements of 64 bits become two words.
     narrow = {1: np.uint8, 2: np.uint16}.get(array.dtype.itemsize, np.uint32)
     words = np.ravel(array).view(narrow).astype(np.uint32)
     two_words = (2,) if array.dtype.itemsize > words.itemsize else ()

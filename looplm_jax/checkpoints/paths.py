@@ -1,4 +1,4 @@
-"""Paths of checkpoints. Every valid file name is taken literally, or refused before anything is written."""
+"""Paths of checkpoints. Every file name is either taken literally or refused before anything is written."""
 
 import glob
 import os

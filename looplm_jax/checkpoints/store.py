@@ -151,6 +151,7 @@ class CheckpointStore:
         restored = restore(folders, lambda sidecar: describe(sidecar.metadata))
 
         self._current = restored.step
+        # Later saves need to know which steps are valid and which may be deleted.
         self._damaged = frozenset(passed.step for passed in restored.damaged if not passed.other_version)
         self._other_version = frozenset(passed.step for passed in restored.damaged if passed.other_version)
         return restored
@@ -233,7 +234,10 @@ class CheckpointStore:
 
 
 def _is_permanent(folder: StepFolder) -> bool:
-    """Whether a step is exempt from pruning. One with unreadable metadata is, so that nothing of value is deleted."""
+    """Whether a step is exempt from pruning.
+
+    A step with unreadable metadata is exempt too, so that nothing of value is deleted.
+    """
     try:
         return read_sidecar(folder).permanent
     except (DamagedError, OtherVersionError, UnreadableError):

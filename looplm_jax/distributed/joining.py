@@ -161,6 +161,7 @@ def _links(place: _Place) -> tuple[dict[int, Link], str | None]:
     with _listener(host, port, place.count) as listener:
         links = _accept(listener, token, place.count)
 
+    # The JAX runtime needs brackets around an IPv6 address, and [::] to listen on all addresses.
     return links, f"[{host or '::'}]:{port}" if not host or ":" in host else f"{host}:{port}"
 
 

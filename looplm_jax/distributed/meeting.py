@@ -69,7 +69,7 @@ class Meeting:
         return self._links
 
     def _missing(self) -> list[int]:
-        """Returns the indices of processes that are not connected. None are once the rendezvous is complete."""
+        """Returns the indices of the processes that are not connected; empty once the rendezvous is complete."""
         with self._arriving:
             broken = [] if self._complete else [index for index, link in self._links.items() if link.broken]
             for index in broken:
@@ -199,7 +199,7 @@ class _News:
 
     @property
     def due(self) -> bool:
-        """Whether a report is due. Reading it restarts the interval if so."""
+        """Whether a report is due. If so, reading this property restarts the interval."""
         due = time.monotonic() - self._last > _NEWS_SECONDS
         if due:
             self._last = time.monotonic()

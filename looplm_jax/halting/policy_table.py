@@ -65,6 +65,7 @@ class PolicyTable:
         """Returns whether each slot exits by its policy, within its bounds."""
         leaves = jnp.zeros(signals.loop.shape, bool)
         for index, (kind, numbers) in enumerate(zip(self.kinds, self.numbers)):
+            # In slots of another kind the policy has zeros for numbers, and its result is discarded.
             leaves = jnp.where(self.kind == index, _policy(kind, numbers).exits(signals), leaves)
 
         return between(leaves, signals.loop, self.floor, self.ceiling)

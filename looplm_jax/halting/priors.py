@@ -17,6 +17,7 @@ def uniform(loops: int) -> Float[Array, "T"]:
 def geometric(loops: int, rate: float) -> Float[Array, "T"]:
     """Returns the log of `rate (1 - rate)^(t-1)`, truncated at T and renormalized (PonderNet)."""
     steps = jnp.arange(loops, dtype=jnp.float32)
+    # The softmax normalizes the truncated distribution, so the constant factor `rate` cancels.
     return jax.nn.log_softmax(steps * jnp.log1p(-jnp.float32(rate)))
 
 
@@ -35,6 +36,7 @@ def poisson_log_normal(loops: int, mean: float, sigma: float) -> Float[Array, "T
     log_rate = jnp.log(jnp.float32(mean - 1.0)) - sigma**2 / 2 + sigma * nodes
 
     counts = jnp.arange(loops, dtype=jnp.float32)
+    # The log-probability of each count at each node of the quadrature, [T, N].
     log_poisson = counts[:, None] * log_rate - jnp.exp(log_rate) - jax.lax.lgamma(counts + 1.0)[:, None]
     return jax.nn.log_softmax(jax.nn.logsumexp(log_poisson, axis=1, b=weights))
 
@@ -61,6 +63,7 @@ def _hermite(count: int) -> tuple[Float[Array, "N"], Float[Array, "N"]]:
 
     They are eigenvalues and eigenvectors of a tridiagonal matrix (Golub and Welsch).
     """
+    # The off-diagonal elements are the recurrence coefficients of the Hermite polynomials.
     beside = jnp.sqrt(jnp.arange(1, count, dtype=jnp.float32))
     nodes, vectors = jnp.linalg.eigh(jnp.diag(beside, 1) + jnp.diag(beside, -1))
     return nodes, jnp.square(vectors[0])

@@ -94,6 +94,7 @@ def _weighted_forward(hidden: Array, head: Array, targets: Array, weights: Array
     """Computes losses and gradients together, as the forward rule of `_weighted`."""
     make = on_own_tokens(
         functools.partial(_losses_and_gradients, chunk=chunk),
+        # Axes of the states, the head, the targets and the weights.
         inputs=(_STATES, (None, None), _STATES[1:3], _STATES[:3]),
         outputs=_STATES[:3],
     )
@@ -118,6 +119,7 @@ def _losses_and_gradients(
         loss = log_norm[..., 0] - jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
         # The derivative of the weighted cross-entropy with respect to the logits: softmax minus one-hot target.
         slope = (jnp.exp(logits - log_norm) - is_target.astype(jnp.float32)) * weight[..., None]
+        # The products run in the dtype of the states. The gradient of the head is summed in float32.
         slope = slope.astype(states.dtype)
 
         states_grad = jnp.einsum("bcv,dv->bcd", slope, head)
@@ -200,6 +202,7 @@ def _split(hidden: Array, targets: Array, chunk: int, weights: Array | None = No
         parts = padded.reshape(x.shape[0], x.shape[1], count, size, *x.shape[3:])
         return jnp.moveaxis(parts, 2, 1).reshape(x.shape[0] * count, x.shape[1], size, *x.shape[3:])
 
+    # The targets are the same in all loops.
     labels = jnp.broadcast_to(targets, (loops, *targets.shape))
     return (cut(hidden), cut(labels)) if weights is None else (cut(hidden), cut(labels), cut(weights))
 

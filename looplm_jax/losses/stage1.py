@@ -102,6 +102,7 @@ def _finish(
     # `expected` is passed in, because its gradient may be computed together with the logits.
     pdf = jnp.exp(log_pdf)
     mean_entropy = jnp.sum(entropy(log_pdf) * weights)
+    # For a uniform prior the divergence is the negative entropy plus a constant.
     regulariser = -mean_entropy if log_prior is None else jnp.sum(kl_divergence(log_pdf, log_prior) * weights)
 
     over_tokens = tuple(range(1, token_losses.ndim))

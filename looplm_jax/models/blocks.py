@@ -202,7 +202,9 @@ def _cpu_product_backward(contracted: int, saved: tuple[Array, Array], cotangent
     features = kernel.ndim - contracted
     trailing = tuple(range(cotangents.ndim - features, cotangents.ndim)), tuple(range(contracted, kernel.ndim))
 
+    # Contracts the features of cotangents and kernel.
     x_grad = jax.lax.dot_general(cotangents, kernel, (trailing, ((), ())))
+    # Contracts all axes of tokens.
     kernel_grad = jax.lax.dot_general(x, cotangents, ((tokens, tokens), ((), ())))
     return x_grad, kernel_grad
 
@@ -245,6 +247,7 @@ class Attention(nn.Module):
 
         queries = attention.rotate(queries, context.cos, context.sin)
         keys = attention.rotate(keys, context.cos, context.sin)
+        # Names for the policies of rematerialization.
         queries, keys, values = (checkpoint_name(x, _QUERIES_KEYS_VALUES) for x in (queries, keys, values))
 
         own = KeyValues(keys=keys, values=values)
@@ -339,6 +342,7 @@ class Stack(nn.Module):
             _rematted(self.remat),
             variable_axes={"params": 0, gathered.COLLECTION: 0},
             split_rngs={"params": True},
+            # The index of the layer is scanned; context and past are shared by all layers.
             in_axes=(0, nn.broadcast, nn.broadcast),
             length=self.length,
             metadata_params={nn.PARTITION_NAME: "layers"},

@@ -160,6 +160,7 @@ class LoopLM(nn.Module):
         if self.compute.remat is Remat.LOOP:
             loop = nn.remat(loop, prevent_cse=False)
 
+        # All loops use the same parameters and gathered copies.
         shared = ["params", gathered.COLLECTION]
         scan = nn.scan(
             loop,
@@ -310,7 +311,7 @@ def head_matrix(params: Params, config: ModelConfig) -> Float[Array, "D V"]:
 
 
 def init_params(model: LoopLM, key: PRNGKeyArray) -> Params:
-    """Returns initial float32 parameters: Normal(0, 0.02), ones for norms, zero for the bias of the gate."""
+    """Returns initial float32 parameters: Normal(0, init_std), ones for norms, zero for the bias of the gate."""
     return _initializer(model.config)(key)
 
 

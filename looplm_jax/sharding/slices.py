@@ -30,6 +30,7 @@ def arrange(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray
     if axis is None:
         raise UserError(f"neither mesh.data={shape[0]} nor mesh.fsdp={shape[1]} is a multiple of {slices} slices")
 
+    # The numbers of slices, and of chips within a slice, along each axis.
     outer = tuple(slices if at == axis else 1 for at in range(len(shape)))
     inner = tuple(size // many for size, many in zip(shape, outer, strict=True))
     return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)

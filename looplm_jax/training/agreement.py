@@ -67,6 +67,7 @@ class Agreement:
             if job.failed:
                 return job.result()  # raises; the error ends all processes, including those that wait for this one
 
+            # The processes exchange whether they are done, so that they leave this loop in the same iteration.
             said = self._cluster.gather("work", [self._request.received, job.ended])
             _raise_first(number for number, _ in said)
             if all(ended for _, ended in said):

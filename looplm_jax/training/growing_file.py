@@ -25,7 +25,7 @@ class GrowingFile(Protocol):
     refused: str | None  # why what was appended last is not stored, if so
 
     def append(self, content: bytes) -> None:
-        """Appends to the file soon."""
+        """Appends `content` to the file, possibly with a delay."""
 
     def flush(self) -> None:
         """Writes everything appended so far now, such that it survives a power failure."""
@@ -63,6 +63,7 @@ class _LocalFile:
     def _write(self, *, sync: bool) -> None:
         try:
             while self._kept:
+                # A write may store only a part.
                 self._kept = self._kept[self._file.write(self._kept) or 0 :]
             if sync:
                 os.fsync(self._file.fileno())

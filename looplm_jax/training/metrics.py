@@ -24,7 +24,7 @@ TRAIN, EVALUATION = "train", "evaluation"  # kinds of lines
 
 @runtime_checkable
 class EventSink(Protocol):
-    """An additional destination of scalars, besides `metrics.jsonl`."""
+    """A destination of scalars in addition to `metrics.jsonl`."""
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes all scalars of a line, under names such as `train/loss`."""
@@ -79,6 +79,7 @@ class MetricsLog:
         self._evaluated = {row["step"] for row in kept if row["kind"] == EVALUATION}
 
         self._path = folder / "metrics.jsonl"
+        # The file is rewritten without damaged lines and without the lines after `step`.
         self._lines = grow(self._path, "".join(map(_line, kept)).encode())
         self._events = open_events(folder / "tensorboard", step=step)
 
@@ -207,6 +208,7 @@ def as_values(metrics: StepMetrics) -> dict[str, Any]:
     host = jax.device_get(metrics)
     tokens = int(host.tokens)
     loss, exits = host.loss, host.exits
+    # A mean over zero tokens is undefined.
     if tokens == 0:
         loss, exits = jax.tree.map(lambda mean: np.full_like(mean, math.nan), (loss, exits))
 

@@ -123,6 +123,7 @@ def own(folder: AnyPath) -> Iterator[Ownership]:
 @contextlib.contextmanager
 def _own_local(folder: Path) -> Iterator["_LocalOwnership"]:
     """Owns a local folder, and removes the folders it has created if they are empty at the end."""
+    # Innermost first, which is the order in which they are removed.
     new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
     with writing(folder):
         make_folder(folder)

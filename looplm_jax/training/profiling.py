@@ -44,7 +44,7 @@ class Profiler:
         self._running = self.traced = False
 
     def before(self, step: int) -> None:
-        """Starts the trace if `step` is the first one to trace. Must be called before a step is dispatched."""
+        """Starts the trace at the first of its steps. Must be called before a step is dispatched."""
         if self._steps is not None and not self.traced and self._steps.first <= step <= self._steps.last:
             self._running = self.traced = True
             if not isinstance(self._folder, Path):

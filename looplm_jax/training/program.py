@@ -136,6 +136,7 @@ def place(batch: Batch, stage: Stage, mesh: Mesh) -> DeviceBatch:
     rows = stage.batch_size // stage.accumulation
 
     def put(own: np.ndarray) -> Array:
+        # [A * b, S] -> [A, b, S], where b is the number of sequences of this process in a microbatch.
         return place_rows(own.reshape(stage.accumulation, -1, own.shape[-1]), mesh, rows)
 
     return DeviceBatch(**{field.name: put(getattr(batch, field.name)) for field in dataclasses.fields(batch)})

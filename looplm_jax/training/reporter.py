@@ -33,6 +33,7 @@ class Reporter:
     @property
     def waiting(self) -> bool:
         """Whether the devices are still computing the step that is not reported yet."""
+        # `is_ready` does not block.
         return self._pending is not None and not cast(Any, self._pending[2].loss).is_ready()
 
     def add(self, step: int, loops: int, metrics: StepMetrics) -> None:
@@ -58,6 +59,7 @@ class Reporter:
         """Writes the metrics of a step to the log and the progress bar."""
         values = as_values(metrics)
         self._clock_tokens += values["tokens"]
+        # The rate is over all steps since the clock was restarted.
         rate = self._clock_tokens / max(time.monotonic() - self._clock, 1e-9)
         values["tokens_per_second"] = rate
         values["model_flops_per_second"] = rate * self._flops_per_token(loops)

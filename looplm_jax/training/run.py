@@ -346,7 +346,7 @@ def _evaluate(
 
 
 def _save(run: _Run, stage: Stage, state: TrainState, step: int, reader: Reader, *, permanent: bool) -> None:
-    """Saves a step."""
+    """Saves a step with its metadata, and the metrics up to it."""
     metadata = Metadata(
         config=to_dict(run.setup.recipe),
         tokenizer_kind=run.setup.tokenizer.kind,

@@ -146,6 +146,7 @@ def _open_corpora(recipe: Recipe, console: Console) -> tuple[Corpus, ...]:
             opened[data] = open_corpus(data, say=console.print)
 
     corpora = tuple(opened[recipe.data_of(stage)] for stage in recipe.stages)
+    # Prepared data and tasks have a tokenizer, so their lengths can be checked already.
     for stage, corpus in zip(recipe.stages, corpora, strict=True):
         if corpus.own_tokenizer is not None:
             check_fit(corpus, corpus.own_tokenizer, stage.sequence_length)
@@ -155,7 +156,7 @@ def _open_corpora(recipe: Recipe, console: Console) -> tuple[Corpus, ...]:
 
 
 def _report_pieces_left_out(recipe: Recipe, corpora: Sequence[Corpus], tokenizer: Tokenizer, console: Console) -> None:
-    """Prints the parts of the data that do not fit in a sequence, once per source."""
+    """Prints estimates of how many chunks of chats are dropped, once per source."""
     stages = zip(recipe.stages, corpora, strict=True)
     lines = (line for stage, corpus in stages for line in pieces_left_out(corpus, tokenizer, stage.sequence_length))
     for line in dict.fromkeys(lines):  # stages may share a source

@@ -78,6 +78,7 @@ def describe_start(start: Start, ours: ModelConfig) -> str:
 
 def check_shape(origin: str, ours: ModelConfig, theirs: ModelConfig) -> None:
     """Raises UserError if the parameters of one model do not fit the other. The message has the flags that fix it."""
+    # Fields that do not change the shapes take our values, so that only the others are compared.
     free = {name: getattr(ours, name) for name in _NO_SHAPE}
     here, there = _filled_in(ours), dataclasses.replace(_filled_in(theirs), **free)
 

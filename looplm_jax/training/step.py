@@ -61,6 +61,7 @@ def make_train_step(recipe: Recipe, model: LoopLM, stage: Stage, *, first_step: 
     """
 
     def train_step(state: TrainState, batch: DeviceBatch) -> tuple[TrainState, StepMetrics]:
+        # Only `moving` is differentiated, so no gradients of frozen parameters are computed.
         moving, frozen = split_params(state.params, stage.trained_groups)
         logged = is_logged(recipe, state.step + 1)
 
@@ -76,6 +77,7 @@ def make_train_step(recipe: Recipe, model: LoopLM, stage: Stage, *, first_step: 
         (loss, exits), gradients = loss_and_gradients(objective, model, moving, frozen, batch)
 
         norm = optax.tree.norm(gradients)
+        # The schedule is that of the stage, so it counts from the first step of the stage.
         rate = learning_rate(stage, state.step - first_step)
         updates, optimizer_state = direction(recipe.optimizer, gradients, state.optimizer, moving)
         updated = jax.tree.map(lambda weight, update: weight - rate * update, moving, updates)

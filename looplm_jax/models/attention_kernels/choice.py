@@ -8,7 +8,7 @@ from looplm_jax.errors import UserError
 from looplm_jax.models.attention_kernels import cudnn, splash, triton
 from looplm_jax.sharding import sequence_shards, target_platform
 
-_SHORT = 2048  # tokens; up to this length a mask [B, S, S], computed once for all layers, is fastest
+_SHORT = 2048  # tokens; up to this length a mask [B, S, S], computed once for all layers, is cheapest
 _ON_GPU = {AttentionKernel.CUDNN: cudnn, AttentionKernel.TRITON: triton}
 
 
@@ -33,7 +33,7 @@ def choose_kernel(compute: ComputeConfig, *, length: int, head_width: int, dtype
 
 
 def _automatic(length: int, head_width: int, dtype: DTypeLike) -> AttentionKernel:
-    """Returns the fastest kernel that supports these shapes on the target platform."""
+    """Returns the kernel that `auto` selects for these shapes on the target platform."""
     # XLA cannot shard a Pallas kernel by itself: it needs a mesh for `shard_map`, or a single device.
     cut = not jax.sharding.get_abstract_mesh().empty or jax.device_count() == 1
 

@@ -54,6 +54,7 @@ def self_attention(
         return _KERNELS[kernel](*arrays)  # the compiler shards it over the mesh
     if mesh.empty:
         return _KERNELS[kernel](*arrays)
+    # Without an even division the compiler has to shard plain XLA attention.
     if not divides(queries.shape, heads):
         return _KERNELS[AttentionKernel.XLA](*arrays)
 
