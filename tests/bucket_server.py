@@ -1,8 +1,8 @@
-"""The emulator of buckets as a program, with what real buckets have and it lacks, which TensorStore depends on:
-the generation of an object with its content, and writes and deletions that are refused if it is another by then.
+"""The bucket emulator as a program, with two features of real buckets that it lacks and TensorStore needs: the
+generation of an object together with its content, and conditional writes and deletions.
 
-For tests of failures a bucket can be made read-only: `PUT /_read_only/BUCKET`, and `DELETE` to end that. `GET` of it
-is found once the writing of a file of a checkpoint was refused.
+To test failures, `PUT /_read_only/BUCKET` makes a bucket read-only, and `DELETE` makes it writable again. `GET` of
+that path succeeds once a write of a checkpoint file has been refused.
 """
 
 import sys
@@ -27,18 +27,18 @@ def _download_with_generation(request, response, storage):
 
 
 def _name(request) -> str:
-    """Of the object that a request names."""
+    """Returns the name of the object in a request."""
     return (request.params or {}).get("object_id") or (request.query.get("name") or [""])[0]
 
 
 def _generation(storage, request) -> str:
-    """Of the object that a request names, "0" where there is none."""
+    """Returns the generation of the object in a request, "0" if it does not exist."""
     found = storage.objects.get((request.params or {}).get("bucket_name", ""), {}).get(_name(request))
     return found["generation"] if found else "0"
 
 
 class Router(server.Router):
-    """Answers what is refused; leaves the rest to the emulator."""
+    """Answers refused requests, and leaves the others to the emulator."""
 
     def handle(self, method):
         refusal = self._refusal(method, server.Request(self._request_handler, method))
@@ -64,13 +64,13 @@ class Router(server.Router):
             return None
         if method in _CHANGES and (request.params or {}).get("bucket_name") in _read_only:
             self._request_handler.rfile.read(int(request.get_header("Content-Length", 0)))
-            if method != "DELETE" and "/checkpoints/" in _name(request):  # who may not delete may yet be let write
+            if method != "DELETE" and "/checkpoints/" in _name(request):  # deletion rights are separate
                 _refused_checkpoints.add(request.params["bucket_name"])
             return HTTPStatus.FORBIDDEN
         return self._unmet(method, request)
 
     def _unmet(self, method, request):
-        """What the conditions of a request lead to."""
+        """Returns the status if a precondition of the request is not met, else None."""
         generation = _generation(self._request_handler.storage, request)
         (wanted,), (known,) = (request.query.get(f"ifGeneration{kind}", [None]) for kind in ("Match", "NotMatch"))
         if wanted is not None and wanted != generation:

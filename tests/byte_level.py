@@ -1,4 +1,4 @@
-"""A small tokeniser of the kind that Ouro has: SmolLM2's byte-level BPE, which splits digits."""
+"""A small tokenizer of the same kind as Ouro's: SmolLM2's byte-level BPE, which splits digits."""
 
 import pytest
 
@@ -9,7 +9,7 @@ TEXTS = ("the loop reads the state\n\n", "naïve café, straße, привет, �
 
 
 def smollm2_tokenizer(vocab_size: int = 400) -> JsonTokenizer:
-    """Trained on `TEXTS`; skips the test where `tokenizers` is not installed."""
+    """Returns a tokenizer trained on `TEXTS`; skips the test if `tokenizers` is not installed."""
     tokenizers = pytest.importorskip("tokenizers")
     pre_tokenizers = tokenizers.pre_tokenizers
     inner = tokenizers.Tokenizer(tokenizers.models.BPE())

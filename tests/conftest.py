@@ -1,8 +1,8 @@
-"""Eight fake devices and strict promotion, for every test; set before anything imports JAX."""
+"""Sets eight fake devices and strict promotion for every test, before anything imports JAX."""
 
 import gc
 
-gc.disable()  # what is imported and collected stays: to search it for garbage takes a fifth of the time that this takes
+gc.disable()  # imported modules and collected tests stay alive: searching them takes a fifth of the collection time
 
 import atexit
 import os
@@ -17,7 +17,7 @@ from xla_flags import quick_to_compile
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick_to_compile(devices=8)}"
 
-# What one process of this session has compiled, the others and those that tests start need not compile again.
+# Test processes, and the processes that tests start, share compiled programs through this folder.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="looplm-compiled-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
@@ -28,11 +28,11 @@ import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
-# Arguments and results of every function are checked against the shapes that its signature names.
+# Checks arguments and results of every function against the shapes in its signature.
 CHECKED = ("models", "halting", "losses", "sharding", "training", "evaluation")
 install_import_hook([f"looplm_jax.{package}" for package in CHECKED], "shape_checks.checked")
 
-# A job in the background (`nohup`, some CI runners) inherits SIGINT as ignored, and so would every process of a test.
+# A background job (`nohup`, some CI runners) inherits SIGINT as ignored, and so would every process of a test.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -43,13 +43,13 @@ settings.register_profile("looplm", deadline=None, max_examples=25, derandomize=
 settings.load_profile("looplm")
 
 
-# Compares what it does in this process with a process of a user, whose windows are larger.
+# This module compares the test process with a user's process, whose shuffle windows are larger.
 WITH_WINDOWS_OF_USERS = "test_experiment_grid"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small_windows(request):
-    """Streams shuffle windows of few pieces: every stream fills its window first, and what is tested holds for any."""
+    """Makes shuffle windows small. Every stream first fills its window, and the tested laws hold for any size."""
     with pytest.MonkeyPatch.context() as patch:
         if request.path.stem != WITH_WINDOWS_OF_USERS:
             patch.setattr("looplm_jax.data.packing._SHUFFLED_PIECES", SHUFFLED_PIECES)
@@ -58,10 +58,10 @@ def small_windows(request):
 
 @pytest.fixture(scope="module", autouse=True)
 def settled_heap():
-    """Leaves out of later searches for garbage what a module leaves behind.
+    """Excludes objects that a module leaves behind from later garbage collections.
 
-    JAX keeps what it has traced and compiled. After a thousand tests, to search it again and again takes longer than
-    to trace anything. Allocations that are still followed would slow down all that comes after as well.
+    JAX keeps traced and compiled programs. After a thousand tests, searching them repeatedly takes longer than tracing.
+    Allocations that tracemalloc still follows would also slow down all later tests.
     """
     yield
     assert not tracemalloc.is_tracing()
@@ -88,7 +88,7 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first: workers that share the files then end at about the same time."""
+    """Runs the longest files first, so that workers that share the files finish at about the same time."""
     items.sort(key=lambda item: item.path.stem not in LONGEST)
     gc.freeze()
     gc.enable()

@@ -1,4 +1,4 @@
-"""A disk without space, as far as this process can tell."""
+"""Simulates a full disk for this process."""
 
 import contextlib
 import resource
@@ -9,7 +9,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 @contextlib.contextmanager
 def files_of_at_most(size):
-    """This process cannot write a longer file; Python ignores the signal, and gets an error."""
+    """Limits the file size of this process; Python ignores the signal and gets an error instead."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     with _nothing_compiled_is_kept():
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
@@ -21,7 +21,7 @@ def files_of_at_most(size):
 
 @contextlib.contextmanager
 def _nothing_compiled_is_kept():
-    """A compiled program that is cut short would be read by every other process of the tests."""
+    """Turns off the compilation cache: every other test process would read a truncated entry."""
     folder = jax.config.jax_compilation_cache_dir
     _keep_programs_in(None)
     try:

@@ -1,6 +1,6 @@
-"""A bucket without a cloud: fixtures for the `conftest.py` of the folders whose tests use `gs://`.
+"""A local bucket emulator: fixtures for the `conftest.py` of folders whose tests use `gs://`.
 
-The emulator is a process of its own, since readers that are written in C++ may hold Python's lock while they wait.
+The emulator runs in a separate process, because readers written in C++ may hold the GIL while they wait.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ _SERVER = Path(__file__).with_name("bucket_server.py")
 
 @contextlib.contextmanager
 def emulator(port: int = 0) -> Iterator[str]:
-    """A running emulator, empty, in memory. Gives its URL."""
+    """Starts an empty in-memory emulator. Yields its URL."""
     port = port or _free_port()
     process = subprocess.Popen(
         [sys.executable, str(_SERVER), str(port)],
@@ -38,19 +38,19 @@ def emulator(port: int = 0) -> Iterator[str]:
 
 
 def variables(url: str) -> dict[str, str]:
-    """What makes gcsfs, ArrayRecord and TensorStore talk to it, without credentials."""
+    """Returns environment variables that make gcsfs, ArrayRecord and TensorStore use it, without credentials."""
     return {
         "STORAGE_EMULATOR_HOST": url,
         "CLOUD_STORAGE_EMULATOR_ENDPOINT": url,
         "TENSORSTORE_GCS_HTTP_URL": url,
         "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
-        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # finding out the kind of a bucket takes credentials
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # detecting the kind of a bucket needs credentials
     }
 
 
 @pytest.fixture(scope="session")
 def gcs() -> Iterator[str]:
-    """The URL of an emulator that every client of this process, and of those it starts, talks to."""
+    """Yields the URL of an emulator that all clients of this process and its child processes use."""
     pytest.importorskip("gcp_storage_emulator")
     with emulator() as url, pytest.MonkeyPatch.context() as patch:
         for name, value in variables(url).items():
@@ -60,12 +60,12 @@ def gcs() -> Iterator[str]:
 
 @pytest.fixture
 def bucket(gcs: str) -> str:
-    """A new, empty bucket: `gs://…`."""
+    """Returns a new, empty bucket: `gs://…`."""
     return new_bucket()
 
 
 def new_bucket() -> str:
-    """Make a bucket. Clients keep lists of what they saw, so each test has a bucket of its own."""
+    """Creates a bucket. Clients cache listings, so each test uses a new bucket."""
     gcsfs = pytest.importorskip("gcsfs")
     name = f"bucket-{uuid.uuid4().hex[:12]}"
     gcsfs.GCSFileSystem().mkdir(name)
@@ -73,13 +73,13 @@ def new_bucket() -> str:
 
 
 def make_read_only(url: str, bucket: str, *, read_only: bool = True) -> None:
-    """From now on every change of the bucket is refused with status 403, or no more."""
+    """Refuses every change of the bucket with status 403 from now on, or stops doing so."""
     switch = f"{url}/_read_only/{bucket.removeprefix('gs://')}"
     urllib.request.urlopen(urllib.request.Request(switch, method="PUT" if read_only else "DELETE")).close()
 
 
 def a_checkpoint_was_refused(url: str, bucket: str) -> bool:
-    """Whether the bucket was asked to take a file of a checkpoint while it was read-only."""
+    """Returns whether a write of a checkpoint file was refused while the bucket was read-only."""
     try:
         urllib.request.urlopen(f"{url}/_read_only/{bucket.removeprefix('gs://')}").close()
     except urllib.error.HTTPError:

@@ -1,4 +1,4 @@
-"""Tiny Ouro models as Hugging Face folders, by the names and shapes of the specification."""
+"""Tiny Ouro models as Hugging Face folders, with the names and shapes of the specification."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ TIED = ModelConfig(vocab_size=272, width=32, mlp_width=48, num_layers=2, num_hea
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the PyTorch model."""
+    """Returns the name and shape of every tensor of the PyTorch model."""
     width, mlp, vocab = config.width, config.mlp_width, config.vocab_size
     heads, kv_heads = config.num_heads * config.head_width, config.kv_heads * config.head_width
     layer = {
@@ -47,20 +47,20 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def make_tensors(config: ModelConfig, dtype=jnp.float32, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random numbers in every tensor."""
+    """Returns a random array for every tensor."""
     rng = np.random.default_rng(seed)
     return {name: rng.normal(size=shape).astype(dtype) for name, shape in tensor_shapes(config).items()}
 
 
 def config_json(config: ModelConfig, dtype=jnp.float32) -> dict:
-    """The published fields of config.json."""
+    """Returns config.json with the published fields."""
     return {**to_ouro_config(config, dtype=str(jnp.dtype(dtype))), "bos_token_id": 0, "eos_token_id": 0}
 
 
 def tokenizer_json(vocab_size: int) -> bytes:
-    """A byte-level BPE like that of Ouro: three special tokens, 256 bytes, and merges of a letter and a letter."""
+    """Returns a byte-level BPE like Ouro's: three special tokens, 256 bytes, and merges of two letters."""
     letters = [chr(code) for code in (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))]
-    letters += [chr(0x100 + code) for code in range(256 - len(letters))]  # the bytes that no letter stands for
+    letters += [chr(0x100 + code) for code in range(256 - len(letters))]  # the bytes that have no letter
     pairs = [(a, b) for a in "etaoinshrdlu" for b in "etaoinshrdlu"]
     merges = pairs[: vocab_size - len(SPECIAL_TOKENS) - len(letters)]
     pieces = [*SPECIAL_TOKENS, *letters, *(a + b for a, b in merges)]
@@ -92,7 +92,7 @@ def tokenizer_json(vocab_size: int) -> bytes:
 
 
 def write_weights(folder: Path, tensors: dict[str, np.ndarray], shards: int = 1) -> None:
-    """One file, or several and an index."""
+    """Writes one file, or several with an index."""
     metadata = {"format": "pt"}
     if shards == 1:
         save_file(tensors, folder / "model.safetensors", metadata)
@@ -113,7 +113,7 @@ def write_hf_folder(
     shards: int = 1,
     tensors: dict[str, np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
-    """A whole model; returns its tensors."""
+    """Writes a complete model and returns its tensors."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = make_tensors(config, dtype) if tensors is None else tensors
     (folder / "config.json").write_text(json.dumps(config_json(config, dtype)))

@@ -1,4 +1,4 @@
-"""Processes that tests start. None outlives its test."""
+"""Processes that tests start. Each ends with its test."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def hangups_are_not_ignored() -> Iterator[None]:
-    """Processes that start in the block handle SIGHUP as in a terminal, also where the tests run under `nohup`."""
+    """Makes processes that start in the block handle SIGHUP as in a terminal, even if the tests run under `nohup`."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
         yield
@@ -20,7 +20,7 @@ def hangups_are_not_ignored() -> Iterator[None]:
 
 @contextlib.contextmanager
 def running(command: list[Any], **options: Any) -> Iterator[subprocess.Popen]:
-    """Starts a process in a session of its own, and kills it and its children at the end of the block."""
+    """Starts a process in a new session, and kills it and its children at the end of the block."""
     with subprocess.Popen(list(map(str, command)), start_new_session=True, **options) as process:
         try:
             yield process

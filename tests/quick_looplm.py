@@ -1,6 +1,6 @@
-"""`looplm` for processes that tests start: small windows, as in the tests themselves, and no figures at the end.
+"""`looplm` for processes that tests start: small shuffle windows, as in the tests themselves, and no figures.
 
-Before its first step a run fills a window, and after its last it draws: seconds in which nothing is tested.
+A run fills a window before its first step and plots after its last one. Both take seconds and test nothing here.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""The type checker that the import hook in conftest.py puts on every function of the library."""
+"""The type checker that the import hook in conftest.py applies to every function of the library."""
 
 from collections.abc import Callable
 
@@ -6,5 +6,5 @@ from beartype import beartype
 
 
 def checked(function: Callable) -> Callable:
-    """Beartype, except on constructors: JAX rebuilds PyTrees with whatever it carries in the place of arrays."""
+    """Applies beartype, except to constructors: JAX rebuilds pytrees with placeholders instead of arrays."""
     return function if function.__name__ == "__init__" else beartype(function)

@@ -1,4 +1,4 @@
-"""Configurations survive JSON, take overrides by path, and name what is wrong with what they are given."""
+"""Configurations survive a round trip through JSON, accept overrides by path, and name errors in their input."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Every configuration validates itself, and says in one line what is wrong."""
+"""Every configuration validates itself, with a one-line error."""
 
 import dataclasses
 

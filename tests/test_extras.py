@@ -1,4 +1,4 @@
-"""Extras are not imported unless somebody asks for what they do, even where they are installed."""
+"""Optional packages are imported only when their feature is used, even if they are installed."""
 
 import subprocess
 import sys

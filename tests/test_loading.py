@@ -1,4 +1,4 @@
-"""From a path to a model: a checkpoint of ours or a Hugging Face folder, in any type, on any devices."""
+"""`load`: from a checkpoint or a Hugging Face folder to a model, with any dtype, on any devices."""
 
 import shutil
 
@@ -25,7 +25,7 @@ CUBE = MeshConfig(data=2, fsdp=2, tensor=2)
 
 @pytest.fixture(scope="module")
 def hf_folder(tmp_path_factory):
-    """A model in bfloat16."""
+    """Returns the folder of a model in bfloat16."""
     folder = tmp_path_factory.mktemp("hf") / "Ouro-tiny"
     write_hf_folder(folder, GROUPED, dtype=jnp.bfloat16)
     return folder
@@ -33,7 +33,7 @@ def hf_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def checkpoint(hf_folder):
-    """The same model as a checkpoint of ours."""
+    """Returns the same model as a checkpoint of this library."""
     convert_from_hf(hf_folder, hf_folder.parent / "converted")
     return hf_folder.parent / "converted"
 
@@ -78,7 +78,7 @@ def test_any_type_on_any_devices(request, kind, mesh, dtype):
     ],
 )
 def test_a_model_runs_on_narrow_parameters(hf_folder, compute, dtype):
-    """Gate logits are float32 whatever the parameters are; the numbers are those of the same ones in float32."""
+    """Gate logits are float32 for any parameter dtype, and equal those of the same parameters in float32."""
     narrow = load(hf_folder, dtype=dtype)
     model = LoopLM(narrow.model.config, ComputeConfig(dtype=compute))
     tokens = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)

@@ -1,4 +1,4 @@
-"""Small files that commands read: regular ones, in UTF-8, with or without a byte order mark."""
+"""Small files that commands read must be regular files in UTF-8, with or without a byte order mark."""
 
 import json
 import os

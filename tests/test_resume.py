@@ -1,4 +1,4 @@
-"""The table of what may differ on resume: whole, documented, and the one that is used."""
+"""The table of what may differ on resume is complete, documented and used."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What is written as JSON is read by every reader, and damaged lines of metrics are told from sound ones."""
+"""Every JSON reader can read our JSON, and damaged lines of metrics are detected."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""What `load` gives for a random tiny model that knows chat, with a tokeniser that needs no optional package."""
+"""A random tiny chat model as `load` returns it, with a tokenizer that needs no optional package."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ TOKENIZER = SymbolTokenizer((END_OF_TEXT, IM_START, IM_END, "user", "assistant",
 
 
 def make_loaded(tokenizer=TOKENIZER, **changes):
-    """Weights are filled by NumPy, which compiles nothing, and are large enough for gates and predictions to vary."""
+    """Returns the model. NumPy fills its weights, to compile nothing; they are large enough to vary the predictions."""
     config = dataclasses.replace(tiny(tokenizer.vocab_size), num_layers=1, loops=3, **changes)
     model = LoopLM(config, ComputeConfig(dtype=Dtype.FLOAT32, remat=Remat.NONE))
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))

@@ -1,4 +1,4 @@
-"""What tests that run PyTorch and transformers run in: fixtures for the `conftest.py` of their folders."""
+"""Fixtures for the `conftest.py` of folders whose tests run PyTorch and transformers."""
 
 import sys
 
@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture(scope="package", autouse=True)
 def one_thread():
-    """The tensors are too small to share."""
+    """Limits PyTorch to one thread, because the tensors are too small to divide."""
     torch = pytest.importorskip("torch")
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -17,7 +17,7 @@ def one_thread():
 
 @pytest.fixture(scope="package", autouse=True)
 def own_copies_of_remote_code(tmp_path_factory):
-    """transformers imports the files of a folder from a copy; the user's copies are left alone."""
+    """Keeps the code that transformers copies from a folder in a temporary place, apart from the user's copies."""
     dynamic_module_utils = pytest.importorskip("transformers.dynamic_module_utils")
     folder = tmp_path_factory.mktemp("remote_code")
     (folder / "__init__.py").touch()

@@ -1,7 +1,7 @@
-"""The XLA flags of the tests, and of the processes that they start."""
+"""The XLA flags of the tests and of the processes that they start."""
 
-# Test programs run for moments, so the time to compile them is what counts. The older emitters of fused loops compile a
-# training step about three times as fast as the default ones.
+# Test programs run only briefly, so compilation dominates. The older emitters of fused loops compile a training step
+# about three times as fast as the default ones.
 QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 

@@ -1,4 +1,4 @@
-"""States and metadata that the tests of checkpoints share."""
+"""States and metadata for the checkpoint tests."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 def make_state(seed: int = 0) -> TrainState:
-    """A state with every kind of container and dtype that training uses, derived from `seed`."""
+    """Returns a state with every kind of container and dtype that training uses, derived from `seed`."""
     key = jax.random.key(seed)
     params = {
         "embed": jax.random.normal(key, (64, 32)),
@@ -56,7 +56,7 @@ def abstract(tree: Any) -> Any:
 
 
 def assert_identical(actual: Any, wanted: Any) -> None:
-    """Equal in structure, dtype and every bit."""
+    """Asserts that two states are equal in structure, dtype and every bit."""
     assert jax.tree.structure(actual) == jax.tree.structure(wanted)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):
         assert (a.dtype, a.shape) == (b.dtype, b.shape)

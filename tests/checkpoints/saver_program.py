@@ -1,7 +1,7 @@
 """Saves one step after another until it is killed: `python saver_program.py FOLDER [BYTES_PER_FILE]`.
 
-Run as a program it resumes after the newest good step and prints each step whose save has begun, the first when it is
-committed; imported it tells what the state of a step must be.
+As a program, it resumes after the latest valid step and prints each step when its save begins, the first one when it
+is committed. As a module, it provides the expected state of a step.
 """
 
 import resource
@@ -17,7 +17,7 @@ from looplm_jax.errors import UserError
 
 @jax.jit
 def state_of(step):
-    """A state of 4 MB that follows from the number of the step."""
+    """Returns a state of 4 MB that is a function of the step."""
     return {"w": jax.random.normal(jax.random.key(step), (1000, 1000)), "step": step}
 
 

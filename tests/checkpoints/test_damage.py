@@ -1,4 +1,4 @@
-"""Damage is caught and named, and the newest good step is used. What only cannot be read is not called damaged."""
+"""Damage is detected and named, and the latest valid step is used. An unreadable step is not called damaged."""
 
 import hashlib
 import json
@@ -46,7 +46,7 @@ def flip(path, bit):
 
 
 def assert_good_or_named(folder, what):
-    """Whatever is restored is bit-identical to what was saved, and a step that is not is named."""
+    """Asserts that the restored step is bit-identical to the saved one, or that it is named as damaged."""
     restored = CheckpointStore(folder, keep=3).restore(abstract(make_state()))
     assert_identical(restored.state, make_state(restored.step))
     assert restored.metadata == make_metadata(restored.step)
@@ -88,7 +88,7 @@ def test_a_missing_file_is_harmless_or_named(folder):
 
 
 def test_an_altered_value_that_still_reads_is_caught_by_its_digest(folder):
-    """The arrays of another step under the metadata of this one: every file is sound, the values are wrong."""
+    """The arrays of another step with the metadata of this one: every file is valid, but the values are wrong."""
     shutil.rmtree(folder / "3" / "state")
     shutil.copytree(folder / "1" / "state", folder / "3" / "state")
     restored = assert_good_or_named(folder, "swapped")
@@ -175,7 +175,7 @@ def test_a_lack_of_memory_is_not_taken_for_damage(folder, monkeypatch):
 
 
 def refuse(path):
-    """From now on the disk refuses to open the file, as one does that is damaged or whose server is away."""
+    """Makes opening the file fail from now on, as on a damaged disk or when a file server is unreachable."""
     path.rename(path.with_name("hidden"))
     path.symlink_to(path)
 
@@ -248,7 +248,7 @@ def test_a_refusal_that_passes_is_waited_for(folder, monkeypatch, part):
 
 
 def test_a_mark_of_commit_that_the_disk_refuses_is_not_taken_for_missing(folder, at_once):
-    """Else the step would be swept away as one that was never finished."""
+    """Otherwise the step would be deleted as an unfinished save."""
     refuse(folder / "3" / "commit_success.txt")
     store = CheckpointStore(folder, keep=3)
     with pytest.raises(OSError, match="Too many levels"):
@@ -268,7 +268,7 @@ def test_an_old_step_that_the_disk_refuses_is_not_deleted(folder, at_once):
 
 
 def revise(step, edit):
-    """The metadata of a step with other fields, under a right checksum, as another version may write it."""
+    """Changes fields of the metadata of a step and its checksum, as another version might write them."""
     path = step / "sidecar" / "data.json"
     body = json.loads(json.loads(path.read_text())["body"])
     edit(body)

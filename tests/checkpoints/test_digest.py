@@ -69,7 +69,7 @@ def test_no_arrays_have_no_digests():
 
 @pytest.fixture
 def on_devices(monkeypatch):
-    """Arrays of this process's CPU are digested as those of an accelerator are."""
+    """Makes arrays on the CPU be digested like arrays on an accelerator."""
     monkeypatch.setattr("looplm_jax.checkpoints.digest._in_host_memory", lambda _: False)
 
 

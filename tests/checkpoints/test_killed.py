@@ -1,4 +1,4 @@
-"""Real processes: killed at any moment, or refused by the disk, they leave the newest committed step whole."""
+"""Real processes that are killed at any moment, or that the disk refuses, leave the latest committed step intact."""
 
 import os
 import random
@@ -17,9 +17,9 @@ from xla_flags import quick_to_compile
 from looplm_jax.checkpoints import CheckpointStore
 
 PROGRAM = Path(__file__).with_name("saver_program.py")
-# Its numbers must be those of this process: the same compiler options, on one device.
+# The saver's numbers must equal those of this process: the same compiler options, on one device.
 ENVIRONMENT = {**os.environ, "XLA_FLAGS": quick_to_compile(devices=1), "JAX_PLATFORMS": "cpu"}
-del ENVIRONMENT["JAX_COMPILATION_CACHE_DIR"]  # a program that a kill cuts short is not for others
+del ENVIRONMENT["JAX_COMPILATION_CACHE_DIR"]  # a kill may truncate an entry, which other processes must not read
 
 
 def start(folder, *arguments):
@@ -33,7 +33,7 @@ def start(folder, *arguments):
 
 
 def newest(folder):
-    """The newest step of a folder that was left by another process, restored and compared with what it must be."""
+    """Restores the latest step that another process left in a folder, and compares it with the expected state."""
     store = CheckpointStore(folder, keep=2)
     committed = store.steps()[-1]
     restored = store.restore(abstract_state())
@@ -53,7 +53,7 @@ def test_the_newest_committed_step_survives_every_kill(kills, tmp_path):
             assert process.stdout.readline()
             assert (
                 process.stdout.readline()
-            )  # a save begins when the one before is committed: one step a round at least
+            )  # a save begins when the previous one is committed: at least one step per round
             time.sleep(chance.uniform(0, 0.5))
             process.kill()
         reached.append(newest(tmp_path / "run"))

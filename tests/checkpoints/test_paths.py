@@ -1,4 +1,4 @@
-"""Checkpoints come back from under every name that a disk takes, or are refused before anything is written."""
+"""Checkpoints can be saved and restored under every valid file name, or are refused before anything is written."""
 
 import os
 
@@ -75,7 +75,7 @@ def test_a_folder_called_gs_is_no_bucket():
     folder = checkpoint_path("/gs/mounted/run")
     assert os.fspath(folder / "checkpoints") == "/gs/mounted/run/checkpoints"
     assert kvstore(folder)["driver"] == "file"
-    assert not folder.exists()  # asks the disk
+    assert not folder.exists()  # on the disk, not in a cache
 
 
 @given(st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0/\\"), min_size=1))

@@ -1,4 +1,4 @@
-"""Steps without a tree: read by name, written whole or not at all."""
+"""Steps as flat arrays: read by name, and written completely or not at all."""
 
 import dataclasses
 import errno
@@ -66,11 +66,11 @@ def test_a_disk_that_refuses_is_one_line_and_leaves_nothing(tmp_path, capfd):
 
 
 async def async_serialize_from_host():
-    """A coroutine with a name of Orbax."""
+    """A coroutine with the name of one of Orbax's coroutines."""
 
 
 async def of_a_user():
-    """A coroutine with a name of its own."""
+    """A coroutine with a different name."""
 
 
 @pytest.mark.parametrize("filters", ["ours", "reset"])

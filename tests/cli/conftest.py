@@ -34,7 +34,7 @@ RECIPE = Recipe(
 
 @pytest.fixture(scope="session")
 def recipe_file(tmp_path_factory):
-    """The smallest recipe that trains."""
+    """Writes the smallest recipe that trains."""
     path = tmp_path_factory.mktemp("recipe") / "command.json"
     path.write_text(json.dumps(to_dict(RECIPE)))
     return path
@@ -42,9 +42,9 @@ def recipe_file(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def trained(recipe_file, tmp_path_factory):
-    """A run of that recipe."""
+    """Returns the folder of a run of that recipe."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    with pytest.MonkeyPatch.context() as patch:  # a fixture of the session comes before that of a module
+    with pytest.MonkeyPatch.context() as patch:  # session fixtures run before module fixtures
         patch.setattr("looplm_jax.data.packing._SHUFFLED_PIECES", SHUFFLED_PIECES)
         assert main(["train", "--recipe", str(recipe_file), "--out", str(folder)]) == 0
     return folder

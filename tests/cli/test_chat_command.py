@@ -23,7 +23,7 @@ def loaded():
 
 @pytest.fixture
 def chat(loaded, monkeypatch, capsys):
-    """Types lines into a chat with the tiny model; gives the exit status, and the lines of both outputs."""
+    """Types lines into a chat with the tiny model. Returns the exit status and the lines of both outputs."""
 
     def run(*lines, flags=(), by_hand=False, model=loaded):
         text = io.StringIO("".join(f"{line}\n" for line in lines))
@@ -93,7 +93,7 @@ def test_by_hand_and_in_colour(chat, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLORTERM", "truecolor")
     status, printed, (*_, error) = chat("word1", "/help", "/nothing", by_hand=True)
-    assert status == 0  # a mistake by hand was seen and is over
+    assert status == 0  # an interactive error was reported and does not end the chat with a failure
     assert printed[0] == "/help lists the commands, Ctrl-D ends"
     assert printed[1].startswith("loops:")
     assert "\x1b[38;2;" in printed[2]

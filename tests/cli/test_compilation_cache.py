@@ -1,4 +1,4 @@
-"""Compiled programs are kept for the next command; a folder that cannot be used is left alone."""
+"""Compiled programs are cached for the next command; an unusable cache folder is left alone."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ from looplm_jax.cli.compilation_cache import keep_compiled_programs
 
 @pytest.fixture(autouse=True)
 def _before_jax(monkeypatch):
-    """As in a process that has not imported JAX yet; what is changed in `warnings` is undone."""
+    """Simulates a process that has not imported JAX yet, and restores `warnings` afterwards."""
     monkeypatch.setattr(compilation_cache, "sys", types.SimpleNamespace(modules={}))
     with warnings.catch_warnings():
         yield
@@ -138,7 +138,7 @@ def test_the_second_process_reads_donated_and_sharded_programs_and_replaces_a_da
         entry.write_bytes(entry.read_bytes()[:100])
     hits, missed = run()
     assert hits == 0
-    assert missed in (0, compiled)  # an entry that cannot be read is neither
+    assert missed in (0, compiled)  # an unreadable entry may count as neither
     assert run() == [compiled, 0]
 
 

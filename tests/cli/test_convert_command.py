@@ -1,4 +1,4 @@
-"""`looplm convert`: each direction from a real run, and its mistakes in one line."""
+"""`looplm convert`: each direction from a real run, and its errors in one line."""
 
 import json
 
@@ -15,7 +15,7 @@ def run(capsys, *arguments):
 
 @pytest.fixture(scope="module")
 def exported(trained, tmp_path_factory):
-    """The run as a Hugging Face folder."""
+    """Returns the run as a Hugging Face folder."""
     folder = tmp_path_factory.mktemp("exported") / "model"
     assert main(["convert", "to-hf", str(trained), str(folder), "--max-shard-size", "1KB"]) == 0
     return folder

@@ -1,4 +1,4 @@
-"""A disk that refuses: at every place where a run writes, one line, and what was there before is as it was."""
+"""A disk that refuses writes: one line at every place where a run writes, and existing files are unchanged."""
 
 import contextlib
 import json
@@ -24,7 +24,7 @@ def good_steps(run):
 
 @pytest.fixture
 def refused(capsys):
-    """The line with which a command ends."""
+    """Returns the line with which a command ends."""
 
     def run(*arguments):
         capsys.readouterr()
@@ -104,7 +104,7 @@ def test_metrics_that_a_disk_refuses_for_a_while_are_written_later(tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 64 KB."""
+    """Mounts a file system of 64 KB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
@@ -126,10 +126,10 @@ sys.exit(main(["train", *sys.argv[2:]]))
 
 
 def fails_alone(*arguments, longest_file=0):
-    """The whole standard error of a process of its own: threads of a save that fails must not write there either."""
+    """Returns the standard error of a separate process, to which threads of a failed save must not write either."""
     command = [sys.executable, "-c", LIMITED, str(longest_file), *map(str, arguments)]
     environment = {**os.environ, "XLA_FLAGS": QUICK_TO_COMPILE, "JAX_PLATFORMS": "cpu"}
-    environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # programs that a full disk cuts short are not for others
+    environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # a full disk would truncate shared entries
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     lines = [line for line in done.stderr.splitlines() if not PROGRESS.match(line)]

@@ -21,12 +21,12 @@ SAME = ("prompt", "text", "tokens", "exit_loops", "finished")
 
 @pytest.fixture(scope="module")
 def loaded():
-    return make_loaded(max_positions=64)  # a single bucket of lengths: programs are compiled once
+    return make_loaded(max_positions=64)  # a single length bucket, so that programs are compiled once
 
 
 @pytest.fixture(autouse=True)
 def checkpoint(loaded, monkeypatch):
-    """Any path but `none` is a checkpoint of the tiny model."""
+    """Makes every path except `none` a checkpoint of the tiny model."""
     asked = []
 
     def load_tiny(path, *, step, dtype):
@@ -47,7 +47,7 @@ def in_colour(monkeypatch):
 
 @pytest.fixture
 def as_json(capsys):
-    """Runs the command, and gives what it printed."""
+    """Runs the command and returns the JSON that it printed."""
 
     def run(*arguments, prompts=(PROMPT,), status=0):
         flags = [flag for prompt in prompts for flag in ("--prompt", prompt)]
@@ -160,7 +160,7 @@ def test_flags_reach_the_engine(common, flags, as_json):
 
 
 def test_drafts_change_no_token(as_json, capsys):
-    """Greedy text is that of the loops that verify; so are its end and its stop strings."""
+    """Greedy text is that of the verifying loops, and so are its end and its stop strings."""
     drafts = ["--exit", "loops=3", "--draft-loops", "2", "--drafts", "2"]
     prompts = [PROMPT, "word4"]
     expected = as_json("--exit", "loops=3", prompts=prompts)
@@ -179,7 +179,7 @@ def test_drafts_change_no_token(as_json, capsys):
 
 
 def test_drafts_are_given_out_as_they_are_accepted(as_json, monkeypatch):
-    """Ctrl-C in between keeps what there is."""
+    """Ctrl-C in between keeps the text so far."""
     drafts = ["--exit", "loops=3", "--draft-loops", "2", "--drafts", "2"]
     prompts = [PROMPT, "word4"]
     whole = as_json(*drafts, prompts=prompts)
@@ -201,7 +201,7 @@ def test_drafts_are_given_out_as_they_are_accepted(as_json, monkeypatch):
 def test_previews_in_json(as_json):
     values = as_json("--revise", "--exit", "loops=3")
     assert values["tokens"] == as_json("--exit", "loops=3")["tokens"]
-    first, *others = values["previews"]  # the first token comes with the prompt, which is read through all loops
+    first, *others = values["previews"]  # the first token comes from the prefill, which runs all loops
     assert first == []
     assert [len(pieces) for pieces in others] == [3] * len(others)
     assert [pieces[-1] for pieces in others] == values["pieces"][1:]
@@ -217,7 +217,7 @@ def test_revision_on_a_terminal(in_colour, as_json, capsys):
 
 
 def as_seen(printed):
-    """What stands on a terminal after this."""
+    """Returns what a terminal shows after these characters."""
     cells, place = [], 0
     for character in re.sub(r"\x1b\[[0-9;]*m", "", printed):
         if character == "\b":

@@ -1,4 +1,4 @@
-"""`~` in paths of flags and recipes, where no shell expands it."""
+"""`~` is expanded in paths of flags and recipes, which no shell expands."""
 
 import argparse
 import dataclasses

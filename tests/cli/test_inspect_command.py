@@ -12,7 +12,7 @@ def copy(trained, tmp_path):
 
 
 def damage(folder, step):
-    """Cut off the end of its arrays."""
+    """Truncates its arrays."""
     for path in (folder / "checkpoints" / str(step) / "state").rglob("d/*"):
         path.write_bytes(path.read_bytes()[:-7])
 

@@ -28,7 +28,7 @@ def test_every_command_explains_itself(command, capsys):
     assert ended.value.code == 0
     printed = capsys.readouterr().out
     assert printed.startswith(f"usage: looplm {command} ")
-    assert f"looplm {command} " in printed[20:]  # an example to type
+    assert f"looplm {command} " in printed[20:]  # an example command
 
 
 @pytest.mark.parametrize(

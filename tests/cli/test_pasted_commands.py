@@ -1,4 +1,4 @@
-"""What is printed as the next command can be pasted into a shell, whatever the folder is called."""
+"""A command that is printed as the next step can be pasted into a shell, for any folder name."""
 
 import shlex
 

@@ -25,7 +25,7 @@ from looplm_jax.training.run_folder import read_recipe
 
 @pytest.fixture
 def plan_file(recipe, tmp_path):
-    """The smallest recipe, on any number of devices."""
+    """Writes the smallest recipe, for any number of devices."""
     path = tmp_path / "planned.json"
     stage = dataclasses.replace(recipe.stages[0], batch_size=8)
     path.write_text(json.dumps(to_dict(dataclasses.replace(recipe, stages=(stage,), mesh=MeshConfig(fsdp=2)))))
@@ -188,7 +188,7 @@ def test_flags_of_a_tick_need_decode(plan_file, flag, capsys):
 
 @pytest.fixture
 def planned(monkeypatch):
-    """What was asked of the planner, which answers at once, with a plan that fits where there is one slot."""
+    """Records the requests to a fake planner, which answers at once with a plan that fits if there is one slot."""
     asked = []
 
     def plan_decode(model, compute, request, target):
@@ -229,7 +229,7 @@ def test_a_plan_of_a_tick(plan_file, planned, tmp_path, capsys):
     command = ["plan", plan_file, "--decode", "--topology", "v5e:1x1", "--slots", "1", "--filled", "10"]
     assert main([*command, "--cache", "last", "--loops-mean", "1", "--json", str(out)]) == 0
     ((model, request),) = planned
-    assert model.max_positions == request.capacity == 64  # no slot has more, as in the engine
+    assert model.max_positions == request.capacity == 64  # the model's positions limit a slot, as in the engine
     printed = capsys.readouterr()
     assert "compiling a tick of 1 slots for v5e:1x1" in printed.err
     assert f"{plan_file}, a tick on v5e:1x1: fits" in printed.out

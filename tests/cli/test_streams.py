@@ -1,4 +1,4 @@
-"""Whatever standard output and error are: the result is the same, and nothing that others wrote steers a terminal."""
+"""For any kind of standard output and error the result is the same, and untrusted text cannot control a terminal."""
 
 import contextlib
 import hashlib
@@ -20,7 +20,7 @@ from looplm_jax.printing import one_line, visible
 
 TITLE = "\x1b]0;pwned\x07"
 
-# Small programs that print as a command does: they start in a moment, as nothing of theirs needs JAX.
+# Small programs that print as a command does. They start fast, because they do not need JAX.
 PRINTS = textwrap.dedent("""
     import sys
     import looplm_jax.cli.inspect as command
@@ -43,7 +43,7 @@ PRINTS = textwrap.dedent("""
 
 
 def run_in_shell(line, folder, **environment):
-    """A shell command in which $PRINTS is the program above; returns what it came to."""
+    """Runs a shell command in which $PRINTS is the program above; returns the completed process."""
     (folder / "prints.py").write_text(PRINTS)
     variables = {**os.environ, "PRINTS": f"{sys.executable} {folder / 'prints.py'}", **environment}
     return subprocess.run(["bash", "-c", line], cwd=folder, env=variables, capture_output=True, timeout=60)
@@ -141,13 +141,13 @@ def test_names_in_a_table_are_neither_markup_nor_escapes():
 
 
 def on_a_terminal(command, **environment):
-    """What a terminal gets of a command."""
+    """Returns the output of a command on a terminal."""
     primary, secondary = pty.openpty()
     variables = {**os.environ, "TERM": "xterm", "COLUMNS": "200", **environment}
     process = subprocess.Popen(command, stdout=secondary, stderr=secondary, stdin=subprocess.DEVNULL, env=variables)
     os.close(secondary)
     shown = b""
-    with contextlib.suppress(OSError):  # a terminal that nobody writes to any more
+    with contextlib.suppress(OSError):  # no process has the terminal open any more
         while part := os.read(primary, 65536):
             shown += part
     os.close(primary)
@@ -157,7 +157,7 @@ def on_a_terminal(command, **environment):
 
 @pytest.fixture(scope="module")
 def hostile(trained, tmp_path_factory):
-    """The run of the other tests, whose symbols, recipe and stage steer a terminal."""
+    """Copies the run of the other tests, with control characters in its symbols, recipe and stage."""
     folder = tmp_path_factory.mktemp("hostile") / "run"
     shutil.copytree(trained, folder)
     for path in folder.glob("checkpoints/*/sidecar/data.json"):

@@ -1,4 +1,4 @@
-"""`looplm tokenize`: what it writes and says, what it refuses, how it stops, and training on what it prepared."""
+"""`looplm tokenize`: its output and messages, what it refuses, how it stops, and training on the prepared corpus."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ LENGTH = ["--sequence-length", "16"]
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A folder to work in, with two files and a tokeniser."""
+    """Changes to a working folder with two files and a tokenizer."""
     monkeypatch.chdir(tmp_path)
     for name, texts in (("a", TEXTS[:100]), ("b", TEXTS[100:])):
         Path(f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -45,7 +45,7 @@ TOKENIZER = train_sentencepiece(TEXTS, 300)
 
 @pytest.fixture
 def refused(capsys):
-    """The one line with which a command ends."""
+    """Returns the one line with which a command ends."""
 
     def run(*arguments: str) -> str:
         capsys.readouterr()
@@ -176,7 +176,7 @@ def test_a_signal_ends_it_cleanly(number, here, capsys):
         while not list(Path().glob("out/.unfinished/*")):
             assert process.poll() is None
             time.sleep(0.01)
-        os.killpg(process.pid, number)  # as a terminal does, workers included
+        os.killpg(process.pid, number)  # to the workers too, as a terminal does
         _, printed = process.communicate(timeout=30)
     assert process.returncode == 128 + number
     assert printed.splitlines()[-1] == f"looplm: stopped by {number.name}; the same command goes on from there"
@@ -199,7 +199,7 @@ def test_training_on_prepared_sources_goes_on_bit_for_bit(here, recipe, refused)
     train = ["train", "--recipe", "recipe.json", "--out"]
     assert main([*train, "whole"]) == 0
     shutil.copytree("whole", "stopped")
-    shutil.rmtree("stopped/checkpoints/4")  # as if it had been killed after step 2
+    shutil.rmtree("stopped/checkpoints/4")  # as if the run had been killed after step 2
     assert main([*train, "stopped"]) == 0
     ends = [inspect_steps(run)[0] for run in ("whole", "stopped")]
     assert [end.step for end in ends] == [4, 4]

@@ -1,4 +1,4 @@
-"""Arguments of `looplm train`: what they mean, and what they refuse before anything is written."""
+"""Arguments of `looplm train`: their meaning, and errors before anything is written."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def dry_run(capsys, *arguments) -> Recipe:
 
 @pytest.fixture
 def refused(capsys, tmp_path, monkeypatch):
-    """The one line with which a command ends; it writes nothing in the folder where it runs."""
+    """Returns the one line with which a command ends, and checks that it wrote nothing in its working folder."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str) -> str:
@@ -166,7 +166,7 @@ def test_shapes_that_do_not_fit_the_devices(arguments, message, refused):
 
 
 def ends_with(capsys, arguments, message):
-    """The command refuses after it has claimed its folder, in one line below its progress."""
+    """Checks that the command fails after it has claimed its folder, with one line below its progress."""
     assert main(["train", *arguments]) == 2
     printed = capsys.readouterr().err
     assert printed.splitlines()[-1].startswith(f"looplm: {message}"), printed

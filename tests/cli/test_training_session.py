@@ -10,7 +10,7 @@ from looplm_jax.training.run_folder import RunFolder
 
 
 class Left(BaseException):
-    """The process would have ended."""
+    """Raised instead of ending the process."""
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The line of the README with everything made small: text, jsonl and parquet, local and at a URL."""
+"""The training command of the README at a small size: text, JSON lines and Parquet, local and at a URL."""
 
 import json
 import os

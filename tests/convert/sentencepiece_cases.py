@@ -1,24 +1,24 @@
-"""SentencePiece models made by hand: any pieces and settings, in the wire format of `sentencepiece_model.proto`."""
+"""SentencePiece models built by hand: any pieces and settings, in the wire format of `sentencepiece_model.proto`."""
 
 import struct
 
 from looplm_jax.convert.sentencepiece_model import PieceKind
 
 BYTES = [(f"<0x{byte:02X}>", 0.0, PieceKind.BYTE) for byte in range(256)]
-# The fields of a model that loses nothing of the text: BPE, byte fallback, nothing normalised.
+# The fields of a lossless model: BPE, byte fallback, no normalization.
 BPE = {3: 2, 35: 1}
 VERBATIM = {3: 0, 4: 0, 5: 1}
 
 
 def model_bytes(pieces, trainer=BPE, normalizer=VERBATIM) -> bytes:
-    """A `.model` file of `(text, score, kind)` after `<unk>`, `<s>`, `</s>` and the 256 bytes."""
+    """Returns a `.model` file with pieces `(text, score, kind)` after `<unk>`, `<s>`, `</s>` and the 256 bytes."""
     first = [("<unk>", 0.0, PieceKind.UNKNOWN), ("<s>", 0.0, PieceKind.CONTROL), ("</s>", 0.0, PieceKind.CONTROL)]
     body = b"".join(_field(1, _piece(*piece)) for piece in [*first, *BYTES, *pieces])
     return body + _field(2, _message(trainer)) + _field(3, _message(normalizer))
 
 
 def merged(texts) -> list[tuple[str, float, PieceKind]]:
-    """The characters of the texts as pieces, and the texts, best first."""
+    """Returns the characters of the texts as pieces, and the texts, best first."""
     characters = sorted(set("".join(texts)))
     order = [*texts, *(character for character in characters if character not in texts)]
     return [(text, -float(rank), PieceKind.NORMAL) for rank, text in enumerate(order)]

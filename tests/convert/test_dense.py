@@ -1,4 +1,4 @@
-"""A dense model as the start of a looped one: loop 1 of `pre` is that model; what does not fit is refused by name."""
+"""Starting a looped model from a dense one: with `pre`, loop 1 is that model; mismatches are refused by name."""
 
 import functools
 import json
@@ -32,11 +32,11 @@ SHAPE = {
     "max_position_embeddings": 64,
     "initializer_range": 0.15,
 }
-TOLERANCE = 1e-5  # of numbers around 1, in float32
+TOLERANCE = 1e-5  # for values around 1, in float32
 
 
 def write_dense(folder, kind="Llama", **changes):
-    """A random model of transformers, norms included, saved as people save theirs; returns it."""
+    """Saves a random transformers model, random norms included, with `save_pretrained`; returns the model."""
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**{**SHAPE, **changes})
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
@@ -56,7 +56,7 @@ def edit_config(folder, **changes):
 
 
 def edit_weights(folder, **changes):
-    """Tensors put in place of those there; None removes one."""
+    """Replaces tensors of a folder; None removes one."""
     path = folder / "model.safetensors"
     tensors = {**load_file(path), **changes}
     save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path, {"format": "pt"})

@@ -1,4 +1,4 @@
-"""What a folder says about its tokens is used, kept in checkpoints, and written out again; no weights are needed."""
+"""Token settings of a folder are used, kept in checkpoints and exported again; no weights are needed."""
 
 import json
 
@@ -17,7 +17,7 @@ START, END = "<|im_start|>", "<|im_end|>"
 
 
 def read(folder, content=None, **files):
-    """The tokenizer of a folder with these files, after it was in a checkpoint, and the notes."""
+    """Returns the tokenizer of a folder with these files, after a round trip through a checkpoint, and the notes."""
     (folder / "tokenizer.json").write_bytes(content or tokenizer_json(272))
     for name, values in {"config": {}, **files}.items():
         (folder / f"{name}.json").write_text(json.dumps(values))
@@ -55,7 +55,7 @@ def test_names_where_no_file_has_ids(tmp_path, file, end):
 
 def test_generation_ends_as_transformers_ends_it(tmp_path):
     tokenizer, _ = read(tmp_path, config={"eos_token_id": [0, 7]}, generation_config={"eos_token_id": [5, 0, 6]})
-    assert (tokenizer.eos_id, stop_ids(tokenizer)) == (0, [0, 2, 5, 6])  # and 2, the end of a turn
+    assert (tokenizer.eos_id, stop_ids(tokenizer)) == (0, [0, 2, 5, 6])  # 2 is the end of a turn
 
 
 def test_guessed_names_are_the_last_resort_and_said(tmp_path):

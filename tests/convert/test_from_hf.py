@@ -1,4 +1,4 @@
-"""Hugging Face folders in: every bit of every tensor arrives in its place, on whatever devices."""
+"""Importing Hugging Face folders: every tensor arrives bit for bit in its place, on any devices."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ def one_device():
 
 
 def as_torch(params):
-    """Every tensor of PyTorch, from our parameters."""
+    """Returns every PyTorch tensor, computed from our parameters."""
     arrays = {path: np.asarray(array) for path, array in flat_arrays(params).items()}
     return {
         tensor.name: tensor.to_torch(arrays[tensor.path] if tensor.layer is None else arrays[tensor.path][tensor.layer])
@@ -54,7 +54,7 @@ def test_every_tensor_arrives_to_the_bit(tmp_path, config, dtype, shards):
 
 
 def test_where_each_tensor_belongs(tmp_path):
-    """By hand, for a matrix of every kind: PyTorch keeps [out, in], we keep [in, out] with heads apart."""
+    """By hand, for a matrix of every kind: PyTorch stores [out, in], we store [in, out] with a separate head axis."""
     saved = write_hf_folder(tmp_path, GROUPED)
     params = load_hf(tmp_path, mesh=one_device()).params
     layers, width, head = params["core"]["layers"], GROUPED.width, GROUPED.head_width
@@ -153,7 +153,7 @@ def test_a_checkpoint_is_not_overwritten(tmp_path):
 
 
 def test_the_published_config_is_read(tmp_path):
-    """With all the fields of ByteDance/Ouro-1.4B that `to_ouro_config` leaves out."""
+    """With all fields of ByteDance/Ouro-1.4B that `to_ouro_config` omits."""
     write_hf_folder(tmp_path)
     published = {
         **config_json(MULTI_HEAD, jnp.bfloat16),
@@ -185,7 +185,7 @@ print(peak() - before, sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
 
 @pytest.mark.slow
 def test_peak_memory(tmp_path):
-    """Beside the weights there is one array and one tensor at a time; a tiny model first pays for what JAX loads."""
+    """Beyond the weights, one array and one tensor exist at a time. Converting a tiny model first loads JAX itself."""
     config = ModelConfig(vocab_size=272, width=512, mlp_width=1536, num_layers=16, num_heads=8, max_positions=128)
     write_hf_folder(tmp_path / "tiny")
     write_hf_folder(tmp_path / "large", config)

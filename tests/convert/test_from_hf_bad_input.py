@@ -1,4 +1,4 @@
-"""Every mistake in a folder ends in one line that names it, and leaves nothing behind."""
+"""Every error in a folder gives one line that names it, and no output remains."""
 
 import dataclasses
 import errno
@@ -30,7 +30,7 @@ def refusal(folder, mesh=None, **options):
 
 
 def write_with(folder, changes, config=MULTI_HEAD):
-    """A folder with some tensors changed, added, or removed by None."""
+    """Writes a folder with some tensors changed, added, or removed by None."""
     tensors = {**make_tensors(config), **changes}
     write_hf_folder(folder, config, tensors={name: value for name, value in tensors.items() if value is not None})
 
@@ -223,7 +223,7 @@ def test_a_mesh_that_does_not_fit(tmp_path):
 
 @pytest.fixture
 def remains(tmp_path):
-    """What stands in the folder of the output."""
+    """Returns the content of the output folder."""
     (tmp_path / "outputs").mkdir()
     return lambda: list((tmp_path / "outputs").iterdir())
 

@@ -1,4 +1,4 @@
-"""Whatever stands in the files: a model, or one line; never another error, a hang or a giant allocation."""
+"""For any content of the files: a model or a one-line error, never another error, a hang or a huge allocation."""
 
 import functools
 import json
@@ -42,13 +42,13 @@ json_values = st.recursive(
 
 @pytest.fixture(scope="module")
 def folder():
-    """One folder for all examples: each overwrites what it changes."""
+    """Returns one folder for all examples; each overwrites the files that it changes."""
     with tempfile.TemporaryDirectory() as path:
         yield Path(path)
 
 
 def measured(function, *arguments):
-    """The result, the lines of a mistake, and the most memory that Python and NumPy held on the way, in any thread."""
+    """Returns the result, the lines of the error, and the peak memory of Python and NumPy in all threads."""
     tracemalloc.start()
     try:
         return function(*arguments), [""], tracemalloc.get_traced_memory()[1]
@@ -59,9 +59,9 @@ def measured(function, *arguments):
 
 
 def result_or_line(function, *arguments):
-    """The result, or None after a mistake in one line; and not much memory on the way."""
+    """Returns the result, or None after a one-line error, and checks that peak memory is small."""
     result, lines, peak = measured(function, *arguments)
-    if peak >= MUCH_MEMORY:  # a thread of an earlier test may still be at work; what the function takes it takes again
+    if peak >= MUCH_MEMORY:  # a thread of an earlier test may still allocate, so measure again
         *_, peak = measured(function, *arguments)
     assert peak < MUCH_MEMORY
     assert len(lines) == 1
@@ -76,7 +76,7 @@ def read_all(path):
 
 @st.composite
 def mutated(draw, valid: bytes):
-    """Bits flipped, a part cut out, or bytes put in."""
+    """Flips bits, removes a range, or inserts bytes."""
     content = bytearray(valid)
     for _ in range(draw(st.integers(1, 3))):
         at = draw(st.integers(0, len(content)))
@@ -130,7 +130,7 @@ def test_safetensors_headers(folder, header, data):
 
 @st.composite
 def configs(draw):
-    """The valid one with fields dropped, replaced or added."""
+    """Draws the valid config with fields removed, replaced or added."""
     known = sorted(VALID_CONFIG)
     changed = draw(st.dictionaries(st.sampled_from(known), json_values, max_size=2))
     added = draw(st.dictionaries(st.text(max_size=20), json_values, max_size=1))
@@ -140,7 +140,7 @@ def configs(draw):
 
 @pytest.fixture(scope="module", autouse=True)
 def shapes_once():
-    """Shapes take a while to trace, and most examples that come so far are the same model."""
+    """Caches shapes, which are slow to trace: most examples that get this far have the same model."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(accounting, "array_shapes", functools.cache(accounting.array_shapes))
         yield
@@ -154,7 +154,7 @@ def model_folder(tmp_path_factory):
 
 
 def read_config_and_account(path):
-    """What a config can make large: the layers, and the shapes."""
+    """Runs the two steps that a config can make large: the layers and the shapes."""
     return accounted(WeightFolder.open(path), read_hf_config(path))
 
 
@@ -223,7 +223,7 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
 
 
 def test_files_that_claim_much_do_not_get_it(tmp_path):
-    """In a process that cannot have 64 MB more; what the library allocates counts too."""
+    """In a process that cannot allocate another 64 MB, including allocations of the safetensors library."""
     huge = {"dtype": "F32", "shape": [2**38], "data_offsets": [0, 2**40]}
     headers = {
         "length": with_length(VALID_FILE, 2**63),

@@ -31,7 +31,7 @@ def configs(draw):
     )
 
 
-shapes_of = functools.cache(array_shapes)  # the free inputs repeat
+shapes_of = functools.cache(array_shapes)  # the generated inputs repeat
 
 
 @given(configs())

@@ -1,4 +1,4 @@
-"""The model card: only what the checkpoint and its run folder say, and code that runs."""
+"""The model card: only facts of the checkpoint and its run folder, and code that runs."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ def card(step=40, evaluation=None, **changes):
 
 
 def rows(text):
-    """Cells of every row of every table."""
+    """Returns the cells of every row of every table."""
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in text.splitlines() if "|" in line]
 
 
@@ -98,7 +98,7 @@ def record(run, step=None):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of forty steps with a log, whose last line was not finished."""
+    """Returns a run of forty steps with a log whose last line is incomplete."""
     folder = write_checkpoint(tmp_path_factory.mktemp("card") / "run", step=30)
     write_checkpoint(folder, step=40)
     lines = [

@@ -162,7 +162,7 @@ def test_every_field_that_transformers_writes_of_itself_is_read():
     ["early_exit_steps_done", "chunk_sizes", "hidden_states", "norm_eps", "max_window", "rope_base"],
 )
 def test_another_field_is_not_taken_for_a_misspelled_one(name):
-    """Whoever follows a suggestion renames a field, which would put a stranger's value into the model."""
+    """A user who follows such a suggestion renames a field, which would put an unrelated value into the model."""
     with pytest.raises(UserError, match=f"field '{name}' is not honored here; remove it"):
         from_ouro_config({**PUBLISHED, name: 7})
 

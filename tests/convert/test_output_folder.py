@@ -1,4 +1,4 @@
-"""A folder written whole or not at all: what remains after success, mistakes, interrupts, kills and full disks."""
+"""Output folders are written atomically: what remains after success, errors, interrupts, kills and full disks."""
 
 import errno
 import os
@@ -53,7 +53,7 @@ def test_relative_names(tmp_path, monkeypatch):
 
 
 def write_half(out, failure):
-    """An attempt that fails when half of it is written."""
+    """Fails when half of the folder is written."""
     with fresh_folder(out) as staging:
         (staging / "folder").mkdir()
         (staging / "folder" / "half").write_text("half")
@@ -68,7 +68,7 @@ def test_any_failure_leaves_nothing(tmp_path, failure):
 
 
 def refusal(out):
-    """The line with which a folder is refused, before its body runs."""
+    """Returns the line with which a folder is refused, before the body runs."""
     with pytest.raises(UserError) as raised, fresh_folder(out):
         pytest.fail("the body ran")
     assert "\n" not in str(raised.value)
@@ -144,7 +144,7 @@ with fresh_folder(sys.argv[1]) as staging:
 
 @pytest.fixture
 def half_way(tmp_path):
-    """A process that is writing `out`."""
+    """Starts a process that is writing `out`."""
     with running([sys.executable, "-c", HALF_WAY, tmp_path / "out"], stdout=subprocess.PIPE, text=True) as it:
         assert it.stdout.readline() == "half\n"
         yield it

@@ -1,4 +1,4 @@
-"""A model may have more ids than its tokenizer; the rows of the rest go in and out with the others."""
+"""A model may have more ids than its tokenizer; the extra rows are imported and exported like the others."""
 
 import dataclasses
 import json

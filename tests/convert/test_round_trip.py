@@ -1,4 +1,4 @@
-"""In and out again, and out and in again: every bit as it was. And the exported folder runs in transformers."""
+"""Import then export, and export then import, are bit-identical; the exported folder runs in transformers."""
 
 import dataclasses
 
@@ -79,7 +79,7 @@ def json_tokenizer(tmp_path):
 
 @pytest.fixture(scope="module", params=["grouped-query", "tied"])
 def exported(request, tmp_path_factory):
-    """The model, our parameters, and the folder that transformers reads."""
+    """Returns the model, our parameters, and the folder that transformers reads."""
     folder = tmp_path_factory.mktemp("exported")
     config = dataclasses.replace(MODELS[request.param], loops=3)
     params = random_params(config)
@@ -114,7 +114,7 @@ def test_the_tokenizer_and_the_stops_of_generate(exported):
     transformers = pytest.importorskip("transformers")
     _, _, folder = exported
     ours = load_tokenizer(str(folder / "tokenizer.json"))
-    # transformers 5 reads the configuration first, which is code of the folder.
+    # transformers 5 first reads the configuration, which is code in the folder.
     theirs = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     text = "the loop reads state\n"
     assert theirs(text, add_special_tokens=False).input_ids == ours.encode(text)

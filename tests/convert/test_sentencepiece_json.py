@@ -43,7 +43,7 @@ UNICODE = st.text(st.characters(codec="utf-8"))
 
 @pytest.fixture(scope="module")
 def pair() -> tuple[SentencePieceTokenizer, JsonTokenizer]:
-    """A tokeniser of the standard library's text and what it is exported as."""
+    """Returns a tokenizer trained on the standard library's text, and its exported form."""
     texts = [path.read_text(encoding="utf-8") for path in sorted(LIBRARY.glob("*.py"))[:40]]
     ours = train_sentencepiece(texts, 1024, max_bytes=500_000)
     return ours, JsonTokenizer(sentencepiece_json(ours.serialize()))
@@ -86,7 +86,7 @@ def test_same_ids_for_real_text(pair):
 
 @given(data=st.data())
 def test_same_ids_for_any_vocabulary(data):
-    """One merge for each piece is enough, also where no training would have given such pieces in such an order."""
+    """One merge per piece suffices, even for pieces in an order that no training produces."""
     word = st.text("ab ", min_size=2, max_size=6)
     texts = data.draw(st.lists(word, min_size=1, max_size=12, unique=True))
     content = model_bytes(merged([text.replace(" ", "\u2581") for text in [*texts, "a", "b", " "]]))
@@ -102,7 +102,7 @@ def test_a_piece_that_no_text_gives_has_no_merge():
 
 @given(ids=st.lists(st.integers(0, 1023).filter(lambda token: token != 3), max_size=30))
 def test_same_text_for_any_ids_whose_bytes_are_unicode(pair, ids):
-    """In Hugging Face's decoder a run of bytes is one character sequence or none, hence no lone bytes here."""
+    """Hugging Face's decoder maps a run of bytes to one character sequence or none, hence no incomplete bytes here."""
     ours, theirs = pair
     whole = [token for token in ids if not ours.piece(token).startswith("<0x")]
     assert theirs.decode(whole) == ours.decode(whole)

@@ -1,4 +1,4 @@
-"""Weights in files of bounded size, and sizes as people write them."""
+"""Weights in files of bounded size, and sizes as users write them."""
 
 import itertools
 import tempfile
@@ -17,7 +17,7 @@ from looplm_jax.errors import UserError
 
 
 def vectors(sizes):
-    """Tensors of bfloat16 of so many bytes each."""
+    """Returns bfloat16 tensors with these numbers of bytes."""
     return [
         TorchTensor(name=f"vector.{n}", path=("vector", str(n)), layer=None, our_shape=(size // 2,), contracted=0)
         for n, size in enumerate(sizes)

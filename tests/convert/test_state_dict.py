@@ -1,4 +1,4 @@
-"""Plain PyTorch, without transformers."""
+"""State dicts for plain PyTorch, without transformers."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""A checkpoint to a Hugging Face folder: every file, every tensor, and every refusal."""
+"""Exporting a checkpoint to a Hugging Face folder: every file, every tensor, and every refusal."""
 
 import os
 import subprocess
@@ -44,7 +44,7 @@ def names(folder):
 
 
 def wanted_tensors(model, dtype="float32", seed=0):
-    """Name to bits of every tensor of `random_params`, by the layout alone."""
+    """Returns the bits of every tensor of `random_params` by name, from the layout alone."""
     params = flat_arrays(random_params(model, dtype, seed))
     arrays = {path: np.asarray(array) for path, array in params.items()}
     layout = torch_layout(array_shapes(model))
@@ -173,7 +173,7 @@ def test_shards_and_their_index(run, tmp_path):
 
 
 def refusal(run, out, **options):
-    """The line; nothing may remain."""
+    """Returns the error line, and checks that no output remains."""
     before = names(out.parent)
     with pytest.raises(UserError) as raised:
         convert_to_hf(run, out, **options)
@@ -228,7 +228,7 @@ def test_other_mistakes(run, tmp_path):
     assert "file is a file; choose another folder" in refusal(run, tmp_path / "file")
 
 
-# Half-way
+# Failures during the export
 
 
 @pytest.mark.parametrize("where", ["_read", "_write_weights", "model_card"])
@@ -261,7 +261,7 @@ except UserError as error:
 
 
 def test_a_disk_that_is_full_half_way_leaves_nothing(run, tmp_path):
-    size = 2 * count_params(TINY)  # half of the weights, which are float32
+    size = 2 * count_params(TINY)  # half of the bytes of the float32 weights
     command = [sys.executable, "-c", LIMITED, str(size), str(run), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
     assert done.stderr == (

@@ -30,7 +30,7 @@ def byte_level() -> JsonTokenizer:
 
 @pytest.fixture(scope="module")
 def load(tmp_path_factory):
-    """What `transformers` makes of the files of a tokeniser."""
+    """Returns the tokenizer that `transformers` loads from our files."""
     transformers = pytest.importorskip("transformers")
 
     def loaded(tokenizer):
@@ -113,7 +113,7 @@ def test_transformers_knows_the_special_tokens(pairs):
 
 
 def test_a_batch_is_what_the_model_takes(pairs):
-    """No token types, which `generate` refuses."""
+    """Without token types, which `generate` refuses."""
     for ours, theirs in pairs:
         batch = theirs(["the loop", "it"], padding=True, padding_side="left")
         assert set(batch) == {"input_ids", "attention_mask"}

@@ -1,4 +1,4 @@
-"""Upcycling: which layer is a copy of which, in parameters and optimiser state alike, and training on from there."""
+"""Upcycling: which layer is a copy of which, in parameters and optimizer state alike, and training from the result."""
 
 import dataclasses
 import io
@@ -62,7 +62,7 @@ RECIPE = Recipe(
 
 
 def state() -> dict[str, jax.Array]:
-    """Arrays of a train state by name, all of random numbers: parameters, their optimiser state, and more."""
+    """Returns random arrays of a train state by name: parameters, their optimizer state, and more."""
     random = np.random.default_rng(0)
     params = jax.eval_shape(lambda: init_params(LoopLM(RECIPE.model), jax.random.key(0)))
     optimizer = jax.eval_shape(adamw(RECIPE.optimizer).init, params)
@@ -73,7 +73,7 @@ def state() -> dict[str, jax.Array]:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A checkpoint of one step, as a run leaves it."""
+    """Returns a checkpoint of one step, as a run writes it."""
     folder = tmp_path_factory.mktemp("base")
     tokenizer = open_corpus(RECIPE.data).own_tokenizer
     metadata = Metadata(
@@ -97,7 +97,7 @@ def base(tmp_path_factory):
     ids=str,
 )
 def deeper(request, base, tmp_path_factory):
-    """The upcycled checkpoint, and the original of each of its layers."""
+    """Returns the upcycled checkpoint, and the original of each of its layers."""
     copies, order = request.param
     out = tmp_path_factory.mktemp("deeper") / "new" / "deep"
     said = str(upcycle(base, out, layers=copies * LAYERS, order=order))
@@ -156,7 +156,7 @@ def test_the_description_says_the_new_depth_and_forgets_the_place_in_the_data(ba
 
 
 def test_it_computes_what_the_repeated_layers_compute(base, deeper):
-    """Against one-layer models of the same parameters, run in the order of the copies within each loop."""
+    """Compared with one-layer models of the same parameters, run in the order of the copies within each loop."""
     out, chosen = deeper
     model, params = looplm_jax.load(out)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 12, (2, 16)), jnp.int32)
@@ -169,7 +169,7 @@ def test_it_computes_what_the_repeated_layers_compute(base, deeper):
 
 
 def by_hand(single: LoopLM, original, chosen, tokens):
-    """States of every loop, each layer applied by a stack of its own."""
+    """Returns the states of every loop, with each layer applied by a separate stack."""
     config = single.config
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     context = make_context(config, positions, jnp.ones_like(tokens))
@@ -207,10 +207,10 @@ def test_training_goes_on_from_it_with_the_state_of_the_optimizer(base, tmp_path
     assert main([*map(str, words), "--start.optimizer", "true"]) == 2
     assert "type --model.num_layers 4, or start elsewhere" in capsys.readouterr().err
     assert main([*map(str, words), "--start.optimizer", "true", "--model.num_layers", "4"]) == 0
-    assert int(read_whole(tmp_path / "on").arrays["optimizer.1.count"]) == 4  # two steps there, and two here
+    assert int(read_whole(tmp_path / "on").arrays["optimizer.1.count"]) == 4  # two steps of each run
 
 
-# What is refused.
+# Refusals
 
 
 @pytest.mark.parametrize("layers", [-2, 0, 1, LAYERS, 2 * LAYERS + 1])

@@ -1,4 +1,4 @@
-"""Which file holds which tensor, and what is refused before any tensor is read."""
+"""The file of each tensor, and refusals before any tensor is read."""
 
 import json
 import os
@@ -76,7 +76,7 @@ def test_pickled_weights_are_refused_unread(tmp_path, name):
 
 
 class Bomb:
-    """What a pickle can do when it is read."""
+    """Shows that reading a pickle can run any code."""
 
     def __reduce__(self):
         return os.abort, ()

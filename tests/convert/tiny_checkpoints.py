@@ -1,4 +1,4 @@
-"""Checkpoints of tiny models with random weights, and tokenisers for them."""
+"""Checkpoints of tiny models with random weights, and tokenizers for them."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from looplm_jax.config import ModelConfig, Recipe, Stage
 from looplm_jax.convert.layout import array_shapes
 from looplm_jax.data.tokenizers import END_OF_TEXT, IM_END, IM_START, SymbolTokenizer
 
-# Works without the package `tokenizers`; the names are those of Ouro.
+# This works without the package `tokenizers`; the names are those of Ouro.
 SYMBOLS = SymbolTokenizer((END_OF_TEXT, IM_START, IM_END, *(f"word{n}" for n in range(20))))
 TINY = ModelConfig(
     vocab_size=SYMBOLS.vocab_size,
@@ -39,7 +39,7 @@ def tiny_recipe(model=TINY, **changes):
 
 
 def random_params(model, dtype="float32", seed=0):
-    """Every number random, norms and biases too, so that no two tensors can be exchanged unseen."""
+    """Returns random parameters, including norms and biases, so that no swap of two tensors goes unnoticed."""
     numbers = np.random.default_rng(seed)
 
     def draw(leaf):
@@ -49,7 +49,7 @@ def random_params(model, dtype="float32", seed=0):
 
 
 def write_checkpoint(run, recipe=None, *, params=None, dtype="float32", step=30, tokenizer=SYMBOLS):
-    """A run folder that holds one step; returns its path."""
+    """Writes a run folder with one step; returns its path."""
     recipe = recipe or tiny_recipe()
     params = random_params(recipe.model, dtype) if params is None else params
     metadata = Metadata(
