@@ -1,4 +1,4 @@
-"""The benchmark of checkpoints on a state so small that it fits a test: it saves, restores and leaves nothing."""
+"""The checkpoint benchmark on a small state: it saves, restores and leaves no files."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The benchmark of cleaning at a size that fits a test."""
+"""The cleaning benchmark at a small size."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The benchmark of conversions on a model so small that it fits a test: it converts, measures, and tells bits apart."""
+"""The conversion benchmark on a small model: it converts, measures, and detects differing bits."""
 
 import json
 
@@ -17,7 +17,7 @@ TINY = ModelConfig(vocab_size=300, width=16, mlp_width=24, num_layers=2, num_hea
 
 @pytest.fixture
 def in_this_process(monkeypatch, capsys):
-    """Conversions are called, not started."""
+    """Runs conversions in this process instead of starting new ones."""
 
     def run(name, source, out):
         assert conversion.main(["--process", name, str(source), str(out)]) == 0

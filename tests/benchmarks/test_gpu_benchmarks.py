@@ -1,4 +1,4 @@
-"""What measures a GPU in ten minutes runs on a machine that has none, and keeps to its time."""
+"""The ten-minute GPU benchmark runs on a machine without a GPU, and within its time."""
 
 import subprocess
 import sys
@@ -22,7 +22,7 @@ def test_attention_is_a_share_of_a_measured_product(monkeypatch, capsys):
 
 
 def test_no_turn_begins_for_which_too_little_time_is_left(monkeypatch, capsys):
-    """Turns of 4 s in 10 s: two sides have one each, the third has none."""
+    """With turns of 4 s in 10 s, two sides have one turn each and the third has none."""
     clock = [0.0]
 
     def measured(name, arguments, seconds):

@@ -1,4 +1,4 @@
-"""The PyTorch twin that our speed is measured against computes the same function."""
+"""The PyTorch twin that we compare our speed with computes the same function."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ LOOPS, BETA = 3, 0.1
 
 
 def copy_into(twin, params: Params) -> None:
-    """Our parameters into the twin's modules; torch keeps matrices as [out, in]."""
+    """Copies our parameters into the twin's modules; torch stores matrices as [out, in]."""
 
     def put(parameter, value) -> None:
         parameter.data = torch.tensor(np.asarray(value).reshape(parameter.shape))

@@ -1,4 +1,4 @@
-"""The benchmark for one GPU runs on a machine that has none, and says what it could not measure."""
+"""The benchmark for one GPU runs on a machine without a GPU, and names what it could not measure."""
 
 import json
 

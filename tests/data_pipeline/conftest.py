@@ -10,7 +10,7 @@ __all__ = ["bucket", "gcs"]
 
 @pytest.fixture
 def full_windows(monkeypatch):
-    """Windows as users have them."""
+    """Restores the shuffle windows that users have."""
     monkeypatch.setattr("looplm_jax.data.packing._SHUFFLED_PIECES", 4096)
 
 
@@ -21,7 +21,7 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def text_data(tmp_path_factory) -> DataConfig:
-    """Two files, one twice as likely as the other, a tenth held out."""
+    """Returns the data config of two files, one with twice the weight of the other, and a tenth held out."""
     folder = tmp_path_factory.mktemp("corpus")
     texts = make_texts(120)
     write_jsonl(folder / "a.jsonl", texts[:80])

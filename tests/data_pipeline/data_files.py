@@ -1,4 +1,4 @@
-"""Documents written to files of every format, and read back in every way."""
+"""Helpers that write documents to files of every format and read them back in every way."""
 
 import gzip
 import json
@@ -14,14 +14,14 @@ from looplm_jax.data.splits import document_key
 
 
 def as_record(document):
-    """A record of named fields, as most formats hold it."""
+    """Returns a document as a record of named fields, as most formats store it."""
     if isinstance(document, str):
         return {"text": document}
     return {"messages": [{"role": message.role, "content": message.content} for message in document]}
 
 
 def as_chat(*turns):
-    """Turns of a user and an assistant, one after the other."""
+    """Returns alternating turns of a user and an assistant."""
     return tuple(Message("assistant" if number % 2 else "user", turn) for number, turn in enumerate(turns))
 
 
@@ -34,13 +34,13 @@ def write_plain(path, documents):
 
 
 def write_gzip(path, documents):
-    """Two members, as `cat a.gz b.gz` makes."""
+    """Writes two members, as `cat a.gz b.gz` does."""
     half = len(documents) // 2
     path.write_bytes(gzip.compress(json_lines(documents[:half])) + gzip.compress(json_lines(documents[half:])))
 
 
 def write_zstd(path, documents):
-    """Two frames with one between that is to be skipped."""
+    """Writes two frames with a skippable frame between them."""
     import zstandard
 
     half = len(documents) // 2
@@ -98,7 +98,7 @@ def read_all(source):
 
 
 def every_way(path, unit_bytes=(1, 40, 2**26), **fields):
-    """The documents of a path by one pass, by spans of several sizes, and by index; the same each time."""
+    """Reads the documents of a path in one pass, by spans of several sizes, and by index; checks that all agree."""
     source, bad = SourceConfig(path=str(path), **fields), sources.BadRecordPolicy(OnBadRecord.STOP)
     files = sources.find_inputs(source.path)
     found = [document for file in files for document in sources.scan(file, source, bad)]

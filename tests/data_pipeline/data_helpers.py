@@ -7,7 +7,7 @@ WORDS = tuple(TEXT.split())
 
 
 def make_texts(count: int, words: int = 40) -> list[str]:
-    """Different documents of different lengths."""
+    """Returns distinct documents of different lengths."""
     return [
         f"Document {n}.\n" + " ".join(WORDS[(n * 7 + k * (n % 5 + 1)) % len(WORDS)] for k in range(n % words + 1))
         for n in range(count)

@@ -12,7 +12,7 @@ LENGTH = 32
 
 
 class Silent:
-    """Sees nothing but what was begun, and how many units were done."""
+    """A progress display that only records what began, and how many units were done."""
 
     def __init__(self):
         self.begun, self.units = [], 0
@@ -28,30 +28,30 @@ class Silent:
 
 
 def order(tokenizer, *paths, **changes) -> Order:
-    """Units of about 2 KB, so that small files make several."""
+    """Returns an order with units of about 2 KB, so that small files form several."""
     sources = tuple(SourceConfig(path=str(path)) for path in paths)
     defaults = {"sequence_length": LENGTH, "validation_fraction": 0.1, "unit_bytes": 2000}
     return Order(**{"sources": sources, "tokenizer": tokenizer, **defaults, **changes})
 
 
 def prepared(tokenizer, out, *paths, workers=1, watcher=None, **changes):
-    """The manifest of a corpus that is prepared at `out`."""
+    """Prepares a corpus at `out` and returns its manifest."""
     return prepare(order(tokenizer, *paths, **changes), str(out), workers=workers, watcher=watcher or Silent())
 
 
 def content(folder) -> dict[str, bytes]:
-    """All files of a folder."""
+    """Returns the content of all files of a folder."""
     folder = Path(folder)
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def segments(rows: PreparedRows):
-    """The segments of all rows."""
+    """Returns the segments of all rows."""
     return [segment for index in range(len(rows)) for segment in rows.segments(index)]
 
 
 def texts_of(tokenizer, folder) -> tuple[list[str], list[str]]:
-    """The documents to train on and those that are held out, of rows that are longer than any of them."""
+    """Returns the training and the held-out documents, from rows that are longer than any document."""
     corpus = open_prepared(str(folder))
     parts = (corpus.train, corpus.validation)
     return tuple(sorted(tokenizer.decode(segment.tokens) for segment in segments(part)) for part in parts)

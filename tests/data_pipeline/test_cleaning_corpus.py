@@ -1,4 +1,4 @@
-"""Cleaning of a real corpus: the source text of the standard library, with items planted and texts altered."""
+"""Cleaning of a real corpus: the source of the standard library, with planted items and altered copies."""
 
 import json
 import multiprocessing
@@ -35,7 +35,7 @@ def _shouted(passage: str) -> str:
 
 
 def test_planted_items_are_found_and_nothing_else(corpus, tmp_path):
-    """Half of the items stand in the corpus as they are, half are of other words and planted in another guise."""
+    """Half of the items are in the corpus unchanged; the others have other words and are planted in a changed form."""
     draw = random.Random(1)
     passages = []
     for text in draw.sample(corpus, 20):
@@ -60,12 +60,12 @@ def test_planted_items_are_found_and_nothing_else(corpus, tmp_path):
 
 
 def _altered(text: str, share: float, draw: random.Random) -> str:
-    """The text with some of its words replaced."""
+    """Returns the text with some of its words replaced."""
     return " ".join(f"new{draw.random()}" if draw.random() < share else word for word in words(text))
 
 
 def _pairs(corpus: list[str]) -> Iterator[tuple[str, str, float]]:
-    """Texts, altered copies and their Jaccard similarities."""
+    """Yields texts, altered copies and their Jaccard similarities."""
     draw = random.Random(2)
     for number, text in enumerate(corpus):
         altered = _altered(text, (number % 20) / 200, draw)

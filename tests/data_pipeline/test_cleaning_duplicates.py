@@ -1,4 +1,4 @@
-"""Near-duplicates: what is dropped, what is kept, and what decides."""
+"""Near-duplicates: what is dropped, what is kept, and by which criterion."""
 
 import itertools
 import sys

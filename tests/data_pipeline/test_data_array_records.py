@@ -14,7 +14,7 @@ from looplm_jax.errors import UserError
 
 
 def length_delimited(field, content):
-    """A field of a protocol buffer that holds bytes."""
+    """Returns a bytes field of a protocol buffer."""
     return varint(field << 3 | 2) + varint(len(content)) + content
 
 
@@ -24,7 +24,7 @@ def varint(number):
 
 
 def example(features):
-    """A `tf.train.Example`, byte by byte as TensorFlow writes it."""
+    """Returns a `tf.train.Example`, byte for byte as TensorFlow writes it."""
     entries = b""
     for name, values in features.items():
         if isinstance(values, float):

@@ -1,4 +1,4 @@
-"""Invalid UTF-8 inside Parquet and datasets is a bad record with file and row; and row groups that are too large."""
+"""Invalid UTF-8 in Parquet and datasets is a bad record, named by file and row; row groups that are too large."""
 
 import errno
 import itertools
@@ -79,7 +79,7 @@ def test_a_disk_that_refuses_is_not_a_damaged_file(tmp_path, monkeypatch):
 
 
 def test_a_text_that_is_repeated_is_in_memory_once(tmp_path):
-    """A megabyte of dictionary, and 2 GB of text."""
+    """The dictionary has a megabyte, the text 2 GB."""
     before = pyarrow.total_allocated_bytes()
     once = pyarrow.array(["x" * 10**6])
     column = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 2000, pyarrow.int32()), once)

@@ -23,7 +23,7 @@ GEOMETRY = {"batch_size": 4, "sequence_length": 32}
 
 @pytest.fixture
 def stream(text_data, tokenizer):
-    """A function that makes training streams, closed at the end of the test."""
+    """Returns a function that opens training streams, which are closed at the end of the test."""
     opened = []
 
     def make(data=text_data, tokenizer=tokenizer, seed=0, **geometry):
@@ -48,7 +48,7 @@ def same(a, b):
 
 
 def segments(batches):
-    """The (tokens, targets, positions, mask) of every segment."""
+    """Yields (tokens, targets, positions, mask) of every segment."""
     for batch in batches:
         for row in range(len(batch.tokens)):
             for number in range(1, batch.segment_ids[row].max() + 1):
@@ -190,7 +190,7 @@ def test_the_place_in_data_that_was_moved_is_taken_up_exactly(stream, tmp_path):
     original = stream(data)
     take(original, 7)
     state, expected = original.state(), take(original, 5)
-    state["identity"]["data.root"] = data.root  # as versions saved it that compared it
+    state["identity"]["data.root"] = data.root  # as saved by versions that compared it
     (tmp_path / "before").rename(tmp_path / "after[1]?")
     moved = dataclasses.replace(data, root=str(tmp_path / "after[1]?"))
     resumed = stream(moved)

@@ -1,4 +1,4 @@
-"""Capo: pools of the printed sizes, distributions, and biographies read back by a reader of its own."""
+"""Capo: pools of the published sizes, distributions, and biographies parsed by an independent reader."""
 
 import collections
 import math
@@ -20,7 +20,7 @@ SEEDS, EXPOSURES, PEOPLE = st.integers(0, 2**63), st.integers(0, 2**40), st.inte
 
 
 def joined(entry):
-    """An entry as one would write it."""
+    """Returns an entry as normal text."""
     return " ".join(entry).replace(" -", "")
 
 
@@ -37,7 +37,7 @@ LATER = [
 
 
 def read_back(text):
-    """What a biography tells, by regular expressions that know no template: name, pronoun, and attributes in order."""
+    """Parses name, pronoun and attributes of a biography in order, by regular expressions that know no template."""
     first, *rest = text.removesuffix(".").split(". ")
     *name, month, day, year = FIRST.fullmatch(first).groups()
     told = [pattern.fullmatch(sentence).groups() for pattern, sentence in zip(LATER, rest, strict=True)]

@@ -128,7 +128,7 @@ LONG = [as_chat(f"question {number} " + "the loop learns of weights " * 40, "yes
 
 
 def test_pieces_without_an_answer_are_left_out(tmp_path, tokenizer):
-    """Whether read directly or prepared, to train on or held out; how many is said."""
+    """In direct and in prepared data, for training and held out; the number is reported."""
     (tmp_path / "a.jsonl").write_bytes(json_lines(LONG))
     source = SourceConfig(path=str(tmp_path / "a.jsonl"), kind=CHAT)
     corpus = open_corpus(DataConfig(sources=(source,), validation_fraction=0.2))
@@ -171,7 +171,7 @@ def test_names_in_a_chat_are_tokens_where_the_source_says_so(tmp_path, tokenizer
 
 
 def test_a_place_in_the_data_does_not_name_fields_that_say_nothing(tmp_path, tokenizer):
-    """A run that was saved before there was `special_tokens` continues."""
+    """A run that was saved before `special_tokens` existed can resume."""
     (tmp_path / "a.jsonl").write_bytes(json_lines(LONG))
     geometry = Geometry(batch_size=2, sequence_length=32)
     for special in (False, True):

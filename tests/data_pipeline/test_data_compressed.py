@@ -47,7 +47,7 @@ def test_a_compressed_file_is_one_span(path):
 
 
 def test_a_file_that_was_cut_off(path):
-    """Wherever it was cut, but for the end of a whole frame or member."""
+    """Truncated anywhere except at the end of a complete frame or member."""
     content = path.read_bytes()
     for length in (5, len(content) // 4, len(content) - 1):
         path.write_bytes(content[:length])

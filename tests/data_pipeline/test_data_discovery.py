@@ -1,4 +1,4 @@
-"""Which files a path means, and that nothing is left out without a word."""
+"""Which files a path stands for; every file that is left out is reported."""
 
 import gzip
 import json
@@ -68,7 +68,7 @@ def test_a_file_that_several_links_lead_to_counts_once(tmp_path):
 
 
 def test_a_link_whose_name_says_more_than_that_of_its_file(tmp_path):
-    """As the cache of the Hugging Face hub is made."""
+    """As in the cache of the Hugging Face hub."""
     blob = write(tmp_path / "blobs" / "0123abcd", "x")
     (tmp_path / "snapshots").mkdir()
     (tmp_path / "snapshots" / "train.jsonl").symlink_to(blob)
@@ -245,11 +245,11 @@ def test_training_says_what_it_reads(tmp_path, text_data):
     assert lines == ["reading 2 files (2 .jsonl)"]
 
 
-# What a file may ask for
+# Limits on files
 
 
 def rle_frame(count, window=0x38):
-    """A Zstandard frame of `count` blocks of 128 KiB, 4 bytes each."""
+    """Returns a Zstandard frame of `count` blocks that decompress to 128 KiB from 4 bytes each."""
     last = [number == count - 1 for number in range(count)]
     blocks = b"".join(((131072 << 3) | 2 | end).to_bytes(3, "little") + b"a" for end in last)
     return b"\x28\xb5\x2f\xfd\x00" + bytes([window]) + blocks

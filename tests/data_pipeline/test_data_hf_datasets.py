@@ -1,4 +1,4 @@
-"""Datasets of Hugging Face, without its hub."""
+"""Hugging Face datasets, without the hub."""
 
 import importlib
 import json
@@ -120,12 +120,12 @@ def test_without_the_library(tmp_path, monkeypatch):
 
 
 def test_a_hub_url_without_its_library(monkeypatch):
-    """`hf://` is a file system that huggingface_hub brings."""
+    """The file system `hf://` is part of huggingface_hub."""
     registry = importlib.import_module("fsspec.registry")
     monkeypatch.delitem(registry._registry, "hf", raising=False)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     known = {"class": "huggingface_hub.HfFileSystem", "err": "Install huggingface_hub to access HfFileSystem"}
-    monkeypatch.setitem(registry.known_implementations, "hf", known)  # as it is before the library says where it is
+    monkeypatch.setitem(registry.known_implementations, "hf", known)  # the entry without the library
     path = "hf://datasets/org/name/a.jsonl"
     fails(f"{path}: Install huggingface_hub to access HfFileSystem; install what it names", path)
 

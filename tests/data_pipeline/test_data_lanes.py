@@ -1,4 +1,4 @@
-"""The global batch is the same whatever the number of processes, and its place can be taken up by any number."""
+"""The global batch is the same for any number of processes, and any number can resume at its position."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ ROWS, LENGTH = 8, 32
 
 @pytest.fixture
 def stream(text_data, tokenizer):
-    """A function that makes the stream of one process of several, closed at the end of the test."""
+    """Returns a function that opens the stream of one of several processes; all are closed at the end of the test."""
     opened, corpus = [], open_corpus(text_data)
 
     def make(process=0, processes=1, lanes=2, parts=1):
@@ -38,7 +38,7 @@ def stream(text_data, tokenizer):
 
 
 def joined(shares, parts):
-    """The global batch `[parts, rows, positions]` of every field, from the shares of all processes."""
+    """Returns the global batch `[parts, rows, positions]` of every field, from the slices of all processes."""
     names = [field.name for field in dataclasses.fields(Batch)]
     return {
         name: np.concatenate([getattr(share, name).reshape(parts, -1, LENGTH) for share in shares], axis=1)
@@ -47,7 +47,7 @@ def joined(shares, parts):
 
 
 def merged(states):
-    """As checkpoints do it."""
+    """Merges states as checkpoints do."""
     return json.loads(json.dumps({"lanes": {name: lane for state in states for name, lane in state["lanes"].items()}}))
 
 
@@ -73,7 +73,7 @@ def test_a_single_lane_is_the_plain_stream(stream, text_data, tokenizer):
     ours = stream(lanes=1)
     plain = train_batches(text_data, tokenizer, seed=0, batch_size=ROWS, sequence_length=LENGTH)
     np.testing.assert_equal(dataclasses.asdict(next(ours)), dataclasses.asdict(next(plain)))
-    ours.restore(plain.state())  # as versions before lanes saved it
+    ours.restore(plain.state())  # as saved by versions without substreams
     np.testing.assert_equal(dataclasses.asdict(next(ours)), dataclasses.asdict(next(plain)))
     plain.close()
 
@@ -99,7 +99,7 @@ def test_a_stream_that_continues_has_the_lanes_it_had(stream, text_data, tokeniz
 
 
 class NumberedRows:
-    """A lane whose rows say which lane and which of its rows they are."""
+    """A substream whose rows contain the number of the substream and their own number."""
 
     def __init__(self, lane, rows):
         self.lane, self.rows, self.done = lane, rows, 0
@@ -119,7 +119,7 @@ class NumberedRows:
 
 @pytest.mark.parametrize("lanes", [1, 2, 4, 8])
 def test_a_batch_holds_the_same_rows_in_any_number_of_parts(lanes):
-    """Also on from a place that was saved with another number of them."""
+    """Also after resuming at a position that was saved with another number of microbatches."""
     state = None
     for step, (parts, processes) in enumerate([(1, 1), (2, 2), (4, 1), (8, 1), (4, 2), (1, 4)]):
         part_rows, width = ROWS // parts, ROWS // lanes

@@ -1,4 +1,4 @@
-"""Files at URLs: from a real HTTP server, and from an emulated bucket."""
+"""Files at URLs, from a real HTTP server and from an emulated bucket."""
 
 import contextlib
 import functools
@@ -18,14 +18,14 @@ NAMES = ("a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.arrayrecord")
 
 
 class WholeFiles(http.server.SimpleHTTPRequestHandler):
-    """Files without ranges."""
+    """Serves files without range requests."""
 
     def log_message(self, *_arguments):
         pass
 
 
 class Files(http.server.SimpleHTTPRequestHandler):
-    """Files with ranges, as servers of data have."""
+    """Serves files with range requests, as data servers do."""
 
     def send_head(self):
         path, wanted = self.translate_path(self.path), self.headers.get("Range")
@@ -43,7 +43,7 @@ class Files(http.server.SimpleHTTPRequestHandler):
         return None
 
     def handle(self):
-        with contextlib.suppress(ConnectionError):  # a reader that has enough goes
+        with contextlib.suppress(ConnectionError):  # a reader disconnects once it has what it needs
             super().handle()
 
     def log_message(self, *_arguments):
@@ -92,7 +92,7 @@ def test_a_server_that_gives_no_parts(folder):
 
 @pytest.fixture
 def corpus(bucket, tmp_path):
-    """A folder of a bucket with a file of each format."""
+    """Returns a folder in a bucket with a file of each format."""
     for name in NAMES:
         WRITERS[name](tmp_path / name, DOCUMENTS)
         fsspec.filesystem("gs").put(str(tmp_path / name), f"{bucket}/corpus/{name}")

@@ -52,7 +52,7 @@ def test_text_files_in_sorted_order(tmp_path):
 
 
 def documents(name, text):
-    """What a text file of that name is cut into."""
+    """Returns the documents that a text file with this name is split into."""
     fs = fsspec.filesystem("memory")
     fs.pipe(f"/{name}", text.encode())
     source = open_files(f"memory://{name}")

@@ -17,7 +17,7 @@ SAMPLES = 3_000
 
 
 def evaluate(symbols, modulus):
-    """Value of a prefix expression by a stack, from the right; fails unless there is exactly one expression."""
+    """Evaluates a prefix expression with a stack, from the right; fails unless there is exactly one expression."""
     stack = []
     for symbol in reversed(symbols):
         if symbol in "+-*":
@@ -34,7 +34,7 @@ def words(task, example):
 
 
 def chi_square(counts):
-    """Pearson's statistic against equal frequencies, as standard deviations above its mean."""
+    """Returns Pearson's statistic against equal frequencies, as standard deviations above its mean."""
     counts = np.asarray(counts)
     statistic = ((counts - counts.mean()) ** 2 / counts.mean()).sum()
     freedom = len(counts) - 1

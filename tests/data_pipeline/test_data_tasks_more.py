@@ -1,4 +1,4 @@
-"""The synthetic tasks besides Mano: every answer by an evaluator of its own, distributions, and the split."""
+"""The synthetic tasks other than Mano: answers against an independent evaluator, distributions, and the split."""
 
 import collections
 import dataclasses
@@ -26,14 +26,14 @@ def both(task, seed, index):
 
 
 def chi_square(counts):
-    """Pearson's statistic against equal frequencies, as standard deviations above its mean."""
+    """Returns Pearson's statistic against equal frequencies, as standard deviations above its mean."""
     counts = np.asarray(counts)
     statistic = ((counts - counts.mean()) ** 2 / counts.mean()).sum()
     return (statistic - (len(counts) - 1)) / np.sqrt(2 * (len(counts) - 1))
 
 
 def sums(symbols):
-    """Numbers and what stands behind the sign."""
+    """Returns the numbers, and the digits after the equals sign."""
     left, right = "".join(symbols[1:-1]).split("=")
     return left.split("+"), right
 
@@ -58,7 +58,7 @@ def test_numbers_to_add_are_powers_of_two_equally_often():
 
 
 def hop_by_table(sequence, hops):
-    """The same answer from the definition, by a table of where each position leads."""
+    """Computes the answer from the definition, with a table of where each position leads."""
     leads = [
         max([0, *(j for j in range(2, i + 1) if sequence[j - 2] == sequence[i - 1])])
         for i in range(1, len(sequence) + 1)
@@ -119,7 +119,7 @@ def test_answers_to_a_chain_are_uniform_and_pairs_lie_anywhere():
 
 
 def reached(edges, start):
-    """All nodes that a walk comes to, and in how many steps at least."""
+    """Returns all reachable nodes and their minimal number of steps."""
     steps, front = {start: 0}, [start]
     while front:
         front = [target for source, target in edges if source in front and target not in steps]

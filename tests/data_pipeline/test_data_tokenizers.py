@@ -29,7 +29,7 @@ def json_tokenizer() -> JsonTokenizer:
 
 
 def json_file(changes=(), **model) -> bytes:
-    """A tokenizer.json with a vocabulary of words."""
+    """Returns a tokenizer.json with a vocabulary of words."""
     content = {
         "version": "1.0",
         "added_tokens": [],
@@ -201,7 +201,7 @@ def test_text_without_tokens():
 
 
 def test_a_panic_is_an_error(capfd):
-    """A prefix of pieces that the pieces lack makes the reader, which is written in Rust, panic."""
+    """A continuation prefix that the pieces lack makes the parser, which is written in Rust, panic."""
     pytest.importorskip("tokenizers")
     model = {"type": "BPE", "vocab": {"<s>": 0, "a": 1, "b": 2, "ab": 3}, "merges": ["a b"]}
     with pytest.raises(UserError, match=r"this is not a tokenizer\.json") as error:
@@ -268,7 +268,7 @@ def test_unknown_kind():
 
 
 def test_vocabulary_of_the_model(tokenizer):
-    """The model may have more ids, which are never targets, and never fewer."""
+    """The model may have more ids than the tokenizer, which are never targets, but not fewer."""
     check_vocab(tokenizer, 300)
     check_vocab(tokenizer, 512)
     with pytest.raises(UserError, match=r"has 300 tokens but model.vocab_size is 299; set model.vocab_size to "):

@@ -1,4 +1,4 @@
-"""A prepared corpus in a bucket: the same bytes, read at random from there."""
+"""A prepared corpus in a bucket: the same bytes, with random access."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What `prepare` writes: all documents once, the same bytes however it was done, and what was left out."""
+"""The output of `prepare`: all documents once, the same bytes in every execution, and a report of omissions."""
 
 import json
 import os
@@ -32,7 +32,7 @@ from looplm_jax.errors import UserError
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Two files, which are cut into several units."""
+    """Writes two files, which form several units."""
     folder = tmp_path_factory.mktemp("files")
     texts = make_texts(120)
     return write_jsonl(folder / "a.jsonl", texts[:80]), write_jsonl(folder / "b.jsonl", texts[80:])
@@ -40,7 +40,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(files, tokenizer, tmp_path_factory):
-    """A corpus of both, prepared in one go by one worker."""
+    """Prepares a corpus of both, without interruption, by one worker."""
     out = tmp_path_factory.mktemp("whole") / "prepared"
     prepared(tokenizer, out, *files)
     return out
@@ -95,7 +95,7 @@ def test_only_what_is_missing_is_done_again(whole, files, tokenizer, tmp_path):
     prepared(tokenizer, out, *files, watcher=watcher)
     assert watcher.units == 2
     assert content(out) == content(whole)
-    (out / "train-00003.arrayrecord").unlink()  # as the message about a damaged shard says
+    (out / "train-00003.arrayrecord").unlink()  # as the message about a damaged shard advises
     prepared(tokenizer, out, *files)
     assert content(out) == content(whole)
 
@@ -228,7 +228,7 @@ def test_chats_keep_their_loss_mask(tokenizer, tmp_path):
 
 
 def unclean(folder):
-    """Texts of which one holds an item and one is nearly another, their file, and how both are left out."""
+    """Returns texts, one with an evaluation item and one near-duplicate, their file, and settings that drop both."""
     pytest.importorskip("datasketch")
     texts = [f"{text} number {n}" for n, text in enumerate(make_texts(40)) if len(text) > 100]
     item = " ".join(f"word{n}" for n in range(20))

@@ -1,4 +1,4 @@
-"""The bytes of a row hold all that a row is, and rows hold all that documents are."""
+"""The bytes of a row preserve the row, and rows preserve the documents."""
 
 import numpy as np
 import pytest

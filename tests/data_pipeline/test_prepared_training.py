@@ -1,4 +1,4 @@
-"""Training on prepared rows: the same batches whoever reads them, an exact place, and few threads."""
+"""Training on prepared rows: the same batches for every reader, an exact position, and few threads."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ GEOMETRY = {"batch_size": ROWS, "sequence_length": LENGTH}
 
 @pytest.fixture(scope="module")
 def folders(tokenizer, tmp_path_factory):
-    """Two prepared sources."""
+    """Prepares two sources."""
     folder = tmp_path_factory.mktemp("sources")
     texts = make_texts(120)
     for name, some in (("a", texts[:80]), ("b", texts[80:])):
@@ -90,7 +90,7 @@ def test_weights_are_shares_of_rows(corpus):
         tuple(corpus.prepared[0].corpus.train[index]["tokens"]) for index in range(len(corpus.prepared[0].corpus.train))
     }
     found = sum(tuple(rows[index]["tokens"]) in first for index in range(90))
-    assert 60 <= found <= 65  # some short documents of both are the same
+    assert 60 <= found <= 65  # some short documents occur in both
 
 
 @pytest.mark.parametrize("batches", [0, 1, 7])

@@ -1,4 +1,4 @@
-"""A prepared corpus is that of its manifest and of its files, or it is refused."""
+"""A prepared corpus that does not match its manifest and its source files is refused."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ def whole(tokenizer, tmp_path_factory):
 
 
 def rewrite(path, change):
-    """The shard again, with other rows."""
+    """Writes the shard again, with other rows."""
     from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
     reader = ArrayRecordReader(str(path))
@@ -56,7 +56,7 @@ def test_a_shard_of_another_preparation_is_refused_at_start(whole, tmp_path):
 
 @pytest.mark.parametrize("known", [True, False])
 def test_a_large_corpus_is_checked_by_the_edges_of_its_shards(whole, tmp_path, monkeypatch, known):
-    """What an earlier version wrote has no edges: then lengths count, and those shards that are read whole."""
+    """Output of earlier versions has no digests of edges: lengths are checked, and shards that are read completely."""
     out = shutil.copytree(whole, tmp_path / "copy")
     corpus = open_prepared(str(out))
     read = []
@@ -129,7 +129,7 @@ def test_a_file_that_was_edited_to_the_same_length_is_noticed(tokenizer, tmp_pat
     ):
         prepared(tokenizer, tmp_path / "out", path)
     path.write_bytes(data)
-    prepared(tokenizer, tmp_path / "out", path)  # at another time, and the same
+    prepared(tokenizer, tmp_path / "out", path)  # later, with the same content
     assert content(tmp_path / "out") == before
 
 

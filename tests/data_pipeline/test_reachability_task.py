@@ -1,4 +1,4 @@
-"""Reachability with several questions about a graph, over chosen distances, and of the root."""
+"""Reachability with several questions per graph, over chosen distances, and about the root."""
 
 import collections
 
@@ -15,7 +15,7 @@ SEEDS, INDICES = st.integers(0, 2**63), st.integers(0, 2**47)
 
 
 def parsed(task, example):
-    """Targets of each node, and the questions, each with its answer."""
+    """Returns the successors of each node, and the questions with their answers."""
     graph, *questions = " ".join(task.tokenizer.decode(example.tokens).split()[1:]).split(" ? ")
     follows = collections.defaultdict(list)
     for edge in graph.removesuffix(" ;").split(" ; "):
@@ -25,7 +25,7 @@ def parsed(task, example):
 
 
 def depth(follows, start, goal):
-    """Edges of the path between two nodes, or None."""
+    """Returns the number of edges of the path between two nodes, or None."""
     if start == goal:
         return 0
     below = [depth(follows, node, goal) for node in follows[start]]

@@ -1,4 +1,4 @@
-"""No text gives a special token, whatever the kind of tokenizer, unless that is asked for."""
+"""No text produces a special token, with any kind of tokenizer, unless this is requested."""
 
 import io
 import itertools
@@ -23,7 +23,7 @@ WORDS = ("the", "loop", "a", "b", "<", ">", "|", "_", "im", "end")
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 CHARACTERS = sorted({*"".join(NAMES), *"abcdefghijklmnopqrstuvwxyz "})
 
-# Normal forms and cases of the names too: a normalizer makes the names themselves of them.
+# Includes other normal forms and cases of the names, which a normalizer maps to the names themselves.
 WIDE = {ord(character): ord(character) + 0xFEE0 for character in "<>|/[]"}
 FORGED = [*NAMES, *(name.translate(WIDE) for name in NAMES), *(name.upper() for name in NAMES)]
 PARTS = st.sampled_from([*FORGED, *WORDS, " ", "  ", "\n", "\u2581", "<|im_", "end|>", "s>"])
@@ -39,7 +39,7 @@ def word_model(unknown, words):
 
 
 def models(named):
-    """Every kind of model with these names in its vocabulary, and what stands before and after it."""
+    """Returns every kind of model with these names in its vocabulary, with its pre-tokenizer and decoder."""
     wide = {"type": "NFKC"}
     metaspace = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -93,7 +93,7 @@ HOW = ("called special", "added", "in the vocabulary", "stripping")
 
 
 def tokenizer_json(kind: str, how: str) -> bytes:
-    """A file whose special tokens are called so, only added, only words of the model, or take the space around them."""
+    """Returns a file whose special tokens are marked as such, only added, only words of the model, or strip spaces."""
     file = models(NAMES)[kind]
     vocab = file["model"]["vocab"]
     ids = vocab if isinstance(vocab, dict) else {piece: place for place, (piece, _) in enumerate(vocab)}

@@ -1,4 +1,4 @@
-"""Problems drawn and packed a block at a time: right, pure, resumable, shared out, full rows, none held out."""
+"""Problems generated and packed by blocks: correct, pure, resumable, divided; full rows, no held-out problems."""
 
 import collections
 import dataclasses
@@ -35,7 +35,7 @@ TASKS = [
 
 
 def split(problems):
-    """The tokens and targets of each problem."""
+    """Returns the tokens and targets of each problem."""
     ends = np.cumsum(problems.lengths)[:-1]
     return list(zip(np.split(problems.tokens, ends), np.split(problems.loss_mask, ends), strict=True))
 
@@ -45,7 +45,7 @@ def texts(task, problems):
 
 
 def value(symbols, modulus):
-    """Value of a prefix expression, by recursion."""
+    """Evaluates a prefix expression recursively."""
     symbol = symbols.pop(0)
     if symbol not in "+-*":
         return int(symbol)
@@ -105,7 +105,7 @@ def test_hops_are_right_and_none_is_held_out(hops, spare, alphabet, curriculum, 
 
 
 def chi_square(counts):
-    """Pearson's statistic against equal frequencies, as standard deviations above its mean."""
+    """Returns Pearson's statistic against equal frequencies, as standard deviations above its mean."""
     counts = np.asarray(counts)
     statistic = ((counts - counts.mean()) ** 2 / counts.mean()).sum()
     return (statistic - (len(counts) - 1)) / np.sqrt(2 * (len(counts) - 1))
@@ -242,7 +242,7 @@ def test_a_mixture_holds_problems_by_weight():
 
 
 def test_a_run_that_began_with_problems_drawn_one_by_one_resumes_with_the_same_batches(full_windows):
-    """The place and the batches after it are those of the version before problems were drawn in blocks."""
+    """The position and the following batches are those of the version before blocks."""
     saved = json.loads(EARLIER_PLACE.read_text())
     resumed = stream(corpus_of("mano:length=4"))
     take(resumed, 3)

@@ -1,4 +1,4 @@
-"""A tokenizer.json cannot make a text without measure longer."""
+"""A tokenizer.json cannot expand a text without limit."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""`looplm train` as several real processes on this machine, which meet over TCP and compute over gloo."""
+"""`looplm train` as several real processes on this machine, which connect over TCP and compute over gloo."""
 
 import contextlib
 import dataclasses
@@ -53,7 +53,7 @@ def write_recipe(path: Path, *, steps: int = 6) -> Path:
 
 
 class Processes:
-    """As many processes as there are lists of flags; each gets its own and those that all share."""
+    """One process for each list of flags; each gets its own flags and the common ones."""
 
     def __init__(self, folder: Path, own: Sequence[Sequence[str]], *shared: str | Path, compiled: Path):
         folder.mkdir(parents=True, exist_ok=True)
@@ -94,19 +94,19 @@ class Processes:
             copy.join(PATIENCE)
 
     def said(self, index: int) -> str:
-        """The standard error of a process so far."""
+        """Returns the standard error of a process so far."""
         return self._errors[index].read_text()
 
     def last_lines(self) -> list[str]:
-        """The last line of each."""
+        """Returns the last line of each process."""
         return [(self.said(index).splitlines() or [""])[-1] for index in range(len(self.processes))]
 
     def wait_for_step(self, folder: Path, step: int) -> None:
-        """Until a step is in the metrics."""
+        """Waits until a step is in the metrics."""
         self.wait_until(lambda: steps_logged(folder) >= step)
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
-        """Until `condition()`; fails if a process ends first."""
+        """Waits until `condition()`; fails if a process ends first."""
         deadline = time.monotonic() + PATIENCE
         while not condition():
             assert all(process.poll() is None for process in self.processes), self.everything()
@@ -114,35 +114,35 @@ class Processes:
             time.sleep(0.02)
 
     def finish(self) -> list[int]:
-        """All exit statuses, once everything that the processes said is there."""
+        """Returns all exit statuses, once all output of the processes has arrived."""
         statuses = [process.wait(timeout=PATIENCE) for process in self.processes]
         for copy in self._copies:
             copy.join(PATIENCE)
         return statuses
 
     def everything(self) -> str:
-        """All standard errors, for a test that failed."""
+        """Returns all standard errors, for the message of a failed test."""
         return "\n".join(f"process {index}:\n{self.said(index)}" for index in range(len(self.processes)))
 
     def send(self, index: int, number: signal.Signals) -> None:
-        """A signal to one of them."""
+        """Sends a signal to one of the processes."""
         self.processes[index].send_signal(number)
 
 
 def steps_logged(folder: Path) -> int:
-    """The newest step in the metrics, 0 before there is one."""
+    """Returns the latest step in the metrics, 0 if there is none."""
     with contextlib.suppress(FileNotFoundError):
         return max((row["step"] for row in read_metrics(folder)), default=0)
     return 0
 
 
 def losses(folder: Path, kind: str = "train") -> dict[int, list[float]]:
-    """The losses of every step."""
+    """Returns the losses of every step."""
     return {row["step"]: row["loss_per_loop"] for row in read_metrics(folder) if row["kind"] == kind}
 
 
 def _copy(stream: IO[bytes], path: Path) -> None:
-    """Copies a stream to a file as it comes: what a process says must not end where its files may not grow."""
+    """Copies a stream to a file as it arrives, because the process may be limited in the size of its own files."""
     with stream, path.open("wb") as file:
         while chunk := os.read(stream.fileno(), 2**16):
             file.write(chunk)

@@ -1,4 +1,4 @@
-"""How processes find each other, played by threads of this one, with strangers on the port."""
+"""How processes connect, simulated by threads of this process, with unrelated clients on the port."""
 
 import contextlib
 import json
@@ -22,7 +22,7 @@ HOST = "127.0.0.1"
 
 
 class Arrivals:
-    """Process 0 of `count`, in a thread."""
+    """Runs process 0 of `count` in a thread."""
 
     def __init__(self, count, **options):
         self.listener = socket.create_server((HOST, 0))
@@ -61,7 +61,7 @@ class Arrivals:
 
 
 def in_background(work, *arguments, **options):
-    """A thread, and the list that its result or UserError is put into."""
+    """Starts a thread. Returns it, and the list that receives its result or UserError."""
     said = []
 
     def run():
@@ -256,8 +256,8 @@ def test_outside_a_pod_nothing_says_which_processes_there_are(monkeypatch):
 
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_stopped_process_is_named_on_all_of_them_and_learns_it_later(stopped, monkeypatch):
-    """The stopped one sends no heartbeats and reads nothing until the others have gone."""
-    monkeypatch.setattr(star, "_LAST_SECONDS", 0.2)  # how long process 0 waits for the others
+    """The stopped process sends no heartbeats and reads nothing until the others have ended."""
+    monkeypatch.setattr(star, "_LAST_SECONDS", 0.2)  # seconds for which process 0 waits for the others
     ours, theirs = socket.socketpair()
     ended = {0: queue.SimpleQueue(), 1: queue.SimpleQueue()}
 

@@ -1,4 +1,4 @@
-"""Agreement between processes, played by threads of this one."""
+"""Agreement between processes, simulated by threads of this process."""
 
 import concurrent.futures
 import socket
@@ -13,7 +13,7 @@ from looplm_jax.errors import UserError
 
 @pytest.fixture
 def star():
-    """Three members, how each ended, and a function that loses one."""
+    """Returns three members, how each ended, and a function that loses one."""
     ended = {}
     pairs = {peer: socket.socketpair() for peer in (1, 2)}
 

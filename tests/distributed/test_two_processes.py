@@ -1,4 +1,4 @@
-"""Two real processes on one machine: one run, whatever happens to one of them."""
+"""Two real processes on one machine: a single run, even if one of them fails."""
 
 import functools
 import os
@@ -22,13 +22,13 @@ TWO = ([], [])
 
 @pytest.fixture(scope="module")
 def compiled():
-    """The folder of this session's compiled programs."""
+    """Returns the folder of compiled programs of this test session."""
     return os.environ["JAX_COMPILATION_CACHE_DIR"]
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """The run of a single process, this one, on one device."""
+    """Returns the run of a single process, this one, on one device."""
     folder = tmp_path_factory.mktemp("alone")
     recipe = write_recipe(folder / "recipe.json")
     with pytest.MonkeyPatch.context() as patch:
@@ -38,7 +38,7 @@ def alone(tmp_path_factory):
 
 
 def digests(folder, step):
-    """Of every array of a step."""
+    """Returns the digest of every array of a step."""
     records = next(report.arrays for report in inspect_steps(str(folder)) if report.step == step)
     return {name: record.digest for name, record in records.items()}
 
@@ -64,7 +64,7 @@ def test_two_processes_train_as_one(alone, compiled, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_in_a_bucket(alone, compiled, bucket, tmp_path):  # noqa: F811
-    """And two others go on from there, with what the first two left."""
+    """Two other processes then resume from their checkpoint."""
     recipe, run = write_recipe(tmp_path / "recipe.json"), any_path(f"{bucket}/run")
     arguments = ("--recipe", recipe, "--out", str(run))
     with Processes(tmp_path, TWO, *arguments, compiled=compiled) as both:
@@ -82,7 +82,7 @@ def test_two_processes_train_as_one_in_a_bucket(alone, compiled, bucket, tmp_pat
 
 @pytest.mark.slow
 def test_a_run_goes_on_bit_for_bit_and_on_another_number_of_processes(alone, compiled, tmp_path):
-    """Two processes, then two again, then one, then four: each makes the steps after step 4 anew."""
+    """Two processes, then two again, then one, then four: each repeats the steps after step 4."""
     recipe, run = write_recipe(tmp_path / "recipe.json"), tmp_path / "run"
     arguments = ("--recipe", recipe, "--out", run)
     with Processes(tmp_path, TWO, *arguments, compiled=compiled) as both:
@@ -111,7 +111,7 @@ def test_a_killed_process_of_four_ends_the_others(victim, compiled, tmp_path):
         assert [status for index, status in enumerate(statuses) if index != victim] == [75] * 3, four.everything()
 
 
-@pytest.mark.slow  # test_star has its short form
+@pytest.mark.slow  # test_star has the short form
 def test_another_configuration_is_refused_by_all(compiled, tmp_path):
     recipe, run = write_recipe(tmp_path / "recipe.json"), tmp_path / "run"
     own = ([], ["--stages.pretrain.beta", "0.5"])
@@ -172,7 +172,7 @@ def test_a_signal_during_the_compilation_stops_both(tmp_path):
 
 @pytest.mark.slow
 def test_a_signal_during_an_evaluation_stops_both(compiled, tmp_path):
-    """Evaluated after every step, on so many sequences that it is nearly always at it."""
+    """Evaluates after every step, on so many sequences that evaluation takes most of the time."""
     recipe, run = write_recipe(tmp_path / "recipe.json", steps=100_000), tmp_path / "run"
     often = ("--evaluation.every", "1", "--evaluation.sequences", "100000")
     with Processes(tmp_path, TWO, "--recipe", recipe, "--out", run, *often, compiled=compiled) as both:

@@ -15,7 +15,7 @@ TASK = "mano:length=2,modulus=5"
 
 
 def make_loaded():
-    """What `load` gives for a random tiny model of a synthetic task; weights are large enough for its gates to vary."""
+    """Returns a random tiny model of a synthetic task as `load` does, with weights large enough for varied gates."""
     tokenizer = make_task(TASK).tokenizer
     config = dataclasses.replace(tiny(), vocab_size=tokenizer.vocab_size, loops=3)
     model = LoopLM(config, ComputeConfig(dtype=Dtype.FLOAT32, remat=Remat.NONE, loss_chunk=16))
@@ -36,7 +36,7 @@ def make_loaded():
 
 
 def make_batch(seed, *, vocab_size, rows=4, length=24):
-    """Two packed documents a row, then padding; some targets do not count."""
+    """Returns a batch with two packed documents per row, then padding; some targets are masked."""
     generator = np.random.default_rng(seed)
     segments = np.repeat([1, 2, 0], [length // 2, length // 3, length - length // 2 - length // 3])
     positions = np.concatenate([np.arange(count) for count in np.unique_counts(segments).counts[[1, 2, 0]]])

@@ -1,4 +1,4 @@
-"""A tiny model with a byte-level tokeniser, and what a plain reference says of it."""
+"""A tiny model with a byte-level tokenizer, and a plain reference for its scores."""
 
 import functools
 
@@ -16,7 +16,7 @@ def _forward(model, loops):
 
 
 def forward(loaded, tokens, loops):
-    """Log-probabilities and exit probabilities after each token at every loop, by NumPy from the states."""
+    """Computes log-probabilities and exit probabilities after each token at every loop, with NumPy from the states."""
     padded = np.zeros((1, LENGTH), np.int32)
     padded[0, : len(tokens)] = tokens
     output = jax.device_get(_forward(loaded.model, loops)(loaded.params, padded))
@@ -27,7 +27,7 @@ def forward(loaded, tokens, loops):
 
 
 def log_probs_of(loaded, context, continuation, loops):
-    """Of each token of the continuation, at every loop; and whether it is the likeliest."""
+    """Returns the log-probability of each token of the continuation at every loop, and whether it is the arg-max."""
     log_probs, _ = forward(loaded, [*context, *continuation][:-1], loops)
     at_end = log_probs[:, -len(continuation) :]
     return at_end[:, range(len(continuation)), continuation], at_end.argmax(axis=-1) == continuation

@@ -11,7 +11,7 @@ from looplm_jax.loading import load
 
 @pytest.fixture(autouse=True)
 def checkpoint(loaded, monkeypatch):
-    """Any path but `none` is a checkpoint of the tiny model."""
+    """Makes every path except `none` a checkpoint of the tiny model."""
 
     def load_tiny(path, *, step, dtype):
         return load(path, step=step, dtype=dtype) if path == "none" else loaded

@@ -32,7 +32,7 @@ def evaluation(loaded, batches):
 
 @pytest.fixture(scope="module")
 def reference(loaded, batches):
-    """Loss and correctness [T, N] and exit distribution [3, N] of the N unmasked tokens, depth by depth."""
+    """Computes loss and correctness [T, N] and exit distribution [3, N] of the N unmasked tokens, depth by depth."""
     model, params = loaded
     forward = jax.jit(functools.partial(model.apply, {"params": params}), static_argnames="loops")
     loss, correct, pdf = [], [], []

@@ -28,7 +28,7 @@ def requests(*arguments):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Weights small enough for the likeliest token to be in doubt."""
+    """Returns a checkpoint with weights so small that no token dominates."""
     path = tmp_path_factory.mktemp("model") / "tiny"
     tensors = {name: tensor * np.float32(0.3) for name, tensor in make_tensors(CONFIG).items()}
     write_hf_folder(path, CONFIG, tensors=tensors)
@@ -42,7 +42,7 @@ def loaded(folder):
 
 @pytest.fixture(scope="module")
 def adapter(loaded):
-    """With few slots, so that requests of four and more take the same engine."""
+    """Returns an adapter with few slots, so that four and more requests use the same engine."""
     return LoopLMAdapter(loaded, Settings(max_length=WINDOW, batch_size=4))
 
 
@@ -55,7 +55,7 @@ def test_log_likelihood_of_a_continuation(loaded, adapter):
     encode = loaded.tokenizer.encode
     (found, _), (spaced, _) = adapter.loglikelihood(requests(("a cat", " sat"), ("a cat ", "sat")))
     assert found == expected(loaded, encode("a cat"), encode(" sat"))
-    assert spaced == found  # a space at the end of the context belongs to what follows
+    assert spaced == found  # a trailing space of the context moves to the continuation
 
 
 def test_an_empty_context_is_the_beginning_of_a_document(loaded, adapter):
@@ -217,7 +217,7 @@ def drawn(*prompts, **changes):
 
 
 def test_repeats_of_a_prompt_are_drawn_anew(adapter):
-    """In whatever order and company they are asked for."""
+    """In any order, and with any other requests."""
     repeats = adapter.generate_until(drawn(*["12"] * 6))
     assert len(set(repeats)) == 6
     assert adapter.generate_until(drawn("ab", "12", "cd", "12"))[1::2] == repeats[:2]

@@ -32,14 +32,14 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_other_tasks(monkeypatch, tmp_path):
-    """The harness's own tasks are many thousand files, which take nine seconds to index."""
+    """Skips the harness's own tasks: thousands of files, which take nine seconds to index."""
     (tmp_path / "none").mkdir()
     monkeypatch.setattr(manager, "__file__", str(tmp_path / "none" / "manager.py"))
 
 
 @pytest.fixture
 def evaluate(folder, tmp_path, capsys):
-    """Runs the command; gives the file it wrote and what it printed."""
+    """Runs the command. Returns the file that it wrote and its output."""
 
     def run(*arguments, file="tasks.json"):
         assert main(["evaluate", folder, "--out", str(tmp_path / "out"), "--limit", "1", *arguments]) == 0
@@ -126,7 +126,7 @@ def test_numbers_and_filters_in_a_table():
 )
 def test_mistakes_end_in_one_line(folder, arguments, message, capsys, tmp_path):
     assert main(["evaluate", folder, "--out", str(tmp_path / "out"), *arguments]) == 2
-    *_, line = capsys.readouterr().err.splitlines()  # after the harness's bars, where something imported tqdm before
+    *_, line = capsys.readouterr().err.splitlines()  # after the harness's progress bars, if tqdm was imported before
     assert line.startswith("looplm: ")
     assert message in line
     assert not (tmp_path / "out").exists()

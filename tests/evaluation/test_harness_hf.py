@@ -28,7 +28,7 @@ WINDOW = 32
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-    """Our adapter, and the harness's."""
+    """Returns our adapter and the harness's."""
     folder = tmp_path_factory.mktemp("model") / "tiny"
     tensors = {name: tensor * np.float32(0.3) for name, tensor in make_tensors(CONFIG).items()}
     write_hf_folder(folder, CONFIG, tensors=tensors)
@@ -70,7 +70,7 @@ def test_text(both):
 @pytest.mark.transformers
 @pytest.mark.slow
 def test_drawn_text_has_the_distribution_of_the_harness_own_model(both):
-    """The first token of many repeats, which both draw from the 50 likeliest where nothing else is said."""
+    """The first token of many repeats, which both sample from the 50 most likely tokens by default."""
     arguments = {"until": [], "max_gen_toks": 1, "do_sample": True, "temperature": 1.0}
     torch.manual_seed(0)
     ours, theirs = (model.generate_until(requests(*[("12", arguments)] * 400)) for model in both)

@@ -20,7 +20,7 @@ def loaded():
 
 @pytest.fixture(scope="module")
 def pairs(loaded):
-    """Contexts and continuations of many lengths; the likeliest continuation is among them."""
+    """Returns contexts and continuations of many lengths, including the most likely continuation."""
     generator = np.random.default_rng(1)
     vocab = loaded.model.config.vocab_size
     lengths = zip(generator.integers(1, 40, 14), generator.integers(1, 20, 14), strict=True)

@@ -1,4 +1,4 @@
-"""Bits a parameter: the formula at its ends, and the losses against a sum that is made by hand."""
+"""Bits per parameter: the formula at its limits, and the losses against a sum by hand."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Exact match on a task's held-out problems, against one problem at a time."""
+"""Exact match on a task's held-out problems, compared with one problem at a time."""
 
 import dataclasses
 

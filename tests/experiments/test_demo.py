@@ -1,4 +1,4 @@
-"""The demo, whole, at a size for a test: every part, the report, and going on after a stop."""
+"""The complete demo at a small size: every part, the report, and resuming after a stop."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ SMALL = {
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A demo folder whose corpus is there already, and small."""
+    """Returns a demo folder with an existing small corpus."""
     out = tmp_path / "demo"
     out.mkdir()
     sources = sorted(Path(json.__file__).parent.glob("*.py"))

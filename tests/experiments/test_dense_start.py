@@ -1,4 +1,4 @@
-"""The experiment on dense starts at a size for a test: all its runs, its report, and a second time nothing again."""
+"""The dense-start experiment at a small size: all its runs, its report, and no run twice."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ pytest.importorskip("tokenizers")
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The folder of the experiment after one run; its corpus is there already, and small."""
+    """Returns the folder of the experiment after one run, with an existing small corpus."""
     out = tmp_path_factory.mktemp("dense_start")
     sources = sorted(Path(json.__file__).parent.glob("*.py"))
     lines = [{"text": part} for path in sources for part in path.read_text().split("\n\n") if part.strip()]
@@ -70,7 +70,7 @@ def test_second_norms_are_written_and_nothing_else_changes(finished, tmp_path):
 
 
 def test_branch_sizes_are_what_the_branches_add():
-    """With all weights but those of one branch zero, the stack adds what that branch adds."""
+    """With the weights of all other branches at zero, the stack adds the output of that branch."""
     config = ModelConfig(
         vocab_size=11, width=8, mlp_width=12, num_layers=1, num_heads=2, norm_placement=NormPlacement.PRE, init_std=0.5
     )

@@ -1,4 +1,4 @@
-"""Capo by its command, and what its report says."""
+"""The Capo experiment by its command, and its report."""
 
 import json
 
@@ -42,7 +42,7 @@ def test_plain_and_looped_differ_in_loops_and_where_it_must_be_in_learning_rate(
     assert len({cell.name for cell in cells}) == len(cells)
     for plain, looped in zip(cells[::2], cells[1::2], strict=True):
         assert (plain.settings["loops"], looped.settings["loops"]) == (1, 4)
-        rates = {"learning_rate": 5e-3} if scale is Scale.CPU else {}  # where the plain one's is too high for loops
+        rates = {"learning_rate": 5e-3} if scale is Scale.CPU else {}  # the plain model's rate is too high for loops
         assert {**plain.settings, "loops": 4, **rates} == looped.settings
 
 

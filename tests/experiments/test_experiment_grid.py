@@ -1,4 +1,4 @@
-"""Grids of experiments: what is finished is not run again, nothing else is mixed in, and work is shared."""
+"""Experiment grids: finished cells are not run again, results of other settings are refused, and work is divided."""
 
 import json
 import signal
@@ -28,7 +28,7 @@ def grid(tmp_path):
 
 
 def counting(done, stop_at=None):
-    """Work that remembers which cells it did."""
+    """Returns work that records the cells it ran."""
 
     def work(cell, folder):
         assert folder.is_dir()
@@ -197,7 +197,7 @@ def test_a_report_without_results_says_what_to_type(capsys, tmp_path):
 
 
 def stopped_in_the_second_cell(arguments):
-    """A process of its own, and what it said."""
+    """Returns a separate process and its output."""
     command = [sys.executable, "-m", "looplm_jax.cli.main", *arguments]
     said = []
     with running(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:

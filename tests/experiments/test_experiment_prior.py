@@ -1,4 +1,4 @@
-"""The prior over exit steps: its grid, and what is said of trainings."""
+"""The experiment on the prior over exit steps: its grid, and its report."""
 
 import numpy as np
 import pytest

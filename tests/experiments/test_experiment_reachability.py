@@ -1,4 +1,4 @@
-"""Reachability: the hand-built transformer finds what breadth-first search finds, in as many loops as it should."""
+"""Reachability: the constructed transformer agrees with breadth-first search after the predicted number of loops."""
 
 import functools
 import json
@@ -24,7 +24,7 @@ RELATIONS = hnp.arrays(bool, (NODES, NODES))
 
 @functools.partial(jax.jit, static_argnames="loops")
 def built(knowledge, context, *, loops=LOOPS):
-    """What the hand-built weights find after 0, 1, … loops."""
+    """Returns the pairs that the constructed weights find after 0, 1, … loops."""
     return reached_after(reachability_weights(knowledge), initial_state(context), loops=loops)
 
 
@@ -65,7 +65,7 @@ def test_more_loops_find_more_and_none_finds_a_path_that_is_not_there(knowledge,
 
 @given(knowledge=RELATIONS, context=RELATIONS)
 def test_after_k_loops_walks_of_at_most_2_to_the_k_minus_1_pieces_are_found(knowledge, context):
-    """A piece is an edge, or two edges of the context in a row."""
+    """A piece is an edge, or two consecutive edges of the context."""
     in_a_row = np.any(context[:, :, None] & context[None], axis=1)
     pieces = distances(knowledge | context | in_a_row)
     for loops, found in enumerate(found_after(knowledge, context)[1:], 1):

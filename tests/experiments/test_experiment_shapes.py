@@ -1,4 +1,4 @@
-"""Experiments over layers and loops: the smallest of each grid runs, and reports say what records hold."""
+"""Experiments over layers and loops: the smallest cell of each grid runs, and reports match the records."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Early exit, KV sharing, depth and the prior on one small text model, through their command."""
+"""The experiments early-exit, kv-sharing, depth and prior on one small text model, through their command."""
 
 import dataclasses
 import fcntl
@@ -38,7 +38,7 @@ MODEL = TEXT_CELLS[Scale.SMOKE].model(0)
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Where early-exit was run, so that the text model is trained."""
+    """Returns a folder in which early-exit was run, so that the text model is trained."""
     root = with_documents(tmp_path_factory.mktemp("experiments"))
     assert main(["experiment", "early-exit", "--root", str(root)]) == 0
     return root

@@ -1,4 +1,4 @@
-"""The upcycling experiment, whole, at a size for a test; and going on where it stopped."""
+"""The complete upcycling experiment at a small size, and resuming it."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from looplm_jax.convert.upcycle import Order
 
 
 def run_smoke(out):
-    """In a folder whose corpus is there already, and small."""
+    """Runs the experiment in a folder with an existing small corpus."""
     sources = sorted(Path(json.__file__).parent.glob("*.py"))
     lines = [{"text": part} for path in sources for part in path.read_text().split("\n\n") if part.strip()]
     (out / "corpus.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -20,7 +20,7 @@ def run_smoke(out):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """All variants, measured."""
+    """Returns the folder with all variants measured."""
     return run_smoke(tmp_path_factory.mktemp("upcycling"))
 
 
@@ -46,7 +46,7 @@ def test_every_variant_is_measured_from_its_start_to_its_end(folder):
     assert all(course["steps"] == [0, 2, 4] for course in courses.values())
     assert all([len(losses) for losses in course["loss_per_loop"]] == [4, 4, 4] for course in courses.values())
     losses = {name: course["expected_loss"] for name, course in courses.items()}
-    for name in ("base", "interleave", "stack"):  # the state of the optimiser has no part in what is measured at first
+    for name in ("base", "interleave", "stack"):  # the first measurement does not depend on the optimizer state
         assert losses[name][0] == losses[f"{name}-fresh-optimizer"][0]
         assert losses[name][2] != losses[f"{name}-fresh-optimizer"][2]
     assert losses["interleave"][0] != losses["stack"][0] != losses["base"][0]

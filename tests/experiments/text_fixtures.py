@@ -1,11 +1,11 @@
-"""A folder of experiments whose documents are there already, and few."""
+"""A folder of experiments with a few existing documents."""
 
 import json
 from pathlib import Path
 
 
 def with_documents(root):
-    """The text models of `root` will find these documents in the place of the standard library's."""
+    """Makes the text models of `root` use these documents instead of the standard library's."""
     sources = sorted(Path(json.__file__).parent.glob("*.py"))
     lines = [{"text": part} for path in sources for part in path.read_text().split("\n\n") if part.strip()]
     lines += [{"text": path.read_text()} for path in sources]
