@@ -46,7 +46,7 @@ class CheckpointStore:
 
     Args:
       folder: the folder of the steps.
-      keep: the number of steps to keep in addition to the permanent ones.
+      keep: the number of newest steps to keep. Permanent steps are always kept.
       asynchronous: whether `save` returns before the step is committed.
 
     Raises:

@@ -137,6 +137,7 @@ def _reduced_once(
             sums, gradients = reduced(batch)
         else:
             sums, gradients = _sum_over_microbatches(lambda one: reduced(jax.tree.map(lambda x: x[None], one)), batch)
+
         return reduce_sums(sums), gradients
 
     moving_axes = {name: axes[name] for name in moving}

@@ -96,8 +96,8 @@ def prepare(
 
     store = CheckpointStore(folder.checkpoints, keep=recipe.checkpoint.keep)
     goes_on = bool(store.steps())
+    # The initial checkpoint is read before `claim_folder` writes anything, because it may be refused.
     start = read_start(recipe, models[0], meshes[0]) if recipe.start.checkpoint and not goes_on else None
-    # Everything that may be refused is read before `claim_folder` writes to the folder.
     inherited = _inherited(recipe, folder, start)
 
     def own_folder() -> Tokenizer:

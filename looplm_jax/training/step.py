@@ -77,6 +77,7 @@ def make_train_step(recipe: Recipe, model: LoopLM, stage: Stage, *, first_step: 
         (loss, exits), gradients = loss_and_gradients(objective, model, moving, frozen, batch)
 
         norm = optax.tree.norm(gradients)
+
         # The schedule is that of the stage, so it counts from the first step of the stage.
         rate = learning_rate(stage, state.step - first_step)
         updates, optimizer_state = direction(recipe.optimizer, gradients, state.optimizer, moving)
@@ -86,9 +87,9 @@ def make_train_step(recipe: Recipe, model: LoopLM, stage: Stage, *, first_step: 
         has_targets = jnp.any(batch.loss_mask != 0)
         sound = is_sound(recipe.guard, state.guard, loss, norm)
         guard = _choose(has_targets, update_guard(state.guard, loss, sound), state.guard)
-        # A skipped step keeps the old parameters and optimizer state.
         applied = sound & has_targets
 
+        # A skipped step keeps the old parameters and optimizer state.
         next_state = dataclasses.replace(
             state,
             step=state.step + 1,
