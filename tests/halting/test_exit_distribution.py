@@ -1,4 +1,4 @@
-"""Laws of the exit distribution (paper v4, section 3.2), for any finite gates."""
+"""Laws of the exit distribution (paper v4, section 3.2) for any finite gates."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 from looplm_jax import halting
 from looplm_jax.halting import QExit, Signals
 
-# Each is one program for a shape, where its operations would be many.
+# Jitted, so that each is one program per shape instead of many operations.
 entropy, exit_cdf, exit_distribution, log_exit_distribution, log_survival, mean_exit_loop, q_exit = (
     jax.jit(function)
     for function in (
@@ -26,13 +26,13 @@ entropy, exit_cdf, exit_distribution, log_exit_distribution, log_survival, mean_
 )
 EXTREMES = [0.0, -80.0, 80.0, -1e4, 1e4, -1e30, 1e30]
 gate = st.floats(-100, 100, width=32) | st.sampled_from(EXTREMES)
-shapes = st.sampled_from([(1,), (2,), (4,), (8,), (4, 3), (4, 2, 3)])  # few, because each is compiled
+shapes = st.sampled_from([(1,), (2,), (4,), (8,), (4, 3), (4, 2, 3)])  # few, because each shape is compiled
 gates = shapes.flatmap(lambda shape: hnp.arrays(np.float32, shape, elements=gate))
 fraction = st.floats(0, 1, width=32)
 
 
 def leaves(policy, logits):
-    """Whether tokens leave at each loop by their gates; the last loop ends them whatever a policy says."""
+    """Returns whether tokens leave at each loop by their gates; at the last loop every token leaves."""
     survival = log_survival(jnp.asarray(logits))
     loops = np.broadcast_to(np.arange(1, len(logits) + 1).reshape(-1, *[1] * (logits.ndim - 1)), logits.shape)
     signals = Signals(loop=jnp.asarray(loops, jnp.int32), gate_logits=jnp.asarray(logits), log_survival=survival)
@@ -114,7 +114,7 @@ def test_q_exit_is_the_first_loop_whose_cdf_reaches_q(logits, q):
     pdf = np.asarray(exit_distribution(jnp.asarray(logits)), np.float64)
     cdf = np.cumsum(pdf, axis=0)
     cdf[-1] = 1.0
-    assume(np.abs(cdf[:-1] - q).min(initial=1.0) > 1e-5)  # ties are a matter of rounding
+    assume(np.abs(cdf[:-1] - q).min(initial=1.0) > 1e-5)  # ties depend on rounding
     first = np.argmax(cdf >= q, axis=0) + 1
     np.testing.assert_array_equal(q_exit(jnp.asarray(pdf, jnp.float32), q), first)
 

@@ -1,4 +1,4 @@
-"""Exit policies one by one, their bounds, and the messages for what cannot be one."""
+"""Each exit policy, its bounds, and the messages for invalid ones."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +34,7 @@ def signals(loop, log_survival=0.0):
 
 
 def leaving(policy):
-    """The loops at which a policy that reads the loop alone lets tokens go."""
+    """Returns the loops at which a policy that reads only the loop number lets tokens leave."""
     return [loop for loop in range(1, LOOPS + 1) if policy.exits(signals(loop))[0]]
 
 

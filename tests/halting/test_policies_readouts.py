@@ -1,4 +1,4 @@
-"""Policies on states and predictions: they equal their definitions, and leave where they should."""
+"""Policies on states and predictions equal their definitions, and leave at the expected loops."""
 
 import dataclasses
 
@@ -54,7 +54,7 @@ def first(leaves):
 def test_small_changes_are_those_of_the_definition(trajectory, kind, threshold):
     policy = kind(threshold=threshold)
     found = evidence(trajectory, policy)
-    assume((np.abs(found[1:] - threshold) > 1e-4 * threshold + 1e-6).all())  # ties are a matter of rounding
+    assume((np.abs(found[1:] - threshold) > 1e-4 * threshold + 1e-6).all())  # ties depend on rounding
     np.testing.assert_array_equal(trajectory.exits(row(policy)), first(found < threshold))
 
 
@@ -146,7 +146,7 @@ def test_tokens_that_cannot_be_do_not_disturb_divergence_and_entropy():
     trajectory = Trajectory(np.zeros((LOOPS, ROWS, 3), np.float32), np.zeros((LOOPS, ROWS), np.float32), logits)
     for kind in (KLDivergence, EntropyChange):
         assert (trajectory.exits(row(kind(threshold=1e-4))) == 2).all()
-    logits[1, :, 0] = 0.0  # possible for one loop: an infinite divergence, and two changes of entropy
+    logits[1, :, 0] = 0.0  # possible at one loop only: an infinite divergence, and two changes of entropy
     for kind in (KLDivergence, EntropyChange):
         assert (trajectory.exits(row(kind(threshold=1e-4))) == 4).all()
 

@@ -1,4 +1,4 @@
-"""A table of policies says what each policy alone says, and other numbers compile nothing."""
+"""A policy table decides as each policy alone, and other numbers compile nothing."""
 
 import dataclasses
 from typing import ClassVar
@@ -164,7 +164,7 @@ def test_slots_of_a_kind_that_goes_lose_their_policy():
 
 @dataclasses.dataclass(frozen=True)
 class EveryOther:
-    """A policy of a user's own class."""
+    """A policy of a user-defined class."""
 
     period: int
     phase: float

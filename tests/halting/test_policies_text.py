@@ -1,4 +1,4 @@
-"""Exit policies as typed on a command line."""
+"""Exit policies in the syntax of the command line."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Laws of the priors over exit loops, and of the divergence from one."""
+"""Laws of the priors over exit loops, and of the divergence from a prior."""
 
 import jax.numpy as jnp
 import numpy as np

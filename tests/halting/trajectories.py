@@ -1,4 +1,4 @@
-"""Random loops of a few tokens, and what leaves when: by the definitions, in float64."""
+"""Random trajectories of a few tokens over loops, and their exits from the definitions, in float64."""
 
 import dataclasses
 import functools
@@ -40,7 +40,7 @@ jitted_exit_loops = jax.jit(exit_loops)
 
 @dataclasses.dataclass(frozen=True)
 class Trajectory:
-    """Hidden states `[T, B, D]`, gates `[T, B]` and logits `[T, B, V]`, converging at a rate of each row's own."""
+    """Hidden states `[T, B, D]`, gates `[T, B]` and logits `[T, B, V]`; each row converges at its own rate."""
 
     hidden: np.ndarray
     gates: np.ndarray
@@ -66,7 +66,7 @@ def trajectories(draw):
 
 
 def exits_step_by_step(policy, trajectory):
-    """Exit loops by asking the policy itself, loop after loop, with nothing compiled as a whole."""
+    """Returns exit loops by calling the policy loop after loop, without compiling the whole."""
     shapes = (jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in (trajectory.hidden, trajectory.logits))
     memory = LoopMemory.before_loops(policy.needs, *shapes)
     leaves = []
@@ -99,12 +99,12 @@ def no_slots():
 
 
 def row(policy):
-    """The policy with traced numbers, so that one program serves all tests."""
+    """Returns the policy with traced numbers, so that one program serves all tests."""
     return no_slots().row(policy)
 
 
 def evidence(trajectory, policy):
-    """What the policy compares with its number at each loop, `[T, B]`, by the definitions in float64."""
+    """Returns the value that the policy compares with its number at each loop, `[T, B]`, in float64."""
     hidden, logits = (x.astype(np.float64) for x in (trajectory.hidden, trajectory.logits))
     log_p = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
     p = np.exp(log_p)

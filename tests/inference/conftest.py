@@ -10,11 +10,11 @@ def tiny_model():
 
 @pytest.fixture(scope="module")
 def engine():
-    """An engine in whose queue three requests fit."""
+    """Returns an engine with a queue of three requests."""
     return make_engine(queue=3)
 
 
 @pytest.fixture(scope="module")
 def answer(engine):
-    """The tokens of a request that nothing disturbs."""
+    """Returns the tokens of an undisturbed request."""
     return finish(engine, [engine.submit(SOUND)])[0].tokens

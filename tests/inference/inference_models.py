@@ -9,9 +9,9 @@ from looplm_jax.models.presets import tiny
 
 
 def make_model(**changes):
-    """A random tiny model whose weights are large enough for its gates and predictions to vary.
+    """Returns a random tiny model with weights large enough for varied gates and predictions.
 
-    Filled by NumPy: compiling the initialisation takes longer than everything that is tested here.
+    NumPy fills the weights, because compiling the initialization takes longer than all tests that use it.
     """
     config = dataclasses.replace(tiny(), **changes)
     model = LoopLM(config, ComputeConfig(dtype=Dtype.FLOAT32, remat=Remat.NONE))

@@ -1,4 +1,4 @@
-"""Decoding as the cache strategies define it, one loop of one token at a time, with lists for a cache."""
+"""A reference decoder for the cache strategies: one loop of one token at a time, with lists as the cache."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ from looplm_jax.models.looplm import ModelCache, head_matrix
 
 ROOM = 64
 
-# What a later token reads at loop t (from 1) of a token that ran as many loops as there are entries.
+# The entry of an earlier token that a later one reads at loop t (from 1), given the entries of the loops that it ran.
 SEEN = {
     CacheStrategy.FULL: lambda entries, t: entries[min(t, len(entries)) - 1],
     CacheStrategy.LAST: lambda entries, t: entries[-1],
@@ -23,7 +23,7 @@ SEEN = {
 
 
 def decode(model, params, request, strategy, q):
-    """Greedy tokens, their exit loops by `q`, and their log-probabilities."""
+    """Returns greedy tokens, their exit loops by `q`, and their log-probabilities."""
     cache, logits, gates = _read_prompt(model, params, request.prompt_ids)
     tokens, exit_loops, log_probs = [], [], []
     while True:
@@ -71,7 +71,7 @@ def _one_loop(model, params, token, position, state, is_first, past):
 
 
 def _read_prompt(model, params, prompt):
-    """The cache as a list of tokens with a list of loops each, and predictions and gates of the last token."""
+    """Returns the cache, a list of loops for each token, and the predictions and gates of the last token."""
     tokens = np.zeros((1, ROOM), np.int32)
     tokens[0, : len(prompt)] = prompt
     planes, logits, gates = jax.device_get(_prefill(model, params, tokens, np.int32(len(prompt) - 1)))

@@ -1,4 +1,4 @@
-"""One small engine for many tests: what has the same shapes is compiled once."""
+"""One small engine for many tests, so that programs of the same shapes are compiled once."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ SOUND = Request(prompt_ids=(1,), max_new_tokens=6, policy=QExit(q=0.5))
 
 
 class Letters:
-    """A tokenizer of one character for each token; the first is special."""
+    """A tokenizer with one character per token; the first token is special."""
 
     vocab_size, bos_id, eos_id = 96, 0, 0
 
@@ -28,7 +28,7 @@ class Letters:
 
 @functools.cache
 def small_model():
-    """Of 96 tokens, which divide over the devices of a mesh."""
+    """Returns a model of 96 tokens, which the devices of a mesh divide."""
     model, params = make_model(num_layers=1, loops=LOOPS)
     config = dataclasses.replace(model.config, vocab_size=Letters.vocab_size)
     params = {**params, "embedding": params["embedding"][:96], "head": params["head"][:, :96]}
@@ -40,7 +40,7 @@ def make_engine(**changes):
 
 
 def finish(engine, tickets):
-    """Results, once the engine has nothing left to do."""
+    """Steps the engine until it is idle, and returns the results."""
     while engine.step():
         pass
     return [ticket.result(timeout=0) for ticket in tickets]

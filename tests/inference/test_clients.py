@@ -1,4 +1,4 @@
-"""Clients that give up, come all at once, or interrupt: the engine serves the next one."""
+"""Clients that give up, arrive at the same time, or interrupt: the engine still serves the next one."""
 
 import asyncio
 import signal
@@ -32,7 +32,7 @@ async def busy_with_a_token(ticket):
 
 @pytest.mark.parametrize("way", [awaited, iterated, busy_with_a_token])
 def test_clients_whose_time_is_over_free_their_slots(engine, answer, way):
-    """More of them than there are slots, each in an event loop that is closed when it has given up."""
+    """More clients than slots, each in an event loop that is closed after the timeout."""
 
     async def impatient(ticket):
         with pytest.raises(TimeoutError):
@@ -96,7 +96,7 @@ def test_a_callback_cannot_step_the_engine(engine, answer):
 
 
 class Panic(BaseException):
-    """What a tokenizer written in Rust raises."""
+    """The kind of exception that a tokenizer written in Rust raises."""
 
 
 @pytest.mark.parametrize("error", [IndexError, Panic])
@@ -129,7 +129,7 @@ def test_threads_wait_for_room_in_a_short_queue(answer):
 
 
 def test_a_waiting_request_costs_a_step_nothing():
-    """The calls of a step are counted, of Python and of C, with few and with many requests in the queue."""
+    """Counts the Python and C calls of a step, with few and with many requests in the queue."""
 
     def calls(waiting):
         full, counted = make_engine(queue=3000), []
@@ -149,7 +149,7 @@ def test_a_waiting_request_costs_a_step_nothing():
         assert not any(ticket.done for ticket in busy)
         return len(counted)
 
-    calls(4)  # whatever happens only once
+    calls(4)  # warm-up
     assert calls(2000) <= calls(4) + 200
 
 
@@ -167,7 +167,7 @@ def alarm():
 @pytest.mark.usefixtures("alarm")
 @pytest.mark.parametrize("tries", [8, pytest.param(200, marks=pytest.mark.slow)])
 def test_interrupts_leave_an_engine_that_serves(tries):
-    """At any moment of `generate`, by a timer and by SIGINT from another thread."""
+    """Interrupts at any moment of `generate`, by a timer and by SIGINT from another thread."""
     busy, prompts = make_engine(), [(3, 14)] * (CONFIG.slots + 1)
     expected = [result.tokens for result in busy.generate(prompts, max_new_tokens=20)]
     start = time.perf_counter()

@@ -25,7 +25,7 @@ def spoken(generator, most=7):
 
 
 def in_one_prompt(engine, messages, **options):
-    """The answer to a prompt with all turns in it."""
+    """Returns the answer to a single prompt with all turns."""
     prompt = [*tokens_and_mask(messages, TOKENIZER).tokens.tolist(), *OPENING]
     (result,) = engine.generate([prompt], stop_ids=STOPS, **options)
     return result
@@ -59,7 +59,7 @@ def test_only_what_is_new_is_read(engine):
 
 @pytest.mark.parametrize("close", [True, False])
 def test_an_answer_that_is_cut_short_is_kept_as_far_as_it_came(engine, close):
-    one_loop = {"policy": FixedLoops(loops=1)}  # a token a tick, so that a token is under way at the end
+    one_loop = {"policy": FixedLoops(loops=1)}  # one token per tick, so that a token is in progress at the end
     chat = Conversation(engine, TOKENIZER)
     answer = chat.say("word1", stop_ids=(), **one_loop)
     made = [next(answer) for _ in range(3)]
@@ -82,7 +82,7 @@ def test_an_answer_that_is_cut_short_is_kept_as_far_as_it_came(engine, close):
 
 def test_a_window_that_is_full(engine):
     chat = Conversation(engine, TOKENIZER, "word0")
-    list(chat.say("word1 " * 100, stop_ids=()))  # as long as there is room
+    list(chat.say("word1 " * 100, stop_ids=()))  # until the room is used up
     assert chat.result.finish is Finish.LENGTH
     said = chat.messages
     with pytest.raises(UserError, match=r"^the window of 128 tokens is full: 127 of the conversation and 8 of this"):
@@ -109,8 +109,8 @@ def test_a_turn_that_cannot_be_served_changes_nothing(engine, options, message):
 
 
 def test_turns_draw_with_keys_of_their_own(engine):
-    """The same words again are answered anew; the same conversation again is answered the same."""
-    drawn = Sampling(temperature=1e4, seed=3)  # so that the words before hardly matter
+    """The same message later gets another answer; the same conversation from the start gets the same answers."""
+    drawn = Sampling(temperature=1e4, seed=3)  # so that the context hardly matters
     chat, answers = Conversation(engine, TOKENIZER), []
     for _ in range(2):
         chat.reset()
@@ -121,7 +121,7 @@ def test_turns_draw_with_keys_of_their_own(engine):
 
 
 def test_answers_do_not_overlap(engine):
-    """Both would go on from the same cache, and one of them would be lost."""
+    """Otherwise both would continue from the same cache, and one of them would be lost."""
     chat, busy = Conversation(engine, TOKENIZER), r"^an answer is still being given; read it to its end, or close it, "
     answer = chat.say("word1", max_new_tokens=8, stop_ids=())
     next(answer)

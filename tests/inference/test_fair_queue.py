@@ -30,7 +30,7 @@ def test_clients_take_turns_and_each_is_served_in_order(clients):
         rounds[client].append((turns[client], number))
     assert all(numbers == sorted(numbers) for numbers in rounds.values())
     order = [turn for client, number in served for turn, own in rounds[client] if own == number]
-    assert order == sorted(order)  # nobody has a second turn while another waits for the first
+    assert order == sorted(order)  # no client has a second turn while another waits for its first
 
 
 def test_a_client_that_comes_later_waits_for_one_item_of_the_others_only():
@@ -43,7 +43,7 @@ def test_a_client_that_comes_later_waits_for_one_item_of_the_others_only():
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.booleans()), max_size=20))
 def test_what_is_removed_changes_nothing_for_the_others(items):
-    """Clients with something left take turns as before, each in order."""
+    """Clients with remaining requests take turns as before, each in order."""
     queue = FairQueue(limit=20)
     for number, (client, stays) in enumerate(items):
         queue.push(client, (number, client, stays))

@@ -1,4 +1,4 @@
-"""Pages have one owner each, and an engine with few of them answers as one with many."""
+"""Every page has one owner, and an engine with few pages answers like one with many."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ events = st.lists(st.sampled_from([("release", 0), *(("reserve", count) for coun
 
 @given(events)
 def test_no_page_has_two_owners_and_all_come_back(events):
-    """The oldest owner gives its pages back; those that were free longest are the next to be used."""
+    """The oldest owner returns its pages; the pages that were free for the longest time are used next."""
     pool, owners, freed = PagePool(PAGES), [], list(range(PAGES))
     for event, count in events:
         if event == "release" and owners:
@@ -67,27 +67,27 @@ REQUESTS = [
 
 @functools.cache
 def many_pages():
-    """An engine with room for everything, in pages of another size."""
+    """Returns an engine with room for everything, in pages of another size."""
     return make_engine()
 
 
 @pytest.fixture(scope="module")
 def alone():
-    """What each request is answered when it is alone and has all the room."""
+    """Returns the answer to each request when it runs alone with all pages."""
     engine = many_pages()
     return [finish(engine, [engine.submit(request)])[0] for request in REQUESTS]
 
 
 @functools.cache
 def few_pages():
-    """An engine whose three slots share 144 positions, where one request may have 128."""
+    """Returns an engine whose three slots share 144 positions; one request may use 128."""
     return make_engine(page_size=16, pages=PAGES)
 
 
 @settings(max_examples=6)
 @given(st.lists(st.tuples(st.integers(0, len(REQUESTS) - 1), st.integers(0, 9)), min_size=4, max_size=12), st.data())
 def test_pages_change_no_answer(alone, chosen, data):
-    """Whichever pages a request gets: neighbours come, are cancelled and go."""
+    """For any pages that a request gets: other requests arrive, are cancelled and finish."""
     engine, tickets = few_pages(), []
     for number, steps in chosen:
         tickets.append(engine.submit(REQUESTS[number]))
@@ -103,7 +103,7 @@ def test_pages_change_no_answer(alone, chosen, data):
 
 
 def test_a_kept_cache_is_read_into_other_pages(alone):
-    """Which hold other tokens by then."""
+    """These pages contain other tokens by then."""
     engine, whole = few_pages(), REQUESTS[2]
     first = dataclasses.replace(whole, max_new_tokens=12, keep_cache=True)
     (begun,) = finish(engine, [engine.submit(first)])
@@ -118,7 +118,7 @@ def test_a_kept_cache_is_read_into_other_pages(alone):
 
 
 def test_a_request_that_waits_for_pages_is_overtaken_by_none():
-    """Though there is a free slot, and pages for the small ones behind it."""
+    """Even if there is a free slot, and enough pages for smaller requests behind it."""
     engine, begun = few_pages(), []
 
     def request(name, tokens):

@@ -9,7 +9,7 @@ from looplm_jax.models.looplm import LoopLM
 
 
 def test_parameters_in_the_dtype_of_products_change_no_answer():
-    """The gate keeps its own: it computes in float32."""
+    """The gate keeps its dtype, because it computes in float32."""
     model, params = make_model(num_layers=1, injection=Injection.LINEAR, loops=1)
     half = LoopLM(model.config, ComputeConfig(dtype=Dtype.BFLOAT16, remat=Remat.NONE))
     held = in_dtype_of_products(params, jnp.bfloat16)

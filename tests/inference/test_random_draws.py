@@ -1,4 +1,4 @@
-"""Whatever is drawn has keys of its own: other prompts, other samples, other turns; the same alone and in a batch."""
+"""Prompts, samples and turns have separate random keys, and the same tokens alone and in a batch."""
 
 import functools
 
@@ -24,7 +24,7 @@ def engine():
 
 
 def test_a_prompt_given_eight_times_is_answered_in_eight_ways(engine):
-    """Each of which can be had alone, by its own `sampling`, or by its number."""
+    """Each answer can be reproduced alone, by its `sampling` or by its number."""
     results = engine.generate([PROMPT] * 8, max_new_tokens=5, sampling=DRAWN)
     assert len({result.tokens for result in results}) == 8
     for index in (0, 5):
@@ -83,7 +83,7 @@ def test_rows_of_speculation_draw_with_keys_of_their_own():
 
 @functools.cache
 def next_logits():
-    """After the prompt."""
+    """Returns the logits after the prompt."""
     model, params = small_model()
     output = jax.jit(lambda tokens: model.apply({"params": params}, tokens, loops=LOOPS))(np.array([PROMPT], np.int32))
     return np.asarray(output.hidden[-1, 0, -1]).astype(np.float64) @ np.asarray(head_matrix(params, model.config))
@@ -112,14 +112,14 @@ def test_draws_of_one_call_are_distributed_as_the_model_says(engine, by):
 
 
 class Few(Letters):
-    """Knows fewer tokens than the model has rows."""
+    """A tokenizer with fewer tokens than the model has ids."""
 
     vocab_size = 40
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0), Sampling(temperature=50.0, top_k=60)])
 def test_ids_beyond_the_tokenizer_are_never_chosen(sampling):
-    """By the engine, by drafts, or by previews; and log-probabilities are those of a replay."""
+    """By the engine, in drafts, or in previews; log-probabilities equal those of a replay."""
     model, params = small_model()
     padded = Engine(model, params, Few(), config=CONFIG)
     results = padded.generate([(5, number) for number in range(8)], max_new_tokens=12, sampling=sampling)

@@ -1,4 +1,4 @@
-"""What each cache strategy means: the engine, a plain decoder and a replay agree."""
+"""The meaning of each cache strategy: the engine, a reference decoder and a replay agree."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ LOOPS = 3
 LONGEST = 128
 PLAIN = {"num_layers": 1, "loops": LOOPS}
 RICH = {**PLAIN, "prelude_layers": 1, "coda_layers": 1, "injection": Injection.ADD}
-# One model and one plain decoder serve all but the average, whose model has every part that a cache may hold.
+# One model and one reference decoder serve all but `average`, whose model has every part that a cache may contain.
 SHAPES = {
     CacheStrategy.FULL: PLAIN,
     CacheStrategy.LAST: PLAIN,
@@ -43,7 +43,7 @@ REQUESTS = [
 
 @functools.cache
 def make_engine(strategy):
-    """A model, its parameters, and an engine with this cache."""
+    """Returns a model, its parameters, and an engine with this cache strategy."""
     model, params = make_model(**SHAPES[strategy])
     config = EngineConfig(slots=3, capacity=64, chunk=64, page_size=16, cache=strategy, unroll=False)
     return model, params, Engine(model, params, config=config)
@@ -51,7 +51,7 @@ def make_engine(strategy):
 
 @functools.cache
 def generated(strategy):
-    """A model, its parameters, and what an engine with this cache answered the requests."""
+    """Returns a model, its parameters, and the results of an engine with this cache strategy."""
     model, params, engine = make_engine(strategy)
     tickets = [engine.submit(request) for request in REQUESTS]
     while engine.step():
@@ -61,7 +61,7 @@ def generated(strategy):
 
 @functools.cache
 def conversed(strategy):
-    """Two conversations of three turns each, in which tokens leave at all loops; every turn's result."""
+    """Returns the results of two conversations of three turns each, in which tokens leave at all loops."""
     engine, results = make_engine(strategy)[-1], []
     for start, qs in ((11, (0.6, 1.0, 0.4)), (12, (0.35, 0.5, 0.6))):
         past, unread = None, ()
@@ -78,7 +78,7 @@ def batch_of(results):
 
 
 def cut(rollouts, width=12):
-    """With less padding: a backward pass goes through all of it, token by token."""
+    """Removes padding, because a backward pass processes it token by token."""
     assert max(rollouts.lengths.max(), rollouts.prompt_lengths.max()) <= width
     return jax.tree.map(lambda x: x[..., :width] if x.shape[-1] == 64 else x, rollouts)
 
@@ -104,7 +104,7 @@ def test_replay_gives_the_log_probabilities_of_generation(strategy):
 
 @pytest.mark.parametrize("strategy", [CacheStrategy.FULL, *SLOW])
 def test_a_turn_that_went_on_from_a_kept_cache_is_replayed_whole(strategy):
-    """In one batch, of turns with much, little and no history."""
+    """In one batch of turns with long, short and no history."""
     model, params, _ = generated(strategy)
     results = [*conversed(strategy), generated(strategy)[-1][0]]
     assert len({loop for result in results for turn in result.history for loop in turn.depths}) == LOOPS
@@ -125,7 +125,7 @@ def test_history_says_what_the_cache_holds():
 
 @pytest.mark.parametrize("strategy", [CacheStrategy.AVERAGE, *SLOW[:2]])
 def test_gradients_of_replay_are_slopes(strategy):
-    """Central differences of the log-probabilities, drawn weights on them, along the gradient and elsewhere."""
+    """Central differences of randomly weighted log-probabilities, along the gradient and in another direction."""
     model, params, results = generated(CacheStrategy.LAST)
     rollouts = cut(batch_of(results[2:]))
     generator = np.random.default_rng(0)
@@ -164,7 +164,7 @@ def test_replay_of_one_result():
 
 @pytest.mark.slow
 def test_in_turn_and_at_once_are_the_same_function():
-    """Of a full cache: states, and gradients through them, one of which runs backward by a rule of its own."""
+    """For a full cache: states, and gradients through them, one of which has a custom backward rule."""
     model, params, results = generated(CacheStrategy.LAST)
     rollouts = cut(batch_of([*results[2:], *conversed(CacheStrategy.LAST)]))
     generator = np.random.default_rng(1)

@@ -28,13 +28,13 @@ SETTINGS = {"draft_loops": 3, "drafts": 3, "max_new_tokens": 6}
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def forward(model, params, tokens, loops):
-    """Logits [N, S, V] of the last loop, without any cache."""
+    """Returns logits [N, S, V] of the last loop, without a cache."""
     hidden = model.apply({"params": params}, tokens, loops=loops).hidden[-1]
     return hidden @ head_matrix(params, model.config)
 
 
 def replayed(model, params, results, length):
-    """Logits of the last loop that stand before each new token of each result, [N, n, V]."""
+    """Returns the logits of the last loop that predict each new token of each result, [N, n, V]."""
     texts = np.zeros((len(results), length), np.int32)
     for text, result in zip(texts, results, strict=True):
         text[: len(result.prompt_ids) + len(result.tokens)] = result.prompt_ids + result.tokens
@@ -53,12 +53,12 @@ def assert_greedy(model, params, results, length):
 
 @pytest.fixture(scope="module")
 def small_model():
-    """With room for the longest prompt and its answer."""
+    """Returns a model with positions for the longest prompt and its answer."""
     return make_model(max_positions=18)
 
 
 def random_prompts(batches, seed):
-    """Of 1 to 12 tokens."""
+    """Returns prompts of 1 to 12 tokens."""
     generator = np.random.default_rng(seed)
     return [generator.integers(0, 97, generator.integers(1, 13)).tolist() for _ in range(batches * BATCH)]
 
@@ -75,7 +75,7 @@ def prompts():
 
 @pytest.fixture(scope="module")
 def greedy(small_model, prompts):
-    """All of them continued."""
+    """Returns greedy continuations of all prompts."""
     return continued_in_batches(*small_model, prompts)
 
 
@@ -109,7 +109,7 @@ def test_accepted_drafts_save_passes(greedy):
 
 
 def test_a_row_does_not_depend_on_the_others(small_model, prompts, greedy):
-    """Among others in another order; drawn or greedy."""
+    """With other rows in another order; sampled or greedy."""
     order = np.random.default_rng(2).permutation(BATCH)
     samplings = [Sampling(temperature=1.0, seed=seed) if seed % 2 else Sampling() for seed in range(BATCH)]
     first = speculate(*small_model, prompts[:BATCH], sampling=samplings, **SETTINGS)
@@ -144,7 +144,7 @@ def test_other_prompts_and_settings_compile_nothing(small_model, prompts, greedy
 
 
 def p_value(observed, expected):
-    """Of a chi-square test; what is impossible must not have happened."""
+    """Returns the p-value of a chi-square test, and checks that no impossible outcome occurred."""
     possible = expected > 0
     assert observed[~possible].sum() == 0
     return stats.chisquare(observed[possible], expected[possible] * observed.sum(), sum_check=False).pvalue
@@ -157,7 +157,7 @@ def count(pairs, size):
 
 
 def test_drawn_tokens_are_distributed_as_those_of_fixed_loops():
-    """The first two tokens after one prompt, jointly, for 8192 seeds; the second by a first or by a second round."""
+    """The joint first two tokens after one prompt, for 8192 seeds; the second comes from the first or second round."""
     model, params = make_model(vocab_size=6, num_layers=1, loops=3, max_positions=6)
     samplings = [Sampling(temperature=3.0, top_k=4, seed=seed) for seed in range(8192)]
     results = speculate(
@@ -179,7 +179,7 @@ def test_drawn_tokens_are_distributed_as_those_of_fixed_loops():
 
 @jax.jit
 def accept_pairs(target, proposal, keys):
-    """Two drafts of each row by the rows of `proposal`, one for each token before, and the start last; verified."""
+    """Verifies two drafts per row from `proposal`, which has a row for each previous token, and the start last."""
 
     def pair(key):
         first = jax.random.categorical(key, jnp.log(proposal[-1]))
@@ -210,7 +210,7 @@ def test_what_the_test_keeps_is_distributed_as_the_target(seed):
 
 
 def test_greedy_verification_keeps_what_the_target_takes():
-    """One-hot distributions leave nothing to chance."""
+    """One-hot distributions make verification deterministic."""
     generator = np.random.default_rng(0)
     wanted, drafts = generator.integers(0, 3, (2, 200, 4)).astype(np.int32)
     keys = jax.vmap(lambda key: jax.random.split(key, 4))(jax.random.split(jax.random.key(0), 200))
@@ -224,7 +224,7 @@ def test_greedy_verification_keeps_what_the_target_takes():
 
 @pytest.fixture(scope="module")
 def whole_model():
-    """With every part that a model may have."""
+    """Returns a model with every optional part."""
     return make_model(
         vocab_size=96,
         prelude_layers=1,
@@ -237,7 +237,7 @@ def whole_model():
 
 
 def continued(model, params, **changes):
-    """Four prompts of different lengths, the last with a repetition penalty; compiled once for all tests."""
+    """Continues four prompts of different lengths, the last with a repetition penalty; compiled once for all tests."""
     settings = {"draft_loops": 1, "drafts": 2, "max_new_tokens": 7}
     samplings = [*[Sampling()] * 3, Sampling(repetition_penalty=5.0)]
     return speculate(model, params, PROMPTS, sampling=samplings, **settings | changes)
@@ -273,7 +273,7 @@ def test_stop_tokens_end_a_row(whole_model, plain):
 
 
 def test_stop_strings_end_a_row_as_in_the_engine(whole_model, plain):
-    """Also where they begin in one round and end in the next; what may begin one is not told before."""
+    """Also if they begin in one round and end in the next; text that may begin one is held back."""
     texts = [Letters().decode(result.tokens) for result in plain]
     told = [[] for _ in plain]
     stop = texts[0][2:5]
@@ -292,7 +292,7 @@ def test_stop_strings_end_a_row_as_in_the_engine(whole_model, plain):
 
 
 def test_tokens_are_told_as_soon_as_they_are_accepted(whole_model, plain):
-    """Before the drafts that follow them are screened."""
+    """Before the following drafts are screened."""
     told = [[] for _ in plain]
 
     def screen(row, _):
@@ -332,7 +332,7 @@ def test_a_mesh_changes_no_token():
 
 
 def test_drafts_are_screened_before_they_are_verified(whole_model, plain):
-    """One row goes on, one stops after its first round, one is sent elsewhere, one has a screen that raises."""
+    """One row continues, one stops after its first round, one is redirected, one has a callback that raises."""
     shown = {row: [] for row in range(4)}
 
     def screen(row, drafts):

@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 from looplm_jax.errors import UserError
 from looplm_jax.inference.stopping import Finish, StopConditions, StopMatcher
 
-ALPHABET = "ab é漢🙂"  # 1 to 4 bytes; few characters, so that stop strings are found and nearly found
+ALPHABET = "ab é漢🙂"  # 1 to 4 bytes; few characters, so that stop strings match and nearly match
 texts = st.text(ALPHABET, max_size=30)
 stops = st.lists(st.text(ALPHABET, min_size=1, max_size=4), max_size=3)
 
 
 class ChunkTokenizer:
-    """Token n is the n-th chunk of bytes; the tokens behind the last one are special and left out of text."""
+    """Token n is the n-th chunk of bytes; higher ids are special and omitted from the text."""
 
     def __init__(self, chunks):
         self.chunks = chunks
@@ -24,7 +24,7 @@ class ChunkTokenizer:
 
 @st.composite
 def tokenised_texts(draw):
-    """A text, and its bytes cut anywhere, through characters too."""
+    """Draws a text, and its bytes split anywhere, also inside characters."""
     text = draw(texts)
     content = text.encode()
     cuts = sorted(draw(st.sets(st.integers(0, len(content)), max_size=len(content))) | {0, len(content)})
@@ -32,7 +32,7 @@ def tokenised_texts(draw):
 
 
 def plain_search(text, stops):
-    """Where the first stop string that is complete begins, or None."""
+    """Returns the start of the first complete stop string, or None."""
     for end in range(len(text) + 1):
         ending_here = [stop for stop in stops if text[:end].endswith(stop)]
         if ending_here:

@@ -10,7 +10,7 @@ from looplm_jax.inference.text_stream import TextStream
 
 
 class ByteTokenizer:
-    """One token a byte; token 256 is special and left out of text."""
+    """One token per byte; token 256 is special and omitted from the text."""
 
     def decode(self, ids):
         return bytes(token for token in ids if token < 256).decode(errors="replace")
@@ -21,7 +21,7 @@ UNICODE = st.text(st.characters(codec="utf-8"), max_size=20)
 
 @pytest.fixture(scope="module")
 def tokenizers():
-    """Those of our training and of Ouro, and ours as it is exported."""
+    """Returns the tokenizers of our training and of Ouro, and the exported form of ours."""
     ours = train_sentencepiece(["the loop reads the state\n"] * 50, 290)
     return ours, smollm2_tokenizer(), JsonTokenizer(sentencepiece_json(ours.serialize()))
 
@@ -66,7 +66,7 @@ def test_a_turn_of_chat_is_its_text(tokenizers, text):
 
 @given(text=UNICODE, data=st.data())
 def test_a_character_that_the_prompt_begins_belongs_to_what_follows(tokenizers, text, data):
-    """Up to its last whole character, the prompt and the pieces are the text."""
+    """The prompt up to its last complete character, followed by the pieces, is the text."""
     content = text.encode()
     cut = data.draw(st.integers(0, len(content)))
     assert prompt_text(content[:cut]) + "".join(stream(content[cut:], content[:cut])) == text
@@ -78,7 +78,7 @@ def test_a_character_that_the_prompt_begins_belongs_to_what_follows(tokenizers, 
 
 
 def prompt_text(content):
-    """The text of whole characters."""
+    """Returns the text of the complete characters."""
     return content.decode(errors="ignore")
 
 

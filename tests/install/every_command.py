@@ -1,8 +1,8 @@
-"""Runs every command of an installed `looplm` once, in an empty folder, and stops at the first that fails.
+"""Runs every command of an installed `looplm` once, in an empty folder, and stops at the first failure.
 
     python every_command.py path/to/looplm
 
-Uses nothing but the standard library and the command itself, so what it runs is what was installed.
+Uses only the standard library and the command itself, so that it runs the installed package.
 """
 
 import json
@@ -34,7 +34,7 @@ EXTRA_MISSING = "pip install 'looplm_jax["
 
 
 def commands(corpus: Path) -> list[tuple[str, ...]]:
-    """One line for each command, in the order in which one needs what another wrote."""
+    """Returns one line per command, ordered so that each finds the output of earlier ones."""
     tiny = [word for name, value in TINY.items() for word in (f"--{name}", str(value))]
     train = ("train", "--recipe", "text-small", "--data", str(corpus), "--data.validation_fraction", "0.3", *tiny)
     return [
@@ -57,11 +57,11 @@ def commands(corpus: Path) -> list[tuple[str, ...]]:
 
 
 def main(looplm: str) -> int:
-    """Runs all of them and returns the exit status.
+    """Runs all commands and returns the exit status.
 
-    `from-hf` may end with the line that names a missing extra: an environment without extras is what is tested.
+    `from-hf` may end with the line that names a missing extra, because the tested environment has no extras.
     """
-    # The programs run for moments, so what counts is the time to compile them.
+    # The programs run only briefly, so compilation dominates.
     environment = {
         **os.environ,
         "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",

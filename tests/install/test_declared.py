@@ -1,4 +1,4 @@
-"""What the library imports is what `setup.cfg` declares, and nothing else."""
+"""The library imports exactly the packages that `setup.cfg` declares."""
 
 import ast
 import configparser
@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# Distributions whose modules have other names.
+# Distributions whose modules have other names
 MODULES = {"orbax-checkpoint": "orbax", "protobuf": "google"}
-# Never imported by us: what fsspec needs for gs:// and http://.
+# Never imported by this library: fsspec needs them for gs:// and http://
 PLUGINS = {"gcsfs", "aiohttp"}
-# What JAX needs to bound its cache of compiled programs.
+# JAX needs it to bound its compilation cache
 OF_JAX = {"filelock"}
-# A dependency of lm_eval, imported where lm_eval is.
+# A dependency of lm_eval, imported only with lm_eval
 THEIRS = {"tqdm"}
 
 
@@ -23,7 +23,7 @@ def module_of(requirement: str) -> str:
 
 
 def declared() -> tuple[set[str], set[str]]:
-    """The modules of the requirements, and those of all extras that users install."""
+    """Returns the modules of the requirements, and those of all extras for users."""
     options = configparser.ConfigParser()
     options.read(ROOT / "setup.cfg")
     lines = options["options"]["install_requires"].split("\n")
@@ -34,7 +34,7 @@ def declared() -> tuple[set[str], set[str]]:
 
 
 def imported(package: str) -> set[str]:
-    """The top-level modules that any file of a package imports, anywhere in it."""
+    """Returns the top-level modules that any file of a package imports, at any place."""
     found = set()
     for path in (ROOT / package).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -1,4 +1,4 @@
-"""A regular install, from the wheel, holds what the repository holds, and works far from it."""
+"""An install from the wheel contains the whole package, and works outside the repository."""
 
 import os
 import shutil
@@ -32,7 +32,7 @@ def files(folder: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """The wheel of the sources, built from a copy: a build leaves files behind."""
+    """Builds the wheel from a copy of the sources, because a build leaves files behind."""
     copy = tmp_path_factory.mktemp("sources")
     for name in SOURCES:
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
@@ -46,7 +46,7 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory):
-    """A folder that holds the contents of the wheel, as an install puts them."""
+    """Returns a folder with the content of the wheel, as an install writes it."""
     site = tmp_path_factory.mktemp("site")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)

@@ -1,4 +1,4 @@
-"""Random states, heads and targets, and the naive cross-entropy that makes all logits at once."""
+"""Random states, heads and targets, and the naive cross-entropy, which computes all logits at once."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Every array that a program makes, before and after XLA."""
+"""Sizes of all arrays that a program computes, before and after XLA."""
 
 import re
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ _HLO_ARRAY = re.compile(r"\b(?:f|bf|s|u|pred)\d*\[([\d,]*)\]")
 
 
 def jaxpr_sizes(jaxpr: Jaxpr) -> Iterator[int]:
-    """Elements of each result of each equation, also inside loops, branches and nested calls."""
+    """Returns the number of elements of each result of each equation, also in loops, branches and nested calls."""
     for equation in jaxpr.eqns:
         yield from (int(np.prod(var.aval.shape)) for var in equation.outvars)
         for value in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr):
@@ -20,7 +20,7 @@ def jaxpr_sizes(jaxpr: Jaxpr) -> Iterator[int]:
 
 
 def hlo_sizes(text: str) -> Iterator[int]:
-    """Elements of each array named in compiled HLO."""
+    """Returns the number of elements of each array in compiled HLO."""
     for dims in _HLO_ARRAY.findall(text):
         yield int(np.prod([int(size) for size in dims.split(",") if size]))
 

@@ -22,7 +22,7 @@ sizes = st.fixed_dictionaries(
     }
 )
 chunks = st.sampled_from([1, 3, 8, 128])
-# Each is compiled. A chunk is one token, or does not divide them, or is all of them, or longer.
+# Each is compiled. A chunk is one token, does not divide the tokens, is all of them, or is longer.
 FEW = [
     ({"loops": 1, "batch": 2, "length": 5, "vocab": 11}, 1),
     ({"loops": 3, "batch": 2, "length": 5, "vocab": 11}, 3),
@@ -33,7 +33,7 @@ FEW = [
 
 @functools.partial(jax.jit, static_argnames="chunk")
 def three_ways(hidden, head, targets, weights, chunk):
-    """Value and gradients in hidden, head and weights: naive, rematted, and with the gradient made on the way."""
+    """Returns values and gradients in hidden, head and weights: naive, rematerialized, and in one pass."""
 
     def naive(hidden, head, weights):
         losses = naive_losses(hidden, head, targets)
@@ -98,7 +98,7 @@ def test_scores_tell_loss_and_correctness():
 
 @pytest.mark.parametrize("function", [token_losses, lambda *x: weighted_token_losses(*x, jnp.ones((3, 2, 6)))[1]])
 def test_bfloat16_states_give_float32_losses_close_to_those_of_the_same_states_in_float32(function):
-    """Products are summed in float32, so only the head's rounding to bfloat16 (2^-8 relative) is lost."""
+    """Products are summed in float32, so the only error is the head's rounding to bfloat16 (2^-8 relative)."""
     case = random_case()
     states = case.hidden.astype(jnp.bfloat16)
     losses = function(states, case.head, case.targets)
@@ -124,7 +124,7 @@ def test_bfloat16_gradients_keep_the_dtype_of_what_they_belong_to():
 
 
 class TestMemory:
-    """With T=3, B=2, S=12, V=31 and chunks of 4, all logits are 2232 numbers and the logits of a chunk 248."""
+    """With T=3, B=2, S=12, V=31 and chunks of 4, there are 2232 logits in total and 248 in a chunk."""
 
     case = random_case(loops=3, batch=2, length=12, vocab=31)
     all_logits, largest_allowed = 3 * 2 * 12 * 31, 3 * 2 * 12 * 5  # the latter is `hidden` itself

@@ -1,4 +1,4 @@
-"""Laws of Stage I (Eq. 4)."""
+"""Laws of the Stage I loss (Eq. 4)."""
 
 import functools
 
@@ -18,7 +18,7 @@ betas = st.floats(0, 2)
 
 
 def eq4(losses, gates, beta, mask):
-    """Eq. 4 in float64, from its definition."""
+    """Computes Eq. 4 in float64, from its definition."""
     losses, gates, mask = (np.asarray(x, np.float64) for x in (losses, gates, mask))
     lambdas = 1 / (1 + np.exp(-gates))
     total = np.zeros(losses.shape[1:])

@@ -1,4 +1,4 @@
-"""Stage II equals a plain transcription of Eq. 5 and 6, and trains the gate only."""
+"""The Stage II loss equals a direct transcription of Eq. 5 and 6, and trains only the gate."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ def random_inputs(loops=4, seed=0):
 
 
 def transcription(losses, gates, mask, k, gamma, target):
-    """Eq. 5 and 6 token by token in float64; t counts from 1, as in the paper."""
+    """Computes Eq. 5 and 6 token by token in float64; t counts from 1, as in the paper."""
     loops, rows, columns = losses.shape
     tokens = [(b, s) for b in range(rows) for s in range(columns) if mask[b, s]]
     adaptive, targets = [], []

@@ -1,4 +1,4 @@
-"""The model once more, from its specification: Python loops over loops and layers, and keys repeated for each group."""
+"""A reference model from the specification: Python loops over loops and layers, and keys repeated for each group."""
 
 import functools
 
@@ -9,7 +9,7 @@ from looplm_jax.config import Injection, ModelConfig, NormPlacement
 
 
 def reference_forward(params, config: ModelConfig, loops, tokens, positions, segment_ids):
-    """Hidden states [T, B, S, D] and gate logits [T, B, S]."""
+    """Returns hidden states [T, B, S, D] and gate logits [T, B, S]."""
     shared = config, positions, _mask(positions, segment_ids)
     embedded = params["embedding"][tokens]
     if config.prelude_layers:
@@ -63,7 +63,7 @@ def _attention(params, x, config, positions, mask):
 
 
 def _rope(x, positions, config):
-    """`x cos + rotate_half(x) sin`, with the angles written twice, as in the PyTorch code."""
+    """Computes `x cos + rotate_half(x) sin`, with the angles repeated, as in the PyTorch code."""
     half = config.head_width // 2
     inverse = config.rope_theta ** (-jnp.arange(0, config.head_width, 2, dtype=jnp.float32) / config.head_width)
     angles = positions[..., None].astype(jnp.float32) * jnp.concatenate([inverse, inverse])
@@ -72,6 +72,6 @@ def _rope(x, positions, config):
 
 
 def _mask(positions, segment_ids):
-    """A token sees its own document up to itself; places in the row, not positions, say who comes first."""
+    """A token attends to its own document up to itself; columns of the row, not positions, define the order."""
     place = jnp.arange(positions.shape[1])
     return (place[:, None] >= place[None, :]) & (segment_ids[:, :, None] == segment_ids[:, None, :])

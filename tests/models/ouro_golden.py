@@ -1,4 +1,4 @@
-"""Outputs of the official PyTorch code on a tiny model, and its weights under our names."""
+"""Outputs of the official PyTorch code on a tiny model, and its weights with our names."""
 
 import functools
 import json
@@ -43,7 +43,7 @@ def golden_params() -> Params:
 
     def layers(name: str, shape: tuple[int, ...] = ()) -> jnp.ndarray:
         weights = [_weight(f"layers.{index}.{name}") for index in range(config.num_layers)]
-        return jnp.stack([w.T.reshape(shape or w.T.shape) for w in weights])  # torch keeps [out, in]
+        return jnp.stack([w.T.reshape(shape or w.T.shape) for w in weights])  # torch stores [out, in]
 
     return {
         "embedding": _weight("embed_tokens"),

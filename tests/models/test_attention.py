@@ -1,4 +1,4 @@
-"""Laws of rotary positions and of attention over several blocks of keys."""
+"""Laws of the rotary embedding and of attention over several blocks of keys."""
 
 import jax
 import jax.numpy as jnp

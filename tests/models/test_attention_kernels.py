@@ -1,4 +1,4 @@
-"""All kernels mean the same, on one device and on a mesh that shares rows, heads and sequences."""
+"""All kernels compute the same, on one device and on a mesh that shards rows, heads and sequences."""
 
 import functools
 import re
@@ -34,7 +34,7 @@ def small_chunks(monkeypatch):
 
 
 def packed_rows(rows):
-    """Positions and documents of rows that hold three documents each."""
+    """Returns positions and documents of rows with three documents each."""
     random, columns = np.random.default_rng(0), np.arange(LENGTH)
     cuts = np.sort(random.choice(np.arange(1, LENGTH), (rows, 2), replace=False), axis=1)
     segments = 1 + (columns >= cuts[:, :1]).astype(np.int32) + (columns >= cuts[:, 1:])
@@ -81,7 +81,7 @@ def test_every_kernel_computes_plain_attention_and_its_gradients(kernel):
     st.lists(st.integers(0, 9), min_size=9, max_size=9, unique=True),
 )
 def test_triton_keeps_documents_apart_wherever_they_are_cut(cuts, names):
-    """Ids are in any order, and 0, that of padding, is one of them."""
+    """Ids are in any order and include 0, the id of padding."""
     lengths = np.diff([0, *cuts, LENGTH])
     segments = np.repeat(names[: len(lengths)], lengths)[None]
     positions = np.concatenate([np.arange(length) for length in lengths])[None]
@@ -103,7 +103,7 @@ def test_triton_keeps_documents_apart_wherever_they_are_cut(cuts, names):
     ],
 )
 def test_a_mesh_changes_nothing(kernel, mesh, kv_heads):
-    """Four devices to a sequence, with fewer heads of keys than devices and with more."""
+    """Four devices per sequence, with fewer key heads than devices and with more."""
     inputs = arrays(rows=4, heads=8, kv_heads=kv_heads)
     wanted = mixed_and_gradients(plain, *inputs)
     with use_mesh(make_mesh(mesh)):
@@ -121,7 +121,7 @@ def test_rows_that_do_not_divide_over_a_mesh_are_computed_all_the_same():
 def chosen(
     platform, kind, *, length=4096, head_width=128, dtype=jnp.bfloat16, attention=AttentionKernel.AUTO, context=1
 ):
-    """The kernel of a program for devices that need not be here."""
+    """Returns the kernel of a program for devices that need not be attached."""
     device = AbstractDevice(device_kind=kind, num_cores=1, platform=platform)
     mesh = AbstractMesh((1, 1, 1, context), ("data", "fsdp", "tensor", "context"), abstract_device=device)
     compute = ComputeConfig(attention=attention)
@@ -197,7 +197,7 @@ def test_on_a_gpu_the_lowered_program_calls_cudnn_forward_and_backward(monkeypat
 
 
 def square_arrays(text, length):
-    """The shapes in a lowered program that have two dimensions of at least `length`."""
+    """Returns the shapes in a lowered program that have two dimensions of at least `length`."""
     shapes = {tuple(map(int, shape.split("x"))) for shape in re.findall(r"tensor<(\d+(?:x\d+)*)x\w+>", text)}
     return [shape for shape in shapes if sum(size >= length for size in shape) > 1]
 

@@ -13,7 +13,7 @@ from looplm_jax.models.blocks import make_context
     "option", [option if option in IN_SHORT[1:] else pytest.param(option, marks=pytest.mark.slow) for option in OPTIONS]
 )
 def test_decoding_the_last_token_equals_the_full_forward(option):
-    """Row b is padded by b tokens on the left; its positions count from its first real token."""
+    """Row b has b padding tokens on the left; its positions count from its first real token."""
     model, params = tiny_model(option)
     padding = jnp.arange(LENGTH)[:, None]
     segments = (plain_positions() >= padding).astype(jnp.int32)
@@ -21,7 +21,7 @@ def test_decoding_the_last_token_equals_the_full_forward(option):
     full = compiled_forward(option)(tokens, positions, segments)
 
     def prefill(model):
-        """The cache of all tokens but the last, and the last one embedded."""
+        """Returns the cache of all tokens except the last, and the embedding of the last."""
         before, last = slice(None, -1), slice(-1, None)
         context = make_context(
             model.config, positions[:, last], segments[:, last], positions[:, before], segments[:, before]

@@ -12,7 +12,7 @@ from looplm_jax.models.looplm import LoopLM, head_matrix, init_params
 
 @pytest.fixture(scope="module")
 def run():
-    """Output and cache of the golden tokens."""
+    """Returns output and cache for the golden tokens."""
     forward = jax.jit(lambda params, ids: LoopLM(golden_config()).apply({"params": params}, ids, method="prefill"))
     return forward(golden_params(), jnp.asarray(golden_arrays()["ids"], jnp.int32))
 

@@ -32,7 +32,7 @@ def assert_close(ours, theirs, tolerance=2e-5):
 
 
 def two_documents():
-    """Segment ids and positions of rows that hold a document of two tokens and one of four."""
+    """Returns segment ids and positions of rows with a document of two tokens and one of four."""
     segments = jnp.where(plain_positions() < 2, 1, 2)
     return segments, jnp.where(segments == 1, plain_positions(), plain_positions() - 2)
 
@@ -86,7 +86,7 @@ def test_scan_equals_one_loop_step_after_another(option):
 
 @every_option
 def test_causal_at_every_position(option):
-    """Row j has another token j than row j of the original: nothing before j may change by a bit, and j itself must."""
+    """Row j differs from the original in token j: outputs before j are bit-identical, and the output at j differs."""
     tokens = jnp.broadcast_to(random_tokens()[0], (LENGTH, LENGTH))
     other = jnp.where(jnp.eye(LENGTH, dtype=bool), (tokens + 1) % BASE.vocab_size, tokens)
     before, after = (compiled_forward(option)(x, plain_positions(), one_segment()) for x in (tokens, other))

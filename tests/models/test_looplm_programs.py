@@ -1,4 +1,4 @@
-"""Compiled programs: remat changes nothing, one compilation serves all data, and no program grows with L or T."""
+"""Compiled programs: remat changes no result, one compilation serves all data, and no program grows with L or T."""
 
 import dataclasses
 import functools
@@ -120,7 +120,7 @@ def test_initialisation_is_normal_with_ones_for_norms_and_zero_for_the_gate_bias
     made = jax.jit(init_params, static_argnums=0)(LoopLM(config, ComputeConfig(remat=Remat.LOOP)), jax.random.key(3))
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(made))
     params = jax.device_get(made)
-    np.testing.assert_array_equal(params.pop("injection"), np.concatenate([np.eye(32), np.eye(32)]))  # h + e at first
+    np.testing.assert_array_equal(params.pop("injection"), np.concatenate([np.eye(32), np.eye(32)]))  # h + e initially
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path)
         if "scale" in name:

@@ -1,4 +1,4 @@
-"""Projections: what they compute on a CPU, whose gradient is written out, is what JAX derives."""
+"""Projections: their handwritten gradient on a CPU equals the one that JAX derives."""
 
 import jax
 import jax.numpy as jnp

@@ -23,7 +23,7 @@ OPTIONS = {
     "coda_pre_norm_tied": {"coda_layers": 2, "norm_placement": NormPlacement.PRE, "tied_head": True},
 }
 
-# Those of the default suite, each of which is compiled: nothing, and every part, in both places of the norms.
+# The models of the default suite, which are compiled: no optional part or every part, with both norm placements.
 IN_SHORT = ("ouro", "prelude_linear_coda", "coda_pre_norm_tied")
 
 
@@ -32,7 +32,7 @@ def tiny_config(option: str) -> ModelConfig:
 
 
 def noisy_params(config: ModelConfig) -> Params:
-    """Parameters drawn by NumPy (nothing to compile), so that every norm, bias and matrix matters."""
+    """Returns parameters from NumPy, which compiles nothing, such that every norm, bias and matrix matters."""
     random = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: init_params(LoopLM(config), jax.random.key(0)))
     return jax.tree.map(lambda leaf: jnp.asarray(random.normal(0.1, 0.3, leaf.shape), jnp.float32), shapes)
@@ -46,7 +46,7 @@ def tiny_model(option: str, compute: ComputeConfig = DEFAULT_COMPUTE) -> tuple[L
 
 @functools.cache
 def compiled_forward(option: str) -> Callable:
-    """`forward(tokens, positions, segment_ids)` of [LENGTH, LENGTH] tokens: one compilation for many tests."""
+    """Returns `forward(tokens, positions, segment_ids)` for [LENGTH, LENGTH] tokens: one compilation for many tests."""
     model, params = tiny_model(option)
 
     @jax.jit

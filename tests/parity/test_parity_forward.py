@@ -1,4 +1,4 @@
-"""Our JAX model against our PyTorch model: every state, gate, logit, key and value."""
+"""Our JAX model and our PyTorch model agree in every state, gate, logit, key and value."""
 
 import functools
 
@@ -22,7 +22,7 @@ THRESHOLDS = (0.0, 0.3, 0.5, 0.9, 1.0)
 
 @functools.cache
 def both(case, dtype=Dtype.FLOAT32):
-    """Output and cache of the same tokens: ours, and PyTorch's."""
+    """Returns output and cache for the same tokens, from JAX and from PyTorch."""
     pair = twins(case, dtype)
     ids = pair.tokens(2, 11)
     forward = jax.jit(lambda params, ids: pair.model.apply({"params": params}, ids, method="prefill"))
@@ -99,7 +99,7 @@ def test_keys_and_values_of_every_loop_and_layer(case):
     "case", [case if case.endswith(("T1", "T8_tied")) else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
 )
 def test_bfloat16_differs_by_less_than_two_percent_a_loop(case):
-    """Both round every product to 8 bits, in another order, and loops feed on it: root mean square of all states."""
+    """Both round products to 8 bits, in different order, and loops amplify it: root mean square over all states."""
     (ours, _), theirs = both(case, Dtype.BFLOAT16)
     mine = np.asarray(ours.hidden, np.float32)
     other = torch.stack(theirs.hidden_states).float().numpy()

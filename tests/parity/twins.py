@@ -1,4 +1,4 @@
-"""The same random weights in our JAX model and in our PyTorch model, on configurations drawn small."""
+"""The same random weights in our JAX and our PyTorch model, for small random configurations."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ _OPTIONS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Twins:
-    """One model twice."""
+    """A JAX model and a PyTorch model with the same parameters."""
 
     config: ModelConfig
     model: LoopLM
@@ -34,7 +34,7 @@ class Twins:
     torch_model: OuroForCausalLM
 
     def tokens(self, rows: int, length: int, seed: int = 0) -> np.ndarray:
-        """Random token ids [rows, length]."""
+        """Returns random token ids [rows, length]."""
         return np.random.default_rng(seed).integers(0, self.config.vocab_size, (rows, length))
 
 
@@ -54,14 +54,14 @@ def twins(case: str, dtype: Dtype = Dtype.FLOAT32) -> Twins:
     )
     shapes = jax.eval_shape(lambda: init_params(LoopLM(config), jax.random.key(0)))
     random = np.random.default_rng(len(case))
-    # Every norm, bias and matrix matters, and gates spread their mass over the loops.
+    # Every norm, bias and matrix matters, and the exit distribution covers all loops.
     params = jax.tree.map(lambda leaf: jnp.asarray(random.normal(0.02, 0.25, leaf.shape), dtype.value), shapes)
     model = LoopLM(config, ComputeConfig(dtype=dtype))
     return Twins(config=config, model=model, params=params, torch_model=torch_twin(config, params, dtype))
 
 
 def torch_twin(config: ModelConfig, params: Params, dtype: Dtype = Dtype.FLOAT32) -> OuroForCausalLM:
-    """A PyTorch model with these parameters, in evaluation mode."""
+    """Returns a PyTorch model with these parameters, in evaluation mode."""
     published = to_ouro_config(config, dtype=dtype.value)
     for name in ("architectures", "auto_map", "torch_dtype"):
         del published[name]

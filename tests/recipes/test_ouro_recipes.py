@@ -1,4 +1,4 @@
-"""The pipeline of Ouro: the numbers of the paper, and the whole of it at a thousandth of the size."""
+"""The Ouro pipeline: the numbers of the paper, and all stages at a thousandth of the size."""
 
 import dataclasses
 import io
@@ -84,7 +84,7 @@ def test_a_tiny_recipe_keeps_its_stages(name):
 
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory):
-    """A folder with a text for every source of every stage, each with a word of its own."""
+    """Returns a folder with a text for every source of every stage, each with a unique word."""
     root = tmp_path_factory.mktemp("corpora")
     paths = {
         source.path
@@ -116,7 +116,7 @@ def train(recipe: Recipe, folder, **kwargs):
 
 @pytest.fixture(scope="module")
 def pipeline(corpora, tmp_path_factory):
-    """All stages of `ouro-1.4b`, stopped once in the middle of a stage and once at the end of one."""
+    """Runs all stages of `ouro-1.4b`, stopped once in the middle of a stage and once at the end of one."""
     folder = tmp_path_factory.mktemp("runs") / "ouro"
     recipe = tiny("ouro-1.4b", corpora)
     stopped, place = [], run.place

@@ -1,4 +1,4 @@
-"""Stages with meshes of their own: the same run, whichever devices share a sequence."""
+"""Stages with different meshes: the same run, for any number of devices per sequence."""
 
 import dataclasses
 import io
@@ -37,7 +37,7 @@ RECIPE = Recipe(
 
 
 def trained(folder, mesh, context):
-    """The metrics of a run whose second stage has `context` devices to a sequence."""
+    """Returns the metrics of a run whose second stage has `context` devices per sequence."""
     stages = (SHORT, dataclasses.replace(LONG, context=context))
     recipe = dataclasses.replace(RECIPE, mesh=mesh, stages=stages)
     train(recipe, folder, evaluate=evaluate_held_out, console=Console(file=io.StringIO()))
@@ -46,7 +46,7 @@ def trained(folder, mesh, context):
 
 @pytest.mark.slow
 def test_a_stage_may_spread_its_sequences_over_devices(tmp_path):
-    """Trained, evaluated and saved; the second stage begins with the state of the first, laid out anew."""
+    """Trains, evaluates and saves; the second stage begins with the resharded state of the first."""
     rows = trained(tmp_path / "shared", MeshConfig(data=2, fsdp=4), context=4)
     wanted = trained(tmp_path / "alone", MeshConfig(data=1), context=0)
     assert [(row["kind"], row["step"]) for row in rows] == [(row["kind"], row["step"]) for row in wanted]

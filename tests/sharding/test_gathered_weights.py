@@ -1,5 +1,5 @@
-"""When weights are gathered, when gradients are summed, and what is saved for the backward pass changes nothing about
-what is learnt.
+"""When weights are gathered, when gradients are summed, and what the backward pass recomputes do not change what is
+learned.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ def batch():
 
 
 def step(stage=STAGE, model=MODEL, mesh=MESH, **compute):
-    """One step: the loss, the norm of the gradient, Adam's mean of gradients, and the program."""
+    """Runs one step. Returns the loss, the gradient norm, Adam's mean of gradients, and the program."""
     recipe = Recipe(name="r", model=model, stages=(stage,), compute=ComputeConfig(loss_chunk=16, **compute))
     mesh, network = make_mesh(mesh), LoopLM(model, recipe.compute)
     programs = StagePrograms(recipe, network, stage, mesh, first_step=0)
@@ -70,7 +70,7 @@ def test_the_same_gradients(plain, gathered):
 @pytest.mark.slow
 @pytest.mark.parametrize("reduce", [Reduce.MICROBATCH, Reduce.STEP])
 def test_the_same_gradients_when_they_are_summed_after_the_loops(plain, reduce):
-    """Devices and microbatches have different numbers of tokens to learn from; some have none."""
+    """Devices and microbatches have different numbers of targets; some have none."""
     found = step(gather=Gather.PER_STEP, reduce=reduce)
     assert_same(found, plain)
     kernel = found[2]["core"]["layers"]["mlp"]["up"]["kernel"]
@@ -86,7 +86,7 @@ def test_every_objective_when_gradients_are_summed_once_a_step(mesh, objective):
 
 
 def small_case(objective):
-    """A stage and a model."""
+    """Returns a stage and a model."""
     model = dataclasses.replace(MODEL, num_layers=1, prelude_layers=1, coda_layers=1, tied_head=True)
     return dataclasses.replace(STAGE, objective=objective, accumulation=1), model
 

@@ -1,4 +1,4 @@
-"""One program on every mesh: the same losses and parameters within float32 rounding."""
+"""The same losses and parameters on every mesh, within float32 rounding."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ RECIPE = Recipe(name="mesh", model=MODEL, compute=COMPUTE, stages=(STAGE,))
 
 
 def random_batch(rng: np.random.Generator, *, rows: int, length: int) -> Batch:
-    """Packed rows of two documents, the second of random length, with some masked positions."""
+    """Returns packed rows of two documents, the second of random length, with some masked positions."""
     tokens = rng.integers(0, 64, (rows, length + 1)).astype(np.int32)
     cut = rng.integers(4, length - 4, (rows, 1))
     columns = np.arange(length)[None]
@@ -50,7 +50,7 @@ def initial(mesh_config: MeshConfig) -> TrainState:
 
 @functools.cache
 def run(mesh_config: MeshConfig, accumulation: int):
-    """Losses and the last state of three steps."""
+    """Returns the losses and the last state of three steps."""
     mesh, model = make_mesh(mesh_config), LoopLM(MODEL, COMPUTE)
     stage = dataclasses.replace(STAGE, accumulation=accumulation)
     recipe = dataclasses.replace(RECIPE, stages=(stage,))
@@ -70,10 +70,10 @@ def run(mesh_config: MeshConfig, accumulation: int):
     "name", [name if name == "1x2x2x2" else pytest.param(name, marks=pytest.mark.slow) for name in MESHES]
 )
 def test_same_losses_and_parameters_on_every_mesh(name, capfd):
-    """Accumulated in two parts on the mesh, in one part on the single device."""
+    """Accumulates two microbatches on the mesh, and uses one on the single device."""
     reference_losses, reference = run(ONE, accumulation=1)
     losses, state = run(MESHES[name], accumulation=2)
-    # XLA warns of arrays that it gathers whole for want of a better way, as it once did of the embedded tokens.
+    # XLA warns about arrays that it can only reshard by a full gather, as it once did about the embedded tokens.
     assert "full rematerialization" not in capfd.readouterr().err
     np.testing.assert_allclose(losses, reference_losses, rtol=1e-5)
     for (path, leaf), wanted in zip(

@@ -1,4 +1,4 @@
-"""The PyTorch model with the golden weights, and small random ones."""
+"""The PyTorch model with the golden weights, and with small random ones."""
 
 import functools
 import json
@@ -16,27 +16,27 @@ _NOT_FIELDS = {"transformers", "torch"}
 
 @functools.cache
 def golden() -> dict[str, torch.Tensor]:
-    """Inputs, weights (under "w/") and outputs of the official code."""
+    """Returns inputs, weights (under "w/") and outputs of the official code."""
     with np.load(_DATA / "ouro_mha.npz") as arrays:
         return {name: torch.from_numpy(arrays[name]) for name in arrays}
 
 
 def golden_config(**overrides) -> OuroConfig:
-    """That of the golden file, which also names the versions that it was made with."""
+    """Returns the config of the golden file, which also names the versions that produced it."""
     published = json.loads((_DATA / "ouro_mha.json").read_text())
     fields = {name: value for name, value in published.items() if name not in _NOT_FIELDS}
     return OuroConfig(**{**fields, **overrides})
 
 
 def golden_model(**overrides) -> OuroForCausalLM:
-    """A new model with the golden weights, in evaluation mode."""
+    """Returns a new model with the golden weights, in evaluation mode."""
     model = OuroForCausalLM(golden_config(**overrides))
     model.load_state_dict({name[2:]: value for name, value in golden().items() if name.startswith("w/")})
     return model.eval()
 
 
 def tiny_model(seed: int = 0, spread: float = 0.1, **overrides) -> OuroForCausalLM:
-    """Random weights, in evaluation mode; with a `spread` of 0.3 exits differ from token to token."""
+    """Returns a model with random weights, in evaluation mode; with a `spread` of 0.3 exits vary between tokens."""
     shape = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
     torch.manual_seed(seed)

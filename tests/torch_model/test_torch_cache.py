@@ -1,4 +1,4 @@
-"""The cache: however a prompt is cut, padded, batched or searched, the numbers are those of one plain forward pass."""
+"""The cache: for any chunking, padding, batching or beam search, results equal those of one plain forward pass."""
 
 import copy
 

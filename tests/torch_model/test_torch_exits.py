@@ -1,4 +1,4 @@
-"""Early exits: which loop a token leaves at, what it costs, and what it leaves behind."""
+"""Early exits: the exit loop of a token, its cost, and its cache entries."""
 
 import pytest
 
@@ -29,7 +29,7 @@ def without_gradients():
 
 @pytest.fixture
 def passes(model):
-    """Grows by one with every pass of the stack."""
+    """Returns a list that grows by one with every pass of the stack."""
     made = []
     handle = model.model.layers[0].register_forward_hook(lambda *_: made.append(1))
     yield made
@@ -144,7 +144,7 @@ def test_padding_is_not_waited_for(model):
 
 
 def decode(model, ids, steps, **settings):
-    """Greedy decoding by hand: outputs of the steps after the prompt, and the cache."""
+    """Decodes greedily by hand. Returns the outputs of the steps after the prompt, and the cache."""
     output = model(ids, use_cache=True, **settings)
     cache, outputs = output.past_key_values, []
     for _ in range(steps):

@@ -1,4 +1,4 @@
-"""Saving and loading: what is written loads anywhere, with the same weights, and what is not honoured is refused."""
+"""Saving and loading: saved folders load anywhere with the same weights, and unsupported settings are refused."""
 
 import json
 import math
@@ -59,7 +59,7 @@ def test_saved_folder_loads_with_its_own_copy_of_the_files(tmp_path, tied):
 
 
 def test_folder_written_by_hand_loads(tmp_path):
-    """As the exporter writes it: published fields, weights and the two files, nothing of transformers."""
+    """As the exporter writes it: published fields, weights and the two code files, nothing from transformers."""
     from safetensors.torch import save_file
 
     model = tiny_model()

@@ -1,4 +1,4 @@
-"""Graphs of the model: compiled and traced, it computes at any length what it computes when called."""
+"""Graphs of the model: compiled and traced, it computes the same as in eager mode, at any length."""
 
 import pytest
 
@@ -104,7 +104,7 @@ def test_one_whole_graph_of_the_loss(model):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing:FutureWarning")  # transformers, of its own attribute
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing:FutureWarning")  # raised by transformers
 @pytest.mark.parametrize("length", LENGTHS)
 def test_a_trace_of_other_ids(model, length):
     traced = torch.jit.trace(model, (random_ids(2, LENGTHS[0]),))

@@ -1,4 +1,4 @@
-"""Rows of a padded batch leave at different loops: tokens, exits and probabilities as JAX gives them one by one."""
+"""Rows of a padded batch exit at different loops: tokens, exits and probabilities equal JAX's for single rows."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def params(torch_model):
 
 
 def decode(torch_model, prompts, **exit):
-    """Greedy decoding in one batch, padded on the left: tokens, exit loops and log-probabilities [B, new]."""
+    """Decodes greedily in one left-padded batch. Returns tokens, exit loops and log-probabilities [B, new]."""
     width = max(LENGTHS)
     ids = torch.tensor(np.stack([np.pad(prompt, (width - len(prompt), 0)) for prompt in prompts]))
     mask = torch.tensor([[0] * (width - length) + [1] * length for length in LENGTHS])

@@ -14,13 +14,13 @@ from looplm_jax.convert.torch_model.modeling_looplm import expected_loss
 
 pytestmark = [
     pytest.mark.transformers,
-    # The name that 4.57 has; 5 knows it under another too.
+    # The name in 4.57; version 5 also has another name for it.
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"),
 ]
 
 
 def naive_eq4(token_losses, gate_logits, beta):
-    """One token, in Python floats: losses and gate logits of T loops."""
+    """Computes Eq. 4 for one token in Python floats, from losses and gate logits of T loops."""
     survival, total = 1.0, 0.0
     for loop, (loss, gate) in enumerate(zip(token_losses.tolist(), gate_logits.tolist(), strict=True), start=1):
         leaves = 1.0 if loop == len(gate_logits) else torch.tensor(gate, dtype=torch.float64).sigmoid().item()
@@ -131,7 +131,7 @@ def test_gradient_checkpointing_changes_nothing(model, use_reentrant):
     model.model.layers[0].register_forward_pre_hook(lambda *_: passes.append(1))
     for name, gradient in gradients(model, ids, mask).items():
         torch.testing.assert_close(gradient, plain[name], rtol=1e-5, atol=1e-6)
-    assert len(passes) == 2 * 4  # each loop once forward and once again
+    assert len(passes) == 2 * 4  # each loop once forward and once recomputed
     cache = tiny_model()(ids, use_cache=True).past_key_values
     with pytest.raises(ValueError, match=r"^gradient checkpointing cannot append to past_key_values; leave"):
         model(ids[:, :1], past_key_values=cache)

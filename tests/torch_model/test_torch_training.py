@@ -1,4 +1,4 @@
-"""Trainer and PEFT: they train, evaluate, save, and what they save loads again."""
+"""Trainer and PEFT train, evaluate and save, and their saved models load again."""
 
 import pytest
 
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 pytestmark = [
     pytest.mark.transformers,
     pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator:UserWarning"),
-    # Old names that 4.57 has only, and that PEFT still reads on 5.
+    # Old names, which only 4.57 defines and PEFT still reads on version 5.
     pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing(_enable)?` is deprecated:FutureWarning"),
 ]
 
@@ -63,7 +63,7 @@ def test_trainer_trains_evaluates_and_saves(tmp_path, settings):
 
 
 def test_gradients_do_not_depend_on_accumulation(tmp_path):
-    """Trainer divides by the targets of the whole batch, so two halves weigh what they hold."""
+    """Trainer divides by the targets of the whole batch, so two halves are weighted by their numbers of targets."""
     updates = []
     for size, steps in ((4, 1), (2, 2)):
         model = tiny_model()

@@ -1,4 +1,4 @@
-"""The attention that a TPU would run, seen in programs lowered for it, and in what its compiler makes of them."""
+"""Attention on a TPU, in programs that are lowered and compiled for it."""
 
 import re
 
@@ -20,7 +20,7 @@ KERNELS = {
 
 
 def kernel_calls(text: str) -> dict[str, str]:
-    """The Pallas kernels that a compiled program calls: a line of each, by name."""
+    """Returns the Pallas kernels that a compiled program calls: one line of each, by name."""
     calls = [line for line in text.splitlines() if 'custom_call_target="tpu_custom_call"' in line]
     return {re.search(r"%(splash\w+)", call)[1]: call for call in calls}
 
@@ -29,24 +29,24 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 
 
 def collectives(text: str) -> list[str]:
-    """The operations of a compiled program that move data between devices, in order."""
+    """Returns the collectives of a compiled program, in order."""
     return re.findall(rf"\b({'|'.join(COLLECTIVES)})(?:-start)?\(", text)
 
 
 def lowered_kernels(text: str) -> dict[str, str]:
-    """The types of operands and results of each Pallas kernel that a lowered program calls, by its name."""
+    """Returns the types of operands and results of each Pallas kernel that a lowered program calls, by name."""
     calls = [line for line in text.splitlines() if "@tpu_custom_call(" in line]
     return {re.search(r'kernel_name = "(\w+)"', call)[1]: call.rpartition(" : ")[2] for call in calls}
 
 
 def lowered_collectives(text: str) -> list[str]:
-    """The operations of a lowered program that move data between devices, in order."""
+    """Returns the collectives of a lowered program, in order."""
     names = "|".join(name.replace("-", "_") for name in COLLECTIVES)
     return re.findall(rf'"stablehlo\.({names})"', text)
 
 
 def lowered_attention(topology, mesh_config, *, rows, length, heads):
-    """Forward and backward, of rows and heads that lie as in the model."""
+    """Lowers attention, forward and backward, with rows and heads sharded as in the model."""
     mesh = tpu_mesh(topology, mesh_config)
     spread = NamedSharding(mesh, partition("batch", "sequence", "heads", None))
     states = jax.ShapeDtypeStruct((rows, length, heads, 128), jnp.bfloat16, sharding=spread)
@@ -64,7 +64,7 @@ def lowered_attention(topology, mesh_config, *, rows, length, heads):
 
 
 def test_the_train_step_for_v5e_is_lowered_to_splash_attention_in_bfloat16():
-    """In scans over layers and loops, rematerialised, on a mesh of rows, parameters and heads."""
+    """In scans over layers and loops, rematerialized, on a mesh that shards rows, parameters and heads."""
     text = lowered_step(tpu_mesh("v5e:2x4", MeshConfig(data=2, fsdp=2, tensor=2))).as_text()
     kernels = lowered_kernels(text)
     assert kernels.keys() == KERNELS

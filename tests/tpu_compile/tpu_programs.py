@@ -1,4 +1,4 @@
-"""Programs compiled by the TPU compiler, for chips that need not be here."""
+"""Programs compiled by the TPU compiler, for chips that need not be attached."""
 
 import dataclasses
 import os
@@ -18,7 +18,7 @@ from looplm_jax.training.step import make_train_step
 
 MODEL = ModelConfig(vocab_size=512, width=256, mlp_width=256, num_layers=2, num_heads=8, head_dim=128, loops=2)
 STAGE = Stage(name="s", steps=2, batch_size=4, sequence_length=256, loops=2)
-# The compiler asks no metadata server and lets other processes compile at the same time.
+# With these settings the compiler queries no metadata server and lets other processes compile at the same time.
 _ALONE = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
@@ -28,7 +28,7 @@ _ALONE = {
 
 
 def tpu_mesh(topology: str, config: MeshConfig, devices: int | None = None) -> Mesh:
-    """A mesh over a slice such as `v5e:2x2`, or its first `devices`; the test is skipped without a TPU compiler."""
+    """Returns a mesh over a slice such as `v5e:2x2`, or its first `devices`; skips the test without a TPU compiler."""
     pytest.importorskip("libtpu", reason="the TPU compiler (libtpu) is not installed")
     os.environ.update(_ALONE)
     whole = topologies.get_topology_desc(platform="tpu", topology_name=topology)
@@ -36,7 +36,7 @@ def tpu_mesh(topology: str, config: MeshConfig, devices: int | None = None) -> M
 
 
 def lowered_step(mesh: Mesh, *, model: ModelConfig = MODEL, **changes: Any) -> Any:
-    """The train step of a stage, lowered for a mesh of TPUs."""
+    """Returns the train step of a stage, lowered for a mesh of TPUs."""
     stage, network = dataclasses.replace(STAGE, **changes), LoopLM(model)
     recipe = Recipe(name="r", model=model, stages=(stage,))
     state = abstract_state(recipe, network, stage, mesh)
