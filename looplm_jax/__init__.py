@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from looplm_jax.config import ComputeConfig, ModelConfig, Recipe
     from looplm_jax.errors import UserError
-    from looplm_jax.inference.decoder import EngineConfig
     from looplm_jax.inference.engine import Engine
+    from looplm_jax.inference.engine_config import EngineConfig
     from looplm_jax.inference.generate import generate
     from looplm_jax.loading import Loaded, load
     from looplm_jax.models.looplm import LoopLM, init_params
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "ComputeConfig": "config",
     "Engine": "inference.engine",
-    "EngineConfig": "inference.decoder",
+    "EngineConfig": "inference.engine_config",
     "Loaded": "loading",
     "LoopLM": "models.looplm",
     "ModelConfig": "config",

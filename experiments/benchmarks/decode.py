@@ -29,6 +29,7 @@ from experiments.benchmarks.ceiling import Ceiling, measure_ceiling
 from looplm_jax.config import ComputeConfig, Dtype, ModelConfig, Remat
 from looplm_jax.halting import ExitPolicy, FixedLoops, QExit
 from looplm_jax.inference import CacheStrategy, Engine, EngineConfig, bytes_per_token
+from looplm_jax.inference.packed_prefill import admit_pack
 from looplm_jax.inference.prefill import admit, prefill_chunk
 from looplm_jax.inference.speculation import speculate
 from looplm_jax.inference.tick import run_ticks
@@ -209,7 +210,7 @@ def _ticks(bench: Bench) -> int:
 
 def _programs() -> list[int]:
     """Returns the number of compiled programs of each kind, to detect compilations."""
-    return [program._cache_size() for program in (prefill_chunk, admit, run_ticks)]  # type: ignore[attr-defined]
+    return [program._cache_size() for program in (prefill_chunk, admit, admit_pack, run_ticks)]  # type: ignore[attr-defined]
 
 
 def _prompts(bench: Bench, count: int) -> list[list[int]]:

@@ -1,8 +1,8 @@
 """Generation: an engine whose passes serve tokens at any depth, with caches, sampling, streaming and early exit."""
 
 from looplm_jax.inference.conversation import Conversation
-from looplm_jax.inference.decoder import EngineConfig
 from looplm_jax.inference.engine import Engine
+from looplm_jax.inference.engine_config import EngineConfig
 from looplm_jax.inference.generate import generate
 from looplm_jax.inference.kept_cache import KeptCache, Turn
 from looplm_jax.inference.kv_cache import CacheStrategy, bytes_per_token

@@ -8,7 +8,7 @@ from looplm_jax.config import ModelConfig
 from looplm_jax.data.tokenizers import Tokenizer
 from looplm_jax.errors import UserError
 from looplm_jax.halting import Bounded, ExitPolicy
-from looplm_jax.inference.decoder import EngineConfig
+from looplm_jax.inference.engine_config import EngineConfig
 from looplm_jax.inference.field_checks import real_number, whole_number
 from looplm_jax.inference.kept_cache import KeptCache
 from looplm_jax.inference.requests import Request

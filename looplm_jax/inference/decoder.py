@@ -1,21 +1,22 @@
 """What the engine keeps on the devices: parameters, slots, and the programs that change them."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from looplm_jax.errors import UserError
 from looplm_jax.halting import ExitPolicy, FixedLoops
 from looplm_jax.halting.policy_table import PolicyTable
-from looplm_jax.inference.field_checks import truth, whole_number
-from looplm_jax.inference.kv_cache import Cache, CacheStrategy, bucket
-from looplm_jax.inference.page_pool import PagePool, PoolSize
+from looplm_jax.inference.engine_config import EngineConfig
+from looplm_jax.inference.kv_cache import Cache, bucket
+from looplm_jax.inference.packed_prefill import Pack, admit_pack, make_pack
+from looplm_jax.inference.page_pool import PagePool
 from looplm_jax.inference.placing import on_mesh, placed
 from looplm_jax.inference.prefill import (
     LastToken,
@@ -47,59 +48,6 @@ from looplm_jax.models.looplm import UNCAST, LoopLM, Params, compute_dtype
 from looplm_jax.sharding import target_platform
 
 _LONGEST_ROW = 1 << 24
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EngineConfig:
-    """The size of an engine. Nothing here changes what a request is answered, save `cache`.
-
-    Raises UserError for a size that cannot be.
-    """
-
-    slots: int = 8  # requests under way at one time
-    capacity: int = 2048  # tokens of a request, prompt and text together; no more than the model has positions
-    page_size: int = 128  # positions of a page of the cache; no more than `capacity`
-    pages: int | None = None  # pages that all slots share; None: as many as all need for requests of `capacity` tokens
-    loops: int | None = None  # the most loops of a token; None: those the model is meant for
-    cache: CacheStrategy = CacheStrategy.FULL
-    cache_dtype: DTypeLike | None = None  # None: the dtype of the matrix products
-    chunk: int = 256  # tokens of prompts that are read between two ticks, about
-    ticks: int = 1  # passes of the stack between two looks at what came of them
-    queue: int = 1024  # requests that may wait
-    previews: bool = False  # whether every loop's likeliest token is wanted
-    unroll: bool | None = None  # a copy of the weights, an array for each layer; None: on a CPU, where it is faster
-
-    def __post_init__(self) -> None:
-        for name in ("slots", "capacity", "page_size", "chunk", "ticks", "queue"):
-            object.__setattr__(self, name, whole_number(name, getattr(self, name), least=1))
-        for name in ("pages", "loops"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, whole_number(name, getattr(self, name), least=1))
-        truth("previews", self.previews)
-        if self.unroll is not None:
-            truth("unroll", self.unroll)
-        if not isinstance(self.cache, CacheStrategy):
-            raise UserError(f"cache must be a CacheStrategy, such as CacheStrategy.LAST, not {self.cache!r}")
-        if self.cache_dtype is not None:
-            _check_dtype(self.cache_dtype)
-
-    @property
-    def pool(self) -> PoolSize:
-        """Pages of the cache."""
-        return PoolSize.of(slots=self.slots, capacity=self.capacity, page_size=self.page_size, pages=self.pages)
-
-    def fitted(self, positions: int) -> "EngineConfig":
-        """The same, without room for tokens beyond the positions of a model, which no request can have."""
-        return dataclasses.replace(self, capacity=min(self.capacity, positions))
-
-
-def _check_dtype(dtype: DTypeLike) -> None:
-    try:
-        floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
-    except TypeError:
-        floating = False
-    if not floating:
-        raise UserError(f"cache_dtype must be a floating-point type, such as jnp.bfloat16, not {dtype!r}")
 
 
 class PolicyError(Exception):
@@ -181,7 +129,12 @@ class Decoder:
         return self._pages_of(request) <= self._pool.free
 
     def read(self, request: Request) -> Reading:
-        """Begin with a prompt that there is room for; call `read_chunk` until it is done, or `abandon` it."""
+        """Begin with a prompt that there is room for; call `read_chunk` until it is done, or `abandon` it.
+
+        Raises:
+          PolicyError: its policy is a function that raises, or a class that fits no table.
+        """
+        self._make_room(request)
         pages = self._pool.reserve(self._pages_of(request))
         return Reading(request=request, pages=pages, left=request.prompt_ids)
 
@@ -206,19 +159,9 @@ class Decoder:
         reading.pages = ()
 
     def admit(self, reading: Reading, slot: int) -> Ticked:
-        """Put a prompt that was read into a slot; its first token, as a tick would give it, without axes.
-
-        Raises:
-          PolicyError: its policy is a function that raises, or a class that fits no table.
-        """
+        """Put a prompt that was read into a slot; its first token, as a tick gives tokens."""
         assert reading.last is not None
         request = reading.request
-        self._make_room(request)
-        seen = None
-        if self._remembers:
-            seen = np.zeros(self.model.config.vocab_size, bool)
-            seen[[*request.prompt_ids, *(request.past.tokens if request.past else ())]] = True
-        settings = self._settings(request)
         place = Place(
             slot=np.int32(slot),
             pages=self._padded(reading.pages),
@@ -226,10 +169,39 @@ class Decoder:
         )
         with on_mesh(self._mesh):
             self._slots, first = admit(
-                self.model, self._params, self._slots, reading.row, reading.last, place, settings, seen
+                self.model,
+                self._params,
+                self._slots,
+                reading.row,
+                reading.last,
+                place,
+                self._settings(request),
+                self._seen(request),
             )
         self._held[slot], reading.pages = reading.pages, ()
         return first
+
+    def fits_pack(self, request: Request, size: int) -> bool:
+        """Whether the prompt of a request can be read with others, where `size` of a chunk's tokens are left."""
+        return request.past is None and len(request.prompt_ids) <= size
+
+    def admit_pack(self, readings: Mapping[int, Reading]) -> Ticked:
+        """Read prompts that fit one chunk together, and put each into its slot; first tokens, as a tick gives tokens.
+
+        Several prompts are padded to a whole chunk, so that one program reads any of them; one alone, to its bucket.
+        """
+        with on_mesh(self._mesh):
+            self._slots, first = admit_pack(
+                self.model, self._params, self._slots, self._pack(readings), loops=self.loops
+            )
+        for slot, reading in readings.items():
+            self._held[slot], reading.pages = reading.pages, ()
+        return first
+
+    def admit_again(self, request: Request, slot: int) -> Ticked:
+        """Read the prompt of a slot once more, without those that were read with it."""
+        reading = Reading(request=request, pages=self._held[slot], left=request.prompt_ids)
+        return self.admit_pack({slot: reading})
 
     def tick(self) -> Ticked:
         """`config.ticks` passes of the stack; what each gave, with a leading axis of ticks and one of slots."""
@@ -289,6 +261,31 @@ class Decoder:
         filled = request.tokens_before + len(request.prompt_ids) - len(reading.left)
         row = row_of_pages(self._slots.cache, pages, filled)
         return row if request.past is None or reading.last is not None else fill_pages(row, request.past.row)
+
+    def _pack(self, readings: Mapping[int, Reading]) -> Pack:
+        slots, tokens = self.config.slots, sum(len(reading.left) for reading in readings.values())
+        rows = {slot: self._settings(reading.request) for slot, reading in readings.items()}
+        some = next(iter(rows.values()))
+        seen = np.zeros((slots, self.model.config.vocab_size), bool) if self._remembers else None
+        if seen is not None:
+            for slot, reading in readings.items():
+                seen[slot] = self._seen(reading.request)
+        return make_pack(
+            {slot: reading.left for slot, reading in readings.items()},
+            slots=slots,
+            size=bucket(tokens, self.config.chunk) if len(readings) == 1 else self.config.chunk,
+            pages=np.stack([self._padded(readings[slot].pages if slot in readings else ()) for slot in range(slots)]),
+            settings=jax.tree.map(lambda *leaves: np.stack(leaves), *(rows.get(slot, some) for slot in range(slots))),
+            seen=seen,
+        )
+
+    def _seen(self, request: Request) -> Bool[np.ndarray, "V"] | None:
+        """The tokens that a request begins with, where slots remember them."""
+        if not self._remembers:
+            return None
+        seen = np.zeros(self.model.config.vocab_size, bool)
+        seen[[*request.prompt_ids, *(request.past.tokens if request.past else ())]] = True
+        return seen
 
     def _set_planes(self, cache: Cache) -> None:
         """Keys and values of all pages, after a program that they were donated to."""

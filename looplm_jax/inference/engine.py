@@ -24,8 +24,9 @@ from jax.sharding import Mesh
 from looplm_jax.data.tokenizers import Tokenizer
 from looplm_jax.errors import UserError
 from looplm_jax.inference.checks import check_request, usable_ids
-from looplm_jax.inference.decoder import Decoder, EngineConfig, PolicyError, Reading
+from looplm_jax.inference.decoder import Decoder, PolicyError, Reading
 from looplm_jax.inference.deferred_signals import deferred_signals
+from looplm_jax.inference.engine_config import EngineConfig
 from looplm_jax.inference.fair_queue import FairQueue
 from looplm_jax.inference.prompts import Prompt, make_requests
 from looplm_jax.inference.requests import NewToken, Request, Result
@@ -45,7 +46,7 @@ class _Tick:
 
     ticked: Ticked
     owners: tuple[UnderWay | None, ...]
-    slot: int | None = None  # the one slot it speaks of: a first token
+    firsts: tuple[int, ...] = ()  # the slots it speaks of, if it is not a tick but gives first tokens
 
 
 class Engine:
@@ -75,6 +76,7 @@ class Engine:
         self._queue: FairQueue[Ticket] = FairQueue(self.config.queue)
         self._slots: list[UnderWay | None] = [None] * self.config.slots
         self._reading: tuple[Ticket, Reading] | None = None
+        self._packed: dict[int, Reading] = {}  # prompts that are to be read together, by slot
         self._flying: collections.deque[_Tick] = collections.deque()
         self._given_up: collections.deque[Ticket] = collections.deque()  # cancelled, and not yet seen to be
         self._stepping = False
@@ -246,36 +248,59 @@ class Engine:
     def _read(self) -> None:
         """Prompts, or parts of them, for free slots, until a chunk's worth of tokens was read."""
         left = self.config.chunk
-        while left > 0 and (self._reading is not None or self._begin_reading()):
-            assert self._reading is not None
-            ticket, reading = self._reading
-            before = len(reading.left)
-            with self._ending_only(ticket):
-                self._decoder.read_chunk(reading)
-                count = before - len(reading.left)
-                self.stats.prompt_tokens += count
-                left -= count
-                if reading.done:
-                    self._admit(ticket, reading)
-                    self._reading = None
+        while left > 0:
+            before = self.stats.prompt_tokens
+            if self._reading is not None:
+                self._read_chunk(*self._reading)
+            elif not (self._begin_pack() or self._begin_reading()):
+                return
+            left -= self.stats.prompt_tokens - before
+
+    def _read_chunk(self, ticket: Ticket, reading: Reading) -> None:
+        before = len(reading.left)
+        with self._ending_only(ticket):
+            self._decoder.read_chunk(reading)
+            self.stats.prompt_tokens += before - len(reading.left)
+            if reading.done:
+                self._admit(ticket, reading)
+                self._reading = None
 
     def _begin_reading(self) -> bool:
-        """Take the next prompt from the queue; False if there is none, no slot for it, or too few pages.
+        """Take the next prompt from the queue, to be read in chunks; False if there is none that can be begun."""
+        while ticket := self._next_ticket():
+            self._queue.pop()
+            with self._ending_only(ticket):
+                self._reading = ticket, self._decoder.read(ticket.request)
+                return True
+        return False
+
+    def _begin_pack(self) -> bool:
+        """Read the next prompts from the queue together, as many as fit a chunk; False if the next one does not."""
+        left = self.config.chunk
+        while (ticket := self._next_ticket()) and self._decoder.fits_pack(ticket.request, left):
+            self._queue.pop()
+            with self._ending_only(ticket):
+                owner, slot = UnderWay(ticket, self._tokenizer), self._slots.index(None)
+                self._packed[slot] = self._decoder.read(ticket.request)
+                self._slots[slot] = owner
+                left -= len(ticket.request.prompt_ids)
+        if not self._packed:
+            return False
+        self._admit_pack()
+        return True
+
+    def _next_ticket(self) -> Ticket | None:
+        """The request whose turn it is, if there is a slot for it and enough pages. It stays in the queue.
 
         While it waits for pages, so do those behind it: small requests that overtake it could keep it waiting for ever.
         """
         while None in self._slots and len(self._queue):
             ticket = self._queue.first()
-            if not (ticket.cancelled or self._decoder.has_room(ticket.request)):
-                return False
+            if not ticket.cancelled:
+                return ticket if self._decoder.has_room(ticket.request) else None
             self._queue.pop()
-            if ticket.cancelled:
-                self._end_unbegun(ticket, Finish.CANCELLED)
-                continue
-            with self._ending_only(ticket):
-                self._reading = ticket, self._decoder.read(ticket.request)
-                return True
-        return False
+            self._end_unbegun(ticket, Finish.CANCELLED)
+        return None
 
     def _abandon_reading(self) -> None:
         if self._reading is not None:
@@ -287,7 +312,24 @@ class Engine:
         slot, owner = self._slots.index(None), UnderWay(ticket, self._tokenizer)
         first = self._decoder.admit(reading, slot)
         self._slots[slot] = owner
-        self._flying.append(_Tick(first, tuple(self._slots), slot))
+        self._flying.append(_Tick(first, tuple(self._slots), (slot,)))
+
+    def _admit_pack(self) -> None:
+        """The prompts of a pack are read in the slots that were taken for them. If that fails, it ends all of them."""
+        readings, self._packed = self._packed, {}
+        try:
+            first = self._decoder.admit_pack(readings)
+        except Exception as error:
+            for slot, reading in readings.items():
+                owner, self._slots[slot] = self._slots[slot], None
+                self._decoder.abandon(reading)
+                assert owner is not None
+                owner.end(Finish.FAILED, error=f"its prompt: {described(error)}")
+            if self._decoder.lost:
+                self._start_over(error)
+            return
+        self.stats.prompt_tokens += sum(len(reading.left) for reading in readings.values())
+        self._flying.append(_Tick(first, tuple(self._slots), tuple(readings)))
 
     @contextlib.contextmanager
     def _ending_only(self, ticket: Ticket) -> Iterator[None]:
@@ -303,8 +345,9 @@ class Engine:
 
     def _give_out(self, tick: _Tick, found: Ticked) -> None:
         """What a tick gave, to those who were there when it began."""
-        if tick.slot is not None:
-            self._deliver(tick.owners[tick.slot], tick.slot, found)
+        if tick.firsts:
+            for slot in tick.firsts:
+                self._deliver_first(tick, slot, jax.tree.map(lambda x, slot=slot: x[slot], found))
             return
         now = time.monotonic()
         if self._last_fetch:
@@ -315,6 +358,15 @@ class Engine:
             self.stats.loops += int(row.active.sum())
             for slot, owner in enumerate(tick.owners):
                 self._deliver(owner, slot, jax.tree.map(lambda x, slot=slot: x[slot], row))
+
+    def _deliver_first(self, tick: _Tick, slot: int, found: Ticked) -> None:
+        """The first token of a slot. What failed beside other prompts, which may be why, is read once more."""
+        owner = tick.owners[slot]
+        if found.failed and len(tick.firsts) > 1 and owner is not None and not owner.ticket.done:
+            first = self._decoder.admit_again(owner.ticket.request, slot)
+            self._flying.append(_Tick(first, tuple(self._slots), (slot,)))
+        else:
+            self._deliver(owner, slot, found)
 
     def _deliver(self, owner: UnderWay | None, slot: int, found: Ticked) -> None:
         """What a slot has to say to its owner; an owner that is done has left the slot."""
@@ -386,7 +438,7 @@ class Engine:
         owners = [owner for owner in self._slots if owner is not None]
         if self._reading is not None:
             owners.append(UnderWay(self._reading[0], self._tokenizer))
-        self._slots, self._reading = [None] * self.config.slots, None
+        self._slots, self._reading, self._packed = [None] * self.config.slots, None, {}
         self._flying.clear()
         for owner in owners:
             if not owner.ticket.done:

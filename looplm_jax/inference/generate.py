@@ -4,8 +4,8 @@ from collections.abc import Callable, Collection, Sequence
 
 from looplm_jax.errors import UserError
 from looplm_jax.halting import ExitPolicy
-from looplm_jax.inference.decoder import EngineConfig
 from looplm_jax.inference.engine import Engine
+from looplm_jax.inference.engine_config import EngineConfig
 from looplm_jax.inference.field_checks import token_ids, whole_number
 from looplm_jax.inference.kv_cache import bucket
 from looplm_jax.inference.requests import NewToken, Result

@@ -80,22 +80,29 @@ def prefill_chunk(
     start = apply(embedded, method="initial_state")
     _, (last, core, coda) = jax.lax.scan(loop, start, jnp.arange(row.depth))
     # That the write waits for all loops, and so for all that was read of the row, is what lets XLA update it in place.
-    written = (jnp.arange(size) < count) & jnp.isfinite(last.hidden).all()
-    row = _append(row, ModelCache(core=core, prelude=prelude, coda=coda), written)
-    return settled((row.advance(count), last))
+    sound = jnp.isfinite(last.hidden).all()
+    core, coda = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (core, coda))
+    own = ModelCache(core=core, prelude=jax.tree.map(lambda x: x[:, None], prelude), coda=coda)
+    numbers = jnp.arange(size)
+    written = append(row, own, jnp.zeros_like(numbers), row.lengths[0] + numbers, (numbers < count) & sound)
+    return settled((written.advance(count), last))
 
 
-def _append(row: Cache, own: ModelCache, written: Bool[Array, "S"]) -> Cache:
-    tokens = jnp.arange(written.size)
-    pages, offsets = row.places(jnp.zeros_like(tokens), row.lengths[0] + tokens)
-    pages = jnp.where(written, pages, row.pages)
+def append(
+    cache: Cache,
+    own: ModelCache,
+    rows: Int[ArrayLike, "S"],
+    positions: Int[ArrayLike, "S"],
+    written: Bool[Array, "S"],
+) -> Cache:
+    """Returns a cache with the keys and values `[L, P, 1, S, K, Dh]` of tokens in it, save those not `written`."""
+    pages, offsets = cache.places(jnp.asarray(rows), jnp.asarray(positions))
+    pages = jnp.where(written, pages, cache.pages)
 
-    def put(whole: Float[Array, "L P M c K Dh"], new: Float[Array, "P L 1 S K Dh"]) -> Float[Array, "L P M c K Dh"]:
-        return whole.at[:, :, pages, offsets].set(jnp.swapaxes(new[:, :, 0], 0, 1).astype(whole.dtype), mode="drop")
+    def put(whole: Float[Array, "L P M c K Dh"], new: Float[Array, "L P 1 S K Dh"]) -> Float[Array, "L P M c K Dh"]:
+        return whole.at[:, :, pages, offsets].set(new[:, :, 0].astype(whole.dtype), mode="drop")
 
-    prelude = jax.tree.map(lambda x: x[None], own.prelude)
-    planes = jax.tree.map(put, row.planes, dataclasses.replace(own, prelude=prelude))
-    return dataclasses.replace(row, planes=planes)
+    return dataclasses.replace(cache, planes=jax.tree.map(put, cache.planes, own))
 
 
 @jax.jit
@@ -147,7 +154,7 @@ def admit(
       prompt_seen: tokens of the prompt, `[V]`, where slots remember them.
 
     Returns:
-      The slots, and the first token as fields without axes.
+      The slots, and the first token, which stands in the entries of all slots.
     """
     exits = exit_loops(
         settings.policy,
@@ -183,7 +190,8 @@ def admit(
         slots.replace(cache=None),
         one.replace(cache=None),
     )
-    return settled((rest.replace(cache=cache), jax.tree.map(lambda x: x[0], first)))
+    first = jax.tree.map(lambda x: jnp.broadcast_to(x, slots.tokens.shape), first)
+    return settled((rest.replace(cache=cache), first))
 
 
 @functools.partial(jax.jit, static_argnames=("loops", "capacity"))

@@ -14,6 +14,7 @@ from looplm_jax.config import MeshConfig
 from looplm_jax.halting import ArgmaxStable, Bounded, FixedLoops, QExit
 from looplm_jax.inference import Engine, Finish, Request, Sampling, bytes_per_token
 from looplm_jax.inference import engine as engine_module
+from looplm_jax.inference.packed_prefill import admit_pack
 from looplm_jax.inference.prefill import admit, prefill_chunk
 from looplm_jax.inference.tick import run_ticks
 from looplm_jax.models.looplm import boxed_shapes
@@ -61,7 +62,7 @@ def test_a_request_is_answered_the_same_alone_and_in_any_company(engine, alone, 
 
 
 def test_other_requests_compile_nothing(engine, alone):
-    programs = (prefill_chunk, admit, run_ticks)
+    programs = (prefill_chunk, admit, admit_pack, run_ticks)
     before = [program._cache_size() for program in programs]
     for number, policy in enumerate([QExit(q=0.123), FixedLoops(loops=1), Bounded(QExit(q=0.9), max_loops=2), None]):
         sampling = Sampling(temperature=number / 2, top_k=number, min_p=0.01, seed=number)
@@ -114,7 +115,7 @@ def test_parameters_spread_as_in_training_change_no_answer(alone):
     spread = jax.tree.map(lambda leaf, like: jax.device_put(np.asarray(leaf), like.sharding), params, wanted)
     assert spread["embedding"].addressable_shards[0].data.shape == (48, model.config.width // 2)
     sharded = Engine(model, spread, Letters(), config=CONFIG, mesh=mesh)
-    programs = (prefill_chunk, admit, run_ticks)
+    programs = (prefill_chunk, admit, admit_pack, run_ticks)
     before = [program._cache_size() for program in programs]
     results = finish(sharded, [sharded.submit(request) for request in REQUESTS])
     for result, expected in zip(results, alone, strict=True):

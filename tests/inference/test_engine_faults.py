@@ -310,9 +310,11 @@ def test_a_tick_that_fails_ends_what_was_in_the_slots_only(answer, monkeypatch):
     assert results[1].tokens == answer
 
 
-@pytest.mark.parametrize("where", ["read", "read_chunk", "admit"])
+@pytest.mark.parametrize(
+    ("where", "tokens"), [("read", 1), ("admit_pack", 1), ("read", 40), ("read_chunk", 40), ("admit", 40)]
+)
 @pytest.mark.parametrize("lost", [False, True])
-def test_a_failure_while_a_prompt_is_read_ends_that_request_only(answer, monkeypatch, where, lost):
+def test_a_failure_while_a_prompt_is_read_ends_that_request_only(answer, monkeypatch, where, tokens, lost):
     """And those in the slots, if the program that failed took these with it."""
     broken = make_engine()
     others = [broken.submit(SOUND), broken.submit(SOUND)]
@@ -327,7 +329,12 @@ def test_a_failure_while_a_prompt_is_read_ends_that_request_only(answer, monkeyp
         raise RuntimeError("no\nluck")
 
     monkeypatch.setattr(broken._decoder, where, fail_once)
-    failed, after = finish(broken, [broken.submit(SOUND), broken.submit(SOUND)])
+    prompt = dataclasses.replace(SOUND, prompt_ids=SOUND.prompt_ids * tokens)
+    failing = broken.submit(prompt)
+    while not failing.done:
+        broken.step()
+    failed, after = finish(broken, [failing, broken.submit(SOUND)])
+    assert broken._decoder._pool.free == broken.config.pool.pages
     assert (failed.finish, failed.error) == (Finish.FAILED, "its prompt: RuntimeError: no luck")
     assert after.tokens == answer
     expected = Finish.FAILED if lost else Finish.LENGTH

@@ -10,6 +10,7 @@ from looplm_jax.config import Injection
 from looplm_jax.errors import UserError
 from looplm_jax.halting import FixedLoops, QExit, exit_distribution, q_exit
 from looplm_jax.inference import Finish, Sampling, generate
+from looplm_jax.inference.packed_prefill import admit_pack
 from looplm_jax.inference.prefill import admit, prefill_chunk
 from looplm_jax.inference.tick import run_ticks
 from looplm_jax.models.looplm import head_matrix
@@ -122,7 +123,7 @@ def test_one_program_for_a_bucket(tiny_model):
     model, params = tiny_model
 
     def sizes():
-        return [program._cache_size() for program in (prefill_chunk, admit, run_ticks)]
+        return [program._cache_size() for program in (prefill_chunk, admit, admit_pack, run_ticks)]
 
     def make(prompt, count, q, temperature):
         sampling = Sampling(temperature=temperature, top_k=int(10 * temperature))
@@ -135,7 +136,7 @@ def test_one_program_for_a_bucket(tiny_model):
     make([7] * 60, 4, 1.0, 0.0)
     assert sizes() == before
     make([7] * 60, 5, 1.0, 0.0)  # 65 positions: the cache, which prompts are read into, is of the next bucket
-    assert [after - count for after, count in zip(sizes(), before, strict=True)] == [1, 1, 1]
+    assert [after - count for after, count in zip(sizes(), before, strict=True)] == [0, 0, 1, 1]
 
 
 def test_the_last_position_can_be_filled(tiny_model):

@@ -10,8 +10,9 @@ from tpu_programs import tpu_mesh
 
 from looplm_jax.config import ComputeConfig, MeshConfig, ModelConfig, Remat
 from looplm_jax.halting import PolicyTable
-from looplm_jax.inference.decoder import EngineConfig
+from looplm_jax.inference.engine_config import EngineConfig
 from looplm_jax.inference.kv_cache import CacheStrategy, empty_cache
+from looplm_jax.inference.packed_prefill import admit_pack, make_pack
 from looplm_jax.inference.page_pool import PoolSize
 from looplm_jax.inference.placing import shardings
 from looplm_jax.inference.prefill import empty_row, prefill_chunk, row_of_pages
@@ -70,6 +71,18 @@ class Chips:
     def chunk(self, row, *, tokens=128):
         numbers = jax.ShapeDtypeStruct((tokens,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
         return self._compiled(prefill_chunk, row, *numbers)
+
+    def pack(self, *, tokens=256, **size):
+        slots = self.slots(**size)
+        pack = make_pack(
+            {0: [1] * 100, 2: [2] * 50},
+            slots=slots.tokens.size,
+            size=tokens,
+            pages=np.zeros(slots.cache.table.shape, np.int32),
+            settings=slots.settings,
+            seen=None,
+        )
+        return self._compiled(admit_pack, slots, pack, loops=self.model.config.loops)
 
     def draft(self, *, rows=3, capacity=CAPACITY):
         def make():
@@ -143,6 +156,13 @@ def test_a_chunk_of_a_prompt_reads_its_row_in_place(changes):
     chips = Chips(config=dataclasses.replace(SMALL, **changes))
     for row in (chips.row(), chips.row_of_pages()):
         assert_reads_in_place(chips, chips.chunk(row))
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize("strategy", [CacheStrategy.FULL, CacheStrategy.AVERAGE])
+def test_prompts_that_are_read_together_are_written_in_place(strategy):
+    chips = Chips(config=dataclasses.replace(SMALL, **AROUND))
+    assert_reads_in_place(chips, chips.pack(strategy=strategy))
 
 
 @pytest.mark.tpu_compile

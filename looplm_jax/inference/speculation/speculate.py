@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from looplm_jax.data.tokenizers import Tokenizer
 from looplm_jax.errors import UserError
 from looplm_jax.inference.checks import check_request, usable_ids
-from looplm_jax.inference.decoder import EngineConfig
+from looplm_jax.inference.engine_config import EngineConfig
 from looplm_jax.inference.field_checks import MOST, token_ids, whole_number
 from looplm_jax.inference.kv_cache import CacheStrategy
 from looplm_jax.inference.placing import on_mesh
