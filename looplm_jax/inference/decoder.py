@@ -15,7 +15,7 @@ from looplm_jax.halting import ExitPolicy, FixedLoops
 from looplm_jax.halting.policy_table import PolicyTable
 from looplm_jax.inference.engine_config import EngineConfig
 from looplm_jax.inference.kv_cache import Cache, bucket
-from looplm_jax.inference.packed_prefill import Pack, admit_pack, make_pack
+from looplm_jax.inference.packed_prefill import Pack, admit_pack, make_pack, pack_size
 from looplm_jax.inference.page_pool import PagePool
 from looplm_jax.inference.placing import on_mesh, placed
 from looplm_jax.inference.prefill import (
@@ -182,14 +182,11 @@ class Decoder:
         return first
 
     def fits_pack(self, request: Request, size: int) -> bool:
-        """Whether the prompt of a request can be read with others, where `size` of a chunk's tokens are left."""
+        """Whether the prompt of a request can be part of a pack that has room for `size` more tokens."""
         return request.past is None and len(request.prompt_ids) <= size
 
     def admit_pack(self, readings: Mapping[int, Reading]) -> Ticked:
-        """Read prompts that fit one chunk together, and put each into its slot; first tokens, as a tick gives tokens.
-
-        Several prompts are padded to a whole chunk, so that one program reads any of them; one alone, to its bucket.
-        """
+        """Runs prompts that fit one chunk together, and puts each into its slot. Returns their first tokens."""
         with on_mesh(self._mesh):
             self._slots, first = admit_pack(
                 self.model, self._params, self._slots, self._pack(readings), loops=self.loops
@@ -199,7 +196,7 @@ class Decoder:
         return first
 
     def admit_again(self, request: Request, slot: int) -> Ticked:
-        """Read the prompt of a slot once more, without those that were read with it."""
+        """Runs the prompt of a slot again, in a pack of its own. Returns its first token."""
         reading = Reading(request=request, pages=self._held[slot], left=request.prompt_ids)
         return self.admit_pack({slot: reading})
 
@@ -273,7 +270,7 @@ class Decoder:
         return make_pack(
             {slot: reading.left for slot, reading in readings.items()},
             slots=slots,
-            size=bucket(tokens, self.config.chunk) if len(readings) == 1 else self.config.chunk,
+            size=pack_size(tokens, self.config.chunk),
             pages=np.stack([self._padded(readings[slot].pages if slot in readings else ()) for slot in range(slots)]),
             settings=jax.tree.map(lambda *leaves: np.stack(leaves), *(rows.get(slot, some) for slot in range(slots))),
             seen=seen,

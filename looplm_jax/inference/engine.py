@@ -235,11 +235,14 @@ class Engine:
     def _advance(self) -> None:
         """One step."""
         self._drop_cancelled()
+        before = len(self._flying)
         self._read()
-        if any(self._slots):
+        if any(owner is not None and owner.needs_ticks for owner in self._slots):
             self._flying.append(_Tick(self._decoder.tick(), tuple(self._slots)))
             self.stats.ticks += self.config.ticks
-        while self._flying and (len(self._flying) > 1 or not any(self._slots)):
+        # The result of the last program is fetched in the next step, while the programs of that step run.
+        began = len(self._flying) > before
+        while self._flying and (len(self._flying) > 1 or not began or not any(self._slots)):
             found = jax.device_get(self._flying[0].ticked)
             self._give_out(self._flying.popleft(), found)
         if not self._flying:

@@ -1,7 +1,8 @@
-"""Prompts that fit one chunk together, read by one program, which also chooses the first token of each.
+"""Packed prefill: one program runs several prompts through all T loops and samples the first token of each.
 
-They stand one behind the other, and no token sees those of another prompt. Of all loops the cache keeps what it keeps,
-at once: nothing is read of the cache, so a prompt needs no row of its own.
+The prompts of a pack follow one another in one sequence, and attention stays within each. Nothing is read from the
+cache, so that also the keys and values of a shared cache (paper v4, section 5.4.2) are computed from all T planes and
+written once.
 """
 
 import dataclasses
@@ -21,28 +22,43 @@ from looplm_jax.inference.placing import settled
 from looplm_jax.inference.prefill import LastToken, append
 from looplm_jax.inference.slots import Settings, Slots, fresh_memory
 from looplm_jax.inference.tick import Ticked, bound, choose, logits_of, receive
-from looplm_jax.models.blocks import make_context
+from looplm_jax.models.blocks import Context, KeyValues, make_context
 from looplm_jax.models.looplm import LoopLM, ModelCache, Params
+
+_MOST_SIZES = 8  # of packs, and so programs that are compiled
+_SMALLEST_STEP = 64  # tokens between two sizes
+_BLOCK = 128  # queries whose scores exist at one time
+_MOST_BLOCKS = 16  # blocks of queries in a program
 
 
 @flax.struct.dataclass
 class Pack:
-    """S tokens of prompts, and the slot that each prompt is for. Fields of slots without a prompt mean nothing."""
+    """S tokens of prompts, and what the N slots need to know of them. Entries of slots without a prompt are ignored."""
 
     tokens: Int[Array, "S"]
     owners: Int[Array, "S"]  # the slot of each token; N in the padding
-    positions: Int[Array, "S"]
-    lengths: Int[Array, "N"]  # tokens of the prompt of each slot; 0 where there is none
-    ends: Int[Array, "N"]  # where in the pack its last token is
+    positions: Int[Array, "S"]  # in its prompt
+    lengths: Int[Array, "N"]  # tokens of the prompt of each slot; 0: the slot gets none
+    ends: Int[Array, "N"]  # index in the pack of the last token of each prompt
     pages: Int[Array, "N W"]
     settings: Settings
-    seen: Bool[Array, "N V"] | None  # tokens of each prompt, where slots remember them
+    seen: Bool[Array, "N V"] | None  # tokens of each prompt, for repetition penalties
+
+
+def pack_size(tokens: int, chunk: int) -> int:
+    """Returns the static size of a pack of `tokens` tokens: a multiple of an eighth of `chunk`, and of 64 at least."""
+    step = max(_SMALLEST_STEP, -(-chunk // _MOST_SIZES))
+    return min(-(-tokens // step) * step, chunk)
 
 
 def make_pack(prompts: Mapping[int, Sequence[int]], *, slots: int, size: int, **of_slots: Any) -> Pack:
-    """Returns the prompts of some of N slots in an array of `size` tokens; `of_slots` are the other fields of a pack.
+    """Returns a pack of `size` tokens as NumPy arrays.
 
-    All arrays are NumPy's.
+    Args:
+      prompts: the prompt of each slot that gets one.
+      slots: how many slots there are, N.
+      size: tokens with padding, S.
+      **of_slots: the fields `pages`, `settings` and `seen` of the pack.
     """
     tokens, positions, owners = np.zeros(size, np.int32), np.zeros(size, np.int32), np.full(size, slots, np.int32)
     lengths, ends = np.zeros(slots, np.int32), np.zeros(slots, np.int32)
@@ -58,16 +74,17 @@ def make_pack(prompts: Mapping[int, Sequence[int]], *, slots: int, size: int, **
 
 @functools.partial(jax.jit, static_argnames=("model", "loops"), donate_argnames=("slots",))
 def admit_pack(model: LoopLM, params: Params, slots: Slots, pack: Pack, *, loops: int) -> tuple[Slots, Ticked]:
-    """Read the prompts of a pack through all loops, put each into its slot, and choose its first token.
+    """Runs the prompts of a pack through all loops, puts each into its slot, and samples its first token.
 
-    A prompt whose numbers are not finite may spoil the others: zero times infinity is no number. All that come out
-    that way have failed, and are to be read again alone. Nothing is written of them.
+    A prompt whose values are not finite can make those of the others not finite: a masked weight is zero, and zero
+    times infinity is not a number. Nothing of such prompts is written, and they are marked as failed; the caller runs
+    each of them alone.
 
     Returns:
-      The slots, which are donated, and the first tokens, as a tick gives tokens, of the slots that the prompts are for.
+      The slots (the argument is donated), and the first tokens in the entries of the slots that got a prompt.
     """
     new = pack.lengths > 0
-    last, own = _read(model, params, pack, loops)
+    last, own = _run(model, params, pack, loops)
     sound = jnp.isfinite(last.hidden).all(axis=(0, 2)).at[pack.owners].get(mode="fill", fill_value=False)
     cache = dataclasses.replace(
         slots.cache,
@@ -98,22 +115,74 @@ def admit_pack(model: LoopLM, params: Params, slots: Slots, pack: Pack, *, loops
     return settled((receive(begun, first), first))
 
 
-def _read(model: LoopLM, params: Params, pack: Pack, loops: int) -> tuple[LastToken, ModelCache]:
-    """What all loops say of the last token of each slot's prompt, `[T, N, ...]`, and the keys and values of all."""
+def _run(model: LoopLM, params: Params, pack: Pack, loops: int) -> tuple[LastToken, ModelCache]:
+    """Returns the output of each loop at the last token of each prompt, `[T, N, ...]`, and all keys and values."""
     apply = bound(model, params)
-    padding = pack.lengths.size
-    segments = jnp.where(pack.owners == padding, 0, pack.owners + 1)
-    context = make_context(model.config, pack.positions[None], segments[None])
-    embedded, prelude = apply(pack.tokens[None], context, None, True, method="embed")
+    context = make_context(model.config, pack.positions[None], pack.owners[None])
+    prompts = _Prompts(owners=pack.owners)
+    embedded, prelude = apply(pack.tokens[None], context, prompts, True, method="embed")
 
     def loop(state: Float[Array, "1 S D"], _: None) -> tuple[Array, PyTree]:
-        output, core, coda = apply(state, embedded, context, None, None, True, method="loop_step")
+        output, core, coda = apply(state, embedded, context, prompts, prompts, True, method="loop_step")
         last = LastToken(hidden=output.hidden[0, pack.ends], gate_logits=output.gate_logits[0, pack.ends])
         return output.state, (last, core, coda)
 
     _, (last, *own) = jax.lax.scan(loop, apply(embedded, method="initial_state"), length=loops)
     core, coda = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), own)
     return last, ModelCache(core=core, prelude=jax.tree.map(lambda x: x[:, None], prelude), coda=coda)
+
+
+@flax.struct.dataclass
+class _Prompts:
+    """Attention within each prompt of a pack. Implements `Past`, although nothing comes before a pack.
+
+    Queries attend in blocks, each to the keys up to its end: half of the scores are never computed, and no array has
+    both S queries and S keys.
+    """
+
+    owners: Int[Array, "S"]
+
+    def attend(
+        self, layer: int | Int[Array, ""], queries: Float[Array, "1 S H Dh"], own: KeyValues, context: Context
+    ) -> Float[Array, "1 S H Dh"]:
+        """Returns attention of each token to its prompt up to itself."""
+        del layer, context
+        _, length, num_heads, head_width = queries.shape
+        kv_heads = own.keys.shape[2]
+        # With the heads first, each product is over contiguous matrices, which is twice as fast on a CPU.
+        keys, values = jnp.swapaxes(own.keys[0], 0, 1), jnp.swapaxes(own.values[0], 0, 1)
+        scaled = (queries[0] * head_width**-0.5).reshape(length, kv_heads, num_heads // kv_heads, head_width)
+        grouped = jnp.moveaxis(scaled, 0, 2)  # [K, G, S, Dh]
+
+        size = max(_BLOCK, -(-length // _MOST_BLOCKS))
+        blocks = []
+        for start in range(0, length, size):
+            end = min(start + size, length)
+            mask = _visible(self.owners, start, end)
+            blocks.append(_mixed(grouped[:, :, start:end], keys[:, :end], values[:, :end], mask))
+        mixed = jnp.concatenate(blocks, axis=2).astype(queries.dtype)
+        return jnp.moveaxis(mixed, 2, 0).reshape(queries.shape)
+
+
+def _visible(owners: Int[Array, "S"], start: int, end: int) -> Bool[Array, "q e"]:
+    """Returns which of the first `end` tokens of a pack each token from `start` to `end` attends to."""
+    causal = jnp.arange(start, end)[:, None] >= jnp.arange(end)
+    return causal & (owners[start:end, None] == owners[:end])
+
+
+def _mixed(
+    queries: Float[Array, "K G q Dh"],
+    keys: Float[Array, "K e Dh"],
+    values: Float[Array, "K e Dh"],
+    mask: Bool[Array, "q e"],
+) -> Float[Array, "K G q Dh"]:
+    """Returns the values mixed by the softmax, in float32, of the scores that `mask` leaves: at least one a query."""
+    scores = jnp.einsum("kgqd,ked->kgqe", queries, keys, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask, scores, -jnp.inf)
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    mixed = jnp.einsum("kgqe,ked->kgqd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    return mixed / total
 
 
 def _where(rows: Bool[Array, "N"], new: Array, old: Array) -> Array:

@@ -35,6 +35,11 @@ class UnderWay:
         self._previews: list[int] = []
 
     @property
+    def needs_ticks(self) -> bool:
+        """Whether tokens may follow the first one, which is sampled when the prompt has been run."""
+        return self.ticket.request.max_new_tokens > 1
+
+    @property
     def tokens_in_cache(self) -> int:
         """Returns the number of tokens in the cache: prefix cache, prompt, and all new tokens except the last."""
         return sum(map(len, self._history)) + len(self._turn())
