@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from looplm_jax.inference import decode_kernel
+from looplm_jax.inference.head_lanes import load_heads
 from looplm_jax.models import attention
 from looplm_jax.models.blocks import Context, KeyValues
 from looplm_jax.sharding import target_platform
@@ -28,7 +29,7 @@ _MASKED = -1e30
 class PastView:
     """The view that the rows of a cache read, each at its own plane, layer by layer. Implements `Past`."""
 
-    stacked: KeyValues  # [L, P, M, c, K, Dh]
+    stacked: KeyValues  # [L, P, M, c, R, W]
     planes: Int[Array, "N"]
     table: Int[Array, "N W"]  # pages of each row
     lengths: Int[Array, "N"]
@@ -54,7 +55,7 @@ class PastView:
         if self.differentiable or target_platform() != "tpu":
             return self._gathered(layer, queries, own, context.mask)
 
-        if queries.shape[1] == 1 and decode_kernel.fits(self.page_size, queries.shape[3]):
+        if queries.shape[1] == 1 and decode_kernel.fits(self.page_size, self.stacked.keys.shape[5]):
             one = KeyValues(keys=own.keys[:, 0], values=own.values[:, 0])
             where = layer, self.planes, self.table, self.lengths
             return decode_kernel.decode_attention(queries[:, 0], one, self.stacked, *where)[:, None]
@@ -71,10 +72,11 @@ class PastView:
         """Returns attention to a gathered copy of one layer."""
         rows = self.planes.size
 
-        def row_by_row(whole: Float[Array, "L P M c K Dh"]) -> Float[Array, "N C K Dh"]:
+        def row_by_row(whole: Float[Array, "L P M c R W"]) -> Float[Array, "N C K Dh"]:
             # [N, W, c, K, Dh]; entries of the table that are not in use are clipped, and masked below.
             pages = whole.at[layer, self.planes[:, None], self.table].get(mode="clip")
-            return pages.reshape(rows, self.capacity, *whole.shape[4:]).astype(self.dtype)
+            pages = pages.reshape(rows, self.capacity, *whole.shape[4:]).astype(self.dtype)
+            return load_heads(pages, own.keys.shape)
 
         past = jax.tree.map(row_by_row, self.stacked)
         filled = jnp.arange(self.capacity) < self.lengths[:, None]
@@ -117,7 +119,9 @@ def attend_row_by_row(
             offsets = start + jnp.arange(size)
             seen = (offsets >= within) & (page * view.page_size + offsets < length)
             at = layer, plane, pages[page], start
-            past = jax.tree.map(lambda x: _block_at(x, at, size).astype(view.dtype), view.stacked)
+            past = jax.tree.map(
+                lambda x: load_heads(_block_at(x, at, size), own.keys.shape).astype(view.dtype), view.stacked
+            )
             return _mix_in(mixture, grouped, past, jnp.broadcast_to(seen, (tokens, size)))
 
         shape = (kv_heads, num_heads // kv_heads, tokens)
@@ -138,7 +142,7 @@ def attend_row_by_row(
     return jax.lax.map(one_row, (view.table, view.planes, view.lengths, queries, own, mask))
 
 
-def _block_at(whole: Float[Array, "L P M c K Dh"], at: tuple[Any, ...], size: int) -> Float[Array, "b K Dh"]:
+def _block_at(whole: Float[Array, "L P M c R W"], at: tuple[Any, ...], size: int) -> Float[Array, "b R W"]:
     """Returns `size` positions of a page in the layout of the cache.
 
     Without the constraint, the compiler brings the whole cache into the layout that suits the products best.

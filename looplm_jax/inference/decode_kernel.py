@@ -1,9 +1,10 @@
-"""A TPU kernel for one decoded token per slot: it reads the filled blocks of a slot's pages, straight from the cache.
+"""A TPU kernel for attention of one decoded token per slot to the filled positions of its pages.
 
-Blocks of positions, none larger than a page, come from HBM by DMA while the block before is computed with, from one
-slot to the next without a pause. The pages of all slots are listed in scalar memory, where the DMA looks up where a
-block is. All heads share one product: scores of a query head with keys of another head are masked, so no array is
-transposed. On anything but a TPU the kernel is interpreted, slowly, for tests.
+The kernel reads the cache in place. It copies blocks of positions, at most a page each, from HBM by DMA and computes on
+one block while the next one arrives, across slots too. Page numbers of all slots are in scalar memory, where the DMA
+looks up the address of a block. All heads are computed in one matrix product, in which scores of a query head with the
+keys of another head are masked, so no array is transposed. Elsewhere than on a TPU the kernel is interpreted, slowly,
+for tests.
 """
 
 import functools
@@ -17,19 +18,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from looplm_jax.inference.head_lanes import LANES, own_mixtures, spread_queries, store_heads
 from looplm_jax.models.blocks import KeyValues
 from looplm_jax.sharding import partition, target_platform
 
-_LANES = 128  # of a vector register
-_BLOCK_BYTES = 1 << 19  # of keys; two blocks of keys and two of values are in the chip's fast memory at a time
+_LONGEST_BLOCK = 128  # positions
 _SMALLEST_BLOCK = 16  # positions; shorter copies from HBM are slow
-_MASKED = -1e30  # not -inf: the maximum of a block with every key masked stays finite
-_ANOTHER_HEAD = 1 << 30  # a position that no row has
+_BLOCK_BYTES = 1 << 19  # of keys; VMEM has two blocks of keys and two of values
+_MASKED = -1e30  # not -inf, so that the maximum of a block in which every key is masked is finite
+_ANOTHER_HEAD = 1 << 30  # larger than any position
 
 
-def fits(page_size: int, head_width: int) -> bool:
-    """Returns whether the kernel can read a cache with pages of this size and heads of this width."""
-    return head_width % _LANES == 0 and math.gcd(page_size, _LANES) >= _SMALLEST_BLOCK
+def fits(page_size: int, stored_width: int) -> bool:
+    """Returns whether the kernel can read pages of this size with rows of heads of this width (see `head_lanes`)."""
+    return stored_width % LANES == 0 and math.gcd(page_size, _LONGEST_BLOCK) >= _SMALLEST_BLOCK
 
 
 def decode_attention(
@@ -41,16 +43,18 @@ def decode_attention(
     table: Int[Array, "N W"],
     lengths: Int[Array, "N"],
 ) -> Float[Array, "N H Dh"]:
-    """Returns softmax attention of one token per slot to its row and to itself, scores scaled by `Dh ** -0.5`.
+    """Returns softmax attention of one token per slot to its row and to itself, with scores scaled by `Dh ** -0.5`.
+
+    On a mesh each device computes its heads.
 
     Args:
-      queries: of the tokens.
+      queries: the queries of the tokens.
       own: keys and values of the tokens, `[N, K, Dh]`.
-      stacked: the cache, `[L, P, M, c, K, Dh]`.
-      layer: which layer of the cache to read.
-      planes: which plane each slot reads.
-      table: the pages of each slot; what it has beyond those that are filled is not looked at.
-      lengths: filled positions of each slot.
+      stacked: keys and values of the cache, `[L, P, M, c, R, W]`, as `head_lanes` stores heads.
+      layer: the layer of the cache to read.
+      planes: the plane that each slot reads.
+      table: the page numbers of each slot; entries beyond the filled pages are not read.
+      lengths: the filled positions of each slot; 0 skips the cache.
     """
     where = jnp.asarray(layer, jnp.int32), planes, table, lengths
     arrays = queries, own.keys, own.values, stacked.keys, stacked.values, *where
@@ -62,7 +66,7 @@ def decode_attention(
         _on_one_device,
         in_specs=(heads, kv_heads, kv_heads, cache, cache, whole, whole, whole, whole),
         out_specs=heads,
-        check_vma=False,  # Pallas kernels do not tell along which axes their results vary
+        check_vma=False,  # Pallas calls have no rule for the mesh axes along which their results vary
     )
     return mapped(*arrays)
 
@@ -71,19 +75,22 @@ def _on_one_device(
     queries: Float[Array, "N H Dh"],
     own_keys: Float[Array, "N K Dh"],
     own_values: Float[Array, "N K Dh"],
-    keys: Float[Array, "L P M c K Dh"],
-    values: Float[Array, "L P M c K Dh"],
+    keys: Float[Array, "L P M c R W"],
+    values: Float[Array, "L P M c R W"],
     layer: Int[Array, ""],
     planes: Int[Array, "N"],
     table: Int[Array, "N W"],
     lengths: Int[Array, "N"],
 ) -> Float[Array, "N H Dh"]:
-    depth, all_pages, page_size, kv_heads, head_width = keys.shape[1:]
-    slots, num_heads, _ = queries.shape
-    block = _block_size(page_size, kv_heads * head_width * keys.dtype.itemsize)
-    columns = block * kv_heads
-    # The last two axes of a block are those of its tiles in memory: one row of tiles for each position and head.
-    flat = (-1, page_size * kv_heads, head_width)
+    depth, all_pages, page_size, rows, width = keys.shape[1:]
+    slots, num_heads, head_width = queries.shape
+    heads = own_keys.shape[1:]
+    block = _block_size(page_size, rows * width * keys.dtype.itemsize)
+    columns = block * rows
+    # A block has two axes, those of the tiles in memory: one for positions and rows of heads, one for lanes.
+    flat = (-1, page_size * rows, width)
+
+    # The DMA of the first block of a slot starts during the last block of the slot before it that has any.
     pages = (layer * depth + planes)[:, None] * all_pages + table
     blocks = -(-lengths // block)
     next_filled = jax.lax.cummin(jnp.where(blocks > 0, jnp.arange(slots), slots), reverse=True)
@@ -92,61 +99,65 @@ def _on_one_device(
     def per_slot(*shape: int) -> pl.BlockSpec:
         return pl.BlockSpec((1, *shape), lambda slot, *_: (slot, 0, 0))
 
-    return pl.pallas_call(
+    mixed = pl.pallas_call(
         functools.partial(_kernel, block=block, blocks_per_page=page_size // block, pages_per_slot=table.shape[1]),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(schedule),
             grid=(slots,),
             in_specs=[
                 pl.BlockSpec((num_heads, columns), lambda slot, *_: (0, 0)),
-                per_slot(num_heads, head_width),
-                per_slot(kv_heads, head_width),
-                per_slot(kv_heads, head_width),
+                per_slot(num_heads, width),
+                per_slot(rows, width),
+                per_slot(rows, width),
                 pl.BlockSpec(memory_space=pl.ANY),
                 pl.BlockSpec(memory_space=pl.ANY),
             ],
-            out_specs=per_slot(num_heads, head_width),
+            out_specs=per_slot(num_heads, width),
             scratch_shapes=[
-                pltpu.VMEM((2, columns, head_width), keys.dtype),
-                pltpu.VMEM((2, columns, head_width), values.dtype),
+                pltpu.VMEM((2, columns, width), keys.dtype),
+                pltpu.VMEM((2, columns, width), values.dtype),
                 pltpu.SemaphoreType.DMA((2, 2)),
             ],
         ),
-        out_shape=jax.ShapeDtypeStruct(queries.shape, queries.dtype),
+        out_shape=jax.ShapeDtypeStruct((slots, num_heads, width), queries.dtype),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
         interpret=target_platform() != "tpu",
         name="decode_attention",
     )(
         *schedule,
-        _positions(num_heads, kv_heads, block),
-        queries * head_width**-0.5,
-        own_keys,
-        own_values,
+        _positions(num_heads, rows, block),
+        spread_queries(queries * head_width**-0.5, heads[0], keys.shape),
+        store_heads(own_keys, keys.shape),
+        store_heads(own_values, values.shape),
         keys.reshape(flat),
         values.reshape(flat),
     )
+    return own_mixtures(mixed, rows, heads)
 
 
 def _block_size(page_size: int, position_bytes: int) -> int:
     """Returns the positions of a block: a power of two that divides the page."""
-    size = math.gcd(page_size, _LANES)
+    size = math.gcd(page_size, _LONGEST_BLOCK)
     while size > _SMALLEST_BLOCK and size * position_bytes > _BLOCK_BYTES:
         size //= 2
     return size
 
 
-def _positions(num_heads: int, kv_heads: int, block: int) -> Int[np.ndarray, "H columns"]:
-    """Returns the position in its block of each column of scores, out of reach where the head is another one's."""
-    position, kv_head = np.divmod(np.arange(block * kv_heads), kv_heads)
-    query_head = np.arange(num_heads)[:, None] // (num_heads // kv_heads)
-    return np.where(kv_head == query_head, position, _ANOTHER_HEAD).astype(np.int32)
+def _positions(num_heads: int, rows: int, block: int) -> Int[np.ndarray, "H columns"]:
+    """Returns the position in its block of each column of scores, or `_ANOTHER_HEAD` for keys of other heads.
+
+    Columns are positions and, within a position, rows of heads.
+    """
+    position, row = np.divmod(np.arange(block * rows), rows)
+    row_of_query = np.arange(num_heads)[:, None] // (num_heads // rows)
+    return np.where(row == row_of_query, position, _ANOTHER_HEAD).astype(np.int32)
 
 
 def _kernel(
-    pages: Any,  # of the flattened cache: those of the first slot, those of the second, and so on
+    pages: Any,  # page numbers in the flattened cache, slot after slot
     lengths: Any,
-    blocks_before: Any,  # blocks of all slots before this one: its parity says which buffer comes next
-    next_filled: Any,  # entry n: the first slot from n on that has blocks; the number of slots where none has
+    blocks_before: Any,  # the number of blocks of all earlier slots, whose parity selects the first buffer
+    next_filled: Any,  # entry n: the first slot from n on that has blocks, or the number of slots
     positions: Any,
     queries: Any,
     own_keys: Any,
@@ -209,7 +220,7 @@ def _kernel(
         total = total * shrink + jnp.sum(weights, axis=1, keepdims=True)
         return higher, total, mixed * shrink + mix(weights, value_buffers[buffer].astype(query.dtype))
 
-    # The softmax begins with the token itself, which every token sees.
+    # The softmax starts with the token itself, so its total is never zero.
     found = scores(own_keys[0], positions[:, : own_keys.shape[1]] == 0)
     top = jnp.max(found, axis=1, keepdims=True)
     weights = jnp.exp(found - top)

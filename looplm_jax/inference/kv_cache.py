@@ -1,16 +1,17 @@
-"""The cache of a decoder: keys and values of N rows, with a plane for each loop or one plane for all (paper v4, 5.4.2).
+"""The key-value cache of a decoder: a plane for each loop, or one plane for all loops (paper v4, section 5.4.2).
 
-A prompt always runs through all T planes (`FULL`). A decoded token at loop t reads, of earlier positions, plane t of a
-full cache, or the one plane there is; of its own position, its own keys and values. What a position keeps:
+A decoded token at loop t attends to plane t of earlier positions, or to the only plane, and to its own keys and values
+of loop t. The tokens of one prompt attend to the loop-t keys and values of one another under every strategy
+(`prefill`). The strategies differ in what the cache keeps of a position:
 
-    FULL      plane t holds loop t; the planes below the exit take its last loop ("last exited")
-    LAST      its last loop
-    AVERAGE   the mean of its loops
-    FIRST     its first loop
+    FULL      plane t keeps loop t; planes after the exit keep the last loop that ran ("last exited")
+    LAST      the last loop that ran
+    AVERAGE   the mean of the loops that ran
+    FIRST     the first loop
 
-Rows share the memory in pages: a page is a few positions of every layer and plane, so one table, `[N, W]`, says where a
-row is in all of them. In each layer and plane a page is contiguous, as a kernel reads it; a tick moves the bytes that
-it would move for rows in one piece.
+A row is the cache of one sequence. Rows share memory in pages. A page has the same few positions of every layer and
+plane, so one table `[N, W]` locates a row in all of them. Within a layer and plane a page is contiguous, as the decode
+kernel reads it.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from looplm_jax.config import ModelConfig
 from looplm_jax.inference.cache_attention import PastView
+from looplm_jax.inference.head_lanes import store_heads, stored_heads
 from looplm_jax.inference.page_pool import PoolSize
 from looplm_jax.models.blocks import Context, KeyValues, make_context
 from looplm_jax.models.looplm import ModelCache
@@ -32,7 +34,7 @@ _SMALLEST_BUCKET = 64
 
 
 class CacheStrategy(enum.Enum):
-    """Which loops of a decoded token the cache keeps."""
+    """The loops of a token that the cache keeps."""
 
     FULL = "full"
     LAST = "last"
@@ -41,17 +43,17 @@ class CacheStrategy(enum.Enum):
 
     @property
     def shares(self) -> bool:
-        """Whether all loops read one plane."""
+        """Whether the cache has one plane, which all loops read."""
         return self is not CacheStrategy.FULL
 
 
 @flax.struct.dataclass
 class Cache:
-    """Row n holds tokens at positions `0 .. lengths[n] - 1`; what lies behind them is never looked at.
+    """Keys and values of N rows. Row n has tokens at positions `0 .. lengths[n] - 1`; later positions are not read.
 
-    Keys and values are `[L, P, M, c, K, Dh]` for P planes and M pages of c positions; a prelude has one plane. Position
-    p of row n is position `p % c` of page `table[n, p // c]`; entries beyond what a row may fill are M, not a page.
-    Without a table row n is page n, as long as the row.
+    Keys and values are `[L, P, M, c, R, W]`: L layers, P planes, M pages of c positions, and the K heads of a position
+    as `head_lanes` stores them. A prelude has one plane. Position p of row n is position `p % c` of page
+    `table[n, p // c]`; table entries without a page are M. Without a table, row n is page n.
     """
 
     planes: ModelCache
@@ -61,41 +63,44 @@ class Cache:
 
     @property
     def pages(self) -> int:
-        """Pages of all rows, M."""
+        """The number of pages, M."""
         return self.planes.core.keys.shape[2]
 
     @property
     def page_size(self) -> int:
-        """Positions of a page, c."""
+        """The positions of a page, c."""
         return self.planes.core.keys.shape[3]
 
     @property
     def page_table(self) -> Int[Array, "N W"]:
-        """The pages of each row."""
+        """The page numbers of each row."""
         return jnp.arange(self.rows)[:, None] if self.table is None else self.table
 
     @property
     def capacity(self) -> int:
-        """Positions of a row, C."""
+        """The positions that a row has room for, C."""
         return self.page_size * (1 if self.table is None else self.table.shape[1])
 
     @property
     def depth(self) -> int:
-        """Planes of the core, P: the loops of a full cache, or 1."""
+        """The planes of the core, P: the loops of a full cache, or 1."""
         return self.planes.core.keys.shape[1]
 
     @property
     def rows(self) -> int:
-        """Rows, N."""
+        """The number of rows, N."""
         return self.lengths.size
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all keys and values: `pages * page_size * bytes_per_token(...)`."""
+        """The bytes of all keys and values: `pages * page_size * bytes_per_token(...)`, and unused lanes."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self.planes))
 
     def context(self, config: ModelConfig, tokens: int = 1) -> Context:
-        """What the next `tokens` tokens of each row see of one another; a view of the cache shows what is before."""
+        """Returns positions and masks of the next `tokens` tokens of each row among themselves.
+
+        `past` and `past_prelude` return what these tokens see of the cache.
+        """
         positions = self.lengths[:, None] + jnp.arange(tokens)
         return make_context(config, positions, jnp.ones_like(positions))
 
@@ -107,12 +112,12 @@ class Cache:
         *,
         differentiable: bool = False,
     ) -> PastView | None:
-        """What each row reads of core or coda, in the loop that follows `loops_done`."""
+        """Returns the view of core or coda that each row reads in the loop after `loops_done`; None if `stacked` is."""
         planes = jnp.zeros_like(loops_done) if self.strategy.shares else jnp.minimum(loops_done, self.depth - 1)
         return self._view(stacked, planes, dtype, differentiable)
 
     def past_prelude(self, dtype: DTypeLike, *, differentiable: bool = False) -> PastView | None:
-        """What each row reads of the prelude."""
+        """Returns the view of the prelude that each row reads; None without a prelude."""
         return self._view(self.planes.prelude, jnp.zeros_like(self.lengths), dtype, differentiable)
 
     def _view(
@@ -130,55 +135,61 @@ class Cache:
         )
 
     def places(self, rows: Int[Array, "*B"], positions: Int[Array, "*B"]) -> tuple[Int[Array, "*B"], Int[Array, "*B"]]:
-        """Returns the page that holds each position of a row, and where in it; M for positions beyond the capacity."""
+        """Returns the page of each position of a row, M beyond the capacity, and the offset in that page."""
         number, offset = jnp.divmod(positions, self.page_size)
         return self.page_table.at[rows, number].get(mode="fill", fill_value=self.pages), offset
 
     def write(self, own: ModelCache, loops_done: Int[Array, "N"], active: Bool[Array, "N"]) -> "Cache":
-        """The keys and values of the next position of each active row, `[L, N, 1, K, Dh]`, after one more loop.
+        """Returns the cache with one more loop of the token at the next position of each active row.
 
-        Written again at each loop of the token, until `advance` makes the position part of the row.
+        Every loop of the token writes the same position, until `advance` makes it part of the row.
+
+        Args:
+          own: keys and values of the token, `[L, N, 1, K, Dh]`.
+          loops_done: loops that the token of each row ran before this one.
+          active: rows to write; the others stay as they are.
         """
 
         def put(whole: Array, new: Array) -> Array:
-            return self._put(whole, new[:, :, 0], loops_done, active)
+            return self._put(whole, store_heads(new[:, :, 0], whole.shape), loops_done, active)
 
         core = jax.tree.map(put, self.planes.core, own.core)
         coda = None if own.coda is None else jax.tree.map(put, self.planes.coda, own.coda)
         prelude = self.planes.prelude
         if own.prelude is not None:
             pages, offsets = self._next_places(active & (loops_done == 0))
-            prelude = jax.tree.map(
-                lambda whole, new: whole.at[:, 0, pages, offsets].set(new[:, :, 0].astype(whole.dtype), mode="drop"),
-                prelude,
-                own.prelude,
-            )
+
+            def put_once(whole: Array, new: Array) -> Array:
+                stored = store_heads(new[:, :, 0], whole.shape).astype(whole.dtype)
+                return whole.at[:, 0, pages, offsets].set(stored, mode="drop")
+
+            prelude = jax.tree.map(put_once, prelude, own.prelude)
         return dataclasses.replace(self, planes=ModelCache(core=core, prelude=prelude, coda=coda))
 
     def advance(self, count: Int[Array, "N"]) -> "Cache":
-        """The cache with `count` more positions in each row."""
+        """Returns the cache with rows that are `count` positions longer."""
         return dataclasses.replace(self, lengths=self.lengths + count)
 
     def emptied(self, rows: Bool[Array, "N"]) -> "Cache":
-        """The cache as if some rows held no tokens, so that these are not read."""
+        """Returns the cache with length 0 for some rows, which attention then skips."""
         return dataclasses.replace(self, lengths=jnp.where(rows, 0, self.lengths))
 
     def _next_places(self, written: Bool[Array, "*P N"]) -> tuple[Int[Array, "*P N"], Int[Array, "N"]]:
-        """Where the next position of each row is. What is not written has no page, so that it is dropped."""
+        """Returns page and offset of the next position of each row; page M, which drops the write, if not `written`."""
         pages, offsets = self.places(jnp.arange(self.rows), self.lengths)
         return jnp.where(written, pages, self.pages), offsets
 
     def _put(
         self,
-        whole: Float[Array, "L P M c K Dh"],
-        new: Float[Array, "L N K Dh"],
+        whole: Float[Array, "L P M c R W"],
+        new: Float[Array, "L N R W"],
         loops_done: Int[Array, "N"],
         active: Bool[Array, "N"],
-    ) -> Float[Array, "L P M c K Dh"]:
+    ) -> Float[Array, "L P M c R W"]:
         if self.strategy is CacheStrategy.FIRST:
             active = active & (loops_done == 0)
         planes = jnp.arange(self.depth)[:, None]
-        # Not written: rows without work, and the planes of loops that a token has done before.
+        # Idle rows are not written, nor are the planes of loops that the token has left behind.
         pages, offsets = self._next_places(active & (self.strategy.shares | (planes >= loops_done)))
         if self.strategy is CacheStrategy.AVERAGE:
             before = whole.at[:, 0, pages[0], offsets].get(mode="fill", fill_value=0).astype(jnp.float32)
@@ -189,11 +200,22 @@ class Cache:
 
 
 def empty_cache(
-    config: ModelConfig, strategy: CacheStrategy, *, rows: int, capacity: int, loops: int, dtype: DTypeLike
+    config: ModelConfig,
+    strategy: CacheStrategy,
+    *,
+    rows: int,
+    capacity: int,
+    loops: int,
+    dtype: DTypeLike,
+    in_lanes: bool = True,
 ) -> Cache:
-    """Returns a cache of `rows` rows without tokens, each in one piece, for tokens of up to `loops` loops."""
+    """Returns a cache of `rows` empty rows of one page each, for tokens of up to `loops` loops.
+
+    With `in_lanes=False` heads are stored as `[K, Dh]` on a TPU too, as gradients need them.
+    """
+    stored = stored_heads(config.kv_heads, config.head_width) if in_lanes else (config.kv_heads, config.head_width)
     return Cache(
-        planes=_no_tokens(config, strategy, rows, capacity, loops, dtype),
+        planes=_no_tokens(config, strategy, rows, capacity, loops, dtype, stored),
         lengths=jnp.zeros(rows, jnp.int32),
         strategy=strategy,
     )
@@ -202,9 +224,10 @@ def empty_cache(
 def empty_pool(
     config: ModelConfig, strategy: CacheStrategy, size: PoolSize, *, rows: int, loops: int, dtype: DTypeLike
 ) -> Cache:
-    """Returns a cache of `rows` rows that share the pages of a pool and have none yet."""
+    """Returns a cache of `rows` empty rows without pages, over the pages of a pool."""
+    stored = stored_heads(config.kv_heads, config.head_width)
     return Cache(
-        planes=_no_tokens(config, strategy, size.pages, size.page_size, loops, dtype),
+        planes=_no_tokens(config, strategy, size.pages, size.page_size, loops, dtype, stored),
         lengths=jnp.zeros(rows, jnp.int32),
         strategy=strategy,
         table=jnp.full((rows, size.pages_per_slot), size.pages, jnp.int32),
@@ -212,10 +235,16 @@ def empty_pool(
 
 
 def _no_tokens(
-    config: ModelConfig, strategy: CacheStrategy, pages: int, page_size: int, loops: int, dtype: DTypeLike
+    config: ModelConfig,
+    strategy: CacheStrategy,
+    pages: int,
+    page_size: int,
+    loops: int,
+    dtype: DTypeLike,
+    stored: tuple[int, int],
 ) -> ModelCache:
     def planes(layers: int, count: int) -> KeyValues | None:
-        shape = (layers, count, pages, page_size, config.kv_heads, config.head_width)
+        shape = (layers, count, pages, page_size, *stored)
         return KeyValues(keys=jnp.zeros(shape, dtype), values=jnp.zeros(shape, dtype)) if layers else None
 
     depth = 1 if strategy.shares else loops
@@ -225,16 +254,16 @@ def _no_tokens(
 
 
 def bytes_per_token(config: ModelConfig, strategy: CacheStrategy, *, loops: int, dtype: DTypeLike) -> int:
-    """Bytes that one position takes: `2 * planes * layers * K * Dh * itemsize`, and the prelude once."""
+    """Returns the bytes of one position: `2 * planes * layers * K * Dh * itemsize`, with one plane of the prelude."""
     planes = 1 if strategy.shares else loops
     layers = config.prelude_layers + planes * (config.num_layers + config.coda_layers)
     return 2 * layers * config.kv_heads * config.head_width * jnp.dtype(dtype).itemsize
 
 
 def share(full: Cache, strategy: CacheStrategy) -> Cache:
-    """A full cache as `strategy` keeps it: the last plane, the mean of the planes, or the first one."""
+    """Returns a full cache as `strategy` keeps it: with the last plane, the mean of the planes, or the first plane."""
 
-    def keep(stacked: Float[Array, "L P M c K Dh"]) -> Float[Array, "L p M c K Dh"]:
+    def keep(stacked: Float[Array, "L P M c R W"]) -> Float[Array, "L p M c R W"]:
         match strategy:
             case CacheStrategy.FULL:
                 return stacked
@@ -264,5 +293,5 @@ def unshare(shared: Cache, loops: int) -> Cache:
 
 
 def bucket(length: int, longest: int) -> int:
-    """The static size for `length` positions: a power of two from 64 up, or `longest` where that is less."""
+    """Returns the static size for `length` positions: a power of two, at least 64 and at most `longest`."""
     return min(max(_SMALLEST_BUCKET, 1 << (length - 1).bit_length()), longest)

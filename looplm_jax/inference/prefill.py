@@ -17,6 +17,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from looplm_jax.halting.first_exit import exit_loops
+from looplm_jax.inference.head_lanes import store_heads
 from looplm_jax.inference.kv_cache import Cache, CacheStrategy, empty_cache, share, unshare
 from looplm_jax.inference.placing import settled
 from looplm_jax.inference.slots import Settings, Slots, fresh_memory
@@ -99,8 +100,9 @@ def append(
     pages, offsets = cache.places(jnp.asarray(rows), jnp.asarray(positions))
     pages = jnp.where(written, pages, cache.pages)
 
-    def put(whole: Float[Array, "L P M c K Dh"], new: Float[Array, "L P 1 S K Dh"]) -> Float[Array, "L P M c K Dh"]:
-        return whole.at[:, :, pages, offsets].set(new[:, :, 0].astype(whole.dtype), mode="drop")
+    def put(whole: Float[Array, "L P M c R W"], new: Float[Array, "L P 1 S K Dh"]) -> Float[Array, "L P M c R W"]:
+        stored = store_heads(new[:, :, 0], whole.shape).astype(whole.dtype)
+        return whole.at[:, :, pages, offsets].set(stored, mode="drop")
 
     return dataclasses.replace(cache, planes=jax.tree.map(put, cache.planes, own))
 

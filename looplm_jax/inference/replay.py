@@ -142,6 +142,7 @@ def states_in_turn(
         capacity=rollouts.size + max(new, 0 if rollouts.history is None else rollouts.history.tokens.shape[2]),
         loops=loops,
         dtype=compute_dtype(model.compute),
+        in_lanes=False,
     )
 
     def turn(cache: Cache, turn: Turns) -> tuple[Cache, None]:
@@ -285,7 +286,7 @@ def _run_token(
         return (output.state, hidden, own), None
 
     # A cache of one position collects what the strategy keeps of the token.
-    own = empty_cache(model.config, cache.strategy, rows=rows, capacity=1, loops=loops, dtype=dtype)
+    own = empty_cache(model.config, cache.strategy, rows=rows, capacity=1, loops=loops, dtype=dtype, in_lanes=False)
     state = apply(embedded, method="initial_state")
     carry = (state, jnp.zeros_like(state[:, 0]), own)
     (_, hidden, own), _ = jax.lax.scan(loop, carry, jnp.arange(loops))

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from looplm_jax.inference.cache_attention import PastView, attend_row_by_row
 from looplm_jax.inference.decode_kernel import decode_attention, fits
+from looplm_jax.inference.head_lanes import LANES, in_lanes, load_heads, store_heads
 from looplm_jax.models.blocks import KeyValues
 
 LAYERS, PLANES, ROWS, WIDTH = 2, 3, 4, 128
@@ -97,6 +98,46 @@ def test_all_filled_positions_of_the_own_row_and_plane_are_attended_to(program, 
         np.testing.assert_allclose(found, by_definition(queries, own, view, layer), atol=2e-5)
 
     check()
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(6, 2, 64), (3, 3, 96)])
+def test_heads_stored_in_lanes_are_attended_to_as_heads(heads, kv_heads, width):
+    generator = np.random.default_rng(1)
+
+    def normal(*shape):
+        return generator.normal(size=shape).astype(np.float32)
+
+    def view(stacked):
+        return PastView(
+            stacked=stacked,
+            planes=np.array([0, 2, 1, 0], np.int32),
+            table=table_of(range(PAGES), lengths),
+            lengths=np.array(lengths, np.int32),
+            dtype=jnp.float32,
+        )
+
+    lengths, own = (0, 5, 64, 90), (ROWS, 1, kv_heads, width)
+    queries, own = normal(ROWS, 1, heads, width), KeyValues(keys=normal(*own), values=normal(*own))
+    cached = (LAYERS, PLANES, PAGES, PAGE_SIZE, kv_heads, width)
+    stacked = KeyValues(keys=normal(*cached), values=normal(*cached))
+    stored = jax.tree.map(lambda x: store_heads(x, in_lanes(kv_heads, width)), stacked)
+    assert stored.keys.shape[4:] == {64: (1, 128), 96: (3, 128)}[width]
+    expected = gathered(queries, own, view(stacked), np.int32(1))
+    for program in (by_kernel, row_by_row, gathered):
+        np.testing.assert_allclose(program(queries, own, view(stored), np.int32(1)), expected, atol=2e-5)
+
+
+@given(st.integers(1, 16), st.integers(1, 4), st.integers(1, 160))
+def test_stored_heads_fill_whole_lanes_and_divide_over_devices(heads_of_device, devices, half_width):
+    heads, width = heads_of_device * devices, 2 * half_width
+    rows, stored_width = in_lanes(heads, width, devices=devices)
+    assert stored_width % LANES == 0
+    assert rows % devices == heads % rows == 0
+    assert stored_width - heads // rows * width < LANES
+    array = np.arange(2 * heads * width, dtype=np.float32).reshape(2, heads, width)
+    stored = store_heads(array, (rows, stored_width))
+    assert stored.shape == (2, rows, stored_width)
+    np.testing.assert_array_equal(load_heads(stored, (heads, width)), array)
 
 
 def test_the_kernel_takes_whole_lanes_and_blocks():

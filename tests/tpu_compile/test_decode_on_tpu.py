@@ -151,6 +151,17 @@ def test_no_cache_is_copied_in_a_tick(strategy, tensor):
 
 
 @pytest.mark.tpu_compile
+@pytest.mark.parametrize(("head_dim", "tensor"), [(64, 1), (96, 1), (32, 4)])
+def test_heads_that_do_not_fill_the_lanes_are_read_in_place(head_dim, tensor):
+    """By the kernel in a tick, and block after block in a chunk of a prompt."""
+    chips = Chips(config=dataclasses.replace(SMALL, head_dim=head_dim), tensor=tensor)
+    tick = chips.tick()
+    assert "decode_attention" in tick.as_text()
+    for compiled in (tick, chips.chunk(chips.row_of_pages())):
+        assert_reads_in_place(chips, compiled)
+
+
+@pytest.mark.tpu_compile
 @pytest.mark.parametrize("changes", [{}, AROUND, {"num_kv_heads": 2}])
 def test_a_chunk_of_a_prompt_reads_its_row_in_place(changes):
     chips = Chips(config=dataclasses.replace(SMALL, **changes))

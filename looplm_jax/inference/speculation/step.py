@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from looplm_jax.inference.head_lanes import store_heads
 from looplm_jax.inference.kv_cache import Cache
 from looplm_jax.inference.placing import settled
 from looplm_jax.inference.sampling import SamplingTable, probabilities, sample_rows, token_key
@@ -217,12 +218,13 @@ def _go_on(
 def _write(cache: Cache, stacked: KeyValues | None, own: KeyValues | None, planes: range) -> KeyValues | None:
     """Writes keys and values of S tokens to some planes, after each row. Drops positions beyond the capacity."""
 
-    def put(whole: Float[Array, "L P N C K Dh"], new: Float[Array, "p L N S K Dh"]) -> Float[Array, "L P N C K Dh"]:
+    def put(whole: Float[Array, "L P N C R W"], new: Float[Array, "p L N S K Dh"]) -> Float[Array, "L P N C R W"]:
         plane = jnp.arange(planes.start, planes.stop)[:, None, None]
         row = jnp.arange(cache.rows)[:, None]
         # [N, S]: after the tokens of each row.
         position = cache.lengths[:, None] + jnp.arange(new.shape[3])
-        return whole.at[:, plane, row, position].set(jnp.swapaxes(new, 0, 1).astype(whole.dtype), mode="drop")
+        stored = store_heads(jnp.swapaxes(new, 0, 1), whole.shape).astype(whole.dtype)
+        return whole.at[:, plane, row, position].set(stored, mode="drop")
 
     return jax.tree.map(put, stacked, own)
 
