@@ -1,7 +1,7 @@
-"""Pages of the cache: how large the pool is, and which of them belong to whom.
+"""The pool of cache pages: its size, and which pages are reserved.
 
-A request reserves pages for all tokens that it may have before its prompt is read, so that no request is ever stopped
-half way for want of memory.
+A request reserves pages for its prompt and all its new tokens before its prompt is read, so that no running request
+runs out of memory.
 """
 
 import collections
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PoolSize:
-    """Pages that all slots share, and how many of them the longest request takes."""
+    """The pages that all slots share, and the most pages of one request."""
 
     pages: int
     page_size: int  # positions of a page
@@ -19,7 +19,7 @@ class PoolSize:
 
     @classmethod
     def of(cls, *, slots: int, capacity: int, page_size: int, pages: int | None = None) -> "PoolSize":
-        """Returns the pool of an engine. By default every slot can have a request of `capacity` tokens."""
+        """Returns the pool of an engine. The default has pages for a request of `capacity` tokens in every slot."""
         page_size = min(page_size, capacity)
         pages_per_slot = -(-capacity // page_size)
         pages = slots * pages_per_slot if pages is None else pages
@@ -27,16 +27,16 @@ class PoolSize:
 
     @property
     def positions(self) -> int:
-        """Positions of all pages."""
+        """The positions of all pages."""
         return self.pages * self.page_size
 
     def needed(self, tokens: int) -> int:
-        """Returns the pages that so many tokens take."""
+        """Returns the number of pages for `tokens` tokens."""
         return -(-tokens // self.page_size)
 
 
 class PagePool:
-    """The free pages of a cache. A page that was given back is used again after those that were free before it."""
+    """The free and the reserved pages of a cache. Pages are reserved in the order in which they became free."""
 
     def __init__(self, pages: int):
         self._free = collections.deque(range(pages))
@@ -44,11 +44,11 @@ class PagePool:
 
     @property
     def free(self) -> int:
-        """How many pages are free."""
+        """The number of free pages."""
         return len(self._free)
 
     def reserve(self, count: int) -> tuple[int, ...]:
-        """Returns pages that nobody else has until they are released. Raises OverflowError if too few are free."""
+        """Reserves and returns `count` pages. Raises OverflowError if fewer are free."""
         if count > self.free:
             raise OverflowError(f"{count} pages are wanted and {self.free} are free")
         pages = tuple(self._free.popleft() for _ in range(count))
@@ -56,7 +56,7 @@ class PagePool:
         return pages
 
     def release(self, pages: Sequence[int]) -> None:
-        """Takes pages back. Raises ValueError, and takes none, unless all of them are reserved."""
+        """Frees reserved pages. Raises ValueError, and frees none, unless all of them are reserved."""
         if len(set(pages)) != len(pages) or not self._reserved.issuperset(pages):
             raise ValueError(f"of the pages {list(pages)} some are not reserved")
         self._reserved.difference_update(pages)

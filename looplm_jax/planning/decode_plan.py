@@ -1,12 +1,14 @@
-"""One tick of the engine, compiled for chips that need not be here: whether it fits, and how near it is to the floor.
+"""Plans one tick of the engine: compiles it for chips that need not be attached, and compares its bytes with a floor.
 
-The floor is what no tick can do without: every parameter once, in the type of the matrix products, the filled positions
-of the cache once, and the new position of every slot.
+The floor is the bytes that every implementation must move: each parameter once, in the dtype of the matrix products,
+the filled positions of one plane of the cache once, and the new position of every slot.
 """
 
 import dataclasses
+import math
 import re
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -37,18 +39,18 @@ _CACHE = "slots.cache.planes"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodeRequest:
-    """The engine to plan for. `filled` positions of each slot are read in a tick, new tokens included.
+    """The size of the engine to plan. A tick reads `filled` positions of each slot.
 
-    Raises UserError for a size that cannot be.
+    Raises UserError for a size out of range.
     """
 
     slots: int = 8
-    capacity: int = 2048
-    page_size: int = 128
-    pages: int | None = None  # None: as many as all slots need for requests of `capacity` tokens
+    capacity: int = 2048  # positions of the longest request
+    page_size: int = 128  # positions
+    pages: int | None = None  # None: enough for requests of `capacity` tokens in all slots
     cache: CacheStrategy = CacheStrategy.FULL
-    filled: int | None = None  # None: half of the capacity, or of the pages where these are fewer
-    loops_mean: float | None = None  # loops of a token on average, where tokens exit early
+    filled: int | None = None  # None: half of the capacity, or of a slot's share of the pages if that is less
+    loops_mean: float | None = None  # mean loops of a token with early exit
 
     def __post_init__(self) -> None:
         for name in ("slots", "capacity", "page_size", "pages"):
@@ -78,18 +80,18 @@ class DecodeRequest:
 
     @property
     def pool(self) -> PoolSize:
-        """Pages that the slots share."""
+        """The pages that the slots share."""
         return PoolSize.of(slots=self.slots, capacity=self.capacity, page_size=self.page_size, pages=self.pages)
 
     @property
     def positions(self) -> int:
-        """Positions of each slot that a tick reads."""
+        """The positions of each slot that a tick reads."""
         if self.filled is not None:
             return self.filled
         return min(self.capacity, self.pool.positions // self.slots) // 2
 
     def check(self, model: ModelConfig) -> None:
-        """Refuses what this model cannot do. Raises UserError."""
+        """Raises UserError if the model does not support this capacity or this mean number of loops."""
         if self.capacity > model.max_positions:
             raise UserError(
                 f"--capacity={self.capacity} is beyond model.max_positions={model.max_positions}; no request is longer"
@@ -102,7 +104,10 @@ class DecodeRequest:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodeMemory:
-    """Bytes of one device by the compiler's account. `other` is the program itself and padding of arrays to tiles."""
+    """Bytes of one device, as the compiler reports them. `other` is the program's code and padding of arrays to tiles.
+
+    `capacity` is the memory of the device, or None if it is not known.
+    """
 
     parameters: int
     cache: int
@@ -112,13 +117,13 @@ class DecodeMemory:
 
     @property
     def total(self) -> int:
-        """All that the device must hold."""
+        """The bytes that the device must hold."""
         return self.parameters + self.cache + self.temporaries + self.other
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Floor:
-    """Bytes that one device must move in a tick. Of an embedding that is not the head, one row per slot."""
+    """Bytes that one device must move in a tick. An untied embedding counts with one row for each slot."""
 
     parameters: int
     cache_read: int
@@ -126,13 +131,13 @@ class Floor:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The sum."""
         return self.parameters + self.cache_read + self.cache_written
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodePlan:
-    """A tick on a target. `moved` is None where it does not fit, `timing` also for unknown chips."""
+    """The plan of a tick. `moved` is None if the tick does not fit; `timing` is None then, and for unknown chips."""
 
     target: str
     devices: int
@@ -143,17 +148,17 @@ class DecodePlan:
     memory: DecodeMemory
     moved: Traffic | None
     floor: Floor
-    sent: int  # bytes that each device sends to others in a tick
+    sent: int  # bytes that each device sends to other devices in a tick
     timing: DecodeTiming | None
     compile_seconds: float
 
     @property
     def ratio(self) -> float | None:
-        """Bytes moved over those of the floor."""
+        """The bytes moved divided by the bytes of the floor."""
         return None if self.moved is None else self.moved.total / self.floor.total
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, with enums by name."""
+        """Returns the plan as JSON values, with enums by their values."""
         moved = self.moved and {
             buffer.value: {"read": self.moved.read[buffer], "written": self.moved.written[buffer]} for buffer in Buffer
         }
@@ -168,10 +173,9 @@ class DecodePlan:
 
 
 def check_heads(model: ModelConfig, target: Target) -> None:
-    """Refuses a target among whose devices a model cannot be divided as a decoder divides it: by heads.
+    """Raises UserError if a model does not divide over the devices of a target.
 
-    Raises:
-      UserError: the heads, the feed-forward width or the vocabulary do not divide over the devices.
+    A decoder shards the heads, the feed-forward width and the vocabulary over all devices.
     """
     devices = len(target.devices)
     sizes = {
@@ -189,10 +193,10 @@ def check_heads(model: ModelConfig, target: Target) -> None:
 
 
 def plan_decode(model: ModelConfig, compute: ComputeConfig, request: DecodeRequest, target: Target) -> DecodePlan:
-    """Compiles the tick that the engine would run, and reads from the program what it needs and moves.
+    """Compiles the tick that the engine runs, and returns the memory that it takes and the bytes that it moves.
 
     Raises:
-      UserError: the request is not one of this model, or the model does not divide over the target's devices.
+      UserError: the model does not support the request, or does not divide over the target's devices.
     """
     request.check(model)
     check_heads(model, target)
@@ -207,7 +211,7 @@ def plan_decode(model: ModelConfig, compute: ComputeConfig, request: DecodeReque
     floor, moved, sent = decode_floor(params, model, request, devices=mesh.devices.size), None, 0
     if program is not None:
         parsed = parse(program.as_text() or "")
-        use = _cache_use(model, request, dtype, devices=mesh.devices.size)
+        use = _cache_use(slots, request, devices=mesh.devices.size)
         moved = program_traffic(parsed, _holds(model), use)
         sent = sum(each.bytes for each in collectives(parsed, mesh.devices.size))
     return DecodePlan(
@@ -237,7 +241,7 @@ def plan_decode(model: ModelConfig, compute: ComputeConfig, request: DecodeReque
 
 
 def abstract_params(model: ModelConfig, dtype: jnp.dtype, mesh: Mesh) -> Params:
-    """Returns shapes and shardings of the parameters of a decoder, in the type of the matrix products."""
+    """Returns shapes and shardings of the parameters of a decoder, in the dtype of the matrix products."""
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding),
         abstract(boxed_shapes(model), mesh),
@@ -245,7 +249,7 @@ def abstract_params(model: ModelConfig, dtype: jnp.dtype, mesh: Mesh) -> Params:
 
 
 def decode_floor(params: Params, model: ModelConfig, request: DecodeRequest, *, devices: int) -> Floor:
-    """Returns what a tick must move on each of `devices` devices, whose abstract parameters are given."""
+    """Returns the bytes that a tick must move on each of `devices` devices with these abstract parameters."""
     parameters = shard_bytes(params)
     embedding = params["embedding"]
     if not model.tied_head:
@@ -259,8 +263,9 @@ def decode_floor(params: Params, model: ModelConfig, request: DecodeRequest, *, 
     )
 
 
-def _cache_use(model: ModelConfig, request: DecodeRequest, dtype: jnp.dtype, *, devices: int) -> CacheUse:
-    position = 2 * model.kv_heads * model.head_width * dtype.itemsize // devices
+def _cache_use(slots: Slots, request: DecodeRequest, *, devices: int) -> CacheUse:
+    keys = slots.cache.planes.core.keys
+    position = 2 * math.prod(keys.shape[4:]) * keys.dtype.itemsize // devices  # in one layer, unused lanes included
     return CacheUse(slots=request.slots, read=request.positions * position, written=position)
 
 
@@ -288,7 +293,7 @@ def _abstract_slots(model: LoopLM, request: DecodeRequest, dtype: jnp.dtype, mes
 def _compile(
     model: LoopLM, params: Params, slots: Slots, mesh: Mesh, target: Target
 ) -> tuple[jax.stages.Compiled | None, DecodeMemory]:
-    """The program and its memory, or no program and the memory that it would have needed."""
+    """Returns the program and its memory, or None and the memory that it would need if it does not fit."""
     parameters, cache = shard_bytes(params), shard_bytes(slots.cache.planes)
     memory = DecodeMemory(parameters=parameters, cache=cache, temporaries=0, other=0, capacity=target.capacity)
     with without_network(), use_mesh(mesh):
@@ -306,7 +311,8 @@ def _compile(
     return program, dataclasses.replace(memory, temporaries=taken.temporaries, other=other)
 
 
-def _holds(model: ModelConfig) -> Any:
+def _holds(model: ModelConfig) -> Callable[[str], Buffer]:
+    """Returns what `program_traffic` calls to classify an argument of the tick by its name."""
     head = "embedding" if model.tied_head else "head"
 
     def holds(name: str) -> Buffer:
