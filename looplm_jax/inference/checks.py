@@ -4,13 +4,17 @@ import dataclasses
 import math
 from typing import Any
 
+from jax.sharding import Mesh
+
 from looplm_jax.config import ModelConfig
 from looplm_jax.data.tokenizers import Tokenizer
 from looplm_jax.errors import UserError
 from looplm_jax.halting import Bounded, ExitPolicy
 from looplm_jax.inference.engine_config import EngineConfig
 from looplm_jax.inference.field_checks import real_number, whole_number
+from looplm_jax.inference.head_lanes import stored_heads
 from looplm_jax.inference.kept_cache import KeptCache
+from looplm_jax.inference.placing import on_mesh
 from looplm_jax.inference.requests import Request
 from looplm_jax.inference.slots import MOST_STOP_IDS
 
@@ -20,14 +24,16 @@ def usable_ids(model: ModelConfig, tokenizer: Tokenizer | None) -> int:
     return model.vocab_size if tokenizer is None else min(model.vocab_size, tokenizer.vocab_size)
 
 
-def check_request(request: Request, model: ModelConfig, engine: EngineConfig, tokenizer: Tokenizer | None) -> None:
+def check_request(
+    request: Request, model: ModelConfig, engine: EngineConfig, tokenizer: Tokenizer | None, mesh: Mesh | None = None
+) -> None:
     """Raises UserError, in one line, for a request that does not fit the model or the engine."""
     if not isinstance(request, Request):
         raise UserError(f"what is submitted must be a Request, not {type(request).__name__}; see Engine.requests")
 
     loops = engine.loops or model.loops
     _check_tokens(request, model, usable_ids(model, tokenizer))
-    _check_past(request.past, model, loops)
+    _check_past(request.past, model, 1 if engine.cache.shares else loops, mesh)
 
     total = request.most_tokens
     wanted = f"{total - request.max_new_tokens} tokens of prompt and {request.max_new_tokens} new ones"
@@ -73,17 +79,19 @@ def _check_numbers(policy: ExitPolicy) -> None:
             raise UserError(f"{name} must be a number, not nan")
 
 
-def _check_past(past: KeptCache | None, model: ModelConfig, loops: int) -> None:
-    """Raises UserError unless a prefix cache has the shapes of this engine's cache."""
+def _check_past(past: KeptCache | None, model: ModelConfig, loops: int, mesh: Mesh | None) -> None:
+    """Raises UserError unless a prefix cache has the shapes of this engine's cache, which keeps `loops` loops."""
     if past is None:
         return
+    with on_mesh(mesh):
+        own_heads, own_width = stored_heads(model.kv_heads, model.head_width)
     # The capacity may differ: the row is copied into this engine's pages.
     layers, planes, rows, _, heads, width = past.row.planes.core.keys.shape
-    wanted = (model.num_layers, loops, 1, model.kv_heads, model.head_width)
+    wanted = (model.num_layers, loops, 1, own_heads, own_width)
     if (layers, planes, rows, heads, width) != wanted:
         raise UserError(
             f"the kept cache has {layers} layers, {planes} loops and {heads} heads of {width}, this engine "
-            f"{model.num_layers}, {loops} and {model.kv_heads} of {model.head_width}; use the engine it comes from"
+            f"{model.num_layers}, {loops} and {own_heads} of {own_width}; use the engine it comes from"
         )
 
     if past.row.lengths.is_deleted():

@@ -15,6 +15,7 @@ from looplm_jax.halting import ExitPolicy, FixedLoops
 from looplm_jax.halting.policy_table import PolicyTable
 from looplm_jax.inference.engine_config import EngineConfig
 from looplm_jax.inference.kv_cache import Cache, bucket
+from looplm_jax.inference.loopwise_prefill import Chunk, begin_chunk, no_last_token, run_loop, write_kept
 from looplm_jax.inference.packed_prefill import Pack, admit_pack, make_pack, pack_size
 from looplm_jax.inference.page_pool import PagePool
 from looplm_jax.inference.placing import on_mesh, placed
@@ -23,12 +24,10 @@ from looplm_jax.inference.prefill import (
     Place,
     admit,
     after_chunk,
-    empty_row,
     extract_row,
     fill_pages,
     prefill_chunk,
     row_of_pages,
-    widen_row,
 )
 from looplm_jax.inference.requests import Request
 from looplm_jax.inference.sampling import SamplingTable
@@ -61,8 +60,9 @@ class Reading:
     request: Request
     pages: tuple[int, ...]
     left: Sequence[int]
-    row: Cache | None = None  # of its own, if it is not read into the pages
     last: LastToken | None = None
+    chunks: list[Chunk] = dataclasses.field(default_factory=list)  # of a prompt that is read loop by loop
+    runs: int = 0  # loops of these chunks that were run
 
     @property
     def done(self) -> bool:
@@ -139,19 +139,42 @@ class Decoder:
         return Reading(request=request, pages=pages, left=request.prompt_ids)
 
     def read_chunk(self, reading: Reading) -> None:
-        """One more chunk of a prompt."""
-        size = min(len(reading.left), self.config.chunk)
-        tokens = np.full(bucket(size, self.config.chunk), reading.left[size - 1], np.int32)
-        tokens[:size] = reading.left[:size]
+        """Read a chunk more of a prompt. Where the cache has one plane, as many loops of any of its chunks are run."""
+        request, size = reading.request, min(len(reading.left), self.config.chunk)
+        start = len(request.prompt_ids) - len(reading.left)
         with on_mesh(self._mesh):
-            row = self._row(reading)
-            row, last = prefill_chunk(self.model, self._params, row, tokens, np.int32(size))
-            reading.last = last if reading.last is None else after_chunk(reading.last, last)
-        if self._shares:
-            reading.row = row
-        else:
-            self._set_planes(row)
+            if request.past is not None and start == 0:
+                self._set_planes(fill_pages(self._row(reading, -request.tokens_before), request.past.row))
+            if self.config.cache.shares:
+                self._run_loops(reading)
+            else:
+                tokens, count = self._chunk(request, start)
+                row, last = prefill_chunk(self.model, self._params, self._row(reading, start), tokens, count)
+                reading.last = last if reading.last is None else after_chunk(reading.last, last)
+                self._set_planes(row)
         reading.left = reading.left[size:]
+
+    def _run_loops(self, reading: Reading) -> None:
+        """Run T loops of chunks in the order of `loopwise_prefill`: all chunks in one loop before any in the next."""
+        request = reading.request
+        starts = range(0, len(request.prompt_ids), self.config.chunk)
+        if reading.last is None:
+            reading.last = placed(lambda: no_last_token(self.model, self.loops), self._mesh)
+        for _ in range(self.loops):
+            loop, index = divmod(reading.runs, len(starts))
+            row = self._row(reading, starts[index])
+            if loop == 0:
+                row, chunk = begin_chunk(self.model, self._params, row, *self._chunk(request, starts[index]))
+                reading.chunks.append(chunk)
+            row, reading.chunks[index], reading.last = run_loop(
+                self.model, self._params, row, reading.chunks[index], reading.last, np.int32(loop)
+            )
+            self._set_planes(row)
+            reading.runs += 1
+        if reading.runs == self.loops * len(starts):
+            for start, chunk in zip(starts, reading.chunks, strict=True):
+                if chunk.kept is not None:
+                    self._set_planes(write_kept(self._row(reading, start), chunk, reading.last))
 
     def abandon(self, reading: Reading) -> None:
         """Give up a prompt that is in no slot."""
@@ -172,7 +195,6 @@ class Decoder:
                 self.model,
                 self._params,
                 self._slots,
-                reading.row,
                 reading.last,
                 place,
                 self._settings(request),
@@ -221,14 +243,9 @@ class Decoder:
     def keep(self, slot: int, tokens: int) -> Cache:
         """A copy of the cache of a slot that holds `tokens` tokens."""
         capacity = bucket(tokens, self.config.capacity)
-        row = extract_row(self._slots.cache, np.int32(slot), loops=self.loops, capacity=capacity)
+        row = extract_row(self._slots.cache, np.int32(slot), capacity=capacity)
         # A pass that began before the host knew of the end may have added tokens that nobody was given.
         return dataclasses.replace(row, lengths=jnp.full(1, tokens, jnp.int32))
-
-    @property
-    def _shares(self) -> bool:
-        """Whether slots have fewer planes than a prompt needs while it is read."""
-        return self.config.cache.shares
 
     def _pages_of(self, request: Request) -> int:
         return self.config.pool.needed(request.most_tokens)
@@ -240,24 +257,20 @@ class Decoder:
         row[: len(pages)] = pages
         return row
 
-    def _row(self, reading: Reading) -> Cache:
-        """What the next chunk of a prompt is read into, with whatever came before."""
-        if reading.row is not None:
-            return reading.row
+    def _chunk(self, request: Request, start: int) -> tuple[Int[np.ndarray, "S"], np.int32]:
+        """Returns a chunk of a prompt, padded to its bucket, and the number of its tokens."""
+        part = request.prompt_ids[start : start + self.config.chunk]
+        tokens = np.full(bucket(len(part), self.config.chunk), part[-1], np.int32)
+        tokens[: len(part)] = part
+        return tokens, np.int32(len(part))
+
+    def _row(self, reading: Reading, start: int) -> Cache:
+        """Returns the pages of a request as a row that is filled up to token `start` of its prompt."""
         request, chunk = reading.request, self.config.chunk
         whole, rest = divmod(len(request.prompt_ids), chunk)
         wanted = request.tokens_before + whole * chunk + (bucket(rest, chunk) if rest else 0)
-        capacity, past = bucket(wanted, _LONGEST_ROW), None if request.past is None else request.past.row
-        if not self._shares:
-            return self._row_of_pages(reading, capacity)
-        return self._empty_row(capacity) if past is None else widen_row(past, capacity=max(capacity, past.capacity))
-
-    def _row_of_pages(self, reading: Reading, capacity: int) -> Cache:
-        request = reading.request
-        pages = self._padded(reading.pages)[: self.config.pool.needed(capacity)]
-        filled = request.tokens_before + len(request.prompt_ids) - len(reading.left)
-        row = row_of_pages(self._slots.cache, pages, filled)
-        return row if request.past is None or reading.last is not None else fill_pages(row, request.past.row)
+        pages = self._padded(reading.pages)[: self.config.pool.needed(bucket(wanted, _LONGEST_ROW))]
+        return row_of_pages(self._slots.cache, pages, request.tokens_before + start)
 
     def _pack(self, readings: Mapping[int, Reading]) -> Pack:
         slots, tokens = self.config.slots, sum(len(reading.left) for reading in readings.values())
@@ -330,7 +343,5 @@ class Decoder:
                 policies=PolicyTable.empty(config.slots),
             )
 
-        return placed(make, self._mesh)
-
-    def _empty_row(self, capacity: int) -> Cache:
-        return placed(lambda: empty_row(self.model, capacity=capacity, loops=self.loops, dtype=self._dtype), self._mesh)
+        with on_mesh(self._mesh):
+            return placed(make, self._mesh)

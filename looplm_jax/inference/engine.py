@@ -72,6 +72,7 @@ class Engine:
         self.stats = EngineStats()
         self._tokenizer = tokenizer
         self._model_config = model.config
+        self._mesh = mesh
         self._decoder = Decoder(model, params, self.config, mesh, usable=usable_ids(model.config, tokenizer))
         self._queue: FairQueue[Ticket] = FairQueue(self.config.queue)
         self._slots: list[UnderWay | None] = [None] * self.config.slots
@@ -214,7 +215,7 @@ class Engine:
             self._stop(error)
 
     def _check(self, request: Request) -> None:
-        check_request(request, self._model_config, self.config, self._tokenizer)
+        check_request(request, self._model_config, self.config, self._tokenizer, self._mesh)
 
     def _enqueue(self, ticket: Ticket) -> bool:
         """Put a ticket into the queue; False when there is no room. Raises UserError for an engine that has stopped."""

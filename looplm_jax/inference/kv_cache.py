@@ -279,19 +279,6 @@ def share(full: Cache, strategy: CacheStrategy) -> Cache:
     return dataclasses.replace(full, planes=planes, strategy=strategy)
 
 
-def unshare(shared: Cache, loops: int) -> Cache:
-    """A cache with a plane for each of `loops` loops, to prefill on: the one plane, as often as needed."""
-    if not shared.strategy.shares:
-        return shared
-
-    def repeat(stacked: Float[Array, "L p M c K Dh"]) -> Float[Array, "L P M c K Dh"]:
-        return jnp.repeat(stacked, loops, axis=1)
-
-    core, coda = jax.tree.map(repeat, (shared.planes.core, shared.planes.coda))
-    planes = dataclasses.replace(shared.planes, core=core, coda=coda)
-    return dataclasses.replace(shared, planes=planes, strategy=CacheStrategy.FULL)
-
-
 def bucket(length: int, longest: int) -> int:
     """Returns the static size for `length` positions: a power of two, at least 64 and at most `longest`."""
     return min(max(_SMALLEST_BUCKET, 1 << (length - 1).bit_length()), longest)

@@ -1,24 +1,25 @@
-"""Prompts into slots: chunk after chunk through all T loops.
+"""Prompts into slots: chunk after chunk, each through all T loops.
 
-Sharing planes between loops while a prompt is read costs more than ten points on GSM8K (paper v4, section 5.4.2), so it
-is read in a row with T planes. A full cache has them: the row is made of the pages that the request has reserved, which
-chunks read and write where they are. With other caches a prompt has a row of its own until it becomes a slot, whose
-pages keep what the cache keeps.
+Sharing planes between loops while a prompt is read costs more than ten points on GSM8K (paper v4, section 5.4.2), so
+the tokens of a prompt attend in each loop to that loop of one another. Chunks read and write the pages that the request
+has reserved in place, where a full cache has the T planes that this takes. `loopwise_prefill` reads a prompt into a
+cache with one plane, and `packed_prefill` reads prompts that fit in one chunk.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from looplm_jax.halting.first_exit import exit_loops
 from looplm_jax.inference.head_lanes import store_heads
-from looplm_jax.inference.kv_cache import Cache, CacheStrategy, empty_cache, share, unshare
+from looplm_jax.inference.kv_cache import Cache
 from looplm_jax.inference.placing import settled
 from looplm_jax.inference.slots import Settings, Slots, fresh_memory
 from looplm_jax.inference.tick import Ticked, bound, choose, logits_of, receive
@@ -42,13 +43,8 @@ class Place:
     length: Int[ArrayLike, ""]
 
 
-def empty_row(model: LoopLM, *, capacity: int, loops: int, dtype: DTypeLike) -> Cache:
-    """The cache of one prompt, in one piece, with a plane for each loop."""
-    return empty_cache(model.config, CacheStrategy.FULL, rows=1, capacity=capacity, loops=loops, dtype=dtype)
-
-
 def row_of_pages(cache: Cache, pages: Int[np.ndarray, "w"], length: int) -> Cache:
-    """Returns the row that some pages of a full cache make, of which `length` positions are filled."""
+    """Returns the row that some pages of a cache make, of which `length` positions are filled."""
     return dataclasses.replace(cache, lengths=jnp.full(1, length, jnp.int32), table=jnp.asarray(pages[None]))
 
 
@@ -97,14 +93,22 @@ def append(
     written: Bool[Array, "S"],
 ) -> Cache:
     """Returns a cache with the keys and values `[L, P, 1, S, K, Dh]` of tokens in it, save those not `written`."""
-    pages, offsets = cache.places(jnp.asarray(rows), jnp.asarray(positions))
+    put = writer(cache, jnp.asarray(rows), jnp.asarray(positions), written)
+    return dataclasses.replace(cache, planes=jax.tree.map(put, cache.planes, own))
+
+
+def writer(
+    cache: Cache, rows: Int[Array, "S"], positions: Int[Array, "S"], written: Bool[Array, "S"]
+) -> Callable[[Array, Array], Array]:
+    """Returns what writes S tokens, except those not `written`, into one array of keys or values of a cache."""
+    pages, offsets = cache.places(rows, positions)
     pages = jnp.where(written, pages, cache.pages)
 
     def put(whole: Float[Array, "L P M c R W"], new: Float[Array, "L P 1 S K Dh"]) -> Float[Array, "L P M c R W"]:
         stored = store_heads(new[:, :, 0], whole.shape).astype(whole.dtype)
         return whole.at[:, :, pages, offsets].set(stored, mode="drop")
 
-    return dataclasses.replace(cache, planes=jax.tree.map(put, cache.planes, own))
+    return put
 
 
 @jax.jit
@@ -116,20 +120,16 @@ def after_chunk(before: LastToken, last: LastToken) -> LastToken:
 
 @functools.partial(jax.jit, donate_argnames=("row",))
 def fill_pages(row: Cache, past: Cache) -> Cache:
-    """Returns a row of pages with the tokens of a row in one piece. The row of pages is donated."""
-    return settled(_fill(row, past, row.page_table[0]))
+    """Returns a row of pages with the tokens of a row of one page. The row of pages is donated."""
+    size, pages = row.page_size, row.page_table[0]
+    used = min(-(-past.capacity // size), pages.size)
 
-
-def _fill(cache: Cache, row: Cache, pages: Int[Array, "W"]) -> Cache:
-    size = cache.page_size
-    used = min(-(-row.capacity // size), pages.size)
-
-    def put(whole: Float[Array, "L P M c K Dh"], own: Float[Array, "L P 1 C K Dh"]) -> Float[Array, "L P M c K Dh"]:
+    def put(whole: Float[Array, "L P M c R W"], own: Float[Array, "L P 1 C R W"]) -> Float[Array, "L P M c R W"]:
         own = _resized(own, used * size)
         cut = own.reshape(*own.shape[:2], used, size, *own.shape[4:]).astype(whole.dtype)
         return whole.at[:, :, pages[:used]].set(cut, mode="drop")
 
-    return dataclasses.replace(cache, planes=jax.tree.map(put, cache.planes, row.planes))
+    return settled(dataclasses.replace(row, planes=jax.tree.map(put, row.planes, past.planes)))
 
 
 @functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("slots",))
@@ -137,19 +137,17 @@ def admit(
     model: LoopLM,
     params: Params,
     slots: Slots,
-    row: Cache | None,
     last: LastToken,
     place: Place,
     settings: Settings,
     prompt_seen: Array | None,
 ) -> tuple[Slots, Ticked]:
-    """Put a prefilled prompt into a slot, and choose its first token.
+    """Put a prompt that is in its pages into a slot, and choose its first token.
 
     Args:
       model: the network.
       params: its parameters.
       slots: requests under way; donated.
-      row: the cache of the prompt; may have more capacity than a slot, if its tokens fit. None: it is in the pages.
       last: what the loops say of its last token.
       place: where to put it.
       settings: of this request, without the axis N.
@@ -180,8 +178,6 @@ def admit(
     first = dataclasses.replace(first, exit_loops=exits)
     one = receive(one, first)
     cache = slots.cache
-    if row is not None:
-        cache = _fill(cache, share(row, cache.strategy), jnp.asarray(place.pages))
     cache = dataclasses.replace(
         cache,
         lengths=cache.lengths.at[place.slot].set(place.length),
@@ -196,35 +192,28 @@ def admit(
     return settled((rest.replace(cache=cache), first))
 
 
-@functools.partial(jax.jit, static_argnames=("loops", "capacity"))
-def extract_row(cache: Cache, slot: Int[Array, ""], *, loops: int, capacity: int) -> Cache:
-    """The row of a slot, to go on from with more text: the one plane of a shared cache stands in for all loops.
+@functools.partial(jax.jit, static_argnames=("capacity",))
+def extract_row(cache: Cache, slot: Int[Array, ""], *, capacity: int) -> Cache:
+    """Returns a copy of the row of a slot, as one page, for a request that continues it.
 
     `capacity` is at least the tokens of the slot; it may be more or less than the capacity of the slots.
     """
     used = min(-(-capacity // cache.page_size), cache.page_table.shape[1])
     pages = jax.lax.dynamic_index_in_dim(cache.page_table, slot, keepdims=False)[:used]
 
-    def take(whole: Float[Array, "L P M c K Dh"]) -> Float[Array, "L P 1 C K Dh"]:
+    def take(whole: Float[Array, "L P M c R W"]) -> Float[Array, "L P 1 C R W"]:
         own = whole.at[:, :, pages].get(mode="clip")
         return _resized(own.reshape(*own.shape[:2], 1, -1, *own.shape[4:]), capacity)
 
-    row = dataclasses.replace(
+    return dataclasses.replace(
         cache,
         planes=jax.tree.map(take, cache.planes),
         lengths=jax.lax.dynamic_slice_in_dim(cache.lengths, slot, 1),
         table=None,
     )
-    return unshare(row, loops)
 
 
-@functools.partial(jax.jit, static_argnames=("capacity",))
-def widen_row(row: Cache, *, capacity: int) -> Cache:
-    """A copy of a row with room for `capacity` tokens, no fewer than it has."""
-    return dataclasses.replace(row, planes=jax.tree.map(lambda whole: _resized(whole, capacity), row.planes))
-
-
-def _resized(row: Float[Array, "L P 1 C K Dh"], capacity: int) -> Float[Array, "L P 1 c K Dh"]:
-    """The first `capacity` positions of a row, and zeros after them if it has fewer."""
+def _resized(row: Float[Array, "L P 1 C R W"], capacity: int) -> Float[Array, "L P 1 c R W"]:
+    """Returns the first `capacity` positions of a row, with zeros after them if it has fewer."""
     kept = row[:, :, :, :capacity]
     return jnp.pad(kept, [(0, capacity - kept.shape[3]) if axis == 3 else (0, 0) for axis in range(6)])

@@ -9,8 +9,11 @@ from hypothesis import strategies as st
 from inference_models import make_model
 
 from looplm_jax.config import Injection
-from looplm_jax.inference.kv_cache import CacheStrategy, empty_cache
-from looplm_jax.inference.prefill import empty_row, extract_row, prefill_chunk, widen_row
+from looplm_jax.inference import EngineConfig, Request
+from looplm_jax.inference.decoder import Decoder
+from looplm_jax.inference.kv_cache import Cache, CacheStrategy, empty_cache, share
+from looplm_jax.inference.prefill import extract_row, prefill_chunk
+from looplm_jax.models.looplm import ModelCache
 
 LOOPS, ROOM = 3, 32
 
@@ -30,7 +33,7 @@ def forward(model, params, tokens):
 def test_a_prompt_in_chunks_is_the_prompt_as_a_whole(model_and_params, prompt, chunk, padding):
     """Whatever stands in the padding of the last chunk."""
     model, params = model_and_params
-    row = empty_row(model, capacity=ROOM + 16, loops=LOOPS, dtype=jnp.float32)
+    row = empty_cache(model.config, CacheStrategy.FULL, rows=1, capacity=ROOM + 16, loops=LOOPS, dtype=jnp.float32)
     for start in range(0, len(prompt), chunk):
         piece = prompt[start : start + chunk]
         tokens = np.array([*piece, *[padding] * (chunk - len(piece))], np.int32)
@@ -47,6 +50,66 @@ def test_a_prompt_in_chunks_is_the_prompt_as_a_whole(model_and_params, prompt, c
     np.testing.assert_allclose(last.gate_logits, output.gate_logits[:, 0, length - 1], atol=1e-4)
 
 
+@functools.cache
+def decoder(strategy):
+    model, params = make_model(num_layers=1, prelude_layers=1, coda_layers=1, injection=Injection.ADD, loops=LOOPS)
+    config = EngineConfig(slots=1, capacity=ROOM + 16, page_size=8, chunk=4, cache=strategy, unroll=False)
+    return Decoder(model, params, config)
+
+
+def read(decoder, prompt):
+    """The prompt, read into pages, and what these hold of it."""
+    reading = decoder.read(Request(prompt_ids=tuple(prompt), max_new_tokens=1))
+    while not reading.done:
+        decoder.read_chunk(reading)
+    pages, length = np.array(reading.pages), len(prompt)
+    held = jax.tree.map(
+        lambda whole: np.asarray(whole)[:, :, pages].reshape(*whole.shape[:2], -1, *whole.shape[4:])[:, :, :length],
+        decoder._slots.cache.planes,
+    )
+    decoder.abandon(reading)
+    return reading, held
+
+
+@pytest.mark.parametrize("strategy", [each for each in CacheStrategy if each.shares])
+def test_a_prompt_read_loop_by_loop_is_the_prompt_as_a_whole(model_and_params, strategy):
+    """The cache keeps one plane of it, though its tokens see all loops of one another."""
+    model, params = model_and_params
+
+    @settings(max_examples=6)
+    @given(st.lists(st.integers(0, 96), min_size=1, max_size=ROOM))
+    def check(prompt):
+        length = len(prompt)
+        reading, held = read(decoder(strategy), prompt)
+        output, planes = forward(model, params, np.array([[*prompt, *[0] * (ROOM - length)]], np.int32))
+        core, coda = jax.tree.map(lambda x: np.swapaxes(x, 0, 1), (planes.core, planes.coda))
+        full = Cache(
+            planes=ModelCache(core=core, prelude=jax.tree.map(lambda x: x[:, None], planes.prelude), coda=coda),
+            lengths=np.array([length], np.int32),
+            strategy=CacheStrategy.FULL,
+        )
+        for found, expected in zip(jax.tree.leaves(held), jax.tree.leaves(share(full, strategy).planes), strict=True):
+            np.testing.assert_allclose(found, expected[:, :, 0, :length], atol=1e-4)
+        np.testing.assert_allclose(reading.last.hidden, output.hidden[:, 0, length - 1], atol=1e-4)
+        np.testing.assert_allclose(reading.last.gate_logits, output.gate_logits[:, 0, length - 1], atol=1e-4)
+
+    check()
+
+
+@pytest.mark.parametrize("place", [0, 5, 9])
+def test_a_prompt_that_is_not_finite_leaves_finite_pages(place):
+    """Wherever the token is that makes it so, the states of the last token are not finite in any loop."""
+    sound = decoder(CacheStrategy.AVERAGE)
+    params = dict(sound._params)
+    params["embedding"] = params["embedding"].at[7].set(np.nan)
+    damaged = Decoder(sound.model, params, sound.config)
+    prompt = [1] * 10
+    prompt[place] = 7
+    reading, _ = read(damaged, prompt)
+    assert not np.isfinite(reading.last.hidden).all(axis=1).any()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(damaged._slots.cache.planes))
+
+
 def filled(model, strategy, rows, capacity):
     shapes = jax.eval_shape(
         lambda: empty_cache(model.config, strategy, rows=rows, capacity=capacity, loops=LOOPS, dtype=jnp.float32)
@@ -57,19 +120,12 @@ def filled(model, strategy, rows, capacity):
 
 
 @pytest.mark.parametrize("capacity", [4, 16])
-def test_a_slot_can_be_taken_out_again(model_and_params, capacity):
+@pytest.mark.parametrize("strategy", [CacheStrategy.FULL, CacheStrategy.LAST])
+def test_a_slot_can_be_taken_out_again(model_and_params, strategy, capacity):
     model, _ = model_and_params
-    cache = filled(model, CacheStrategy.LAST, rows=3, capacity=8)
-    row = extract_row(cache, np.int32(1), loops=LOOPS, capacity=capacity)
-    assert (row.strategy, row.depth, row.capacity, row.lengths.tolist()) == (CacheStrategy.FULL, LOOPS, capacity, [2])
-    for loop in range(LOOPS):
-        np.testing.assert_array_equal(row.planes.core.keys[:, loop, 0, :4], cache.planes.core.keys[:, 0, 1, :4])
+    cache = filled(model, strategy, rows=3, capacity=8)
+    row = extract_row(cache, np.int32(1), capacity=capacity)
+    depth = 1 if strategy.shares else LOOPS
+    assert (row.strategy, row.depth, row.capacity, row.lengths.tolist()) == (strategy, depth, capacity, [2])
+    np.testing.assert_array_equal(row.planes.core.keys[:, :, 0, :4], cache.planes.core.keys[:, :, 1, :4])
     assert not np.asarray(row.planes.core.keys[:, :, :, 8:]).any()
-
-
-def test_a_row_gets_more_room(model_and_params):
-    model, _ = model_and_params
-    row = filled(model, CacheStrategy.FULL, rows=1, capacity=8)
-    wide = widen_row(row, capacity=16)
-    assert (wide.capacity, wide.lengths.tolist()) == (16, [1])
-    np.testing.assert_array_equal(wide.planes.coda.values[:, :, :, :8], row.planes.coda.values)

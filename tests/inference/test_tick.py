@@ -11,9 +11,10 @@ from inference_models import make_model
 from jax.extend.core import jaxprs_in_params
 
 from looplm_jax.halting import Confidence, FixedLoops, KLDivergence, PolicyTable, QExit
-from looplm_jax.inference.kv_cache import CacheStrategy
+from looplm_jax.inference.kv_cache import CacheStrategy, empty_cache
+from looplm_jax.inference.loopwise_prefill import begin_chunk, run_loop
 from looplm_jax.inference.page_pool import PoolSize
-from looplm_jax.inference.prefill import LastToken, Place, admit, empty_row, prefill_chunk, row_of_pages
+from looplm_jax.inference.prefill import LastToken, Place, admit, prefill_chunk, row_of_pages
 from looplm_jax.inference.slots import empty_slots
 from looplm_jax.inference.tick import run_ticks, tick
 from looplm_jax.models.blocks import unroll_layers
@@ -75,7 +76,7 @@ def test_a_prompt_is_put_into_a_slot_in_place(strategy, changes):
     slots = shape_of_slots(model, strategy)
     settings = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), slots.settings)
     place = Place(slot=index(), pages=jax.ShapeDtypeStruct((POOL.pages_per_slot,), jnp.int32), length=index())
-    lowered = admit.lower(model, params, slots, shape_of_row(model), last_token(model), place, settings, None)
+    lowered = admit.lower(model, params, slots, last_token(model), place, settings, None)
     assert_in_place(lowered, slots.cache.planes)
 
 
@@ -88,8 +89,20 @@ def test_a_chunk_is_added_to_a_row_in_place(in_pages):
     assert_in_place(lowered, row.planes)
 
 
+def test_a_loop_of_a_chunk_is_added_to_the_only_plane_in_place():
+    model, params = unrolled_model(AVERAGE[1])
+    pages = np.arange(POOL.pages_per_slot, dtype=np.int32)
+    row = row_of_pages(shape_of_slots(model, CacheStrategy.AVERAGE).cache, pages, 0)
+    tokens = jax.ShapeDtypeStruct((16,), jnp.int32)
+    _, chunk = jax.eval_shape(begin_chunk, model, params, row, tokens, index())
+    lowered = run_loop.lower(model, params, row, chunk, last_token(model), index())
+    assert_in_place(lowered, row.planes)
+
+
 def shape_of_row(model):
-    return jax.eval_shape(lambda: empty_row(model, capacity=CAPACITY, loops=LOOPS, dtype=jnp.float32))
+    return jax.eval_shape(
+        lambda: empty_cache(model.config, CacheStrategy.FULL, rows=1, capacity=CAPACITY, loops=LOOPS, dtype=jnp.float32)
+    )
 
 
 def last_token(model):

@@ -12,10 +12,11 @@ from looplm_jax.config import ComputeConfig, MeshConfig, ModelConfig, Remat
 from looplm_jax.halting import PolicyTable
 from looplm_jax.inference.engine_config import EngineConfig
 from looplm_jax.inference.kv_cache import CacheStrategy, empty_cache
+from looplm_jax.inference.loopwise_prefill import begin_chunk, run_loop
 from looplm_jax.inference.packed_prefill import admit_pack, make_pack
 from looplm_jax.inference.page_pool import PoolSize
 from looplm_jax.inference.placing import shardings
-from looplm_jax.inference.prefill import empty_row, prefill_chunk, row_of_pages
+from looplm_jax.inference.prefill import LastToken, prefill_chunk, row_of_pages
 from looplm_jax.inference.sampling import SamplingTable
 from looplm_jax.inference.slots import empty_slots
 from looplm_jax.inference.speculation.step import SpeculativeRows, draft
@@ -61,16 +62,40 @@ class Chips:
 
     def row(self, capacity=CAPACITY):
         return self._abstract(
-            lambda: empty_row(self.model, capacity=capacity, loops=self.model.config.loops, dtype=jnp.bfloat16)
+            lambda: empty_cache(
+                self.model.config,
+                CacheStrategy.FULL,
+                rows=1,
+                capacity=capacity,
+                loops=self.model.config.loops,
+                dtype=jnp.bfloat16,
+            )
         )
 
-    def row_of_pages(self):
-        cache = self.slots().cache
+    def row_of_pages(self, strategy=CacheStrategy.FULL):
+        cache = self.slots(strategy=strategy).cache
         return row_of_pages(cache, np.arange(cache.table.shape[1], dtype=np.int32), 0)
 
     def chunk(self, row, *, tokens=128):
         numbers = jax.ShapeDtypeStruct((tokens,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
         return self._compiled(prefill_chunk, row, *numbers)
+
+    def loop_of_chunk(self, strategy, *, tokens=128):
+        """One loop of a chunk of a prompt, into a cache with one plane."""
+        row, number = self.row_of_pages(strategy), jax.ShapeDtypeStruct((), jnp.int32)
+        config, numbers = self.model.config, jax.ShapeDtypeStruct((tokens,), jnp.int32)
+        with use_mesh(self.mesh):
+            _, chunk = jax.eval_shape(begin_chunk, self.model, self.params, row, numbers, number)
+        last = LastToken(
+            hidden=jax.ShapeDtypeStruct((config.loops, config.width), jnp.bfloat16),
+            gate_logits=jax.ShapeDtypeStruct((config.loops,), jnp.float32),
+        )
+        chunk = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            chunk,
+            shardings(chunk, self.mesh),
+        )
+        return self._compiled(run_loop, row, chunk, last, number)
 
     def pack(self, *, tokens=256, **size):
         slots = self.slots(**size)
@@ -148,6 +173,13 @@ def test_no_layer_of_a_tick_copies_the_cache():
 def test_no_cache_is_copied_in_a_tick(strategy, tensor):
     chips = Chips(config=dataclasses.replace(SMALL, **AROUND), tensor=tensor)
     assert_reads_in_place(chips, chips.tick(strategy=strategy))
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize("strategy", [CacheStrategy.LAST, CacheStrategy.AVERAGE])
+def test_a_loop_of_a_chunk_reads_the_only_plane_in_place(strategy):
+    chips = Chips(config=dataclasses.replace(SMALL, **AROUND))
+    assert_reads_in_place(chips, chips.loop_of_chunk(strategy))
 
 
 @pytest.mark.tpu_compile

@@ -1,0 +1,167 @@
+"""Long prompts into a cache with one plane: loop 1 of all chunks, then loop 2 of all chunks, and so on.
+
+In loop t the tokens of a prompt attend to the loop-t keys and values of one another, whatever the cache keeps of them
+(`prefill`). Chunk by chunk, each through all loops, that needs T planes. Loop by loop it needs one plane, that of the
+pages of the request: loop t of a chunk reads what loop t of the earlier chunks wrote there, and then overwrites what
+loop t - 1 of the same chunk wrote. In the end the plane has loop T, which is what `LAST` keeps. For `FIRST` and
+`AVERAGE`, chunks accumulate what the cache keeps beside the pages, and write it after the last loop.
+
+All loops read the tokens of a prefix cache, which come before the prompt, in the same plane.
+"""
+
+import dataclasses
+import functools
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from looplm_jax.config import ModelConfig
+from looplm_jax.inference.kv_cache import Cache, CacheStrategy
+from looplm_jax.inference.placing import settled
+from looplm_jax.inference.prefill import LastToken, writer
+from looplm_jax.inference.tick import bound
+from looplm_jax.models.blocks import KeyValues
+from looplm_jax.models.looplm import LoopLM, Params, compute_dtype
+
+
+@flax.struct.dataclass
+class Chunk:
+    """A chunk of a prompt between two of its loops."""
+
+    count: Int[Array, ""]  # tokens; the rest of S is padding
+    embedded: Float[Array, "1 S D"]
+    state: Float[Array, "1 S D"]
+    kept: tuple[KeyValues, KeyValues | None] | None  # of core and coda, [L, 1, 1, S, K, Dh]; None under `LAST`
+
+
+@functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("row",))
+def begin_chunk(
+    model: LoopLM, params: Params, row: Cache, tokens: Int[Array, "S"], count: Int[Array, ""]
+) -> tuple[Cache, Chunk]:
+    """Embeds a chunk. The keys and values of a prelude, which runs once, are written to the row.
+
+    Args:
+      model: the network.
+      params: its parameters.
+      row: a row of pages that is filled up to the chunk; donated.
+      tokens: the chunk, padded on the right to a static size.
+      count: the tokens that are not padding, at least 1.
+    """
+    apply = bound(model, params)
+    context = row.context(model.config, tokens.size)
+    past = row.past_prelude(compute_dtype(model.compute))
+    embedded, prelude = apply(tokens[None], context, past, True, method="embed")
+    if prelude is not None:
+        finite = jnp.isfinite(embedded[0, count - 1]).all()
+        row = _write(row, "prelude", jax.tree.map(lambda new: new[:, None], prelude), count, finite)
+    chunk = Chunk(
+        count=jnp.asarray(count),
+        embedded=embedded,
+        state=apply(embedded, method="initial_state"),
+        kept=None if row.strategy is CacheStrategy.LAST else _nothing_kept(model, row.strategy, tokens.size),
+    )
+    return settled((row, chunk))
+
+
+@functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("row", "chunk", "last"))
+def run_loop(
+    model: LoopLM, params: Params, row: Cache, chunk: Chunk, last: LastToken, loop: Int[Array, ""]
+) -> tuple[Cache, Chunk, LastToken]:
+    """Runs one loop of a chunk, and writes its keys and values to the only plane of the row.
+
+    Nothing is written of a chunk whose last state is not finite, because the next owner of a page must find finite
+    numbers. What follows such a chunk is not finite either.
+
+    Args:
+      model: the network.
+      params: its parameters.
+      row: a row of pages that is filled up to the chunk; donated.
+      chunk: the chunk after `loop` loops; donated.
+      last: the states of the last token of the latest chunk, for each loop; donated.
+      loop: the number of the loop, from 0.
+    """
+    apply, count = bound(model, params), chunk.count
+    dtype, plane = compute_dtype(model.compute), jnp.zeros(1, jnp.int32)
+    context = row.context(model.config, chunk.state.shape[1])
+    past = row.past(row.planes.core, plane, dtype), row.past(row.planes.coda, plane, dtype)
+    output, *own = apply(chunk.state, chunk.embedded, context, *past, True, method="loop_step")
+    hidden = output.hidden[0, count - 1]
+    finite = jnp.isfinite(hidden).all() & jnp.isfinite(last.hidden).all()
+
+    core, coda = jax.tree.map(lambda new: new[:, None], own)
+    row = _write(row, "core", core, count, finite)
+    row = _write(row, "coda", coda, count, finite)
+    kept = None if chunk.kept is None else _keep(row.strategy, chunk.kept, (core, coda), loop)
+    last = LastToken(
+        hidden=last.hidden.at[loop].set(jnp.where(finite, hidden, jnp.nan)),
+        gate_logits=last.gate_logits.at[loop].set(output.gate_logits[0, count - 1]),
+    )
+    return settled((row, dataclasses.replace(chunk, state=output.state, kept=kept), last))
+
+
+@functools.partial(jax.jit, donate_argnames=("row",))
+def write_kept(row: Cache, chunk: Chunk, last: LastToken) -> Cache:
+    """Returns the row, which is donated, with what the cache keeps of a chunk after all loops."""
+    if chunk.kept is None:
+        return row
+    loops = last.hidden.shape[0]
+    divisor = loops if row.strategy is CacheStrategy.AVERAGE else 1
+    core, coda = jax.tree.map(lambda kept: kept / divisor, chunk.kept)
+    finite = jnp.isfinite(last.hidden).all()
+    return settled(_write(_write(row, "core", core, chunk.count, finite), "coda", coda, chunk.count, finite))
+
+
+def no_last_token(model: LoopLM, loops: int) -> LastToken:
+    """Returns the states of the last token before the first chunk."""
+    hidden = jnp.zeros((loops, model.config.width), compute_dtype(model.compute))
+    return LastToken(hidden=hidden, gate_logits=jnp.zeros(loops, jnp.float32))
+
+
+def bytes_per_prompt_token(config: ModelConfig, strategy: CacheStrategy, dtype: DTypeLike) -> int:
+    """Returns the bytes that a token of a long prompt takes beside its pages, while the prompt is read."""
+    if not strategy.shares:
+        return 0
+    states = 2 * config.width * jnp.dtype(dtype).itemsize
+    kept = 2 * (config.num_layers + config.coda_layers) * config.kv_heads * config.head_width
+    match strategy:
+        case CacheStrategy.FIRST:
+            return states + kept * jnp.dtype(dtype).itemsize
+        case CacheStrategy.AVERAGE:
+            return states + kept * jnp.dtype(jnp.float32).itemsize
+    return states
+
+
+def _nothing_kept(model: LoopLM, strategy: CacheStrategy, size: int) -> tuple[KeyValues, KeyValues | None]:
+    config = model.config
+    dtype = jnp.float32 if strategy is CacheStrategy.AVERAGE else compute_dtype(model.compute)
+
+    def zeros(layers: int) -> KeyValues:
+        shape = (layers, 1, 1, size, config.kv_heads, config.head_width)
+        return KeyValues(keys=jnp.zeros(shape, dtype), values=jnp.zeros(shape, dtype))
+
+    return zeros(config.num_layers), zeros(config.coda_layers) if config.coda_layers else None
+
+
+def _keep(
+    strategy: CacheStrategy,
+    before: tuple[KeyValues, KeyValues | None],
+    own: tuple[KeyValues, KeyValues | None],
+    loop: Int[Array, ""],
+) -> tuple[KeyValues, KeyValues | None]:
+    """Returns what is kept after one more loop: the first loop, or the sum of all."""
+    if strategy is CacheStrategy.AVERAGE:
+        return jax.tree.map(lambda total, new: total + new.astype(total.dtype), before, own)
+    return jax.tree.map(lambda first, new: jnp.where(loop == 0, new, first), before, own)
+
+
+def _write(row: Cache, stack: str, own: KeyValues | None, count: Int[Array, ""], finite: Bool[Array, ""]) -> Cache:
+    """Returns the row with keys and values `[L, 1, 1, S, K, Dh]` of a stack after its filled positions."""
+    if own is None:
+        return row
+    numbers = jnp.arange(own.keys.shape[3])
+    put = writer(row, jnp.zeros_like(numbers), row.lengths[0] + numbers, (numbers < count) & finite)
+    written = jax.tree.map(put, getattr(row.planes, stack), own)
+    return dataclasses.replace(row, planes=dataclasses.replace(row.planes, **{stack: written}))
