@@ -28,6 +28,8 @@ def print_decode(name: str, plan: DecodePlan, out: Console) -> None:
         f"compiled in {plan.compile_seconds:.0f} s for {plan.devices} device(s)"
     )
 
+    if plan.reading:
+        out.print(f"  a prompt of {request.capacity:,} tokens takes {plan.reading / _GB:.3f} GB more while it is read")
     if plan.moved is not None:
         out.print(_traffic(plan.moved))
     floor = plan.floor

@@ -120,12 +120,15 @@ def no_last_token(model: LoopLM, loops: int) -> LastToken:
     return LastToken(hidden=hidden, gate_logits=jnp.zeros(loops, jnp.float32))
 
 
-def bytes_per_prompt_token(config: ModelConfig, strategy: CacheStrategy, dtype: DTypeLike) -> int:
-    """Returns the bytes that a token of a long prompt takes beside its pages, while the prompt is read."""
+def bytes_per_prompt_token(config: ModelConfig, strategy: CacheStrategy, dtype: DTypeLike, *, devices: int = 1) -> int:
+    """Returns the bytes, on each of `devices` devices, that a token of a long prompt takes beside its page.
+
+    They are needed only while the prompt is read.
+    """
     if not strategy.shares:
         return 0
     states = 2 * config.width * jnp.dtype(dtype).itemsize
-    kept = 2 * (config.num_layers + config.coda_layers) * config.kv_heads * config.head_width
+    kept = 2 * (config.num_layers + config.coda_layers) * config.kv_heads * config.head_width // devices
     match strategy:
         case CacheStrategy.FIRST:
             return states + kept * jnp.dtype(dtype).itemsize

@@ -20,6 +20,7 @@ from looplm_jax.errors import UserError
 from looplm_jax.halting.policy_table import PolicyTable
 from looplm_jax.inference import CacheStrategy
 from looplm_jax.inference.kv_cache import bytes_per_token
+from looplm_jax.inference.loopwise_prefill import bytes_per_prompt_token
 from looplm_jax.inference.page_pool import PoolSize
 from looplm_jax.inference.placing import shardings
 from looplm_jax.inference.slots import Slots, empty_slots
@@ -149,6 +150,7 @@ class DecodePlan:
     moved: Traffic | None
     floor: Floor
     sent: int  # bytes that each device sends to other devices in a tick
+    reading: int  # bytes of a device that a prompt of `capacity` tokens takes beside its pages while it is read
     timing: DecodeTiming | None
     compile_seconds: float
 
@@ -225,6 +227,7 @@ def plan_decode(model: ModelConfig, compute: ComputeConfig, request: DecodeReque
         moved=moved,
         floor=floor,
         sent=sent,
+        reading=request.capacity * bytes_per_prompt_token(model, request.cache, dtype, devices=mesh.devices.size),
         timing=None
         if moved is None
         else decode_timing(

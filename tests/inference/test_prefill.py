@@ -12,6 +12,7 @@ from looplm_jax.config import Injection
 from looplm_jax.inference import EngineConfig, Request
 from looplm_jax.inference.decoder import Decoder
 from looplm_jax.inference.kv_cache import Cache, CacheStrategy, empty_cache, share
+from looplm_jax.inference.loopwise_prefill import begin_chunk, bytes_per_prompt_token
 from looplm_jax.inference.prefill import extract_row, prefill_chunk
 from looplm_jax.models.looplm import ModelCache
 
@@ -94,6 +95,17 @@ def test_a_prompt_read_loop_by_loop_is_the_prompt_as_a_whole(model_and_params, s
         np.testing.assert_allclose(reading.last.gate_logits, output.gate_logits[:, 0, length - 1], atol=1e-4)
 
     check()
+
+
+@pytest.mark.parametrize("strategy", [each for each in CacheStrategy if each.shares])
+def test_bytes_of_a_prompt_that_is_being_read_are_those_of_the_formula(model_and_params, strategy):
+    model, params = model_and_params
+    size, dtype = 16, jnp.float32
+    row = jax.eval_shape(lambda: empty_cache(model.config, strategy, rows=1, capacity=64, loops=LOOPS, dtype=dtype))
+    tokens, count = jax.ShapeDtypeStruct((size,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+    _, chunk = jax.eval_shape(functools.partial(begin_chunk, model), params, row, tokens, count)
+    taken = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((chunk.embedded, chunk.state, chunk.kept)))
+    assert taken == size * bytes_per_prompt_token(model.config, strategy, dtype)
 
 
 @pytest.mark.parametrize("place", [0, 5, 9])

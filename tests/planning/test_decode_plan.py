@@ -159,6 +159,7 @@ def test_the_plan_of_a_tick_for_v5e():
     assert written[Buffer.CACHE] >= plan.floor.cache_written
     assert plan.memory.parameters + plan.memory.cache < plan.memory.total < plan.memory.capacity
     assert plan.memory.cache == 6 * 128 * 2 * 2 * 256 * 2
+    assert plan.reading == 256 * 2 * 256 * 2
     assert plan.timing.tokens_per_second_at_mean == pytest.approx(2 * plan.timing.tokens_per_second)
     as_json = json.loads(json.dumps(plan.to_json()))
     assert as_json["request"] == {
