@@ -94,7 +94,7 @@ def test_a_loop_of_a_chunk_is_added_to_the_only_plane_in_place():
     pages = np.arange(POOL.pages_per_slot, dtype=np.int32)
     row = row_of_pages(shape_of_slots(model, CacheStrategy.AVERAGE).cache, pages, 0)
     tokens = jax.ShapeDtypeStruct((16,), jnp.int32)
-    _, chunk = jax.eval_shape(begin_chunk, model, params, row, tokens, index())
+    _, chunk = jax.eval_shape(functools.partial(begin_chunk, model), params, row, tokens, index())
     lowered = run_loop.lower(model, params, row, chunk, last_token(model), index())
     assert_in_place(lowered, row.planes)
 

@@ -1,6 +1,7 @@
 """The programs of a decoder that a TPU would run: none of their loops makes an array of the size of a row's cache."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +86,7 @@ class Chips:
         row, number = self.row_of_pages(strategy), jax.ShapeDtypeStruct((), jnp.int32)
         config, numbers = self.model.config, jax.ShapeDtypeStruct((tokens,), jnp.int32)
         with use_mesh(self.mesh):
-            _, chunk = jax.eval_shape(begin_chunk, self.model, self.params, row, numbers, number)
+            _, chunk = jax.eval_shape(functools.partial(begin_chunk, self.model), self.params, row, numbers, number)
         last = LastToken(
             hidden=jax.ShapeDtypeStruct((config.loops, config.width), jnp.bfloat16),
             gate_logits=jax.ShapeDtypeStruct((config.loops,), jnp.float32),
