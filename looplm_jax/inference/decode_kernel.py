@@ -25,6 +25,7 @@ from looplm_jax.sharding import partition, target_platform
 _LONGEST_BLOCK = 128  # positions
 _SMALLEST_BLOCK = 16  # positions; shorter copies from HBM are slow
 _BLOCK_BYTES = 1 << 19  # of keys; VMEM has two blocks of keys and two of values
+_LEAST_OWN_ROWS = 8  # of sublanes
 _MASKED = -1e30  # not -inf, so that the maximum of a block in which every key is masked is finite
 _ANOTHER_HEAD = 1 << 30  # larger than any position
 
@@ -87,6 +88,12 @@ def _on_one_device(
     heads = own_keys.shape[1:]
     block = _block_size(page_size, rows * width * keys.dtype.itemsize)
     columns = block * rows
+    # Mosaic has no product with one key in bfloat16. Rows that are added here are masked: they are of later positions.
+    own_rows = max(rows, _LEAST_OWN_ROWS)
+    own = [
+        jnp.pad(store_heads(array, keys.shape), [(0, 0), (0, own_rows - rows), (0, 0)])
+        for array in (own_keys, own_values)
+    ]
     # A block has two axes, those of the tiles in memory: one for positions and rows of heads, one for lanes.
     flat = (-1, page_size * rows, width)
 
@@ -107,8 +114,8 @@ def _on_one_device(
             in_specs=[
                 pl.BlockSpec((num_heads, columns), lambda slot, *_: (0, 0)),
                 per_slot(num_heads, width),
-                per_slot(rows, width),
-                per_slot(rows, width),
+                per_slot(own_rows, width),
+                per_slot(own_rows, width),
                 pl.BlockSpec(memory_space=pl.ANY),
                 pl.BlockSpec(memory_space=pl.ANY),
             ],
@@ -127,8 +134,7 @@ def _on_one_device(
         *schedule,
         _positions(num_heads, rows, block),
         spread_queries(queries * head_width**-0.5, heads[0], keys.shape),
-        store_heads(own_keys, keys.shape),
-        store_heads(own_values, values.shape),
+        *own,
         keys.reshape(flat),
         values.reshape(flat),
     )

@@ -100,7 +100,7 @@ def test_all_filled_positions_of_the_own_row_and_plane_are_attended_to(program, 
     check()
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(6, 2, 64), (3, 3, 96)])
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(6, 2, 64), (3, 3, 96), (4, 1, 128)])
 def test_heads_stored_in_lanes_are_attended_to_as_heads(heads, kv_heads, width):
     generator = np.random.default_rng(1)
 
@@ -121,7 +121,7 @@ def test_heads_stored_in_lanes_are_attended_to_as_heads(heads, kv_heads, width):
     cached = (LAYERS, PLANES, PAGES, PAGE_SIZE, kv_heads, width)
     stacked = KeyValues(keys=normal(*cached), values=normal(*cached))
     stored = jax.tree.map(lambda x: store_heads(x, in_lanes(kv_heads, width)), stacked)
-    assert stored.keys.shape[4:] == {64: (1, 128), 96: (3, 128)}[width]
+    assert stored.keys.shape[4:] == {64: (1, 128), 96: (3, 128), 128: (1, 128)}[width]
     expected = gathered(queries, own, view(stacked), np.int32(1))
     for program in (by_kernel, row_by_row, gathered):
         np.testing.assert_allclose(program(queries, own, view(stored), np.int32(1)), expected, atol=2e-5)

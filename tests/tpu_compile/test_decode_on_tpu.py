@@ -184,10 +184,13 @@ def test_a_loop_of_a_chunk_reads_the_only_plane_in_place(strategy):
 
 
 @pytest.mark.tpu_compile
-@pytest.mark.parametrize(("head_dim", "tensor"), [(64, 1), (96, 1), (32, 4)])
-def test_heads_that_do_not_fill_the_lanes_are_read_in_place(head_dim, tensor):
-    """By the kernel in a tick, and block after block in a chunk of a prompt."""
-    chips = Chips(config=dataclasses.replace(SMALL, head_dim=head_dim), tensor=tensor)
+@pytest.mark.parametrize(
+    ("changes", "tensor"),
+    [({"head_dim": 64}, 1), ({"head_dim": 96}, 1), ({"head_dim": 32}, 4), ({"num_kv_heads": 2}, 2)],
+)
+def test_heads_of_any_width_and_number_are_read_in_place(changes, tensor):
+    """By the kernel in a tick, and block after block in a chunk of a prompt. The last two have one row a device."""
+    chips = Chips(config=dataclasses.replace(SMALL, **changes), tensor=tensor)
     tick = chips.tick()
     assert "decode_attention" in tick.as_text()
     for compiled in (tick, chips.chunk(chips.row_of_pages())):
