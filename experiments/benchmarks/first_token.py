@@ -46,7 +46,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument(
-        "--chunk", type=int, nargs="+", default=[512, 256], help="EngineConfig.chunk, an engine for each (default: both)"
+        "--chunk",
+        type=int,
+        nargs="+",
+        default=[512, 256],
+        help="EngineConfig.chunk, an engine for each (default: both)",
     )
     parser.add_argument("--pairs", type=int, default=7, help="turns that all sides take (default: 7)")
     arguments = parser.parse_args(argv)
