@@ -1,8 +1,9 @@
-"""Measures the attainable bandwidth and speed of a device, so that results can be quoted relative to them."""
+"""Measurements that benchmarks share: the bandwidth and speed of the device, and the peak memory of the process."""
 
 import dataclasses
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,15 @@ def measure_ceiling(dtype: Dtype) -> Ceiling:
 
     read = _best_of(lambda: total(long).block_until_ready())
     return Ceiling(bandwidth=2**30 / read, flops=2 * side**3 / _best_of(lambda: product(square).block_until_ready()))
+
+
+def peak_memory() -> int:
+    """Returns the most bytes that were resident in this process.
+
+    It reads /proc, because `getrusage` counts what the parent process held when it started this one.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 
 
 def _best_of(run: Callable[[], object], times: int = 5) -> float:

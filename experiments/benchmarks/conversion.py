@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from experiments.benchmarks.ceiling import peak_memory
 from looplm_jax.checkpoints.step import list_steps, read_sidecar
 from looplm_jax.config import ModelConfig
 from looplm_jax.convert.from_hf import convert_from_hf
@@ -171,14 +172,8 @@ def _convert(name: str, source: str, out: str) -> int:
         jnp.zeros(8).block_until_ready()
     else:
         _CONVERSIONS[name](source, out)
-    print(_peak_bytes())
+    print(peak_memory())
     return 0
-
-
-def _peak_bytes() -> int:
-    """Returns the peak resident bytes of this program. `getrusage` would include those of its parent."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 
 
 # Comparing the results

@@ -105,7 +105,7 @@ class TorchTrainer:
 
     def __post_init__(self) -> None:
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=self.learning_rate, betas=(0.9, 0.95), fused=self.autocast is not None
+            self.model.parameters(), lr=self.learning_rate, betas=(0.9, 0.95), fused=True
         )
 
     def step(self, tokens: Tensor, targets: Tensor) -> float:

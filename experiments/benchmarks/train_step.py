@@ -1,16 +1,22 @@
-"""Tokens per second of our train step, and of a plain PyTorch twin of the same model and loss.
+"""Compares our train step with a plain PyTorch twin of the same model and loss.
 
-    make bench                                             # or: python -m experiments.benchmarks.train_step
+    make bench                                                     # or: python -m experiments.benchmarks.train_step
+    python -m experiments.benchmarks.train_step --width 512 --layers 8
+    python -m experiments.benchmarks.train_step --memory           # peak memory instead of time
 
-Both run complete optimizer steps of Eq. 4 with AdamW: width 256, feed-forward width 704, 4 layers, 4 loops, 8,192
-tokens in the vocabulary, 8 sequences of 256, float32. They alternate step by step in one process, so that a drift of
-the machine's speed affects both; the ratio is the median of the pairs. The twin is eager PyTorch with fused attention;
-`--compile` uses `torch.compile`.
+One step is a whole optimizer step of Eq. 4 with AdamW: 4 loops, a vocabulary of 8,192 tokens, 8 sequences of 256
+tokens, float32. The two sides take turns, step by step, so that a machine whose speed drifts treats them alike; each
+ratio is the median over the pairs. The twin uses PyTorch's fused attention and fused AdamW and runs eagerly;
+`--compile` adds the same twin under `torch.compile`.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
+import multiprocessing
+import multiprocessing.connection
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -19,139 +25,200 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from experiments.benchmarks.ceiling import peak_memory
 from looplm_jax.config import ComputeConfig, Dtype, MeshConfig, ModelConfig, Recipe, Remat, Stage
 from looplm_jax.data.packing import Batch
-from looplm_jax.models import presets
 from looplm_jax.models.looplm import LoopLM
 from looplm_jax.sharding import make_mesh
 from looplm_jax.training.flops import train_flops_per_token
 from looplm_jax.training.program import StagePrograms, place
 from looplm_jax.training.state import initial_state
 
-_BATCH, _LENGTH, _LOOPS, _BETA, _LEARNING_RATE = 8, 256, 4, 0.05, 3e-4
+BATCH, LENGTH, LOOPS = 8, 256, 4
+_BETA, _LEARNING_RATE = 0.05, 3e-4
+EAGER, COMPILED = "PyTorch, eager", "PyTorch, compiled"  # our sides are named after their `remat`
+
+Step = Callable[[], float]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
-    """Seconds of every step of both, and their final losses."""
+    """Seconds of every counted step of one side, and the loss of its last one."""
 
-    ours: list[float]
-    twin: list[float]
-    our_loss: float
-    twin_loss: float
-
-    @property
-    def speedup(self) -> float:
-        """Returns the median over the pairs of the twin's time divided by ours."""
-        return statistics.median(twin / ours for ours, twin in zip(self.ours, self.twin, strict=True))
+    seconds: list[float]
+    loss: float
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measures, prints, and writes the JSON if requested."""
+    """Measures, prints, and writes the JSON file if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=9, help="counted steps of each, after two that are not")
-    parser.add_argument("--remat", choices=[choice.value for choice in Remat], default=Remat.LAYER.value)
-    parser.add_argument("--compile", action="store_true", help="put the twin through torch.compile")
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=9, help="counted steps of each side, after two that are not")
+    parser.add_argument(
+        "--remat",
+        nargs="+",
+        choices=[choice.value for choice in Remat],
+        default=[Remat.DOTS.value],
+        help="what our backward pass recomputes; each is a side of its own (default: dots)",
+    )
+    parser.add_argument("--compile", action="store_true", help="add the twin under torch.compile")
+    parser.add_argument("--memory", action="store_true", help="measure the peak memory of each side instead")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args(argv)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads of PyTorch leave the cores to XLA
 
-    config = presets.small()
-    batch = _batch(config)
-    result = _measure(
-        _our_step(config, Remat(arguments.remat), batch), _twin_step(config, batch, arguments.compile), arguments.steps
+    config = shape(arguments.width, arguments.layers)
+    names = [*arguments.remat, EAGER] + [COMPILED] * arguments.compile
+    if arguments.memory:
+        figures: dict[str, object] = _print_memory(config, names)
+    else:
+        figures = _print_speed(config, _measure(config, names, arguments.steps))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=2))
+
+
+def shape(width: int, layers: int) -> ModelConfig:
+    """Returns a model of this size with heads of width 64."""
+    return ModelConfig(
+        vocab_size=8192,
+        width=width,
+        mlp_width=width * 11 // 4,
+        num_layers=layers,
+        num_heads=width // 64,
+        rope_theta=1e4,
+        max_positions=4096,
     )
 
-    _print(config, result)
-    if arguments.json:
-        arguments.json.write_text(json.dumps({**dataclasses.asdict(result), "speedup": result.speedup}, indent=2))
 
-
-def _measure(ours: Callable[[], float], twin: Callable[[], float], steps: int) -> Result:
-    """Runs both in turn, after two uncounted steps each."""
-    # The first steps include compilation.
-    for step in (ours, twin) * 2:
+def _measure(config: ModelConfig, names: Sequence[str], steps: int) -> dict[str, Result]:
+    sides = {name: _side(name, config) for name in names}
+    for step in [*sides.values()] * 2:
         step()
 
-    our_seconds, twin_seconds = [], []
-    our_loss = twin_loss = 0.0
-
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    losses = {}
     for _ in range(steps):
-        start = time.perf_counter()
-        our_loss = ours()
-        middle = time.perf_counter()
-        twin_loss = twin()
-        our_seconds.append(middle - start)
-        twin_seconds.append(time.perf_counter() - middle)
-
-    return Result(ours=our_seconds, twin=twin_seconds, our_loss=our_loss, twin_loss=twin_loss)
+        for name, step in sides.items():
+            start = time.perf_counter()
+            losses[name] = step()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: Result(seconds=seconds[name], loss=losses[name]) for name in names}
 
 
-# The two steps, and their batch
+# The sides
 
 
-def _our_step(config: ModelConfig, remat: Remat, batch: Batch) -> Callable[[], float]:
-    """Returns a function that runs our step and returns its loss."""
+def _side(name: str, config: ModelConfig) -> Step:
+    if name in (EAGER, COMPILED):
+        return _twin_step(config, compiled=name == COMPILED)
+    return _our_step(config, Remat(name))
+
+
+def _our_step(config: ModelConfig, remat: Remat) -> Step:
     stage = Stage(
-        name="bench", steps=1000, batch_size=_BATCH, sequence_length=_LENGTH, loops=_LOOPS, beta=_BETA,
+        name="bench",
+        steps=1000,
+        batch_size=BATCH,
+        sequence_length=LENGTH,
+        loops=LOOPS,
+        beta=_BETA,
         learning_rate=_LEARNING_RATE,
-    )  # fmt: skip
-
+    )
     compute = ComputeConfig(dtype=Dtype.FLOAT32, remat=remat)
     recipe = Recipe(name="bench", model=config, stages=(stage,), compute=compute)
     model, mesh = LoopLM(config, compute), make_mesh(MeshConfig(data=1), jax.devices()[:1])
     programs = StagePrograms(recipe, model, stage, mesh, first_step=0)
-
     start = time.perf_counter()
-    programs.compile(_LOOPS)
-    print(f"compiled our step in {time.perf_counter() - start:.1f} s")
-    state = initial_state(recipe, model, stage, mesh)
+    programs.compile(LOOPS)
+    print(f"compiled our step in {time.perf_counter() - start:.1f} s", flush=True)
+    batch, state = _batch(config), initial_state(recipe, model, stage, mesh)
 
     def step() -> float:
         nonlocal state
-        state, metrics = programs.run(_LOOPS, state, place(batch, stage, mesh))
+        state, metrics = programs.run(LOOPS, state, place(batch, stage, mesh))
         return float(metrics.loss)
 
     return step
 
 
-def _twin_step(config: ModelConfig, batch: Batch, compiled: bool) -> Callable[[], float]:
-    """Returns a function that runs the twin's step and returns its loss."""
+def _twin_step(config: ModelConfig, *, compiled: bool) -> Step:
     import torch
 
     from experiments.benchmarks.torch_twin import TorchLoopLM, TorchTrainer
 
     model = TorchLoopLM(config)
-    trainer = TorchTrainer(model, _LOOPS, _BETA, _LEARNING_RATE)
+    trainer = TorchTrainer(model, LOOPS, _BETA, _LEARNING_RATE)
     if compiled:
         model.compile()
+    batch = _batch(config)
     tokens, targets = (torch.tensor(part, dtype=torch.int64) for part in (batch.tokens, batch.targets))
     return lambda: trainer.step(tokens, targets)
 
 
 def _batch(config: ModelConfig) -> Batch:
-    """Returns sequences of random tokens, one document each."""
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (_BATCH, _LENGTH + 1), dtype=np.int32)
-    shape = (_BATCH, _LENGTH)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (BATCH, LENGTH + 1), dtype=np.int32)
+    size = (BATCH, LENGTH)
     return Batch(
         tokens=tokens[:, :-1],
         targets=tokens[:, 1:],
-        segment_ids=np.ones(shape, np.int32),
-        positions=np.broadcast_to(np.arange(_LENGTH, dtype=np.int32), shape),
-        loss_mask=np.ones(shape, np.float32),
+        segment_ids=np.ones(size, np.int32),
+        positions=np.broadcast_to(np.arange(LENGTH, dtype=np.int32), size),
+        loss_mask=np.ones(size, np.float32),
     )
 
 
-def _print(config: ModelConfig, result: Result) -> None:
-    """Prints the speed of both, and their ratio."""
-    flops = train_flops_per_token(config, loops=_LOOPS, sequence_length=_LENGTH)
-    for name, seconds, loss in (
-        ("looplm_jax", result.ours, result.our_loss),
-        ("PyTorch twin", result.twin, result.twin_loss),
-    ):
-        rate = _BATCH * _LENGTH / statistics.median(seconds)
-        spread = f"{min(seconds):.2f}-{max(seconds):.2f} s a step"
-        print(f"{name:13} {rate:7.0f} tokens/s  {rate * flops / 1e9:6.1f} GFLOP/s  ({spread}; last loss {loss:.3f})")
-    print(f"speed-up over the twin, median of {len(result.ours)} pairs: {result.speedup:.2f}x")
+# Results
+
+
+def _print_speed(config: ModelConfig, results: dict[str, Result]) -> dict[str, object]:
+    flops = train_flops_per_token(config, loops=LOOPS, sequence_length=LENGTH)
+    for name, result in results.items():
+        rate = BATCH * LENGTH / statistics.median(result.seconds)
+        spread = f"{min(result.seconds):.2f}-{max(result.seconds):.2f} s a step"
+        print(
+            f"{_title(name):27} {rate:7.0f} tokens/s  {rate * flops / 1e9:6.1f} GFLOP/s  "
+            f"({spread}; last loss {result.loss:.3f})"
+        )
+
+    speedups = {}
+    for ours, theirs in itertools.product(results, (EAGER, COMPILED)):
+        if ours not in (EAGER, COMPILED) and theirs in results:
+            pairs = list(zip(results[ours].seconds, results[theirs].seconds, strict=True))
+            ratio = statistics.median(twin / own for own, twin in pairs)
+            speedups[f"{ours} over {theirs}"] = ratio
+            print(f"speed of {_title(ours)} over {theirs}, median of {len(pairs)} pairs: {ratio:.2f}x")
+    return {"sides": {name: dataclasses.asdict(result) for name, result in results.items()}, "speedups": speedups}
+
+
+def _title(name: str) -> str:
+    return name if name in (EAGER, COMPILED) else f"looplm_jax, remat={name}"
+
+
+def _print_memory(config: ModelConfig, names: Sequence[str]) -> dict[str, object]:
+    """Prints the peak memory of three steps of each side, each in a process of its own."""
+    peaks: dict[str, object] = {}
+    context = multiprocessing.get_context("spawn")
+    for name in names:
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_send_peak, args=(sender, name, config))
+        process.start()
+        before, after = receiver.recv()
+        process.join()
+        peaks[name] = {"after_imports": before, "peak": after}
+        mebibytes = after / 2**20, (after - before) / 2**20
+        print(f"{_title(name):27} {mebibytes[0]:6.0f} MiB at the peak, {mebibytes[1]:6.0f} MiB without imports")
+    return {"bytes": peaks}
+
+
+def _send_peak(sender: multiprocessing.connection.Connection, name: str, config: ModelConfig) -> None:
+    if name in (EAGER, COMPILED):
+        import torch  # noqa: F401  (its own memory does not count)
+    before = peak_memory()
+    step = _side(name, config)
+    for _ in range(3):
+        step()
+    sender.send((before, peak_memory()))
 
 
 if __name__ == "__main__":
