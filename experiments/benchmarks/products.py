@@ -148,7 +148,7 @@ def _seconds(run: Callable[[], object]) -> float:
 
 def _xla(product: Product) -> Callable[[], object]:
     batch = tuple(range(product.batch > 1))
-    summed = tuple((len(batch) + axis,) for axis in product.summed)
+    summed = (len(batch) + product.summed[0],), (len(batch) + product.summed[1],)
     left, right = (jnp.asarray(operand) for operand in _operands(product))
     multiply = jax.jit(lambda x, y: jax.lax.dot_general(x, y, (summed, (batch, batch))))
     return lambda: multiply(left, right).block_until_ready()
