@@ -13,19 +13,16 @@ import dataclasses
 import functools
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from looplm_jax.config import ComputeConfig, Dtype, ModelConfig, Remat
-from looplm_jax.convert import convert_to_hf
-from looplm_jax.convert.converted import converted_recipe, write_converted
-from looplm_jax.data.tokenizers import SymbolTokenizer
+from experiments.benchmarks.decode_exported import export
+from experiments.benchmarks.train_step import shape
+from looplm_jax.config import ComputeConfig, Dtype, Remat
 from looplm_jax.inference import Engine, EngineConfig
 from looplm_jax.models.looplm import LoopLM, init_params
 
@@ -45,18 +42,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument(
-        "--chunk",
-        type=int,
-        nargs="+",
-        default=[512, 256],
-        help="EngineConfig.chunk, an engine for each (default: both)",
-    )
+    parser.add_argument("--chunk", type=int, nargs="+", default=[512, 256], help="EngineConfig.chunk of our sides")
     parser.add_argument("--pairs", type=int, default=7, help="turns that all sides take (default: 7)")
     arguments = parser.parse_args(argv)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # so that PyTorch's idle threads leave the cores to ours
 
-    config = _config(arguments.width, arguments.layers)
+    config = shape(arguments.width, arguments.layers)
     model = LoopLM(config, ComputeConfig(dtype=Dtype.FLOAT32, remat=Remat.NONE))
     params = jax.jit(functools.partial(init_params, model))(jax.random.key(0))
     generator = np.random.default_rng(0)
@@ -66,36 +57,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"looplm_jax, chunk={chunk}": functools.partial(_ours, _engine(model, params, chunk), prompts)
         for chunk in arguments.chunk
     }
-    twin = _exported(config, params)
+    twin = export(config, params)
     sides["PyTorch, one after another"] = functools.partial(_one_by_one, twin, prompts)
     sides["PyTorch, one padded batch"] = functools.partial(_padded, twin, prompts)
     _print(_measure(sides, arguments.pairs))
 
 
-def _config(width: int, layers: int) -> ModelConfig:
-    return ModelConfig(
-        vocab_size=8192,
-        width=width,
-        mlp_width=width * 11 // 4,
-        num_layers=layers,
-        num_heads=width // 64,
-        max_positions=1024,
-        loops=4,
-    )
-
-
 def _engine(model: LoopLM, params: Any, chunk: int) -> Engine:
     return Engine(model, params, config=EngineConfig(slots=len(_LENGTHS), capacity=1024, chunk=chunk))
-
-
-def _exported(config: ModelConfig, params: Any) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    with tempfile.TemporaryDirectory() as folder:
-        run, exported = Path(folder) / "run", Path(folder) / "exported"
-        write_converted(run, converted_recipe(run, config), params, SymbolTokenizer(["a", "b"]))
-        convert_to_hf(run, exported)
-        return AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True).eval()
 
 
 def _ours(engine: Engine, prompts: Sequence[list[int]]) -> list[int]:

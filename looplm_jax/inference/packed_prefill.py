@@ -149,7 +149,7 @@ class _Prompts:
         del layer, context
         _, length, num_heads, head_width = queries.shape
         kv_heads = own.keys.shape[2]
-        # With the heads first, each product is over contiguous matrices, which is twice as fast on a CPU.
+        # With the heads first, each product is over contiguous matrices, which is faster on a CPU.
         keys, values = jnp.swapaxes(own.keys[0], 0, 1), jnp.swapaxes(own.values[0], 0, 1)
         scaled = (queries[0] * head_width**-0.5).reshape(length, kv_heads, num_heads // kv_heads, head_width)
         grouped = jnp.moveaxis(scaled, 0, 2)  # [K, G, S, Dh]
