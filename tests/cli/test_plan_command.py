@@ -211,6 +211,7 @@ def planned(monkeypatch):
             floor=Floor(parameters=10**9 - 10**6, cache_read=10**6, cache_written=0),
             sent=0,
             timing=timing if fits else None,
+            reading=2 * 10**6 if request.cache.shares else 0,
             compile_seconds=1.0,
         )
 
@@ -236,6 +237,7 @@ def test_a_plan_of_a_tick(plan_file, planned, tmp_path, capsys):
     assert "1 slot(s) of 64 positions, 10 of each filled; 1 page(s) of 64; cache last, 1 loops, bfloat16" in printed.out
     assert "cache                          3.000        0.000" in printed.out
     assert "copies of the cache            0.000        1.000" in printed.out
+    assert "a prompt of 64 tokens takes 0.002 GB more while it is read" in printed.out
     assert "floor: 1.000 GB (parameters once 0.999, filled cache once 0.001" in printed.out
     assert "ratio: 4.000 (4.000 GB moved)" in printed.out
     assert "at best 4.884 ms a tick (floor 1.221 ms), 204.8 ticks/s" in printed.out

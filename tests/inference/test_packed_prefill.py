@@ -40,7 +40,10 @@ def test_prompts_that_are_read_together_are_answered_as_alone(engine, alone, req
 
 
 def test_one_program_reads_all_that_waits(engine, alone, monkeypatch):
-    """As many prompts as fit a chunk and have a slot, in their order; whichever they are."""
+    """A pack has, in their order, as many prompts as fit a chunk and have a slot.
+
+    The engine has three slots, and fetches the tokens of a pack, which free its slots, after the next pack began.
+    """
     packs, whole = [], engine._decoder.admit_pack
 
     def noted(readings):
@@ -51,7 +54,7 @@ def test_one_program_reads_all_that_waits(engine, alone, monkeypatch):
     tickets = [engine.submit(Request(prompt_ids=(1,) * count, max_new_tokens=1)) for count in (7, 9, 1, 10, 2, 3, 16)]
     before = [program._cache_size() for program in (admit_pack, prefill_chunk, admit)]
     finish(engine, tickets)
-    assert packs == [[7, 9], [1, 10, 2], [3], [16]]
+    assert packs == [[7, 9], [1], [10, 2], [3], [16]]
     assert [program._cache_size() for program in (admit_pack, prefill_chunk, admit)] == before
 
 
