@@ -183,10 +183,18 @@ def test_a_loop_of_a_chunk_reads_the_only_plane_in_place(strategy):
     assert_reads_in_place(chips, chips.loop_of_chunk(strategy))
 
 
+ONE_ROW = pytest.mark.xfail(strict=True, reason="XLA copies a cache of which each device has one row of heads")
+
+
 @pytest.mark.tpu_compile
 @pytest.mark.parametrize(
     ("changes", "tensor"),
-    [({"head_dim": 64}, 1), ({"head_dim": 96}, 1), ({"head_dim": 32}, 4), ({"num_kv_heads": 2}, 2)],
+    [
+        ({"head_dim": 64}, 1),
+        ({"head_dim": 96}, 1),
+        pytest.param({"head_dim": 32}, 4, marks=ONE_ROW),
+        pytest.param({"num_kv_heads": 2}, 2, marks=ONE_ROW),
+    ],
 )
 def test_heads_of_any_width_and_number_are_read_in_place(changes, tensor):
     """By the kernel in a tick, and block after block in a chunk of a prompt. The last two have one row a device."""
