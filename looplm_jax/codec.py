@@ -1,6 +1,7 @@
 """Converts configurations to JSON and back, and overrides single fields by their dotted paths.
 
-A stage is addressed by its name (`stages.pretrain.beta`). `stage.beta` is that field of every stage.
+A stage is addressed by its name (`stages.pretrain.beta`), and its settings for a topology by the topology
+(`stages.pretrain.settings.v5e:16x16.accumulation`). `stage.beta` is that field of every stage.
 """
 
 import dataclasses
@@ -141,9 +142,14 @@ def _join(where: str, name: str) -> str:
     return f"{where}.{name}" if where else name
 
 
+def item_name(item: Mapping[str, Any], index: int) -> str:
+    """Returns what an item of a list goes by in a dotted path: its name, its topology, or else its index."""
+    return str(item.get("name", item.get("topology", index)))
+
+
 def _named(items: tuple[Any, ...]) -> dict[str, Any]:
-    """Returns the items by name, or by index if they have none."""
-    return {getattr(item, "name", str(index)): item for index, item in enumerate(items)}
+    """Returns the items by their names in dotted paths."""
+    return {item_name(vars(item), index): item for index, item in enumerate(items)}
 
 
 def _encode(value: Any) -> Any:
@@ -250,5 +256,5 @@ def _assign(tree: Any, path: list[str], value: Any) -> None:
 
 
 def _named_entry(items: list[dict[str, Any]], key: str) -> dict[str, Any]:
-    """Returns the item of a list with this name or index."""
-    return next(item for index, item in enumerate(items) if item.get("name", str(index)) == key)
+    """Returns the item of a list with this name in dotted paths."""
+    return next(item for index, item in enumerate(items) if item_name(item, index) == key)

@@ -6,6 +6,7 @@ help text of each field is printed by `looplm train --help`.
 
 import dataclasses
 import enum
+import re
 import sys
 import typing
 from collections.abc import Iterable
@@ -16,6 +17,7 @@ from looplm_jax.errors import UserError
 _HELP = "help"
 _TOO_LARGE = 2**63
 _MOST_STEPS = 2**31 - 1  # the step counter of a checkpoint has 32 bits
+_TOPOLOGY = re.compile(r"(?:[1-9]\d* x )?[a-z][a-z0-9-]*:[1-9]\d*(?:x[1-9]\d*)*")
 
 
 # Fields and their validation
@@ -327,6 +329,30 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TopologySettings:
+    """How a stage is computed on one topology, instead of by the recipe's `mesh` and `compute`.
+
+    Nothing here changes what is trained: the results are the same to rounding.
+    """
+
+    topology: str = _field("devices as `looplm plan` names them, such as v5e:16x16, 2 x v5p:4x8x8 or cpu:8")
+    accumulation: int = _field("microbatches of a step")
+    mesh: MeshConfig
+    compute: ComputeConfig
+
+    def __post_init__(self) -> None:
+        _check_kinds(self, "settings")
+        _require(
+            _TOPOLOGY.fullmatch(self.topology) is not None,
+            f"settings.topology must look like v5e:16x16, 2 x v5p:4x8x8 or cpu:8, not {self.topology!r}",
+        )
+        _require(
+            self.accumulation >= 1,
+            f"settings.{self.topology}.accumulation must be at least 1, not {self.accumulation}",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """The AdamW optimizer. Norms and biases have no weight decay."""
 
@@ -449,6 +475,7 @@ class Stage:
     sequence_length: int = _field("tokens in a sequence, S")
     accumulation: int = _field("parts that a batch is cut into to save memory", 1)
     context: int = _field("devices that share a sequence; 0: as mesh.context", 0)
+    settings: tuple[TopologySettings, ...] = _field("how the stage is computed on certain topologies", ())
     loops: int = _field("loops, T", 4)
     min_loops: int = _field("if not 0, each step draws its loops uniformly from min_loops..loops", 0)
     rope_theta: float = _field("base of the rotary embedding from this stage on; 0: as before", 0.0)
@@ -481,6 +508,8 @@ class Stage:
         _require(
             0 <= self.min_loops <= self.loops, f"{where}.min_loops must be in 0..{self.loops}, not {self.min_loops}"
         )
+        topologies = [each.topology for each in self.settings]
+        _require(len(set(topologies)) == len(topologies), f"{where}.settings name a topology twice: {topologies}")
 
         for name in ("context", "rope_theta", "beta", "warmup_steps", "decay_steps", "final_learning_rate"):
             _require(getattr(self, name) >= 0, f"{where}.{name} must not be negative, not {getattr(self, name)}")
@@ -583,6 +612,7 @@ class Recipe:
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     log_every: int = _field("steps between lines of metrics.jsonl", 10)
+    topology: str = _field("topology whose settings the stages use, filled in when a run starts; none: use none", "")
 
     def __post_init__(self) -> None:
         _check_kinds(self, "")
@@ -615,8 +645,24 @@ class Recipe:
         root = self.data.root.replace("{length}", str(stage.sequence_length))
         return dataclasses.replace(self.data, root=root, sources=stage.sources or self.data.sources)
 
+    def settings_of(self, stage: Stage) -> TopologySettings | None:
+        """Returns the settings of a stage for the recipe's topology, or None."""
+        return next((each for each in stage.settings if each.topology == self.topology), None)
+
+    def compute_of(self, stage: Stage) -> ComputeConfig:
+        """Returns how a stage is computed: by its settings for the topology, or else as the recipe says."""
+        settings = self.settings_of(stage)
+        return self.compute if settings is None else settings.compute
+
     def mesh_of(self, stage: Stage) -> MeshConfig:
-        """Returns the mesh of a stage: that of the recipe, with the stage's number of devices per sequence."""
+        """Returns the mesh of a stage.
+
+        It is that of the stage's settings for the topology, or else that of the recipe with the stage's number of
+        devices per sequence.
+        """
+        settings = self.settings_of(stage)
+        if settings is not None:
+            return settings.mesh
         return self.mesh.with_context(stage.context) if stage.context else self.mesh
 
     @property

@@ -27,7 +27,7 @@ RULES = (
     Rule(("name", "description", "log_every"), True, "how the run is called and logged"),
     Rule(("checkpoint.*", "evaluation.*"), True, "when the run is saved and measured, and how much of that is kept"),
     Rule(
-        ("compute.*", "mesh.*", "stages.*.accumulation", "stages.*.context"),
+        ("compute.*", "mesh.*", "topology", "stages.*.accumulation", "stages.*.context", "stages.*.settings*"),
         True,
         "how a step is computed: the batches are the same, and the result is the same to rounding",
     ),

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from looplm_jax.codec import item_name
 from looplm_jax.errors import UserError
 from looplm_jax.resume import may_differ
 
@@ -42,10 +43,10 @@ def check_same_run(folder: str, saved: dict[str, Any], wanted: dict[str, Any]) -
 def _fields(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Yields every plain value with its dotted path.
 
-    An item of a list of dictionaries is named by its `name`, or else by its index.
+    An item of a list of dictionaries is named as in the codec: by its name, its topology, or its index.
     """
     if isinstance(value, list) and any(isinstance(item, dict) for item in value):
-        value = {str(item.get("name", index)): item for index, item in enumerate(value)}
+        value = {item_name(item, index): item for index, item in enumerate(value)}
     if not isinstance(value, dict):
         yield path, value
         return

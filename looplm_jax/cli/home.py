@@ -7,7 +7,7 @@ from typing import Any
 
 _PATHS = (
     *("checkpoint", "data", "decontaminate", "folder", "include_path", "json", "out", "prompt_file", "recipe", "root"),
-    *("sources", "tokenizer"),
+    *("sources", "tokenizer", "write"),
 )
 
 

@@ -39,7 +39,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="try accumulation, remat, mesh, gathering and reduction; print the best choices",
     )
     parser.add_argument(
-        "--write", type=Path, metavar="FILE", help="--search: write the recipe with the fastest choice to this .json"
+        "--write",
+        type=Path,
+        metavar="FILE",
+        help="--search: write the recipe with the fastest choices, as settings for the topology, to this .json",
     )
     parser.add_argument(
         "--limit", type=int, help="--search: programs compiled for a stage, the most promising (default: 8)"
@@ -85,7 +88,8 @@ def run(arguments: argparse.Namespace) -> int:
     return run_plan(
         PlanRequest(
             recipe=recipe,
-            given=arguments.recipe,
+            typed=arguments.recipe,
+            given=frozenset(parse_flags(arguments.overrides)),
             topology=arguments.topology,
             slices=1 if arguments.slices is None else arguments.slices,
             stages=tuple(arguments.stage or ()),

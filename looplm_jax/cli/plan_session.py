@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,13 +13,15 @@ from looplm_jax import strict_json
 from looplm_jax.cli.interrupts import leave
 from looplm_jax.cli.plan_tables import print_search, print_stage
 from looplm_jax.codec import to_dict
-from looplm_jax.config import Recipe, Stage
+from looplm_jax.config import Recipe, Stage, TopologySettings
 from looplm_jax.errors import UserError, suggest
 from looplm_jax.files import pasted
-from looplm_jax.planning.search import Candidate, SearchResult, chosen_recipe, search
+from looplm_jax.planning.search import Candidate, fastest_settings, search
 from looplm_jax.planning.stage_plan import StagePlan, plan_stage
 from looplm_jax.planning.targets import HERE, Target, find_target
 from looplm_jax.printing import show, visible
+from looplm_jax.recipes.topologies import on_topology, settings_in_use, with_settings
+from looplm_jax.sharding import topology_name
 from looplm_jax.training.program import stage_mesh
 from looplm_jax.training.progress import progress_console
 from looplm_jax.training.signals import Stopped, StopRequest
@@ -29,10 +31,14 @@ R = TypeVar("R")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanRequest:
-    """The request of a user; `given` is the recipe as it was typed."""
+    """The request of a user.
+
+    `typed` is the recipe as the user typed it; `given` has the dotted paths of the fields that flags set.
+    """
 
     recipe: Recipe
-    given: str
+    typed: str
+    given: frozenset[str] = frozenset()
     topology: str
     slices: int = 1
     stages: tuple[str, ...] = ()
@@ -66,14 +72,19 @@ class Progress:
 def run_plan(request: PlanRequest) -> int:
     """Plans every requested stage. Returns 1 if one does not fit; a signal ends the process."""
     check_out(request.out)
-    stages = _chosen_stages(request)
-    _check_write(request, stages)
-
+    _check_write(request.write)
     target = find_target(request.topology, request.slices)
+    if not request.search:
+        request = dataclasses.replace(
+            request, recipe=on_topology(request.recipe, topology_name(target.devices), request.given)
+        )
+    stages = _chosen_stages(request)
     for stage in stages:
         stage_mesh(request.recipe, stage, target.devices)  # refuses a bad mesh before compiling
     console, out = progress_console(), Console(highlight=False, soft_wrap=True)
 
+    if not request.search and (settings := settings_in_use(request.recipe)):
+        out.print(settings, markup=False)
     with StopRequest() as stop:
         try:
             progress = Progress(console, stop)
@@ -107,7 +118,7 @@ def _search_all(
 ) -> tuple[list[dict], bool]:
     """Searches each stage. Returns the trials as JSON values, and whether every stage has one that fits."""
     found: list[dict] = []
-    fits = True
+    chosen: dict[str, TopologySettings] = {}
     for stage in stages:
         # `name` is a default argument, so that it is bound in this iteration.
         def compiled(candidate: Candidate, number: int, count: int, name: str = stage.name) -> StagePlan:
@@ -116,10 +127,11 @@ def _search_all(
 
         result = search(request.recipe, stage, target, compiled, limit=request.limit)
         print_search(stage.name, result, out)
-        fits = fits and bool(result.best)
-        _write_recipe(request.write, result)
+        if result.best:
+            chosen[stage.name] = fastest_settings(result)
         found += [{"flags": trial.candidate.flags, **dataclasses.asdict(trial.plan)} for trial in result.trials]
-    return found, fits
+    _write_recipe(request, chosen)
+    return found, len(chosen) == len(stages)
 
 
 # Checks before planning
@@ -142,30 +154,27 @@ def check_out(out: Path | None) -> None:
         raise UserError(f"there is no folder {out.parent} to write {out.name} to")
 
 
-def _check_write(request: PlanRequest, stages: Sequence[Stage]) -> None:
+def _check_write(out: Path | None) -> None:
     """Raises UserError if `--write` cannot be used."""
-    check_out(request.write)
-    if request.write is None:
-        return
-
-    if request.write.suffix != ".json":
-        raise UserError(f"--write {request.write} must end in .json, as recipes do")
-    # One recipe file has one set of compute.* and mesh.* fields.
-    if len(stages) > 1:
-        raise UserError(
-            "compute.* and mesh.* are the same for all stages; name the one to choose them for with --stage"
-        )
+    check_out(out)
+    if out is not None and out.suffix != ".json":
+        raise UserError(f"--write {out} must end in .json, as recipes do")
 
 
 # After planning
 
 
-def _write_recipe(out: Path | None, result: SearchResult) -> None:
-    """Writes the recipe of the fastest choice, if requested."""
-    recipe = chosen_recipe(result)
-    if out is not None and recipe is not None:
-        out.write_text(strict_json.dumps(to_dict(recipe), indent=2) + "\n")
-        show(f"wrote {out}")
+def _write_recipe(request: PlanRequest, chosen: Mapping[str, TopologySettings]) -> None:
+    """Writes the recipe with the chosen settings of each stage that fits, if requested and if one fits."""
+    if request.write is None or not chosen:
+        return
+    recipe = request.recipe
+    stages = tuple(
+        with_settings(stage, chosen[stage.name]) if stage.name in chosen else stage for stage in recipe.stages
+    )
+    recipe = dataclasses.replace(recipe, stages=stages)
+    request.write.write_text(strict_json.dumps(to_dict(recipe), indent=2) + "\n")
+    show(f"wrote {request.write}")
 
 
 def write_plan(out: Path | None, plan: list[dict]) -> None:
@@ -186,8 +195,8 @@ def _next(request: PlanRequest, fits: bool) -> str:
         )
 
     if request.search:
-        command = f"looplm plan {pasted(request.given)} --topology {shlex.quote(request.topology)}"
-        return f"next: {command}  # with the flags you like best"
+        command = f"looplm plan {pasted(request.typed)} --topology {shlex.quote(request.topology)}"
+        return f"next: {command}  # with the flags you like best, or the same command with --write FILE.json"
 
     where = "" if request.topology == HERE else f"on {request.topology}, "
-    return f"next: looplm train --recipe {pasted(request.given)} --data.root YOUR_DATA  # {where}with the same flags"
+    return f"next: looplm train --recipe {pasted(request.typed)} --data.root YOUR_DATA  # {where}with the same flags"

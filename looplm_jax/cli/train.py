@@ -95,7 +95,12 @@ def run(arguments: argparse.Namespace) -> int:
     )
 
     profile = ProfiledSteps.parse(arguments.profile_steps) if arguments.profile_steps else None
-    options = Options(told=told, profile=profile, wandb_project=arguments.wandb)
+    options = Options(
+        given=frozenset(codec.parse_flags(arguments.overrides)),
+        told=told,
+        profile=profile,
+        wandb_project=arguments.wandb,
+    )
     return run_training(recipe, any_path(arguments.out or _default_folder(recipe)), options)
 
 

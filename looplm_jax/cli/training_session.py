@@ -16,7 +16,8 @@ from looplm_jax.evaluation.run_report import evaluate_command, write_run_report
 from looplm_jax.files import AnyPath
 from looplm_jax.models.looplm import count_params
 from looplm_jax.printing import show
-from looplm_jax.sharding import require_compilation, require_platform
+from looplm_jax.recipes.topologies import on_topology, settings_in_use
+from looplm_jax.sharding import require_compilation, require_platform, topology_name
 from looplm_jax.training.metrics import EventSink
 from looplm_jax.training.profiling import ProfiledSteps
 from looplm_jax.training.progress import progress_console
@@ -28,8 +29,9 @@ _NEWS_SECONDS = 5.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Options of a user in addition to the recipe."""
+    """Options of a user in addition to the recipe. `given` has the dotted paths of the fields that flags set."""
 
+    given: frozenset[str] = frozenset()
     told: Join = dataclasses.field(default_factory=Join)
     profile: ProfiledSteps | None = None
     wandb_project: str | None = None
@@ -67,7 +69,10 @@ def _run_training(recipe: Recipe, out: AnyPath, options: Options, cluster: Clust
     require_compilation()
     # Only process 0 reports.
     console = progress_console(quiet=cluster.index > 0)
+    recipe = on_topology(recipe, topology_name(jax.devices()), options.given)
     console.print(_announcement(recipe, out, cluster))
+    if settings := settings_in_use(recipe):
+        console.print(settings, markup=False)
 
     try:
         outcome = train(

@@ -19,14 +19,14 @@ def advice(
 
 
 def _to_fit(recipe: Recipe, stage: Stage, mesh: Mesh, memory: Memory) -> Iterator[str]:
-    shares = mesh.shape["data"] * mesh.shape["fsdp"]
-    if recipe.compute.reduce is Reduce.STEP:
+    compute, shares = recipe.compute_of(stage), mesh.shape["data"] * mesh.shape["fsdp"]
+    if compute.reduce is Reduce.STEP:
         yield "hold gradients in the type of the matrix products: --compute.reduce microbatch"
-    elif recipe.compute.reduce is Reduce.MICROBATCH:
+    elif compute.reduce is Reduce.MICROBATCH:
         yield "hold the shards of gradients alone: --compute.reduce loop"
-    elif recipe.compute.gather is Gather.PER_STEP:
+    elif compute.gather is Gather.PER_STEP:
         yield "gather the weights of each layer when it runs: --compute.gather per_layer"
-    if recipe.compute.remat in (Remat.NONE, Remat.DOTS, Remat.SAVE_QKV, Remat.SAVE_OUTPUTS):
+    if compute.remat in (Remat.NONE, Remat.DOTS, Remat.SAVE_QKV, Remat.SAVE_OUTPUTS):
         yield "compute the layers again in the backward pass: --compute.remat layer"
     parts = next_accumulation(stage, shares)
     if parts is not None:
@@ -34,7 +34,7 @@ def _to_fit(recipe: Recipe, stage: Stage, mesh: Mesh, memory: Memory) -> Iterato
     state = memory.parameters + memory.optimizer
     if mesh.shape["data"] > 1 and memory.capacity and state > _MUCH * memory.capacity:
         yield "spread the parameters over all devices: --mesh.data 1 --mesh.fsdp -1"
-    if parts is None and recipe.compute.remat is Remat.LAYER:
+    if parts is None and compute.remat is Remat.LAYER:
         yield "keep what layers start from in the memory of the host: --compute.remat offload"
     if parts is None:
         more = 2 * mesh.shape["context"]

@@ -4,13 +4,24 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
-from looplm_jax.config import ComputeConfig, Gather, MeshConfig, ModelConfig, Recipe, Reduce, Remat, Stage
+from looplm_jax.config import (
+    ComputeConfig,
+    Gather,
+    MeshConfig,
+    ModelConfig,
+    Recipe,
+    Reduce,
+    Remat,
+    Stage,
+    TopologySettings,
+)
 from looplm_jax.errors import UserError
 from looplm_jax.models.looplm import LoopLM
 from looplm_jax.planning.memory import shard_bytes
 from looplm_jax.planning.stage_plan import StagePlan
 from looplm_jax.planning.targets import Target
 from looplm_jax.planning.timing import recomputed_flops
+from looplm_jax.sharding import topology_name
 from looplm_jax.training.program import stage_mesh
 from looplm_jax.training.state import abstract_state
 
@@ -29,10 +40,11 @@ _MOST_SEQUENCES = 8  # of a device at one time
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A stage with settings to try, and the flags that say so. `weight` is the promise: small is better."""
+    """Settings of a stage to try: in the recipe, alone, and as flags. The smallest `weight` is the most promising."""
 
     recipe: Recipe
     stage: Stage
+    settings: TopologySettings
     flags: str
     weight: tuple[float, ...]
 
@@ -67,9 +79,9 @@ def search(recipe: Recipe, stage: Stage, target: Target, compile_plan: Compile, 
     if limit < 1:
         raise UserError(f"--limit must be at least 1, not {limit}")
     everything = list(candidates(recipe, stage, target))
-    states = {each.recipe.mesh: each for each in everything}  # one of each mesh, on which alone the state depends
+    states = {each.settings.mesh: each for each in everything}  # one of each mesh, on which alone the state depends
     sizes = {mesh: _state_bytes(each, target) for mesh, each in states.items()}
-    possible = [each for each in everything if can_fit(each, target, sizes[each.recipe.mesh])]
+    possible = [each for each in everything if can_fit(each, target, sizes[each.settings.mesh])]
     if not possible:
         raise UserError(f"no setting of stage {stage.name} fits {target.name}, by arithmetic alone; use more devices")
     chosen = sorted(possible, key=lambda each: each.weight)[:limit]
@@ -87,20 +99,25 @@ def search(recipe: Recipe, stage: Stage, target: Target, compile_plan: Compile, 
 
 def candidates(recipe: Recipe, stage: Stage, target: Target) -> Iterator[Candidate]:
     """Every combination of mesh, accumulation, remat policy, gathering and reduction that divides over the devices."""
+    topology = topology_name(target.devices)
     for mesh, remat, (gather, reduce) in itertools.product(_meshes(len(target.devices)), _REMATS, _EXCHANGES):
         compute = dataclasses.replace(recipe.compute, remat=remat, gather=gather, reduce=reduce)
         shares = mesh.data * mesh.fsdp
         for parts in _accumulations(stage, shares):
-            changed = dataclasses.replace(stage, accumulation=parts, context=0)
+            settings = TopologySettings(topology=topology, accumulation=parts, mesh=mesh, compute=compute)
+            changed = dataclasses.replace(stage, accumulation=parts, settings=(settings,))
             stages = tuple(changed if each is stage else each for each in recipe.stages)
-            tried = dataclasses.replace(recipe, stages=stages, compute=compute, mesh=mesh)
+            tried = dataclasses.replace(recipe, stages=stages, topology=topology)
             try:
                 stage_mesh(tried, changed, target.devices)
             except UserError:
                 continue
             if gather is Gather.PER_STEP and mesh.fsdp * mesh.context == 1:
                 continue  # nothing is spread
-            yield Candidate(recipe=tried, stage=changed, flags=_flags(tried, changed), weight=_weight(tried, changed))
+            weight = _weight(recipe.model_of(stage), changed, settings)
+            yield Candidate(
+                recipe=tried, stage=changed, settings=settings, flags=_flags(stage, settings), weight=weight
+            )
 
 
 def can_fit(candidate: Candidate, target: Target, state_bytes: int) -> bool:
@@ -109,7 +126,7 @@ def can_fit(candidate: Candidate, target: Target, state_bytes: int) -> bool:
     """
     if target.capacity is None:
         return True
-    stage, mesh, compute = candidate.stage, candidate.recipe.mesh, candidate.recipe.compute
+    stage, mesh, compute = candidate.stage, candidate.settings.mesh, candidate.settings.compute
     needed = state_bytes
     if compute.gather is Gather.PER_STEP:
         copies = _BYTES + _GRADIENT_BYTES[compute.reduce]
@@ -125,21 +142,9 @@ def pareto(trials: Sequence[Trial]) -> tuple[Trial, ...]:
     return tuple(trial for trial in fitting if not any(_beats(other, trial) for other in fitting))
 
 
-def chosen_recipe(result: SearchResult) -> Recipe | None:
-    """Returns the recipe with the fastest settings that fit, or None if none does.
-
-    Devices that share a sequence become the stage's own, so that the other stages keep theirs.
-    """
-    if not result.best:
-        return None
-    candidate = min(result.best, key=_time).candidate
-    recipe, stage, mesh = candidate.recipe, candidate.stage, candidate.recipe.mesh
-    own = dataclasses.replace(stage, context=mesh.context if mesh.context > 1 else 0)
-    return dataclasses.replace(
-        recipe,
-        stages=tuple(own if each is stage else each for each in recipe.stages),
-        mesh=dataclasses.replace(mesh, fsdp=mesh.fsdp * mesh.context, context=1),
-    )
+def fastest_settings(result: SearchResult) -> TopologySettings:
+    """Returns the fastest settings that fit. Raises ValueError if none do."""
+    return min(result.best, key=_time).candidate.settings
 
 
 def stack_parameters(model: ModelConfig) -> int:
@@ -154,7 +159,7 @@ def _kept_widths(candidate: Candidate) -> int:
     model = candidate.recipe.model
     inner, kv_inner = model.num_heads * model.head_width, model.kv_heads * model.head_width
     starts, outputs, heads = model.width, model.width + inner, inner + 2 * kv_inner
-    match candidate.recipe.compute.remat:
+    match candidate.settings.compute.remat:
         case Remat.LAYER:
             return model.num_layers * starts
         case Remat.SAVE_OUTPUTS:
@@ -168,7 +173,7 @@ def _kept_widths(candidate: Candidate) -> int:
 
 def _state_bytes(candidate: Candidate, target: Target) -> int:
     recipe, stage = candidate.recipe, candidate.stage
-    model = LoopLM(recipe.model_of(stage), recipe.compute)
+    model = LoopLM(recipe.model_of(stage), candidate.settings.compute)
     return shard_bytes(abstract_state(recipe, model, stage, stage_mesh(recipe, stage, target.devices)))
 
 
@@ -195,13 +200,13 @@ def _accumulations(stage: Stage, shares: int) -> Iterator[int]:
             yield parts
 
 
-def _weight(recipe: Recipe, stage: Stage) -> tuple[float, ...]:
+def _weight(model: ModelConfig, stage: Stage, settings: TopologySettings) -> tuple[float, ...]:
     """Returns what is recomputed; devices that share heads or sequences; how often weights and gradients are sent;
     microbatches; copies.
     """
-    mesh = recipe.mesh
-    again = recomputed_flops(recipe.model_of(stage), stage, recipe.compute.remat)
-    return again, mesh.tensor * mesh.context, _times_sent(recipe.compute, stage), stage.accumulation, mesh.data
+    mesh, compute = settings.mesh, settings.compute
+    again = recomputed_flops(model, stage, compute.remat)
+    return again, mesh.tensor * mesh.context, _times_sent(compute, stage), stage.accumulation, mesh.data
 
 
 def _times_sent(compute: ComputeConfig, stage: Stage) -> int:
@@ -215,9 +220,13 @@ def _times_sent(compute: ComputeConfig, stage: Stage) -> int:
     return passes + (1 if compute.gather is Gather.PER_STEP else 2 * passes)
 
 
-def _flags(recipe: Recipe, stage: Stage) -> str:
-    sizes = {name: size for name, size in dataclasses.asdict(recipe.mesh).items() if size > 1 or name == "fsdp"}
-    mesh = " ".join(f"--mesh.{name} {size}" for name, size in ({"data": 1} | sizes).items())
+def _flags(stage: Stage, settings: TopologySettings) -> str:
+    """Returns the settings as flags of `looplm plan` and `looplm train`, which then divide the devices alike."""
+    mesh, where = settings.mesh, f"--stages.{stage.name}"
+    sizes = {"data": mesh.data, "fsdp": mesh.fsdp * mesh.context, "tensor": mesh.tensor}
+    axes = " ".join(f"--mesh.{name} {size}" for name, size in sizes.items() if size > 1 or name != "tensor")
+    if mesh.context > 1 or stage.context:
+        axes += f" {where}.context {mesh.context}"
     names = ("remat", "gather", "reduce")
-    compute = " ".join(f"--compute.{name} {getattr(recipe.compute, name).value}" for name in names)
-    return f"--stages.{stage.name}.accumulation {stage.accumulation} {compute} {mesh}"
+    compute = " ".join(f"--compute.{name} {getattr(settings.compute, name).value}" for name in names)
+    return f"{where}.accumulation {settings.accumulation} {compute} {axes}"

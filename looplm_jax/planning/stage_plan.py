@@ -56,7 +56,8 @@ def plan_stage(recipe: Recipe, stage: Stage, target: Target) -> StagePlan:
       UserError: the model or the batches do not divide over the target's devices.
     """
     mesh = stage_mesh(recipe, stage, target.devices)
-    model = LoopLM(recipe.model_of(stage), recipe.compute)
+    compute = recipe.compute_of(stage)
+    model = LoopLM(recipe.model_of(stage), compute)
     state = abstract_state(recipe, model, stage, mesh)
     started = time.perf_counter()
     program, memory = _compile(recipe, model, stage, mesh, state, target)
@@ -64,9 +65,7 @@ def plan_stage(recipe: Recipe, stage: Stage, target: Target) -> StagePlan:
     inside = None if program is None else _look_inside(program.as_text() or "", model, mesh, state)
     timing = None
     if inside is not None:
-        timing = estimate(
-            model.config, stage, recipe.compute.remat, target, inside.collectives, devices=mesh.devices.size
-        )
+        timing = estimate(model.config, stage, compute.remat, target, inside.collectives, devices=mesh.devices.size)
     fits = program is not None and (memory.capacity is None or memory.total <= memory.capacity)
     return StagePlan(
         stage=stage.name,

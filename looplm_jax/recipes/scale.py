@@ -56,6 +56,7 @@ def _tiny_stage(stage: Stage) -> Stage:
         batch_size=_SEQUENCES,
         accumulation=min(stage.accumulation, 2),
         context=0,
+        settings=(),
         sequence_length=max(stage.sequence_length // 256, _SHORTEST),
         warmup_steps=warmup,
         decay_steps=min(stage.decay_steps, _STEPS - warmup),

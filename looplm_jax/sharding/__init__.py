@@ -29,6 +29,7 @@ from looplm_jax.sharding.sequences import (
     whole_sequences,
 )
 from looplm_jax.sharding.tokens import on_own_tokens
+from looplm_jax.sharding.topology import topology_name
 
 __all__ = [
     "LOGICAL_AXIS_RULES",
@@ -57,6 +58,7 @@ __all__ = [
     "target_platform",
     "to_host",
     "token_axes",
+    "topology_name",
     "use_mesh",
     "whole_length",
     "whole_sequences",

@@ -20,7 +20,7 @@ from looplm_jax.models.looplm import LoopLM
 from looplm_jax.printing import literal
 from looplm_jax.training.goodput import Activity, Stopwatch
 from looplm_jax.training.program import stage_mesh
-from looplm_jax.training.resuming import with_window
+from looplm_jax.training.resuming import changed_settings, with_window
 from looplm_jax.training.run_folder import RunFolder, claim_folder
 from looplm_jax.training.start import Start, describe_start, read_start, started_state
 from looplm_jax.training.state import TrainState, abstract_state, initial_state
@@ -92,7 +92,7 @@ def prepare(
     # Whatever does not fit is refused before anything is written.
     meshes = tuple(stage_mesh(recipe, stage) for stage in recipe.stages)
     corpora = _open_corpora(recipe, console)
-    models = tuple(LoopLM(recipe.model_of(stage), recipe.compute) for stage in recipe.stages)
+    models = tuple(LoopLM(recipe.model_of(stage), recipe.compute_of(stage)) for stage in recipe.stages)
 
     store = CheckpointStore(folder.checkpoints, keep=recipe.checkpoint.keep)
     goes_on = bool(store.steps())
@@ -248,5 +248,7 @@ def _restore(
     stage = stages.index(restored.metadata.extra["stage"])
     console.print(f"going on from step {restored.step} of stage {stages[stage]}")
 
+    for note in changed_settings(restored.metadata.saved_recipe(), recipe, stage):
+        console.print(note, markup=False)
     state = dataclasses.replace(restored.state, guard=with_window(restored.state.guard, recipe.guard))
     return Position(state=state, stage=stage, data_state=restored.metadata.data_state)
