@@ -25,9 +25,11 @@ from looplm_jax.config import (
     Recipe,
     RecordKind,
     Reduce,
+    Remat,
     Schedule,
     SourceConfig,
     Stage,
+    TopologySettings,
 )
 from looplm_jax.models import presets
 
@@ -56,15 +58,20 @@ _MID_TRAIN = (("sft-mix", 90), (_PRETRAIN, 30), (_ANNEAL, 180))  # billions of t
 _THINKING = {"thinking-math": 3500, "thinking-code": 3200, "thinking-science": 808, "thinking-chat": 767}  # thousands
 
 
-# A v5e holds the gradient of all parameters of the smaller model, but not of the larger one. `docs/planning.md` has the
-# settings for chips with more memory.
+# A v5e holds the gradient of all parameters of the smaller model, but not of the larger one.
 _ONCE_A_STEP = ComputeConfig(gather=Gather.PER_STEP, reduce=Reduce.STEP)
 _IN_EVERY_LOOP = ComputeConfig(gather=Gather.PER_STEP, reduce=Reduce.LOOP)
+
+# What the memory of a topology lets a stage of Ouro-1.4B save for the backward pass, by `looplm plan`.
+_SAVED_1_4B = {
+    "pretrain-1": {"v6e:16x16": Remat.SAVE_QKV, "v5p:4x8x8": Remat.DOTS},
+    "pretrain-3": {"v5e:16x16": Remat.SAVE_OUTPUTS},
+}
 
 
 def ouro_1_4b() -> Recipe:
     """Ouro-1.4B: 24 layers, from nothing through 7.7T tokens, then Stage II for the gate."""
-    stages = (*_first_stages(), *_later_stages())
+    stages = tuple(_with_saved(stage) for stage in (*_first_stages(), *_later_stages()))
     return _recipe("ouro-1.4b", ouro_1_4b.__doc__, presets.ouro_1_4b(), stages, _ONCE_A_STEP)
 
 
@@ -83,6 +90,20 @@ def ouro_2_6b_thinking() -> Recipe:
     """Ouro-2.6B-Thinking: fine-tuning on 8.3M chats. Start it from `ouro-2.6b`."""
     stages = (_fine_tuning(),)
     return _recipe("ouro-2.6b-thinking", ouro_2_6b_thinking.__doc__, presets.ouro_2_6b(), stages, _IN_EVERY_LOOP)
+
+
+def _with_saved(stage: Stage) -> Stage:
+    """Returns a stage of Ouro-1.4B with its settings for topologies of 256 chips."""
+    settings = tuple(
+        TopologySettings(
+            topology=topology,
+            accumulation=stage.accumulation,
+            mesh=MeshConfig(data=1, fsdp=256),
+            compute=dataclasses.replace(_ONCE_A_STEP, remat=remat),
+        )
+        for topology, remat in _SAVED_1_4B.get(stage.name, {}).items()
+    )
+    return dataclasses.replace(stage, settings=settings)
 
 
 def _recipe(
