@@ -55,7 +55,11 @@ def test_a_search_prints_what_nothing_beats(plan_file, tmp_path, capsys):
     assert main(["plan", plan_file, "--topology", "here", "--search", "--limit", "2", "--write", str(chosen)]) == 0
     printed = capsys.readouterr()
     assert f"wrote {chosen}\nnext: looplm plan {chosen} --topology here" in printed.out
-    assert read_recipe(chosen).stages[0].name == "only"
+    written, given = read_recipe(chosen), read_recipe(plan_file)
+    (settings,) = written.stages[0].settings
+    assert settings.topology == "cpu:8"
+    assert dataclasses.replace(written.stages[0], settings=()) == given.stages[0]
+    assert (written.mesh, written.compute) == (given.mesh, given.compute)
     assert "(2 of 2) for 8 x cpu" in printed.err
     assert "--stages.only.accumulation 1" in printed.out
     assert "*" in printed.out

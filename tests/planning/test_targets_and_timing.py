@@ -6,12 +6,12 @@ import jax
 import pytest
 from plan_cases import GATE, MODEL, STAGE, recipe_with, with_stage
 
-from looplm_jax.config import Gather, MeshConfig, Reduce, Remat
+from looplm_jax.config import ComputeConfig, Gather, MeshConfig, Reduce, Remat, TopologySettings
 from looplm_jax.errors import UserError
 from looplm_jax.planning.advice import advice, next_accumulation
 from looplm_jax.planning.collectives import Collective
 from looplm_jax.planning.memory import Memory
-from looplm_jax.planning.search import Candidate, SearchResult, Trial, candidates, chosen_recipe, pareto, search
+from looplm_jax.planning.search import Candidate, SearchResult, Trial, candidates, fastest_settings, pareto, search
 from looplm_jax.planning.stage_plan import StagePlan
 from looplm_jax.planning.targets import Target, find_target, without_network
 from looplm_jax.planning.timing import estimate, recomputed_flops, step_flops
@@ -141,7 +141,9 @@ def trial(step, size, *, fits=True):
         advice=(),
         compile_seconds=0.0,
     )
-    return Trial(candidate=Candidate(recipe=recipe_with(), stage=STAGE, flags="", weight=()), plan=plan)
+    settings = TopologySettings(topology="v5e:2x2", accumulation=1, mesh=MeshConfig(), compute=ComputeConfig())
+    candidate = Candidate(recipe=recipe_with(), stage=STAGE, settings=settings, flags="", weight=())
+    return Trial(candidate=candidate, plan=plan)
 
 
 def test_what_nothing_beats():
@@ -149,18 +151,12 @@ def test_what_nothing_beats():
     assert pareto([fast, small, beaten, alike, broken]) == (fast, small, alike)
 
 
-def test_the_chosen_recipe_leaves_other_stages_as_they_are():
-    """The fastest choice is written with its devices of a sequence in the stage, and the rest of its mesh for all."""
+def test_the_fastest_settings_that_fit_are_chosen():
     fast, slow = trial(1, 9), trial(2, 1)
-    mesh, stage = MeshConfig(data=2, fsdp=2, context=2), with_stage(accumulation=4)
-    recipe = recipe_with(stage, GATE, mesh=mesh, remat=Remat.SAVE_QKV)
-    fast = dataclasses.replace(fast, candidate=Candidate(recipe=recipe, stage=stage, flags="", weight=()))
-    chosen = chosen_recipe(SearchResult(trials=(fast, slow), best=(slow, fast), cannot_fit=0, passed_over=0))
-    assert chosen.mesh == MeshConfig(data=2, fsdp=4)
-    assert chosen.compute == recipe.compute
-    assert chosen.stages == (dataclasses.replace(stage, context=2), GATE)
-    assert chosen.mesh_of(chosen.stages[0]) == mesh
-    assert chosen_recipe(SearchResult(trials=(slow,), best=(), cannot_fit=0, passed_over=0)) is None
+    own = dataclasses.replace(fast.candidate.settings, mesh=MeshConfig(data=2, fsdp=2, context=2), accumulation=4)
+    fast = dataclasses.replace(fast, candidate=dataclasses.replace(fast.candidate, settings=own))
+    result = SearchResult(trials=(fast, slow), best=(slow, fast), cannot_fit=0, passed_over=0)
+    assert fastest_settings(result) == own
 
 
 def test_candidates_divide_and_name_their_flags():
@@ -169,11 +165,14 @@ def test_candidates_divide_and_name_their_flags():
     assert len(tried) > 100
     assert len({each.flags for each in tried}) == len(tried)
     for each in tried:
-        sizes = dataclasses.astuple(each.recipe.mesh)
+        assert each.recipe.mesh_of(each.stage) == each.settings.mesh
+        assert each.recipe.compute_of(each.stage) == each.settings.compute
+        assert each.stage.accumulation == each.settings.accumulation
+        sizes = dataclasses.astuple(each.settings.mesh)
         assert sizes[0] * sizes[1] * sizes[2] * sizes[3] == 8
         assert each.stage.batch_size % (each.stage.accumulation * sizes[0] * sizes[1]) == 0
         assert each.recipe.stages == (each.stage,)
-    assert {each.recipe.compute.reduce for each in tried} == set(Reduce)
+    assert {each.settings.compute.reduce for each in tried} == set(Reduce)
 
 
 def test_what_cannot_fit_is_not_compiled():
