@@ -46,19 +46,48 @@ class StepFolder:
     committed: bool
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Writing:
-    """A step that is being written asynchronously."""
+class LostFolderError(FileNotFoundError):
+    """The folder of the steps was moved or removed during a save."""
 
-    response: ocp.AsyncResponse[None]
+
+class Writing:
+    """A step that is being written asynchronously.
+
+    Args:
+      response: what Orbax returned for the save.
+      folder: the folder of all steps.
+    """
+
+    def __init__(self, response: ocp.AsyncResponse[None], folder: epath.Path):
+        self._response, self._folder = response, folder
+        # An open folder keeps its inode number, so that a folder that replaces it has another one.
+        self._opened = None if in_bucket(folder) else os.open(folder, os.O_RDONLY)
 
     def result(self) -> None:
-        """Waits for the commit and raises the error of a failed save.
+        """Waits for the commit and raises the error of a failed save. Must be called once.
 
         After an error the log filter stays, because threads of Orbax may log the same error for a while.
+
+        Raises:
+          LostFolderError: the save failed, and the folder of the steps was moved or removed meanwhile.
         """
-        self.response.result()
+        try:
+            self._response.result()
+        except Exception as error:
+            # Orbax then raises errors of many types, such as a ValueError about missing metadata.
+            if not self._is_lost():
+                raise
+            raise LostFolderError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(self._folder)) from error
+        finally:
+            if self._opened is not None:
+                os.close(self._opened)
         logging.getLogger("absl").removeFilter(_is_no_echo)
+
+    def _is_lost(self) -> bool:
+        try:
+            return self._opened is not None and not os.path.samestat(os.stat(self._folder), os.fstat(self._opened))
+        except (FileNotFoundError, NotADirectoryError):
+            return True
 
 
 # Listing
@@ -150,7 +179,7 @@ def start_writing(
     logging.getLogger("absl").addFilter(_is_no_echo)
     with _context(compressed):
         response = ocp.save_checkpointables_async(path, {_ARRAYS: arrays, _SIDECAR: sidecar}, overwrite=True)
-    return Writing(response=response)
+    return Writing(response, path.parent)
 
 
 # Reading

@@ -9,11 +9,12 @@ from typing import Any
 import jax
 
 from looplm_jax.checkpoints.errors import DamagedError, OtherVersionError, SaveError, UnreadableError
-from looplm_jax.checkpoints.failed_save import silence_late_reports
+from looplm_jax.checkpoints.failed_save import remove_failed, silence_late_reports
 from looplm_jax.checkpoints.metadata import Metadata
 from looplm_jax.checkpoints.paths import checkpoint_path
 from looplm_jax.checkpoints.reading import Restored, candidates, restore
 from looplm_jax.checkpoints.step import (
+    LostFolderError,
     StepFolder,
     Writing,
     delete,
@@ -108,7 +109,14 @@ class CheckpointStore:
 
         pending, self._pending = self._pending, None
         with self._naming_failed_writes(pending.step):
-            pending.writing.result()
+            try:
+                pending.writing.result()
+            except LostFolderError:
+                # Orbax has created the folder again. Nothing may remain where the user has moved it away.
+                remove_failed(self._folder, pending.step)
+                with contextlib.suppress(OSError):  # not empty
+                    self._folder.rmdir()
+                raise
 
         self._current = pending.step
         with contextlib.suppress(OSError):  # a refused deletion is retried after the next save

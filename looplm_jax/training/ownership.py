@@ -104,7 +104,7 @@ def own(folder: AnyPath) -> Iterator[Ownership]:
     """A context manager that creates the run folder if necessary and keeps other processes from training in it.
 
     Raises:
-      UserError: another process trains in it, or it cannot be written to.
+      UserError: another process trains in it, it cannot be written to, or the block failed because the folder was lost.
       HeldElsewhereError: a process on another machine trains in it, or did so within the last `STALE_SECONDS`.
     """
     with _own_local(folder) if isinstance(folder, Path) else _own_object(folder) as owned:
@@ -114,6 +114,9 @@ def own(folder: AnyPath) -> Iterator[Ownership]:
 
         try:
             yield owned
+        except Exception:
+            owned.check()  # a lost folder explains errors of any type
+            raise
         finally:
             # The heartbeat ends before the ownership is released.
             beating.set()

@@ -2,6 +2,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from looplm_jax.checkpoints import CheckpointStore, Metadata, read_metadata, restore_params
 from looplm_jax.checkpoints import store as store_module
+from looplm_jax.checkpoints.step import Writing
 from looplm_jax.errors import UserError
 
 
@@ -247,6 +249,30 @@ def test_a_mistake_of_the_program_is_not_taken_for_a_full_disk(folder, monkeypat
     monkeypatch.setattr(store_module, "start_writing", lambda *_, **__: Failing(KeyError("bug")))
     with pytest.raises(KeyError, match="bug"):
         save(CheckpointStore(folder, keep=2), 1)
+
+
+@pytest.mark.parametrize("lost", [True, False])
+@pytest.mark.parametrize("created_again", [True, False])
+def test_a_folder_that_is_removed_during_a_save_is_named_and_stays_removed(lost, created_again, folder, monkeypatch):
+    class Late(Failing):
+        def result(self):
+            if lost:
+                shutil.rmtree(folder)
+            if lost and created_again:  # as Orbax does
+                (folder / "2.orbax-checkpoint-tmp").mkdir(parents=True)
+            super().result()
+
+    def start(path, *_, **__):
+        return Writing(Late(ValueError("No ArrayMetadata found")), path.parent)
+
+    store = CheckpointStore(folder, keep=2)
+    save(store, 1)
+    monkeypatch.setattr(store_module, "start_writing", start)
+    with pytest.raises(UserError if lost else ValueError) as error:
+        save(store, 2)
+    if lost:
+        assert str(error.value).startswith(f"No such file or directory while saving step 2 to {folder}: ")
+    assert folder.exists() == (not lost)
 
 
 def test_metadata_needs_no_extras(folder):

@@ -2,6 +2,7 @@ import dataclasses
 import importlib.util
 import json
 from collections import Counter
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -55,7 +56,7 @@ def test_a_search_prints_what_nothing_beats(plan_file, tmp_path, capsys):
     assert main(["plan", plan_file, "--topology", "here", "--search", "--limit", "2", "--write", str(chosen)]) == 0
     printed = capsys.readouterr()
     assert f"wrote {chosen}\nnext: looplm plan {chosen} --topology here" in printed.out
-    written, given = read_recipe(chosen), read_recipe(plan_file)
+    written, given = read_recipe(chosen), read_recipe(Path(plan_file))
     (settings,) = written.stages[0].settings
     assert settings.topology == "cpu:8"
     assert dataclasses.replace(written.stages[0], settings=()) == given.stages[0]

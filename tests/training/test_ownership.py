@@ -179,12 +179,17 @@ def moved(folder):
     folder.rename(folder.with_name("elsewhere"))
 
 
+def removed(folder):
+    while folder.exists():  # a save may create files in it at the same time
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def replaced(folder):
     moved(folder)
     folder.mkdir()
 
 
-@pytest.mark.parametrize("change", [moved, shutil.rmtree, replaced])
+@pytest.mark.parametrize("change", [moved, removed, replaced])
 def test_a_folder_that_is_moved_or_removed_is_noticed(change, tmp_path):
     folder = tmp_path / "run"
     with own(folder) as owned:
@@ -194,8 +199,21 @@ def test_a_folder_that_is_moved_or_removed_is_noticed(change, tmp_path):
             owned.check()
 
 
+def test_an_error_that_follows_from_a_lost_folder_names_the_folder(tmp_path):
+    folder = tmp_path / "run"
+
+    def fail():
+        with own(folder):
+            shutil.rmtree(folder)
+            raise ValueError("a save found none of its files")
+
+    with pytest.raises(UserError, match=LOST) as error:
+        fail()
+    assert isinstance(error.value.__context__, ValueError)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("change", [moved, shutil.rmtree, replaced])
+@pytest.mark.parametrize("change", [moved, removed, replaced])
 def test_a_folder_that_is_moved_or_removed_ends_the_run_and_nothing_is_written_in_its_place(change, tmp_path):
     folder, seen = tmp_path / "run", []
 
