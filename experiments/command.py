@@ -15,7 +15,7 @@ from looplm_jax.cli.interrupts import leave
 from looplm_jax.errors import UserError, suggest
 from looplm_jax.evaluation.tables import Table
 from looplm_jax.files import pasted
-from looplm_jax.training.signals import Stopped
+from looplm_jax.training._stopping import Stopped
 
 
 def run_experiment(arguments: argparse.Namespace) -> int:

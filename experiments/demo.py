@@ -77,7 +77,7 @@ class _Parts:
 
     def recipe(self) -> Recipe:
         """Returns the recipe that ran, including overrides."""
-        from looplm_jax.training.run_folder import read_recipe
+        from looplm_jax.training._run_folder import read_recipe
 
         return read_recipe(self.looped / "config.json")
 

@@ -27,7 +27,7 @@ from looplm_jax.data import collect_stdlib, validation_batches
 from looplm_jax.errors import UserError
 from looplm_jax.evaluation.during_training import evaluate_held_out
 from looplm_jax.recipes import named_recipe
-from looplm_jax.training.metrics import EVALUATION, read_metrics
+from looplm_jax.training._metrics import EVALUATION, read_metrics
 
 _LOOPS = 4
 _SMALL_NORM = 0.1

@@ -17,7 +17,7 @@ from experiments.experiment import Cell, Record
 from looplm_jax import strict_json
 from looplm_jax.errors import UserError
 from looplm_jax.files import write_atomically
-from looplm_jax.training.signals import Stopped
+from looplm_jax.training._stopping import Stopped
 
 FORMAT = 1  # of the records; incremented when old ones would be misread
 _INTERRUPTED = "interrupted.json"

@@ -36,9 +36,9 @@ from experiments.text_model import TextModel, TextModels
 from experiments.text_scales import SMALLEST
 from looplm_jax.evaluation.evaluate import evaluate
 from looplm_jax.loading import load
-from looplm_jax.training.metrics import TRAIN, read_metrics
+from looplm_jax.training._metrics import TRAIN, read_metrics
+from looplm_jax.training._stopping import Stopped
 from looplm_jax.training.run import train
-from looplm_jax.training.signals import Stopped
 
 _TAIL = 0.1  # the fraction of steps, at the end, over which the training loss is averaged
 

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from looplm_jax.training.goodput import Activity, shares, total_seconds
-from looplm_jax.training.metrics import read_metrics
-from looplm_jax.training.run_folder import read_recipe
+from looplm_jax.training._goodput import Activity, shares, total_seconds
+from looplm_jax.training._metrics import read_metrics
+from looplm_jax.training._run_folder import read_recipe
 
 
 def run_speed(folder: Path) -> dict[str, float]:

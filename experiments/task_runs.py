@@ -26,9 +26,9 @@ from looplm_jax.config import (
 from looplm_jax.data.tasks import make_task
 from looplm_jax.evaluation.task_accuracy import commonest_answer, task_accuracy
 from looplm_jax.loading import load
-from looplm_jax.training.metrics import TRAIN, read_metrics
+from looplm_jax.training._metrics import TRAIN, read_metrics
+from looplm_jax.training._stopping import Stopped
 from looplm_jax.training.run import train
-from looplm_jax.training.signals import Stopped
 
 # Small models learn in jumps, up as well as down, at learning rates too high for large ones, so no spike is skipped.
 _NO_SPIKES = GuardConfig(sigma=1e6)

@@ -21,8 +21,8 @@ from looplm_jax.data import ValidationBatches, collect_stdlib, train_sentencepie
 from looplm_jax.files import locked, write_atomically
 from looplm_jax.loading import Loaded, load
 from looplm_jax.recipes import named_recipe
+from looplm_jax.training._stopping import Stopped
 from looplm_jax.training.run import train
-from looplm_jax.training.signals import Stopped
 
 _NEW_ORDER = 1000  # added to the data seed of Stage II, which reads the data in another order than Stage I
 

@@ -38,7 +38,7 @@ from looplm_jax.evaluation.exit_curve import exit_curve
 from looplm_jax.files import pasted
 from looplm_jax.loading import load
 from looplm_jax.models.looplm import LoopLM, Params
-from looplm_jax.training.metrics import EVALUATION, read_metrics
+from looplm_jax.training._metrics import EVALUATION, read_metrics
 from looplm_jax.training.run import train
 
 

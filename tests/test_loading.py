@@ -16,7 +16,7 @@ from looplm_jax.halting import FixedLoops
 from looplm_jax.inference import generate
 from looplm_jax.loading import load, parameter_dtype
 from looplm_jax.models.looplm import LoopLM
-from looplm_jax.planning.targets import find_target
+from looplm_jax.planning._targets import find_target
 from looplm_jax.sharding import first_device, make_mesh
 
 pytest.importorskip("tokenizers")

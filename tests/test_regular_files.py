@@ -10,8 +10,8 @@ from looplm_jax.data.tokenizers import load_tokenizer
 from looplm_jax.errors import UserError
 from looplm_jax.files import check_regular, read_text
 from looplm_jax.recipes import named_recipe
-from looplm_jax.training.metrics import read_metrics
-from looplm_jax.training.run_folder import read_recipe
+from looplm_jax.training._metrics import read_metrics
+from looplm_jax.training._run_folder import read_recipe
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):

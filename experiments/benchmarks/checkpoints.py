@@ -30,9 +30,9 @@ from looplm_jax.data.packing import Batch
 from looplm_jax.distributed import ALONE
 from looplm_jax.models.looplm import LoopLM
 from looplm_jax.sharding import make_mesh
-from looplm_jax.training.program import StagePrograms, place
-from looplm_jax.training.saving import Saver
-from looplm_jax.training.state import abstract_state, initial_state
+from looplm_jax.training._compile import StagePrograms, place
+from looplm_jax.training._saving import Saver
+from looplm_jax.training._state import abstract_state, initial_state
 
 _BYTES_PER_PARAMETER = 12  # float32 parameters and two moments
 _LOOPS, _LENGTH, _VOCABULARY = 2, 128, 2048

@@ -18,7 +18,7 @@ from looplm_jax.config import ComputeConfig, MeshConfig, Recipe, Stage
 from looplm_jax.models import presets
 from looplm_jax.models.looplm import LoopLM
 from looplm_jax.sharding import make_mesh
-from looplm_jax.training.program import lower_step
+from looplm_jax.training._compile import lower_step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

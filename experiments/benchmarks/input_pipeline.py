@@ -25,8 +25,8 @@ from looplm_jax.data.prepared.pool import Progress
 from looplm_jax.data.prepared.prepare import prepare
 from looplm_jax.data.tokenizers import Tokenizer
 from looplm_jax.recipes import named_recipe
-from looplm_jax.training.goodput import Activity, total_seconds
-from looplm_jax.training.metrics import read_metrics
+from looplm_jax.training._goodput import Activity, total_seconds
+from looplm_jax.training._metrics import read_metrics
 
 _SOURCES = 30
 _POD_TOKENS, _POD_HOSTS, _POD_SECONDS = 4_194_304, 64, 8.037  # ouro-1.4b on v5e:16x16, see docs/planning.md

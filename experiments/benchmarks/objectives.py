@@ -20,8 +20,8 @@ from looplm_jax.data.packing import Batch
 from looplm_jax.models import presets
 from looplm_jax.models.looplm import LoopLM
 from looplm_jax.sharding import make_mesh
-from looplm_jax.training.program import StagePrograms, place
-from looplm_jax.training.state import initial_state
+from looplm_jax.training._compile import StagePrograms, place
+from looplm_jax.training._state import initial_state
 
 _BATCH, _LENGTH, _LOOPS, _NEVER = 8, 256, 4, 10**6
 

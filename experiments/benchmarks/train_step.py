@@ -30,9 +30,9 @@ from looplm_jax.config import ComputeConfig, Dtype, MeshConfig, ModelConfig, Rec
 from looplm_jax.data.packing import Batch
 from looplm_jax.models.looplm import LoopLM
 from looplm_jax.sharding import make_mesh
-from looplm_jax.training.flops import train_flops_per_token
-from looplm_jax.training.program import StagePrograms, place
-from looplm_jax.training.state import initial_state
+from looplm_jax.training._compile import StagePrograms, place
+from looplm_jax.training._goodput import train_flops_per_token
+from looplm_jax.training._state import initial_state
 
 BATCH, LENGTH, LOOPS = 8, 256, 4
 _BETA, _LEARNING_RATE = 0.05, 3e-4

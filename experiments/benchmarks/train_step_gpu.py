@@ -10,7 +10,7 @@ Both run complete steps of Eq. 4 with AdamW: float32 parameters, bfloat16 matrix
 tokens of the vocabulary at every loop. Each layer of the twin is compiled, its attention is
 `scaled_dot_product_attention`, and it is measured with and without recomputation of layers in the backward pass; the
 faster one that fits counts. Each side has the GPU to itself, in its own process, several times in turn. Times are
-medians over all steps, model FLOPs are by formula (`looplm_jax.training.flops`), and the ceiling is a product of two
+medians over all steps, model FLOPs are by formula (`looplm_jax.training._goodput`), and the ceiling is a product of two
 square matrices in bfloat16. With `--seconds`, a turn starts only if enough time is left for it, and the table shows
 what was measured by then.
 """
@@ -32,7 +32,7 @@ import numpy as np
 from looplm_jax.config import ComputeConfig, Dtype, MeshConfig, ModelConfig, Recipe, Remat, Stage
 from looplm_jax.data.packing import Batch
 from looplm_jax.models import presets
-from looplm_jax.training.flops import train_flops_per_token
+from looplm_jax.training._goodput import train_flops_per_token
 
 _BETA, _LEARNING_RATE, _WARM_UP = 0.05, 3e-4, 2
 
@@ -182,8 +182,8 @@ def _ours(name: str, remat: Remat, shape: Shape, batch: Batch, steps: int) -> Si
     from experiments.benchmarks.ceiling import measure_ceiling
     from looplm_jax.models.looplm import LoopLM
     from looplm_jax.sharding import make_mesh
-    from looplm_jax.training.program import StagePrograms, place
-    from looplm_jax.training.state import initial_state
+    from looplm_jax.training._compile import StagePrograms, place
+    from looplm_jax.training._state import initial_state
 
     stage = Stage(
         name="bench",

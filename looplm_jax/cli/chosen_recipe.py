@@ -13,7 +13,7 @@ def chosen_recipe(name: str, scale: str) -> Recipe:
     """Returns the recipe with a name, or from a .json file. Raises UserError if there is none."""
     if name.endswith(".json"):
         # Imported here, because it loads JAX, which `--help` does not need.
-        from looplm_jax.training.run_folder import read_recipe
+        from looplm_jax.training._run_folder import read_recipe
 
         return scaled(read_recipe(Path(name)), Scale(scale))
     return scaled(named_recipe(name), Scale(scale))

@@ -9,11 +9,11 @@ from looplm_jax.cli.interrupts import leave
 from looplm_jax.cli.plan_session import Progress, check_out, write_plan
 from looplm_jax.config import Recipe
 from looplm_jax.errors import UserError
-from looplm_jax.planning.decode_plan import DecodeRequest, check_heads, plan_decode
-from looplm_jax.planning.targets import find_target
+from looplm_jax.planning._decode_plan import DecodeRequest, check_heads, plan_decode
+from looplm_jax.planning._targets import find_target
 from looplm_jax.printing import show
-from looplm_jax.training.progress import progress_console
-from looplm_jax.training.signals import Stopped, StopRequest
+from looplm_jax.training._progress import progress_console
+from looplm_jax.training._stopping import Stopped, StopRequest
 
 
 def run_decode_plan(recipe: Recipe, request: DecodeRequest, *, given: str, topology: str, out: Path | None) -> int:

@@ -7,9 +7,9 @@ from rich.table import Table
 
 from looplm_jax.cli.plan_tables import memory_text
 from looplm_jax.inference import CacheStrategy
-from looplm_jax.planning.decode_plan import DecodePlan
-from looplm_jax.planning.timing import DecodeTiming
-from looplm_jax.planning.traffic import Buffer, Traffic
+from looplm_jax.planning._budget import DecodeTiming
+from looplm_jax.planning._decode_plan import DecodePlan
+from looplm_jax.planning._traffic import Buffer, Traffic
 from looplm_jax.printing import literal
 
 _GB = 10**9

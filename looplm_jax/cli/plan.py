@@ -107,7 +107,7 @@ def _run_decode(arguments: argparse.Namespace) -> int:
     recipe = with_overrides(recipe, arguments.overrides, arguments.flags, "plan")
     from looplm_jax.cli.decode_plan_session import run_decode_plan
     from looplm_jax.inference import CacheStrategy
-    from looplm_jax.planning.decode_plan import DecodeRequest
+    from looplm_jax.planning._decode_plan import DecodeRequest
 
     given = {name: getattr(arguments, name) for name in ("slots", "page_size", "pages", "filled", "loops_mean")}
     given["capacity"] = arguments.capacity

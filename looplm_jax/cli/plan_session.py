@@ -16,15 +16,15 @@ from looplm_jax.codec import to_dict
 from looplm_jax.config import Recipe, Stage, TopologySettings
 from looplm_jax.errors import UserError, suggest
 from looplm_jax.files import pasted
-from looplm_jax.planning.search import Candidate, fastest_settings, search
-from looplm_jax.planning.stage_plan import StagePlan, plan_stage
-from looplm_jax.planning.targets import HERE, Target, find_target
+from looplm_jax.planning._search import Candidate, fastest_settings, search
+from looplm_jax.planning._stage_plan import StagePlan, plan_stage
+from looplm_jax.planning._targets import HERE, Target, find_target
 from looplm_jax.printing import show, visible
-from looplm_jax.recipes.topologies import on_topology, settings_in_use, with_settings
+from looplm_jax.recipes._topologies import on_topology, settings_in_use, with_settings
 from looplm_jax.sharding import topology_name
-from looplm_jax.training.program import stage_mesh
-from looplm_jax.training.progress import progress_console
-from looplm_jax.training.signals import Stopped, StopRequest
+from looplm_jax.training._compile import stage_mesh
+from looplm_jax.training._progress import progress_console
+from looplm_jax.training._stopping import Stopped, StopRequest
 
 R = TypeVar("R")
 

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.table import Table
 
-from looplm_jax.planning.collectives import Collective
-from looplm_jax.planning.search import SearchResult, Trial
-from looplm_jax.planning.stage_plan import Inside, StagePlan
-from looplm_jax.planning.timing import Timing
+from looplm_jax.planning._budget import Timing
+from looplm_jax.planning._program_facts import Collective
+from looplm_jax.planning._search import SearchResult, Trial
+from looplm_jax.planning._stage_plan import Inside, StagePlan
 from looplm_jax.printing import literal
 
 _GIB, _GB = 2**30, 10**9

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
 from looplm_jax.data.prepared.pool import Progress as Advance
-from looplm_jax.training.progress import progress_console
+from looplm_jax.training._progress import progress_console
 
 _SECONDS_BETWEEN_LINES = 15.0
 

@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from looplm_jax.cli.training_session import Options, run_training
     from looplm_jax.distributed import Join
-    from looplm_jax.training.profiling import ProfiledSteps
+    from looplm_jax.training._profiling import ProfiledSteps
 
     told = Join(
         automatic=arguments.distributed,

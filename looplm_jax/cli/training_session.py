@@ -16,13 +16,13 @@ from looplm_jax.evaluation.run_report import evaluate_command, write_run_report
 from looplm_jax.files import AnyPath
 from looplm_jax.models.looplm import count_params
 from looplm_jax.printing import show
-from looplm_jax.recipes.topologies import on_topology, settings_in_use
+from looplm_jax.recipes._topologies import on_topology, settings_in_use
 from looplm_jax.sharding import require_compilation, require_platform, topology_name
-from looplm_jax.training.metrics import EventSink
-from looplm_jax.training.profiling import ProfiledSteps
-from looplm_jax.training.progress import progress_console
+from looplm_jax.training._loggers import WandbLog
+from looplm_jax.training._metrics import EventSink
+from looplm_jax.training._profiling import ProfiledSteps
+from looplm_jax.training._progress import progress_console
 from looplm_jax.training.run import Outcome, train
-from looplm_jax.training.wandb_log import WandbLog
 
 _NEWS_SECONDS = 5.0
 

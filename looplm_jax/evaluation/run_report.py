@@ -12,8 +12,8 @@ from looplm_jax.evaluation.tables import Table
 from looplm_jax.files import AnyPath, in_bucket, pasted, write_atomically
 from looplm_jax.models.looplm import count_params
 from looplm_jax.strict_json import number, numbers
-from looplm_jax.training.goodput import summary, total_seconds, warnings
-from looplm_jax.training.metrics import read_metrics
+from looplm_jax.training._goodput import summary, total_seconds, warnings
+from looplm_jax.training._metrics import read_metrics
 
 
 def write_run_report(folder: AnyPath, recipe: Recipe) -> list[str]:

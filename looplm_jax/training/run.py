@@ -40,21 +40,19 @@ from looplm_jax.distributed import ALONE, Cluster, check_same
 from looplm_jax.errors import UserError
 from looplm_jax.models.looplm import LoopLM, Params
 from looplm_jax.sharding import process_rows, use_mesh
-from looplm_jax.training.agreement import Agreement, OutOfData
-from looplm_jax.training.goodput import Activity, Stopwatch, summary, warnings
-from looplm_jax.training.metrics import EVALUATION, EventSink, Log, open_log
-from looplm_jax.training.no_effect import settings_without_effect
-from looplm_jax.training.ownership import NotOwner, Ownership, own
-from looplm_jax.training.profiling import ProfiledSteps, Profiler
-from looplm_jax.training.program import StagePrograms, draw_loops, place
-from looplm_jax.training.progress import TrainingProgress, progress_console
-from looplm_jax.training.reading import Reader
-from looplm_jax.training.reporter import Reporter
-from looplm_jax.training.run_folder import RunFolder, check_folder
-from looplm_jax.training.saving import Saver
-from looplm_jax.training.setup import Position, Setup, identities, prepare
-from looplm_jax.training.signals import Stopped, StopRequest
-from looplm_jax.training.state import TrainState, enter_stage
+from looplm_jax.training._compile import StagePrograms, draw_loops, place
+from looplm_jax.training._goodput import Activity, Stopwatch, summary, warnings
+from looplm_jax.training._metrics import EVALUATION, EventSink, Log, Reporter, open_log
+from looplm_jax.training._notes import settings_without_effect
+from looplm_jax.training._ownership import NotOwner, Ownership, own
+from looplm_jax.training._prefetch import Reader
+from looplm_jax.training._profiling import ProfiledSteps, Profiler
+from looplm_jax.training._progress import TrainingProgress, progress_console
+from looplm_jax.training._run_folder import RunFolder, check_folder
+from looplm_jax.training._saving import Saver
+from looplm_jax.training._setup import Position, Setup, identities, prepare
+from looplm_jax.training._state import TrainState, enter_stage
+from looplm_jax.training._stopping import Agreement, OutOfData, Stopped, StopRequest
 
 Evaluate = Callable[[LoopLM, Params, ValidationBatches], Mapping[str, Any]]
 

@@ -15,7 +15,7 @@ from xla_flags import QUICK_TO_COMPILE
 
 from looplm_jax.checkpoints import inspect_steps
 from looplm_jax.cli.main import main
-from looplm_jax.training.metrics import TRAIN, MetricsLog, read_metrics
+from looplm_jax.training._metrics import TRAIN, MetricsLog, read_metrics
 
 
 def good_steps(run):

@@ -16,12 +16,12 @@ from looplm_jax.config import MeshConfig
 from looplm_jax.convert.converted import write_converted
 from looplm_jax.data.tokenizers.symbols import SymbolTokenizer
 from looplm_jax.models.looplm import boxed_shapes
-from looplm_jax.planning.decode_plan import DecodeMemory, DecodePlan, Floor
-from looplm_jax.planning.targets import Target
-from looplm_jax.planning.timing import decode_timing
-from looplm_jax.planning.traffic import Buffer, Traffic
+from looplm_jax.planning._budget import decode_timing
+from looplm_jax.planning._decode_plan import DecodeMemory, DecodePlan, Floor
+from looplm_jax.planning._targets import Target
+from looplm_jax.planning._traffic import Buffer, Traffic
 from looplm_jax.sharding.chips import known_chip
-from looplm_jax.training.run_folder import read_recipe
+from looplm_jax.training._run_folder import read_recipe
 
 
 @pytest.fixture

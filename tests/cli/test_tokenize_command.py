@@ -20,7 +20,7 @@ from looplm_jax.codec import to_dict
 from looplm_jax.config import SourceConfig
 from looplm_jax.data.tokenizer_training import train_sentencepiece
 from looplm_jax.data.tokenizers import SymbolTokenizer
-from looplm_jax.training.metrics import read_metrics
+from looplm_jax.training._metrics import read_metrics
 
 ADJECTIVES, NOUNS = ("deep", "shared", "looped", "gated", "early"), ("layer", "state", "exit", "token", "step", "loss")
 TEXTS = [

@@ -5,8 +5,8 @@ import pytest
 
 from looplm_jax.cli import training_session
 from looplm_jax.cli.main import main
+from looplm_jax.training._run_folder import RunFolder
 from looplm_jax.training.run import Outcome
-from looplm_jax.training.run_folder import RunFolder
 
 
 class Left(BaseException):

@@ -13,7 +13,7 @@ from xla_flags import QUICK_TO_COMPILE
 
 from looplm_jax import load
 from looplm_jax.cli.main import main
-from looplm_jax.training.metrics import read_metrics
+from looplm_jax.training._metrics import read_metrics
 
 SMALL = (
     *("--model.vocab_size=320", "--model.width=16", "--model.mlp_width=24", "--model.num_layers=1"),

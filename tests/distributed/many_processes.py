@@ -30,7 +30,7 @@ from looplm_jax.config import (
     SourceConfig,
     Stage,
 )
-from looplm_jax.training.metrics import read_metrics
+from looplm_jax.training._metrics import read_metrics
 
 PATIENCE = 240
 RECIPE = Recipe(

@@ -15,7 +15,7 @@ from experiments.grid import Grid, Share
 from experiments.registry import EXPERIMENTS
 from looplm_jax.cli.main import main
 from looplm_jax.errors import UserError
-from looplm_jax.training.signals import Stopped
+from looplm_jax.training._stopping import Stopped
 
 CELLS = tuple(Cell(name=f"cell-{number}", settings={"number": number, "list": [1, 2]}) for number in range(5))
 

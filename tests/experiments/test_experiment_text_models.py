@@ -29,9 +29,9 @@ from looplm_jax.errors import UserError
 from looplm_jax.evaluation.depth_sweep import depth_sweep
 from looplm_jax.inference import CacheStrategy
 from looplm_jax.loading import load
+from looplm_jax.training._run_folder import RunFolder
+from looplm_jax.training._stopping import Stopped
 from looplm_jax.training.run import Outcome
-from looplm_jax.training.run_folder import RunFolder
-from looplm_jax.training.signals import Stopped
 
 MODEL = TEXT_CELLS[Scale.SMOKE].model(0)
 

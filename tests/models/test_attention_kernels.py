@@ -17,9 +17,9 @@ from looplm_jax.models.attention import attend, visible
 from looplm_jax.models.attention_kernels import choice, choose_kernel, cudnn, self_attention, triton, xla
 from looplm_jax.models.looplm import LoopLM
 from looplm_jax.sharding import make_mesh, use_mesh
-from looplm_jax.training.program import abstract_batch
-from looplm_jax.training.state import abstract_state
-from looplm_jax.training.step import make_train_step
+from looplm_jax.training._compile import abstract_batch
+from looplm_jax.training._state import abstract_state
+from looplm_jax.training._step import make_train_step
 
 LENGTH = 256
 ROWS_AND_HEADS = MeshConfig(data=2, fsdp=2, tensor=2)

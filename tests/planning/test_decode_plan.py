@@ -13,10 +13,10 @@ from looplm_jax.errors import UserError
 from looplm_jax.inference import CacheStrategy
 from looplm_jax.models import presets
 from looplm_jax.models.looplm import count_params
-from looplm_jax.planning.decode_plan import DecodeRequest, abstract_params, check_heads, decode_floor, plan_decode
-from looplm_jax.planning.targets import Target, find_target
-from looplm_jax.planning.timing import decode_timing
-from looplm_jax.planning.traffic import Buffer
+from looplm_jax.planning._budget import decode_timing
+from looplm_jax.planning._decode_plan import DecodeRequest, abstract_params, check_heads, decode_floor, plan_decode
+from looplm_jax.planning._targets import Target, find_target
+from looplm_jax.planning._traffic import Buffer
 from looplm_jax.sharding import make_mesh
 from looplm_jax.sharding.chips import known_chip
 

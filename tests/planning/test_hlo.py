@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from looplm_jax.planning.collectives import collectives, replica_groups
-from looplm_jax.planning.hlo import array_bytes, parse
-from looplm_jax.planning.kernels import attention_kernel, custom_calls, matmuls
+from looplm_jax.planning._hlo import array_bytes, parse
+from looplm_jax.planning._program_facts import attention_kernel, collectives, custom_calls, matmuls, replica_groups
 
 TEXT = """HloModule jit_train_step, is_scheduled=true
 

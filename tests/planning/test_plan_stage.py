@@ -9,12 +9,12 @@ from plan_cases import GATE, STAGE, recipe_with, with_stage
 
 from looplm_jax.config import Gather, MeshConfig, Reduce, Remat
 from looplm_jax.models.looplm import LoopLM
-from looplm_jax.planning.memory import overfull_memory, shard_bytes, state_memory
-from looplm_jax.planning.search import stack_parameters
-from looplm_jax.planning.stage_plan import plan_stage
-from looplm_jax.planning.targets import find_target
-from looplm_jax.training.program import lower_step, stage_mesh
-from looplm_jax.training.state import abstract_state
+from looplm_jax.planning._budget import overfull_memory, shard_bytes, state_memory
+from looplm_jax.planning._search import stack_parameters
+from looplm_jax.planning._stage_plan import plan_stage
+from looplm_jax.planning._targets import find_target
+from looplm_jax.training._compile import lower_step, stage_mesh
+from looplm_jax.training._state import abstract_state
 
 needs_compiler = pytest.mark.usefixtures("tpu_compiler")
 

@@ -8,13 +8,11 @@ from plan_cases import GATE, MODEL, STAGE, recipe_with, with_stage
 
 from looplm_jax.config import ComputeConfig, Gather, MeshConfig, Reduce, Remat, TopologySettings
 from looplm_jax.errors import UserError
-from looplm_jax.planning.advice import advice, next_accumulation
-from looplm_jax.planning.collectives import Collective
-from looplm_jax.planning.memory import Memory
-from looplm_jax.planning.search import Candidate, SearchResult, Trial, candidates, fastest_settings, pareto, search
-from looplm_jax.planning.stage_plan import StagePlan
-from looplm_jax.planning.targets import Target, find_target, without_network
-from looplm_jax.planning.timing import estimate, recomputed_flops, step_flops
+from looplm_jax.planning._budget import Memory, estimate, recomputed_flops, step_flops
+from looplm_jax.planning._program_facts import Collective
+from looplm_jax.planning._search import Candidate, SearchResult, Trial, candidates, fastest_settings, pareto, search
+from looplm_jax.planning._stage_plan import StagePlan, advice, next_accumulation
+from looplm_jax.planning._targets import Target, find_target, without_network
 from looplm_jax.sharding import make_mesh
 from looplm_jax.sharding.chips import CHIPS, known_chip
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from looplm_jax.planning.hlo import array_shapes, parse
-from looplm_jax.planning.traffic import Buffer, CacheUse, program_traffic
+from looplm_jax.planning._hlo import array_shapes, parse
+from looplm_jax.planning._traffic import Buffer, CacheUse, program_traffic
 
 # Three layers of weights of 2,048 bytes each, and a cache of 16,384 bytes.
 WEIGHTS, CACHE = "bf16[3,8,128]{2,1,0:T(8,128)(2,1)}", "bf16[4,16,128]{2,1,0:T(8,128)(2,1)}"

@@ -19,7 +19,7 @@ from looplm_jax.config import (
 )
 from looplm_jax.errors import UserError
 from looplm_jax.recipes import RECIPES, Scale, named_recipe, scaled
-from looplm_jax.recipes.topologies import known_topologies, on_topology, settings_in_use, with_settings
+from looplm_jax.recipes._topologies import known_topologies, on_topology, settings_in_use, with_settings
 
 V5E = TopologySettings(
     topology="v5e:4x4",

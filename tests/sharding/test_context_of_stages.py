@@ -20,7 +20,7 @@ from looplm_jax.config import (
 )
 from looplm_jax.errors import UserError
 from looplm_jax.evaluation.during_training import evaluate_held_out
-from looplm_jax.training.metrics import read_metrics
+from looplm_jax.training._metrics import read_metrics
 from looplm_jax.training.run import train
 
 SHORT = Stage(name="short", steps=2, batch_size=8, sequence_length=16, loops=2, learning_rate=1e-2)

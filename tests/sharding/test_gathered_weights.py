@@ -13,8 +13,8 @@ from looplm_jax.config import ComputeConfig, Gather, MeshConfig, ModelConfig, Ob
 from looplm_jax.data.packing import Batch
 from looplm_jax.models.looplm import LoopLM
 from looplm_jax.sharding import make_mesh
-from looplm_jax.training.program import StagePrograms, place
-from looplm_jax.training.state import initial_state
+from looplm_jax.training._compile import StagePrograms, place
+from looplm_jax.training._state import initial_state
 
 MODEL = ModelConfig(vocab_size=64, width=32, mlp_width=48, num_layers=2, num_heads=4, num_kv_heads=2)
 STAGE = Stage(

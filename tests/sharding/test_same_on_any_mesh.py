@@ -12,8 +12,8 @@ from looplm_jax.data.packing import Batch
 from looplm_jax.errors import UserError
 from looplm_jax.models.looplm import LoopLM
 from looplm_jax.sharding import check_batch, check_divides, check_sequence, make_mesh
-from looplm_jax.training.program import StagePrograms, place
-from looplm_jax.training.state import TrainState, abstract_state, initial_state
+from looplm_jax.training._compile import StagePrograms, place
+from looplm_jax.training._state import TrainState, abstract_state, initial_state
 
 ONE = MeshConfig(data=1)
 MESHES = {

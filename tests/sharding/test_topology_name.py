@@ -5,7 +5,7 @@ from unittest.mock import Mock
 import jax
 import pytest
 
-from looplm_jax.planning.targets import find_target
+from looplm_jax.planning._targets import find_target
 from looplm_jax.sharding import topology_name
 
 

@@ -24,7 +24,7 @@ from looplm_jax.inference.speculation.step import SpeculativeRows, draft
 from looplm_jax.inference.tick import run_ticks
 from looplm_jax.models import presets
 from looplm_jax.models.looplm import LoopLM, boxed_shapes
-from looplm_jax.planning import hlo
+from looplm_jax.planning import _hlo as hlo
 from looplm_jax.sharding import abstract, use_mesh
 
 SMALL = ModelConfig(vocab_size=512, width=256, mlp_width=256, num_layers=2, num_heads=8, head_dim=128, loops=2)

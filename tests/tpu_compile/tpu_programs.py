@@ -12,9 +12,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from looplm_jax.config import MeshConfig, ModelConfig, Recipe, Stage
 from looplm_jax.models.looplm import LoopLM
 from looplm_jax.sharding import make_mesh, use_mesh
-from looplm_jax.training.program import abstract_batch
-from looplm_jax.training.state import abstract_state
-from looplm_jax.training.step import make_train_step
+from looplm_jax.training._compile import abstract_batch
+from looplm_jax.training._state import abstract_state
+from looplm_jax.training._step import make_train_step
 
 MODEL = ModelConfig(vocab_size=512, width=256, mlp_width=256, num_layers=2, num_heads=8, head_dim=128, loops=2)
 STAGE = Stage(name="s", steps=2, batch_size=4, sequence_length=256, loops=2)

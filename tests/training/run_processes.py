@@ -17,7 +17,7 @@ from xla_flags import quick_to_compile
 from looplm_jax.checkpoints import CheckpointStore, inspect_steps
 from looplm_jax.codec import to_dict
 from looplm_jax.config import Recipe
-from looplm_jax.training.metrics import read_metrics
+from looplm_jax.training._metrics import read_metrics
 
 PATIENCE = 240  # seconds, on a machine with much else to do
 RATES = ("tokens_per_second", "model_flops_per_second")

@@ -21,8 +21,9 @@ from looplm_jax.cli.main import main
 from looplm_jax.config import CheckpointConfig
 from looplm_jax.errors import UserError
 from looplm_jax.files import any_path
-from looplm_jax.training import ownership, run
-from looplm_jax.training.profiling import ProfiledSteps
+from looplm_jax.training import _ownership as ownership
+from looplm_jax.training import run
+from looplm_jax.training._profiling import ProfiledSteps
 
 UNWATCHED = {"data": dataclasses.replace(RECIPE.data, validation_fraction=0.0)}  # no evaluations
 SHORT = one_stage(dataclasses.replace(STAGE, steps=8, min_loops=0), checkpoint=CheckpointConfig(every=2), **UNWATCHED)

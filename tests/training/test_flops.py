@@ -8,7 +8,7 @@ from training_cases import MODEL
 from looplm_jax.config import ComputeConfig, Injection, Objective, Remat
 from looplm_jax.models.looplm import LoopLM, head_matrix, init_params
 from looplm_jax.models.presets import ouro_1_4b
-from looplm_jax.training.flops import forward_flops_per_token, train_flops_per_token
+from looplm_jax.training._goodput import forward_flops_per_token, train_flops_per_token
 
 WIDE = dataclasses.replace(MODEL, width=64, mlp_width=160, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=512)
 SHAPES = {

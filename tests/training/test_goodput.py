@@ -1,6 +1,6 @@
 import pytest
 
-from looplm_jax.training.goodput import Activity, Stopwatch, shares, summary, total_seconds, warnings
+from looplm_jax.training._goodput import Activity, Stopwatch, shares, summary, total_seconds, warnings
 
 
 class Clock:

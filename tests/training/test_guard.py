@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from looplm_jax.config import GuardConfig
-from looplm_jax.training.guard import initial_guard, is_sound, next_stage_guard, spike_limit, update_guard
+from looplm_jax.training._guard import initial_guard, is_sound, next_stage_guard, spike_limit, update_guard
 
 CONFIG = GuardConfig(window=4, sigma=6.0)
 

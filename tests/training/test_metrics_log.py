@@ -5,7 +5,7 @@ import os
 import pytest
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-from looplm_jax.training.metrics import EVALUATION, TRAIN, MetricsLog, read_metrics
+from looplm_jax.training._metrics import EVALUATION, TRAIN, MetricsLog, read_metrics
 
 
 def events(folder):

@@ -5,7 +5,7 @@ from training_cases import GATE, RECIPE, STAGE, one_stage
 
 from looplm_jax.config import EvaluationConfig, Objective, PriorConfig, PriorKind, Schedule
 from looplm_jax.recipes import RECIPES, Scale, named_recipe, scaled
-from looplm_jax.training.no_effect import settings_without_effect
+from looplm_jax.training._notes import settings_without_effect
 
 
 @pytest.mark.parametrize("name", RECIPES)

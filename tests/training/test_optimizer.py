@@ -11,7 +11,7 @@ from training_cases import MODEL, STAGE
 
 from looplm_jax.config import Injection, OptimizerConfig, Schedule
 from looplm_jax.models.looplm import LoopLM, boxed_params, init_params
-from looplm_jax.training.optimizer import adamw, decayed, direction, learning_rate
+from looplm_jax.training._optimizer import adamw, decayed, direction, learning_rate
 
 PEAK, FINAL = 1e-3, 1e-4
 

@@ -18,8 +18,8 @@ from training_cases import RECIPE, STAGE, one_stage
 from looplm_jax.checkpoints import inspect_steps
 from looplm_jax.config import CheckpointConfig
 from looplm_jax.errors import UserError
-from looplm_jax.training import ownership
-from looplm_jax.training.ownership import OWNER_FILE, STALE_SECONDS, HeldElsewhereError, Owner, own
+from looplm_jax.training import _ownership as ownership
+from looplm_jax.training._ownership import OWNER_FILE, STALE_SECONDS, HeldElsewhereError, Owner, own
 from looplm_jax.training.run import train
 
 SHORT = one_stage(dataclasses.replace(STAGE, steps=8, min_loops=0), checkpoint=CheckpointConfig(every=2))
@@ -27,7 +27,7 @@ LONG = one_stage(dataclasses.replace(STAGE, steps=400, min_loops=0), checkpoint=
 HOLD = """
 import sys, time
 from pathlib import Path
-from looplm_jax.training.ownership import own
+from looplm_jax.training._ownership import own
 with own(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

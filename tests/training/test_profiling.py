@@ -1,7 +1,7 @@
 import pytest
 
 from looplm_jax.errors import UserError
-from looplm_jax.training.profiling import ProfiledSteps, Profiler
+from looplm_jax.training._profiling import ProfiledSteps, Profiler
 
 
 @pytest.mark.parametrize(("text", "first", "last"), [("10:13", 10, 13), ("7", 7, 7)])

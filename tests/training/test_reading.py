@@ -5,7 +5,7 @@ import pytest
 from training_cases import random_batch
 
 from looplm_jax.errors import UserError
-from looplm_jax.training.reading import Reader
+from looplm_jax.training._prefetch import Reader
 
 
 class Stream:

@@ -5,8 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from looplm_jax.config import GuardConfig
-from looplm_jax.training.guard import GuardState, initial_guard, update_guard
-from looplm_jax.training.resuming import with_window
+from looplm_jax.training._guard import GuardState, initial_guard, update_guard, with_window
 
 update = jax.jit(update_guard)
 

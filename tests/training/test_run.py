@@ -27,10 +27,12 @@ from looplm_jax.evaluation.run_report import write_run_report
 from looplm_jax.loading import load
 from looplm_jax.models.looplm import LoopLM
 from looplm_jax.sharding import make_mesh
-from looplm_jax.training import program, run, setup
-from looplm_jax.training.metrics import read_metrics
-from looplm_jax.training.run_folder import read_recipe
-from looplm_jax.training.state import abstract_state
+from looplm_jax.training import _compile as program
+from looplm_jax.training import _setup as setup
+from looplm_jax.training import run
+from looplm_jax.training._metrics import read_metrics
+from looplm_jax.training._run_folder import read_recipe
+from looplm_jax.training._state import abstract_state
 
 TOTAL = STAGE.steps + GATE.steps
 RATES = ("tokens_per_second", "model_flops_per_second")

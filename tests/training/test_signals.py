@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from looplm_jax.training.signals import Stopped, StopRequest
+from looplm_jax.training._stopping import Stopped, StopRequest
 
 
 def send(number):

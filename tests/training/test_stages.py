@@ -12,8 +12,9 @@ from looplm_jax.checkpoints import read_metadata
 from looplm_jax.config import DataConfig, Recipe, SourceConfig, Stage
 from looplm_jax.errors import UserError
 from looplm_jax.loading import load
-from looplm_jax.training import program, run
-from looplm_jax.training.metrics import read_metrics
+from looplm_jax.training import _compile as program
+from looplm_jax.training import run
+from looplm_jax.training._metrics import read_metrics
 
 
 def stage(name: str, **changes) -> Stage:

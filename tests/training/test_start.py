@@ -33,11 +33,11 @@ from looplm_jax.errors import UserError
 from looplm_jax.models.looplm import LoopLM
 from looplm_jax.sharding import make_mesh
 from looplm_jax.training import run
-from looplm_jax.training.metrics import read_metrics
-from looplm_jax.training.run_folder import RunFolder
-from looplm_jax.training.setup import prepare
-from looplm_jax.training.start import check_shape, describe_start, read_start, started_state
-from looplm_jax.training.state import abstract_state, initial_state
+from looplm_jax.training._initialize_from import check_shape, describe_start, read_start, started_state
+from looplm_jax.training._metrics import read_metrics
+from looplm_jax.training._run_folder import RunFolder
+from looplm_jax.training._setup import prepare
+from looplm_jax.training._state import abstract_state, initial_state
 
 SHORT = dataclasses.replace(STAGE, steps=2, min_loops=0, warmup_steps=0, schedule=Schedule.CONSTANT)
 BASE = one_stage(SHORT)

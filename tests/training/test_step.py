@@ -12,10 +12,10 @@ from looplm_jax.config import Dtype, GateTarget, Objective, OptimizerConfig, Pri
 from looplm_jax.losses import token_losses
 from looplm_jax.models.looplm import LoopLM, head_matrix
 from looplm_jax.sharding import make_mesh, use_mesh
-from looplm_jax.training.metrics import as_values
-from looplm_jax.training.program import StagePrograms, abstract_batch, draw_loops, place
-from looplm_jax.training.state import abstract_state, enter_stage, initial_state, split_params
-from looplm_jax.training.step import make_train_step
+from looplm_jax.training._compile import StagePrograms, abstract_batch, draw_loops, place
+from looplm_jax.training._metrics import as_values
+from looplm_jax.training._state import abstract_state, enter_stage, initial_state, split_params
+from looplm_jax.training._step import make_train_step
 
 MESH = make_mesh(RECIPE.mesh)
 LOOPS = 2

@@ -16,7 +16,8 @@ SLOW_AND_IMPATIENT = f"""
 import functools, sys, time
 from looplm_jax.cli.main import main
 from looplm_jax.data import packing
-from looplm_jax.training import reading, run
+from looplm_jax.training import _prefetch as reading
+from looplm_jax.training import run
 packing._SHUFFLED_PIECES = {WINDOW}
 place = run.place
 run.place = lambda *arguments: time.sleep(0.04) or place(*arguments)

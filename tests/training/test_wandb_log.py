@@ -4,7 +4,7 @@ import types
 import pytest
 
 from looplm_jax.errors import UserError
-from looplm_jax.training.wandb_log import WandbLog
+from looplm_jax.training._loggers import WandbLog
 
 
 def test_where_it_is_missing_one_line_says_so(monkeypatch):

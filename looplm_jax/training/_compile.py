@@ -23,8 +23,8 @@ from looplm_jax.sharding import (
     place_rows,
     use_mesh,
 )
-from looplm_jax.training.state import TrainState, abstract_state
-from looplm_jax.training.step import DeviceBatch, StepMetrics, make_train_step
+from looplm_jax.training._state import TrainState, abstract_state
+from looplm_jax.training._step import DeviceBatch, StepMetrics, make_train_step
 
 # Programs
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from looplm_jax.checkpoints import CheckpointStore, Metadata, SaveError
 from looplm_jax.distributed import Cluster
-from looplm_jax.training.signals import Job
+from looplm_jax.training._stopping import Job
 
 _POLL_SECONDS = 0.2
 

@@ -19,8 +19,8 @@ from looplm_jax.errors import UserError, suggest
 from looplm_jax.models.looplm import LoopLM, Params, boxed_params, boxed_shapes
 from looplm_jax.random_keys import from_raw, seeded_key
 from looplm_jax.sharding import abstract, use_mesh
-from looplm_jax.training.guard import GuardState, initial_guard, next_stage_guard
-from looplm_jax.training.optimizer import adamw
+from looplm_jax.training._guard import GuardState, initial_guard, next_stage_guard
+from looplm_jax.training._optimizer import adamw
 
 
 @flax.struct.dataclass

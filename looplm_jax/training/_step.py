@@ -14,10 +14,10 @@ from looplm_jax.config import Objective, PriorKind, Recipe, Stage
 from looplm_jax.halting.priors import log_prior
 from looplm_jax.losses import Stage1Metrics, stage1, stage1_from_hidden, stage2, token_losses
 from looplm_jax.models.looplm import LoopLM, LoopLMOutput
-from looplm_jax.training.gradients import DeviceBatch, Variables, loss_and_gradients
-from looplm_jax.training.guard import is_sound, update_guard
-from looplm_jax.training.optimizer import direction, learning_rate
-from looplm_jax.training.state import TrainState, split_params
+from looplm_jax.training._gradients import DeviceBatch, Variables, loss_and_gradients
+from looplm_jax.training._guard import is_sound, update_guard
+from looplm_jax.training._optimizer import direction, learning_rate
+from looplm_jax.training._state import TrainState, split_params
 
 
 @flax.struct.dataclass

@@ -1,12 +1,37 @@
-"""A recipe at another scale: all of its stages, one after the other, at a size that two cores can do."""
+"""Recipes by name, and the same recipes at a smaller scale."""
 
 import dataclasses
 import enum
+from collections.abc import Callable
 
 from looplm_jax.config import CheckpointConfig, EvaluationConfig, MeshConfig, ModelConfig, Recipe, Stage
+from looplm_jax.errors import UserError, suggest
+from looplm_jax.recipes._ouro import ouro_1_4b, ouro_1_4b_thinking, ouro_2_6b, ouro_2_6b_thinking
+from looplm_jax.recipes._small import demo, demo_one_loop, mano_small, text_small
+
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    "text-small": text_small,
+    "demo": demo,
+    "demo-one-loop": demo_one_loop,
+    "mano-small": mano_small,
+    "ouro-1.4b": ouro_1_4b,
+    "ouro-2.6b": ouro_2_6b,
+    "ouro-1.4b-thinking": ouro_1_4b_thinking,
+    "ouro-2.6b-thinking": ouro_2_6b_thinking,
+}
 
 _LONGEST, _SHORTEST = 256, 64  # tokens of a tiny sequence
 _STEPS, _SEQUENCES = 4, 4
+
+
+def named_recipe(name: str) -> Recipe:
+    """The recipe of that name. Raises UserError with the list if there is none."""
+    if name not in RECIPES:
+        raise UserError(f"unknown recipe {name!r}{suggest(name, RECIPES)}, or give the path of a .json file")
+    return RECIPES[name]()
+
+
+# Scale
 
 
 class Scale(enum.Enum):

@@ -22,7 +22,7 @@ from looplm_jax.files import (
     write_atomically,
     writing,
 )
-from looplm_jax.training.ownership import OWNER_FILE
+from looplm_jax.training._ownership import OWNER_FILE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,17 +1,29 @@
-"""Append-only files. Content that the disk or the bucket refuses is kept in memory and written as soon as possible."""
+"""Destinations of metrics: append-only files, TensorBoard event files, and Weights & Biases.
+
+Content that the disk or the bucket refuses is kept in memory and written as soon as possible.
+"""
 
 import os
+import socket
+import struct
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from etils import epath
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
-from looplm_jax.files import AnyPath, refusal, write_atomically, writing
+from looplm_jax.errors import UserError
+from looplm_jax.files import AnyPath, make_folder, refusal, write_atomically, writing
 
 _SECONDS_BETWEEN_UPLOADS = 30.0
 _SHARE_OF_TIME = 0.05  # the maximum fraction of the time spent in uploads
+
+_FORMAT = "brain.Event:2"
 
 
 @runtime_checkable
@@ -113,3 +125,74 @@ class _BucketFile:
             started = time.monotonic()
             self.flush()
             pause = max(_SECONDS_BETWEEN_UPLOADS, (time.monotonic() - started) / _SHARE_OF_TIME)
+
+
+# TensorBoard
+
+
+def open_events(folder: AnyPath, *, step: int) -> "EventLog":
+    """Creates an event file in `folder`. Raises UserError if the disk or the bucket refuses it."""
+    name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.from-{step}"
+    with writing(folder):
+        make_folder(folder)
+    return EventLog(grow(folder / name), step=step)
+
+
+class EventLog:
+    """An event file with events after `step`. TensorBoard hides later events of earlier files.
+
+    Args:
+      file: the file.
+      step: the step from which the run continues.
+    """
+
+    def __init__(self, file: GrowingFile, *, step: int):
+        self.file = file
+        self._append(Event(wall_time=time.time(), file_version=_FORMAT))
+        self._append(Event(wall_time=time.time(), step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Writes one event with all `scalars`."""
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+        self._append(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+
+    def _append(self, event: Event) -> None:
+        """Writes a record: length, checksum of the length, event, checksum of the event."""
+        content = event.SerializeToString()
+        length = struct.pack("<Q", len(content))
+        self.file.append(length + _checksum(length) + content + _checksum(content))
+
+
+def _checksum(content: bytes) -> bytes:
+    return struct.pack("<I", masked_crc32c(content))
+
+
+# Weights & Biases
+
+
+class WandbLog:
+    """The scalars of a run in a Weights & Biases project.
+
+    Args:
+      project: the project.
+      name: the name and id of the run. A resumed run continues the run with the same id.
+      config: the configuration to record.
+
+    Raises:
+      UserError: Weights & Biases is not installed.
+    """
+
+    def __init__(self, project: str, *, name: str, config: Mapping[str, Any]):
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("--wandb needs Weights & Biases: `pip install wandb`") from None
+        self._run = wandb.init(project=project, name=name, id=name, resume="allow", config=dict(config))
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Sends one line of metrics."""
+        self._run.log(dict(scalars), step=step)
+
+    def close(self) -> None:
+        """Waits until everything is sent."""
+        self._run.finish()

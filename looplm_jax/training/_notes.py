@@ -1,9 +1,10 @@
-"""Finds settings that other settings make ineffective, such as the final rate of a constant schedule."""
+"""Notes about a recipe for the user: settings without effect, and settings that changed since the run was saved."""
 
 import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from looplm_jax.codec import leaves
 from looplm_jax.config import Objective, PriorKind, Recipe, Schedule, Stage
 
 _GATE_FIELDS = ("gate_target", "gain_slope", "gain_threshold")
@@ -89,3 +90,30 @@ def _shown(value: Any) -> str:
 def _note(where: str, fields: list[str], because: str) -> str:
     verb = "have" if len(fields) > 1 else "has"
     return f"note: {where}: {' and '.join(fields)} {verb} no effect with {because}"
+
+
+# Resuming
+
+
+def changed_settings(before: Recipe, now: Recipe, first: int) -> list[str]:
+    """Returns a line for each stage from the one at index `first` on that is computed otherwise than before.
+
+    The topology may be another one, the recipe may have other settings for it, or flags may have changed them.
+    """
+    lines = []
+    for index in range(first, len(now.stages)):
+        old, new = _how_computed(before, index), _how_computed(now, index)
+        changes = [f"{path}: {old[path]}, now {value}" for path, value in new.items() if old[path] != value]
+        if changes:
+            lines.append(f"note: stage {now.stages[index].name} is computed with other settings: {'; '.join(changes)}")
+    return lines
+
+
+def _how_computed(recipe: Recipe, index: int) -> dict[str, object]:
+    """Returns how a stage is computed: every field with its path in the recipe."""
+    stage = recipe.stages[index]
+    parts = {"mesh": recipe.mesh_of(stage), "compute": recipe.compute_of(stage)}
+    fields = [leaf for name, config in parts.items() for leaf in leaves(config, name)]
+    return {"accumulation": stage.accumulation} | {
+        leaf.path: getattr(leaf.value, "value", leaf.value) for leaf in fields
+    }

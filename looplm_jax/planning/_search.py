@@ -17,13 +17,12 @@ from looplm_jax.config import (
 )
 from looplm_jax.errors import UserError
 from looplm_jax.models.looplm import LoopLM
-from looplm_jax.planning.memory import shard_bytes
-from looplm_jax.planning.stage_plan import StagePlan
-from looplm_jax.planning.targets import Target
-from looplm_jax.planning.timing import recomputed_flops
+from looplm_jax.planning._budget import recomputed_flops, shard_bytes
+from looplm_jax.planning._stage_plan import StagePlan
+from looplm_jax.planning._targets import Target
 from looplm_jax.sharding import topology_name
-from looplm_jax.training.program import stage_mesh
-from looplm_jax.training.state import abstract_state
+from looplm_jax.training._compile import stage_mesh
+from looplm_jax.training._state import abstract_state
 
 _REMATS = (Remat.DOTS, Remat.SAVE_QKV, Remat.SAVE_OUTPUTS, Remat.LAYER, Remat.OFFLOAD, Remat.LOOP)
 _EXCHANGES = (

@@ -26,12 +26,11 @@ from looplm_jax.inference.placing import shardings
 from looplm_jax.inference.slots import Slots, empty_slots
 from looplm_jax.inference.tick import run_ticks
 from looplm_jax.models.looplm import LoopLM, Params, boxed_shapes, compute_dtype
-from looplm_jax.planning.collectives import collectives
-from looplm_jax.planning.hlo import parse
-from looplm_jax.planning.memory import ProgramBytes, refusal, shard_bytes
-from looplm_jax.planning.targets import Target, without_network
-from looplm_jax.planning.timing import DecodeTiming, decode_timing
-from looplm_jax.planning.traffic import Buffer, CacheUse, Traffic, program_traffic
+from looplm_jax.planning._budget import DecodeTiming, ProgramBytes, decode_timing, refusal, shard_bytes
+from looplm_jax.planning._hlo import parse
+from looplm_jax.planning._program_facts import collectives
+from looplm_jax.planning._targets import Target, without_network
+from looplm_jax.planning._traffic import Buffer, CacheUse, Traffic, program_traffic
 from looplm_jax.sharding import abstract, make_mesh, use_mesh
 
 _PARAMETER = re.compile(r"^params\W+(\w+)")
