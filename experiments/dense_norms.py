@@ -15,8 +15,8 @@ from jaxtyping import Array, Float, Int
 import looplm_jax
 from looplm_jax.checkpoints.whole import read_whole, write_whole
 from looplm_jax.config import ModelConfig, Recipe
-from looplm_jax.convert.output_folder import fresh_folder
 from looplm_jax.data import train_batches
+from looplm_jax.files import staged_folder
 from looplm_jax.models.blocks import Attention, Context, RMSNorm, SwiGLU, make_context
 from looplm_jax.models.looplm import Params
 
@@ -33,7 +33,7 @@ def with_second_norms(checkpoint: Path, out: Path, scales: dict[str, Float[Array
     for branch, name in _SECOND_NORMS.items():
         # [L] -> [L, D]: one value for all weights of a norm.
         arrays[name] = jnp.broadcast_to(scales[branch][:, None], arrays[name].shape).astype(arrays[name].dtype)
-    with fresh_folder(out) as folder:
+    with staged_folder(out) as folder:
         write_whole(folder, dataclasses.replace(whole, arrays=arrays))
 
 

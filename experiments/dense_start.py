@@ -22,7 +22,7 @@ from experiments.dense_start_report import Course, Results, write_report
 from experiments.llama_folder import write_llama
 from looplm_jax.codec import override
 from looplm_jax.config import CheckpointConfig, EvaluationConfig, NormPlacement, Recipe, SourceConfig, StartConfig
-from looplm_jax.convert.dense import convert_from_dense
+from looplm_jax.convert._dense import convert_from_dense
 from looplm_jax.data import collect_stdlib, validation_batches
 from looplm_jax.errors import UserError
 from looplm_jax.evaluation.during_training import evaluate_held_out

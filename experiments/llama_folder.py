@@ -9,10 +9,10 @@ import numpy as np
 
 import looplm_jax
 from looplm_jax.config import ModelConfig
-from looplm_jax.convert.layout import TorchTensor, flat_arrays, torch_layout
-from looplm_jax.convert.output_folder import fresh_folder
-from looplm_jax.convert.shard_files import write_weights
-from looplm_jax.convert.tokenizer_files import tokenizer_files
+from looplm_jax.convert._layout import TorchTensor, flat_arrays, torch_layout
+from looplm_jax.convert._safetensors_io import write_weights
+from looplm_jax.convert._tokenizer_files import tokenizer_files
+from looplm_jax.files import staged_folder
 
 
 def write_llama(checkpoint: Path, out: Path) -> None:
@@ -26,7 +26,7 @@ def write_llama(checkpoint: Path, out: Path) -> None:
         return tensor.to_torch(whole if tensor.layer is None else whole[tensor.layer])
 
     tensors = [tensor for tensor in torch_layout(loaded.params) if tensor.path[0] != "gate"]
-    with fresh_folder(out) as folder:
+    with staged_folder(out) as folder:
         write_weights(folder, tensors, read, dtype="float32", max_bytes=2**30)
         (folder / "config.json").write_text(json.dumps(_llama_config(config), indent=2) + "\n")
         for name, content in tokenizer_files(loaded.need_tokenizer(), max_positions=config.max_positions).items():

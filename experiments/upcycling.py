@@ -31,7 +31,7 @@ from looplm_jax.config import (
     Stage,
     StartConfig,
 )
-from looplm_jax.convert.upcycle import Order, upcycle
+from looplm_jax.convert._upcycle import Order, upcycle
 from looplm_jax.data import ValidationBatches, collect_stdlib, validation_batches
 from looplm_jax.errors import UserError
 from looplm_jax.evaluation.exit_curve import exit_curve
@@ -168,7 +168,7 @@ def _train_on(out: Path, scale: Scale, seed: int, variant: Variant, base: Path) 
     if variant.order is not None:
         model = dataclasses.replace(model, num_layers=2 * model.num_layers)
         start = folder / "start"
-        # fresh_folder makes it complete, or not at all.
+        # staged_folder makes it complete, or not at all.
         if not start.exists():
             print(upcycle(base, start, layers=model.num_layers, order=variant.order))
 

@@ -12,8 +12,7 @@ from jax.typing import DTypeLike
 
 from looplm_jax.checkpoints import read_metadata, restore_params
 from looplm_jax.config import ComputeConfig, MeshConfig, Recipe
-from looplm_jax.convert.converted import converted_recipe
-from looplm_jax.convert.from_hf import is_hf_folder, load_hf, needed_tokenizer
+from looplm_jax.convert._import_hf import converted_recipe, is_hf_folder, load_hf, needed_tokenizer
 from looplm_jax.data.tokenizers import Tokenizer, deserialize
 from looplm_jax.errors import UserError
 from looplm_jax.models.looplm import UNCAST, LoopLM, Params, boxed_shapes, compute_dtype

@@ -8,7 +8,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from looplm_jax.config import ModelConfig
-from looplm_jax.convert.ouro_config import to_ouro_config
+from looplm_jax.convert._ouro_config import to_ouro_config
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MULTI_HEAD = ModelConfig(vocab_size=272, width=32, mlp_width=48, num_layers=2, num_heads=4, max_positions=128)

@@ -10,7 +10,7 @@ from hf_folders import GROUPED, write_hf_folder
 
 from looplm_jax import loading
 from looplm_jax.config import ComputeConfig, Dtype, MeshConfig
-from looplm_jax.convert.from_hf import convert_from_hf
+from looplm_jax.convert._import_hf import convert_from_hf
 from looplm_jax.errors import UserError
 from looplm_jax.halting import FixedLoops
 from looplm_jax.inference import generate

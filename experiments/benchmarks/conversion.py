@@ -27,12 +27,11 @@ from etils import epath
 from experiments.benchmarks.ceiling import peak_memory
 from looplm_jax.checkpoints.step import list_steps, read_sidecar
 from looplm_jax.config import ModelConfig
-from looplm_jax.convert.from_hf import convert_from_hf
-from looplm_jax.convert.layout import TorchTensor, array_shapes, torch_layout
-from looplm_jax.convert.ouro_config import to_ouro_config
-from looplm_jax.convert.shard_files import write_weights
-from looplm_jax.convert.to_hf import convert_to_hf
-from looplm_jax.convert.weight_files import WeightFolder
+from looplm_jax.convert._export_hf import convert_to_hf
+from looplm_jax.convert._import_hf import convert_from_hf
+from looplm_jax.convert._layout import TorchTensor, array_shapes, torch_layout
+from looplm_jax.convert._ouro_config import to_ouro_config
+from looplm_jax.convert._safetensors_io import WeightFolder, write_weights
 from looplm_jax.models import presets
 
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")

@@ -23,7 +23,7 @@ import numpy as np
 
 from looplm_jax.config import ComputeConfig, Dtype, ModelConfig, Remat
 from looplm_jax.convert import convert_to_hf
-from looplm_jax.convert.converted import converted_recipe, write_converted
+from looplm_jax.convert._import_hf import converted_recipe, write_converted
 from looplm_jax.data.tokenizers import SymbolTokenizer
 from looplm_jax.halting import FixedLoops
 from looplm_jax.inference import Engine, EngineConfig

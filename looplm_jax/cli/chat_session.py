@@ -11,7 +11,7 @@ from rich.console import Console
 from looplm_jax.cli.engine_session import make_engine, most_loops, request_options, sign_of_life
 from looplm_jax.cli.generation_views import ColourView, PlainView, Stopwatch, View, legend
 from looplm_jax.cli.interrupts import interrupt_calls
-from looplm_jax.convert.tokenizer_files import has_other_chat_template
+from looplm_jax.convert._tokenizer_files import has_other_chat_template
 from looplm_jax.data.tokenizers import Tokenizer
 from looplm_jax.errors import UserError, suggest
 from looplm_jax.halting import parse_exit_policy

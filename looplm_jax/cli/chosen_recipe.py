@@ -36,8 +36,7 @@ def recipe_or_checkpoint(name: str, scale: str) -> Recipe:
 def _recipe_of(checkpoint: str) -> Recipe:
     """Returns the recipe of a checkpoint, or one for a Hugging Face folder."""
     from looplm_jax.checkpoints import read_metadata
-    from looplm_jax.convert.converted import converted_recipe
-    from looplm_jax.convert.from_hf import is_hf_folder, read_hf_config
+    from looplm_jax.convert._import_hf import converted_recipe, is_hf_folder, read_hf_config
 
     folder = Path(checkpoint)
     return (

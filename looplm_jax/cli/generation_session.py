@@ -11,7 +11,7 @@ from rich.console import Console
 from looplm_jax.cli.engine_session import make_engine, most_loops, request_options, sign_of_life
 from looplm_jax.cli.generation_views import ColourView, JsonView, PlainView, Stopwatch, View, header
 from looplm_jax.cli.interrupts import interrupt_calls
-from looplm_jax.convert.tokenizer_files import stop_ids
+from looplm_jax.convert._tokenizer_files import stop_ids
 from looplm_jax.errors import UserError
 from looplm_jax.files import pasted
 from looplm_jax.halting import ExitPolicy, QExit

@@ -10,7 +10,7 @@ from looplm_jax.cli import generation_session
 from looplm_jax.cli.engine_session import request_options, sign_of_life
 from looplm_jax.cli.generation_views import Stopwatch
 from looplm_jax.cli.interrupts import interrupt_calls
-from looplm_jax.convert.tokenizer_files import stop_ids
+from looplm_jax.convert._tokenizer_files import stop_ids
 from looplm_jax.errors import UserError
 from looplm_jax.halting import FixedLoops, parse_exit_policy
 from looplm_jax.inference import Finish, NewToken, Result, Screening, SpeculativeResult, speculate

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from looplm_jax.convert.tokenizer_files import stop_ids
+from looplm_jax.convert._tokenizer_files import stop_ids
 from looplm_jax.data.chat import ASSISTANT, Message, tokens_and_mask
 from looplm_jax.data.tokenizers import Tokenizer
 from looplm_jax.errors import UserError

@@ -14,7 +14,7 @@ from looplm_jax import codec
 from looplm_jax.checkpoints import DamagedStep, read_metadata, restore_params
 from looplm_jax.checkpoints.whole import read_records
 from looplm_jax.config import ModelConfig, Recipe
-from looplm_jax.convert.from_hf import is_hf_folder, load_hf, read_hf_config
+from looplm_jax.convert._import_hf import is_hf_folder, load_hf, read_hf_config
 from looplm_jax.data.tokenizers import Tokenizer, deserialize
 from looplm_jax.errors import UserError
 from looplm_jax.models.looplm import LoopLM, Params

@@ -12,7 +12,7 @@ from looplm_jax import data
 from looplm_jax.checkpoints import CheckpointStore, Metadata, check_same_run, read_metadata
 from looplm_jax.codec import to_dict
 from looplm_jax.config import DataConfig, Recipe
-from looplm_jax.convert.from_hf import is_hf_folder
+from looplm_jax.convert._import_hf import is_hf_folder
 from looplm_jax.data.corpus import Corpus, open_corpus
 from looplm_jax.data.pipeline import check_fit
 from looplm_jax.data.targets import pieces_left_out

@@ -2,7 +2,7 @@
 
 import struct
 
-from looplm_jax.convert.sentencepiece_model import PieceKind
+from looplm_jax.convert._sentencepiece_json import PieceKind
 
 BYTES = [(f"<0x{byte:02X}>", 0.0, PieceKind.BYTE) for byte in range(256)]
 # The fields of a lossless model: BPE, byte fallback, no normalization.

@@ -12,8 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 import looplm_jax
 from looplm_jax.config import MeshConfig, NormPlacement
-from looplm_jax.convert.dense import convert_from_dense, load_dense
-from looplm_jax.convert.layout import flat_arrays
+from looplm_jax.convert._dense import convert_from_dense, load_dense
+from looplm_jax.convert._layout import flat_arrays
 from looplm_jax.errors import UserError
 from looplm_jax.models.looplm import LoopLM, head_matrix, init_params
 from looplm_jax.sharding import make_mesh

@@ -14,8 +14,8 @@ from hf_folders import GROUPED, MULTI_HEAD, SPECIAL_TOKENS, TIED, config_json, m
 
 from looplm_jax.checkpoints import inspect_steps
 from looplm_jax.config import MeshConfig, ModelConfig
-from looplm_jax.convert.from_hf import convert_from_hf, load_hf, read_hf_config
-from looplm_jax.convert.layout import flat_arrays, torch_layout
+from looplm_jax.convert._import_hf import convert_from_hf, load_hf, read_hf_config
+from looplm_jax.convert._layout import flat_arrays, torch_layout
 from looplm_jax.loading import load
 from looplm_jax.sharding import make_mesh
 
@@ -169,7 +169,7 @@ def test_the_published_config_is_read(tmp_path):
 MEMORY = """
 import sys, jax, jax.numpy as jnp
 from looplm_jax.config import MeshConfig
-from looplm_jax.convert.from_hf import load_hf
+from looplm_jax.convert._import_hf import load_hf
 from looplm_jax.sharding import make_mesh
 
 def peak():

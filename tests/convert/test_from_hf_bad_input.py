@@ -12,8 +12,8 @@ import pytest
 from hf_folders import MULTI_HEAD, TIED, make_tensors, tokenizer_json, write_hf_folder
 
 from looplm_jax.config import MeshConfig
-from looplm_jax.convert import from_hf
-from looplm_jax.convert.from_hf import convert_from_hf, load_hf
+from looplm_jax.convert import _import_hf
+from looplm_jax.convert._import_hf import convert_from_hf, load_hf
 from looplm_jax.errors import UserError
 from looplm_jax.sharding import make_mesh
 
@@ -243,7 +243,7 @@ def test_a_conversion_that_fails_half_way_leaves_nothing(tmp_path, remains, monk
         raise error
 
     write_hf_folder(tmp_path / "hf")
-    monkeypatch.setattr(from_hf, "write_converted", write_and_fail)
+    monkeypatch.setattr(_import_hf, "write_converted", write_and_fail)
     with pytest.raises((UserError, KeyboardInterrupt)) as caught:
         convert_from_hf(tmp_path / "hf", tmp_path / "outputs" / "out")
     assert isinstance(caught.value, KeyboardInterrupt) or "no space left on the disk" in str(caught.value)

@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from looplm_jax.convert import accounting
-from looplm_jax.convert.accounting import accounted
-from looplm_jax.convert.from_hf import read_hf_config
-from looplm_jax.convert.weight_files import INDEX, SINGLE, WeightFolder
+from looplm_jax.convert import _placement
+from looplm_jax.convert._import_hf import read_hf_config
+from looplm_jax.convert._placement import match_tensors
+from looplm_jax.convert._safetensors_io import INDEX, SINGLE, WeightFolder
 from looplm_jax.errors import UserError
 
 MUCH_MEMORY = 64 * 2**20
@@ -142,7 +142,7 @@ def configs(draw):
 def shapes_once():
     """Caches shapes, which are slow to trace: most examples that get this far have the same model."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(accounting, "array_shapes", functools.cache(accounting.array_shapes))
+        patch.setattr(_placement, "array_shapes", functools.cache(_placement.array_shapes))
         yield
 
 
@@ -155,7 +155,7 @@ def model_folder(tmp_path_factory):
 
 def read_config_and_account(path):
     """Runs the two steps that a config can make large: the layers and the shapes."""
-    return accounted(WeightFolder.open(path), read_hf_config(path))
+    return match_tensors(WeightFolder.open(path), read_hf_config(path))
 
 
 @given(values=configs())
@@ -208,7 +208,7 @@ def test_index_files(sharded_folder, content):
 HOSTILE = """
 import resource, sys
 from pathlib import Path
-from looplm_jax.convert.weight_files import WeightFolder
+from looplm_jax.convert._safetensors_io import WeightFolder
 from looplm_jax.errors import UserError
 
 (line,) = [line for line in open("/proc/self/status") if line.startswith("VmSize")]

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from looplm_jax.config import Injection, ModelConfig, NormPlacement
-from looplm_jax.convert.layout import account, array_shapes, flat_arrays, torch_layout, unflat_arrays
+from looplm_jax.convert._layout import array_shapes, check_tensor_names, flat_arrays, torch_layout, unflat_arrays
 from looplm_jax.errors import UserError
 from looplm_jax.models.looplm import count_params
 from looplm_jax.models.presets import ouro_1_4b
@@ -97,10 +97,10 @@ def test_a_part_without_a_place_is_refused_by_name(changes, part):
 def test_every_tensor_is_accounted_for():
     wanted = {tensor.name: tensor for tensor in torch_layout(array_shapes(config()))}
     found = {name: tensor.shape for name, tensor in wanted.items()}
-    account(found, wanted, "here")
+    check_tensor_names(found, wanted, "here")
     with pytest.raises(UserError, match=r"here: tensor lm_head.weight is missing"):
-        account({name: shape for name, shape in found.items() if name != "lm_head.weight"}, wanted, "here")
+        check_tensor_names({name: shape for name, shape in found.items() if name != "lm_head.weight"}, wanted, "here")
     with pytest.raises(UserError, match=r"model.layers.0.mlp.gate_proj.bias belongs to no part of the model; did you"):
-        account({**found, "model.layers.0.mlp.gate_proj.bias": (10,)}, wanted, "here")
+        check_tensor_names({**found, "model.layers.0.mlp.gate_proj.bias": (10,)}, wanted, "here")
     with pytest.raises(UserError, match=r"model.norm.weight has shape \[13\], the model needs \[12\]"):
-        account({**found, "model.norm.weight": (13,)}, wanted, "here")
+        check_tensor_names({**found, "model.norm.weight": (13,)}, wanted, "here")

@@ -10,8 +10,8 @@ from tiny_checkpoints import SYMBOLS, TINY, tiny_recipe, write_checkpoint
 from looplm_jax.checkpoints import Restored, restore_params
 from looplm_jax.config import DataConfig, Objective, SourceConfig, Stage, StartConfig
 from looplm_jax.convert import convert_to_hf
-from looplm_jax.convert.layout import array_shapes
-from looplm_jax.convert.model_card import TrainingRecord, model_card, training_record
+from looplm_jax.convert._layout import array_shapes
+from looplm_jax.convert._model_card import TrainingRecord, model_card, training_record
 from looplm_jax.models.looplm import count_params
 
 

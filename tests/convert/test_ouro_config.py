@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from looplm_jax.config import Injection, ModelConfig, NormPlacement
-from looplm_jax.convert.ouro_config import from_llama_config, from_ouro_config, to_ouro_config
+from looplm_jax.convert._ouro_config import from_llama_config, from_ouro_config, to_ouro_config
 from looplm_jax.errors import UserError
 from looplm_jax.models.presets import ouro_1_4b, ouro_2_6b
 

@@ -9,8 +9,8 @@ import sys
 import pytest
 from processes import running
 
-from looplm_jax.convert.output_folder import fresh_folder
 from looplm_jax.errors import UserError
+from looplm_jax.files import staged_folder
 
 
 def names(folder):
@@ -19,7 +19,7 @@ def names(folder):
 
 def test_it_appears_when_all_is_written(tmp_path):
     out = tmp_path / "new" / "out"
-    with fresh_folder(out) as staging:
+    with staged_folder(out) as staging:
         (staging / "a").write_text("all of it")
         assert not out.exists()
         assert staging.parent == out.parent
@@ -31,7 +31,7 @@ def test_it_appears_when_all_is_written(tmp_path):
 def test_an_absent_and_an_empty_folder_will_do(tmp_path, make):
     out = tmp_path / "out"
     make(out)
-    with fresh_folder(out) as staging:
+    with staged_folder(out) as staging:
         (staging / "a").touch()
     assert names(out) == ["a"]
 
@@ -39,7 +39,7 @@ def test_an_absent_and_an_empty_folder_will_do(tmp_path, make):
 def test_a_link_to_an_empty_folder_is_followed(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "disk")
-    with fresh_folder(tmp_path / "out") as staging:
+    with staged_folder(tmp_path / "out") as staging:
         (staging / "a").touch()
     assert names(tmp_path / "disk") == ["a"]
     assert (tmp_path / "out").is_symlink()
@@ -47,14 +47,14 @@ def test_a_link_to_an_empty_folder_is_followed(tmp_path):
 
 def test_relative_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with fresh_folder("out") as staging:
+    with staged_folder("out") as staging:
         (staging / "a").touch()
     assert names(tmp_path) == ["out"]
 
 
 def write_half(out, failure):
     """Fails when half of the folder is written."""
-    with fresh_folder(out) as staging:
+    with staged_folder(out) as staging:
         (staging / "folder").mkdir()
         (staging / "folder" / "half").write_text("half")
         raise failure
@@ -69,7 +69,7 @@ def test_any_failure_leaves_nothing(tmp_path, failure):
 
 def refusal(out):
     """Returns the line with which a folder is refused, before the body runs."""
-    with pytest.raises(UserError) as raised, fresh_folder(out):
+    with pytest.raises(UserError) as raised, staged_folder(out):
         pytest.fail("the body ran")
     assert "\n" not in str(raised.value)
     return str(raised.value)
@@ -103,7 +103,7 @@ def test_something_that_came_meanwhile_is_not_overwritten(tmp_path):
     out = tmp_path / "out"
 
     def write():
-        with fresh_folder(out) as staging:
+        with staged_folder(out) as staging:
             (staging / "a").touch()
             out.mkdir()
             (out / "theirs").touch()
@@ -126,14 +126,14 @@ def test_a_full_disk_is_one_line(tmp_path, code):
 
 def test_mistakes_name_the_folder_of_the_user(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"^cannot write out/checkpoints/0$"), fresh_folder("out") as staging:
+    with pytest.raises(UserError, match=r"^cannot write out/checkpoints/0$"), staged_folder("out") as staging:
         raise UserError(f"cannot write {staging}/checkpoints/0")
 
 
 HALF_WAY = """
 import sys, time
-from looplm_jax.convert.output_folder import fresh_folder
-with fresh_folder(sys.argv[1]) as staging:
+from looplm_jax.files import staged_folder
+with staged_folder(sys.argv[1]) as staging:
     (staging / "folder").mkdir()
     (staging / "folder" / "half").write_text("half")
     (staging / "link").symlink_to("/")
@@ -160,7 +160,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path, half_way):
     half_way.send_signal(signal.SIGKILL)
     half_way.wait()
     assert names(tmp_path) == [".out.partial"]
-    with fresh_folder(tmp_path / "out") as staging:
+    with staged_folder(tmp_path / "out") as staging:
         (staging / "a").touch()
     assert names(tmp_path) == ["out"]
     assert names(tmp_path / "out") == ["a"]

@@ -10,8 +10,8 @@ from safetensors.numpy import load_file
 from tiny_checkpoints import read_json
 
 from looplm_jax.config import MeshConfig
-from looplm_jax.convert.from_hf import convert_from_hf, load_hf
-from looplm_jax.convert.to_hf import convert_to_hf
+from looplm_jax.convert._export_hf import convert_to_hf
+from looplm_jax.convert._import_hf import convert_from_hf, load_hf
 from looplm_jax.errors import UserError
 from looplm_jax.loading import load
 from looplm_jax.sharding import make_mesh

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save
 
-from looplm_jax.convert.layout import TorchTensor
-from looplm_jax.convert.shard_files import parse_size, write_weights
+from looplm_jax.convert._layout import TorchTensor
+from looplm_jax.convert._safetensors_io import parse_size, write_weights
 from looplm_jax.errors import UserError
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from looplm_jax.config import ModelConfig
-from looplm_jax.convert.state_dict import from_torch_state_dict, to_torch_state_dict
+from looplm_jax.convert._state_dict import from_torch_state_dict, to_torch_state_dict
 from looplm_jax.errors import UserError
 from looplm_jax.models.looplm import LoopLM, init_params
 

@@ -14,9 +14,9 @@ from safetensors.numpy import load_file
 from tiny_checkpoints import TINY, changed, random_params, read_json, tiny_recipe, write_checkpoint
 
 from looplm_jax.config import Injection, NormPlacement
-from looplm_jax.convert import to_hf
-from looplm_jax.convert.layout import array_shapes, flat_arrays, torch_layout
-from looplm_jax.convert.to_hf import convert_to_hf
+from looplm_jax.convert import _export_hf
+from looplm_jax.convert._export_hf import convert_to_hf
+from looplm_jax.convert._layout import array_shapes, flat_arrays, torch_layout
 from looplm_jax.data.tokenizers import FolderTokenizer, SymbolTokenizer, TokenIds
 from looplm_jax.errors import UserError
 from looplm_jax.models.looplm import count_params
@@ -233,7 +233,7 @@ def test_other_mistakes(run, tmp_path):
 
 @pytest.mark.parametrize("where", ["_read", "_write_weights", "model_card"])
 def test_an_interrupt_half_way_leaves_nothing(run, tmp_path, monkeypatch, where):
-    original, calls = getattr(to_hf, where), []
+    original, calls = getattr(_export_hf, where), []
 
     def interrupted(*arguments, **options):
         calls.append(original(*arguments, **options))
@@ -241,7 +241,7 @@ def test_an_interrupt_half_way_leaves_nothing(run, tmp_path, monkeypatch, where)
             raise KeyboardInterrupt
         return calls[-1]
 
-    monkeypatch.setattr(to_hf, where, interrupted)
+    monkeypatch.setattr(_export_hf, where, interrupted)
     with pytest.raises(KeyboardInterrupt):
         convert_to_hf(run, tmp_path / "out", max_shard_bytes=4000)
     assert names(tmp_path) == set()
@@ -249,7 +249,7 @@ def test_an_interrupt_half_way_leaves_nothing(run, tmp_path, monkeypatch, where)
 
 LIMITED = """
 import resource, sys
-from looplm_jax.convert.to_hf import convert_to_hf
+from looplm_jax.convert._export_hf import convert_to_hf
 from looplm_jax.errors import UserError
 size = int(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))

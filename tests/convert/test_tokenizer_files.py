@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from sentencepiece_cases import merged, model_bytes
 
-from looplm_jax.convert.tokenizer_files import stop_ids, tokenizer_files
+from looplm_jax.convert._tokenizer_files import stop_ids, tokenizer_files
 from looplm_jax.data.chat import Message, render, tokens_and_mask
 from looplm_jax.data.tokenizer_training import train_sentencepiece
 from looplm_jax.data.tokenizers import JsonTokenizer, SentencePieceTokenizer, SymbolTokenizer

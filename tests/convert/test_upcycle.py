@@ -31,7 +31,7 @@ from looplm_jax.config import (
     SourceConfig,
     Stage,
 )
-from looplm_jax.convert.upcycle import Order, source_layers, upcycle
+from looplm_jax.convert._upcycle import Order, source_layers, upcycle
 from looplm_jax.data import open_corpus
 from looplm_jax.errors import UserError
 from looplm_jax.models.blocks import Stack, make_context

@@ -12,7 +12,7 @@ import pytest
 from hf_folders import write_weights
 from safetensors.numpy import save_file
 
-from looplm_jax.convert.weight_files import INDEX, SINGLE, WeightFolder, has_weights
+from looplm_jax.convert._safetensors_io import INDEX, SINGLE, WeightFolder, has_weights
 from looplm_jax.errors import UserError
 from looplm_jax.json_files import read_json_object
 
@@ -216,7 +216,7 @@ def test_a_tensor_that_the_index_does_not_name(tmp_path):
 
 def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
     write_weights(tmp_path, {"a": np.zeros(2, np.float32)})
-    monkeypatch.setattr("looplm_jax.convert.weight_files.safe_open", refuse_permission)
+    monkeypatch.setattr("looplm_jax.convert._safetensors_io.safe_open", refuse_permission)
     line = refusal(tmp_path)
     assert line.startswith(f"{tmp_path}/{SINGLE} cannot be read (PermissionError: ")
     assert line.endswith("); check its permissions and its disk")

@@ -10,7 +10,7 @@ import numpy as np
 from looplm_jax.checkpoints import CheckpointStore, Metadata
 from looplm_jax.codec import to_dict
 from looplm_jax.config import ModelConfig, Recipe, Stage
-from looplm_jax.convert.layout import array_shapes
+from looplm_jax.convert._layout import array_shapes
 from looplm_jax.data.tokenizers import END_OF_TEXT, IM_END, IM_START, SymbolTokenizer
 
 # This works without the package `tokenizers`; the names are those of Ouro.

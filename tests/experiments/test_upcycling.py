@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from experiments import upcycling
-from looplm_jax.convert.upcycle import Order
+from looplm_jax.convert._upcycle import Order
 
 
 def run_smoke(out):

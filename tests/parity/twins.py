@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from looplm_jax.config import ComputeConfig, Dtype, ModelConfig
-from looplm_jax.convert.ouro_config import to_ouro_config
-from looplm_jax.convert.state_dict import to_torch_state_dict
+from looplm_jax.convert._ouro_config import to_ouro_config
+from looplm_jax.convert._state_dict import to_torch_state_dict
 from looplm_jax.convert.torch_model.configuration_looplm import OuroConfig
 from looplm_jax.convert.torch_model.modeling_looplm import OuroForCausalLM
 from looplm_jax.models.looplm import LoopLM, Params, init_params

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from looplm_jax.config import Recipe, Stage
-from looplm_jax.convert.upcycle import Order, upcycle
+from looplm_jax.convert._upcycle import Order, upcycle
 from looplm_jax.errors import UserError
 from looplm_jax.loading import load
 from looplm_jax.models.looplm import count_params

@@ -27,7 +27,7 @@ from looplm_jax.config import (
     SourceConfig,
     StartConfig,
 )
-from looplm_jax.convert.to_hf import convert_to_hf
+from looplm_jax.convert._export_hf import convert_to_hf
 from looplm_jax.data import load_tokenizer, train_sentencepiece
 from looplm_jax.errors import UserError
 from looplm_jax.models.looplm import LoopLM

@@ -133,29 +133,59 @@ class _PieceType(enum.IntEnum):
 
 def _retyped(content: bytes, tokens: frozenset[int], kind: _PieceType) -> Any:
     """Returns a processor for the model with the type of some tokens changed."""
-    model = _model_class().FromString(content)
+    model = model_message().FromString(content)
     for token in tokens:
         model.pieces[token].type = kind
     return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
 
 
 @functools.cache
-def _model_class() -> Any:
+def model_message() -> Any:
     """Returns a message class with the needed fields of `sentencepiece_model.proto`; protobuf preserves the others.
 
     The generated module that SentencePiece ships rejects every `protobuf` release older than the one that generated it.
+    Enums are declared as integers, so that unknown values are preserved, and the text of a piece as bytes.
     """
     from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
     kinds = descriptor_pb2.FieldDescriptorProto
     file = descriptor_pb2.FileDescriptorProto(name="looplm_jax/sentencepiece.proto", package=_PACKAGE, syntax="proto2")
 
-    piece = file.message_type.add(name="Piece")
-    piece.field.add(name="type", number=3, type=kinds.TYPE_INT32, label=kinds.LABEL_OPTIONAL)
-    model = file.message_type.add(name="Model")
-    pieces = model.field.add(name="pieces", number=1, type=kinds.TYPE_MESSAGE, label=kinds.LABEL_REPEATED)
-    pieces.type_name = f".{_PACKAGE}.Piece"
+    def declare(name: str, *fields: tuple[str, int, int, str]) -> Any:
+        """Adds a message with optional fields, each with its name, number, type and default value."""
+        message = file.message_type.add(name=name)
+        for field, number, kind, default in fields:
+            message.field.add(
+                name=field, number=number, type=kind, label=kinds.LABEL_OPTIONAL, default_value=default or None
+            )
+        return message
+
+    declare(
+        "SentencePiece",
+        ("piece", 1, kinds.TYPE_BYTES, ""),
+        ("score", 2, kinds.TYPE_FLOAT, ""),
+        ("type", 3, kinds.TYPE_INT32, "1"),
+    )
+    declare("TrainerSpec", ("model_type", 3, kinds.TYPE_INT32, "1"), ("byte_fallback", 35, kinds.TYPE_BOOL, ""))
+    declare(
+        "NormalizerSpec",
+        ("precompiled_charsmap", 2, kinds.TYPE_BYTES, ""),
+        ("add_dummy_prefix", 3, kinds.TYPE_BOOL, "true"),
+        ("remove_extra_whitespaces", 4, kinds.TYPE_BOOL, "true"),
+        ("escape_whitespaces", 5, kinds.TYPE_BOOL, "true"),
+    )
+
+    model = file.message_type.add(name="ModelProto")
+    for name, number, of in (
+        ("pieces", 1, "SentencePiece"),
+        ("trainer_spec", 2, "TrainerSpec"),
+        ("normalizer_spec", 3, "NormalizerSpec"),
+        ("denormalizer_spec", 5, "NormalizerSpec"),
+    ):
+        label = kinds.LABEL_REPEATED if name == "pieces" else kinds.LABEL_OPTIONAL
+        field = model.field.add(name=name, number=number, type=kinds.TYPE_MESSAGE, label=label)
+        field.type_name = f".{_PACKAGE}.{of}"
 
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{_PACKAGE}.Model"))
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{_PACKAGE}.ModelProto"))

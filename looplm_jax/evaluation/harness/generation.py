@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from looplm_jax.convert.tokenizer_files import stop_ids
+from looplm_jax.convert._tokenizer_files import stop_ids
 from looplm_jax.data.tokenizers import Tokenizer
 from looplm_jax.errors import UserError, suggest
 from looplm_jax.halting import ExitPolicy

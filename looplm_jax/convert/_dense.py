@@ -21,23 +21,26 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from looplm_jax.config import MeshConfig, ModelConfig, NormPlacement
-from looplm_jax.convert.converted import Converted, converted_recipe, summary, write_converted
-from looplm_jax.convert.from_hf import (
+from looplm_jax.convert._import_hf import (
     CONFIG,
+    Converted,
     HfModel,
-    accounted,
+    conversion_report,
+    converted_recipe,
+    match_tensors,
     naming,
     needed_tokenizer,
     parameter_targets,
     read_hf_tokenizer,
+    write_converted,
 )
-from looplm_jax.convert.layout import Path as ArrayPath
-from looplm_jax.convert.layout import TorchTensor, flat_arrays, unflat_arrays
-from looplm_jax.convert.ouro_config import from_llama_config
-from looplm_jax.convert.output_folder import fresh_folder
-from looplm_jax.convert.placement import place_tensors
-from looplm_jax.convert.weight_files import WeightFolder
+from looplm_jax.convert._layout import Path as ArrayPath
+from looplm_jax.convert._layout import TorchTensor, flat_arrays, unflat_arrays
+from looplm_jax.convert._ouro_config import from_llama_config
+from looplm_jax.convert._placement import place_tensors
+from looplm_jax.convert._safetensors_io import WeightFolder
 from looplm_jax.errors import UserError
+from looplm_jax.files import staged_folder
 from looplm_jax.json_files import read_json_object
 from looplm_jax.models.looplm import LoopLM, boxed_params
 from looplm_jax.random_keys import seeded_key
@@ -82,7 +85,7 @@ def convert_from_dense(
     """
     mesh = make_mesh(MeshConfig(), first_device())
 
-    with fresh_folder(out) as staging:
+    with staged_folder(out) as staging:
         model = load_dense(
             folder,
             mesh=mesh,
@@ -95,7 +98,7 @@ def convert_from_dense(
 
         recipe = dataclasses.replace(converted_recipe(Path(folder), model.config), description=_DESCRIPTION)
         write_converted(staging, recipe, model.params, needed_tokenizer(model.tokenizer, folder))
-    return summary(Path(out), model.config, model.params, model.notes)
+    return conversion_report(Path(out), model.config, model.params, model.notes)
 
 
 def load_dense(
@@ -121,7 +124,7 @@ def load_dense(
     weights = _without_derived(WeightFolder.open(folder))
     config = read_dense_config(folder, weights, loops=loops, norm_placement=norm_placement)
     check_divides(mesh, config)
-    layout = accounted(weights, config, _in_a_llama)
+    layout = match_tensors(weights, config, _in_a_llama)
     tokenizer, notes = read_hf_tokenizer(folder, config.vocab_size)
 
     dtype = dtype or weights.one_dtype(tensor.name for tensor in layout)

@@ -12,17 +12,107 @@ replacement characters differs, and the unknown token, which no text encodes to,
 
 import collections
 import dataclasses
+import enum
 import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from looplm_jax.convert.sentencepiece_model import Algorithm, Piece, PieceKind, Settings, read_model
-from looplm_jax.data.tokenizers.sentencepiece import SPACE_MARK
+from looplm_jax.data.tokenizers.sentencepiece import SPACE_MARK, model_message
 from looplm_jax.errors import UserError
 
-_EXPRESSIBLE = Settings(
+# Reading a model
+
+
+class PieceKind(enum.IntEnum):
+    """The kind of a piece: `ModelProto.SentencePiece.Type`."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+class Algorithm(enum.IntEnum):
+    """The kind of a model: `TrainerSpec.ModelType`."""
+
+    UNIGRAM = 1
+    BPE = 2
+    WORD = 3
+    CHAR = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """One token; its id is its index in the model. Of two possible merges, the higher score is done first."""
+
+    text: str
+    score: float
+    kind: PieceKind
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """The settings that decide how text is split into pieces, under the names of SentencePiece's trainer."""
+
+    model_type: Algorithm
+    byte_fallback: bool
+    normalization_rules: bool
+    add_dummy_prefix: bool
+    remove_extra_whitespaces: bool
+    escape_whitespaces: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class SentencePieceModel:
+    """A SentencePiece model: its pieces, in the order of their ids, and its settings."""
+
+    pieces: tuple[Piece, ...]
+    settings: ModelSettings
+
+
+def read_model(content: bytes) -> SentencePieceModel:
+    """Parses the bytes of a `.model` file. SentencePiece's Python package exposes neither kinds nor settings.
+
+    Raises:
+      UserError: the bytes are not a SentencePiece model.
+    """
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = model_message().FromString(content)
+        return SentencePieceModel(tuple(map(_piece, model.pieces)), _settings(model))
+    # ValueError: an unknown kind or algorithm, or a text that is not UTF-8.
+    except (DecodeError, ValueError):
+        raise UserError("this is not a SentencePiece model; give a .model file") from None
+
+
+def _piece(message: Any) -> Piece:
+    if not message.HasField("piece"):
+        raise ValueError("a piece without a text")
+    return Piece(message.piece.decode(), message.score, PieceKind(message.type))
+
+
+def _settings(model: Any) -> ModelSettings:
+    normalizer = model.normalizer_spec
+
+    return ModelSettings(
+        model_type=Algorithm(model.trainer_spec.model_type),
+        byte_fallback=model.trainer_spec.byte_fallback,
+        # The rules are empty if the text is not normalized.
+        normalization_rules=bool(normalizer.precompiled_charsmap or model.denormalizer_spec.precompiled_charsmap),
+        add_dummy_prefix=normalizer.add_dummy_prefix,
+        remove_extra_whitespaces=normalizer.remove_extra_whitespaces,
+        escape_whitespaces=normalizer.escape_whitespaces,
+    )
+
+
+# Converting it
+
+_EXPRESSIBLE = ModelSettings(
     model_type=Algorithm.BPE,
     byte_fallback=True,
     normalization_rules=False,
@@ -135,7 +225,7 @@ def _last_merge(text: str, scores: Mapping[str, float]) -> tuple[str, str] | Non
 # What cannot be converted
 
 
-def _check_settings(settings: Settings) -> None:
+def _check_settings(settings: ModelSettings) -> None:
     """Raises UserError unless a `tokenizer.json` can express the settings."""
     for name, wanted in dataclasses.asdict(_EXPRESSIBLE).items():
         value = getattr(settings, name)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from looplm_jax.convert.sentencepiece_json import sentencepiece_json
+from looplm_jax.convert._sentencepiece_json import sentencepiece_json
 from looplm_jax.data.tokenizers import (
     IM_END,
     IM_START,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from looplm_jax.config import ModelConfig
-from looplm_jax.convert.layout import account, array_shapes, flat_arrays, torch_layout, unflat_arrays
+from looplm_jax.convert._layout import array_shapes, check_tensor_names, flat_arrays, torch_layout, unflat_arrays
 from looplm_jax.errors import UserError
 from looplm_jax.models.looplm import Params
 
@@ -54,7 +54,7 @@ def from_torch_state_dict(state: Mapping[str, "torch.Tensor"], config: ModelConf
     if config.tied_head and {_HEAD, _EMBEDDING} <= set(tensors) and torch.equal(tensors[_HEAD], tensors[_EMBEDDING]):
         del tensors[_HEAD]
 
-    account({name: tuple(tensor.shape) for name, tensor in tensors.items()}, wanted, "state dict")
+    check_tensor_names({name: tuple(tensor.shape) for name, tensor in tensors.items()}, wanted, "state dict")
 
     # The slices of one array arrive in the order of its layers, because the layout lists the layers in order.
     slices: dict[tuple[str, ...], list[np.ndarray]] = {}

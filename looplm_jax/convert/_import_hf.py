@@ -1,42 +1,73 @@
 """Reads a Hugging Face Ouro folder, as parameters or into a checkpoint."""
 
 import dataclasses
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from looplm_jax.config import MeshConfig, ModelConfig
-from looplm_jax.convert.accounting import accounted
-from looplm_jax.convert.converted import Converted, converted_recipe, summary, write_converted
-from looplm_jax.convert.layout import Path as ArrayPath
-from looplm_jax.convert.layout import flat_arrays, unflat_arrays
-from looplm_jax.convert.ouro_config import from_ouro_config
-from looplm_jax.convert.output_folder import fresh_folder
-from looplm_jax.convert.placement import place_tensors
-from looplm_jax.convert.weight_files import WeightFolder, has_weights
+from looplm_jax.checkpoints import Metadata
+from looplm_jax.checkpoints.tree import flatten
+from looplm_jax.checkpoints.whole import WholeStep, write_whole
+from looplm_jax.codec import to_dict
+from looplm_jax.config import MeshConfig, ModelConfig, Recipe, Stage
+from looplm_jax.convert._layout import Path as ArrayPath
+from looplm_jax.convert._layout import flat_arrays, unflat_arrays
+from looplm_jax.convert._ouro_config import from_ouro_config
+from looplm_jax.convert._placement import match_tensors, place_tensors
+from looplm_jax.convert._safetensors_io import WeightFolder, has_weights
 from looplm_jax.data.tokenizers import Tokenizer
 from looplm_jax.data.tokenizers.folder_files import read_folder_tokenizer
 from looplm_jax.errors import UserError
+from looplm_jax.files import staged_folder
 from looplm_jax.json_files import read_json_object
-from looplm_jax.models.looplm import Params, boxed_shapes
+from looplm_jax.models.looplm import LoopLM, Params, boxed_shapes
 from looplm_jax.sharding import abstract, check_divides, first_device, make_mesh
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 
+_STAGE = "converted"
+_BATCH, _SEQUENCE = 8, 1024  # the values that `looplm evaluate` takes from the last stage
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HfModel:
-    """A model as its folder describes it."""
+    """A model as its Hugging Face folder describes it. `model, params, tokenizer = load_hf(path)` works too."""
 
     config: ModelConfig
     params: Params
     tokenizer: Tokenizer | None  # None if the folder has none
     notes: tuple[str, ...] = ()  # about what the folder leaves open, contradicts, or cannot carry over
+
+    @property
+    def model(self) -> LoopLM:
+        """Returns the model, to be applied to `params`."""
+        return LoopLM(self.config)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.model, self.params, self.tokenizer))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Converted:
+    """The result of a conversion."""
+
+    out: Path
+    model: ModelConfig
+    parameters: int
+    bytes: int
+    dtype: str
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        wrote = f"wrote step 0, {self.parameters:,} parameters, {self.bytes:,} bytes of {self.dtype}, to {self.out}"
+        return "\n".join((*(f"note: {note}" for note in self.notes), wrote))
 
 
 def is_hf_folder(path: Path) -> bool:
@@ -48,15 +79,20 @@ def is_hf_folder(path: Path) -> bool:
 
 
 def load_hf(
-    path: str | os.PathLike[str], *, mesh: Mesh, dtype: DTypeLike | None = None, uncast: Sequence[str] = ()
+    path: str | os.PathLike[str],
+    *,
+    mesh: Mesh | None = None,
+    dtype: DTypeLike | None = None,
+    uncast: Sequence[str] = (),
 ) -> HfModel:
     """Returns the model of a Hugging Face Ouro folder. Each tensor is read directly onto the devices that hold it.
 
-    Every tensor is matched with the model before the first one is read.
+    Every tensor is matched with the model before the first one is read. `looplm_jax.load` also reads checkpoints, and
+    casts to the dtype that the devices compute in.
 
     Args:
       path: a folder with config.json, safetensors and tokenizer.json.
-      mesh: the devices over which the parameters are sharded.
+      mesh: the devices over which the parameters are sharded; None puts them on the first device.
       dtype: float32, bfloat16 or float16; None keeps the stored dtype.
       uncast: top-level groups of parameters that keep the stored dtype regardless of `dtype`.
 
@@ -68,8 +104,9 @@ def load_hf(
     weights = WeightFolder.open(folder)
     config = read_hf_config(folder)
 
+    mesh = make_mesh(MeshConfig(), first_device()) if mesh is None else mesh
     check_divides(mesh, config)
-    layout = accounted(weights, config)
+    layout = match_tensors(weights, config)
     tokenizer, notes = read_hf_tokenizer(folder, config.vocab_size)
 
     targets = parameter_targets(config, mesh, dtype or weights.one_dtype(tensor.name for tensor in layout))
@@ -95,13 +132,11 @@ def convert_from_hf(
     Raises:
       UserError: as `load_hf`, or `out` is not empty, or the file system refuses a write. No partial output remains.
     """
-    mesh = make_mesh(MeshConfig(), first_device())
-
-    with fresh_folder(out) as staging:
-        model = load_hf(folder, mesh=mesh, dtype=dtype)
+    with staged_folder(out) as staging:
+        model = load_hf(folder, dtype=dtype)
         tokenizer = needed_tokenizer(model.tokenizer, folder)
         write_converted(staging, converted_recipe(Path(folder), model.config), model.params, tokenizer)
-    return summary(Path(out), model.config, model.params, model.notes)
+    return conversion_report(Path(out), model.config, model.params, model.notes)
 
 
 # Parts of a folder, also used for dense models
@@ -163,3 +198,46 @@ def naming(folder: Path, error: UserError) -> UserError:
     """Returns the error with the folder in its message."""
     text = str(error)
     return error if str(folder) in text else UserError(f"{folder}: {text}")
+
+
+# Writing converted weights
+
+
+def converted_recipe(origin: Path, model: ModelConfig) -> Recipe:
+    """Returns a recipe for a model whose own recipe is unknown: named after its folder, with a single stage."""
+    length = min(_SEQUENCE, model.max_positions)
+    stage = Stage(name=_STAGE, steps=1, batch_size=_BATCH, sequence_length=length, loops=model.loops)
+    name = origin.resolve().name
+    return Recipe(name=name, description="converted from a Hugging Face folder", model=model, stages=(stage,))
+
+
+def write_converted(folder: Path, recipe: Recipe, params: Params, tokenizer: Tokenizer) -> None:
+    """Writes `<folder>/checkpoints/0`, a checkpoint like any other for training, evaluation and generation.
+
+    Raises:
+      UserError: the file system refused the write. Partial output then remains, so write to a folder that can be
+        deleted.
+    """
+    metadata = Metadata(
+        config=to_dict(recipe),
+        tokenizer_kind=tokenizer.kind,
+        tokenizer=tokenizer.serialize(),
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        data_state={},
+        extra={"stage": _STAGE},
+    )
+
+    write_whole(folder, WholeStep(step=0, arrays=flatten(params, "params"), metadata=metadata))
+
+
+def conversion_report(out: Path, model: ModelConfig, params: Params, notes: tuple[str, ...]) -> Converted:
+    """Returns the report about parameters that were written to `out`."""
+    leaves = jax.tree.leaves(params)
+    return Converted(
+        out=out,
+        model=model,
+        parameters=sum(math.prod(leaf.shape) for leaf in leaves),
+        bytes=sum(leaf.nbytes for leaf in leaves),
+        dtype=str(leaves[0].dtype),
+        notes=notes,
+    )

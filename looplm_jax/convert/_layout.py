@@ -160,7 +160,7 @@ def refuse_wrappers(names: Iterable[str], where: str) -> None:
 # Checking tensors against the layout
 
 
-def account(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, TorchTensor], where: str) -> None:
+def check_tensor_names(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, TorchTensor], where: str) -> None:
     """Refuses tensors that are missing, unexpected or misshapen.
 
     Args:

@@ -13,16 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from looplm_jax.checkpoints import Restored, read_metadata, restore_params
-from looplm_jax.convert.layout import Path as ArrayPath
-from looplm_jax.convert.layout import TorchTensor, array_shapes, flat_arrays, torch_layout
-from looplm_jax.convert.model_card import model_card, training_record
-from looplm_jax.convert.ouro_config import to_ouro_config
-from looplm_jax.convert.output_folder import fresh_folder
-from looplm_jax.convert.shard_files import WrittenWeights, write_weights
-from looplm_jax.convert.tokenizer_files import code_left_out, stop_ids, tokenizer_files
+from looplm_jax.convert._layout import Path as ArrayPath
+from looplm_jax.convert._layout import TorchTensor, array_shapes, flat_arrays, torch_layout
+from looplm_jax.convert._model_card import model_card, training_record
+from looplm_jax.convert._ouro_config import to_ouro_config
+from looplm_jax.convert._safetensors_io import WrittenWeights, write_weights
+from looplm_jax.convert._tokenizer_files import code_left_out, stop_ids, tokenizer_files
 from looplm_jax.data.tokenizers import FolderTokenizer, Tokenizer, deserialize
 from looplm_jax.data.tokenizers.folder_files import kept_json
 from looplm_jax.errors import UserError
+from looplm_jax.files import staged_folder
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 _DTYPES = ("float32", "bfloat16")
@@ -73,7 +73,7 @@ def convert_to_hf(
     model = read_metadata(source, step).recipe().model
     to_ouro_config(model, dtype="float32")  # raises for unsupported options before the weights are read
 
-    with fresh_folder(out) as folder:
+    with staged_folder(out) as folder:
         restored = restore_params(source, array_shapes(model), step=step)
         dtype = dtype or _widest(restored.state)
         left_out = _write_small_files(folder, source, restored, dtype)  # first, because a tokenizer may be refused

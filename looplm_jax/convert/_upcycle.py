@@ -17,8 +17,8 @@ from looplm_jax.checkpoints import read_metadata
 from looplm_jax.checkpoints.whole import read_whole, write_whole
 from looplm_jax.codec import from_dict, to_dict
 from looplm_jax.config import ModelConfig, Recipe
-from looplm_jax.convert.output_folder import fresh_folder
 from looplm_jax.errors import UserError
+from looplm_jax.files import staged_folder
 from looplm_jax.models.looplm import count_params
 
 _STACK = ".core.layers."  # in the path of every parameter of the shared stack; layers are the first axis
@@ -70,7 +70,7 @@ def upcycle(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str], *, 
     _check_layers(os.fspath(checkpoint), before.model.num_layers, layers)
     recipe = dataclasses.replace(before, model=dataclasses.replace(before.model, num_layers=layers))
 
-    with fresh_folder(out) as staging:
+    with staged_folder(out) as staging:
         whole = read_whole(checkpoint)
         chosen = source_layers(order, before.model.num_layers, layers)
         metadata = dataclasses.replace(whole.metadata, config=to_dict(recipe), data_state={})
