@@ -3,7 +3,7 @@
     looplm experiment capo --scale cpu
 
 Models of k layers, plain or looped four times, read biographies of N synthetic people (`looplm_jax.data.tasks.capo`),
-worded differently at each exposure, and are then tested on names and facts (`looplm_jax.evaluation.knowledge_bits`).
+worded differently at each exposure, and are then tested on names and facts (`looplm_jax.evaluation.knowledge_loss`).
 Published: about 2 bits per parameter after 1,000 exposures, with or without loops, and about 1 after 100.
 
 Published, and used at `paper`: RoPE, tied head, heads of width 64, 512 packed positions, batch 192, AdamW (0.9, 0.98),

@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.experiment import Record, Report
-from experiments.figures import figure, save
-from looplm_jax.evaluation.tables import Table
+from looplm_jax.evaluation import Table, figure, save_figure
 
 _PRINTED = "about 2 after 1,000 exposures, about 1 after 100"
 Model = tuple[int, str, int]  # people, shape, parameters
@@ -141,4 +140,4 @@ def _plot(models: dict[Model, list[Record]], path: Path) -> None:
     right.set(title="Capo: at test", xlabel="loops at test", ylabel="bits a parameter", ylim=(0, None))
     right.xaxis.get_major_locator().set_params(integer=True)
     left.legend(frameon=False, loc="center left")
-    save(made, path)
+    save_figure(made, path)

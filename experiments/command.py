@@ -13,7 +13,7 @@ from experiments.registry import EXPERIMENTS
 from experiments.results_files import read_results, show, write_results
 from looplm_jax.cli.interrupts import leave
 from looplm_jax.errors import UserError, suggest
-from looplm_jax.evaluation.tables import Table
+from looplm_jax.evaluation import Table
 from looplm_jax.files import pasted
 from looplm_jax.training._stopping import Stopped
 

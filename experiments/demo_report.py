@@ -9,10 +9,7 @@ from typing import Any
 
 from looplm_jax.config import Recipe
 from looplm_jax.errors import UserError
-from looplm_jax.evaluation.curves import Curve
-from looplm_jax.evaluation.depth_sweep import DepthSweep
-from looplm_jax.evaluation.plots import plot_depths, plot_exits
-from looplm_jax.evaluation.tables import Table
+from looplm_jax.evaluation import Curve, DepthSweep, Table, plot_depths, plot_exits
 from looplm_jax.models.looplm import count_params
 
 _COLUMNS = 96

@@ -22,10 +22,10 @@ from experiments.dense_start_report import Course, Results, write_report
 from experiments.llama_folder import write_llama
 from looplm_jax.codec import override
 from looplm_jax.config import CheckpointConfig, EvaluationConfig, NormPlacement, Recipe, SourceConfig, StartConfig
-from looplm_jax.convert._dense import convert_from_dense
+from looplm_jax.convert import convert_from_dense
 from looplm_jax.data import collect_stdlib, validation_batches
 from looplm_jax.errors import UserError
-from looplm_jax.evaluation.during_training import evaluate_held_out
+from looplm_jax.evaluation import evaluate_held_out
 from looplm_jax.recipes import named_recipe
 from looplm_jax.training._metrics import EVALUATION, read_metrics
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from looplm_jax import strict_json
 from looplm_jax.errors import UserError
-from looplm_jax.evaluation.plots import require_matplotlib
-from looplm_jax.evaluation.tables import Table
+from looplm_jax.evaluation import Table
+from looplm_jax.evaluation._plots import require_matplotlib
 
 _SHOWN_STEPS = (0, 25, 50, 100, 200, 400, 800)
 

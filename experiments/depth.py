@@ -25,10 +25,7 @@ from rich.console import Console
 
 from experiments.experiment import Cell, Record, Report
 from experiments.text_scales import OnTextModels
-from looplm_jax.evaluation.curves import Curve
-from looplm_jax.evaluation.depth_sweep import DepthSweep, depth_sweep
-from looplm_jax.evaluation.plots import plot_depths
-from looplm_jax.evaluation.tables import Table
+from looplm_jax.evaluation import Curve, DepthSweep, Table, depth_sweep, plot_depths
 from looplm_jax.loading import load
 
 # MMLU of the base models at 1..8 loops.

@@ -35,9 +35,7 @@ from experiments.experiment import Cell, Record, Report
 from experiments.run_speed import run_speed
 from experiments.text_scales import OnTextModels
 from looplm_jax.config import GateTarget
-from looplm_jax.evaluation.curves import Curve
-from looplm_jax.evaluation.plots import plot_exits
-from looplm_jax.evaluation.tables import Table
+from looplm_jax.evaluation import Curve, Table, plot_exits
 from looplm_jax.loading import load
 
 STAGE1, PRINTED, AHEAD = f"{GATE}, Stage I gate", f"{GATE}, Stage II gate", f"{GATE}, look-ahead gate"

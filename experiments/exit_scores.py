@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from numpy.typing import ArrayLike
 
 from looplm_jax.data.packing import Batch
-from looplm_jax.evaluation.curves import Curve
+from looplm_jax.evaluation import Curve
 from looplm_jax.halting import (
     ArgmaxStable,
     Confidence,

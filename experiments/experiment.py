@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from rich.console import Console
 
-from looplm_jax.evaluation.tables import Table
+from looplm_jax.evaluation import Table
 
 
 class Scale(enum.Enum):

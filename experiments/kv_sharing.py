@@ -32,11 +32,10 @@ from rich.console import Console
 
 from experiments.bootstrap import interval, resamples, union
 from experiments.experiment import Cell, Record, Report
-from experiments.figures import figure, save
 from experiments.text_scales import OnTextModels
 from looplm_jax.data.packing import Batch
 from looplm_jax.errors import UserError
-from looplm_jax.evaluation.tables import Table
+from looplm_jax.evaluation import Table, figure, save_figure
 from looplm_jax.halting import FixedLoops
 from looplm_jax.inference import CacheStrategy, Engine, EngineConfig, bytes_per_token
 from looplm_jax.inference.replay import states_in_turn
@@ -297,7 +296,7 @@ def _plot(results: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes.set_xticks(range(len(shared)), [strategy.value for strategy in shared])
     axes.set(xlabel="what one plane keeps", ylabel="loss above the full cache (nats/token)")
     axes.legend(frameon=False)
-    save(made, path)
+    save_figure(made, path)
 
 
 KV_SHARING = KVSharing()

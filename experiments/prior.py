@@ -34,7 +34,7 @@ from experiments.prior_report import UNIFORM, prior_report
 from experiments.run_speed import run_speed
 from experiments.text_model import TextModel, TextModels
 from experiments.text_scales import SMALLEST
-from looplm_jax.evaluation.evaluate import evaluate
+from looplm_jax.evaluation import evaluate
 from looplm_jax.loading import load
 from looplm_jax.training._metrics import TRAIN, read_metrics
 from looplm_jax.training._stopping import Stopped

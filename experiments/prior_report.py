@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from experiments.experiment import Record, Report
-from experiments.figures import figure, save
-from looplm_jax.evaluation.tables import Table
+from looplm_jax.evaluation import Table, figure, save_figure
 
 UNIFORM = "uniform"
 
@@ -122,4 +121,4 @@ def _plot(by_prior: Results, path: Path) -> None:
     left.legend(frameon=False)
     right.set(xlabel="loop", ylabel="exits (%)", ylim=(0, None))
     right.set_xticks(range(1, next(iter(by_prior.values()))[0]["loops"] + 1))
-    save(made, path)
+    save_figure(made, path)

@@ -9,10 +9,9 @@ import numpy as np
 from jaxtyping import Float
 
 from experiments.experiment import Record, Report
-from experiments.figures import figure, save
 from experiments.reachability_construction import VARIANTS, loops_needed
 from experiments.task_report import plot_curves
-from looplm_jax.evaluation.tables import Table
+from looplm_jax.evaluation import Table, figure, save_figure
 
 _NEARLY_ALL = 0.9
 
@@ -193,7 +192,7 @@ def _plot_construction(result: Mapping[str, Any], variant: str, path: Path) -> N
         axes.plot(needed, shares[needed], marker="o", color=line.get_color())
     axes.set(title="all pairs exact; large points: ceil(log2 D) + 1", xlabel="loops", ylabel="graphs (%)")
     axes.legend(title="D", loc="center left", bbox_to_anchor=(1, 0.5))
-    save(made, path)
+    save_figure(made, path)
 
 
 def _plot_distances(records: Sequence[Record], shapes: Sequence[str], chances: Mapping[str, float], path: Path) -> None:
@@ -207,7 +206,7 @@ def _plot_distances(records: Sequence[Record], shapes: Sequence[str], chances: M
     axes.plot(tests, [100 * chances[test] for test in tests], color="grey", linestyle=":", label="any root")
     axes.set(title="after the last trained loop", xlabel="asked", ylabel="exact match (%)", ylim=(0, 102))
     axes.legend(title="layers ⊗ loops")
-    save(made, path)
+    save_figure(made, path)
 
 
 def _plot_loops(records: Sequence[Record], shape: str, path: Path) -> None:
@@ -221,4 +220,4 @@ def _plot_loops(records: Sequence[Record], shape: str, path: Path) -> None:
     axes.axvline(runs.shape[2] / 2, color="grey", linestyle=":")
     axes.set(title=f"{shape}; dotted: as trained", xlabel="loops at test", ylabel="exact match (%)", ylim=(0, 102))
     axes.legend(title="asked")
-    save(made, path)
+    save_figure(made, path)

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.experiment import Record
-from experiments.figures import figure, save
-from looplm_jax.evaluation.tables import Table
+from looplm_jax.evaluation import Table, figure, save_figure
 
 
 def accuracies(records: Sequence[Record], test: str) -> dict[str, list[float]]:
@@ -82,7 +81,7 @@ def plot_curves(records: Sequence[Record], title: str, path: Path) -> None:
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     axes.legend(handles.values(), handles.keys(), title="layers ⊗ loops")
     axes.set(title=title, xlabel="step", ylabel="training loss (nats)")
-    save(made, path)
+    save_figure(made, path)
 
 
 def plot_depths(records: Sequence[Record], test: str, title: str, path: Path) -> None:
@@ -98,7 +97,7 @@ def plot_depths(records: Sequence[Record], test: str, title: str, path: Path) ->
 
     axes.legend(title="layers ⊗ loops")
     axes.set(title=title, xlabel="loops at test", ylabel="exact match (%)", ylim=(0, 101))
-    save(made, path)
+    save_figure(made, path)
 
 
 def curves_and_depths(records: Sequence[Record], tests: Sequence[str], title: str) -> dict[str, Callable[[Path], None]]:

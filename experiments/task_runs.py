@@ -24,7 +24,7 @@ from looplm_jax.config import (
     Stage,
 )
 from looplm_jax.data.tasks import make_task
-from looplm_jax.evaluation.task_accuracy import commonest_answer, task_accuracy
+from looplm_jax.evaluation import commonest_answer, task_accuracy
 from looplm_jax.loading import load
 from looplm_jax.training._metrics import TRAIN, read_metrics
 from looplm_jax.training._stopping import Stopped

@@ -29,12 +29,11 @@ import numpy as np
 from rich.console import Console
 
 from experiments.experiment import Cell, Record, Report, Scale
-from experiments.figures import figure, save
 from experiments.shape_grid import Grid, Problem
 from experiments.task_report import plot_curves
 from experiments.task_runs import TaskRun, run_task
 from looplm_jax.data.tasks import make_task
-from looplm_jax.evaluation.tables import Table
+from looplm_jax.evaluation import Table, figure, save_figure
 
 TEST = "others"
 _LEARNT = 0.9
@@ -170,7 +169,7 @@ def _plot(found: Mapping[str, Mapping[int, Sequence[float]]], path: Path) -> Non
         axes.fill_between(list(points), low, high, color=f"C{number}", alpha=0.2, linewidth=0)
     axes.legend(title="layers ⊗ loops")
     axes.set(title="Three hops", xlabel="different questions", ylabel="exact match on others (%)", ylim=(0, 101))
-    save(made, path)
+    save_figure(made, path)
 
 
 THREE_HOP = ThreeHopExperiment(

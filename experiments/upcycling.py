@@ -31,10 +31,10 @@ from looplm_jax.config import (
     Stage,
     StartConfig,
 )
-from looplm_jax.convert._upcycle import Order, upcycle
+from looplm_jax.convert import Order, upcycle
 from looplm_jax.data import ValidationBatches, collect_stdlib, validation_batches
 from looplm_jax.errors import UserError
-from looplm_jax.evaluation.exit_curve import exit_curve
+from looplm_jax.evaluation import exit_curve
 from looplm_jax.files import pasted
 from looplm_jax.loading import load
 from looplm_jax.models.looplm import LoopLM, Params

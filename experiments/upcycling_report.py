@@ -10,8 +10,8 @@ import numpy as np
 
 from looplm_jax import strict_json
 from looplm_jax.errors import UserError
-from looplm_jax.evaluation.plots import require_matplotlib
-from looplm_jax.evaluation.tables import Table
+from looplm_jax.evaluation import Table
+from looplm_jax.evaluation._plots import require_matplotlib
 
 _FRESH = "-fresh-optimizer"
 _COLOURS = {"base": "#3a3a3a", "interleave": "#1f5fa8", "stack": "#d1495b"}

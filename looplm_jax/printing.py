@@ -1,12 +1,20 @@
-"""Terminal output: text from others cannot control the terminal, and a closed stream does not end the program."""
+"""Terminal output: text from others cannot control the terminal, and a closed stream does not end the program.
+
+Tables are for the terminal and for Markdown.
+"""
 
 import contextlib
+import dataclasses
 import errno
 import io
 import os
 import re
 import sys
-from typing import TextIO
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
 
 # C0 and C1 control characters, marks that change the direction of text, and lone surrogates (undecodable bytes of file
 # names).
@@ -56,6 +64,55 @@ def complain_at_once(message: str) -> None:
     """
     with contextlib.suppress(OSError):
         os.write(2, f"looplm: {one_line(message)}\n".encode(errors="backslashreplace"))
+
+
+# Tables
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Table:
+    """A title, column heads, and rows of text; one row may be marked."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    marked: int | None = None
+
+    def rich(self) -> "RichTable":
+        """Returns the table for a terminal; the marked row is bold."""
+        from rich.table import Table as RichTable
+
+        table = RichTable(title=literal(self.title), title_justify="left")
+        for column in self.columns:
+            table.add_column(literal(column), justify="right")
+        for index, row in enumerate(self.rows):
+            table.add_row(*map(literal, row), style="bold" if index == self.marked else None)
+        return table
+
+    def markdown(self) -> str:
+        """Returns the table as Markdown, without the title; the marked row is bold."""
+        rows = [
+            [f"**{cell}**" if cell and index == self.marked else cell for cell in row]
+            for index, row in enumerate(self.rows)
+        ]
+        return markdown_table(self.columns, rows, right=[True] * len(self.columns))
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, right: Sequence[bool]) -> str:
+    """Returns a Markdown table, with each cell on one line.
+
+    Args:
+      columns: the heads of the columns.
+      rows: the cells, row by row.
+      right: for each column, whether it is aligned to the right.
+    """
+    lines = [columns, ["---:" if to_right else "---" for to_right in right], *rows]
+    return "".join(f"| {' | '.join(map(_markdown_cell, line))} |\n" for line in lines)
+
+
+def _markdown_cell(value: object) -> str:
+    """Returns a value as the content of a cell: on one line, because a line is a row."""
+    return " ".join(str(value).split()).replace("|", "\\|")
 
 
 # Streams

@@ -10,7 +10,9 @@ EXTRAS = (
 ASKED = """
 import importlib, sys
 for name in sys.argv[2:]:
-    importlib.import_module(name)
+    module = importlib.import_module(name)
+    for public in getattr(module, "__all__", ()):
+        getattr(module, public)
 found = sorted(set(sys.argv[1].split()) & set(sys.modules))
 sys.exit(f"imported without being asked for: {found}" if found else 0)
 """

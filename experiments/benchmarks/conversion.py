@@ -27,8 +27,7 @@ from etils import epath
 from experiments.benchmarks.ceiling import peak_memory
 from looplm_jax.checkpoints.step import list_steps, read_sidecar
 from looplm_jax.config import ModelConfig
-from looplm_jax.convert._export_hf import convert_to_hf
-from looplm_jax.convert._import_hf import convert_from_hf
+from looplm_jax.convert import convert_from_hf, convert_to_hf
 from looplm_jax.convert._layout import TorchTensor, array_shapes, torch_layout
 from looplm_jax.convert._ouro_config import to_ouro_config
 from looplm_jax.convert._safetensors_io import WeightFolder, write_weights

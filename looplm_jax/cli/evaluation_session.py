@@ -12,9 +12,9 @@ from looplm_jax import codec, strict_json
 from looplm_jax.config import DataConfig, sources_like
 from looplm_jax.data import ValidationBatches, validation_batches
 from looplm_jax.errors import UserError
-from looplm_jax.evaluation.evaluate import Evaluation, evaluate
-from looplm_jax.evaluation.plots import plot_depths, plot_exits
-from looplm_jax.evaluation.tables import depth_table, exit_table
+from looplm_jax.evaluation._evaluate import Evaluation, evaluate
+from looplm_jax.evaluation._plots import plot_depths, plot_exits
+from looplm_jax.evaluation._reports import depth_table, exit_table
 from looplm_jax.files import pasted
 from looplm_jax.loading import Loaded, load
 from looplm_jax.printing import complain, show

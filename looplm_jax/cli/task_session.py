@@ -16,10 +16,9 @@ from looplm_jax import strict_json
 from looplm_jax.cli.evaluation_session import default_out
 from looplm_jax.errors import UserError
 from looplm_jax.evaluation.harness import require_lm_eval
-from looplm_jax.evaluation.harness.settings import Settings, exit_policy
-from looplm_jax.evaluation.tables import Table
+from looplm_jax.evaluation.harness._settings import Settings, exit_policy
 from looplm_jax.loading import Loaded, load
-from looplm_jax.printing import complain, show
+from looplm_jax.printing import Table, complain, show
 from looplm_jax.sharding import require_compilation
 
 _QUIET = {"TQDM_DISABLE": "1", "DISABLE_MULTIPROC": "1"}  # no progress bars, and no fork of a process that runs JAX
@@ -89,9 +88,8 @@ def _evaluate(
     loaded: Loaded, settings: Settings, names: list[str], arguments: argparse.Namespace, status: Status
 ) -> tuple[Table, dict[str, Any]]:
     """Runs the tasks at one number of loops, or under one exit policy."""
-    from looplm_jax.evaluation.harness.adapter import LoopLMAdapter
-    from looplm_jax.evaluation.harness.running import choose_tasks, run_tasks
-    from looplm_jax.evaluation.harness.tables import task_table
+    from looplm_jax.evaluation.harness._adapter import LoopLMAdapter
+    from looplm_jax.evaluation.harness._running import choose_tasks, run_tasks, task_table
 
     chosen = choose_tasks(names, include_path=arguments.include_path)
     adapter = LoopLMAdapter(loaded, settings, on_requests=_counter(status))
@@ -106,9 +104,8 @@ def _sweep(
     loaded: Loaded, settings: Settings, names: list[str], arguments: argparse.Namespace, status: Status
 ) -> tuple[Table, dict[str, Any]]:
     """Runs the tasks at every number of loops."""
-    from looplm_jax.evaluation.harness.every_depth import EveryDepth
-    from looplm_jax.evaluation.harness.running import choose_tasks, sweep_tasks
-    from looplm_jax.evaluation.harness.tables import sweep_table
+    from looplm_jax.evaluation.harness._adapter import EveryDepth
+    from looplm_jax.evaluation.harness._running import choose_tasks, sweep_table, sweep_tasks
 
     chosen = choose_tasks(names, include_path=arguments.include_path)
     loops = arguments.max_loops or 2 * loaded.model.config.loops

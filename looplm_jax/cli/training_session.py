@@ -11,8 +11,8 @@ from looplm_jax.codec import to_dict
 from looplm_jax.config import Recipe
 from looplm_jax.distributed import Cluster, Join, check_alone, join
 from looplm_jax.errors import UserError
-from looplm_jax.evaluation.during_training import evaluate_held_out
-from looplm_jax.evaluation.run_report import evaluate_command, write_run_report
+from looplm_jax.evaluation._evaluate import evaluate_held_out
+from looplm_jax.evaluation._reports import evaluate_command, write_run_report
 from looplm_jax.files import AnyPath
 from looplm_jax.models.looplm import count_params
 from looplm_jax.printing import show

@@ -30,7 +30,7 @@ _TORCH_FILES = ("configuration_looplm.py", "modeling_looplm.py")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ToHf:
+class Exported:
     """The result of an export. `warnings` name newer checkpoints that were skipped, and what was left out."""
 
     out: Path
@@ -52,7 +52,7 @@ def convert_to_hf(
     step: int | None = None,
     dtype: str | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-) -> ToHf:
+) -> Exported:
     """Writes a folder that transformers, vLLM and `looplm convert from-hf` can read.
 
     Args:
@@ -80,7 +80,7 @@ def convert_to_hf(
         weights = _write_weights(folder, restored.state, dtype, max_shard_bytes)
         files = tuple(sorted(path.name for path in folder.iterdir()))
 
-    return ToHf(
+    return Exported(
         out=Path(out),
         step=restored.step,
         dtype=dtype,

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from looplm_jax.cli.main import main
-from looplm_jax.evaluation.run_report import evaluate_command
+from looplm_jax.evaluation._reports import evaluate_command
 from looplm_jax.files import any_path, pasted
 
 ODD = "runs/-my run #1[2] $x 100%"

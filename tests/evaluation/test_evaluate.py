@@ -9,12 +9,8 @@ from evaluation_cases import make_batch
 
 from looplm_jax.data.packing import Batch
 from looplm_jax.errors import UserError
-from looplm_jax.evaluation.curves import Curve
-from looplm_jax.evaluation.depth_sweep import depth_sweep
-from looplm_jax.evaluation.evaluate import evaluate
-from looplm_jax.evaluation.exit_curve import exit_curve
-from looplm_jax.evaluation.masked_mean import masked_means
-from looplm_jax.evaluation.scores import Q_GRID, score_tokens
+from looplm_jax.evaluation._evaluate import Curve, depth_sweep, evaluate, exit_curve
+from looplm_jax.evaluation._scores import Q_GRID, masked_means, score_tokens
 from looplm_jax.halting import exit_distribution, q_exit
 from looplm_jax.losses import token_scores
 from looplm_jax.models.looplm import head_matrix

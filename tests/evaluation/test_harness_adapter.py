@@ -10,9 +10,8 @@ pytest.importorskip("lm_eval")
 pytest.importorskip("tokenizers")
 
 from looplm_jax.errors import UserError
-from looplm_jax.evaluation.harness.adapter import LoopLMAdapter
-from looplm_jax.evaluation.harness.every_depth import EveryDepth
-from looplm_jax.evaluation.harness.settings import ModelArgs, Settings
+from looplm_jax.evaluation.harness._adapter import EveryDepth, LoopLMAdapter
+from looplm_jax.evaluation.harness._settings import ModelArgs, Settings
 from looplm_jax.halting import Bounded, FixedLoops, KLDivergence, QExit
 from looplm_jax.inference import CacheStrategy, Engine, EngineConfig
 from looplm_jax.loading import load

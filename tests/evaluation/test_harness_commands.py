@@ -12,10 +12,9 @@ from lm_eval.tasks import manager
 
 from looplm_jax.cli.main import main
 from looplm_jax.evaluation.harness import __main__ as harness
-from looplm_jax.evaluation.harness import adapter
-from looplm_jax.evaluation.harness.adapter import LoopLMAdapter
-from looplm_jax.evaluation.harness.running import TaskRun
-from looplm_jax.evaluation.harness.tables import task_table
+from looplm_jax.evaluation.harness import _adapter
+from looplm_jax.evaluation.harness._adapter import LoopLMAdapter
+from looplm_jax.evaluation.harness._running import TaskRun, task_table
 
 TASK = """\
 task: colours_of_my_own
@@ -91,7 +90,7 @@ def test_names_of_special_tokens_become_tokens_where_the_flag_says_so(evaluate, 
             super().__init__(*arguments, **named)
             read.append(self.tok_encode("<|im_end|>"))
 
-    monkeypatch.setattr(adapter, "LoopLMAdapter", Adapter)
+    monkeypatch.setattr(_adapter, "LoopLMAdapter", Adapter)
     evaluate("--tasks", "looplm_smoke_choice", "--loops", "1")
     evaluate("--tasks", "looplm_smoke_choice", "--loops", "1", "--special-tokens", file="tasks-2.json")
     assert len(read[0]) > 1

@@ -18,8 +18,8 @@ from scipy import stats
 from transformers import PreTrainedTokenizerFast
 
 from looplm_jax.convert.torch_model.modeling_looplm import OuroForCausalLM
-from looplm_jax.evaluation.harness.adapter import LoopLMAdapter
-from looplm_jax.evaluation.harness.settings import Settings
+from looplm_jax.evaluation.harness._adapter import LoopLMAdapter
+from looplm_jax.evaluation.harness._settings import Settings
 from looplm_jax.loading import load
 
 CONFIG = dataclasses.replace(MULTI_HEAD, num_layers=1)

@@ -3,8 +3,7 @@ import pytest
 from evaluation_cases import make_loaded
 from harness_cases import forward, log_probs_of
 
-from looplm_jax.evaluation.harness.scoring import Likelihood, WindowScorer, score_windows
-from looplm_jax.evaluation.harness.windows import Window
+from looplm_jax.evaluation.harness._scoring import Likelihood, Window, WindowScorer, score_windows
 from looplm_jax.halting import Bounded, Confidence, FixedLoops, QExit
 
 LOOPS = 4

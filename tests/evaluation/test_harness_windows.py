@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from looplm_jax.errors import UserError
-from looplm_jax.evaluation.harness.windows import Window, window_batches
+from looplm_jax.evaluation.harness._scoring import Window, window_batches
 
 TOKENS = st.lists(st.integers(1, 99), min_size=1, max_size=200)
 

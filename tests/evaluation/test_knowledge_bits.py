@@ -10,7 +10,7 @@ from looplm_jax.config import ModelConfig
 from looplm_jax.data.tasks.capo import Capo, Kind
 from looplm_jax.data.tasks.capo_pools import FACTS, NAMES
 from looplm_jax.errors import UserError
-from looplm_jax.evaluation.knowledge_bits import (
+from looplm_jax.evaluation._synthetic_tasks import (
     KnowledgeLoss,
     bits_per_parameter,
     knowledge_loss,

@@ -3,11 +3,9 @@ import sys
 import pytest
 
 from looplm_jax.errors import UserError
-from looplm_jax.evaluation.curves import Curve
-from looplm_jax.evaluation.depth_sweep import DepthSweep
-from looplm_jax.evaluation.exit_curve import ExitCurve
-from looplm_jax.evaluation.plots import plot_depths, plot_exits, plot_training
-from looplm_jax.evaluation.tables import depth_table, exit_table
+from looplm_jax.evaluation._evaluate import Curve, DepthSweep, ExitCurve
+from looplm_jax.evaluation._plots import plot_depths, plot_exits, plot_training
+from looplm_jax.evaluation._reports import depth_table, exit_table
 
 CURVE = Curve.of([1, 2, 3], [3.0, 2.0, 2.5], [0.1, 0.25, 0.2])
 SWEEP = DepthSweep(curve=CURVE, trained_loops=3, tokens=1234)

@@ -26,7 +26,7 @@ from experiments.text_model import TextModels
 from experiments.text_scales import TEXT_CELLS
 from looplm_jax.cli.main import main
 from looplm_jax.errors import UserError
-from looplm_jax.evaluation.depth_sweep import depth_sweep
+from looplm_jax.evaluation._evaluate import depth_sweep
 from looplm_jax.inference import CacheStrategy
 from looplm_jax.loading import load
 from looplm_jax.training._run_folder import RunFolder

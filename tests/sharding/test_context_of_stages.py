@@ -19,7 +19,7 @@ from looplm_jax.config import (
     Stage,
 )
 from looplm_jax.errors import UserError
-from looplm_jax.evaluation.during_training import evaluate_held_out
+from looplm_jax.evaluation._evaluate import evaluate_held_out
 from looplm_jax.training._metrics import read_metrics
 from looplm_jax.training.run import train
 

@@ -22,8 +22,8 @@ from looplm_jax.config import DataConfig, EvaluationConfig, GuardConfig, MeshCon
 from looplm_jax.data import validation_batches
 from looplm_jax.data.tokenizers.symbols import SymbolTokenizer
 from looplm_jax.errors import UserError
-from looplm_jax.evaluation.during_training import evaluate_held_out
-from looplm_jax.evaluation.run_report import write_run_report
+from looplm_jax.evaluation._evaluate import evaluate_held_out
+from looplm_jax.evaluation._reports import write_run_report
 from looplm_jax.loading import load
 from looplm_jax.models.looplm import LoopLM
 from looplm_jax.sharding import make_mesh

@@ -12,7 +12,7 @@ import sys
 from looplm_jax.errors import UserError
 from looplm_jax.evaluation.harness import TASKS, require_lm_eval
 
-_ADAPTER = "looplm_jax.evaluation.harness.adapter:LoopLMAdapter"
+_ADAPTER = "looplm_jax.evaluation.harness._adapter:LoopLMAdapter"
 
 
 def main() -> int:

@@ -10,16 +10,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from looplm_jax.errors import UserError
-from looplm_jax.evaluation.curves import Curve
-from looplm_jax.evaluation.depth_sweep import DepthSweep
+from looplm_jax.evaluation._evaluate import Curve, DepthSweep
 from looplm_jax.strict_json import numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_COLOURS = ("#1f5fa8", "#d1495b", "#2e8b57", "#8e5ea2", "#c77d0a", "#3a3a3a")
-_GREY = "#777777"
+_COLORS = ("#1f5fa8", "#d1495b", "#2e8b57", "#8e5ea2", "#c77d0a", "#3a3a3a")
+_GRAY = "#777777"
 _MARKERS = "osD^vP"
 _DPI = 150
 
@@ -33,7 +32,7 @@ def plot_depths(sweeps: Mapping[str, DepthSweep], path: Path) -> None:
     Raises:
       UserError: matplotlib is not installed.
     """
-    figure, (left, right) = _figure(columns=2)
+    drawn, (left, right) = figure(columns=2, whole_x=True)
     _curves(left, {label: sweep.curve for label, sweep in sweeps.items()}, "loss")
     _curves(right, {label: sweep.curve for label, sweep in sweeps.items()}, "accuracy")
 
@@ -42,8 +41,8 @@ def plot_depths(sweeps: Mapping[str, DepthSweep], path: Path) -> None:
         for trained in {sweep.trained_loops for sweep in sweeps.values()}:
             _mark(axes, trained, f"trained: {trained}", height=0.95 if axes is left else 0.05)
 
-    figure.suptitle("Quality at every depth, held-out text")
-    figure.savefig(path, dpi=_DPI)
+    drawn.suptitle("Quality at every depth, held-out text")
+    save_figure(drawn, path)
 
 
 def plot_exits(curves: Mapping[str, Curve], path: Path) -> None:
@@ -54,14 +53,14 @@ def plot_exits(curves: Mapping[str, Curve], path: Path) -> None:
     Raises:
       UserError: matplotlib is not installed.
     """
-    figure, (left, right) = _figure(columns=2)
+    drawn, (left, right) = figure(columns=2, whole_x=True)
     _curves(left, curves, "loss")
     _curves(right, curves, "accuracy")
 
     for axes in (left, right):
         axes.set_xlabel("mean loops per token")
-    figure.suptitle("Early exit: quality against compute, held-out text")
-    figure.savefig(path, dpi=_DPI)
+    drawn.suptitle("Early exit: quality against compute, held-out text")
+    save_figure(drawn, path)
 
 
 # The figure of a training run
@@ -97,14 +96,14 @@ def plot_training(rows: Sequence[Mapping[str, Any]], path: Path | io.BytesIO) ->
     panels = [panel for panel in _PANELS if any(panel.metric in row for row in training)]
 
     # Rounded up; an empty run still needs a grid.
-    figure, grid = _figure(columns=2, rows=max(1, -(-len(panels) // 2)))
+    drawn, grid = figure(columns=2, rows=max(1, -(-len(panels) // 2)), whole_x=True)
     for axes, panel in zip(grid, panels, strict=False):
         _training_panel(axes, panel, [row for row in training if panel.metric in row])
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
 
-    figure.suptitle("Training")
-    figure.savefig(path, dpi=_DPI)
+    drawn.suptitle("Training")
+    save_figure(drawn, path)
 
 
 def _training_panel(axes: "Axes", panel: _Panel, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -115,8 +114,8 @@ def _training_panel(axes: "Axes", panel: _Panel, rows: Sequence[Mapping[str, Any
         # Stages may have different numbers of loops, so a row may lack the deeper ones.
         points = [(row["step"], value[loop]) for row, value in zip(rows, values, strict=True) if len(value) > loop]
         steps, heights = zip(*points, strict=True)
-        colour = _COLOURS[0] if loops == 1 else _shade(loop, loops)
-        axes.plot(steps, heights, color=colour, linewidth=1.3, label=f"loop {loop + 1}" if loops > 1 else None)
+        color = _COLORS[0] if loops == 1 else _shade(loop, loops)
+        axes.plot(steps, heights, color=color, linewidth=1.3, label=f"loop {loop + 1}" if loops > 1 else None)
 
     axes.set_xlabel("step")
     axes.set_ylabel(panel.label)
@@ -144,7 +143,7 @@ def _curves(axes: "Axes", curves: Mapping[str, Curve], quantity: str) -> None:
         axes.plot(
             curve.loops,
             np.multiply(getattr(curve, quantity), scale),
-            color=_COLOURS[index % len(_COLOURS)],
+            color=_COLORS[index % len(_COLORS)],
             marker=_MARKERS[index % len(_MARKERS)],
             markersize=4.5,
             linewidth=1.6,
@@ -158,14 +157,14 @@ def _curves(axes: "Axes", curves: Mapping[str, Curve], quantity: str) -> None:
 
 def _mark(axes: "Axes", loops: int, text: str, *, height: float) -> None:
     """Draws a labeled vertical line at a number of loops."""
-    axes.axvline(loops, color=_GREY, linestyle="--", linewidth=1.0, zorder=0)
+    axes.axvline(loops, color=_GRAY, linestyle="--", linewidth=1.0, zorder=0)
     axes.annotate(
         text,
         xy=(loops, height),
         xycoords=("data", "axes fraction"),
         xytext=(4, 0),
         textcoords="offset points",
-        color=_GREY,
+        color=_GRAY,
         fontsize=9,
         verticalalignment="center",
     )
@@ -195,18 +194,37 @@ def require_matplotlib() -> None:
             os.environ["MPLBACKEND"] = backend
 
 
-def _figure(*, columns: int, rows: int = 1) -> "tuple[Figure, list[Axes]]":
-    """Creates a figure without pyplot, so that no global state changes and no display is needed."""
+def figure(
+    *, columns: int = 1, rows: int = 1, width: float = 4.8, whole_x: bool = False
+) -> "tuple[Figure, list[Axes]]":
+    """Returns an empty figure and its axes, row by row.
+
+    It is made without pyplot, so that no global state changes and no display is needed.
+
+    Args:
+      columns: the number of axes side by side.
+      rows: the number of rows of axes.
+      width: the width of each of the axes, in inches.
+      whole_x: whether ticks of the x axis are whole numbers, as for loops and steps.
+
+    Raises:
+      UserError: matplotlib is not installed, or finds no folder to write to.
+    """
     require_matplotlib()
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(4.8 * columns, 3.6 * rows), layout="constrained")
-    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    drawn = Figure(figsize=(width * columns, 3.6 * rows), layout="constrained")
+    grid = list(drawn.subplots(rows, columns, squeeze=False).flat)
     for axes in grid:
         axes.grid(True, color="#e4e4e4", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-        # Loops and steps are whole numbers.
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return figure, grid
+        if whole_x:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return drawn, grid
+
+
+def save_figure(drawn: "Figure", path: Path | io.BytesIO) -> None:
+    """Writes a figure as PNG."""
+    drawn.savefig(path, dpi=_DPI)

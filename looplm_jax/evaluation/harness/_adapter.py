@@ -8,10 +8,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simpl
 from tqdm import tqdm
 
 from looplm_jax.errors import UserError
-from looplm_jax.evaluation.harness.generation import generate_texts, generation_request, with_own_keys
-from looplm_jax.evaluation.harness.scoring import WindowScorer
-from looplm_jax.evaluation.harness.settings import ModelArgs, Settings
-from looplm_jax.evaluation.harness.windows import Window
+from looplm_jax.evaluation.harness._generation import generate_texts, generation_request, with_own_keys
+from looplm_jax.evaluation.harness._scoring import Likelihood, Window, WindowScorer
+from looplm_jax.evaluation.harness._settings import ModelArgs, Settings
 from looplm_jax.halting import ExitPolicy, FixedLoops
 from looplm_jax.inference import Request
 from looplm_jax.loading import Loaded, load
@@ -150,3 +149,37 @@ class LoopLMAdapter(TemplateLM):
             longest=self.max_length,
             on_windows=self._on_requests,
         )
+
+
+class EveryDepth(LoopLMAdapter):
+    """An adapter that answers as if every token ran `depth` loops, which may change between runs of the tasks.
+
+    This makes a depth sweep cheap: one forward pass gives the log-likelihoods of all depths, so windows that were
+    already scored at another depth cost nothing. Text is generated again at each depth, because other depths produce
+    other tokens.
+    """
+
+    def __init__(
+        self, loaded: Loaded, settings: Settings, *, loops: int, on_requests: Callable[[int], None] | None = None
+    ):
+        super().__init__(loaded, settings, on_requests=on_requests)
+        self._scorer = self._make_scorer(loops, None)
+        self._known: dict[Window, Likelihood] = {}
+        self.depth = loops
+
+    @property
+    def depth(self) -> int:
+        """Returns the loops of every token."""
+        return self.policy.max_loops or 1
+
+    @depth.setter
+    def depth(self, loops: int) -> None:
+        self.policy = FixedLoops(loops=loops)
+
+    def answers(self, windows: Sequence[Window]) -> list[Answer]:
+        """Returns the answer to each window at `depth`."""
+        # dict.fromkeys removes repeats and keeps the order.
+        new = [window for window in dict.fromkeys(windows) if window not in self._known]
+        self._known |= zip(new, self._scorer(new), strict=True)
+        found, place = [self._known[window] for window in windows], self.depth - 1
+        return [(likelihood.log_prob[place], likelihood.greedy[place]) for likelihood in found]

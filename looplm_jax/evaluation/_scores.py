@@ -1,18 +1,25 @@
-"""Scores of every depth from one forward pass: the state after loop t does not depend on later loops."""
+"""Scores of every depth from one forward pass, and their means over the tokens of many batches.
 
+The state after loop t does not depend on later loops, so one pass at the greatest depth serves all depths.
+"""
+
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from looplm_jax.data.packing import Batch
+from looplm_jax.errors import UserError
 from looplm_jax.halting import exit_distribution, q_exit
 from looplm_jax.losses import token_scores
 from looplm_jax.models.looplm import LoopLM, Params, head_matrix
+from looplm_jax.sharding import to_host
 
 Q_GRID = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 
@@ -103,3 +110,52 @@ def score_exits(depths: PerDepth, gate_logits: Float[Array, "E *BS"], q_grid: Fl
         # sum_t p_t L_t over the E loops of the exit distribution.
         expected_loss=jnp.sum(pdf * depths.loss[: pdf.shape[0]], axis=0),
     )
+
+
+# Means over tokens
+#
+# Sums are in float64, so that neither the number nor the order of the batches affects the result.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MaskedMeans:
+    """The measured values, with float64 means `[...]` instead of arrays `[..., B, S]`, and the number of tokens."""
+
+    values: Any
+    tokens: int
+
+
+def masked_means(
+    measure: Callable[[Batch], PyTree],
+    batches: Iterable[Batch],
+    on_batch: Callable[[], None] | None = None,
+) -> MaskedMeans:
+    """Returns the mean over all tokens with `loss_mask` of every array that `measure` returns.
+
+    Args:
+      measure: returns arrays `[..., B, S]` for a batch, in any tree structure.
+      batches: the batches to measure; iterated once.
+      on_batch: called after each batch.
+
+    Raises:
+      UserError: there is no batch, or no batch has an unmasked token.
+    """
+    sums, tokens = None, 0
+    for batch in batches:
+        counted = np.asarray(batch.loss_mask) > 0
+        # Reduced batch by batch, so that only one batch of per-token values is in memory.
+        sums_here = jax.tree.map(lambda x, counted=counted: _sum(x, counted), to_host(measure(batch)))
+        sums = sums_here if sums is None else jax.tree.map(np.add, sums, sums_here)
+
+        tokens += int(counted.sum())
+        if on_batch is not None:
+            on_batch()
+
+    if tokens == 0:
+        raise UserError("there is no token to evaluate: the data holds none whose loss_mask is 1; give more documents")
+    return MaskedMeans(values=jax.tree.map(lambda total: total / tokens, sums), tokens=tokens)
+
+
+def _sum(values: Shaped[np.ndarray, "*N B S"], counted: Shaped[np.ndarray, "B S"]) -> Shaped[np.ndarray, "*N"]:
+    """Returns the sum over counted tokens."""
+    return np.asarray(np.sum(values, axis=(-2, -1), where=counted, dtype=np.float64))

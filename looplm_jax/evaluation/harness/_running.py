@@ -10,8 +10,8 @@ from lm_eval.tasks import TaskManager
 
 from looplm_jax.errors import UserError, suggest
 from looplm_jax.evaluation.harness import TASKS
-from looplm_jax.evaluation.harness.adapter import LoopLMAdapter
-from looplm_jax.evaluation.harness.every_depth import EveryDepth
+from looplm_jax.evaluation.harness._adapter import EveryDepth, LoopLMAdapter
+from looplm_jax.printing import Table
 
 _BOOTSTRAPS = 1000  # resamples for the standard error of a metric that is not a mean
 
@@ -137,3 +137,29 @@ def _score(task: str, key: str, metrics: dict[str, Any]) -> TaskScore:
         value=float(metrics[key]),
         stderr=float(stderr) if isinstance(stderr, int | float) else None,
     )
+
+
+# Tables of scores
+
+
+def task_table(run: TaskRun, title: str) -> Table:
+    """Returns a table with one row per number."""
+    rows = [
+        [score.task, score.metric, _number(score.value), "" if score.stderr is None else _number(score.stderr)]
+        for score in run.scores
+    ]
+    return Table(title=title, columns=("task", "metric", "value", "± stderr"), rows=rows)
+
+
+def sweep_table(runs: Sequence[TaskRun], *, trained_loops: int) -> Table:
+    """Returns a table with one row per number and one column per depth, from 1 up."""
+    rows = [
+        [scores[0].task, scores[0].metric, *(_number(score.value) for score in scores)]
+        for scores in zip(*(run.scores for run in runs), strict=True)
+    ]
+    depths = [f"{depth} (trained)" if depth == trained_loops else str(depth) for depth in range(1, len(runs) + 1)]
+    return Table(title="tasks at every number of loops", columns=("task", "metric", *depths), rows=rows)
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1e5 else f"{value:.3e}"

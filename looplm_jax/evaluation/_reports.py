@@ -1,4 +1,4 @@
-"""The report of a training run: its stages, its losses, and the commands to run next."""
+"""Reports: the tables of an evaluation, and the report of a training run."""
 
 import io
 import math
@@ -7,13 +7,64 @@ from typing import Any
 
 from looplm_jax.config import Recipe, Stage
 from looplm_jax.errors import UserError
-from looplm_jax.evaluation.plots import plot_training
-from looplm_jax.evaluation.tables import Table
+from looplm_jax.evaluation._evaluate import DepthSweep, ExitCurve
+from looplm_jax.evaluation._plots import plot_training
 from looplm_jax.files import AnyPath, in_bucket, pasted, write_atomically
 from looplm_jax.models.looplm import count_params
+from looplm_jax.printing import Table
 from looplm_jax.strict_json import number, numbers
 from looplm_jax.training._goodput import summary, total_seconds, warnings
 from looplm_jax.training._metrics import read_metrics
+
+# Tables of evaluations
+
+
+def depth_table(sweep: DepthSweep) -> Table:
+    """Returns a table with one row per depth; the trained depth is marked."""
+    curve = sweep.curve
+    rows = [
+        [str(int(loops)), f"{loss:.4f}", f"{accuracy:.2%}", _note(int(loops), sweep)]
+        for loops, loss, accuracy in zip(curve.loops, curve.loss, curve.accuracy, strict=True)
+    ]
+    # A sweep may end before the trained depth.
+    marked = sweep.trained_loops - 1 if sweep.trained_loops <= len(rows) else None
+    return Table(
+        title=f"every depth, {sweep.tokens:,} held-out tokens",
+        columns=("loops", "loss (nats/token)", "accuracy", ""),
+        rows=rows,
+        marked=marked,
+    )
+
+
+def _note(loops: int, sweep: DepthSweep) -> str:
+    """Returns the note of a depth: trained, best, both, or none."""
+    notes = {sweep.best_loops: ["best"]}
+    notes.setdefault(sweep.trained_loops, []).insert(0, "trained")
+    return ", ".join(notes.get(loops, []))
+
+
+def exit_table(exits: ExitCurve) -> Table:
+    """Returns a table with one row per fixed depth, followed by one per q."""
+    labels = [f"loops={int(loops)}" for loops in exits.fixed.loops] + [f"q={q:g}" for q in exits.q_grid]
+    points = [
+        point
+        for curve in (exits.fixed, exits.q_exit)
+        for point in zip(curve.loops, curve.loss, curve.accuracy, strict=True)
+    ]
+
+    rows = [
+        [label, f"{loops:.2f}", f"{loss:.4f}", f"{accuracy:.2%}"]
+        for label, (loops, loss, accuracy) in zip(labels, points, strict=True)
+    ]
+
+    return Table(
+        title="early exit",
+        columns=("--exit", "mean loops", "loss (nats/token)", "accuracy"),
+        rows=rows,
+    )
+
+
+# The report of a training run
 
 
 def write_run_report(folder: AnyPath, recipe: Recipe) -> list[str]:
