@@ -54,7 +54,7 @@ def run_experiment(arguments: argparse.Namespace) -> int:
 
     if failed:
         raise UserError(
-            f"not finished: {', '.join(failed)} ({next(iter(failed.values()))}); mend that, and the same command tries "
+            f"not finished: {', '.join(failed)} ({next(iter(failed.values()))}); fix that, and the same command tries "
             "again; finished cells stay"
         )
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 import looplm_jax
-from looplm_jax.checkpoints.whole import read_whole, write_whole
+from looplm_jax.checkpoints._raw import read_raw, write_raw
 from looplm_jax.config import ModelConfig, Recipe
 from looplm_jax.data import train_batches
 from looplm_jax.files import staged_folder
@@ -28,13 +28,13 @@ _SECOND_NORMS = {
 
 def with_second_norms(checkpoint: Path, out: Path, scales: dict[str, Float[Array, "L"]]) -> None:
     """Copies a sandwich checkpoint, with these weights in the norms after its branches, one value per layer."""
-    whole = read_whole(checkpoint)
+    whole = read_raw(checkpoint)
     arrays = dict(whole.arrays)
     for branch, name in _SECOND_NORMS.items():
         # [L] -> [L, D]: one value for all weights of a norm.
         arrays[name] = jnp.broadcast_to(scales[branch][:, None], arrays[name].shape).astype(arrays[name].dtype)
     with staged_folder(out) as folder:
-        write_whole(folder, dataclasses.replace(whole, arrays=arrays))
+        write_raw(folder, dataclasses.replace(whole, arrays=arrays))
 
 
 def matched_scales(checkpoint: Path, recipe: Recipe) -> dict[str, Float[Array, "L"]]:

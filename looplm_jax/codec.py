@@ -124,11 +124,61 @@ def parse_flags(arguments: Sequence[str]) -> dict[str, str]:
     return changes
 
 
-def differences(ours: Any, theirs: Any) -> list[str]:
-    """Returns one `path: ours, theirs` for each field in which two configurations of the same type differ."""
-    a = {leaf.path: _encode(leaf.value) for leaf in leaves(ours)}
-    b = {leaf.path: _encode(leaf.value) for leaf in leaves(theirs)}
-    return [f"{path}: {a.get(path)!r}, {b.get(path)!r}" for path in {**a, **b} if a.get(path) != b.get(path)]
+# Differences
+
+
+class _Absent:
+    """The value of a field that does not exist."""
+
+    def __repr__(self) -> str:
+        return "absent"
+
+
+ABSENT = _Absent()
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """A field in which two configurations differ.
+
+    Attributes:
+      path: its dotted path.
+      ours: its value in the first configuration as plain JSON, or `ABSENT`.
+      theirs: its value in the second configuration as plain JSON, or `ABSENT`.
+    """
+
+    path: str
+    ours: Any
+    theirs: Any
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.ours!r}, {self.theirs!r}"
+
+
+def differences(ours: Any, theirs: Any) -> list[Difference]:
+    """Returns the fields in which two configurations differ, in order of declaration.
+
+    Args:
+      ours: a configuration, or plain JSON values with string keys such as `to_dict` returns.
+      theirs: the one to compare with. A field that only one side has is a difference, unless its value is None.
+    """
+    a, b = dict(_plain_fields(_encode(ours))), dict(_plain_fields(_encode(theirs)))
+    return [
+        Difference(path, a.get(path, ABSENT), b.get(path, ABSENT)) for path in {**a, **b} if a.get(path) != b.get(path)
+    ]
+
+
+def _plain_fields(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields every plain value with its dotted path. Items of a list of objects are addressed as in `leaves`."""
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        value = {
+            item_name(item, index) if isinstance(item, dict) else str(index): item for index, item in enumerate(value)
+        }
+    if not isinstance(value, dict):
+        yield path, value
+        return
+    for key, item in value.items():
+        yield from _plain_fields(item, _join(path, key))
 
 
 # Fields and paths

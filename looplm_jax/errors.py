@@ -1,7 +1,9 @@
-"""The exception for mistakes that the user can fix."""
+"""The exception for mistakes that the user can fix, and phrases for its messages."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+_LONGEST = 200
 
 
 class UserError(ValueError):
@@ -27,3 +29,21 @@ def suggest(word: str, known: Iterable[str], otherwise: str | None = None, cutof
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; known: {', '.join(known)}" if otherwise is None else otherwise
+
+
+def at_most(items: Sequence[str], most: int, separator: str = ", ") -> str:
+    """Returns the first `most` items as text, such as `a, b, c and 2 more`.
+
+    Args:
+      items: the items.
+      most: the largest number of items to show.
+      separator: the text between two items. After a semicolon, the number of the others follows one too.
+    """
+    shown, more = separator.join(items[:most]), len(items) - most
+    return f"{shown}{separator.strip(', ')} and {more} more" if more > 0 else shown
+
+
+def brief(error: Exception) -> str:
+    """Returns the type and message of another library's error as one line of bounded length."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:_LONGEST]}{'…' if len(text) > _LONGEST else ''}"

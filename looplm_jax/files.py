@@ -308,7 +308,7 @@ def _naming(path: AnyPath, done: str) -> Iterator[None]:
         reason = refusal(error, path)
         if reason is None:
             raise
-        raise UserError(f"{path} cannot be {done} ({reason}); mend that and run the same command again") from None
+        raise UserError(f"{path} cannot be {done} ({reason}); fix that and run the same command again") from None
 
 
 def _refusal_of_bucket(error: Exception) -> str | None:

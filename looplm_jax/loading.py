@@ -16,7 +16,7 @@ from looplm_jax.convert._import_hf import converted_recipe, is_hf_folder, load_h
 from looplm_jax.data.tokenizers import Tokenizer, deserialize
 from looplm_jax.errors import UserError
 from looplm_jax.models.looplm import UNCAST, LoopLM, Params, boxed_shapes, compute_dtype
-from looplm_jax.sharding import abstract, check_divides, first_device, make_mesh, use_mesh
+from looplm_jax.sharding import abstract_arrays, check_divides, first_device, make_mesh, use_mesh
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -120,7 +120,7 @@ def _load_checkpoint(path: str, step: int | None, mesh: Mesh, dtype: DTypeLike |
     cast = _cast(dtype, recipe.compute, mesh)
     check_divides(mesh, recipe.model)
 
-    wanted = abstract(boxed_shapes(recipe.model), mesh)
+    wanted = abstract_arrays(boxed_shapes(recipe.model), mesh)
     restored = restore_params(path, wanted, step=step, **cast)
 
     return Loaded(
@@ -130,7 +130,7 @@ def _load_checkpoint(path: str, step: int | None, mesh: Mesh, dtype: DTypeLike |
         tokenizer=deserialize(restored.metadata.tokenizer_kind, restored.metadata.tokenizer),
         recipe=recipe,
         step=restored.step,
-        warnings=tuple(str(damaged) for damaged in restored.damaged),
+        warnings=tuple(str(step) for step in restored.skipped),
     )
 
 

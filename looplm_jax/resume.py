@@ -1,10 +1,16 @@
-"""The fields that may differ when a run is resumed.
+"""The fields that may differ when a run is resumed, and the check of all others.
 
 One table is used for the recipe, the position in the data and the saved arrays.
 """
 
 import dataclasses
 import fnmatch
+from typing import Any
+
+from looplm_jax.codec import differences
+from looplm_jax.errors import UserError, at_most
+
+_SHOWN = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +61,30 @@ def may_differ(path: str) -> bool:
 def rule_of(path: str) -> Rule | None:
     """Returns the first rule that matches the field, or None."""
     return next((rule for rule in RULES if any(fnmatch.fnmatchcase(path, name) for name in rule.fields)), None)
+
+
+def check_same_run(folder: str, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raises UserError if a run of another configuration would resume in this folder.
+
+    Args:
+      folder: the run folder, for the message.
+      saved: the saved configuration: a recipe as `codec.to_dict` writes it, and further values that must agree, such as
+        the fingerprint of the tokenizer.
+      wanted: the same values of the run that resumes.
+
+    Raises:
+      UserError: fields differ that may not. The message has the first few, with both values.
+    """
+    differing = [
+        f"{field.path}: {field.ours}, now {field.theirs}"
+        for field in differences(saved, wanted)
+        if not may_differ(field.path)
+    ]
+    if differing:
+        raise UserError(
+            f"run folder {folder} was trained with another configuration ({at_most(differing, _SHOWN, '; ')}); "
+            "use another --out or the saved recipe"
+        )
 
 
 def markdown() -> str:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from looplm_jax.codec import differences, from_dict, leaves, override, parse_flags, to_dict
+from looplm_jax.codec import ABSENT, Difference, differences, from_dict, leaves, override, parse_flags, to_dict
 from looplm_jax.config import (
     DataConfig,
     Injection,
@@ -166,7 +166,7 @@ def test_one_field_is_replaced_by_its_path(path, value, read):
     changed = override(RECIPE, {path: value})
     assert read(changed)
     wanted = path.replace("stage.", "stages.pretrain.", 1) if path.startswith("stage.") else path
-    changed_paths = {line.split(": ")[0] for line in differences(RECIPE, changed)}
+    changed_paths = {difference.path for difference in differences(RECIPE, changed)}
     assert changed_paths <= {wanted, wanted.replace("pretrain", "gate")}
 
 
@@ -223,14 +223,21 @@ def test_what_is_not_a_flag_is_refused_in_one_line(words, message):
 
 def test_differences_name_both_values():
     other = dataclasses.replace(RECIPE, seed=4, model=dataclasses.replace(MODEL, injection=Injection.ADD))
-    assert differences(RECIPE, other) == ["seed: 0, 4", "model.injection: 'none', 'add'"]
+    assert [str(field) for field in differences(RECIPE, other)] == ["seed: 0, 4", "model.injection: 'none', 'add'"]
 
 
 def test_differences_see_stages_that_only_one_has():
     shorter = dataclasses.replace(RECIPE, stages=RECIPE.stages[:1])
-    lines = differences(RECIPE, shorter)
-    assert "stages.gate.steps: 5, None" in lines
+    lines = [str(field) for field in differences(RECIPE, shorter)]
+    assert "stages.gate.steps: 5, absent" in lines
     assert all(line.startswith("stages.gate.") for line in lines)
+
+
+def test_differences_of_plain_values_are_those_of_the_configurations():
+    other = dataclasses.replace(RECIPE, seed=4, stages=RECIPE.stages[:1])
+    assert differences(to_dict(RECIPE), to_dict(other)) == differences(RECIPE, other)
+    assert differences({"a": [{"x": 1}, 2], "b": None}, {"a": [{"x": 3}, 2]}) == [Difference("a.0.x", 1, 3)]
+    assert differences({"a": {"b": 1}}, {}) == [Difference("a.b", 1, ABSENT)]
 
 
 def test_leaves_carry_paths_values_and_help():

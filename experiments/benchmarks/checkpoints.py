@@ -27,7 +27,7 @@ from looplm_jax.checkpoints import CheckpointStore, Metadata
 from looplm_jax.codec import to_dict
 from looplm_jax.config import ComputeConfig, Dtype, MeshConfig, ModelConfig, Recipe, Stage
 from looplm_jax.data.packing import Batch
-from looplm_jax.distributed import ALONE
+from looplm_jax.distributed import SINGLE_PROCESS
 from looplm_jax.models.looplm import LoopLM
 from looplm_jax.sharding import make_mesh
 from looplm_jax.training._compile import StagePrograms, place
@@ -156,7 +156,7 @@ def measure(folder: Path, state_bytes: int, rounds: int) -> Measured:
     """Runs `rounds` rounds with one state. The first save, which compiles the digests, is not counted."""
     trainer = Trainer(state_bytes)
     store = CheckpointStore(folder, keep=1)
-    saver = Saver(store, ALONE)
+    saver = Saver(store, SINGLE_PROCESS)
 
     for _ in range(3):
         trainer.step()

@@ -25,7 +25,7 @@ from looplm_jax.models.attention_kernels import self_attention
 from looplm_jax.planning._hlo import parse
 from looplm_jax.planning._program_facts import collectives
 from looplm_jax.planning._targets import find_target, without_network
-from looplm_jax.sharding import make_mesh, partition, use_mesh
+from looplm_jax.sharding import logical_to_spec, make_mesh, use_mesh
 
 _RUN_OF_ALL_HEADS = ("batch", "sequence", "heads", None)
 
@@ -50,10 +50,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 def compile_attention(attention: Callable[..., Array], mesh: Mesh, length: int) -> Any:
     """Compiles attention of one sequence per row of the mesh, forward and backward."""
     config, rows = presets.ouro_1_4b(), mesh.shape["data"]
-    spread = NamedSharding(mesh, partition(*_RUN_OF_ALL_HEADS))
+    spread = NamedSharding(mesh, logical_to_spec(*_RUN_OF_ALL_HEADS))
     shape = (rows, length, config.num_heads, config.head_width)
     states = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=spread)
-    places = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=NamedSharding(mesh, partition("batch", None)))
+    places = jax.ShapeDtypeStruct(
+        (rows, length), jnp.int32, sharding=NamedSharding(mesh, logical_to_spec("batch", None))
+    )
 
     def forward_and_backward(queries: Array, keys: Array, values: Array, places: Array, gradient: Array) -> object:
         mixed, backward = jax.vjp(lambda *states: attention(*states, places), queries, keys, values)
@@ -99,8 +101,8 @@ def _gathered(queries: Array, keys: Array, values: Array, places: Array) -> Arra
         by_head = (x.swapaxes(1, 2) for x in (queries, keys, values))
         return jax.vmap(kernel)(*by_head, kernels.SegmentIds(own, segments)).swapaxes(1, 2)
 
-    heads = partition(*_RUN_OF_ALL_HEADS)
-    specs = heads, heads, heads, partition("batch", None)
+    heads = logical_to_spec(*_RUN_OF_ALL_HEADS)
+    specs = heads, heads, heads, logical_to_spec("batch", None)
     return jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)(queries, keys, values, places)
 
 

@@ -25,7 +25,7 @@ import numpy as np
 from etils import epath
 
 from experiments.benchmarks.ceiling import peak_memory
-from looplm_jax.checkpoints.step import list_steps, read_sidecar
+from looplm_jax.checkpoints._step import list_steps, read_metadata_file
 from looplm_jax.config import ModelConfig
 from looplm_jax.convert import convert_from_hf, convert_to_hf
 from looplm_jax.convert._layout import TorchTensor, array_shapes, torch_layout
@@ -192,7 +192,9 @@ def _differing_tensors(first: Path, second: Path) -> Iterator[str]:
 
 def _differing_arrays(first: Path, second: Path) -> Iterator[str]:
     """Yields the names of arrays whose digests differ in two checkpoints. Writing a step verified each digest."""
-    one, other = (read_sidecar(list_steps(epath.Path(path) / "checkpoints")[-1]).arrays for path in (first, second))
+    one, other = (
+        read_metadata_file(list_steps(epath.Path(path) / "checkpoints")[-1]).arrays for path in (first, second)
+    )
     yield from (name for name in {**one, **other} if one.get(name) != other.get(name))
 
 

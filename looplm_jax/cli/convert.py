@@ -64,7 +64,7 @@ def _from_hf(parser: argparse.ArgumentParser) -> None:
 def _to_hf(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `looplm convert to-hf`."""
     _checkpoint(parser)
-    parser.add_argument("--step", type=int, help="which step (default: the newest good one)")
+    parser.add_argument("--step", type=int, help="which step (default: the latest valid one)")
     _out(parser)
     parser.add_argument("--dtype", choices=_FLOATS, help="of the weights (default: as in the checkpoint)")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="500MB, 5GB, ... (default: 5GB)")

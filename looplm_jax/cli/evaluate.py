@@ -32,7 +32,7 @@ _COUNTS = ("max_loops", "sequences", "limit", "batch_size")
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `looplm evaluate`."""
     parser.add_argument("checkpoint", help="a run folder, its checkpoints folder, one step, or a Hugging Face folder")
-    parser.add_argument("--step", type=int, help="which step (default: the newest good one)")
+    parser.add_argument("--step", type=int, help="which step (default: the latest valid one)")
     parser.add_argument("--max-loops", type=int, metavar="T", help="deepest loop (default: twice the trained depth)")
     parser.add_argument("--out", metavar="DIR", help="where to write (default: <run>/evaluation/step_N)")
     configure_dtype(parser)

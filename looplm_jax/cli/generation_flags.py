@@ -59,6 +59,6 @@ def configure_generation(parser: argparse.ArgumentParser) -> None:
         help="loops whose keys and values are kept of a new token (default: full)",
     )
 
-    parser.add_argument("--step", type=int, help="which step (default: the newest good one)")
+    parser.add_argument("--step", type=int, help="which step (default: the latest valid one)")
     configure_dtype(parser)
     parser.epilog = EXIT_RULES

@@ -84,10 +84,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError("there is nothing to train on; say --data 'mine/*.jsonl' (.txt, .jsonl, .parquet, or a folder)")
 
     from looplm_jax.cli.training_session import Options, run_training
-    from looplm_jax.distributed import Join
+    from looplm_jax.distributed import JoinOptions
     from looplm_jax.training._profiling import ProfiledSteps
 
-    told = Join(
+    join_options = JoinOptions(
         automatic=arguments.distributed,
         coordinator=arguments.coordinator,
         processes=arguments.processes,
@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
     profile = ProfiledSteps.parse(arguments.profile_steps) if arguments.profile_steps else None
     options = Options(
         given=frozenset(codec.parse_flags(arguments.overrides)),
-        told=told,
+        join_options=join_options,
         profile=profile,
         wandb_project=arguments.wandb,
     )

@@ -9,7 +9,7 @@ import jax
 from looplm_jax.cli.interrupts import leave
 from looplm_jax.codec import to_dict
 from looplm_jax.config import Recipe
-from looplm_jax.distributed import Cluster, Join, check_alone, join
+from looplm_jax.distributed import JoinOptions, ProcessGroup, check_single_process, join
 from looplm_jax.errors import UserError
 from looplm_jax.evaluation._evaluate import evaluate_held_out
 from looplm_jax.evaluation._reports import evaluate_command, write_run_report
@@ -32,7 +32,7 @@ class Options:
     """Options of a user in addition to the recipe. `given` has the dotted paths of the fields that flags set."""
 
     given: frozenset[str] = frozenset()
-    told: Join = dataclasses.field(default_factory=Join)
+    join_options: JoinOptions = dataclasses.field(default_factory=JoinOptions)
     profile: ProfiledSteps | None = None
     wandb_project: str | None = None
 
@@ -43,27 +43,27 @@ def run_training(recipe: Recipe, out: AnyPath, options: Options | None = None) -
     If one of several processes fails, all of them exit here: with status 2, or 75 if one was lost.
     """
     options = options or Options()
-    cluster = join(options.told)
+    cluster = join(options.join_options)
 
     if cluster.count == 1:
-        check_alone()
+        check_single_process()
         return _run_training(recipe, out, options, cluster)
 
     try:
         status = _run_training(recipe, out, options, cluster)
     except UserError as error:
-        cluster.end(str(error), error.status)
+        cluster.abort_all(str(error), error.status)
     except jax.errors.JaxRuntimeError:  # maybe another process died, which the monitor is about to report
         time.sleep(_NEWS_SECONDS)
         raise
 
-    cluster.leave()
-    # After cluster.leave(), so that the others do not take this exit for a failure.
+    cluster.shutdown()
+    # After cluster.shutdown(), so that the others do not take this exit for a failure.
     jax.distributed.shutdown()
     return status
 
 
-def _run_training(recipe: Recipe, out: AnyPath, options: Options, cluster: Cluster) -> int:
+def _run_training(recipe: Recipe, out: AnyPath, options: Options, cluster: ProcessGroup) -> int:
     """Trains in this process and reports."""
     require_platform()
     require_compilation()
@@ -89,7 +89,7 @@ def _run_training(recipe: Recipe, out: AnyPath, options: Options, cluster: Clust
         leave(console, "interrupted", signal.SIGINT)
 
     if outcome.stopped_by is not None:
-        cluster.leave()
+        cluster.shutdown()
         where = f"stopped by {outcome.stopped_by.name} at step {outcome.step}"
         leave(console, f"{where}; the same command goes on from there", outcome.stopped_by)
 
@@ -106,14 +106,14 @@ def _report(recipe: Recipe, out: AnyPath, outcome: Outcome) -> None:
     show(f"next: {evaluate_command(out)}")
 
 
-def _mirrors(recipe: Recipe, out: AnyPath, options: Options, cluster: Cluster) -> list[EventSink]:
+def _mirrors(recipe: Recipe, out: AnyPath, options: Options, cluster: ProcessGroup) -> list[EventSink]:
     """Returns the additional sinks of metrics."""
     if options.wandb_project is None or cluster.index > 0:
         return []
     return [WandbLog(options.wandb_project, name=out.name, config=to_dict(recipe))]
 
 
-def _announcement(recipe: Recipe, out: AnyPath, cluster: Cluster) -> str:
+def _announcement(recipe: Recipe, out: AnyPath, cluster: ProcessGroup) -> str:
     """Returns the line that describes the run before it starts."""
     tokens = sum(stage.steps * stage.batch_size * stage.sequence_length for stage in recipe.stages)
     stages = ", ".join(f"{stage.name} ({stage.steps} steps, {stage.loops} loops)" for stage in recipe.stages)

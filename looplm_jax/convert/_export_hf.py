@@ -86,7 +86,7 @@ def convert_to_hf(
         dtype=dtype,
         weights=weights,
         files=files,
-        warnings=(*map(str, restored.damaged), *left_out),
+        warnings=(*map(str, restored.skipped), *left_out),
     )
 
 

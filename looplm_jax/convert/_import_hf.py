@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from looplm_jax.checkpoints import Metadata
-from looplm_jax.checkpoints.tree import flatten
-from looplm_jax.checkpoints.whole import WholeStep, write_whole
+from looplm_jax.checkpoints._arrays import flatten
+from looplm_jax.checkpoints._raw import RawStep, write_raw
 from looplm_jax.codec import to_dict
 from looplm_jax.config import MeshConfig, ModelConfig, Recipe, Stage
 from looplm_jax.convert._layout import Path as ArrayPath
@@ -28,7 +28,7 @@ from looplm_jax.errors import UserError
 from looplm_jax.files import staged_folder
 from looplm_jax.json_files import read_json_object
 from looplm_jax.models.looplm import LoopLM, Params, boxed_shapes
-from looplm_jax.sharding import abstract, check_divides, first_device, make_mesh
+from looplm_jax.sharding import abstract_arrays, check_divides, first_device, make_mesh
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 
@@ -188,7 +188,7 @@ def needed_tokenizer(tokenizer: Tokenizer | None, folder: str | os.PathLike[str]
 
 def parameter_targets(config: ModelConfig, mesh: Mesh, dtype: DTypeLike) -> dict[ArrayPath, jax.ShapeDtypeStruct]:
     """Returns the shape, dtype and sharding of every parameter of a model, without allocating them."""
-    wanted = flat_arrays(abstract(boxed_shapes(config), mesh))
+    wanted = flat_arrays(abstract_arrays(boxed_shapes(config), mesh))
     return {
         path: jax.ShapeDtypeStruct(leaf.shape, np.dtype(dtype), sharding=leaf.sharding) for path, leaf in wanted.items()
     }
@@ -227,7 +227,7 @@ def write_converted(folder: Path, recipe: Recipe, params: Params, tokenizer: Tok
         extra={"stage": _STAGE},
     )
 
-    write_whole(folder, WholeStep(step=0, arrays=flatten(params, "params"), metadata=metadata))
+    write_raw(folder, RawStep(step=0, arrays=flatten(params, "params"), metadata=metadata))
 
 
 def conversion_report(out: Path, model: ModelConfig, params: Params, notes: tuple[str, ...]) -> Converted:

@@ -12,7 +12,7 @@ from typing import Any
 from etils import epath
 
 from looplm_jax.checkpoints import Restored
-from looplm_jax.checkpoints.reading import candidates
+from looplm_jax.checkpoints._restore import find_steps
 from looplm_jax.config import ModelConfig, Objective, Recipe, Stage
 from looplm_jax.models.looplm import count_params
 from looplm_jax.strict_json import metrics_row, numbers
@@ -77,7 +77,7 @@ class TrainingRecord:
 
 def training_record(checkpoint: str, restored: Restored) -> TrainingRecord:
     """Returns the record of the step restored from `checkpoint`, with metrics if it is in a run folder."""
-    steps = candidates(checkpoint, restored.step)[0].path.parent
+    steps = find_steps(checkpoint, restored.step)[0].path.parent
     run = steps.parent if steps.name == "checkpoints" else steps
     evaluations = [row for row in _metrics(run) if row.get("kind") == "evaluation" and row["step"] <= restored.step]
     return TrainingRecord(

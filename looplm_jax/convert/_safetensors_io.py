@@ -17,9 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from looplm_jax.checkpoints.errors import brief
 from looplm_jax.convert._layout import TorchTensor
-from looplm_jax.errors import UserError
+from looplm_jax.errors import UserError, brief
 from looplm_jax.json_files import read_json_object
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array
 
 from looplm_jax.checkpoints import read_metadata
-from looplm_jax.checkpoints.whole import read_whole, write_whole
+from looplm_jax.checkpoints._raw import read_raw, write_raw
 from looplm_jax.codec import from_dict, to_dict
 from looplm_jax.config import ModelConfig, Recipe
 from looplm_jax.errors import UserError
@@ -71,10 +71,10 @@ def upcycle(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str], *, 
     recipe = dataclasses.replace(before, model=dataclasses.replace(before.model, num_layers=layers))
 
     with staged_folder(out) as staging:
-        whole = read_whole(checkpoint)
+        whole = read_raw(checkpoint)
         chosen = source_layers(order, before.model.num_layers, layers)
         metadata = dataclasses.replace(whole.metadata, config=to_dict(recipe), data_state={})
-        write_whole(staging, dataclasses.replace(whole, arrays=_deepen(whole.arrays, chosen), metadata=metadata))
+        write_raw(staging, dataclasses.replace(whole, arrays=_deepen(whole.arrays, chosen), metadata=metadata))
 
     return Upcycled(
         out=Path(out),
@@ -82,7 +82,7 @@ def upcycle(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str], *, 
         layers_before=before.model.num_layers,
         model=recipe.model,
         order=order,
-        warnings=tuple(str(damaged) for damaged in whole.damaged),
+        warnings=tuple(str(step) for step in whole.skipped),
     )
 
 

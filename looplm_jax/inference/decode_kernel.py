@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from looplm_jax.inference.head_lanes import LANES, own_mixtures, spread_queries, store_heads
 from looplm_jax.models.blocks import KeyValues
-from looplm_jax.sharding import partition, target_platform
+from looplm_jax.sharding import logical_to_spec, target_platform
 
 _LONGEST_BLOCK = 128  # positions
 _SMALLEST_BLOCK = 16  # positions; shorter copies from HBM are slow
@@ -61,8 +61,8 @@ def decode_attention(
     arrays = queries, own.keys, own.values, stacked.keys, stacked.values, *where
     if jax.sharding.get_abstract_mesh().empty:
         return _on_one_device(*arrays)
-    heads, kv_heads = partition(None, "heads", None), partition(None, "kv_heads", None)
-    cache, whole = partition(None, None, None, None, "kv_heads", None), partition()
+    heads, kv_heads = logical_to_spec(None, "heads", None), logical_to_spec(None, "kv_heads", None)
+    cache, whole = logical_to_spec(None, None, None, None, "kv_heads", None), logical_to_spec()
     mapped = jax.shard_map(
         _on_one_device,
         in_specs=(heads, kv_heads, kv_heads, cache, cache, whole, whole, whole, whole),

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from looplm_jax.sharding import on_own_tokens
+from looplm_jax.sharding import shard_map_over_tokens
 
 _STATES = (None, "batch", "sequence", None)  # logical axes [T, B, S, D]
 R = TypeVar("R")
@@ -92,7 +92,7 @@ def _weighted(hidden: Array, head: Array, targets: Array, weights: Array, chunk:
 
 def _weighted_forward(hidden: Array, head: Array, targets: Array, weights: Array, chunk: int) -> tuple[PyTree, PyTree]:
     """Computes losses and gradients together, as the forward rule of `_weighted`."""
-    make = on_own_tokens(
+    make = shard_map_over_tokens(
         functools.partial(_losses_and_gradients, chunk=chunk),
         # Axes of the states, the head, the targets and the weights.
         inputs=(_STATES, (None, None), _STATES[1:3], _STATES[:3]),
@@ -184,7 +184,7 @@ def _over_chunks(
         return jax.tree.map(lambda leaf: _join(leaf, hidden.shape[:3]), results), ()
 
     inputs = _STATES, (None, None), _STATES[1:3]
-    results, _ = on_own_tokens(of_own_tokens, inputs, _STATES[:3])(hidden, head, targets)
+    results, _ = shard_map_over_tokens(of_own_tokens, inputs, _STATES[:3])(hidden, head, targets)
     return results
 
 

@@ -31,7 +31,7 @@ from looplm_jax.planning._hlo import parse
 from looplm_jax.planning._program_facts import collectives
 from looplm_jax.planning._targets import Target, without_network
 from looplm_jax.planning._traffic import Buffer, CacheUse, Traffic, program_traffic
-from looplm_jax.sharding import abstract, make_mesh, use_mesh
+from looplm_jax.sharding import abstract_arrays, make_mesh, use_mesh
 
 _PARAMETER = re.compile(r"^params\W+(\w+)")
 _CACHE = "slots.cache.planes"
@@ -246,7 +246,7 @@ def abstract_params(model: ModelConfig, dtype: jnp.dtype, mesh: Mesh) -> Params:
     """Returns shapes and shardings of the parameters of a decoder, in the dtype of the matrix products."""
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding),
-        abstract(boxed_shapes(model), mesh),
+        abstract_arrays(boxed_shapes(model), mesh),
     )
 
 

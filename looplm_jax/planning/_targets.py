@@ -12,8 +12,8 @@ import jax
 from jax.experimental import topologies
 
 from looplm_jax.errors import UserError
-from looplm_jax.sharding.chips import Chip, known_chip
-from looplm_jax.sharding.platform import require_platform
+from looplm_jax.sharding._hardware import Chip, known_chip
+from looplm_jax.sharding._mesh import require_platform
 
 HERE = "here"
 _EXAMPLES = {"v4": "v4:4x4x4", "v5e": "v5e:16x16", "v5p": "v5p:4x8x8", "v6e": "v6e:16x16", "tpu7x": "tpu7x:4x4x4"}

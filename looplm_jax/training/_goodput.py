@@ -14,7 +14,7 @@ import jax
 from jax.sharding import Mesh
 
 from looplm_jax.config import ModelConfig, Objective
-from looplm_jax.sharding.chips import known_chip
+from looplm_jax.sharding._hardware import known_chip
 from looplm_jax.strict_json import number
 
 _PREFIX = "seconds_in_"

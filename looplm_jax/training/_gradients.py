@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from looplm_jax.config import ComputeConfig, Gather, Reduce
 from looplm_jax.losses import Stage1Metrics
 from looplm_jax.models.looplm import LoopLM, Params, copy_dtypes, gather_stacks, parameter_axes
-from looplm_jax.sharding import gather, on_each_device, reduce, reduce_sums, token_axes
+from looplm_jax.sharding import all_gather, all_reduce, on_each_device, reduce_scatter, token_axes
 
 
 @flax.struct.dataclass
@@ -110,7 +110,7 @@ def _reduced_once(
     sums_in = jax.tree.map(lambda own: own if when is Reduce.MICROBATCH else jnp.dtype(jnp.float32), dtypes)
 
     def on_device(params: Params, batch: DeviceBatch, count: Array) -> tuple[Sums, Params]:
-        copies = jax.tree.map(lambda shard, dtype, names: gather(shard.astype(dtype), names), params, dtypes, axes)
+        copies = jax.tree.map(lambda shard, dtype, names: all_gather(shard.astype(dtype), names), params, dtypes, axes)
 
         def reduced(batch: DeviceBatch) -> tuple[Sums, Params]:
             # The barrier makes the zeros depend on the batch. Otherwise they would be one more array of the size of the
@@ -130,7 +130,9 @@ def _reduced_once(
                 return value, metrics
 
             sums = _sum_over_microbatches(of_microbatch, batch)
-            gradients = jax.tree.map(lambda ref, names: reduce(jax.freeze(ref), names), accumulators, moving_axes)
+            gradients = jax.tree.map(
+                lambda ref, names: reduce_scatter(jax.freeze(ref), names), accumulators, moving_axes
+            )
             return sums, jax.tree.map(lambda x: x.astype(jnp.float32), gradients)
 
         if when is Reduce.STEP:
@@ -138,7 +140,7 @@ def _reduced_once(
         else:
             sums, gradients = _sum_over_microbatches(lambda one: reduced(jax.tree.map(lambda x: x[None], one)), batch)
 
-        return reduce_sums(sums), gradients
+        return all_reduce(sums), gradients
 
     moving_axes = {name: axes[name] for name in moving}
     batch_axes = jax.tree.map(lambda _: (None, "batch", "sequence"), batch)

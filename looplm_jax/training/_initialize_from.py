@@ -11,8 +11,8 @@ import optax
 from jax.sharding import Mesh
 
 from looplm_jax import codec
-from looplm_jax.checkpoints import DamagedStep, read_metadata, restore_params
-from looplm_jax.checkpoints.whole import read_records
+from looplm_jax.checkpoints import SkippedStep, read_metadata, restore_params
+from looplm_jax.checkpoints._raw import read_array_info
 from looplm_jax.config import ModelConfig, Recipe
 from looplm_jax.convert._import_hf import is_hf_folder, load_hf, read_hf_config
 from looplm_jax.data.tokenizers import Tokenizer, deserialize
@@ -34,7 +34,7 @@ class Start:
       params: the parameters in float32, in the shardings of the run.
       optimizer: the optimizer state, or None for a fresh one.
       tokenizer: the tokenizer, or None for a Hugging Face folder without one.
-      damaged: the newer steps that were skipped.
+      skipped: the newer steps that were skipped.
       notes: ambiguities and contradictions of a Hugging Face folder.
     """
 
@@ -43,7 +43,7 @@ class Start:
     params: Params
     optimizer: optax.OptState | None
     tokenizer: Tokenizer | None
-    damaged: tuple[DamagedStep, ...] = ()
+    skipped: tuple[SkippedStep, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -72,7 +72,9 @@ def describe_start(start: Start, ours: ModelConfig) -> str:
     """
     what = "the parameters" if start.optimizer is None else "the parameters and the optimiser state"
     differing = codec.differences(_filled_in(ours), _filled_in(start.model))
-    settings = f"; settings of the model that differ (here, there): {'; '.join(differing)}" if differing else ""
+    settings = (
+        f"; settings of the model that differ (here, there): {'; '.join(map(str, differing))}" if differing else ""
+    )
     return f"starting from {what} of {start.origin}{settings}"
 
 
@@ -85,11 +87,10 @@ def check_shape(origin: str, ours: ModelConfig, theirs: ModelConfig) -> None:
     differing = codec.differences(here, there)
     if differing:
         values = codec.to_dict(there)
-        names = [difference.split(":")[0] for difference in differing]
+        names = [difference.path for difference in differing]
         flags = " ".join(f"--model.{name} {str(values[name]).lower()}" for name in names)
-        raise UserError(
-            f"{origin} holds a model of another shape ({'; '.join(differing)} there); type {flags}, or start elsewhere"
-        )
+        listed = "; ".join(map(str, differing))
+        raise UserError(f"{origin} holds a model of another shape ({listed} there); type {flags}, or start elsewhere")
 
 
 # Reading
@@ -112,7 +113,7 @@ def _from_checkpoint(recipe: Recipe, model: LoopLM, mesh: Mesh) -> Start:
         params=restored.state,
         optimizer=optimizer,
         tokenizer=deserialize(metadata.tokenizer_kind, metadata.tokenizer),
-        damaged=restored.damaged,
+        skipped=restored.skipped,
     )
 
 
@@ -143,7 +144,7 @@ def _filled_in(model: ModelConfig) -> ModelConfig:
 def _read_optimizer(recipe: Recipe, wanted: optax.OptState, step: int) -> optax.OptState:
     """Reads the optimizer state. Raises UserError if the first stage cannot use it."""
     path, stage = recipe.start.checkpoint, recipe.stages[0].name
-    if not any(name.startswith(f"{_OPTIMIZER}.") for name in read_records(path, step=step)):
+    if not any(name.startswith(f"{_OPTIMIZER}.") for name in read_array_info(path, step=step)):
         raise _without_optimizer(path)
     try:
         return restore_params(path, wanted, step=step, prefix=_OPTIMIZER).state

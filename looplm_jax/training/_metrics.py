@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from looplm_jax import strict_json
 from looplm_jax.config import Recipe, Stage
-from looplm_jax.distributed import Cluster
+from looplm_jax.distributed import ProcessGroup
 from looplm_jax.errors import UserError
 from looplm_jax.files import AnyPath, check_regular, reading
 from looplm_jax.training._goodput import (
@@ -133,7 +133,7 @@ class MetricsLog:
         self._events.file.close()
         # Makes `_tell` report a refusal again, now with its final consequence.
         self._refused = None
-        self._tell("the last lines are lost; mend that before the next run")
+        self._tell("the last lines are lost; fix that before the next run")
         for mirror in self._mirrors:
             mirror.close()
 
@@ -165,7 +165,7 @@ class _Unwritten:
 
 @contextlib.contextmanager
 def open_log(
-    folder: AnyPath, step: int, cluster: Cluster, mirrors: Sequence[EventSink] = (), *, warn: Callable[[str], None]
+    folder: AnyPath, step: int, cluster: ProcessGroup, mirrors: Sequence[EventSink] = (), *, warn: Callable[[str], None]
 ) -> Iterator[Log]:
     """A context manager that yields the log of a run at a step. All processes must call this together.
 

@@ -6,8 +6,8 @@ import os
 
 from etils import epath
 
-from looplm_jax.checkpoints import CheckpointStore, check_same_run, read_metadata
-from looplm_jax.checkpoints.paths import checkpoint_path
+from looplm_jax.checkpoints import CheckpointStore, read_metadata
+from looplm_jax.checkpoints._paths import checkpoint_path
 from looplm_jax.codec import from_dict, to_dict
 from looplm_jax.config import Recipe
 from looplm_jax.errors import UserError
@@ -22,6 +22,7 @@ from looplm_jax.files import (
     write_atomically,
     writing,
 )
+from looplm_jax.resume import check_same_run
 from looplm_jax.training._ownership import OWNER_FILE
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from looplm_jax.checkpoints import CheckpointStore, Metadata, SaveError
-from looplm_jax.distributed import Cluster
+from looplm_jax.distributed import ProcessGroup
 from looplm_jax.training._stopping import Job
 
 _POLL_SECONDS = 0.2
@@ -13,7 +13,7 @@ _POLL_SECONDS = 0.2
 class Saver:
     """Saves to a store and keeps the reasons of refused saves. All processes must call its methods together."""
 
-    def __init__(self, store: CheckpointStore, cluster: Cluster):
+    def __init__(self, store: CheckpointStore, cluster: ProcessGroup):
         self._store, self._cluster = store, cluster
         self._refused: str | None = None  # why the latest save was refused
         self._news: str | None = None

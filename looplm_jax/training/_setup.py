@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from looplm_jax import data
-from looplm_jax.checkpoints import CheckpointStore, Metadata, check_same_run, read_metadata
+from looplm_jax.checkpoints import CheckpointStore, Metadata, read_metadata
 from looplm_jax.codec import to_dict
 from looplm_jax.config import DataConfig, Recipe
 from looplm_jax.convert._import_hf import is_hf_folder
@@ -17,11 +17,12 @@ from looplm_jax.data.corpus import Corpus, open_corpus
 from looplm_jax.data.pipeline import check_fit
 from looplm_jax.data.targets import pieces_left_out
 from looplm_jax.data.tokenizers import FolderTokenizer, Tokenizer, deserialize
-from looplm_jax.distributed import ALONE, Cluster, first_on_process_0
+from looplm_jax.distributed import SINGLE_PROCESS, ProcessGroup, first_on_process_0
 from looplm_jax.errors import UserError
 from looplm_jax.files import pasted, write_atomically
 from looplm_jax.models.looplm import LoopLM
 from looplm_jax.printing import literal
+from looplm_jax.resume import check_same_run
 from looplm_jax.training._compile import stage_mesh
 from looplm_jax.training._goodput import Activity, Stopwatch
 from looplm_jax.training._guard import with_window
@@ -72,7 +73,7 @@ def prepare(
     recipe: Recipe,
     folder: RunFolder,
     console: Console,
-    cluster: Cluster = ALONE,
+    cluster: ProcessGroup = SINGLE_PROCESS,
     watch: Stopwatch | None = None,
 ) -> Setup:
     """Prepares a run: checks shapes and data, claims the folder, finds or trains the tokenizer, and restores the state.
@@ -214,8 +215,8 @@ def _first_state(recipe: Recipe, model: LoopLM, mesh: Mesh, start: Start | None,
     if start is None:
         return initial_state(recipe, model, recipe.stages[0], mesh)
 
-    for damaged in start.damaged:
-        console.print(f"warning: {damaged}; passed over", style="yellow")
+    for step in start.skipped:
+        console.print(f"warning: {step}; skipped", style="yellow")
     for note in start.notes:
         console.print(f"note: {literal(note)}")
     console.print(describe_start(start, recipe.model))
@@ -246,8 +247,8 @@ def _restore(
         return abstract_state(as_saved, model, recipe.stages[index], meshes[index])
 
     restored = store.restore(describe)
-    for damaged in restored.damaged:
-        console.print(f"warning: {damaged}; going back to step {restored.step}", style="yellow")
+    for step in restored.skipped:
+        console.print(f"warning: {step}; going back to step {restored.step}", style="yellow")
 
     stage = stages.index(restored.metadata.extra["stage"])
     console.print(f"going on from step {restored.step} of stage {stages[stage]}")

@@ -18,7 +18,7 @@ from looplm_jax.config import ModelConfig, Recipe, Stage
 from looplm_jax.errors import UserError, suggest
 from looplm_jax.models.looplm import LoopLM, Params, boxed_params, boxed_shapes
 from looplm_jax.random_keys import from_raw, seeded_key
-from looplm_jax.sharding import abstract, use_mesh
+from looplm_jax.sharding import abstract_arrays, use_mesh
 from looplm_jax.training._guard import GuardState, initial_guard, next_stage_guard
 from looplm_jax.training._optimizer import adamw
 
@@ -80,7 +80,9 @@ def _around(params: Params, recipe: Recipe, stage: Stage) -> TrainState:
 
 def abstract_state(recipe: Recipe, model: LoopLM, stage: Stage, mesh: Mesh) -> TrainState:
     """Returns shape, dtype and sharding of the state that `stage` needs, without allocating it."""
-    return abstract(jax.eval_shape(lambda params: _around(params, recipe, stage), boxed_shapes(model.config)), mesh)
+    return abstract_arrays(
+        jax.eval_shape(lambda params: _around(params, recipe, stage), boxed_shapes(model.config)), mesh
+    )
 
 
 def initial_state(recipe: Recipe, model: LoopLM, stage: Stage, mesh: Mesh) -> TrainState:
@@ -114,7 +116,7 @@ def _initializer(config: ModelConfig, mesh: Mesh) -> Callable[[UInt32[np.ndarray
 
     Runs in one process that differ only in their seeds, such as the cells of an experiment, share a program.
     """
-    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract(boxed_shapes(config), mesh))
+    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_arrays(boxed_shapes(config), mesh))
 
     def make(raw: UInt32[Array, "2"]) -> Params:
         return nn.meta.unbox(boxed_params(LoopLM(config), from_raw(raw)))

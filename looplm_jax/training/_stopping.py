@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 
 from looplm_jax.data import ValidationBatches
 from looplm_jax.data.packing import Batch
-from looplm_jax.distributed import Cluster
+from looplm_jax.distributed import ProcessGroup
 from looplm_jax.errors import UserError
 from looplm_jax.stop_signals import stop_signals
 
@@ -140,7 +140,7 @@ class Agreement:
       request: the stop request of this process.
     """
 
-    def __init__(self, cluster: Cluster, request: StopRequest):
+    def __init__(self, cluster: ProcessGroup, request: StopRequest):
         self._cluster, self._request = cluster, request
 
     def check(self, failure: str | None = None) -> None:

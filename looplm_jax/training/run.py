@@ -36,7 +36,7 @@ from looplm_jax.codec import to_dict
 from looplm_jax.config import Recipe, Stage
 from looplm_jax.data import ValidationBatches
 from looplm_jax.data.iterator import BatchIterator
-from looplm_jax.distributed import ALONE, Cluster, check_same
+from looplm_jax.distributed import SINGLE_PROCESS, ProcessGroup, check_same
 from looplm_jax.errors import UserError
 from looplm_jax.models.looplm import LoopLM, Params
 from looplm_jax.sharding import process_rows, use_mesh
@@ -96,7 +96,7 @@ def train(
     *,
     evaluate: Evaluate | None = None,
     console: Console | None = None,
-    cluster: Cluster = ALONE,
+    cluster: ProcessGroup = SINGLE_PROCESS,
     profile: ProfiledSteps | None = None,
     mirrors: Sequence[EventSink] = (),
 ) -> Outcome:
@@ -276,7 +276,7 @@ def _train_stage(run: _Run, position: Position) -> _StageEnd:
             _save(run, stage, state, done, reader, permanent=done == last)
             run.saver.finish()
             raise UserError(
-                f"{lost}; step {done} is saved; mend that, and the same command goes on from there"
+                f"{lost}; step {done} is saved; fix that, and the same command goes on from there"
             ) from None
 
 

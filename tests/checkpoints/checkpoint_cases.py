@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 
 from looplm_jax.checkpoints import Metadata
-from looplm_jax.checkpoints.step import StepFolder, list_steps
+from looplm_jax.checkpoints._step import StepFolder, list_steps
 
 
 class Moments(NamedTuple):

@@ -11,8 +11,8 @@ import pytest
 from checkpoint_cases import abstract, assert_identical, make_metadata, make_state, step_folder
 
 from looplm_jax import files as looplm_files
-from looplm_jax.checkpoints import CheckpointStore, arrays, inspect_steps, read_metadata
-from looplm_jax.checkpoints.step import delete
+from looplm_jax.checkpoints import CheckpointStore, _arrays, inspect_steps, read_metadata
+from looplm_jax.checkpoints._step import delete
 from looplm_jax.errors import UserError
 
 
@@ -50,8 +50,8 @@ def assert_good_or_named(folder, what):
     restored = CheckpointStore(folder, keep=3).restore(abstract(make_state()))
     assert_identical(restored.state, make_state(restored.step))
     assert restored.metadata == make_metadata(restored.step)
-    assert [damaged.step for damaged in restored.damaged] == ([] if restored.step == 3 else [3]), what
-    assert all("\n" not in str(damaged) for damaged in restored.damaged)
+    assert [damaged.step for damaged in restored.skipped] == ([] if restored.step == 3 else [3]), what
+    assert all("\n" not in str(damaged) for damaged in restored.skipped)
     return restored
 
 
@@ -92,36 +92,38 @@ def test_an_altered_value_that_still_reads_is_caught_by_its_digest(folder):
     shutil.rmtree(folder / "3" / "state")
     shutil.copytree(folder / "1" / "state", folder / "3" / "state")
     restored = assert_good_or_named(folder, "swapped")
-    assert str(restored.damaged[0]).startswith("step 3 is damaged: the digest of array ")
+    assert str(restored.skipped[0]).startswith("step 3 is damaged: the digest of array ")
 
 
 def test_altered_metadata_is_caught_by_its_checksum(folder):
     path = folder / "3" / "sidecar" / "data.json"
     path.write_text(path.read_text().replace("pretrain", "pretrian"))
     restored = assert_good_or_named(folder, path)
-    assert str(restored.damaged[0]) == "step 3 is damaged: the checksum of its metadata differs"
+    assert str(restored.skipped[0]) == "step 3 is damaged: the checksum of its metadata differs"
     assert read_metadata(str(folder)) == make_metadata(2)
 
 
-def test_two_damaged_steps_are_passed_over(folder):
+def test_two_damaged_steps_are_skipped(folder):
     for step in ("2", "3"):
         largest(folder / step / "state").unlink()
     restored = CheckpointStore(folder, keep=3).restore(abstract(make_state()))
     assert restored.step == 1
-    assert [damaged.step for damaged in restored.damaged] == [3, 2]
+    assert [damaged.step for damaged in restored.skipped] == [3, 2]
 
 
 def test_no_good_step_is_one_line_that_names_them_all(folder):
     for step in ("1", "2", "3"):
         (folder / step / "sidecar" / "data.json").write_text("{")
-    with pytest.raises(UserError, match=r"no good checkpoint in .*: step 3 is damaged: .*; step 1 is damaged") as error:
+    with pytest.raises(
+        UserError, match=r"no valid checkpoint in .*: step 3 is damaged: .*; step 1 is damaged"
+    ) as error:
         CheckpointStore(folder, keep=3).restore(abstract(make_state()))
     assert "\n" not in str(error.value)
 
 
 def test_a_damaged_step_that_was_asked_for_is_refused(folder):
     largest(folder / "3" / "state").unlink()
-    with pytest.raises(UserError, match=r"no good checkpoint in .*: step 3 is damaged"):
+    with pytest.raises(UserError, match=r"no valid checkpoint in .*: step 3 is damaged"):
         CheckpointStore(folder, keep=3).restore(abstract(make_state()), 3)
 
 
@@ -132,7 +134,7 @@ def test_a_half_written_folder_is_no_step_and_is_named_and_swept(folder):
     assert store.steps() == [1, 2]
     restored = store.restore(abstract(make_state()))
     assert restored.step == 2
-    assert [str(damaged) for damaged in restored.damaged] == ["step 4 is damaged: it was not finished"]
+    assert [str(damaged) for damaged in restored.skipped] == ["step 4 is damaged: it was not finished"]
     store.save(3, make_state(3), make_metadata(3))
     store.close()
     assert sorted(path.name for path in folder.iterdir()) == ["1", "2", "3", "notes"]
@@ -169,7 +171,7 @@ def test_a_lack_of_memory_is_not_taken_for_damage(folder, monkeypatch):
     def open_array(*_, **__):
         raise MemoryError
 
-    monkeypatch.setattr(arrays, "_start", open_array)
+    monkeypatch.setattr(_arrays, "_start", open_array)
     with pytest.raises(MemoryError):
         CheckpointStore(folder, keep=2).restore(abstract(make_state()))
 
@@ -198,12 +200,12 @@ def at_once(monkeypatch):
 
 
 @pytest.mark.parametrize("part", REFUSED)
-def test_a_step_that_the_disk_refuses_is_neither_passed_over_nor_deleted(folder, at_once, part):
+def test_a_step_that_the_disk_refuses_is_neither_skipped_nor_deleted(folder, at_once, part):
     path = REFUSED[part](folder / "3")
     refuse(path)
     store = CheckpointStore(folder, keep=1)
     with pytest.raises(
-        UserError, match=r"3: .* cannot be read \(Too many levels .*\); nothing says .* is damaged"
+        UserError, match=r"3: .* cannot be read \(Too many levels .*\); the step may be intact"
     ) as error:
         store.restore(abstract(make_state()))
     assert "\n" not in str(error.value)
@@ -221,7 +223,7 @@ def test_a_named_pipe_is_refused_at_once(folder, monkeypatch, part):
     os.mkfifo(path)
     monkeypatch.setattr(looplm_files.time, "sleep", lambda seconds: pytest.fail(f"waited for {seconds} s"))
     store = CheckpointStore(folder, keep=1)
-    with pytest.raises(UserError, match=rf"{path} is a named pipe, not a file; .* nothing says .* is damaged"):
+    with pytest.raises(UserError, match=rf"{path} is a named pipe, not a file; .* the step may be intact"):
         store.restore(abstract(make_state()))
     report = inspect_steps(str(folder), step=3)[0]
     assert report.damage is None
@@ -300,8 +302,8 @@ OTHER_VERSIONS = {
 @pytest.mark.parametrize("why", OTHER_VERSIONS)
 def test_a_step_of_another_version_is_named_as_such_and_the_one_before_is_used(folder, why):
     revise(folder / "3", OTHER_VERSIONS[why])
-    passed_over = assert_good_or_named(folder, why).damaged
-    assert passed_over[0].other_version
+    skipped = assert_good_or_named(folder, why).skipped
+    assert skipped[0].other_version
     with pytest.raises(UserError, match=f"step 3 was written by another version of looplm_jax .*{why}.*install the"):
         CheckpointStore(folder, keep=3).restore(abstract(make_state()), 3)
     assert inspect_steps(str(folder), step=3)[0].problem.startswith("was written by another version")

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from looplm_jax.checkpoints import digests
-from looplm_jax.checkpoints.digest import _digest_all, _digest_by_numpy
+from looplm_jax.checkpoints._digest import _digest_all, _digest_by_numpy
 
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.int32, jnp.uint32, jnp.int8)
 
@@ -70,7 +70,7 @@ def test_no_arrays_have_no_digests():
 @pytest.fixture
 def on_devices(monkeypatch):
     """Makes arrays on the CPU be digested like arrays on an accelerator."""
-    monkeypatch.setattr("looplm_jax.checkpoints.digest._in_host_memory", lambda _: False)
+    monkeypatch.setattr("looplm_jax.checkpoints._digest._in_host_memory", lambda _: False)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, jnp.bool_])
@@ -103,7 +103,7 @@ def test_a_tree_is_digested_by_one_program_compiled_once(on_devices):
 def test_the_digest_does_not_depend_on_the_size_of_blocks(monkeypatch, block, dtype, shape):
     array = jnp.asarray(np.random.default_rng(0).integers(-99, 99, shape)).astype(dtype)
     whole = digest(array)
-    monkeypatch.setattr("looplm_jax.checkpoints.digest._BLOCK_BYTES", block)
+    monkeypatch.setattr("looplm_jax.checkpoints._digest._BLOCK_BYTES", block)
     assert digest(array) == whole
 
 

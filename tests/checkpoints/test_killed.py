@@ -40,7 +40,7 @@ def newest(folder):
     assert restored.step == committed
     assert_identical(restored.state, state_of(jnp.int32(committed)))
     assert restored.metadata == metadata_of(committed)
-    assert all("was not finished" in str(damaged) for damaged in restored.damaged)
+    assert all("was not finished" in str(damaged) for damaged in restored.skipped)
     return committed
 
 
@@ -71,7 +71,7 @@ def test_a_disk_that_refuses_to_write_ends_in_one_line(tmp_path):
     assert process.returncode == 1
     assert (
         message
-        == f"File too large while saving step 2 to {folder}: mend that and resume; step 1 is the newest good one\n"
+        == f"File too large while saving step 2 to {folder}: fix that and resume; step 1 is the latest valid one\n"
     )
     assert newest(folder) == 1
     assert os.listdir(folder) == ["1"]

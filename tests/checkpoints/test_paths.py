@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from looplm_jax.checkpoints import CheckpointStore, inspect_steps
-from looplm_jax.checkpoints.paths import checkpoint_path, kvstore
-from looplm_jax.checkpoints.whole import WholeStep, read_whole, write_whole
+from looplm_jax.checkpoints._paths import checkpoint_path, kvstore
+from looplm_jax.checkpoints._raw import RawStep, read_raw, write_raw
 from looplm_jax.errors import UserError
 
 ODD = ["try#2", "lr[3]", "a*?", "10% x%2Fy", "a|b", "ünï 😀", "new\nline", "~", "{a,b}::c", "gs:x", "-'\"$HOME"]
@@ -44,8 +44,8 @@ def test_a_name_is_no_pattern_for_those_of_other_runs(tmp_path, name):
 
 
 def test_a_whole_step_is_written_and_read_below_an_odd_name(tmp_path):
-    write_whole(tmp_path / "x#[1]", WholeStep(step=5, arrays=STATE, metadata=make_metadata()))
-    assert read_whole(tmp_path / "x#[1]").arrays["a"].tolist() == STATE["a"].tolist()
+    write_raw(tmp_path / "x#[1]", RawStep(step=5, arrays=STATE, metadata=make_metadata()))
+    assert read_raw(tmp_path / "x#[1]").arrays["a"].tolist() == STATE["a"].tolist()
 
 
 @pytest.mark.parametrize(

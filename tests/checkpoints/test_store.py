@@ -11,9 +11,8 @@ import pytest
 from checkpoint_cases import abstract, assert_identical, make_metadata, make_state
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from looplm_jax.checkpoints import CheckpointStore, Metadata, read_metadata, restore_params
-from looplm_jax.checkpoints import store as store_module
-from looplm_jax.checkpoints.step import Writing
+from looplm_jax.checkpoints import CheckpointStore, Metadata, _store, read_metadata, restore_params
+from looplm_jax.checkpoints._step import AsyncWrite
 from looplm_jax.errors import UserError
 
 
@@ -35,7 +34,7 @@ def test_a_state_and_its_metadata_come_back_bit_for_bit(folder, asynchronous):
     store.close()
     restored = CheckpointStore(folder, keep=2).restore(abstract(make_state()))
     assert_identical(restored.state, make_state(3))
-    assert (restored.step, restored.metadata, restored.damaged) == (3, make_metadata(3), ())
+    assert (restored.step, restored.metadata, restored.skipped) == (3, make_metadata(3), ())
 
 
 def test_the_metadata_may_say_what_the_state_is(folder):
@@ -220,12 +219,12 @@ def test_a_full_disk_is_one_line_and_leaves_the_older_steps(folder, monkeypatch,
 
     store = CheckpointStore(folder, keep=2)
     save(store, 1)
-    monkeypatch.setattr(store_module, "start_writing", start)
+    monkeypatch.setattr(_store, "start_write", start)
     with pytest.raises(UserError) as caught:
         save(store, 2)
     assert str(caught.value) == (
         f"no space left on the disk while saving step 2 to {folder}: free space and resume; "
-        "step 1 is the newest good one"
+        "step 1 is the latest valid one"
     )
     monkeypatch.undo()
     assert os.listdir(folder) == ["1"]
@@ -234,19 +233,19 @@ def test_a_full_disk_is_one_line_and_leaves_the_older_steps(folder, monkeypatch,
 
 
 def test_a_full_disk_at_the_first_save_says_that_nothing_was_saved(folder, monkeypatch):
-    monkeypatch.setattr(store_module, "start_writing", lambda *_, **__: Failing(FULL[0]))
+    monkeypatch.setattr(_store, "start_write", lambda *_, **__: Failing(FULL[0]))
     with pytest.raises(UserError, match="no step was saved before"):
         save(CheckpointStore(folder, keep=2), 1)
 
 
 def test_another_refusal_of_the_disk_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"Not a directory while saving step 1 to .*: mend that and resume"):
+    with pytest.raises(UserError, match=r"Not a directory while saving step 1 to .*: fix that and resume"):
         save(CheckpointStore(tmp_path / "file", keep=2), 1)
 
 
 def test_a_mistake_of_the_program_is_not_taken_for_a_full_disk(folder, monkeypatch):
-    monkeypatch.setattr(store_module, "start_writing", lambda *_, **__: Failing(KeyError("bug")))
+    monkeypatch.setattr(_store, "start_write", lambda *_, **__: Failing(KeyError("bug")))
     with pytest.raises(KeyError, match="bug"):
         save(CheckpointStore(folder, keep=2), 1)
 
@@ -263,11 +262,11 @@ def test_a_folder_that_is_removed_during_a_save_is_named_and_stays_removed(lost,
             super().result()
 
     def start(path, *_, **__):
-        return Writing(Late(ValueError("No ArrayMetadata found")), path.parent)
+        return AsyncWrite(Late(ValueError("No ArrayMetadata found")), path.parent)
 
     store = CheckpointStore(folder, keep=2)
     save(store, 1)
-    monkeypatch.setattr(store_module, "start_writing", start)
+    monkeypatch.setattr(_store, "start_write", start)
     with pytest.raises(UserError if lost else ValueError) as error:
         save(store, 2)
     if lost:

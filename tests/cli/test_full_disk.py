@@ -43,7 +43,7 @@ def test_the_recipe(recipe_file, tmp_path, refused):
     run = tmp_path / "run"
     with files_of_at_most(500):
         line = refused("--recipe", recipe_file, "--out", run)
-    assert line == f"{run}/config.json cannot be written (File too large); mend that and run the same command again"
+    assert line == f"{run}/config.json cannot be written (File too large); fix that and run the same command again"
     assert not run.exists()
 
 
@@ -61,7 +61,7 @@ def test_the_tokenizer(tmp_path, refused):
     arguments = ["--data", tmp_path / "book.txt", "--data.validation_fraction", "0.3", "--model.vocab_size", "300"]
     with files_of_at_most(5000):
         line = refused(*arguments, "--out", run)
-    assert line.startswith(f"{run}/tokenizer.model cannot be written (File too large); mend that")
+    assert line.startswith(f"{run}/tokenizer.model cannot be written (File too large); fix that")
     assert [path.name for path in run.iterdir()] == ["config.json"]
 
 
@@ -74,13 +74,13 @@ def test_the_metrics(recipe_file, trained, tmp_path, refused):
     longest = (run / "metrics.jsonl").stat().st_size + 100
     with files_of_at_most(longest):
         line = refused("--recipe", recipe_file, "--out", run)
-    assert line.startswith(f"File too large while saving step 4 to {run}/checkpoints: mend that and resume; step 2 is")
+    assert line.startswith(f"File too large while saving step 4 to {run}/checkpoints: fix that and resume; step 2 is")
     said = refused.said
     assert said.count("NOT WRITTEN") == 2
     assert (
         f"NOT WRITTEN: {run}/metrics.jsonl (File too large): kept in memory, and tried again with the next line" in said
     )
-    assert f"NOT WRITTEN: {run}/metrics.jsonl (File too large): the last lines are lost; mend that before" in said
+    assert f"NOT WRITTEN: {run}/metrics.jsonl (File too large): the last lines are lost; fix that before" in said
     assert good_steps(run) == [2]
     assert main(["train", "--recipe", str(recipe_file), "--out", str(run)]) == 0
     assert read_metrics(run)[: len(rows)] == rows
@@ -146,7 +146,7 @@ def test_a_checkpoint(recipe_file, trained, tmp_path):
     shutil.rmtree(run / "checkpoints" / "4")
     line = fails_alone("--recipe", recipe_file, "--out", run, longest_file=12_000)
     where = f"step 4 to {run}/checkpoints"
-    assert line == f"looplm: File too large while saving {where}: mend that and resume; step 2 is the newest good one"
+    assert line == f"looplm: File too large while saving {where}: fix that and resume; step 2 is the latest valid one"
     assert good_steps(run) == [2]
 
 
@@ -157,4 +157,4 @@ def test_a_disk_that_is_full(recipe_file, small_disk, refused):
     with contextlib.suppress(OSError), (small_disk / "filler").open("wb") as stream:
         stream.write(bytes(65536))
     line = refused("--recipe", recipe_file, "--out", small_disk / "other")
-    assert "cannot be written (no space left on the disk); mend that and run the same command again" in line
+    assert "cannot be written (no space left on the disk); fix that and run the same command again" in line

@@ -20,7 +20,7 @@ from looplm_jax.planning._budget import decode_timing
 from looplm_jax.planning._decode_plan import DecodeMemory, DecodePlan, Floor
 from looplm_jax.planning._targets import Target
 from looplm_jax.planning._traffic import Buffer, Traffic
-from looplm_jax.sharding.chips import known_chip
+from looplm_jax.sharding._hardware import known_chip
 from looplm_jax.training._run_folder import read_recipe
 
 

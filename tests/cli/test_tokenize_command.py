@@ -146,7 +146,7 @@ def test_a_disk_that_is_full(size, file, here, refused):
     arguments = ["a.jsonl", "--tokenizer", "t.model", *LENGTH, "--out", "out", "--workers", "1"]
     with files_of_at_most(size):
         line = refused("tokenize", *arguments)
-    assert line == f"{here}/out/{file} cannot be written (File too large); mend that and run the same command again"
+    assert line == f"{here}/out/{file} cannot be written (File too large); fix that and run the same command again"
     assert not list(Path("out").glob("*.arrayrecord"))
     assert not Path("out/.unfinished").exists()
     assert tokenize("a.jsonl", "--out", "out") == 0

@@ -11,7 +11,7 @@ from looplm_jax.cli import training_session
 from looplm_jax.cli.main import main
 from looplm_jax.config import Recipe, Schedule
 from looplm_jax.data.tokenizer_training import train_sentencepiece
-from looplm_jax.distributed import Alone
+from looplm_jax.distributed import SingleProcess
 from looplm_jax.errors import UserError
 from looplm_jax.recipes import RECIPES, named_recipe
 
@@ -157,7 +157,10 @@ def test_data_that_may_not_be_read(refused, tmp_path):
     ("arguments", "message"),
     [
         (["--mesh.data", "16"], "a mesh of data=16 does not fit 8 device(s); change mesh.* or set one axis to -1"),
-        (["--stage.batch_size", "12"], "stages.pretrain.batch_size=12 in 1 part(s) does not divide over mesh.data"),
+        (
+            ["--stage.batch_size", "12"],
+            "stages.pretrain.batch_size=12 in 1 microbatch(es) does not divide",
+        ),
         (["--mesh.data", "1", "--mesh.tensor", "8"], "mesh.tensor=8 does not divide model.num_heads=4"),
     ],
 )
@@ -193,10 +196,10 @@ def test_a_platform_that_is_not_here_ends_all_processes(monkeypatch, tmp_path):
     class Ended(Exception):
         pass
 
-    class Two(Alone):
+    class Two(SingleProcess):
         count = 2
 
-        def end(self, message, status):
+        def abort_all(self, message, status):
             ended.append((message, status))
             raise Ended
 

@@ -119,7 +119,7 @@ def test_a_full_disk_is_one_line(tmp_path, code):
     with pytest.raises(UserError) as raised:
         write_half(tmp_path / "out", OSError(code, os.strerror(code)))
     assert str(raised.value) == (
-        f"{tmp_path}/out cannot be written (no space left on the disk); mend that and run the same command again"
+        f"{tmp_path}/out cannot be written (no space left on the disk); fix that and run the same command again"
     )
     assert names(tmp_path) == []
 

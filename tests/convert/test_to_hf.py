@@ -265,6 +265,6 @@ def test_a_disk_that_is_full_half_way_leaves_nothing(run, tmp_path):
     command = [sys.executable, "-c", LIMITED, str(size), str(run), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
     assert done.stderr == (
-        f"refused: {tmp_path}/out cannot be written (File too large); mend that and run the same command again\n"
+        f"refused: {tmp_path}/out cannot be written (File too large); fix that and run the same command again\n"
     )
     assert names(tmp_path) == set()

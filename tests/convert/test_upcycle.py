@@ -16,8 +16,8 @@ from rich.console import Console
 
 import looplm_jax
 from looplm_jax.checkpoints import Metadata, inspect_steps, read_metadata
-from looplm_jax.checkpoints.tree import flatten
-from looplm_jax.checkpoints.whole import WholeStep, read_whole, write_whole
+from looplm_jax.checkpoints._arrays import flatten
+from looplm_jax.checkpoints._raw import RawStep, read_raw, write_raw
 from looplm_jax.cli.main import main
 from looplm_jax.codec import from_dict, to_dict
 from looplm_jax.config import (
@@ -84,7 +84,7 @@ def base(tmp_path_factory):
         data_state={"position": 3},
         extra={"stage": "pretrain"},
     )
-    write_whole(folder, WholeStep(step=STEP, arrays=state(), metadata=metadata))
+    write_raw(folder, RawStep(step=STEP, arrays=state(), metadata=metadata))
     return folder
 
 
@@ -131,7 +131,7 @@ def test_every_layer_is_copied_equally_often_and_first_copies_keep_their_order(o
 
 def test_arrays_of_the_stack_are_gathered_and_others_are_untouched(base, deeper):
     out, chosen = deeper
-    before, after = read_whole(base).arrays, read_whole(out).arrays
+    before, after = read_raw(base).arrays, read_raw(out).arrays
     assert list(after) == list(before)
     assert {name.split(".core")[0] for name in before if in_core(name)} == {
         "params",
@@ -207,7 +207,7 @@ def test_training_goes_on_from_it_with_the_state_of_the_optimizer(base, tmp_path
     assert main([*map(str, words), "--start.optimizer", "true"]) == 2
     assert "type --model.num_layers 4, or start elsewhere" in capsys.readouterr().err
     assert main([*map(str, words), "--start.optimizer", "true", "--model.num_layers", "4"]) == 0
-    assert int(read_whole(tmp_path / "on").arrays["optimizer.1.count"]) == 4  # two steps of each run
+    assert int(read_raw(tmp_path / "on").arrays["optimizer.1.count"]) == 4  # two steps of each run
 
 
 # Refusals
@@ -241,7 +241,7 @@ def test_a_disk_that_refuses_leaves_nothing_behind(size, base, tmp_path):
     with files_of_at_most(size), pytest.raises(UserError) as caught:
         upcycle(base, tmp_path / "out", layers=4, order=Order.STACK)
     assert str(caught.value) == (
-        f"File too large while writing {tmp_path}/out/checkpoints/{STEP}: mend that and run the same command again"
+        f"File too large while writing {tmp_path}/out/checkpoints/{STEP}: fix that and run the same command again"
     )
     assert list(tmp_path.iterdir()) == []
 

@@ -55,7 +55,7 @@ def test_a_bucket_that_refuses(gcs, bucket, tokenizer, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", make_texts(9))
     make_read_only(gcs, bucket)
     with pytest.raises(
-        UserError, match=rf"{bucket}/out/looplm_plan.json cannot be written \(.*; mend that and run the same"
+        UserError, match=rf"{bucket}/out/looplm_plan.json cannot be written \(.*; fix that and run the same"
     ):
         prepared(tokenizer, f"{bucket}/out", path)
     with pytest.raises(UserError, match=r"gs://nowhere-at-all/out.* cannot be (read|written)"):

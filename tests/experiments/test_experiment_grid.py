@@ -151,7 +151,7 @@ def test_a_grid_with_a_cell_that_failed_reports_the_others_and_ends_in_one_line(
     assert main(["experiment", "failing", "--root", str(tmp_path)]) == 2
     printed = capsys.readouterr()
     assert printed.err.splitlines()[-1] == (
-        "looplm: not finished: cell-1 (gave up at step 7); mend that, and the same command tries again; "
+        "looplm: not finished: cell-1 (gave up at step 7); fix that, and the same command tries again; "
         "finished cells stay"
     )
     assert "1 finished" in (tmp_path / "failing" / "smoke" / "report.md").read_text()

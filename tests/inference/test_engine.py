@@ -18,7 +18,7 @@ from looplm_jax.inference.packed_prefill import admit_pack
 from looplm_jax.inference.prefill import admit, prefill_chunk
 from looplm_jax.inference.tick import run_ticks
 from looplm_jax.models.looplm import boxed_shapes
-from looplm_jax.sharding import abstract, make_mesh
+from looplm_jax.sharding import abstract_arrays, make_mesh
 
 PROMPT = (3, 14, 15, 92, 65, 35)
 REQUESTS = [
@@ -111,7 +111,7 @@ def test_parameters_spread_as_in_training_change_no_answer(alone):
     """Over data, width and heads at once; rows need not divide over them."""
     model, params = small_model()
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    wanted = abstract(boxed_shapes(model.config), mesh)
+    wanted = abstract_arrays(boxed_shapes(model.config), mesh)
     spread = jax.tree.map(lambda leaf, like: jax.device_put(np.asarray(leaf), like.sharding), params, wanted)
     assert spread["embedding"].addressable_shards[0].data.shape == (48, model.config.width // 2)
     sharded = Engine(model, spread, Letters(), config=CONFIG, mesh=mesh)

@@ -18,7 +18,7 @@ from looplm_jax.inference.speculation import Reroute, Screening, speculate
 from looplm_jax.inference.speculation.acceptance import accept
 from looplm_jax.inference.speculation.step import draft, read, verify
 from looplm_jax.models.looplm import boxed_shapes, head_matrix
-from looplm_jax.sharding import abstract, make_mesh
+from looplm_jax.sharding import abstract_arrays, make_mesh
 
 LOOPS = 4
 PROMPTS = [[3, 14, 15, 92], [65], [35, 89, 79, 32, 38, 46, 26], [43, 38]]
@@ -324,7 +324,7 @@ def test_a_callback_that_raises_fails_its_row_alone(whole_model, plain, place):
 def test_a_mesh_changes_no_token():
     model, params = make_model(vocab_size=96, num_layers=1, loops=3, max_positions=16)
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2))
-    wanted = abstract(boxed_shapes(model.config), mesh)
+    wanted = abstract_arrays(boxed_shapes(model.config), mesh)
     spread = jax.tree.map(lambda leaf, like: jax.device_put(np.asarray(leaf), like.sharding), params, wanted)
     results = speculate(model, spread, PROMPTS, draft_loops=1, drafts=2, max_new_tokens=7, mesh=mesh)
     for result, logits in zip(results, replayed(model, params, results, 16), strict=True):

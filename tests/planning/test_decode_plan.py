@@ -18,7 +18,7 @@ from looplm_jax.planning._decode_plan import DecodeRequest, abstract_params, che
 from looplm_jax.planning._targets import Target, find_target
 from looplm_jax.planning._traffic import Buffer
 from looplm_jax.sharding import make_mesh
-from looplm_jax.sharding.chips import known_chip
+from looplm_jax.sharding._hardware import known_chip
 
 V5E = Target(name="v5e", devices=tuple(jax.devices()), chip=known_chip("TPU v5 lite"), shape=(1, 1))
 COMPUTE = recipe_with().compute

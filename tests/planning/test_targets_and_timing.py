@@ -14,7 +14,7 @@ from looplm_jax.planning._search import Candidate, SearchResult, Trial, candidat
 from looplm_jax.planning._stage_plan import StagePlan, advice, next_accumulation
 from looplm_jax.planning._targets import Target, find_target, without_network
 from looplm_jax.sharding import make_mesh
-from looplm_jax.sharding.chips import CHIPS, known_chip
+from looplm_jax.sharding._hardware import CHIPS, known_chip
 
 V5E, V5P = known_chip("TPU v5 lite"), known_chip("TPU v5")
 

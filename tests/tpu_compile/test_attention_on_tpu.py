@@ -10,7 +10,7 @@ from tpu_programs import lowered_step, tpu_mesh
 
 from looplm_jax.config import AttentionKernel, MeshConfig, ModelConfig
 from looplm_jax.models.attention_kernels import self_attention
-from looplm_jax.sharding import partition, use_mesh
+from looplm_jax.sharding import logical_to_spec, use_mesh
 
 KERNELS = {
     "splash_mha_fwd_segmented_residuals",
@@ -48,9 +48,11 @@ def lowered_collectives(text: str) -> list[str]:
 def lowered_attention(topology, mesh_config, *, rows, length, heads):
     """Lowers attention, forward and backward, with rows and heads sharded as in the model."""
     mesh = tpu_mesh(topology, mesh_config)
-    spread = NamedSharding(mesh, partition("batch", "sequence", "heads", None))
+    spread = NamedSharding(mesh, logical_to_spec("batch", "sequence", "heads", None))
     states = jax.ShapeDtypeStruct((rows, length, heads, 128), jnp.bfloat16, sharding=spread)
-    places = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=NamedSharding(mesh, partition("batch", None)))
+    places = jax.ShapeDtypeStruct(
+        (rows, length), jnp.int32, sharding=NamedSharding(mesh, logical_to_spec("batch", None))
+    )
 
     def gradients(*inputs):
         def total(*states):

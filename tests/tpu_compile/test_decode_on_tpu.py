@@ -25,7 +25,7 @@ from looplm_jax.inference.tick import run_ticks
 from looplm_jax.models import presets
 from looplm_jax.models.looplm import LoopLM, boxed_shapes
 from looplm_jax.planning import _hlo as hlo
-from looplm_jax.sharding import abstract, use_mesh
+from looplm_jax.sharding import abstract_arrays, use_mesh
 
 SMALL = ModelConfig(vocab_size=512, width=256, mlp_width=256, num_layers=2, num_heads=8, head_dim=128, loops=2)
 CAPACITY = 16384  # so that the cache is larger than the fast memory, which small arrays are moved to
@@ -42,7 +42,7 @@ class Chips:
         self.model = LoopLM(config, ComputeConfig(remat=Remat.NONE))
         self.params = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16, sharding=leaf.sharding),
-            abstract(boxed_shapes(config), self.mesh),
+            abstract_arrays(boxed_shapes(config), self.mesh),
         )
 
     def slots(self, *, slots=3, capacity=CAPACITY, strategy=CacheStrategy.FULL):

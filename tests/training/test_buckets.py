@@ -16,7 +16,7 @@ from run_processes import PATIENCE, Run, metrics, newest, steps_logged, write_re
 from training_cases import RECIPE, STAGE, assert_identical, one_stage
 
 from looplm_jax.checkpoints import inspect_steps
-from looplm_jax.checkpoints.step import list_steps
+from looplm_jax.checkpoints._step import list_steps
 from looplm_jax.cli.main import main
 from looplm_jax.config import CheckpointConfig
 from looplm_jax.errors import UserError
@@ -144,8 +144,8 @@ def test_a_bucket_that_is_read_only_for_a_while_costs_nothing(bucket, local, ref
 @pytest.mark.slow
 @pytest.mark.usefixtures("refusing")
 def test_a_bucket_that_stays_read_only_ends_a_run_with_one_line(gcs, bucket, local):  # noqa: F811
-    with pytest.raises(UserError, match=rf"Forbidden.* while saving step 8 to {bucket}/run/checkpoints: mend that and "
-                       r"resume; step 2 is the newest good one"):  # fmt: skip
+    with pytest.raises(UserError, match=rf"Forbidden.* while saving step 8 to {bucket}/run/checkpoints: fix that and "
+                       r"resume; step 2 is the latest valid one"):  # fmt: skip
         train(f"{bucket}/run")
     make_read_only(gcs, bucket, read_only=False)
     assert [report.step for report in inspect_steps(f"{bucket}/run") if not report.damage] == [2]
@@ -156,7 +156,7 @@ def test_a_bucket_that_stays_read_only_ends_a_run_with_one_line(gcs, bucket, loc
 
 def test_a_bucket_that_is_read_only_at_the_start_is_refused(gcs, bucket):  # noqa: F811
     make_read_only(gcs, bucket)
-    with pytest.raises(UserError, match=r"/run cannot be written \(Forbidden: .*; mend that and run the same command"):
+    with pytest.raises(UserError, match=r"/run cannot be written \(Forbidden: .*; fix that and run the same command"):
         train(f"{bucket}/run")
     with pytest.raises(UserError, match=r"gs://nobody-has-this/run cannot be written \(there is no such"):
         train("gs://nobody-has-this/run")

@@ -15,7 +15,7 @@ from processes import hangups_are_not_ignored, running
 from run_processes import ONE_DEVICE, PATIENCE, Run, metrics, newest, steps_logged, write_recipe
 from training_cases import GATE, RECIPE, STAGE, assert_identical
 
-from looplm_jax.checkpoints.step import list_steps
+from looplm_jax.checkpoints._step import list_steps
 from looplm_jax.config import CheckpointConfig, EvaluationConfig
 
 KILLS, LEAST_CUT_SHORT = 10, 3

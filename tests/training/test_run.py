@@ -223,7 +223,7 @@ def test_a_run_that_is_stopped_before_its_first_step(tmp_path, monkeypatch):
 def test_no_good_checkpoint_is_one_line(copy):
     for step in (STAGE.steps, TOTAL - 2, TOTAL):
         damage(copy, step)
-    with pytest.raises(UserError, match=rf"no good checkpoint in .*: step {TOTAL} is damaged: .*restore a copy"):
+    with pytest.raises(UserError, match=rf"no valid checkpoint in .*: step {TOTAL} is damaged: .*restore a copy"):
         train(copy)
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from training_cases import GATE, MODEL, RECIPE, STAGE, assert_identical, one_stage
 
 from looplm_jax.checkpoints import read_metadata
-from looplm_jax.checkpoints.whole import read_whole, write_whole
+from looplm_jax.checkpoints._raw import read_raw, write_raw
 from looplm_jax.cli.main import main
 from looplm_jax.codec import from_dict, to_dict
 from looplm_jax.config import (
@@ -87,7 +87,7 @@ def test_the_first_state_is_that_of_the_recipe_with_what_the_checkpoint_gives(ba
     recipe = started(base, optimizer=optimizer, mesh=mesh)
     model, devices = LoopLM(recipe.model, recipe.compute), make_mesh(mesh)
     state, fresh = first_state(recipe), initial_state(recipe, model, SHORT, devices)
-    saved = read_whole(base).arrays
+    saved = read_raw(base).arrays
     assert_identical(arrays(state.params), [saved[name] for name in sorted(saved) if name.startswith("params.")])
     if optimizer:
         assert int(state.optimizer[1].count) == SHORT.steps
@@ -103,9 +103,9 @@ def test_the_first_state_is_that_of_the_recipe_with_what_the_checkpoint_gives(ba
 
 
 def test_parameters_of_sixteen_bits_become_float32(base, tmp_path):
-    whole = read_whole(base)
+    whole = read_raw(base)
     narrow = {name: array.astype(jnp.bfloat16) for name, array in whole.arrays.items() if name.startswith("params.")}
-    write_whole(tmp_path, dataclasses.replace(whole, arrays=narrow))
+    write_raw(tmp_path, dataclasses.replace(whole, arrays=narrow))
     state = first_state(started(tmp_path))
     wanted = [narrow[name].astype(jnp.float32) for name in sorted(narrow)]
     assert_identical(arrays(state.params), wanted)
@@ -127,7 +127,7 @@ def test_a_damaged_step_is_named_and_the_one_before_is_taken(base, tmp_path):
     _, said = prepared(tmp_path / "run", started(start, optimizer=True))
     warning, origin = said.splitlines()
     assert warning.startswith("warning: step 2 is damaged: ")
-    assert warning.endswith("; passed over")
+    assert warning.endswith("; skipped")
     assert origin == f"starting from the parameters and the optimiser state of {start}, step 1"
 
 
@@ -182,9 +182,9 @@ def test_what_is_typed_mends_any_shape():
 
 
 def test_a_checkpoint_without_optimizer_is_refused_where_its_state_is_asked_for(base, tmp_path):
-    whole = read_whole(base)
+    whole = read_raw(base)
     bare = {name: array for name, array in whole.arrays.items() if name.startswith("params.")}
-    write_whole(tmp_path / "bare", dataclasses.replace(whole, arrays=bare))
+    write_raw(tmp_path / "bare", dataclasses.replace(whole, arrays=bare))
     first_state(started(tmp_path / "bare"))
     with pytest.raises(UserError) as caught:
         train(tmp_path / "run", started(tmp_path / "bare", optimizer=True))
@@ -245,14 +245,14 @@ def test_a_run_that_goes_on_needs_the_checkpoint_no_more_not_even_for_its_tokeni
     assert said.splitlines()[:2] == [READING, f"starting from the parameters of {start}, step 2"]
     assert "training a tokenizer" not in said
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2]
-    finished = read_whole(tmp_path / "run")
+    finished = read_raw(tmp_path / "run")
     assert finished.metadata.tokenizer == read_metadata(str(start)).tokenizer
     assert from_dict(Recipe, finished.metadata.config).start.checkpoint == str(start)
 
     shutil.rmtree(start)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")
     assert train(tmp_path / "run", recipe).splitlines()[:2] == [READING, "going on from step 1 of stage pretrain"]
-    again = read_whole(tmp_path / "run")
+    again = read_raw(tmp_path / "run")
     assert (again.step, again.metadata) == (finished.step, finished.metadata)
     assert_identical(again.arrays, finished.arrays)
 
@@ -296,7 +296,7 @@ def test_a_run_starts_from_a_hugging_face_folder(exported, trained_on_text, text
     recipe = on_text(texts / "second.txt", started(exported, mesh=MESHES[1]))
     position, said = prepared(tmp_path / "run", recipe)
     assert said == f"{READING}\nstarting from the parameters of {exported}\n"
-    saved = read_whole(trained_on_text).arrays
+    saved = read_raw(trained_on_text).arrays
     wanted = [saved[name].astype(jnp.bfloat16).astype(jnp.float32) for name in sorted(saved) if "params." in name]
     assert_identical(arrays(position.state.params), wanted)
 
@@ -342,9 +342,9 @@ def test_a_hugging_face_folder_of_another_shape_or_with_an_optimizer_is_refused(
 def test_recipes_and_runs_from_before_there_was_a_start_go_on(base, tmp_path):
     old = {name: value for name, value in to_dict(BASE).items() if name != "start"}
     assert from_dict(Recipe, old) == BASE
-    whole = read_whole(base)
+    whole = read_raw(base)
     assert whole.metadata.config == {**old, "start": {"checkpoint": "", "optimizer": False}}
-    write_whole(tmp_path / "run", dataclasses.replace(whole, metadata=dataclasses.replace(whole.metadata, config=old)))
+    write_raw(tmp_path / "run", dataclasses.replace(whole, metadata=dataclasses.replace(whole.metadata, config=old)))
     (tmp_path / "run" / "config.json").write_text(json.dumps(old))
     assert train(tmp_path / "run", BASE) == "going on from step 2 of stage pretrain\n"
 

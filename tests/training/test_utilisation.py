@@ -6,7 +6,7 @@ import pytest
 
 from looplm_jax.config import MeshConfig
 from looplm_jax.sharding import make_mesh
-from looplm_jax.sharding.chips import CHIPS, known_chip
+from looplm_jax.sharding._hardware import CHIPS, known_chip
 from looplm_jax.training._goodput import memory_use, model_flop_utilisation, peak_flops
 
 

@@ -79,7 +79,7 @@ def test_a_folder_that_vanishes(books, recipe, compiled_programs, tmp_path, monk
     step = newest(folder)["step"]
     assert gone + 3 < step == steps_logged(folder) < STEPS
     assert last.startswith(f"looplm: {books}/")
-    assert last.endswith(f"; step {step} is saved; mend that, and the same command goes on from there")
+    assert last.endswith(f"; step {step} is saved; fix that, and the same command goes on from there")
 
     away.rename(books)
     assert main(["train", *map(str, arguments)]) == 0

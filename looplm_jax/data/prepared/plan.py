@@ -119,7 +119,7 @@ def check_folder(folder: PreparedFolder, plan: Plan) -> None:
     changed = differences(dataclasses.replace(saved, contents=""), dataclasses.replace(plan, contents=""))
     if changed:
         raise UserError(
-            f"{folder.path} is prepared by another command ({'; '.join(changed)}: there, here); "
+            f"{folder.path} is prepared by another command ({'; '.join(map(str, changed))}: there, here); "
             "give the same, or choose another --out"
         )
 

@@ -163,4 +163,4 @@ def _refused(name: AnyPath) -> Iterator[None]:
     except RuntimeError as error:
         reason = str(error).partition("failed: ")[2].partition(";")[0] or " ".join(str(error).split())
         reason = NO_SPACE if reason == "No space left on device" else reason
-        raise UserError(f"{name} cannot be written ({reason}); mend that and run the same command again") from None
+        raise UserError(f"{name} cannot be written ({reason}); fix that and run the same command again") from None

@@ -14,7 +14,7 @@ from looplm_jax.models.attention_kernels.cudnn import cudnn_attention
 from looplm_jax.models.attention_kernels.splash import OUTPUT, splash_attention
 from looplm_jax.models.attention_kernels.triton import triton_attention
 from looplm_jax.models.attention_kernels.xla import xla_attention
-from looplm_jax.sharding import divides, heads_from_devices, heads_to_devices, partition, sequence_shards
+from looplm_jax.sharding import all_to_all_heads, all_to_all_positions, is_divisible, logical_to_spec, sequence_shards
 
 
 def _named(kernel: Callable[..., Array]) -> Callable[..., Array]:
@@ -48,17 +48,17 @@ def self_attention(
     increase within each.
     """
     arrays = queries, keys, values, positions, segment_ids
-    mesh, heads = jax.sharding.get_abstract_mesh(), partition("batch", "sequence", "heads", None)
+    mesh, heads = jax.sharding.get_abstract_mesh(), logical_to_spec("batch", "sequence", "heads", None)
 
     if kernel is AttentionKernel.XLA and sequence_shards() == 1:
         return _KERNELS[kernel](*arrays)  # the compiler shards it over the mesh
     if mesh.empty:
         return _KERNELS[kernel](*arrays)
     # Without an even division the compiler has to shard plain XLA attention.
-    if not divides(queries.shape, heads):
+    if not is_divisible(queries.shape, heads):
         return _KERNELS[AttentionKernel.XLA](*arrays)
 
-    kv_heads, rows = partition("batch", "sequence", "kv_heads", None), partition("batch", None)
+    kv_heads, rows = logical_to_spec("batch", "sequence", "kv_heads", None), logical_to_spec("batch", None)
     mapped = jax.shard_map(
         functools.partial(_on_whole_sequences, _KERNELS[kernel]),
         in_specs=(heads, kv_heads, kv_heads, rows, rows),
@@ -85,5 +85,5 @@ def _on_whole_sequences(
     copies = shards // math.gcd(shards, keys.shape[2])  # with fewer key heads than devices, heads are repeated
     keys, values = (jnp.repeat(x, copies, axis=2) for x in (keys, values))
 
-    queries, keys, values = (heads_to_devices(x) for x in (queries, keys, values))
-    return heads_from_devices(kernel(queries, keys, values, positions, segment_ids))
+    queries, keys, values = (all_to_all_heads(x) for x in (queries, keys, values))
+    return all_to_all_positions(kernel(queries, keys, values, positions, segment_ids))

@@ -1,6 +1,6 @@
-"""The metadata of a checkpoint, and its format on disk: JSON with a SHA-256 checksum.
+"""The metadata of a checkpoint, its format on disk (JSON with a SHA-256 checksum), and the errors of a step.
 
-The JSON of a step is called its sidecar. It contains the configuration, the tokenizer, the state of the data, and
+The metadata file of a step (`sidecar/data.json`) contains the configuration, the tokenizer, the state of the data, and
 shape, dtype and digest of each array.
 """
 
@@ -17,12 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from looplm_jax.checkpoints.errors import DamagedError, OtherVersionError
 from looplm_jax.codec import from_dict
 from looplm_jax.config import Recipe
 from looplm_jax.errors import UserError
 
-FORMAT = 1  # the version of the sidecar format; the oldest sidecars do not contain it
+FORMAT = 1  # the version of the format; the oldest files do not contain it
 
 _KINDS: dict[str, type] = {
     "config": dict,
@@ -35,6 +34,41 @@ _KINDS: dict[str, type] = {
     "permanent": bool,
 }
 _RECORD_KINDS: dict[str, type] = {"shape": list, "dtype": str, "digest": str}
+
+
+# Errors
+
+
+class DamagedError(Exception):
+    """A step or a part of it is missing or altered, as its files show. The message names the part.
+
+    The public functions of this package convert it to a `UserError`.
+    """
+
+
+class OtherVersionError(Exception):
+    """A step is complete but was written by another version of this package. The message names its format.
+
+    The public functions of this package convert it to a `UserError`.
+    """
+
+
+class UnreadableError(Exception):
+    """A part of a step cannot be read, which does not imply that it is damaged.
+
+    The public functions of this package convert it to a `UserError`.
+    """
+
+
+class RefusedError(UnreadableError):
+    """The file system or the bucket refused to read a part of a step. A retry may succeed."""
+
+
+class SaveError(UserError):
+    """The file system or the bucket refused to write a step. Earlier steps are intact, and training can continue."""
+
+
+# Metadata
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,7 +119,7 @@ class Metadata:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ArrayRecord:
+class ArrayInfo:
     """Shape, dtype and digest of one array, known before the array is read."""
 
     shape: tuple[int, ...]
@@ -97,19 +131,19 @@ class ArrayRecord:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sidecar:
+class MetadataFile:
     """The JSON that is committed together with the arrays of a step."""
 
     metadata: Metadata
-    arrays: dict[str, ArrayRecord]
+    arrays: dict[str, ArrayInfo]
     permanent: bool
 
 
 # Encoding and decoding
 
 
-def encode(metadata: Metadata, arrays: dict[str, ArrayRecord], *, permanent: bool) -> dict[str, str]:
-    """Returns the sidecar as JSON with its checksum. All processes must call this together."""
+def encode_metadata(metadata: Metadata, arrays: dict[str, ArrayInfo], *, permanent: bool) -> dict[str, str]:
+    """Returns the metadata file as JSON with its checksum. All processes must call this together."""
     values = {
         "format": FORMAT,
         **dataclasses.asdict(metadata),
@@ -122,8 +156,8 @@ def encode(metadata: Metadata, arrays: dict[str, ArrayRecord], *, permanent: boo
     return {"body": body, "sha256": _checksum(body)}
 
 
-def decode(value: Any) -> Sidecar:
-    """Returns the sidecar that `encode` wrote.
+def decode_metadata(value: Any) -> MetadataFile:
+    """Returns the metadata file that `encode_metadata` wrote.
 
     Raises:
       DamagedError: the checksum differs.
@@ -136,7 +170,7 @@ def decode(value: Any) -> Sidecar:
     # The data state is saved as a list with one entry per process.
     arrays, states, permanent = (values.pop(name) for name in ("arrays", "data_state", "permanent"))
 
-    return Sidecar(
+    return MetadataFile(
         metadata=Metadata(
             **{
                 **values,
@@ -144,7 +178,7 @@ def decode(value: Any) -> Sidecar:
                 "data_state": functools.reduce(_joined, states),
             }
         ),
-        arrays={name: ArrayRecord(**{**record, "shape": tuple(record["shape"])}) for name, record in arrays.items()},
+        arrays={name: ArrayInfo(**{**record, "shape": tuple(record["shape"])}) for name, record in arrays.items()},
         permanent=permanent,
     )
 
@@ -153,9 +187,9 @@ def decode(value: Any) -> Sidecar:
 
 
 def _checked(body: Any) -> dict[str, Any]:
-    """Returns the fields of a sidecar. Raises OtherVersionError if they are not those of this version."""
+    """Returns the fields of a metadata file. Raises OtherVersionError if they are not those of this version."""
     if not isinstance(body, dict):
-        raise _other_version(None, "it is no object")
+        raise _other_version(None, "it is not an object")
 
     version = body.get("format", FORMAT)
     if version != FORMAT:

@@ -7,11 +7,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from looplm_jax.checkpoints.errors import DamagedError, OtherVersionError, RefusedError, UnreadableError
-from looplm_jax.checkpoints.metadata import ArrayRecord, Metadata, Sidecar
-from looplm_jax.checkpoints.reading import candidates
-from looplm_jax.checkpoints.step import StepFolder, read_arrays, read_sidecar
-from looplm_jax.checkpoints.tree import below
+from looplm_jax.checkpoints._arrays import below
+from looplm_jax.checkpoints._metadata import (
+    ArrayInfo,
+    DamagedError,
+    Metadata,
+    MetadataFile,
+    OtherVersionError,
+    RefusedError,
+    UnreadableError,
+)
+from looplm_jax.checkpoints._restore import find_steps
+from looplm_jax.checkpoints._step import StepFolder, read_arrays, read_metadata_file
 from looplm_jax.files import retried
 
 
@@ -35,7 +42,7 @@ class StepReport:
     unknown: str | None = None
     permanent: bool = False
     metadata: Metadata | None = None
-    arrays: dict[str, ArrayRecord] = dataclasses.field(default_factory=dict)
+    arrays: dict[str, ArrayInfo] = dataclasses.field(default_factory=dict)
 
     @property
     def problem(self) -> str | None:
@@ -78,19 +85,19 @@ def inspect_steps(path: str, *, step: int | None = None) -> list[StepReport]:
     Raises:
       UserError: `path` is not a checkpoint, or does not contain `step`.
     """
-    return [_inspect(folder) for folder in candidates(path, step)]
+    return [_inspect(folder) for folder in find_steps(path, step)]
 
 
 def _inspect(folder: StepFolder) -> StepReport:
     """Returns the report of one step."""
-    sidecar: Sidecar | None = None
+    saved: MetadataFile | None = None
     damage = unknown = None
 
     try:
-        sidecar = retried(lambda: read_sidecar(folder), RefusedError)
+        saved = retried(lambda: read_metadata_file(folder), RefusedError)
         # Only one array is in memory at a time.
-        for name, record in sidecar.arrays.items():
-            _read(folder, name, record, sidecar.arrays)
+        for name, record in saved.arrays.items():
+            _read(folder, name, record, saved.arrays)
     except DamagedError as error:
         damage = str(error)
     except OtherVersionError as error:
@@ -98,19 +105,19 @@ def _inspect(folder: StepFolder) -> StepReport:
     except UnreadableError as error:
         unknown = f"could not be checked: {error}"
 
-    if sidecar is None:
+    if saved is None:
         return StepReport(step=folder.step, damage=damage, unknown=unknown)
     return StepReport(
         step=folder.step,
         damage=damage,
         unknown=unknown,
-        permanent=sidecar.permanent,
-        metadata=sidecar.metadata,
-        arrays=sidecar.arrays,
+        permanent=saved.permanent,
+        metadata=saved.metadata,
+        arrays=saved.arrays,
     )
 
 
-def _read(folder: StepFolder, name: str, record: ArrayRecord, records: dict[str, ArrayRecord]) -> None:
+def _read(folder: StepFolder, name: str, record: ArrayInfo, records: dict[str, ArrayInfo]) -> None:
     """Reads one array and checks its digest, with retries."""
     target = jax.ShapeDtypeStruct(record.shape, jnp.dtype(record.dtype))
     retried(lambda: read_arrays(folder, {name: target}, records), RefusedError)

@@ -10,12 +10,12 @@ import pytest
 from checkpoint_cases import make_metadata, make_state
 from full_disk import files_of_at_most
 
-from looplm_jax.checkpoints import CheckpointStore, failed_save, whole
-from looplm_jax.checkpoints.tree import flatten
-from looplm_jax.checkpoints.whole import WholeStep, read_records, read_whole, write_whole
+from looplm_jax.checkpoints import CheckpointStore, _raw, _store
+from looplm_jax.checkpoints._arrays import flatten
+from looplm_jax.checkpoints._raw import RawStep, read_array_info, read_raw, write_raw
 from looplm_jax.errors import UserError
 
-WHOLE = WholeStep(step=3, arrays=flatten(make_state(3)), metadata=make_metadata(3))
+WHOLE = RawStep(step=3, arrays=flatten(make_state(3)), metadata=make_metadata(3))
 
 
 def assert_same_arrays(arrays, wanted):
@@ -26,11 +26,11 @@ def assert_same_arrays(arrays, wanted):
 
 
 def test_what_is_written_is_read_and_is_a_step_like_any_other(tmp_path):
-    write_whole(tmp_path, WHOLE)
-    read = read_whole(tmp_path)
-    assert (read.step, read.metadata, read.damaged) == (3, WHOLE.metadata, ())
+    write_raw(tmp_path, WHOLE)
+    read = read_raw(tmp_path)
+    assert (read.step, read.metadata, read.skipped) == (3, WHOLE.metadata, ())
     assert_same_arrays(read.arrays, WHOLE.arrays)
-    records = read_records(tmp_path / "checkpoints" / "3")
+    records = read_array_info(tmp_path / "checkpoints" / "3")
     assert {name: (record.shape, record.dtype) for name, record in records.items()} == {
         name: (array.shape, str(array.dtype)) for name, array in WHOLE.arrays.items()
     }
@@ -41,27 +41,27 @@ def test_what_is_written_is_read_and_is_a_step_like_any_other(tmp_path):
     assert store.steps() == [3, 5]  # it is permanent
 
 
-def test_a_damaged_step_is_passed_over_and_named(tmp_path):
-    write_whole(tmp_path, WHOLE)
-    write_whole(tmp_path, dataclasses.replace(WHOLE, step=4))
+def test_a_damaged_step_is_skipped_and_named(tmp_path):
+    write_raw(tmp_path, WHOLE)
+    write_raw(tmp_path, dataclasses.replace(WHOLE, step=4))
     for path in (tmp_path / "checkpoints" / "4" / "state").rglob("d/*"):
         path.write_bytes(path.read_bytes()[:-9])
-    read = read_whole(tmp_path)
-    assert (read.step, [damaged.step for damaged in read.damaged]) == (3, [4])
-    assert read_whole(tmp_path, step=3).step == 3
+    read = read_raw(tmp_path)
+    assert (read.step, [damaged.step for damaged in read.skipped]) == (3, [4])
+    assert read_raw(tmp_path, step=3).step == 3
     with pytest.raises(UserError, match="step 4 is damaged"):
-        read_whole(tmp_path, step=4)
+        read_raw(tmp_path, step=4)
 
 
 def test_a_disk_that_refuses_is_one_line_and_leaves_nothing(tmp_path, capfd):
-    write_whole(tmp_path, dataclasses.replace(WHOLE, step=2))
+    write_raw(tmp_path, dataclasses.replace(WHOLE, step=2))
     with files_of_at_most(3000), pytest.raises(UserError) as caught:
-        write_whole(tmp_path, WHOLE)
+        write_raw(tmp_path, WHOLE)
     assert str(caught.value) == (
-        f"File too large while writing {tmp_path}/checkpoints/3: mend that and run the same command again"
+        f"File too large while writing {tmp_path}/checkpoints/3: fix that and run the same command again"
     )
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
-    assert read_whole(tmp_path).step == 2
+    assert read_raw(tmp_path).step == 2
     assert capfd.readouterr().err == ""
 
 
@@ -78,7 +78,7 @@ def test_reports_of_a_failed_save_are_silent_and_all_others_are_not(filters, mon
     heard = []
     monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: heard.append(str(unraisable.exc_value)))
     with warnings.catch_warnings():
-        failed_save.silence_late_reports()
+        _store.silence_late_reports()
         if filters == "reset":
             warnings.simplefilter("error")
         async_serialize_from_host()
@@ -101,9 +101,9 @@ def test_a_disk_that_refuses_to_list_as_well_does_not_hide_why_it_refused(tmp_pa
     def refuse(_):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(failed_save, "list_steps", refuse)
+    monkeypatch.setattr(_store, "list_steps", refuse)
     with files_of_at_most(3000), pytest.raises(UserError) as caught:
-        write_whole(tmp_path, WHOLE)
+        write_raw(tmp_path, WHOLE)
     assert str(caught.value).startswith(f"File too large while writing {tmp_path}/checkpoints/3: ")
 
 
@@ -111,6 +111,6 @@ def test_a_mistake_of_the_program_is_not_taken_for_a_full_disk(tmp_path, monkeyp
     def fail(*_, **__):
         raise KeyError("a mistake")
 
-    monkeypatch.setattr(whole, "start_writing", fail)
+    monkeypatch.setattr(_raw, "start_write", fail)
     with pytest.raises(KeyError, match="a mistake"):
-        write_whole(tmp_path, WHOLE)
+        write_raw(tmp_path, WHOLE)

@@ -9,12 +9,19 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from looplm_jax.checkpoints.errors import DamagedError, OtherVersionError, RefusedError, UnreadableError
-from looplm_jax.checkpoints.metadata import ArrayRecord, Metadata, Sidecar
-from looplm_jax.checkpoints.paths import checkpoint_path
-from looplm_jax.checkpoints.step import StepFolder, list_steps, read_arrays, read_sidecar
-from looplm_jax.checkpoints.tree import below, flatten, unflatten
-from looplm_jax.errors import UserError
+from looplm_jax.checkpoints._arrays import below, flatten, unflatten
+from looplm_jax.checkpoints._metadata import (
+    ArrayInfo,
+    DamagedError,
+    Metadata,
+    MetadataFile,
+    OtherVersionError,
+    RefusedError,
+    UnreadableError,
+)
+from looplm_jax.checkpoints._paths import checkpoint_path
+from looplm_jax.checkpoints._step import StepFolder, list_steps, read_arrays, read_metadata_file
+from looplm_jax.errors import UserError, at_most
 from looplm_jax.files import reading, retried
 
 _SHOWN = 3
@@ -23,7 +30,7 @@ T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DamagedStep:
+class SkippedStep:
     """A step that was skipped because it is damaged, or because another version of this package wrote it.
 
     Attributes:
@@ -48,21 +55,21 @@ class Restored:
       step: the number of the step.
       state: the state, as a pytree of arrays.
       metadata: the metadata of the step.
-      damaged: the newer steps that were skipped, newest first.
+      skipped: the newer steps that were skipped, newest first.
     """
 
     step: int
     state: Any
     metadata: Metadata
-    damaged: tuple[DamagedStep, ...]
+    skipped: tuple[SkippedStep, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Found(Generic[T]):
+class _LatestValid(Generic[T]):
     """The value that was read from the latest valid step, and the newer steps that were skipped."""
 
     value: T
-    damaged: tuple[DamagedStep, ...]
+    skipped: tuple[SkippedStep, ...]
 
 
 # Restoring
@@ -78,7 +85,7 @@ def read_metadata(path: str, step: int | None = None) -> Metadata:
     Raises:
       UserError: `path` is not a checkpoint, or no step is valid.
     """
-    return newest_good(candidates(path, step), read_sidecar).value.metadata
+    return latest_valid(find_steps(path, step), read_metadata_file).value.metadata
 
 
 def restore_params(
@@ -104,19 +111,19 @@ def restore_params(
       UserError: `path` is not a checkpoint, no step is valid, or the part consists of other arrays than requested.
     """
 
-    def describe(sidecar: Sidecar) -> Any:
+    def describe(saved: MetadataFile) -> Any:
         wanted = flatten(abstract_params, prefix)
-        stored = {name: _as_stored(target, sidecar.arrays.get(name)) for name, target in wanted.items()}
+        stored = {name: _as_stored(target, saved.arrays.get(name)) for name, target in wanted.items()}
         return unflatten(stored, abstract_params, prefix)
 
     groups = [f"{prefix}.{group}" for group in uncast]
-    return restore(candidates(path, step), describe, prefix=prefix, dtype=dtype, uncast=groups)
+    return restore(find_steps(path, step), describe, prefix=prefix, dtype=dtype, uncast=groups)
 
 
 # Selecting a step
 
 
-def candidates(path: str, step: int | None = None) -> list[StepFolder]:
+def find_steps(path: str, step: int | None = None) -> list[StepFolder]:
     """Returns the step folders that a path given by a user refers to, newest first.
 
     Args:
@@ -141,7 +148,7 @@ def candidates(path: str, step: int | None = None) -> list[StepFolder]:
     return chosen
 
 
-def newest_good(folders: Sequence[StepFolder], read: Callable[[StepFolder], T]) -> Found[T]:
+def latest_valid(folders: Sequence[StepFolder], read: Callable[[StepFolder], T]) -> _LatestValid[T]:
     """Returns the value of `read` for the first folder that is valid, and the folders skipped before it.
 
     Refused reads are retried. A step that is still unreadable is not skipped: it may be intact, and an older step would
@@ -150,33 +157,33 @@ def newest_good(folders: Sequence[StepFolder], read: Callable[[StepFolder], T]) 
     Raises:
       UserError: no folder is valid, or a read is refused.
     """
-    passed_over: list[DamagedStep] = []
+    skipped: list[SkippedStep] = []
     for folder in folders:
         try:
-            return Found(value=retried(lambda: read(folder), RefusedError), damaged=tuple(passed_over))  # noqa: B023
+            return _LatestValid(value=retried(lambda: read(folder), RefusedError), skipped=tuple(skipped))  # noqa: B023
         except DamagedError as error:
-            passed_over.append(DamagedStep(step=folder.step, why=str(error)))
+            skipped.append(SkippedStep(step=folder.step, why=str(error)))
         except OtherVersionError as error:
-            passed_over.append(DamagedStep(step=folder.step, why=str(error), other_version=True))
+            skipped.append(SkippedStep(step=folder.step, why=str(error), other_version=True))
         except UnreadableError as error:
             raise UserError(
-                f"{folder.path}: {error}; nothing says that this step is damaged and nothing was changed: try again, "
+                f"{folder.path}: {error}; the step may be intact, and nothing was changed: try again, "
                 "or move the folder elsewhere to use the step before"
             ) from None
 
-    reasons = "; ".join(str(step) for step in passed_over)
-    raise UserError(f"no good checkpoint in {folders[0].path.parent}: {reasons}; {_remedy(passed_over)}")
+    reasons = "; ".join(str(step) for step in skipped)
+    raise UserError(f"no valid checkpoint in {folders[0].path.parent}: {reasons}; {_remedy(skipped)}")
 
 
-def _remedy(passed_over: Sequence[DamagedStep]) -> str:
-    if any(step.other_version for step in passed_over):
+def _remedy(skipped: Sequence[SkippedStep]) -> str:
+    if any(step.other_version for step in skipped):
         return "install the version of looplm_jax that wrote it"
-    return "restore a copy, or start anew"
+    return "restore a copy, or start a new run"
 
 
 def restore(
     folders: Sequence[StepFolder],
-    describe: Callable[[Sidecar], Any],
+    describe: Callable[[MetadataFile], Any],
     *,
     prefix: str = "",
     dtype: DTypeLike | None = None,
@@ -186,7 +193,7 @@ def restore(
 
     Args:
       folders: the steps to try, newest first.
-      describe: returns the abstract state, a tree of `jax.ShapeDtypeStruct`, for the sidecar of a step.
+      describe: returns the abstract state, a tree of `jax.ShapeDtypeStruct`, for the metadata file of a step.
       prefix: the name of the part of the state to restore. The empty string restores all of it.
       dtype: the dtype to which floating-point arrays are cast. None keeps the stored dtypes.
       uncast: full names of groups that keep their stored dtypes.
@@ -196,9 +203,9 @@ def restore(
     """
 
     def read(folder: StepFolder) -> Restored:
-        sidecar = read_sidecar(folder)
-        abstract = describe(sidecar)
-        targets, records = flatten(abstract, prefix), below(sidecar.arrays, prefix)
+        saved = read_metadata_file(folder)
+        abstract = describe(saved)
+        targets, records = flatten(abstract, prefix), below(saved.arrays, prefix)
         # Checked before any array is read.
         _require_same_arrays(folder, records, targets)
 
@@ -207,16 +214,16 @@ def restore(
             _cast_each(arrays, dtype, uncast)
 
         state = unflatten(arrays, abstract, prefix)
-        return Restored(step=folder.step, state=state, metadata=sidecar.metadata, damaged=())
+        return Restored(step=folder.step, state=state, metadata=saved.metadata, skipped=())
 
-    found = newest_good(folders, read)
-    return dataclasses.replace(found.value, damaged=found.damaged)
+    found = latest_valid(folders, read)
+    return dataclasses.replace(found.value, skipped=found.skipped)
 
 
 # Arrays
 
 
-def _as_stored(target: jax.ShapeDtypeStruct, record: ArrayRecord | None) -> jax.ShapeDtypeStruct:
+def _as_stored(target: jax.ShapeDtypeStruct, record: ArrayInfo | None) -> jax.ShapeDtypeStruct:
     """Returns `target` with the stored dtype."""
     return target if record is None else target.update(dtype=jnp.dtype(record.dtype))
 
@@ -229,10 +236,10 @@ def _cast_each(arrays: dict[str, Array], dtype: DTypeLike, uncast: Sequence[str]
             arrays[name] = arrays[name].astype(dtype)
 
 
-def _require_same_arrays(folder: StepFolder, saved: dict[str, ArrayRecord], wanted: dict[str, Any]) -> None:
+def _require_same_arrays(folder: StepFolder, saved: dict[str, ArrayInfo], wanted: dict[str, Any]) -> None:
     """Raises UserError if names, shapes or dtypes of the saved and the requested arrays differ."""
     have = {name: str(record) for name, record in saved.items()}
-    want = {name: str(ArrayRecord(shape=x.shape, dtype=str(x.dtype), digest="")) for name, x in wanted.items()}
+    want = {name: str(ArrayInfo(shape=x.shape, dtype=str(x.dtype), digest="")) for name, x in wanted.items()}
 
     differing = [
         f"{name}: {have.get(name, 'missing')} there, {want.get(name, 'nothing')} wanted"
@@ -241,5 +248,4 @@ def _require_same_arrays(folder: StepFolder, saved: dict[str, ArrayRecord], want
     ]
 
     if differing:
-        more = f"; and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
-        raise UserError(f"{folder.path} holds another state: {'; '.join(differing[:_SHOWN])}{more}")
+        raise UserError(f"{folder.path} holds another state: {at_most(differing, _SHOWN, '; ')}")

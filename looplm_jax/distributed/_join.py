@@ -1,22 +1,22 @@
 """Connects a process to the other processes of its run, found through flags, a TPU pod or Slurm."""
 
+import ctypes
 import dataclasses
 import errno
 import hashlib
 import os
+import signal
 import socket
 
 import jax
 
-from looplm_jax.distributed.abort import on_abort
-from looplm_jax.distributed.cluster import ALONE, LOST, Cluster
-from looplm_jax.distributed.link import Link
-from looplm_jax.distributed.meeting import Meeting, reach
-from looplm_jax.distributed.star import Member
+from looplm_jax.distributed._connection import Connection, Rendezvous, reach_coordinator
+from looplm_jax.distributed._process_group import LOST, SINGLE_PROCESS, Peer, ProcessGroup, end_process
 from looplm_jax.errors import UserError
 
 SECRET = "LOOPLM_JOB_SECRET"
 _BIND = "JAX_COORDINATOR_BIND_ADDRESS"
+_HINT = "say --coordinator, --processes and --process"
 _START_SECONDS = 60  # timeout of the JAX runtime, which is started only after all processes have connected
 
 
@@ -24,7 +24,7 @@ _START_SECONDS = 60  # timeout of the JAX runtime, which is started only after a
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Join:
+class JoinOptions:
     """The values of the flags about other processes.
 
     Attributes:
@@ -50,16 +50,16 @@ class Join:
         if self.automatic or any(value is None for value in given):
             raise UserError("say --coordinator, --processes and --process together, or --distributed alone")
         # Validates the values.
-        _Place(address=self.coordinator or "", index=self.process or 0, count=self.processes or 0)
+        _Placement(address=self.coordinator or "", index=self.process or 0, count=self.processes or 0)
 
     @property
-    def asked(self) -> bool:
+    def requested(self) -> bool:
         """Whether the flags ask for other processes."""
         return self.automatic or self.coordinator is not None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Place:
+class _Placement:
     """The index of this process, the number of processes, and the address of process 0.
 
     Raises:
@@ -84,27 +84,27 @@ class _Place:
         return host.strip("[]"), int(port)
 
 
-def join(told: Join) -> Cluster:
+def join(options: JoinOptions) -> ProcessGroup:
     """Connects to the other processes. Must be called before JAX is asked for a device.
 
     Returns:
-      The processes of the run. Without flags about others, or with a count of 1, the cluster of a single process.
+      The processes of the run. Without flags about others, or with a count of 1, the group of a single process.
 
     Raises:
       UserError: the other processes cannot be found, the port of process 0 is in use, or the JAX runtime does not
         start.
     """
-    if not told.asked:
-        return ALONE
-    place = _place(told)
+    if not options.requested:
+        return SINGLE_PROCESS
+    place = _placement(options)
     if place.count == 1:
-        return ALONE
+        return SINGLE_PROCESS
 
-    links, bound = _links(place)
-    member = Member(place.index, place.count, links)
+    connections, bind_address = _connections(place)
+    peer = Peer(place.index, place.count, connections)
 
     # From here on, the JAX runtime aborts this process when it misses another one.
-    on_abort(f"process {place.index}: the JAX runtime gave up because a process was lost (see above)", LOST)
+    _on_abort(f"process {place.index}: the JAX runtime gave up because a process was lost (see above)", LOST)
 
     try:
         jax.distributed.initialize(
@@ -112,26 +112,26 @@ def join(told: Join) -> Cluster:
             place.count,
             place.index,
             initialization_timeout=_START_SECONDS,
-            coordinator_bind_address=bound,
+            coordinator_bind_address=bind_address,
         )
     except (ValueError, RuntimeError) as error:
-        member.end(f"the JAX runtime did not start: {error}", 2)
+        peer.abort_all(f"the JAX runtime did not start: {error}", 2)
 
-    return member
+    return peer
 
 
-def check_alone() -> None:
+def check_single_process() -> None:
     """Raises UserError if this process is one of several of a pod but was started without `--distributed`."""
     if jax.process_count() > 1 and not jax.distributed.is_initialized():
         raise UserError(f"this is one of {jax.process_count()} processes of a pod; say --distributed on all of them")
 
 
-def _place(told: Join) -> _Place:
+def _placement(options: JoinOptions) -> _Placement:
     """Returns the index of this process among the others. Raises UserError if it cannot be determined."""
     from jax._src.clusters import ClusterEnv  # detects TPU pods, Slurm and others; has no public counterpart
 
-    address, count, index = told.coordinator, told.processes, told.process
-    if told.automatic:
+    address, count, index = options.coordinator, options.processes, options.process
+    if options.automatic:
         address = os.environ.get("JAX_COORDINATOR_ADDRESS")
         try:
             address, count, index, _ = ClusterEnv.auto_detect_unset_distributed_params(
@@ -142,32 +142,29 @@ def _place(told: Join) -> _Place:
 
     if address is None or count is None or index is None:
         raise UserError(f"this is no TPU pod and no Slurm job, so nothing says which processes there are; {_HINT}")
-    return _Place(address=address, index=index, count=count)
-
-
-_HINT = "say --coordinator, --processes and --process"
+    return _Placement(address=address, index=index, count=count)
 
 
 # Rendezvous
 
 
-def _links(place: _Place) -> tuple[dict[int, Link], str | None]:
-    """Returns the links to the other processes and, on process 0, the address that it binds to."""
+def _connections(place: _Placement) -> tuple[dict[int, Connection], str | None]:
+    """Returns the connections to the other processes and, on process 0, the address that it binds to."""
     token = _token()
     if place.index > 0:
-        return {0: reach(place.host_and_port, token, place.index, place.count)}, None
+        return {0: reach_coordinator(place.host_and_port, token, place.index, place.count)}, None
 
-    host, port = _bound(place)
+    host, port = _bind_address(place)
     with _listener(host, port, place.count) as listener:
-        links = _accept(listener, token, place.count)
+        connections = _accept(listener, token, place.count)
 
     # The JAX runtime needs brackets around an IPv6 address, and [::] to listen on all addresses.
-    return links, f"[{host or '::'}]:{port}" if not host or ":" in host else f"{host}:{port}"
+    return connections, f"[{host or '::'}]:{port}" if not host or ":" in host else f"{host}:{port}"
 
 
-def _accept(listener: socket.socket, token: bytes, count: int) -> dict[int, Link]:
-    """Returns a link to each other process."""
-    return Meeting(token, count).accept(listener)
+def _accept(listener: socket.socket, token: bytes, count: int) -> dict[int, Connection]:
+    """Returns a connection to each other process."""
+    return Rendezvous(token, count).accept(listener)
 
 
 def _token() -> bytes:
@@ -194,7 +191,7 @@ def _listener(host: str, port: int, count: int) -> socket.socket:
 # Addresses
 
 
-def _bound(place: _Place) -> tuple[str, int]:
+def _bind_address(place: _Placement) -> tuple[str, int]:
     """Returns the host and port on which process 0 listens.
 
     This is the host that all processes were given. Process 0 listens on all addresses (an empty host) if its own name
@@ -216,3 +213,22 @@ def _bound(place: _Place) -> tuple[str, int]:
     literal = host == "localhost" or host in found
     only_here = all(str(address).startswith("127.") or address == "::1" for address in found)
     return ("" if only_here and not literal else host), port
+
+
+# Aborts of the JAX runtime
+
+
+def _on_abort(message: str, status: int) -> None:
+    """Installs a handler of SIGABRT that ends the process with `message` and `status`.
+
+    A Python signal handler would not do: it runs in the main thread between two bytecode instructions, and `abort` does
+    not wait for it.
+    """
+
+    def handle(number: int) -> None:
+        del number
+        end_process(message, status)
+
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(handle)
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(handler))  # the C library keeps no reference
+    ctypes.CDLL(None).signal(ctypes.c_int(signal.SIGABRT), handler)

@@ -11,10 +11,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from looplm_jax.distributed import LOST, Join, join, meeting, star
-from looplm_jax.distributed.link import Link
-from looplm_jax.distributed.meeting import Meeting, reach
-from looplm_jax.distributed.star import Member
+from looplm_jax.distributed import LOST, JoinOptions, _connection, _process_group, join
+from looplm_jax.distributed._connection import Connection, Rendezvous, reach_coordinator
+from looplm_jax.distributed._process_group import Peer
 from looplm_jax.errors import UserError
 
 TOKEN = bytes(range(16))
@@ -27,37 +26,37 @@ class Arrivals:
     def __init__(self, count, **options):
         self.listener = socket.create_server((HOST, 0))
         self.address = self.listener.getsockname()
-        self.links, self.error, self._others = None, None, []
+        self.connections, self.error, self._others = None, None, []
         self._thread = threading.Thread(target=self._accept, args=(count, options), daemon=True)
         self._thread.start()
 
     def _accept(self, count, options):
         try:
-            self.links = Meeting(TOKEN, count).accept(self.listener, **options)
+            self.connections = Rendezvous(TOKEN, count).accept(self.listener, **options)
         except UserError as error:
             self.error = str(error)
 
     def join(self, index, count, token=TOKEN, **options):
-        link = reach(self.address, token, index, count, **options)
-        self._others.append(link)
-        return link
+        connection = reach_coordinator(self.address, token, index, count, **options)
+        self._others.append(connection)
+        return connection
 
     def stranger(self, said=b""):
-        connection = socket.create_connection(self.address)
-        connection.sendall(said)
-        return connection
+        sock = socket.create_connection(self.address)
+        sock.sendall(said)
+        return sock
 
     def wait(self):
         self._thread.join(20)
         assert not self._thread.is_alive(), "process 0 waits"
         self.listener.close()
         deadline = time.monotonic() + 20
-        while len(self._others) < len(self.links or {}):
+        while len(self._others) < len(self.connections or {}):
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        for link in (*(self.links or {}).values(), *self._others):
-            link.close()
-        return sorted(self.links or {})
+        for connection in (*(self.connections or {}).values(), *self._others):
+            connection.close()
+        return sorted(self.connections or {})
 
 
 def in_background(work, *arguments, **options):
@@ -113,9 +112,9 @@ def test_a_stranger_that_leaves_before_it_is_accepted_ends_nothing():
 
     listener = Listener()
     listener.theirs.sendall(json.dumps([TOKEN.hex(), 1, 2]).encode() + b"\n")
-    links = Meeting(TOKEN, 2).accept(listener)
-    assert sorted(links) == [1]
-    links[1].close()
+    connections = Rendezvous(TOKEN, 2).accept(listener)
+    assert sorted(connections) == [1]
+    connections[1].close()
     listener.theirs.close()
 
 
@@ -131,7 +130,7 @@ def test_silent_strangers_delay_nobody():
 
 
 def test_a_stranger_is_closed_after_a_while_however_slowly_it_speaks(monkeypatch):
-    monkeypatch.setattr(meeting, "_GREETING_SECONDS", 0.5)
+    monkeypatch.setattr(_connection, "_IDENTIFY_SECONDS", 0.5)
     process_0 = Arrivals(2)
     with process_0.stranger() as stranger:
         stranger.settimeout(5)
@@ -146,7 +145,7 @@ def test_a_stranger_is_closed_after_a_while_however_slowly_it_speaks(monkeypatch
 
 
 def test_a_late_process_is_named(monkeypatch, capfd):
-    monkeypatch.setattr(meeting, "_NEWS_SECONDS", 0.2)
+    monkeypatch.setattr(_connection, "_REPORT_SECONDS", 0.2)
     process_0 = Arrivals(4)
     first, _ = in_background(process_0.join, 1, 4)
     time.sleep(0.6)
@@ -158,7 +157,7 @@ def test_a_late_process_is_named(monkeypatch, capfd):
 
 
 def test_processes_that_do_not_come_are_named_to_all_that_came():
-    process_0 = Arrivals(4, patience=0.5)
+    process_0 = Arrivals(4, timeout=0.5)
     thread, said = in_background(process_0.join, 2, 4)
     process_0.wait()
     thread.join(20)
@@ -176,7 +175,7 @@ def test_one_that_leaves_before_all_are_there_is_missing_again():
     time.sleep(0.3)
     second, _ = in_background(process_0.join, 2, 3)
     time.sleep(0.3)
-    assert process_0.links is None
+    assert process_0.connections is None
     process_0.join(1, 3)
     second.join(20)
     assert process_0.wait() == [1, 2]
@@ -206,23 +205,23 @@ def test_another_number_of_processes_is_named():
 def test_another_secret_is_a_stranger(capfd):
     process_0 = Arrivals(2)
     with pytest.raises(UserError, match="did not answer within 0 seconds \\(it closed the connection\\)"):
-        process_0.join(1, 2, token=bytes(16), patience=0)
+        process_0.join(1, 2, token=bytes(16), timeout=0)
     process_0.join(1, 2)
     assert process_0.wait() == [1]
     assert f"closed a connection from {HOST}, which is no process of this run" in capfd.readouterr().err
 
 
 def test_process_0_may_come_last(monkeypatch, capfd):
-    monkeypatch.setattr(meeting, "_NEWS_SECONDS", 0.2)
+    monkeypatch.setattr(_connection, "_REPORT_SECONDS", 0.2)
     with socket.create_server((HOST, 0)) as taken:
         address = taken.getsockname()
-    thread, said = in_background(reach, address, TOKEN, 1, 2)
+    thread, said = in_background(reach_coordinator, address, TOKEN, 1, 2)
     time.sleep(1)
     with socket.create_server(address) as listener:
-        links = Meeting(TOKEN, 2).accept(listener)
+        connections = Rendezvous(TOKEN, 2).accept(listener)
     thread.join(20)
-    for link in (*links.values(), *said):
-        link.close()
+    for connection in (*connections.values(), *said):
+        connection.close()
     line = f"looplm: process 1: waiting for process 0 at {HOST}:{address[1]} (Connection refused)\n"
     assert line in capfd.readouterr().err
 
@@ -231,7 +230,7 @@ def test_a_taken_port_is_one_line():
     with socket.create_server((HOST, 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UserError) as caught:
-            join(Join(coordinator=f"{HOST}:{port}", processes=2, process=0))
+            join(JoinOptions(coordinator=f"{HOST}:{port}", processes=2, process=0))
     assert str(caught.value) == (
         f"process 0 cannot listen on port {port} of {HOST}: another program has it; choose another port in "
         "--coordinator, the same on all processes"
@@ -240,40 +239,40 @@ def test_a_taken_port_is_one_line():
 
 def test_process_0_on_another_host_is_one_line():
     with pytest.raises(UserError, match="start process 0 on the host of --coordinator, or set JAX_COORDINATOR_BIND"):
-        join(Join(coordinator="192.0.2.1:9000", processes=2, process=0))
+        join(JoinOptions(coordinator="192.0.2.1:9000", processes=2, process=0))
 
 
 def test_a_name_that_nobody_knows_is_one_line():
     with pytest.raises(UserError, match=r"process 0 cannot listen on port 9000 of nowhere\.invalid"):
-        join(Join(coordinator="nowhere.invalid:9000", processes=2, process=0))
+        join(JoinOptions(coordinator="nowhere.invalid:9000", processes=2, process=0))
 
 
 def test_outside_a_pod_nothing_says_which_processes_there_are(monkeypatch):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     with pytest.raises(UserError, match="this is no TPU pod and no Slurm job"):
-        join(Join(automatic=True))
+        join(JoinOptions(automatic=True))
 
 
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_stopped_process_is_named_on_all_of_them_and_learns_it_later(stopped, monkeypatch):
     """The stopped process sends no heartbeats and reads nothing until the others have ended."""
-    monkeypatch.setattr(star, "_LAST_SECONDS", 0.2)  # seconds for which process 0 waits for the others
+    monkeypatch.setattr(_process_group, "_LAST_SECONDS", 0.2)  # seconds for which process 0 waits for the others
     ours, theirs = socket.socketpair()
     ended = {0: queue.SimpleQueue(), 1: queue.SimpleQueue()}
 
-    def member(index, connection, silence):
-        link = Link(connection, silence=silence)
-        Member(index, 2, {1 - index: link}, lambda *said: ended[index].put(said))
-        return link
+    def peer(index, sock, silence):
+        connection = Connection(sock, silence=silence)
+        Peer(index, 2, {1 - index: connection}, lambda *said: ended[index].put(said))
+        return connection
 
-    links = [member(1 - stopped, ours, 0.3)]
+    connections = [peer(1 - stopped, ours, 0.3)]
     said, status = ended[1 - stopped].get(timeout=20)
     lost = "lost, silent for 60 seconds, stopped or its machine gone; start all processes again"
     assert said.startswith(f"process {1 - stopped}: process {stopped}: {lost}")
     assert status == LOST
-    links.append(member(stopped, theirs, 20))
+    connections.append(peer(stopped, theirs, 20))
     said, status = ended[stopped].get(timeout=20)
     assert said.startswith(f"process {stopped}: {lost}")
     assert status == LOST
-    for link in links:
-        link.close()
+    for connection in connections:
+        connection.close()

@@ -9,33 +9,33 @@ import jax.numpy as jnp
 from etils import epath
 from jaxtyping import Array
 
-from looplm_jax.checkpoints.failed_save import late_reports_silenced, remove_failed
-from looplm_jax.checkpoints.metadata import ArrayRecord, Metadata
-from looplm_jax.checkpoints.paths import checkpoint_path
-from looplm_jax.checkpoints.reading import DamagedStep, candidates, newest_good
-from looplm_jax.checkpoints.step import StepFolder, read_arrays, read_sidecar, start_writing, write_failure
+from looplm_jax.checkpoints._metadata import ArrayInfo, Metadata
+from looplm_jax.checkpoints._paths import checkpoint_path
+from looplm_jax.checkpoints._restore import SkippedStep, find_steps, latest_valid
+from looplm_jax.checkpoints._step import StepFolder, read_arrays, read_metadata_file, start_write, write_failure
+from looplm_jax.checkpoints._store import late_reports_silenced, remove_failed
 from looplm_jax.errors import UserError
 from looplm_jax.files import NO_SPACE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class WholeStep:
+class RawStep:
     """The complete contents of one step.
 
     Attributes:
       step: the number of the step.
       arrays: every array by its dotted name.
       metadata: the metadata of the step.
-      damaged: the newer steps that were skipped, newest first.
+      skipped: the newer steps that were skipped, newest first.
     """
 
     step: int
     arrays: dict[str, Array]
     metadata: Metadata
-    damaged: tuple[DamagedStep, ...] = ()
+    skipped: tuple[SkippedStep, ...] = ()
 
 
-def read_whole(path: str | os.PathLike[str], *, step: int | None = None) -> WholeStep:
+def read_raw(path: str | os.PathLike[str], *, step: int | None = None) -> RawStep:
     """Reads all arrays of the latest valid step onto the first device and checks each against its digest.
 
     Args:
@@ -45,11 +45,11 @@ def read_whole(path: str | os.PathLike[str], *, step: int | None = None) -> Whol
     Raises:
       UserError: `path` is not a checkpoint, or no step is valid.
     """
-    found = newest_good(candidates(os.fspath(path), step), _read)
-    return dataclasses.replace(found.value, damaged=found.damaged)
+    found = latest_valid(find_steps(os.fspath(path), step), _read)
+    return dataclasses.replace(found.value, skipped=found.skipped)
 
 
-def read_records(path: str | os.PathLike[str], *, step: int | None = None) -> dict[str, ArrayRecord]:
+def read_array_info(path: str | os.PathLike[str], *, step: int | None = None) -> dict[str, ArrayInfo]:
     """Returns shape, dtype and digest of the arrays of `step`, or of the latest step with valid metadata.
 
     Reads no array.
@@ -57,10 +57,10 @@ def read_records(path: str | os.PathLike[str], *, step: int | None = None) -> di
     Raises:
       UserError: `path` is not a checkpoint, or no step is valid.
     """
-    return newest_good(candidates(os.fspath(path), step), read_sidecar).value.arrays
+    return latest_valid(find_steps(os.fspath(path), step), read_metadata_file).value.arrays
 
 
-def write_whole(folder: Path, whole: WholeStep) -> None:
+def write_raw(folder: Path, whole: RawStep) -> None:
     """Writes `<folder>/checkpoints/<step>` and waits until it is committed. The step is exempt from pruning.
 
     Raises:
@@ -72,18 +72,18 @@ def write_whole(folder: Path, whole: WholeStep) -> None:
         if reason is not None:
             remove_failed(path.parent, whole.step)
     if reason is not None:
-        remedy = "free space" if reason == NO_SPACE else "mend that"
+        remedy = "free space" if reason == NO_SPACE else "fix that"
         raise UserError(f"{reason} while writing {path}: {remedy} and run the same command again")
 
 
-def _write(path: epath.Path, whole: WholeStep) -> str | None:
+def _write(path: epath.Path, whole: RawStep) -> str | None:
     """Writes the step. Returns None on success, or the reason why the file system refused it.
 
     The exception is dropped because it would keep the failed arrays alive.
     """
     try:
         # Uncompressed, because compression may need as much memory again as the arrays.
-        start_writing(path, whole.arrays, whole.metadata, permanent=True, compressed=False).result()
+        start_write(path, whole.arrays, whole.metadata, permanent=True, compressed=False).result()
     except Exception as error:
         reason = write_failure(error, path)
         if reason is None:
@@ -92,12 +92,12 @@ def _write(path: epath.Path, whole: WholeStep) -> str | None:
     return None
 
 
-def _read(folder: StepFolder) -> WholeStep:
+def _read(folder: StepFolder) -> RawStep:
     """Reads the arrays and the metadata of one step."""
-    sidecar = read_sidecar(folder)
+    saved = read_metadata_file(folder)
     targets = {
-        name: jax.ShapeDtypeStruct(record.shape, jnp.dtype(record.dtype)) for name, record in sidecar.arrays.items()
+        name: jax.ShapeDtypeStruct(record.shape, jnp.dtype(record.dtype)) for name, record in saved.arrays.items()
     }
 
-    arrays = read_arrays(folder, targets, sidecar.arrays)
-    return WholeStep(step=folder.step, arrays=arrays, metadata=sidecar.metadata)
+    arrays = read_arrays(folder, targets, saved.arrays)
+    return RawStep(step=folder.step, arrays=arrays, metadata=saved.metadata)

@@ -2,31 +2,39 @@
 
 import contextlib
 import dataclasses
+import gc
 import os
-from collections.abc import Iterator
+import re
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+from etils import epath
 
-from looplm_jax.checkpoints.errors import DamagedError, OtherVersionError, SaveError, UnreadableError
-from looplm_jax.checkpoints.failed_save import remove_failed, silence_late_reports
-from looplm_jax.checkpoints.metadata import Metadata
-from looplm_jax.checkpoints.paths import checkpoint_path
-from looplm_jax.checkpoints.reading import Restored, candidates, restore
-from looplm_jax.checkpoints.step import (
+from looplm_jax.checkpoints._arrays import flatten
+from looplm_jax.checkpoints._metadata import DamagedError, Metadata, OtherVersionError, SaveError, UnreadableError
+from looplm_jax.checkpoints._paths import checkpoint_path
+from looplm_jax.checkpoints._restore import Restored, find_steps, restore
+from looplm_jax.checkpoints._step import (
+    AsyncWrite,
     LostFolderError,
     StepFolder,
-    Writing,
     delete,
     list_steps,
-    read_sidecar,
+    read_metadata_file,
     set_aside,
-    start_writing,
+    start_write,
     write_failure,
 )
-from looplm_jax.checkpoints.tree import flatten
 from looplm_jax.errors import UserError
 from looplm_jax.files import NO_SPACE, refusal
+
+_LONGEST_SECONDS = 30.0
+_QUIET_SECONDS = 0.5
+_NEVER_AWAITED = r"coroutine '.*(serialize|\.write).*' was never awaited"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +42,7 @@ class _Pending:
     """A save that is not committed yet."""
 
     step: int
-    writing: Writing
+    writing: AsyncWrite
 
 
 class CheckpointStore:
@@ -92,7 +100,7 @@ class CheckpointStore:
             self._set_aside(step)
             silence_late_reports()
             path = self._folder / str(step)
-            writing = start_writing(path, flatten(state), metadata, permanent=permanent)
+            writing = start_write(path, flatten(state), metadata, permanent=permanent)
 
         self._pending = _Pending(step=step, writing=writing)
         if not self._asynchronous:
@@ -155,13 +163,13 @@ class CheckpointStore:
           UserError: no step is valid, or the step contains other arrays.
         """
         describe = abstract_state if callable(abstract_state) else lambda _: abstract_state
-        folders = candidates(os.fspath(self._folder), step)
-        restored = restore(folders, lambda sidecar: describe(sidecar.metadata))
+        folders = find_steps(os.fspath(self._folder), step)
+        restored = restore(folders, lambda saved: describe(saved.metadata))
 
         self._current = restored.step
         # Later saves need to know which steps are valid and which may be deleted.
-        self._damaged = frozenset(passed.step for passed in restored.damaged if not passed.other_version)
-        self._other_version = frozenset(passed.step for passed in restored.damaged if passed.other_version)
+        self._damaged = frozenset(passed.step for passed in restored.skipped if not passed.other_version)
+        self._other_version = frozenset(passed.step for passed in restored.skipped if passed.other_version)
         return restored
 
     # Deleting
@@ -169,14 +177,14 @@ class CheckpointStore:
     def _committed(self) -> list[StepFolder]:
         return [folder for folder in list_steps(self._folder) if folder.committed]
 
-    def _good(self) -> list[StepFolder]:
+    def _valid(self) -> list[StepFolder]:
         """Returns the committed steps that the last restore did not skip."""
-        passed_over = self._damaged | self._other_version
-        return [folder for folder in self._committed() if folder.step not in passed_over]
+        skipped = self._damaged | self._other_version
+        return [folder for folder in self._committed() if folder.step not in skipped]
 
     def _require_newest(self, step: int) -> None:
         """Raises UserError if `step` is not newer than every valid step."""
-        newest = max((folder.step for folder in self._good()), default=-1)
+        newest = max((folder.step for folder in self._valid()), default=-1)
         if step <= newest:
             raise UserError(
                 f"{self._folder} already holds step {newest}, cannot save step {step}: "
@@ -201,7 +209,7 @@ class CheckpointStore:
         """Deletes the steps that are not kept, and the damaged ones."""
         # A damaged step may have been replaced by the step that was just committed.
         self._damaged -= {self._current}
-        old = self._good()[: -self._keep]
+        old = self._valid()[: -self._keep]
         damaged = [folder for folder in self._committed() if folder.step in self._damaged]
         for folder in old + damaged:
             if jax.process_index() == 0 and (folder in damaged or not _is_permanent(folder)):
@@ -227,18 +235,18 @@ class CheckpointStore:
 
     def _failure(self, step: int, reason: str) -> str:
         """Returns the message of a failed save."""
-        remedy = "free space" if reason == NO_SPACE else "mend that"
-        return f"{reason} while saving step {step} to {self._folder}: {remedy} and resume; {self._newest()}"
+        remedy = "free space" if reason == NO_SPACE else "fix that"
+        return f"{reason} while saving step {step} to {self._folder}: {remedy} and resume; {self._latest_valid()}"
 
-    def _newest(self) -> str:
+    def _latest_valid(self) -> str:
         """Returns a clause that names the latest valid step."""
         try:
-            good = self._good()
+            valid = self._valid()
         except Exception as error:
             if refusal(error, self._folder) is None:
                 raise
             return "what was saved before cannot be listed now"
-        return f"step {good[-1].step} is the newest good one" if good else "no step was saved before"
+        return f"step {valid[-1].step} is the latest valid one" if valid else "no step was saved before"
 
 
 def _is_permanent(folder: StepFolder) -> bool:
@@ -247,6 +255,69 @@ def _is_permanent(folder: StepFolder) -> bool:
     A step with unreadable metadata is exempt too, so that nothing of value is deleted.
     """
     try:
-        return read_sidecar(folder).permanent
+        return read_metadata_file(folder).permanent
     except (DamagedError, OtherVersionError, UnreadableError):
         return True
+
+
+# Failed saves
+#
+# Orbax does not wait for what a failed save leaves: threads of TensorStore that keep writing for a moment and then find
+# the event loop closed, and coroutines that were never started. The interpreter would print both at an arbitrary later
+# time, although the reason of the failure has already been reported.
+
+
+@dataclasses.dataclass(frozen=True)
+class _WithoutLateReports:
+    """An unraisable hook that drops the reports of a failed save and forwards all others to `previous`."""
+
+    previous: Callable[[Any], Any]
+
+    def __call__(self, unraisable: Any) -> None:
+        if not re.match(f"Event loop is closed|{_NEVER_AWAITED}", str(unraisable.exc_value)):
+            self.previous(unraisable)
+
+
+def silence_late_reports() -> None:
+    """Silences threads and coroutines of failed saves until the process ends.
+
+    Must be called before a save starts, because a thread may end before the failure is reported or at any later time.
+    """
+    if not isinstance(sys.unraisablehook, _WithoutLateReports):
+        sys.unraisablehook = _WithoutLateReports(sys.unraisablehook)
+        warnings.filterwarnings("ignore", _NEVER_AWAITED, RuntimeWarning)
+
+
+@contextlib.contextmanager
+def late_reports_silenced() -> Iterator[None]:
+    """A context manager that silences threads and coroutines of a save that fails inside it."""
+    previous = sys.unraisablehook
+    sys.unraisablehook = _WithoutLateReports(previous)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", _NEVER_AWAITED, RuntimeWarning)
+            yield
+            gc.collect()  # the interpreter reports an unfinished coroutine when it frees it
+    finally:
+        sys.unraisablehook = previous
+
+
+def remove_failed(folder: epath.Path, step: int) -> None:
+    """Removes the files of an unfinished `step` from `folder`, repeatedly, until its threads stop recreating them.
+
+    Takes at most half a minute. Files that the file system refuses to list or delete remain.
+    """
+    deadline = time.monotonic() + _LONGEST_SECONDS
+    left = True
+    with contextlib.suppress(OSError):  # the error to report is the failed save, not a folder that cannot be listed
+        while left and time.monotonic() < deadline:
+            for unfinished in _unfinished(folder, step):
+                with contextlib.suppress(OSError):
+                    delete(unfinished)
+            time.sleep(_QUIET_SECONDS)
+            left = bool(_unfinished(folder, step))
+
+
+def _unfinished(folder: epath.Path, step: int) -> list[StepFolder]:
+    """Returns the folders of `step` that are not committed."""
+    return [found for found in list_steps(folder) if found.step == step and not found.committed]

@@ -1,9 +1,9 @@
 import pytest
 
 from looplm_jax import codec
-from looplm_jax.checkpoints import check_same_run
 from looplm_jax.config import ModelConfig, Recipe, Stage
 from looplm_jax.errors import UserError
+from looplm_jax.resume import check_same_run
 
 RECIPE = Recipe(
     name="tiny",

@@ -17,16 +17,24 @@ from etils import epath
 from jaxtyping import Array
 from orbax.checkpoint import v1 as ocp
 
-from looplm_jax.checkpoints.arrays import OS_ERROR, load
-from looplm_jax.checkpoints.digest import digests
-from looplm_jax.checkpoints.errors import DamagedError, RefusedError, UnreadableError, brief
-from looplm_jax.checkpoints.metadata import ArrayRecord, Metadata, Sidecar, decode, encode
-from looplm_jax.errors import UserError
+from looplm_jax.checkpoints._arrays import OS_ERROR, load_arrays
+from looplm_jax.checkpoints._digest import digests
+from looplm_jax.checkpoints._metadata import (
+    ArrayInfo,
+    DamagedError,
+    Metadata,
+    MetadataFile,
+    RefusedError,
+    UnreadableError,
+    decode_metadata,
+    encode_metadata,
+)
+from looplm_jax.errors import UserError, at_most, brief
 from looplm_jax.files import NO_SPACE, check_regular, forget_listing, in_bucket, refusal, retried
 
 _ARRAYS = "state"
-_SIDECAR = "sidecar"
-_SIDECAR_FILE = "data.json"
+_METADATA = "sidecar"  # the name on disk
+_METADATA_FILE = "data.json"
 _COMMITTED = "commit_success.txt"
 _STEP_NAME = re.compile(r"(\d+)(\.orbax-checkpoint-tmp.*)?")
 
@@ -50,7 +58,7 @@ class LostFolderError(FileNotFoundError):
     """The folder of the steps was moved or removed during a save."""
 
 
-class Writing:
+class AsyncWrite:
     """A step that is being written asynchronously.
 
     Args:
@@ -81,7 +89,7 @@ class Writing:
         finally:
             if self._opened is not None:
                 os.close(self._opened)
-        logging.getLogger("absl").removeFilter(_is_no_echo)
+        logging.getLogger("absl").removeFilter(_is_not_repeated)
 
     def _is_lost(self) -> bool:
         try:
@@ -149,9 +157,9 @@ def _mode(path: epath.Path) -> int | None:
 # Writing
 
 
-def start_writing(
+def start_write(
     path: epath.Path, arrays: dict[str, Array], metadata: Metadata, *, permanent: bool, compressed: bool = True
-) -> Writing:
+) -> AsyncWrite:
     """Starts to write a step and replaces what is at `path`. Once this returns, the arrays may be donated.
 
     A symbolic link at `path` is replaced; its target is not modified.
@@ -167,25 +175,24 @@ def start_writing(
     # The digests are computed here and not in the background, because the caller may donate the arrays afterwards.
     found = digests(arrays)
     records = {
-        name: ArrayRecord(shape=array.shape, dtype=str(array.dtype), digest=found[name])
-        for name, array in arrays.items()
+        name: ArrayInfo(shape=array.shape, dtype=str(array.dtype), digest=found[name]) for name, array in arrays.items()
     }
 
-    sidecar = encode(metadata, records, permanent=permanent)
+    encoded = encode_metadata(metadata, records, permanent=permanent)
     if _is_link(path) and jax.process_index() == 0:
         path.unlink()
 
-    # Errors are reported once, by `Writing.result`.
-    logging.getLogger("absl").addFilter(_is_no_echo)
+    # Errors are reported once, by `AsyncWrite.result`.
+    logging.getLogger("absl").addFilter(_is_not_repeated)
     with _context(compressed):
-        response = ocp.save_checkpointables_async(path, {_ARRAYS: arrays, _SIDECAR: sidecar}, overwrite=True)
-    return Writing(response, path.parent)
+        response = ocp.save_checkpointables_async(path, {_ARRAYS: arrays, _METADATA: encoded}, overwrite=True)
+    return AsyncWrite(response, path.parent)
 
 
 # Reading
 
 
-def read_sidecar(folder: StepFolder) -> Sidecar:
+def read_metadata_file(folder: StepFolder) -> MetadataFile:
     """Returns the metadata of a step, checked against its checksum.
 
     Raises:
@@ -196,7 +203,7 @@ def read_sidecar(folder: StepFolder) -> Sidecar:
     if not folder.committed:
         raise DamagedError("it was not finished")
 
-    path = folder.path / _SIDECAR / _SIDECAR_FILE
+    path = folder.path / _METADATA / _METADATA_FILE
     try:
         # Reading a named pipe would block forever.
         check_regular(path)
@@ -204,18 +211,18 @@ def read_sidecar(folder: StepFolder) -> Sidecar:
     except UserError as error:
         raise UnreadableError(str(error)) from None
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError) as error:
-        raise DamagedError(f"{_SIDECAR}/{_SIDECAR_FILE} cannot be read ({brief(error)})") from error
+        raise DamagedError(f"{_METADATA}/{_METADATA_FILE} cannot be read ({brief(error)})") from error
     except Exception as error:
         refused = refusal(error, path)
         if refused is None:
             raise
-        raise RefusedError(f"{_SIDECAR}/{_SIDECAR_FILE} cannot be read ({refused})") from error
+        raise RefusedError(f"{_METADATA}/{_METADATA_FILE} cannot be read ({refused})") from error
 
-    return decode(value)
+    return decode_metadata(value)
 
 
 def read_arrays(
-    folder: StepFolder, targets: dict[str, jax.ShapeDtypeStruct], records: dict[str, ArrayRecord]
+    folder: StepFolder, targets: dict[str, jax.ShapeDtypeStruct], records: dict[str, ArrayInfo]
 ) -> dict[str, Array]:
     """Reads the named arrays of a step into the shardings of `targets` and checks each against its digest.
 
@@ -223,13 +230,12 @@ def read_arrays(
       DamagedError: an array is missing or altered.
       UnreadableError: the file system or the bucket refused the read, or a file is a named pipe or a device.
     """
-    arrays = load(folder.path / _ARRAYS, targets)
+    arrays = load_arrays(folder.path / _ARRAYS, targets)
 
     found = digests(arrays)
     altered = [name for name in targets if found[name] != records[name].digest]
     if altered:
-        more = f" and {len(altered) - 1} more" if len(altered) > 1 else ""
-        raise DamagedError(f"the digest of array {altered[0]}{more} differs")
+        raise DamagedError(f"the digest of array {at_most(altered, 1)} differs")
     return arrays
 
 
@@ -274,10 +280,10 @@ def _is_link(path: epath.Path) -> bool:
     return not in_bucket(path) and os.path.islink(path)
 
 
-def _is_no_echo(record: logging.LogRecord) -> bool:
+def _is_not_repeated(record: logging.LogRecord) -> bool:
     """Whether a log record is not a repetition of a save error.
 
-    Threads of Orbax log, with tracebacks, each error that `Writing.result` then raises.
+    Threads of Orbax log, with tracebacks, each error that `AsyncWrite.result` then raises.
     """
     return "raised an exception" not in record.getMessage()
 
@@ -285,7 +291,7 @@ def _is_no_echo(record: logging.LogRecord) -> bool:
 def _context(compressed: bool) -> ocp.Context:
     """Returns the Orbax configuration of a save."""
     registry = ocp.handlers.local_registry()
-    registry.add(ocp.handlers.JsonHandler, checkpointable_name=_SIDECAR)
+    registry.add(ocp.handlers.JsonHandler, checkpointable_name=_METADATA)
     context = ocp.Context()
     context.checkpointables.registry = registry
     # With asynchronous creation, a file system that refuses to create the folders leaves threads waiting for minutes.

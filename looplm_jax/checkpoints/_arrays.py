@@ -1,7 +1,8 @@
-"""Reads the arrays of a step directly from the TensorStore files that Orbax writes (OCDBT, Zarr version 3).
+"""The arrays of a step: their dotted names, and how they are read.
 
-Orbax reads arrays through an event loop. When one array is damaged, the other reads are left running on a closed loop,
-and their threads print tracebacks. Here each read is a separate future, and each error names its array.
+They are read from the TensorStore files that Orbax writes (OCDBT, Zarr version 3), but not by Orbax: it reads through
+an event loop. When one array is damaged, its other reads are left running on a closed loop, and their threads print
+tracebacks. Here each read is a separate future, and each error names its array.
 """
 
 import collections
@@ -19,11 +20,11 @@ import tensorstore as ts
 from etils import epath
 from jaxtyping import Array
 
-from looplm_jax.checkpoints.errors import DamagedError, RefusedError, UnreadableError, brief
-from looplm_jax.checkpoints.paths import kvstore
-from looplm_jax.errors import UserError
+from looplm_jax.checkpoints._metadata import DamagedError, RefusedError, UnreadableError
+from looplm_jax.checkpoints._paths import kvstore
+from looplm_jax.errors import UserError, brief
 from looplm_jax.files import check_regular, in_bucket
-from looplm_jax.sharding.platform import require_platform
+from looplm_jax.sharding._mesh import require_platform
 
 OS_ERROR = re.compile(r"(?:os_error_code='|OS error )(\d+)")  # in the messages of TensorStore
 
@@ -35,6 +36,39 @@ _STATUS = re.compile(r"([A-Z_]+): ")
 _NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 
 _READ_AHEAD = 2**28  # bytes; the largest arrays come first, while most of the memory is still free
+
+
+# Names
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Returns every leaf under its dotted name, such as `params.core.attention.query`.
+
+    Args:
+      tree: a pytree.
+      prefix: the name of the tree itself.
+
+    Raises:
+      ValueError: two leaves have the same name.
+    """
+    named: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = ".".join(part for part in (prefix, jax.tree_util.keystr(path, simple=True, separator=".")) if part)
+        if name in named:
+            raise ValueError(f"two arrays of the state are called {name!r}")
+        named[name] = leaf
+
+    return named
+
+
+def unflatten(named: dict[str, Any], like: Any, prefix: str = "") -> Any:
+    """Returns a tree with the structure of `like`; the inverse of `flatten`."""
+    return jax.tree.unflatten(jax.tree.structure(like), [named[name] for name in flatten(like, prefix)])
+
+
+def below(named: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Returns the entries that belong to the tree `prefix`: those that `flatten(tree, prefix)` would name."""
+    return {name: leaf for name, leaf in named.items() if not prefix or name == prefix or name.startswith(prefix + ".")}
 
 
 # Reading
@@ -55,7 +89,7 @@ class _Read:
         ).block_until_ready()
 
 
-def load(folder: epath.Path, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
+def load_arrays(folder: epath.Path, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
     """Reads the named arrays below `folder` into the shardings of `targets`.
 
     Reads are issued ahead up to `_READ_AHEAD` bytes, largest arrays first.
