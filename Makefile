@@ -1,4 +1,4 @@
-# Everything a newcomer types. Each target sets up what it needs; the environment lies in .venv.
+# Everything a newcomer types. Each target sets up what it needs; the environment is .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,9 +7,9 @@ RUN := JAX_PLATFORMS=cpu $(BIN)/python
 # Tests start many processes, which need not compile our modules again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test coverage test-slow test-tpu-compile test-transformers4 test-wheel lint types bench setup torch clean
+.PHONY: demo test coverage test-slow test-tpu-compile test-transformers4 wheel test-wheel lint types bench setup torch clean
 
-# PyTorch and what runs our exported models. The older transformers lies beside the newer one, to be put before it.
+# PyTorch and what runs our exported models. The older transformers is beside the newer one, and goes before it on the path.
 TORCH := torch==2.13.0 transformers==5.23.0 peft==0.21.2 accelerate==1.15.0
 TRANSFORMERS4 := transformers==4.57.6 huggingface-hub==0.36.0 tokenizers==0.22.1 datasets==4.8.5 requests==2.34.2 urllib3 certifi \
 	charset_normalizer idna httpx==0.28.1 httpcore==1.0.9 h11==0.16.0 anyio==4.16.0
@@ -35,15 +35,16 @@ test-tpu-compile: $(VENV)/ready-dev  ## compile decoders of up to 2.6B for TPUs,
 test-transformers4: $(VENV)/ready-dev $(VENV)/ready-torch  ## the tests that run transformers, on its version 4
 	PYTHONPATH=$(VENV)/transformers4 $(RUN) -m pytest tests -m transformers
 
-WHEEL := build/wheel
+wheel: $(VENV)/ready-dev  ## build the source distribution and, from it, the wheel: dist/looplm_jax-*
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist .
 
-test-wheel:  ## build the wheel, install it with what it declares where nothing else is, and run every command once
+test-wheel: wheel  ## install the wheel with what it declares where nothing else is, and run every command once
 	rm -rf build
-	$(PYTHON) -m venv $(WHEEL)/env
-	$(WHEEL)/env/bin/pip install --quiet --upgrade pip
-	$(WHEEL)/env/bin/pip wheel --quiet --no-deps --wheel-dir $(WHEEL) .
-	$(WHEEL)/env/bin/pip install --quiet $(WHEEL)/looplm_jax-*.whl
-	$(WHEEL)/env/bin/python tests/install/every_command.py $(WHEEL)/env/bin/looplm
+	$(PYTHON) -m venv build/wheel
+	build/wheel/bin/pip install --quiet --upgrade pip
+	build/wheel/bin/pip install --quiet dist/looplm_jax-*.whl
+	build/wheel/bin/python tests/install/every_command.py build/wheel/bin/looplm
 	rm -rf build
 
 lint: $(VENV)/ready-dev
@@ -79,4 +80,4 @@ $(VENV)/ready-torch: $(VENV)/ready
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build dist *.egg-info

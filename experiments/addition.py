@@ -1,6 +1,6 @@
 """Addition of n numbers (Saunshi et al., arXiv 2502.17416): loops instead of layers, at equal parameters.
 
-    looplm experiment addition --scale cpu
+    python -m experiments addition --scale cpu
 
 Models of k layers looped T times learn to add (`looplm_jax.data.tasks.addition`). Training mixes n = 2, 4, 8, …
 numbers; each test uses one n, including 24, which training never contains.

@@ -1,6 +1,6 @@
 """Capo (paper, 6.1 and B.1): looping adds no storage; bits of knowledge per parameter are the same with loops.
 
-    looplm experiment capo --scale cpu
+    python -m experiments capo --scale cpu
 
 Models of k layers, plain or looped four times, read biographies of N synthetic people (`looplm_jax.data.tasks.capo`),
 worded differently at each exposure, and are then tested on names and facts (`looplm_jax.evaluation.knowledge_loss`).

@@ -1,6 +1,5 @@
-"""The implementation of `looplm experiment`."""
+"""The bodies of `python -m experiments`: run an experiment, list all, or report their results."""
 
-import argparse
 import functools
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from rich.console import Console
 from experiments.experiment import Experiment, Scale
 from experiments.grid import Grid, Share
 from experiments.registry import EXPERIMENTS
-from experiments.results_files import read_results, show, write_results
+from experiments.results_files import COMMAND, read_results, show, write_results
 from looplm_jax.cli.interrupts import leave
 from looplm_jax.errors import UserError, suggest
 from looplm_jax.evaluation import Table
@@ -18,50 +17,51 @@ from looplm_jax.files import pasted
 from looplm_jax.training._stopping import Stopped
 
 
-def run_experiment(arguments: argparse.Namespace) -> int:
+def run_experiment(name: str, *, scale: str, root: Path, out: Path | None, share: str) -> int:
     """Runs a share of an experiment's grid, and reports all finished cells; a signal ends the process.
+
+    Results go to `out`, or to a folder below `root`.
 
     Raises:
       UserError: the name, scale or share is unknown, the grid is empty, or the folder has other results.
     """
-    name = arguments.name
     if name not in EXPERIMENTS:
         raise UserError(f"no such experiment {name!r}{suggest(name, EXPERIMENTS)}")
 
-    experiment, share = EXPERIMENTS[name], Share.parse(arguments.share)
-    scale = _scale(arguments.scale, experiment)
-    cells = experiment.cells(scale)
+    experiment, mine = EXPERIMENTS[name], Share.parse(share)
+    size = _scale(scale, experiment)
+    cells = experiment.cells(size)
     if not cells:
-        raise UserError(f"{name} has no cells at --scale {scale.value}; give it at least one shape and one seed")
+        raise UserError(f"{name} has no cells at --scale {scale}; give it at least one shape and one seed")
 
-    out = arguments.out or arguments.root / name / scale.value
-    grid = Grid(folder=out, experiment=name, scale=scale.value)
+    out = out or root / name / scale
+    grid = Grid(folder=out, experiment=name, scale=scale)
     # Before the first cell: a folder of other results is refused.
     grid.open()
     console = Console(stderr=True, highlight=False)
-    again = f"looplm experiment {name} --scale {scale.value} --out {pasted(out)}"
+    again = f"{COMMAND} {name} --scale {scale} --out {pasted(out)}"
 
     try:
-        outcome = grid.run(cells, functools.partial(experiment.run, console=console), share, console.print)
+        outcome = grid.run(cells, functools.partial(experiment.run, console=console), mine, console.print)
     except Stopped as stopped:
-        leave(console, f"stopped by {stopped.signal.name}; the same command goes on from there", stopped.signal)
+        leave(console, f"stopped by {stopped.signal.name}; the same command resumes from there", stopped.signal)
 
     records, failed = outcome.records, outcome.failed
     if records:
         # Also after a failure, so that finished cells are in the report.
-        written = write_results(out, experiment, scale, records, len(cells), _for_tables())
+        written = write_results(out, experiment, size, records, len(cells), _for_tables())
         print(f"wrote {', '.join(written)} to {out}")
 
     if failed:
         raise UserError(
-            f"not finished: {', '.join(failed)} ({next(iter(failed.values()))}); fix that, and the same command tries "
-            "again; finished cells stay"
+            f"not finished: {', '.join(failed)} ({next(iter(failed.values()))}); fix that and run the same command "
+            "again; finished cells are kept"
         )
 
     if not records:
         print(f"no cell of this share; next: {again}")
         return 0
-    print("next: looplm experiment report" if len(records) == len(cells) else f"next: {again}")
+    print(f"next: {COMMAND} report" if len(records) == len(cells) else f"next: {again}")
     return 0
 
 
@@ -76,7 +76,7 @@ def list_experiments(root: Path) -> int:
 
     columns = ("experiment", "scale", "cells done", "what it tests")
     Console(highlight=False, soft_wrap=True).print(Table(title="experiments", columns=columns, rows=rows).rich())
-    print(f"next: looplm experiment {next(iter(EXPERIMENTS))} --scale cpu")
+    print(f"next: {COMMAND} {next(iter(EXPERIMENTS))} --scale cpu")
     return 0
 
 
@@ -85,7 +85,7 @@ def report_experiments(root: Path) -> int:
     found = sorted(root.glob("*/*/results.json"))
     if not found:
         print(f"looplm: no results in {root}", file=sys.stderr)
-        print(f"next: looplm experiment {next(iter(EXPERIMENTS))} --scale cpu")
+        print(f"next: {COMMAND} {next(iter(EXPERIMENTS))} --scale cpu")
         return 0
 
     console = _for_tables()
@@ -96,7 +96,7 @@ def report_experiments(root: Path) -> int:
         console.print(f"\n{results.experiment}, {results.scale}: {len(results.records)} of {results.cells} cells")
         show(EXPERIMENTS[results.experiment], results.records, console)
 
-    print(f"figures lie beside each results.json in {root}; next: looplm experiment list")
+    print(f"figures are beside each results.json in {root}; next: {COMMAND} list")
     return 0
 
 

@@ -1,6 +1,6 @@
 """Depth and extrapolation (paper, Tables 10 to 13): quality at every number of loops, up to twice the trained number.
 
-    looplm experiment depth --scale cpu
+    python -m experiments depth --scale cpu
 
 A looped model runs at any depth. Published: Ouro's base models are best at the four loops that they were trained with,
 much worse below and slightly worse beyond (MMLU at T = 1..8, in the table); the Thinking models peak at T = 3 to 5.

@@ -1,6 +1,6 @@
 """Early exit (paper, Figure 5; section 5): which exit rule gives the best quality for the fewest loops.
 
-    looplm experiment early-exit --scale cpu
+    python -m experiments early-exit --scale cpu
 
 Compares every policy of `looplm_jax.halting`, with its parameter swept over its whole range, on held-out text: fixed
 depth; Q-exit on the gate after Stage I, after Stage II (Eq. 5 and 6 as published), and after the look-ahead variant of

@@ -1,6 +1,6 @@
 """KV sharing (paper, section 5.4.2 and Table 14): the last loop's keys and values suffice for decoding.
 
-    looplm experiment kv-sharing --scale cpu
+    python -m experiments kv-sharing --scale cpu
 
 Each loop has its own keys and values, so the cache takes T times the memory of a plain model's. In decoding, a model
 may keep one plane for all loops: that of a token's last loop, of its first loop, or the mean

@@ -1,6 +1,6 @@
 """Mano (paper, 6.2 and B.2): looping adds manipulation of knowledge, at equal parameters.
 
-    looplm experiment mano --scale cpu
+    python -m experiments mano --scale cpu
 
 Models of k layers looped T times learn modular arithmetic on expressions in prefix order
 (`looplm_jax.data.tasks.mano`). Without loops they fall far behind as expressions grow; with loops they reach the

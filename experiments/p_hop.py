@@ -1,6 +1,6 @@
 """p-hop induction (Saunshi et al., arXiv 2502.17416): loops instead of layers, at equal parameters.
 
-    looplm experiment p-hop --scale cpu
+    python -m experiments p-hop --scale cpu
 
 Models of k layers looped T times learn to follow p hops through a sequence of symbols (`looplm_jax.data.tasks.p_hop`).
 Sequences are built around a chain of hops, so none is degenerate. A second test draws symbols independently; a quarter

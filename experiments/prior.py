@@ -1,6 +1,6 @@
 """Prior over exit steps (paper, Appendix A and Figure 10): a uniform prior explores all depths and trains best.
 
-    looplm experiment prior --scale cpu
+    python -m experiments prior --scale cpu
 
 The Stage I loss is an expected loss plus beta times the divergence of the exit distribution from a prior (Eq. 4 is the
 uniform case, up to a constant). The experiment trains the same model on the same data and seeds with a uniform prior

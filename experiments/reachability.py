@@ -1,6 +1,6 @@
 """Reachability (paper, B.5, Theorem 2): a looped transformer finds paths in as many loops as their length has bits.
 
-    looplm experiment reachability --scale cpu
+    python -m experiments reachability --scale cpu
 
 There are two parts. The construction: the theorem's weights, set by hand (`experiments.reachability_weights`), against
 breadth-first search on random digraphs of 2 to 64 nodes: sparse ones, trees and paths, whose longest shortest path D

@@ -13,6 +13,8 @@ from looplm_jax import strict_json
 from looplm_jax.errors import UserError
 from looplm_jax.files import write_atomically
 
+COMMAND = "python -m experiments"
+
 
 def write_results(
     out: Path, experiment: Experiment, scale: Scale, records: Sequence[Record], cells: int, console: Console
@@ -102,7 +104,7 @@ def _markdown(
         *(f"## {table.title}\n\n{table.markdown()}" for table in report.tables),
         "\n".join(f"* {finding}" for finding in report.findings),
         *(f"![{name}]({name})" for name in figures),
-        f"`looplm experiment {experiment.name} --scale {scale.value}`",
+        f"`{COMMAND} {experiment.name} --scale {scale.value}`",
     ]
 
     return "\n\n".join(section for section in sections if section) + "\n"

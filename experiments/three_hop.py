@@ -1,6 +1,6 @@
 """Three-hop questions (paper, 6.2 and B.3): with more loops, fewer questions suffice to learn to combine facts.
 
-    looplm experiment three-hop --scale cpu
+    python -m experiments three-hop --scale cpu
 
 A model is trained on a part of all questions about a world of people and relations (`looplm_jax.data.tasks.three_hop`),
 and tested on 3,000 others. It can answer those only by combining facts that it has seen only inside questions. The

@@ -5,7 +5,7 @@ import errno
 import importlib
 import importlib.metadata
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn, Protocol
 
 from looplm_jax.cli.compilation_cache import OFF, keep_compiled_programs
@@ -20,14 +20,13 @@ _COMMANDS = {
     "evaluate": "loss and accuracy at every depth and against mean loops, or tasks of lm-evaluation-harness",
     "generate": "continue a prompt, with as many loops as each token needs",
     "chat": "talk with a model, whose cache is kept between turns",
-    "experiment": "run the experiments of the paper, and show what was found",
     "inspect": "what a checkpoint holds, and whether it is sound",
     "convert": "Hugging Face and PyTorch weights in and out; deeper stacks; dense models",
 }
 
 
 # These commands compile programs, so they have the flag that disables the cache.
-_COMPILING = ("train", "evaluate", "generate", "chat", "experiment")
+_COMPILING = ("train", "evaluate", "generate", "chat")
 
 
 class Command(Protocol):
@@ -66,9 +65,14 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns 0, 2 for a user error, or 128 + n if signal n stopped it."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    return exit_status(lambda: _dispatch(arguments))
+
+
+def exit_status(command: Callable[[], int]) -> int:
+    """Runs a command and returns its exit status. Errors of the user and of the system end in one line."""
     steady_streams()
     try:
-        status = _dispatch(arguments)
+        status = command()
         # Flushed here, so that a closed pipe raises inside the try block.
         sys.stdout.flush()
         return status

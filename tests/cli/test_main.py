@@ -37,8 +37,7 @@ def test_every_command_explains_itself(command, capsys):
         (["trian"], "unknown command 'trian'; did you mean 'train'?"),
         (
             ["dance"],
-            "unknown command 'dance'; "
-            "known: chat, convert, evaluate, experiment, generate, inspect, plan, tokenize, train",
+            "unknown command 'dance'; known: chat, convert, evaluate, generate, inspect, plan, tokenize, train",
         ),
         (["inspect"], "the following arguments are required: checkpoint; see `looplm inspect --help`"),
         (["inspect", "x", "--jsn"], "unknown argument '--jsn'; did you mean '--json'?"),

@@ -8,7 +8,6 @@ from experiments.capo import CAPO
 from experiments.capo_report import capo_report
 from experiments.capo_runs import CapoRun
 from experiments.experiment import Record, Scale
-from looplm_jax.cli.main import main
 
 
 def record(loops, bits, seed=0, people=100):
@@ -67,7 +66,7 @@ def test_figures_are_drawn(tmp_path):
 
 @pytest.mark.slow
 def test_capo_runs_at_smoke_scale(capsys, tmp_path):
-    assert main(["experiment", "capo", "--root", str(tmp_path)]) == 0
+    assert main(["capo", "--root", str(tmp_path)]) == 0
     records = json.loads((tmp_path / "capo" / "smoke" / "results.json").read_text())["records"]
     plain, looped = (record["result"] for record in records)
     assert plain["parameters"] == looped["parameters"]

@@ -10,10 +10,10 @@ from processes import running
 from rich.console import Console
 
 from experiments import command
+from experiments.__main__ import main
 from experiments.experiment import Cell, Record, Report, Scale
 from experiments.grid import Grid, Share
 from experiments.registry import EXPERIMENTS
-from looplm_jax.cli.main import main
 from looplm_jax.errors import UserError
 from looplm_jax.training._stopping import Stopped
 
@@ -148,11 +148,11 @@ class Failing:
 
 def test_a_grid_with_a_cell_that_failed_reports_the_others_and_ends_in_one_line(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(command, "EXPERIMENTS", {"failing": Failing()})
-    assert main(["experiment", "failing", "--root", str(tmp_path)]) == 2
+    assert main(["failing", "--root", str(tmp_path)]) == 2
     printed = capsys.readouterr()
     assert printed.err.splitlines()[-1] == (
-        "looplm: not finished: cell-1 (gave up at step 7); fix that, and the same command tries again; "
-        "finished cells stay"
+        "looplm: not finished: cell-1 (gave up at step 7); fix that and run the same command again; "
+        "finished cells are kept"
     )
     assert "1 finished" in (tmp_path / "failing" / "smoke" / "report.md").read_text()
 
@@ -177,7 +177,7 @@ class Empty:
 )
 def test_bad_arguments_end_in_one_line(arguments, message, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(command, "EXPERIMENTS", {**EXPERIMENTS, "empty": Empty()})
-    assert main(["experiment", *arguments, "--root", str(tmp_path / "root")]) == 2
+    assert main([*arguments, "--root", str(tmp_path / "root")]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
@@ -185,20 +185,20 @@ def test_bad_arguments_end_in_one_line(arguments, message, capsys, monkeypatch, 
 
 
 def test_every_experiment_is_listed_with_its_scales(capsys, tmp_path):
-    assert main(["experiment", "list", "--root", str(tmp_path)]) == 0
+    assert main(["list", "--root", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in EXPERIMENTS)
     assert "0 of 2" in printed
 
 
 def test_a_report_without_results_says_what_to_type(capsys, tmp_path):
-    assert main(["experiment", "report", "--root", str(tmp_path)]) == 0
-    assert "next: looplm experiment mano" in capsys.readouterr().out
+    assert main(["report", "--root", str(tmp_path)]) == 0
+    assert "next: python -m experiments mano" in capsys.readouterr().out
 
 
 def stopped_in_the_second_cell(arguments):
     """Returns a separate process and its output."""
-    command = [sys.executable, "-m", "looplm_jax.cli.main", *arguments]
+    command = [sys.executable, "-m", "experiments", *arguments]
     said = []
     with running(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
         for line in process.stderr:
@@ -210,10 +210,10 @@ def stopped_in_the_second_cell(arguments):
 
 @pytest.mark.slow
 def test_mano_is_stopped_while_it_compiles_goes_on_and_then_does_nothing(capsys, tmp_path):
-    arguments = ["experiment", "mano", "--root", str(tmp_path)]
+    arguments = ["mano", "--root", str(tmp_path)]
     status, said = stopped_in_the_second_cell(arguments)
     assert status == 128 + signal.SIGTERM
-    assert said.endswith("looplm: stopped by SIGTERM; the same command goes on from there\n")
+    assert said.endswith("looplm: stopped by SIGTERM; the same command resumes from there\n")
     assert main(arguments) == 0
     assert "cell 1 of 2, L2-1x1-lr0.001-seed0: finished before" in capsys.readouterr().err
     folder = tmp_path / "mano" / "smoke"
@@ -227,7 +227,7 @@ def test_mano_is_stopped_while_it_compiles_goes_on_and_then_does_nothing(capsys,
     assert "1⊗2" in report
     assert main(arguments) == 0
     assert "finished before" in capsys.readouterr().err
-    assert main(["experiment", "report", "--root", str(tmp_path)]) == 0
+    assert main(["report", "--root", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "mano, smoke: 2 of 2 cells" in shown
     assert "commonest answer" in shown
@@ -250,7 +250,7 @@ def test_results_that_cannot_be_read_are_named_in_one_line(content, message, cap
     path = tmp_path / "mano" / "cpu" / "results.json"
     path.parent.mkdir(parents=True)
     path.write_text(content)
-    assert main(["experiment", "report", "--root", str(tmp_path)]) == 2
+    assert main(["report", "--root", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1

@@ -15,7 +15,6 @@ from experiments.random_digraphs import UNREACHED, distances, draw_digraph
 from experiments.reachability import REACHABILITY
 from experiments.reachability_construction import Construction, loops_needed, try_construction
 from experiments.reachability_weights import initial_state, reachability_weights, reached_after
-from looplm_jax.cli.main import main
 from looplm_jax.data.tasks import make_task
 
 NODES, LOOPS = 6, 5

@@ -8,7 +8,6 @@ from experiments.experiment import Record, Scale
 from experiments.registry import EXPERIMENTS
 from experiments.task_report import shape_table
 from experiments.three_hop import THREE_HOP
-from looplm_jax.cli.main import main
 from looplm_jax.data.tasks import make_task
 
 
@@ -18,7 +17,7 @@ def test_it_runs_at_smoke_scale(name, tests, monkeypatch, tmp_path):
     experiment = EXPERIMENTS[name]
     last = experiment.cells(Scale.SMOKE)[-1:]
     monkeypatch.setattr(type(experiment), "cells", lambda *_: last)
-    assert main(["experiment", name, "--root", str(tmp_path)]) == 0
+    assert main([name, "--root", str(tmp_path)]) == 0
     (record,) = json.loads((tmp_path / name / "smoke" / "results.json").read_text())["records"]
     result = record["result"]
     assert result["shape"] == "1⊗2"

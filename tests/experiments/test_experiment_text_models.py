@@ -16,6 +16,7 @@ from text_fixtures import with_documents
 
 from experiments import command
 from experiments import text_model as text_model_module
+from experiments.__main__ import main
 from experiments.depth import DEPTH
 from experiments.early_exit import AHEAD, EARLY_EXIT, PRINTED, STAGE1
 from experiments.exit_scores import FIXED, GATE, families, score_families
@@ -24,7 +25,6 @@ from experiments.kv_sharing import KV_SHARING, quality, whole_rows
 from experiments.prior_report import UNIFORM
 from experiments.text_model import TextModels
 from experiments.text_scales import TEXT_CELLS
-from looplm_jax.cli.main import main
 from looplm_jax.errors import UserError
 from looplm_jax.evaluation._evaluate import depth_sweep
 from looplm_jax.inference import CacheStrategy
@@ -40,7 +40,7 @@ MODEL = TEXT_CELLS[Scale.SMOKE].model(0)
 def root(tmp_path_factory):
     """Returns a folder in which early-exit was run, so that the text model is trained."""
     root = with_documents(tmp_path_factory.mktemp("experiments"))
-    assert main(["experiment", "early-exit", "--root", str(root)]) == 0
+    assert main(["early-exit", "--root", str(root)]) == 0
     return root
 
 
@@ -78,7 +78,7 @@ def test_early_exit_compares_all_policies_with_both_stages(root):
 def test_the_other_experiments_find_the_model_trained(root, capsys):
     run = next((root / "text-models").glob("demo-seed0-*/stage1"))
     before = (run / "metrics.jsonl").read_bytes()
-    assert main(["experiment", "depth", "--root", str(root)]) == 0
+    assert main(["depth", "--root", str(root)]) == 0
     assert (run / "metrics.jsonl").read_bytes() == before
     assert "compiling stage" not in capsys.readouterr().err
     result = result_of(root, "depth")
@@ -88,7 +88,7 @@ def test_the_other_experiments_find_the_model_trained(root, capsys):
 
 @pytest.mark.slow
 def test_a_share_of_the_grid_of_priors_runs(root):
-    assert main(["experiment", "prior", "--root", str(root), "--share", "1/2"]) == 0
+    assert main(["prior", "--root", str(root), "--share", "1/2"]) == 0
     result = result_of(root, "prior")
     assert result["prior"] == UNIFORM
     assert len(result["held_out"]["loss"]) == 2 * result["loops"] == 8
@@ -100,7 +100,7 @@ def test_a_share_of_the_grid_of_priors_runs(root):
 
 @pytest.mark.slow
 def test_kv_sharing_runs_at_smoke_scale(root):
-    assert main(["experiment", "kv-sharing", "--root", str(root)]) == 0
+    assert main(["kv-sharing", "--root", str(root)]) == 0
     result = result_of(root, "kv-sharing")
     assert result["bytes"]["full"] == 4 * result["bytes"]["last"] == 4 * result["bytes"]["first"]
     assert result["greedy"]["full"] == {"whole": 1.0, "before_first_difference": 1.0}

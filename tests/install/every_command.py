@@ -29,30 +29,46 @@ TINY = {
     "mesh.data": 1,
     "evaluation.sequences": 2,
 }
+# The recipe keeps its model, and takes three short steps.
+SHORT = {"stage.steps": 3, "stage.batch_size": 2, "stage.sequence_length": 64, "stage.warmup_steps": 1, "mesh.data": 1}
+COMMANDS = ("tokenize", "train", "plan", "evaluate", "generate", "chat", "inspect", "convert")
 SENTENCE = "a looped model applies one stack of layers several times and learns when it may stop"
 EXTRA_MISSING = "pip install 'looplm_jax["
 
 
+def flags(values: dict[str, object]) -> list[str]:
+    """Returns the command-line flags that set fields of a recipe."""
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
 def commands(corpus: Path) -> list[tuple[str, ...]]:
     """Returns one line per command, ordered so that each finds the output of earlier ones."""
-    tiny = [word for name, value in TINY.items() for word in (f"--{name}", str(value))]
-    train = ("train", "--recipe", "text-small", "--data", str(corpus), "--data.validation_fraction", "0.3", *tiny)
+    train = (
+        "train",
+        "--recipe",
+        "text-small",
+        "--data",
+        str(corpus),
+        "--data.validation_fraction",
+        "0.3",
+        *flags(TINY),
+    )
     return [
+        ("--version",),
         ("--help",),
+        *((name, "--help") for name in COMMANDS),
+        ("train", "--recipe", "mano-small", *flags(SHORT), "--out", "mano"),
         (*train, "--dry-run"),
         (*train, "--out", "run"),
         ("inspect", "run"),
         ("evaluate", "run", "--sequences", "2", "--max-loops", "2"),
         ("generate", "run", "--prompt", "a looped", "--max-new-tokens", "4", "--exit", "q=0.5"),
-        ("chat", "--help"),
         ("tokenize", str(corpus), "--tokenizer", "run/tokenizer.model", "--sequence-length", "32", "--out", "rows"),
         ("plan", "mano-small", "--topology", "here", "--scale", "tiny"),
         ("convert", "upcycle", "run", "deep", "--layers", "2"),
         ("convert", "to-hf", "run", "exported"),
         ("convert", "from-hf", "exported", "back"),
         ("convert", "from-dense", "--help"),
-        ("experiment", "list"),
-        ("experiment", "mano"),
     ]
 
 

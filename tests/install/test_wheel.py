@@ -1,4 +1,4 @@
-"""An install from the wheel contains the whole package, and works outside the repository."""
+"""The wheel holds the whole library and nothing else, and works outside the repository."""
 
 import os
 import shutil
@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("looplm_jax", "experiments")
 IMPORT_ALL = """
 import importlib, pkgutil, looplm_jax
 names = [module.name for module in pkgutil.walk_packages(looplm_jax.__path__, "looplm_jax.")]
@@ -24,9 +23,8 @@ print(looplm_jax.__file__)
 def files(folder: Path) -> set[str]:
     return {
         str(path.relative_to(folder))
-        for source in SOURCES
-        for path in (folder / source).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts and "results" not in path.parts
+        for path in (folder / "looplm_jax").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
     }
 
 
@@ -34,7 +32,8 @@ def files(folder: Path) -> set[str]:
 def wheel(tmp_path_factory):
     """Builds the wheel from a copy of the sources, because a build leaves files behind."""
     copy = tmp_path_factory.mktemp("sources")
-    for name in SOURCES:
+    # With the experiments, which the wheel must leave out.
+    for name in ("looplm_jax", "experiments", "tests"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
@@ -56,6 +55,15 @@ def installed(wheel, tmp_path_factory):
 def test_the_wheel_holds_every_file(installed):
     assert files(ROOT) - files(installed) == set()
     assert files(installed) - files(ROOT) == set()
+
+
+def test_the_wheel_installs_one_package_and_one_command(installed):
+    (metadata,) = installed.glob("*.dist-info")
+    assert sorted(path.name for path in installed.iterdir()) == ["looplm_jax", metadata.name]
+    assert (metadata / "entry_points.txt").read_text().split("\n")[:2] == [
+        "[console_scripts]",
+        "looplm = looplm_jax.cli.main:main",
+    ]
 
 
 @pytest.mark.slow
