@@ -13,8 +13,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from looplm_jax.cli.compilation_cache import OFF, keep_compiled_programs
-from looplm_jax.cli.home import expand_paths
+from looplm_jax.cli._common import expand_paths
+from looplm_jax.cli._compilation_cache import OFF, keep_compiled_programs
 from looplm_jax.cli.main import Parser, exit_status
 
 _SCALES = ("smoke", "cpu", "gpu", "paper")

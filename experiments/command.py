@@ -10,7 +10,7 @@ from experiments.experiment import Experiment, Scale
 from experiments.grid import Grid, Share
 from experiments.registry import EXPERIMENTS
 from experiments.results_files import COMMAND, read_results, show, write_results
-from looplm_jax.cli.interrupts import leave
+from looplm_jax.cli._common import exit_process
 from looplm_jax.errors import UserError, suggest
 from looplm_jax.evaluation import Table
 from looplm_jax.files import pasted
@@ -44,7 +44,7 @@ def run_experiment(name: str, *, scale: str, root: Path, out: Path | None, share
     try:
         outcome = grid.run(cells, functools.partial(experiment.run, console=console), mine, console.print)
     except Stopped as stopped:
-        leave(console, f"stopped by {stopped.signal.name}; the same command resumes from there", stopped.signal)
+        exit_process(console, f"stopped by {stopped.signal.name}; the same command resumes from there", stopped.signal)
 
     records, failed = outcome.records, outcome.failed
     if records:

@@ -145,7 +145,7 @@ class _Experiment:
 
     def _train(self, run: Run) -> Course:
         """Trains a run unless it is finished. Returns its losses."""
-        from looplm_jax.cli.training_session import run_training
+        from looplm_jax.cli.train import run_training
 
         recipe, folder = self._recipe(run), self._folder(run)
         if _last_evaluation(folder) < recipe.total_steps:

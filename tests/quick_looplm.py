@@ -8,10 +8,10 @@ import sys
 SHUFFLED_PIECES = 256
 
 if __name__ == "__main__":
-    from looplm_jax.cli import training_session
+    from looplm_jax.cli import train
     from looplm_jax.cli.main import main
     from looplm_jax.data import packing
 
     packing._SHUFFLED_PIECES = SHUFFLED_PIECES
-    training_session.write_run_report = lambda *_: []
+    train.write_run_report = lambda *_: []
     sys.exit(main())

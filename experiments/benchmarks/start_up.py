@@ -27,11 +27,11 @@ from looplm_jax.models import presets
 _TASK = "mano"
 _SHARES = """
 import collections, json, sys, time
-from looplm_jax.cli.compilation_cache import keep_compiled_programs
+from looplm_jax.cli._compilation_cache import keep_compiled_programs
 keep_compiled_programs()
 started = time.perf_counter()
 import jax
-from looplm_jax.cli import generation_session
+from looplm_jax.cli import generate
 from looplm_jax.cli.main import main
 
 seconds = collections.Counter({"import": time.perf_counter() - started})
@@ -48,7 +48,7 @@ def timed(*arguments, **options):
     return loaded
 
 jax.monitoring.register_event_duration_secs_listener(count)
-load, generation_session.load = generation_session.load, timed
+load, generate.load = generate.load, timed
 main(sys.argv[1:])
 print(json.dumps(seconds), file=sys.stderr)
 """

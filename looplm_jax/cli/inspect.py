@@ -1,56 +1,49 @@
-"""Show the contents of a checkpoint, and check whether it is valid: every step is read and checked against its digests.
+"""The work of `looplm inspect`: shows the steps of a checkpoint, or the manifest of a prepared corpus."""
 
-For a prepared corpus: how many rows it has, from which sources, and what was left out.
-
-looplm inspect runs/text-small
-"""
-
-import argparse
 import json
 from typing import TYPE_CHECKING
 
+from rich.console import Console
+from rich.table import Table
+
+from looplm_jax.codec import to_dict
+from looplm_jax.data.prepared.folder import is_prepared
+from looplm_jax.data.prepared.manifest import Manifest, Shard
+from looplm_jax.data.prepared.reading import open_prepared
+from looplm_jax.files import pasted
 from looplm_jax.printing import complain, literal, show
 
 if TYPE_CHECKING:
     from looplm_jax.checkpoints import StepReport
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `looplm inspect`."""
-    parser.add_argument("checkpoint", help="a run folder, its checkpoints folder, one step, or a prepared corpus")
-    parser.add_argument("--step", type=int, help="only this step")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+def show_contents(path: str, *, step: int | None, as_json: bool) -> int:
+    """Prints the contents of a folder. Returns 2 if a step is damaged or cannot be checked."""
+    return _show_prepared(path, as_json=as_json) if is_prepared(path) else _show_steps(path, step, as_json=as_json)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Prints the summary. Returns 2 if a step is damaged or cannot be checked."""
-    from looplm_jax.data.prepared.folder import is_prepared
+# Checkpoints
 
-    if is_prepared(arguments.checkpoint):
-        from looplm_jax.cli.prepared_view import show_prepared
 
-        return show_prepared(arguments.checkpoint, as_json=arguments.json)
+def _show_steps(path: str, step: int | None, *, as_json: bool) -> int:
+    """Prints the steps, each checked against its digests. Returns 2 if one is damaged or cannot be checked."""
+    # Imported here, because it loads JAX, which a prepared corpus does not need.
     from looplm_jax.checkpoints import inspect_steps
 
-    reports = inspect_steps(arguments.checkpoint, step=arguments.step)
-    if arguments.json:
+    reports = inspect_steps(path, step=step)
+    if as_json:
         print(json.dumps([report.to_json() for report in reports], indent=2))
     else:
-        _print(arguments.checkpoint, reports)
+        _print_steps(path, reports)
 
-    unsound = [report for report in reports if report.problem]
-    for report in unsound:
+    invalid = [report for report in reports if report.problem]
+    for report in invalid:
         complain(f"step {report.step} {report.problem}")
-    return 2 if unsound else 0
+    return 2 if invalid else 0
 
 
-def _print(path: str, reports: "list[StepReport]") -> None:
-    """Prints one row per step, newest first, and the configuration of the newest readable one."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from looplm_jax.files import pasted
-
+def _print_steps(path: str, reports: "list[StepReport]") -> None:
+    """Prints one row per step, latest first, and the configuration of the latest readable one."""
     table = Table("step", "stage", "parameters", "bytes", "kept", "state")
 
     for report in reversed(reports):
@@ -61,9 +54,64 @@ def _print(path: str, reports: "list[StepReport]") -> None:
         table.add_row(str(report.step), literal(stage), *sizes, kept, state)
     Console(highlight=False).print(table)
 
-    newest = next((report.metadata for report in reports if report.metadata), None)
-    if newest is not None:
-        model = ", ".join(f"{name}={value}" for name, value in newest.config["model"].items())
-        show(f"recipe {newest.config['name']}: {model}")
-        show(f"tokenizer {newest.tokenizer_kind}, sha256 {newest.tokenizer_fingerprint[:16]}…")
+    latest = next((report.metadata for report in reports if report.metadata), None)
+    if latest is not None:
+        model = ", ".join(f"{name}={value}" for name, value in latest.config["model"].items())
+        show(f"recipe {latest.config['name']}: {model}")
+        show(f"tokenizer {latest.tokenizer_kind}, sha256 {latest.tokenizer_fingerprint[:16]}…")
     show(f"next: looplm evaluate {pasted(path)}")
+
+
+# Prepared corpora
+
+
+def _show_prepared(path: str, *, as_json: bool) -> int:
+    """Prints the manifest of a folder without reading any rows. Returns the exit status."""
+    manifest = open_prepared(path).manifest
+    if as_json:
+        print(json.dumps({**to_dict(manifest), "digest": manifest.digest}, indent=2))
+        return 0
+
+    console = Console(highlight=False)
+    console.print(_rows(manifest))
+    console.print(_sources(manifest))
+
+    plan, left_out = manifest.plan, manifest.left_out
+    show(f"tokenizer {plan.tokenizer_kind} of {plan.vocab_size:,} tokens, sha256 {plan.tokenizer[:16]}…")
+    show(f"held out: {plan.validation_fraction:.2%} of the documents; digest {manifest.digest}")
+    show(
+        f"left out: {left_out.bad_records:,} bad records, {left_out.overlapping:,} overlapping evaluations"
+        f"{_in_parentheses(plan.decontaminate)}, {left_out.near_duplicates:,} near-duplicates"
+    )
+    show(f"next: looplm tokenize --verify --out {pasted(path)}")
+    return 0
+
+
+def _rows(manifest: Manifest) -> Table:
+    """Returns the table of the training and validation rows."""
+    table = Table("part", "shards", "rows", "positions", "tokens", "documents", "bytes")
+    for name, shards in (("train", manifest.train), ("validation", manifest.validation)):
+        table.add_row(name, f"{len(shards):,}", *_totals(shards, manifest.plan.sequence_length))
+    return table
+
+
+def _totals(shards: tuple[Shard, ...], length: int) -> list[str]:
+    """Returns the totals of shards: rows, positions, tokens, documents and bytes."""
+    rows = sum(shard.rows for shard in shards)
+    tokens = sum(shard.tokens for shard in shards)
+    documents = sum(shard.documents for shard in shards)
+    size = sum(shard.bytes for shard in shards)
+    return [f"{number:,}" for number in (rows, rows * length, tokens, documents, size)]
+
+
+def _sources(manifest: Manifest) -> Table:
+    """Returns the table of sources."""
+    table = Table("source", "documents read", "bytes of text")
+    for source in manifest.sources:
+        table.add_row(literal(source.path), f"{source.documents:,}", f"{source.bytes:,}")
+    return table
+
+
+def _in_parentheses(text: str) -> str:
+    """Returns the text in parentheses, or nothing if it is empty."""
+    return f" ({text})" if text else ""

@@ -1,15 +1,17 @@
-"""The `looplm` command line: one small module per command. User errors end in one line and exit status 2."""
+"""The `looplm` command line. User errors end in one line and exit status 2.
+
+`flags` has the parsers, `commands` the checks before JAX is imported, and one module per command does the work.
+"""
 
 import argparse
 import errno
-import importlib
 import importlib.metadata
+import inspect
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn, Protocol
+from typing import NoReturn
 
-from looplm_jax.cli.compilation_cache import OFF, keep_compiled_programs
-from looplm_jax.cli.home import expand_paths
+from looplm_jax.cli._compilation_cache import OFF, keep_compiled_programs
 from looplm_jax.errors import UserError, suggest
 from looplm_jax.printing import complain, steady_streams
 
@@ -20,57 +22,28 @@ _COMMANDS = {
     "evaluate": "loss and accuracy at every depth and against mean loops, or tasks of lm-evaluation-harness",
     "generate": "continue a prompt, with as many loops as each token needs",
     "chat": "talk with a model, whose cache is kept between turns",
-    "inspect": "what a checkpoint holds, and whether it is sound",
+    "inspect": "the contents of a checkpoint, and whether it is valid",
     "convert": "Hugging Face and PyTorch weights in and out; deeper stacks; dense models",
 }
-
 
 # These commands compile programs, so they have the flag that disables the cache.
 _COMPILING = ("train", "evaluate", "generate", "chat")
 
+# In these commands, flags that are not configured are fields of the recipe.
+_WITH_OVERRIDES = ("train", "plan")
 
-class Command(Protocol):
-    """The interface of a command's module.
-
-    A module that defines `OVERRIDES = True` receives the flags that it did not configure in `overrides`.
-    """
-
-    def configure(self, parser: argparse.ArgumentParser) -> None:
-        """Adds the command's arguments."""
-
-    def run(self, arguments: argparse.Namespace) -> int:
-        """Runs the command and returns the exit status."""
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser that raises UserError, with a suggestion for a misspelled flag."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raises UserError instead of printing the usage."""
-        prefix = "unrecognized arguments: "
-        if message.startswith(prefix):
-            flag = message.removeprefix(prefix).split()[0]
-            otherwise = f"; `{self.prog} --help` lists the flags"
-            hint = suggest(flag.partition("=")[0], self.known_flags(), otherwise)
-            raise UserError(f"unknown argument {flag!r}{hint}")
-        raise UserError(f"{message}; see `{self.prog} --help`")
-
-    def known_flags(self) -> list[str]:
-        """Returns every configured flag, including those of subcommands."""
-        own = [option for action in self._actions for option in action.option_strings]
-        groups = [action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)]
-        return own + [flag for group in groups for parser in group.values() for flag in parser.known_flags()]
+Run = Callable[[argparse.Namespace], int]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns 0, 2 for a user error, or 128 + n if signal n stopped it."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    steady_streams()
     return exit_status(lambda: _dispatch(arguments))
 
 
 def exit_status(command: Callable[[], int]) -> int:
     """Runs a command and returns its exit status. Errors of the user and of the system end in one line."""
-    steady_streams()
     try:
         status = command()
         # Flushed here, so that a closed pipe raises inside the try block.
@@ -92,6 +65,20 @@ def exit_status(command: Callable[[], int]) -> int:
         return _fail(f"{error.filename}: {error.strerror}")
 
 
+def _fail(message: str, status: int = 2) -> int:
+    """Prints an error and returns the exit status."""
+    complain(message)
+    return status
+
+
+def _at(error: OSError) -> str:
+    """Returns the file of an error, as a phrase for the message."""
+    return f" while writing {error.filename}" if error.filename else ""
+
+
+# Dispatch
+
+
 def _dispatch(arguments: list[str]) -> int:
     """Parses the arguments and runs the command that they name."""
     name = arguments[0] if arguments else "--help"
@@ -104,34 +91,33 @@ def _dispatch(arguments: list[str]) -> int:
     if name not in _COMMANDS:
         raise UserError(f"unknown command {name!r}{suggest(name, _COMMANDS)}")
 
-    # The module of the command is imported only now: `looplm --help` must not load JAX.
-    command: Command = importlib.import_module(f"looplm_jax.cli.{name}")
+    # Imported only now, because `looplm --help` does not need the recipes.
+    from looplm_jax.cli import commands, flags
+    from looplm_jax.cli._common import expand_paths
+
+    # A command is a pair of functions, for example `flags.configure_train` and `commands.run_train`.
+    run: Run = getattr(commands, f"run_{name}")
     parser = Parser(
         prog=f"looplm {name}",
-        description=command.__doc__,
+        description=inspect.getdoc(run),
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-
-    command.configure(parser)
+    getattr(flags, f"configure_{name}")(parser)
     if name in _COMPILING:
         parser.add_argument(OFF, action="store_true", help="do not keep compiled programs in ~/.cache/looplm_jax")
 
-    if not getattr(command, "OVERRIDES", False):
+    if name in _WITH_OVERRIDES:
+        namespace, overrides = parser.parse_known_args(arguments[1:])
+        namespace.overrides, namespace.flags = overrides, parser.known_flags()
+    else:
         namespace = parser.parse_args(arguments[1:])
-        return _run(command, namespace)
-    # Unknown flags are fields of the recipe, which the command checks.
-    namespace, overrides = parser.parse_known_args(arguments[1:])
-    namespace.overrides, namespace.flags = overrides, parser.known_flags()
-    return _run(command, namespace)
-
-
-def _run(command: Command, namespace: argparse.Namespace) -> int:
-    """Runs a command after enabling the compilation cache, which has to precede the import of JAX."""
     expand_paths(namespace)
+
+    # The cache has to be configured before JAX is imported.
     if not getattr(namespace, "no_compilation_cache", True):
         keep_compiled_programs()
-    return command.run(namespace)
+    return run(namespace)
 
 
 def _overview() -> str:
@@ -141,15 +127,24 @@ def _overview() -> str:
     return "\n".join([*lines, "", "`looplm COMMAND --help` says more."])
 
 
-def _fail(message: str, status: int = 2) -> int:
-    """Prints an error and returns the exit status."""
-    complain(message)
-    return status
+class Parser(argparse.ArgumentParser):
+    """An argument parser that raises UserError, with a suggestion for a misspelled flag."""
 
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError instead of printing the usage."""
+        prefix = "unrecognized arguments: "
+        if message.startswith(prefix):
+            flag = message.removeprefix(prefix).split()[0]
+            otherwise = f"; `{self.prog} --help` lists the flags"
+            hint = suggest(flag.partition("=")[0], self.known_flags(), otherwise)
+            raise UserError(f"unknown argument {flag!r}{hint}")
+        raise UserError(f"{message}; see `{self.prog} --help`")
 
-def _at(error: OSError) -> str:
-    """Returns the file of an error, as a phrase for the message."""
-    return f" while writing {error.filename}" if error.filename else ""
+    def known_flags(self) -> list[str]:
+        """Returns every configured flag, including those of subcommands."""
+        own = [option for action in self._actions for option in action.option_strings]
+        groups = [action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+        return own + [flag for group in groups for parser in group.values() for flag in parser.known_flags()]
 
 
 if __name__ == "__main__":

@@ -1,140 +1,231 @@
-"""Compile the train step of each stage of a recipe for a TPU slice that need not exist here, and report its cost.
+"""The work of `looplm plan`: shows progress while programs compile, prints the plans, and suggests the next command."""
 
-With --decode: compile a tick of the engine, which generates text, instead of the train steps.
-
-    looplm plan ouro-1.4b --topology v5e:16x16
-    looplm plan ouro-1.4b --topology v5p:8x8x8 --slices 2 --stage long-context --json plan.json
-    looplm plan ouro-1.4b --decode --topology v5e:1x1 --slots 8 --capacity 2048 --loops-mean 2.3
-
-Reports whether it fits, bytes by kind, what devices send each other, and a lower bound of the time; if it does not fit,
-what to change. Needs neither a TPU nor a network. Fields of the recipe are flags, as in `looplm train`.
-"""
-
-import argparse
+import dataclasses
+import functools
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
-from looplm_jax.cli.chosen_recipe import chosen_recipe, recipe_or_checkpoint, with_overrides
-from looplm_jax.codec import parse_flags
-from looplm_jax.errors import UserError
-from looplm_jax.recipes import RECIPES, Scale
+from rich.console import Console
 
-OVERRIDES = True
-_OF_STAGES = ("search", "limit", "write", "slices", "stage")
-_OF_DECODE = ("slots", "capacity", "page_size", "pages", "filled", "cache", "loops_mean")
+from looplm_jax import strict_json
+from looplm_jax.cli._common import exit_process
+from looplm_jax.cli._plan_tables import print_decode, print_search, print_stage
+from looplm_jax.codec import to_dict
+from looplm_jax.config import Recipe, Stage, TopologySettings
+from looplm_jax.errors import UserError, suggest
+from looplm_jax.files import pasted
+from looplm_jax.planning._decode_plan import DecodeRequest, check_heads, plan_decode
+from looplm_jax.planning._search import Candidate, fastest_settings, search
+from looplm_jax.planning._stage_plan import StagePlan, plan_stage
+from looplm_jax.planning._targets import HERE, Target, find_target
+from looplm_jax.printing import show, visible
+from looplm_jax.recipes._topologies import on_topology, settings_in_use, with_settings
+from looplm_jax.sharding import topology_name
+from looplm_jax.training._compile import stage_mesh
+from looplm_jax.training._progress import progress_console
+from looplm_jax.training._stopping import Stopped, StopRequest
 
-
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `looplm plan`."""
-    parser.add_argument("recipe", help=f"{', '.join(RECIPES)}, or a .json file; with --decode also a checkpoint")
-    parser.add_argument(
-        "--topology", required=True, help="a slice, such as v5e:16x16 or v5p:4x8x8; or here: the attached devices"
-    )
-    parser.add_argument("--slices", type=int, help="how many such slices (default: 1)")
-    parser.add_argument("--stage", action="append", metavar="NAME", help="only this stage; may be repeated")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything to this file too")
-
-    parser.add_argument(
-        "--search",
-        action="store_true",
-        help="try accumulation, remat, mesh, gathering and reduction; print the best choices",
-    )
-    parser.add_argument(
-        "--write",
-        type=Path,
-        metavar="FILE",
-        help="--search: write the recipe with the fastest choices, as settings for the topology, to this .json",
-    )
-    parser.add_argument(
-        "--limit", type=int, help="--search: programs compiled for a stage, the most promising (default: 8)"
-    )
-
-    parser.add_argument(
-        "--scale",
-        choices=[scale.value for scale in Scale],
-        default=Scale.FULL.value,
-        help="tiny: every stage of the recipe at a thousandth of the size (default: full)",
-    )
-
-    decode = parser.add_argument_group("a tick of the engine")
-    decode.add_argument("--decode", action="store_true", help="plan one tick of the engine instead of the train steps")
-    decode.add_argument("--slots", type=int, metavar="N", help="requests at one time (default: 8)")
-    decode.add_argument("--capacity", type=int, metavar="N", help="positions of the longest request (default: 2048)")
-    decode.add_argument("--page-size", type=int, metavar="N", help="positions of a page of the cache (default: 128)")
-    decode.add_argument(
-        "--pages",
-        type=int,
-        metavar="N",
-        help="pages that all slots share (default: as many as all need for the longest request)",
-    )
-    decode.add_argument("--filled", type=int, metavar="N", help="positions of each slot in use (default: half of them)")
-    decode.add_argument(
-        "--cache",
-        choices=["full", "last", "average", "first"],
-        help="loops whose keys and values are kept (default: full)",
-    )
-    decode.add_argument("--loops-mean", type=float, metavar="T", help="loops of a token on average, if some exit early")
+R = TypeVar("R")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Plans, prints and writes. Returns 1 if a stage, or the tick, does not fit."""
-    _refuse_without_effect(arguments)
-    if arguments.decode:
-        return _run_decode(arguments)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """Options of a user.
 
-    recipe = chosen_recipe(arguments.recipe, arguments.scale)
-    recipe = with_overrides(recipe, arguments.overrides, arguments.flags, "plan")
-    from looplm_jax.cli.plan_session import PlanRequest, run_plan
+    `typed` is the recipe as the user typed it; `given` has the dotted paths of the fields that flags set.
+    """
 
-    return run_plan(
-        PlanRequest(
-            recipe=recipe,
-            typed=arguments.recipe,
-            given=frozenset(parse_flags(arguments.overrides)),
-            topology=arguments.topology,
-            slices=1 if arguments.slices is None else arguments.slices,
-            stages=tuple(arguments.stage or ()),
-            out=arguments.json,
-            search=arguments.search,
-            limit=8 if arguments.limit is None else arguments.limit,
-            write=arguments.write,
+    recipe: Recipe
+    typed: str
+    given: frozenset[str] = frozenset()
+    topology: str
+    slices: int = 1
+    stages: tuple[str, ...] = ()
+    out: Path | None = None
+    search: bool = False
+    limit: int = 8
+    write: Path | None = None
+
+
+class _Progress:
+    """Shows what is being compiled. A signal ends the process at once, because a compilation cannot be interrupted."""
+
+    def __init__(self, console: Console, stop: StopRequest):
+        self._console, self._stop = console, stop
+
+    def compile(self, what: str, function: Callable[[], R]) -> R:
+        """Returns `function()`, showing `what` meanwhile, on a terminal with the elapsed seconds."""
+        # A log gets one line instead of a moving bar.
+        if not self._console.is_terminal:
+            self._console.print(f"compiling {what}")
+            return self._stop.run(function)
+        from rich import progress as bars
+
+        text = bars.TextColumn("{task.description}", markup=False)
+        columns = bars.SpinnerColumn(), text, bars.TimeElapsedColumn()
+        with bars.Progress(*columns, console=self._console, transient=True) as bar:
+            bar.add_task(visible(f"compiling {what}"))
+            return self._stop.run(function)
+
+
+def plan_stages(request: PlanOptions) -> int:
+    """Plans every requested stage. Returns 1 if one does not fit; a signal ends the process."""
+    _check_out(request.out)
+    _check_write(request.write)
+    target = find_target(request.topology, request.slices)
+    if not request.search:
+        request = dataclasses.replace(
+            request, recipe=on_topology(request.recipe, topology_name(target.devices), request.given)
         )
+    stages = _chosen_stages(request)
+    for stage in stages:
+        stage_mesh(request.recipe, stage, target.devices)  # refuses a bad mesh before compiling
+    console, out = progress_console(), Console(highlight=False, soft_wrap=True)
+
+    if not request.search and (settings := settings_in_use(request.recipe)):
+        out.print(settings, markup=False)
+    with StopRequest() as stop:
+        try:
+            progress = _Progress(console, stop)
+            plan = _search_all if request.search else _plan_all
+            found, fits = plan(request, stages, target, progress, out)
+        except Stopped as stopped:
+            exit_process(console, f"stopped by {stopped.signal.name}; nothing was written", stopped.signal)
+
+    _write_plan(request.out, found)
+    show(_next(request, fits))
+    return 0 if fits else 1
+
+
+def plan_tick(recipe: Recipe, request: DecodeRequest, *, typed: str, topology: str, out: Path | None) -> int:
+    """Plans a tick, then prints and writes the plan. Returns 1 if it does not fit; a signal ends the process."""
+    # All checks precede the compilation, which may take minutes.
+    _check_out(out)
+    request.check(recipe.model)
+
+    target = find_target(topology)
+    if target.devices[0].platform != "tpu":
+        raise UserError(f"--decode plans for TPUs, unlike {target.name}; choose a slice such as v5e:1x1")
+    check_heads(recipe.model, target)
+
+    console = progress_console()
+    with StopRequest() as stop:
+        try:
+            what = f"a tick of {request.slots} slots for {target.name}"
+            plan = _Progress(console, stop).compile(
+                what, lambda: plan_decode(recipe.model, recipe.compute, request, target)
+            )
+        except Stopped as stopped:
+            exit_process(console, f"stopped by {stopped.signal.name}; nothing was written", stopped.signal)
+
+    print_decode(typed, plan, Console(highlight=False, soft_wrap=True))
+    _write_plan(out, [plan.to_json()])
+    if not plan.fits:
+        show("next: the same command with one of the changes above")
+    return 0 if plan.fits else 1
+
+
+# Planning and searching
+
+
+def _plan_all(
+    request: PlanOptions, stages: Sequence[Stage], target: Target, progress: _Progress, out: Console
+) -> tuple[list[dict], bool]:
+    """Plans each stage. Returns the plans as JSON values, and whether all of them fit."""
+    plans: list[StagePlan] = []
+    for number, stage in enumerate(stages, 1):
+        what = f"stage {stage.name} ({number} of {len(stages)}) for {target.name}"
+        plans.append(progress.compile(what, functools.partial(plan_stage, request.recipe, stage, target)))
+        print_stage(plans[-1], out)
+    return [dataclasses.asdict(plan) for plan in plans], all(plan.fits for plan in plans)
+
+
+def _search_all(
+    request: PlanOptions, stages: Sequence[Stage], target: Target, progress: _Progress, out: Console
+) -> tuple[list[dict], bool]:
+    """Searches each stage. Returns the trials as JSON values, and whether every stage has one that fits."""
+    found: list[dict] = []
+    chosen: dict[str, TopologySettings] = {}
+    for stage in stages:
+        # `name` is a default argument, so that it is bound in this iteration.
+        def compiled(candidate: Candidate, number: int, count: int, name: str = stage.name) -> StagePlan:
+            what = f"stage {name} with {candidate.flags} ({number} of {count}) for {target.name}"
+            return progress.compile(what, lambda: plan_stage(candidate.recipe, candidate.stage, target))
+
+        result = search(request.recipe, stage, target, compiled, limit=request.limit)
+        print_search(stage.name, result, out)
+        if result.best:
+            chosen[stage.name] = fastest_settings(result)
+        found += [{"flags": trial.candidate.flags, **dataclasses.asdict(trial.plan)} for trial in result.trials]
+    _write_recipe(request, chosen)
+    return found, len(chosen) == len(stages)
+
+
+# Checks before planning
+
+
+def _chosen_stages(request: PlanOptions) -> list[Stage]:
+    """Returns the requested stages, or all. Raises UserError for an unknown name."""
+    names = [stage.name for stage in request.recipe.stages]
+    for name in request.stages:
+        if name not in names:
+            raise UserError(f"recipe {request.recipe.name!r} has no stage {name!r}{suggest(name, names)}")
+    return [stage for stage in request.recipe.stages if not request.stages or stage.name in request.stages]
+
+
+def _check_out(out: Path | None) -> None:
+    """Raises UserError if the file exists or cannot be written."""
+    if out is not None and out.exists():
+        raise UserError(f"{out} exists already; name another file, or remove it")
+    if out is not None and not out.absolute().parent.is_dir():
+        raise UserError(f"there is no folder {out.parent} to write {out.name} to")
+
+
+def _check_write(out: Path | None) -> None:
+    """Raises UserError if `--write` cannot be used."""
+    _check_out(out)
+    if out is not None and out.suffix != ".json":
+        raise UserError(f"--write {out} must end in .json, as recipes do")
+
+
+# After planning
+
+
+def _write_recipe(request: PlanOptions, chosen: Mapping[str, TopologySettings]) -> None:
+    """Writes the recipe with the chosen settings of each stage that fits, if requested and if one fits."""
+    if request.write is None or not chosen:
+        return
+    recipe = request.recipe
+    stages = tuple(
+        with_settings(stage, chosen[stage.name]) if stage.name in chosen else stage for stage in recipe.stages
     )
+    recipe = dataclasses.replace(recipe, stages=stages)
+    request.write.write_text(strict_json.dumps(to_dict(recipe), indent=2) + "\n")
+    show(f"wrote {request.write}")
 
 
-def _run_decode(arguments: argparse.Namespace) -> int:
-    """Plans a tick of the engine."""
-    recipe = recipe_or_checkpoint(arguments.recipe, arguments.scale)
-    recipe = with_overrides(recipe, arguments.overrides, arguments.flags, "plan")
-    from looplm_jax.cli.decode_plan_session import run_decode_plan
-    from looplm_jax.inference import CacheStrategy
-    from looplm_jax.planning._decode_plan import DecodeRequest
-
-    given = {name: getattr(arguments, name) for name in ("slots", "page_size", "pages", "filled", "loops_mean")}
-    given["capacity"] = arguments.capacity
-    if arguments.capacity is None:
-        # The default must fit models with fewer positions.
-        given["capacity"] = min(DecodeRequest.capacity, recipe.model.max_positions)
-    if arguments.cache is not None:
-        given["cache"] = CacheStrategy(arguments.cache)
-
-    request = DecodeRequest(**{name: value for name, value in given.items() if value is not None})
-    return run_decode_plan(recipe, request, given=arguments.recipe, topology=arguments.topology, out=arguments.json)
+def _write_plan(out: Path | None, plan: list[dict]) -> None:
+    """Writes a plan as JSON, if requested."""
+    if out is not None:
+        out.write_text(strict_json.dumps(plan, indent=2) + "\n")
+        show(f"wrote {out}")
 
 
-def _refuse_without_effect(arguments: argparse.Namespace) -> None:
-    """Raises UserError for a flag of the other kind of plan."""
-    if arguments.write is not None and not arguments.search and not arguments.decode:
-        raise UserError("--write has no effect without --search; add --search")
+def _next(request: PlanOptions, fits: bool) -> str:
+    """Returns the command to run next."""
+    if not fits:
+        return "next: the same command with one of the changes above, or --search"
 
-    unused = _OF_STAGES if arguments.decode else _OF_DECODE
-    named = [name for name in unused if getattr(arguments, name) not in (None, False)]
-    if named:
-        flag = f"--{named[0].replace('_', '-')}"
-        remedy = "leave one of them out" if arguments.decode else "add --decode"
-        raise UserError(f"{flag} has no effect {'with' if arguments.decode else 'without'} --decode; {remedy}")
+    if request.write is not None:
+        return (
+            f"next: looplm plan {pasted(str(request.write))} --topology {shlex.quote(request.topology)}  # all stages"
+        )
 
-    if arguments.decode:
-        for path in parse_flags(arguments.overrides):
-            # Fields of training have no effect on a tick.
-            if "." in path and not path.startswith("model.") and path != "compute.dtype":
-                raise UserError(f"--{path} has no effect with --decode; only --model.* and --compute.dtype do")
+    if request.search:
+        command = f"looplm plan {pasted(request.typed)} --topology {shlex.quote(request.topology)}"
+        return f"next: {command}  # with the flags you like best, or the same command with --write FILE.json"
+
+    where = "" if request.topology == HERE else f"on {request.topology}, "
+    return f"next: looplm train --recipe {pasted(request.typed)} --data.root YOUR_DATA  # {where}with the same flags"

@@ -1,144 +1,204 @@
-"""Prepare a corpus: convert documents to rows of tokens, which training reads in random order, also from a bucket.
+"""The work of `looplm tokenize`: shows progress, stops cleanly on a signal, and reports what was written."""
 
-    looplm tokenize 'mine/*.jsonl' --tokenizer tokenizer.model --sequence-length 4096 --out prepared
-    looplm train --data prepared --stage.sequence_length 4096
+import os
+import signal
+import time
+from types import FrameType
 
-The same command resumes a run that stopped for any reason, with any number of workers.
-"""
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
-import argparse
+from looplm_jax.data.prepared.folder import PreparedFolder
+from looplm_jax.data.prepared.manifest import Manifest
+from looplm_jax.data.prepared.plan import Order
+from looplm_jax.data.prepared.pool import Progress as Advance
+from looplm_jax.data.prepared.prepare import prepare
+from looplm_jax.data.prepared.reading import open_prepared
+from looplm_jax.data.prepared.verification import verify
+from looplm_jax.files import pasted
+from looplm_jax.printing import complain, show
+from looplm_jax.recipes import named_recipe
+from looplm_jax.stop_signals import stop_signals
+from looplm_jax.training._progress import progress_console
 
-from looplm_jax.codec import leaves
-from looplm_jax.config import DataConfig, OnBadRecord, ReadLimits, RecordKind, SourceConfig
-from looplm_jax.errors import UserError
-from looplm_jax.printing import complain
+_SECONDS_BETWEEN_LINES = 15.0
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `looplm tokenize`."""
-    parser.add_argument(
-        "sources",
-        nargs="*",
-        metavar="SOURCE",
-        help="a glob, a folder or an fsspec URL of .jsonl, .txt, .parquet, .arrayrecord, compressed or not; "
-        "or huggingface:dataset,split=...",
+class _Stopped(BaseException):
+    """A signal asked the command to stop."""
+
+    def __init__(self, number: signal.Signals):
+        self.number = number
+
+
+def prepare_corpus(order: Order, out: str, workers: int | None) -> int:
+    """Prepares a corpus. Returns the exit status: 128 + n if signal n stopped it."""
+    # The exception unwinds through `prepare`, which stops its workers.
+    before = {number: signal.signal(number, _stop) for number in stop_signals()}
+
+    try:
+        with _TokenizeProgress() as progress:
+            workers = workers or os.cpu_count() or 1
+            manifest = prepare(order, out, workers=workers, watcher=progress, say=progress.say)
+    except _Stopped as stopped:
+        number = stopped.number
+        complain(f"stopped by {number.name}; the same command resumes there")
+        return 128 + number
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    _print_summary(manifest, out)
+    return 0
+
+
+def verify_corpus(out: str) -> int:
+    """Reads every shard again. Returns 2 if one is damaged."""
+    corpus = open_prepared(out)
+    damage = verify(corpus)
+    for line in damage:
+        complain(str(line))
+
+    if not damage:
+        manifest = corpus.manifest
+        size = sum(shard.bytes for shard in manifest.shards)
+        print(f"{out} is sound: {len(manifest.shards)} shards, {size:,} bytes, as they were written")
+
+    return 2 if damage else 0
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Handles a signal by raising `_Stopped` in the main thread."""
+    del frame
+    raise _Stopped(signal.Signals(number))
+
+
+def _print_summary(manifest: Manifest, out: str) -> None:
+    """Prints the totals, what was left out, and the command to run next."""
+    documents = sum(source.documents for source in manifest.sources)
+    # Fraction of positions that are tokens, not padding.
+    used = manifest.tokens / (manifest.rows * manifest.plan.sequence_length)
+    held_out = sum(shard.rows for shard in manifest.validation)
+
+    print(
+        f"{documents:,} documents became {manifest.tokens:,} tokens in {manifest.rows:,} rows of "
+        f"{manifest.plan.sequence_length}, {used:.1%} full, and {held_out:,} rows held out"
     )
 
-    parser.add_argument(
-        "--tokenizer", metavar="PATH", help="a SentencePiece .model, a tokenizer.json or a Hugging Face folder"
-    )
-    parser.add_argument("--sequence-length", type=int, metavar="S", help="positions of a row")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="a new folder, here or at gs://")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
-
-    parser.add_argument(
-        "--validation-fraction",
-        type=float,
-        metavar="F",
-        default=DataConfig().validation_fraction,
-        help="share of documents held out, chosen by a hash of their text (default: %(default)s)",
-    )
-
-    parser.add_argument("--text-key", metavar="NAME", help="field or column that holds the text (default: text)")
-    parser.add_argument("--chat", action="store_true", help="records are chats: only the assistant's turns are learnt")
-    parser.add_argument(
-        "--messages-key", metavar="NAME", help="field or column that holds the messages of a chat (default: messages)"
-    )
-    parser.add_argument(
-        "--special-tokens",
-        action="store_true",
-        help="names of special tokens in the text, such as <|im_end|>, become these tokens (default: they are text)",
-    )
-
-    parser.add_argument(
-        "--on-bad-record",
-        choices=[choice.value for choice in OnBadRecord],
-        default=OnBadRecord.STOP.value,
-        help="what a record that cannot be read does (default: %(default)s)",
-    )
-
-    parser.add_argument(
-        "--decontaminate",
-        action="append",
-        metavar="FILES",
-        default=[],
-        help="evaluation items, one a line of .jsonl or .txt: documents that hold words of theirs are left out; may "
-        "be repeated",
-    )
-    parser.add_argument(
-        "--ngram", type=int, metavar="N", default=13, help="how many words in a row (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--near-duplicates",
-        type=float,
-        metavar="SIMILARITY",
-        default=0.0,
-        help="leave out documents that are so much like an earlier one, 0.8 for example (default: keep all)",
-    )
-
-    # The same flags and help texts as the fields of a recipe.
-    for leaf in leaves(ReadLimits()):
-        parser.add_argument(
-            f"--data.limits.{leaf.path}",
-            type=int,
-            metavar="N",
-            default=leaf.value,
-            dest=f"limit_{leaf.path}",
-            help=f"{leaf.help} (default: %(default)s)",
+    left_out = manifest.left_out
+    if left_out.bad_records:
+        show(f"left out: {left_out.bad_records:,} bad records, the first {left_out.first_bad_record}")
+    if left_out.overlapping or left_out.near_duplicates:
+        print(
+            f"left out: {left_out.overlapping:,} documents that overlap evaluations, {left_out.near_duplicates:,} "
+            "near-duplicates; cleaning.md says more"
+        )
+    if left_out.pieces_without_target:
+        print(
+            f"left out: {left_out.pieces_without_target:,} of {left_out.pieces:,} pieces of chats "
+            f"({left_out.pieces_without_target / left_out.pieces:.1%}), in which the assistant says nothing"
         )
 
-    parser.add_argument("--verify", action="store_true", help="read every shard again; without sources, do only that")
+    folder = PreparedFolder(out)
+    show(f"wrote {len(manifest.train)} shards to train on, {len(manifest.validation)} held out, to {folder.path}")
+    show(f"next: {_next_command(manifest, out)}")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Prepares or verifies a corpus, and prints what was written and which command to run next.
+def _next_command(manifest: Manifest, out: str) -> str:
+    """Returns a command that trains the default recipe on the corpus, with the fields that have to differ."""
+    recipe, plan = named_recipe("text-small"), manifest.plan
+    command = ["looplm", "train", "--data", pasted(out)]
 
-    Returns the exit status.
-    """
-    from looplm_jax.cli.tokenize_session import prepare_corpus, verify_corpus
-    from looplm_jax.data.prepared.plan import Order
-    from looplm_jax.data.tokenizers import load_tokenizer
+    if any(stage.sequence_length != plan.sequence_length for stage in recipe.stages):
+        command += ["--stage.sequence_length", str(plan.sequence_length)]
+    if recipe.model.max_positions < plan.sequence_length:
+        command += ["--model.max_positions", str(plan.sequence_length)]
+    if recipe.model.vocab_size != plan.vocab_size:
+        command += ["--model.vocab_size", str(plan.vocab_size)]
 
-    if arguments.sources:
-        _check(arguments)
-        order = Order(
-            sources=_sources(arguments),
-            tokenizer=load_tokenizer(arguments.tokenizer, warn=complain),
-            sequence_length=arguments.sequence_length,
-            validation_fraction=arguments.validation_fraction,
-            on_bad_record=OnBadRecord(arguments.on_bad_record),
-            decontaminate=tuple(arguments.decontaminate),
-            ngram=arguments.ngram,
-            near_duplicates=arguments.near_duplicates,
-            limits=ReadLimits(**{leaf.path: getattr(arguments, f"limit_{leaf.path}") for leaf in leaves(ReadLimits())}),
+    return " ".join(command)
+
+
+# Progress
+
+
+class _TokenizeProgress:
+    """Documents, tokens, text per second and time left, over all work units of a pass."""
+
+    def __init__(self, console: Console | None = None):
+        self._console = console or progress_console()
+        self._bar = Progress(
+            TextColumn("{task.description}", style="bold", markup=False),
+            BarColumn(bar_width=24),
+            DownloadColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+            transient=True,
         )
-        status = prepare_corpus(order, arguments.out, arguments.workers)
-        if status or not arguments.verify:
-            return status
-    elif not arguments.verify:
-        raise UserError("there is nothing to prepare; name files, for example looplm tokenize 'mine/*.jsonl'")
 
-    return verify_corpus(arguments.out)
+        self._what = ""
+        self._total = self._done = self._before = 0
+        self._documents = self._tokens = self._bytes = 0
+        self._started = self._last_line = 0.0
 
+    def __enter__(self) -> "_TokenizeProgress":
+        self._bar.start()
+        return self
 
-def _check(arguments: argparse.Namespace) -> None:
-    """Raises UserError for missing or invalid arguments."""
-    if not arguments.tokenizer:
-        raise UserError(
-            "say which tokenizer: --tokenizer PATH, a SentencePiece .model, a tokenizer.json or a Hugging Face folder"
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def say(self, line: str) -> None:
+        """Prints a line above the bar."""
+        self._console.print(line)
+
+    def begin(self, what: str, *, bytes: int, done: int) -> None:
+        """Starts a pass over all work units: `bytes` of files in total, `done` of them finished by earlier runs."""
+        self._what, self._total, self._done, self._before = what, bytes, done, done
+        self._documents = self._tokens = self._bytes = 0
+        self._started = self._last_line = time.monotonic()
+
+        for task in self._bar.task_ids:
+            self._bar.remove_task(task)
+        self._task = self._bar.add_task(what, total=bytes, completed=done, status="")
+
+        again = f", {done:,} of them done before" if done else ""
+        self._console.print(f"{what}: {bytes:,} bytes of files{again}")
+
+    def advance(self, progress: Advance) -> None:
+        """Adds the progress of a worker."""
+        self._documents += progress.documents
+        self._tokens += progress.tokens
+        self._bytes += progress.bytes
+        self._show()
+
+    def finish_unit(self, bytes: int) -> None:
+        """Records that a work unit with this many bytes of files is finished."""
+        self._done += bytes
+        self._show()
+
+    def _show(self) -> None:
+        """Updates the bar; without a terminal, prints a line if the last one is old enough."""
+        now = time.monotonic()
+        # The clock may not have advanced.
+        seconds = max(now - self._started, 1e-9)
+        status = (
+            f"{self._documents:,} documents  {self._tokens:,} tokens  {self._bytes / seconds / 1e6:.1f} MB/s  "
+            f"{self._time_left(seconds)} left"
         )
-    if arguments.sequence_length is None:
-        raise UserError("say how long a row is: --sequence-length S, that of the stages it is for")
-    if arguments.workers is not None and arguments.workers < 1:
-        raise UserError(f"--workers must be at least 1, not {arguments.workers}")
+        self._bar.update(self._task, completed=self._done, status=status)
 
+        if not self._console.is_terminal and now - self._last_line >= _SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            self._console.print(f"{self._what}  {self._done / max(self._total, 1):.0%}  {status}")
 
-def _sources(arguments: argparse.Namespace) -> tuple[SourceConfig, ...]:
-    """Returns the source configurations."""
-    keys = {"text_key": arguments.text_key, "messages_key": arguments.messages_key}
-    given = {name: value for name, value in keys.items() if value}
-    kind = RecordKind.CHAT if arguments.chat else RecordKind.TEXT
-    return tuple(
-        SourceConfig(path=path, kind=kind, special_tokens=arguments.special_tokens, **given)
-        for path in arguments.sources
-    )
+    def _time_left(self, seconds: float) -> str:
+        """Returns the estimated time left, based on finished work units; unknown before the first one."""
+        # Work of earlier runs says nothing about the speed of this one.
+        finished = self._done - self._before
+        if not finished:
+            return "?"
+        minutes, rest = divmod(round(seconds / finished * (self._total - self._done)), 60)
+        return f"{minutes}:{rest:02d}"

@@ -1,162 +1,122 @@
-"""Train a looped language model through the stages of a recipe.
+"""The work of `looplm train`: announces the run, trains, and reports what was written."""
 
-    looplm train --recipe text-small --data 'mine/*.jsonl'
-
-Any field of the recipe is a flag: `--model.width 128`, `--stages.pretrain.steps 500`, `--stage.beta 0.1` (of every
-stage). The same command resumes a run that stopped.
-
-On many hosts, run the same command on each: with --distributed on a TPU pod or under Slurm, elsewhere with
---coordinator, --processes and --process. Without these flags a run is one process.
-"""
-
-import argparse
 import dataclasses
+import signal
+import time
 
-from looplm_jax import codec
-from looplm_jax.cli.chosen_recipe import chosen_recipe, with_overrides
-from looplm_jax.config import DataConfig, OnBadRecord, Recipe, RecordKind, SourceConfig, sources_like
+import jax
+
+from looplm_jax.cli._common import exit_process
+from looplm_jax.codec import to_dict
+from looplm_jax.config import Recipe
+from looplm_jax.distributed import JoinOptions, ProcessGroup, check_single_process, join
 from looplm_jax.errors import UserError
-from looplm_jax.files import any_path
-from looplm_jax.recipes import RECIPES, Scale, named_recipe
+from looplm_jax.evaluation._evaluate import evaluate_held_out
+from looplm_jax.evaluation._reports import evaluate_command, write_run_report
+from looplm_jax.files import AnyPath
+from looplm_jax.models.looplm import count_params
+from looplm_jax.printing import show
+from looplm_jax.recipes._topologies import on_topology, settings_in_use
+from looplm_jax.sharding import require_compilation, require_platform, topology_name
+from looplm_jax.training._loggers import WandbLog
+from looplm_jax.training._metrics import EventSink
+from looplm_jax.training._profiling import ProfiledSteps
+from looplm_jax.training._progress import progress_console
+from looplm_jax.training.run import Outcome, train
 
-OVERRIDES = True
-
-
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `looplm train`; the fields of a recipe are listed below them."""
-    names = ", ".join(RECIPES)
-
-    parser.add_argument("--recipe", default="text-small", help=f"{names}, or a .json file (default: text-small)")
-    parser.add_argument(
-        "--out", help="run folder, or gs://bucket/folder (default: runs/<recipe>); one that holds this run is continued"
-    )
-    parser.add_argument(
-        "--data",
-        action="append",
-        metavar="PATH",
-        help="files to train on: a glob, a folder or an fsspec URL of .txt, .jsonl(.gz, .zst), .parquet, .arrayrecord; "
-        "huggingface:dataset,split=train; or a task such as mano:length=4,modulus=7; may be repeated",
-    )
-    parser.add_argument("--chat", action="store_true", help="the records of --data are chats, not texts")
-    parser.add_argument(
-        "--tokenizer", help="a SentencePiece .model or a tokenizer.json; default: train one on the data"
-    )
-
-    parser.add_argument(
-        "--on-bad-record",
-        choices=[choice.value for choice in OnBadRecord],
-        help="what a record that cannot be read does (default: stop)",
-    )
-    parser.add_argument(
-        "--scale",
-        choices=[scale.value for scale in Scale],
-        default=Scale.FULL.value,
-        help="tiny: every stage of the recipe in a few steps, at a thousandth of the size (default: full)",
-    )
-
-    parser.add_argument(
-        "--profile-steps", metavar="FIRST:LAST", help="trace these steps into the run folder, for the profiler's viewer"
-    )
-    parser.add_argument("--wandb", metavar="PROJECT", help="show the metrics in a project of Weights & Biases too")
-
-    parser.add_argument(
-        "--distributed", action="store_true", help="find the other processes of a TPU pod or of a Slurm job"
-    )
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
-    parser.add_argument("--processes", type=int, metavar="N", help="how many processes there are")
-    parser.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
-
-    parser.add_argument("--dry-run", action="store_true", help="print the recipe as JSON and stop")
-    parser.epilog = "fields of the recipe (with the values of text-small):\n" + _field_list()
+_NEWS_SECONDS = 5.0
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Trains, writes the report, and prints which command to run next. Returns the exit status."""
-    recipe = _recipe(arguments)
-    if arguments.dry_run:
-        import json
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """Options of a user in addition to the recipe. `given` has the dotted paths of the fields that flags set."""
 
-        print(json.dumps(codec.to_dict(recipe), indent=2))
-        return 0
-
-    # Stages without their own sources use those of the recipe.
-    if not all(recipe.data_of(stage).sources for stage in recipe.stages):
-        raise UserError("there is nothing to train on; say --data 'mine/*.jsonl' (.txt, .jsonl, .parquet, or a folder)")
-
-    from looplm_jax.cli.training_session import Options, run_training
-    from looplm_jax.distributed import JoinOptions
-    from looplm_jax.training._profiling import ProfiledSteps
-
-    join_options = JoinOptions(
-        automatic=arguments.distributed,
-        coordinator=arguments.coordinator,
-        processes=arguments.processes,
-        process=arguments.process,
-    )
-
-    profile = ProfiledSteps.parse(arguments.profile_steps) if arguments.profile_steps else None
-    options = Options(
-        given=frozenset(codec.parse_flags(arguments.overrides)),
-        join_options=join_options,
-        profile=profile,
-        wandb_project=arguments.wandb,
-    )
-    return run_training(recipe, any_path(arguments.out or _default_folder(recipe)), options)
+    given: frozenset[str] = frozenset()
+    join_options: JoinOptions = dataclasses.field(default_factory=JoinOptions)
+    profile: ProfiledSteps | None = None
+    wandb_project: str | None = None
 
 
-# The run folder and the recipe
+def run_training(recipe: Recipe, out: AnyPath, options: TrainOptions | None = None) -> int:
+    """Trains, writes the report, and returns the exit status. A process stopped by signal n exits here with 128 + n.
+
+    If one of several processes fails, all of them exit here: with status 2, or 75 if one was lost.
+    """
+    options = options or TrainOptions()
+    cluster = join(options.join_options)
+
+    if cluster.count == 1:
+        check_single_process()
+        return _run_training(recipe, out, options, cluster)
+
+    try:
+        status = _run_training(recipe, out, options, cluster)
+    except UserError as error:
+        cluster.abort_all(str(error), error.status)
+    except jax.errors.JaxRuntimeError:  # maybe another process died, which the monitor is about to report
+        time.sleep(_NEWS_SECONDS)
+        raise
+
+    cluster.shutdown()
+    # After cluster.shutdown(), so that the others do not take this exit for a failure.
+    jax.distributed.shutdown()
+    return status
 
 
-def _default_folder(recipe: Recipe) -> str:
-    """Returns the default run folder. Raises UserError if the recipe's name would lead out of `runs`."""
-    if recipe.name in ("", ".", "..") or "/" in recipe.name or "\0" in recipe.name:
-        raise UserError(f"the recipe's name {recipe.name!r} is not that of a folder; say --out, or set another --name")
-    return f"runs/{recipe.name}"
+def _run_training(recipe: Recipe, out: AnyPath, options: TrainOptions, cluster: ProcessGroup) -> int:
+    """Trains in this process and reports."""
+    require_platform()
+    require_compilation()
+    # Only process 0 reports.
+    console = progress_console(quiet=cluster.index > 0)
+    recipe = on_topology(recipe, topology_name(jax.devices()), options.given)
+    console.print(_announcement(recipe, out, cluster))
+    if settings := settings_in_use(recipe):
+        console.print(settings, markup=False)
 
-
-def _recipe(arguments: argparse.Namespace) -> Recipe:
-    """Returns the recipe with the changes of the arguments."""
-    recipe = chosen_recipe(arguments.recipe, arguments.scale)
-    recipe = dataclasses.replace(recipe, data=_data(recipe, arguments))
-    if arguments.data:
-        # `--data` replaces the sources of all stages.
-        recipe = dataclasses.replace(
-            recipe, stages=tuple(dataclasses.replace(stage, sources=()) for stage in recipe.stages)
+    try:
+        outcome = train(
+            recipe,
+            out,
+            evaluate=evaluate_held_out,
+            console=console,
+            cluster=cluster,
+            # One process is enough for a trace.
+            profile=options.profile if cluster.index == 0 else None,
+            mirrors=_mirrors(recipe, out, options, cluster),
         )
-    return with_overrides(recipe, arguments.overrides, arguments.flags, "train")
+    except KeyboardInterrupt:  # a second Ctrl-C does not wait for the last save
+        exit_process(console, "interrupted", signal.SIGINT)
+
+    if outcome.stopped_by is not None:
+        cluster.shutdown()
+        where = f"stopped by {outcome.stopped_by.name} at step {outcome.step}"
+        exit_process(console, f"{where}; the same command resumes there", outcome.stopped_by)
+
+    if cluster.index == 0:
+        _report(recipe, out, outcome)
+    return 0
 
 
-def _data(recipe: Recipe, arguments: argparse.Namespace) -> DataConfig:
-    """Returns the data configuration with the changes of the arguments."""
-    changes: dict[str, object] = {}
-    if arguments.data:
-        # Files of --data are read like the recipe's own sources, if these agree on kind and keys.
-        known = (source for stage in recipe.stages for source in recipe.data_of(stage).sources)
-        sources = sources_like(arguments.data, known)
-        changes["sources"] = tuple(map(_as_chats, sources)) if arguments.chat else sources
-    if arguments.tokenizer:
-        changes["tokenizer"] = arguments.tokenizer
-    if arguments.on_bad_record:
-        changes["on_bad_record"] = OnBadRecord(arguments.on_bad_record)
-    return dataclasses.replace(recipe.data, **changes)  # type: ignore[arg-type]
+def _report(recipe: Recipe, out: AnyPath, outcome: Outcome) -> None:
+    """Writes the report and prints what was written."""
+    reports = ", ".join(write_run_report(outcome.folder.path, recipe))
+    skipped = f", {outcome.skipped} steps skipped" if outcome.skipped else ""
+    show(f"trained {outcome.step} steps{skipped}; wrote checkpoints, metrics.jsonl, tensorboard, {reports} to {out}")
+    show(f"next: {evaluate_command(out)}")
 
 
-def _as_chats(source: SourceConfig) -> SourceConfig:
-    """Returns the source with records that are chats."""
-    return dataclasses.replace(source, kind=RecordKind.CHAT)
+def _mirrors(recipe: Recipe, out: AnyPath, options: TrainOptions, cluster: ProcessGroup) -> list[EventSink]:
+    """Returns the additional sinks of metrics."""
+    if options.wandb_project is None or cluster.index > 0:
+        return []
+    return [WandbLog(options.wandb_project, name=out.name, config=to_dict(recipe))]
 
 
-# The list of fields in --help
-
-
-def _field_list() -> str:
-    """Returns the list of recipe fields with their help texts."""
-    leaves = list(codec.leaves(named_recipe("text-small")))
-    width = max(len(leaf.path) for leaf in leaves)
-    return "\n".join(f"  --{leaf.path:{width}}  {leaf.help} ({_shown(leaf.value)})" for leaf in leaves)
-
-
-def _shown(value: object) -> str:
-    """Returns a default value as text."""
-    value = getattr(value, "value", value)
-    return "empty" if value in ("", ()) else str(value)
+def _announcement(recipe: Recipe, out: AnyPath, cluster: ProcessGroup) -> str:
+    """Returns the line that describes the run before it starts."""
+    tokens = sum(stage.steps * stage.batch_size * stage.sequence_length for stage in recipe.stages)
+    stages = ", ".join(f"{stage.name} ({stage.steps} steps, {stage.loops} loops)" for stage in recipe.stages)
+    many = f"{cluster.count} processes; " if cluster.count > 1 else ""
+    what = f"{recipe.name}: {count_params(recipe.model):,} parameters, {tokens:,} tokens; {stages}"
+    return f"{what}; {many}writing to {out}"

@@ -8,7 +8,7 @@ import pytest
 from hf_folders import tokenizer_json
 from tiny_chat import make_loaded
 
-from looplm_jax.cli import chat_session
+from looplm_jax.cli import chat as chat_command
 from looplm_jax.cli.main import main
 from looplm_jax.data.tokenizers import FolderTokenizer, SymbolTokenizer, TokenIds
 from looplm_jax.inference import Conversation
@@ -29,7 +29,7 @@ def chat(loaded, monkeypatch, capsys):
         text = io.StringIO("".join(f"{line}\n" for line in lines))
         monkeypatch.setattr(sys, "stdin", text)
         monkeypatch.setattr(text, "isatty", lambda: by_hand)
-        monkeypatch.setattr(chat_session, "load", lambda path, *, step, dtype: model)
+        monkeypatch.setattr(chat_command, "load", lambda path, *, step, dtype: model)
         status = main(["chat", "run", "--max-new-tokens", "6", *flags])
         printed = capsys.readouterr()
         return status, printed.out.splitlines(), [line for line in printed.err.splitlines() if "step 9" not in line]
@@ -49,8 +49,8 @@ def test_a_chat_from_a_pipe(chat):
 def test_a_turn_knows_those_before_it_until_a_reset(chat):
     alone = chat("word2")[1]
     assert chat("word1", "/reset", "word2")[1][len(TURN) :][:2] == alone[:2]
-    told = chat("word2", flags=["--system", "word7 word8"])[1]
-    assert told[:2] != alone[:2]
+    prompted = chat("word2", flags=["--system", "word7 word8"])[1]
+    assert prompted[:2] != alone[:2]
     assert chat("word1", "word2")[1][len(TURN) :][:2] != alone[:2]
 
 
@@ -87,7 +87,7 @@ def test_a_window_that_fills_up_says_how_to_go_on(chat):
     assert printed[-3:-1] == printed[:2]
 
 
-def test_by_hand_and_in_colour(chat, monkeypatch):
+def test_by_hand_and_in_color(chat, monkeypatch):
     for name in ("NO_COLOR", "TERM"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("FORCE_COLOR", "1")
@@ -157,7 +157,7 @@ def test_flags_that_cannot_be(flags, message, chat):
 
 
 def test_input_that_is_not_text(chat, monkeypatch, capsys, loaded):
-    monkeypatch.setattr(chat_session, "load", lambda path, *, step, dtype: loaded)
+    monkeypatch.setattr(chat_command, "load", lambda path, *, step, dtype: loaded)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\n"), encoding="utf-8"))
     assert main(["chat", "run"]) == 2
     assert capsys.readouterr().err.endswith("looplm: the input is not UTF-8 text; convert it\n")

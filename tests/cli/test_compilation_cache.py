@@ -10,14 +10,14 @@ import warnings
 import pytest
 from xla_flags import QUICK_TO_COMPILE
 
-from looplm_jax.cli import compilation_cache
-from looplm_jax.cli.compilation_cache import keep_compiled_programs
+from looplm_jax.cli import _compilation_cache
+from looplm_jax.cli._compilation_cache import keep_compiled_programs
 
 
 @pytest.fixture(autouse=True)
 def _before_jax(monkeypatch):
     """Simulates a process that has not imported JAX yet, and restores `warnings` afterwards."""
-    monkeypatch.setattr(compilation_cache, "sys", types.SimpleNamespace(modules={}))
+    monkeypatch.setattr(_compilation_cache, "sys", types.SimpleNamespace(modules={}))
     with warnings.catch_warnings():
         yield
 
@@ -51,7 +51,7 @@ def test_what_the_environment_says_stays(tmp_path, variables):
 
 
 def test_a_process_that_has_imported_jax_is_left_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(compilation_cache, "sys", sys)
+    monkeypatch.setattr(_compilation_cache, "sys", sys)
     assert kept_in(tmp_path) == {"XDG_CACHE_HOME": str(tmp_path)}
 
 
@@ -107,7 +107,7 @@ def test_a_damaged_entry_is_removed_and_refused_writes_are_noted_once(tmp_path, 
 
 
 PROGRAM = """
-from looplm_jax.cli.compilation_cache import keep_compiled_programs
+from looplm_jax.cli._compilation_cache import keep_compiled_programs
 keep_compiled_programs()
 import jax
 events = []
@@ -147,7 +147,7 @@ def test_the_flag_turns_it_off(monkeypatch, capsys):
 
     called = []
     monkeypatch.setattr("looplm_jax.cli.main.keep_compiled_programs", lambda: called.append(True))
-    for flags in ([], [compilation_cache.OFF]):
+    for flags in ([], [_compilation_cache.OFF]):
         assert main(["generate", "/no/such/run", *flags]) == 2
     assert called == [True]
     capsys.readouterr()

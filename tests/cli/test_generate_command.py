@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from tiny_chat import TOKENIZER, WORDS, make_loaded
 
-from looplm_jax.cli import generation_session
-from looplm_jax.cli.generation_views import loop_colour
+from looplm_jax.cli import generate
+from looplm_jax.cli._views import loop_color
 from looplm_jax.cli.main import main
 from looplm_jax.halting import parse_exit_policy
 from looplm_jax.loading import load
@@ -33,12 +33,12 @@ def checkpoint(loaded, monkeypatch):
         asked.append(dtype)
         return load(path, step=step, dtype=dtype) if path == "none" else loaded
 
-    monkeypatch.setattr(generation_session, "load", load_tiny)
+    monkeypatch.setattr(generate, "load", load_tiny)
     return asked
 
 
 @pytest.fixture
-def in_colour(monkeypatch):
+def in_color(monkeypatch):
     for name in ("NO_COLOR", "TERM"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("FORCE_COLOR", "1")
@@ -91,7 +91,7 @@ def test_json(tmp_path, capsys):
     assert "previews" not in values
 
 
-def test_in_colour(in_colour, capsys):
+def test_in_color(in_color, capsys):
     assert main(["generate", "run", "--prompt", PROMPT, "--max-new-tokens", "4", "--exit", "q=0.5"]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("loops:")
@@ -183,14 +183,14 @@ def test_drafts_are_given_out_as_they_are_accepted(as_json, monkeypatch):
     drafts = ["--exit", "loops=3", "--draft-loops", "2", "--drafts", "2"]
     prompts = [PROMPT, "word4"]
     whole = as_json(*drafts, prompts=prompts)
-    told = []
+    seen = []
 
     def interrupt(*_):
-        told.append(True)
-        if len(told) == 1:
+        seen.append(True)
+        if len(seen) == 1:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(generation_session.Stopwatch, "tick", interrupt)
+    monkeypatch.setattr(generate.Stopwatch, "tick", interrupt)
     values = as_json(*drafts, prompts=prompts, status=130)
     assert [value["finished"] for value in values] == ["cancelled"] * 2
     for value, own in zip(values, whole, strict=True):
@@ -207,7 +207,7 @@ def test_previews_in_json(as_json):
     assert [pieces[-1] for pieces in others] == values["pieces"][1:]
 
 
-def test_revision_on_a_terminal(in_colour, as_json, capsys):
+def test_revision_on_a_terminal(in_color, as_json, capsys):
     text = as_json("--exit", "loops=3")["text"]
     assert main(["generate", "run", "--prompt", PROMPT, "--max-new-tokens", "12", "--exit", "loops=3", "--revise"]) == 0
     _, *shown, summary, _ = capsys.readouterr().out.splitlines()
@@ -239,7 +239,7 @@ def test_an_interruption_keeps_the_text(form, as_json, monkeypatch, capsys):
         if tokens == 3:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(generation_session.Stopwatch, "tick", interrupt)
+    monkeypatch.setattr(generate.Stopwatch, "tick", interrupt)
     before = signal.getsignal(signal.SIGINT)
     if form == "json":
         values = as_json("--exit", "loops=1", status=130)
@@ -258,7 +258,7 @@ def test_an_interruption_keeps_the_text(form, as_json, monkeypatch, capsys):
 def test_damaged_parameters_are_a_mistake_in_one_line(loaded, monkeypatch, capsys):
     broken = jax.tree.map(lambda leaf: np.full(leaf.shape, np.nan, np.float32), loaded.params)
     damaged = dataclasses.replace(loaded, params=broken)
-    monkeypatch.setattr(generation_session, "load", lambda path, *, step, dtype: damaged)
+    monkeypatch.setattr(generate, "load", lambda path, *, step, dtype: damaged)
     assert main(["generate", "run", "--prompt", PROMPT, "--max-new-tokens", "4"]) == 2
     printed = capsys.readouterr()
     assert "0 tokens, 0.00 loops per token on average; failed" in printed.out
@@ -266,9 +266,9 @@ def test_damaged_parameters_are_a_mistake_in_one_line(loaded, monkeypatch, capsy
     assert printed.err.endswith("logits were not finite; the parameters are damaged, or overflow\n")
 
 
-def test_colours_tell_depths_apart():
+def test_colors_distinguish_depths():
     for loops in (1, 2, 4, 8):
-        assert len({loop_colour(loop, loops) for loop in range(1, loops + 1)}) == loops
+        assert len({loop_color(loop, loops) for loop in range(1, loops + 1)}) == loops
 
 
 def test_every_exit_rule_of_the_help_is_one(capsys):
@@ -298,7 +298,7 @@ def test_every_exit_rule_of_the_help_is_one(capsys):
         ),
         (
             ["--prompt", WORDS[0], "--exit", "loops=3", "--draft-loops", "1", "--revise"],
-            "--revise does not go with --draft-loops; leave one of them out",
+            "--revise cannot be combined with --draft-loops; leave one of them out",
         ),
         (
             ["--prompt", WORDS[0], "--exit", "loops=3", "--draft-loops", "1", "--cache", "last"],

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from looplm_jax.cli.home import expand_paths
+from looplm_jax.cli._common import expand_paths
 from looplm_jax.cli.main import main
 from looplm_jax.codec import to_dict
 

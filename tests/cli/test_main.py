@@ -5,7 +5,7 @@ import sys
 import jax
 import pytest
 
-from looplm_jax.cli import inspect as inspect_command
+from looplm_jax.cli import commands
 from looplm_jax.cli.main import main
 
 
@@ -74,7 +74,7 @@ def test_what_the_system_refuses_is_one_line(error, status, message, capsys, mon
     def fail(_):
         raise error
 
-    monkeypatch.setattr(inspect_command, "run", fail)
+    monkeypatch.setattr(commands, "run_inspect", fail)
     assert main(["inspect", "x"]) == status
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"looplm: {message}")
@@ -84,7 +84,7 @@ def test_a_mistake_of_the_program_is_not_hidden(monkeypatch):
     def fail(_):
         raise OSError("something else")
 
-    monkeypatch.setattr(inspect_command, "run", fail)
+    monkeypatch.setattr(commands, "run_inspect", fail)
     with pytest.raises(OSError, match="something else"):
         main(["inspect", "x"])
 
@@ -93,7 +93,7 @@ def test_a_reader_that_goes_away_is_no_mistake(monkeypatch):
     def fail(_):
         raise BrokenPipeError
 
-    monkeypatch.setattr(inspect_command, "run", fail)
+    monkeypatch.setattr(commands, "run_inspect", fail)
     assert main(["inspect", "x"]) == 0
 
 

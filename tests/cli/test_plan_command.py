@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from looplm_jax.cli import decode_plan_session
+from looplm_jax.cli import plan as plan_command
 from looplm_jax.cli.main import main
 from looplm_jax.codec import to_dict
 from looplm_jax.config import MeshConfig
@@ -221,8 +221,8 @@ def planned(monkeypatch):
         )
 
     target = Target(name="v5e:1x1", devices=(FakeChip(),), chip=known_chip("TPU v5 lite"), shape=(1, 1))
-    monkeypatch.setattr(decode_plan_session, "find_target", lambda topology: target)
-    monkeypatch.setattr(decode_plan_session, "plan_decode", plan_decode)
+    monkeypatch.setattr(plan_command, "find_target", lambda topology: target)
+    monkeypatch.setattr(plan_command, "plan_decode", plan_decode)
     return asked
 
 

@@ -22,7 +22,7 @@ TITLE = "\x1b]0;pwned\x07"
 # Small programs that print as a command does. They start fast, because they do not need JAX.
 PRINTS = textwrap.dedent("""
     import sys
-    import looplm_jax.cli.inspect as command
+    from looplm_jax.cli import commands
     from looplm_jax.cli.main import main
     from looplm_jax.errors import UserError
 
@@ -36,7 +36,7 @@ PRINTS = textwrap.dedent("""
             raise UserError("wrong … \\udc80 \\x1b[2J")
         return 0
 
-    command.run = run
+    commands.run_inspect = run
     sys.exit(main(["inspect", *sys.argv[1:]]))
 """)
 
@@ -170,7 +170,7 @@ def hostile(trained, tmp_path_factory):
 def test_generated_text_and_names_never_steer_a_terminal():
     program = textwrap.dedent("""
         import os, types
-        from looplm_jax.cli import generation_session
+        from looplm_jax.cli import generate
         from looplm_jax.inference import Finish, NewToken, Result
 
         def new(text):
@@ -179,14 +179,14 @@ def test_generated_text_and_names_never_steer_a_terminal():
         loaded = types.SimpleNamespace(
             need_tokenizer=lambda: None, model=types.SimpleNamespace(config=types.SimpleNamespace(loops=2))
         )
-        arguments = types.SimpleNamespace(json=False, prompt=["a", "b"], exit="q=0.5")
+        options = types.SimpleNamespace(json=False, prompt=["a", "b"], exit="q=0.5")
         result = Result(
             prompt_ids=(0,), tokens=(0, 0, 0), exit_loops=(1, 1, 1), log_probs=(0.0,) * 3,
             text="\\x1b]0;pwned\\x07 [/b]\\x9b", finish=Finish.STOP, error=None,
         )
         for environment in ({}, {"NO_COLOR": "1"}):
             os.environ.update(environment)
-            view = generation_session.view_of(arguments, loaded, "prompt \\x1b]0;pwned\\x07")
+            view = generate._view(options, loaded, "prompt \\x1b]0;pwned\\x07")
             for text in ("\\x1b", "]0;pwned", "\\x07 [/b]"):
                 view.show(new(text))
             view.finish(result, None)

@@ -179,7 +179,7 @@ def test_a_signal_ends_it_cleanly(number, here, capsys):
         os.killpg(process.pid, number)  # to the workers too, as a terminal does
         _, printed = process.communicate(timeout=30)
     assert process.returncode == 128 + number
-    assert printed.splitlines()[-1] == f"looplm: stopped by {number.name}; the same command goes on from there"
+    assert printed.splitlines()[-1] == f"looplm: stopped by {number.name}; the same command resumes there"
     assert len(printed.splitlines()) == 3
     assert printed.startswith("reading 1 file (1 .jsonl)\ntokenizing: ")
     assert sorted(path.name for path in Path("out").iterdir()) == ["looplm_plan.json", "tokenizer.model"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from looplm_jax import codec
-from looplm_jax.cli import training_session
+from looplm_jax.cli import train as train_command
 from looplm_jax.cli.main import main
 from looplm_jax.config import Recipe, Schedule
 from looplm_jax.data.tokenizer_training import train_sentencepiece
@@ -206,8 +206,8 @@ def test_a_platform_that_is_not_here_ends_all_processes(monkeypatch, tmp_path):
     def refuse():
         raise UserError("JAX cannot use the platform")
 
-    monkeypatch.setattr(training_session, "join", lambda _: Two())
-    monkeypatch.setattr(training_session, "require_platform", refuse)
+    monkeypatch.setattr(train_command, "join", lambda _: Two())
+    monkeypatch.setattr(train_command, "require_platform", refuse)
     with pytest.raises(Ended):
-        training_session.run_training(named_recipe("text-small"), tmp_path / "run")
+        train_command.run_training(named_recipe("text-small"), tmp_path / "run")
     assert ended == [("JAX cannot use the platform", 2)]

@@ -3,7 +3,7 @@ import signal
 
 import pytest
 
-from looplm_jax.cli import training_session
+from looplm_jax.cli import train as train_command
 from looplm_jax.cli.main import main
 from looplm_jax.training._run_folder import RunFolder
 from looplm_jax.training.run import Outcome
@@ -16,8 +16,8 @@ class Left(BaseException):
 @pytest.mark.parametrize(
     ("end", "status", "message"),
     [
-        (signal.SIGTERM, 143, "stopped by SIGTERM at step 7; the same command goes on from there"),
-        (signal.SIGINT, 130, "stopped by SIGINT at step 7; the same command goes on from there"),
+        (signal.SIGTERM, 143, "stopped by SIGTERM at step 7; the same command resumes there"),
+        (signal.SIGINT, 130, "stopped by SIGINT at step 7; the same command resumes there"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
@@ -31,7 +31,7 @@ def test_a_stopped_run_leaves_at_once(end, status, message, recipe_file, tmp_pat
         assert given == status
         raise Left
 
-    monkeypatch.setattr(training_session, "train", train)
+    monkeypatch.setattr(train_command, "train", train)
     monkeypatch.setattr(os, "_exit", leave)
     folder = tmp_path / "a [path] with :smile: and many words, " / ("x" * 100)
     with pytest.raises(Left):

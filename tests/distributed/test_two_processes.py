@@ -13,7 +13,7 @@ from gcs_emulator import bucket, gcs  # noqa: F401
 from many_processes import Processes, losses, steps_logged, write_recipe
 
 from looplm_jax.checkpoints import inspect_steps
-from looplm_jax.cli import training_session
+from looplm_jax.cli import train as train_command
 from looplm_jax.cli.main import main
 from looplm_jax.files import any_path
 
@@ -32,7 +32,7 @@ def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
     recipe = write_recipe(folder / "recipe.json")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_session, "write_run_report", lambda *_: [])
+        patch.setattr(train_command, "write_run_report", lambda *_: [])
         assert main(["train", "--recipe", str(recipe), "--out", str(folder / "run"), "--mesh.data", "1"]) == 0
     return folder / "run"
 
@@ -147,7 +147,7 @@ def test_a_signal_to_one_stops_both_at_one_step(compiled, tmp_path):
         both.send(1, signal.SIGTERM)
         assert both.finish() == [143, 143], both.everything()
         stopped = max(report.step for report in inspect_steps(str(run)) if not report.damage)
-        line = f"looplm: stopped by SIGTERM at step {stopped}; the same command goes on from there"
+        line = f"looplm: stopped by SIGTERM at step {stopped}; the same command resumes there"
         assert both.last_lines()[0] == line
         assert "Traceback" not in both.everything()
     assert max(losses(run)) == stopped
@@ -156,7 +156,7 @@ def test_a_signal_to_one_stops_both_at_one_step(compiled, tmp_path):
 def assert_stopped_at(step, both, run):
     assert both.finish() == [143, 143], both.everything()
     assert max(report.step for report in inspect_steps(str(run)) if not report.damage) == step
-    line = f"looplm: stopped by SIGTERM at step {step}; the same command goes on from there"
+    line = f"looplm: stopped by SIGTERM at step {step}; the same command resumes there"
     assert both.last_lines()[0] == line
     assert "Traceback" not in both.everything()
 

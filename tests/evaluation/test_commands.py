@@ -4,7 +4,7 @@ import sys
 import pytest
 from evaluation_cases import TASK
 
-from looplm_jax.cli import evaluation_session
+from looplm_jax.cli import evaluate
 from looplm_jax.cli.main import main
 from looplm_jax.loading import load
 
@@ -16,7 +16,7 @@ def checkpoint(loaded, monkeypatch):
     def load_tiny(path, *, step, dtype):
         return load(path, step=step, dtype=dtype) if path == "none" else loaded
 
-    monkeypatch.setattr(evaluation_session, "load", load_tiny)
+    monkeypatch.setattr(evaluate, "load", load_tiny)
 
 
 def test_evaluate_writes_what_it_prints(tmp_path, capsys):

@@ -74,7 +74,7 @@ def wait_for_a_save(run, folder):
 def assert_stopped(run, number, step):
     assert run.finish() == 128 + number, run.said
     last = run.said.splitlines()[-1]
-    assert last == f"looplm: stopped by {number.name} at step {step}; the same command goes on from there"
+    assert last == f"looplm: stopped by {number.name} at step {step}; the same command resumes there"
     assert "Traceback" not in run.said
 
 
@@ -113,8 +113,7 @@ def test_stopped_runs_end_alike(recipe, untouched, compiled_programs, tmp_path):
             assert run.finish() == 128 + number, run.said
         last = run.said.splitlines()[-1]
         assert (
-            last
-            == f"looplm: stopped by {number.name} at step {newest(folder)['step']}; the same command goes on from there"
+            last == f"looplm: stopped by {number.name} at step {newest(folder)['step']}; the same command resumes there"
         )
         assert "Traceback" not in run.said
         return seconds
@@ -153,9 +152,7 @@ def test_a_run_is_stopped_while_it_trains_its_tokenizer(number, tmp_path):
         seconds = run.stop(number)
         assert run.finish() == 128 + number, run.said
     assert seconds < 5
-    assert (
-        run.said.splitlines()[-1] == f"looplm: stopped by {number.name} at step 0; the same command goes on from there"
-    )
+    assert run.said.splitlines()[-1] == f"looplm: stopped by {number.name} at step 0; the same command resumes there"
     assert "Traceback" not in run.said
     assert {path.name for path in (tmp_path / "run").iterdir()} <= {"config.json"}
 

@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
 from looplm_jax import strict_json
-from looplm_jax.cli.revised_text import RevisedText
 from looplm_jax.data.tokenizers import Tokenizer
 from looplm_jax.inference import Finish, NewToken, Result
 from looplm_jax.printing import visible
@@ -67,7 +67,7 @@ class Stopwatch:
 # The three views
 
 
-class ColourView:
+class ColorView:
     """Shows a header, then the new text with each token in the color of its loops."""
 
     def __init__(self, console: Console, tokenizer: Tokenizer, *, max_loops: int, header: Text | None = None):
@@ -79,7 +79,7 @@ class ColourView:
     def show(self, new: NewToken) -> None:
         """Prints the text that became final with the token."""
         self._begin()
-        self._text.write(Text(visible(new.text), style=loop_colour(new.exit_loop, self._max_loops)))
+        self._text.write(Text(visible(new.text), style=loop_color(new.exit_loop, self._max_loops)))
         self._shown += len(new.text)
 
     def propose(self, token: int) -> None:
@@ -98,6 +98,43 @@ class ColourView:
         if self._header is not None:
             self._text.write(self._header)
             self._header = None
+
+
+class RevisedText:
+    """Prints text. A proposed piece is dim, and is replaced by the next output."""
+
+    def __init__(self, console: Console):
+        self._console = console
+        self._line = ""  # the text on the current line, to know where the line ends
+        self._proposed = 0  # width of the proposed piece in cells
+
+    def write(self, text: Text) -> None:
+        """Prints final text."""
+        self._erase()
+        self._print(text)
+        self._line = f"{self._line}{text.plain}".rpartition("\n")[2]
+
+    def propose(self, text: str) -> None:
+        """Prints a provisional piece, unless it would reach the end of the line, where backspace cannot return."""
+        self._erase()
+        # A line break or tab could not be taken back.
+        shown = "".join(character if character.isprintable() else " " for character in visible(text, keep="\n\t"))
+        # Wide characters take two cells.
+        width = cell_len(shown)
+        if cell_len(self._line.expandtabs()) % self._console.width + width < self._console.width:
+            self._print(Text(shown, style="dim"))
+            self._proposed = width
+
+    def _erase(self) -> None:
+        """Overwrites the provisional piece with spaces."""
+        # Back, over with spaces, and back again.
+        back = "\b" * self._proposed
+        self._console.file.write(f"{back}{' ' * self._proposed}{back}")
+        self._proposed = 0
+
+    def _print(self, text: Text) -> None:
+        """Prints without a line break."""
+        self._console.print(text, end="", soft_wrap=True)
 
 
 class PlainView:
@@ -180,11 +217,11 @@ def header(prompt: str, max_loops: int) -> Text:
 
 def legend(max_loops: int) -> Text:
     """Returns each number of loops in its color."""
-    numbers = [(f" {loops}", loop_colour(loops, max_loops)) for loops in range(1, max_loops + 1)]
+    numbers = [(f" {loops}", loop_color(loops, max_loops)) for loops in range(1, max_loops + 1)]
     return Text.assemble("loops:", *numbers)
 
 
-def loop_colour(loops: int, max_loops: int) -> str:
+def loop_color(loops: int, max_loops: int) -> str:
     """Returns a color of the palette, which spans 1..`max_loops`."""
     place = (loops - 1) / max(1, max_loops - 1)
     return _PALETTE[round(place * (len(_PALETTE) - 1))]
