@@ -13,7 +13,7 @@ from experiments.results_files import COMMAND, read_results, show, write_results
 from looplm_jax.cli._common import exit_process
 from looplm_jax.errors import UserError, suggest
 from looplm_jax.evaluation import Table
-from looplm_jax.files import pasted
+from looplm_jax.files import quoted
 from looplm_jax.training._stopping import Stopped
 
 
@@ -39,7 +39,7 @@ def run_experiment(name: str, *, scale: str, root: Path, out: Path | None, share
     # Before the first cell: a folder of other results is refused.
     grid.open()
     console = Console(stderr=True, highlight=False)
-    again = f"{COMMAND} {name} --scale {scale} --out {pasted(out)}"
+    again = f"{COMMAND} {name} --scale {scale} --out {quoted(out)}"
 
     try:
         outcome = grid.run(cells, functools.partial(experiment.run, console=console), mine, console.print)

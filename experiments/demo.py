@@ -24,7 +24,7 @@ from pathlib import Path
 from experiments.demo_report import Generated, write_report
 from looplm_jax.cli.main import main as looplm
 from looplm_jax.config import Recipe
-from looplm_jax.files import pasted
+from looplm_jax.files import quoted
 
 PROMPTS = ("def __init__(self, ", "import os\nimport sys\n", "class Error(Exception):\n")
 _NEW_TOKENS = 48
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     generated = [parts.generated(prompt) for prompt in PROMPTS]
     written = write_report(parts.out, parts.recipe(), parts.seconds(), parts.commands, generated)
     print(f"\nwrote {', '.join(written)} to {parts.out}; the whole took {sum(parts.seconds().values()):.0f} s")
-    print(f"next: looplm generate {pasted(parts.looped)} --prompt 'def ' --exit q=0.9 --temperature 0.8")
+    print(f"next: looplm generate {quoted(parts.looped)} --prompt 'def ' --exit q=0.9 --temperature 0.8")
     print("      looplm train --recipe text-small --data 'mine/*.jsonl'")
     return 0
 

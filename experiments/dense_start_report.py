@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from looplm_jax import strict_json
+from looplm_jax import json_io
 from looplm_jax.errors import UserError
 from looplm_jax.evaluation import Table
 from looplm_jax.evaluation._plots import require_matplotlib
@@ -44,7 +44,7 @@ class Results:
 
 def write_report(out: Path, results: Results) -> list[str]:
     """Writes `results.json`, `report.md`, and the figure if matplotlib is installed. Returns their names."""
-    (out / "results.json").write_text(strict_json.dumps(dataclasses.asdict(results), indent=1) + "\n")
+    (out / "results.json").write_text(json_io.dumps(dataclasses.asdict(results), indent=1) + "\n")
     figures = _plot(results, out / "dense_start.png")
     text = report(results)
     (out / "report.md").write_text("\n".join([text, *(f"![{name}]({name})\n" for name in figures)]), encoding="utf-8")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.experiment import Cell, Record
-from looplm_jax import strict_json
+from looplm_jax import json_io
 from looplm_jax.errors import UserError
 from looplm_jax.files import write_atomically
 from looplm_jax.training._stopping import Stopped
@@ -93,7 +93,7 @@ class Grid:
             return None
 
         values = _read(path)
-        record = Record(**{**values, "result": strict_json.with_nan(values["result"])})
+        record = Record(**{**values, "result": json_io.with_nan(values["result"])})
         # Through JSON, because records hold lists where settings may hold tuples.
         settings = json.loads(_json(cell.settings))
         changed = [key for key in {**settings, **record.settings} if settings.get(key) != record.settings.get(key)]
@@ -185,4 +185,4 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _json(value: Any) -> bytes:
     """Returns a value as bytes of strict JSON."""
-    return (strict_json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
+    return (json_io.dumps(value, indent=1, sort_keys=True) + "\n").encode()

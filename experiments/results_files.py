@@ -9,7 +9,7 @@ from rich.console import Console
 
 from experiments.experiment import Experiment, Record, Report, Scale
 from experiments.grid import FORMAT
-from looplm_jax import strict_json
+from looplm_jax import json_io
 from looplm_jax.errors import UserError
 from looplm_jax.files import write_atomically
 
@@ -27,7 +27,7 @@ def write_results(
     figures = _draw(report, out, console)
     content = [dataclasses.asdict(record) for record in records]
     about = {"format": FORMAT, "experiment": experiment.name, "scale": scale.value, "cells": cells, "records": content}
-    write_atomically(out / "results.json", (strict_json.dumps(about, indent=1) + "\n").encode())
+    write_atomically(out / "results.json", (json_io.dumps(about, indent=1) + "\n").encode())
     write_atomically(out / "report.md", _markdown(experiment, scale, records, cells, report, figures).encode())
     return ["results.json", "report.md", *figures]
 
@@ -54,7 +54,7 @@ def read_results(path: Path) -> Results:
         version = about.pop("format")
         if version == FORMAT:
             records = [
-                Record(**{**values, "result": strict_json.with_nan(values["result"])}) for values in about["records"]
+                Record(**{**values, "result": json_io.with_nan(values["result"])}) for values in about["records"]
             ]
             return Results(**{**about, "records": records})
     except (ValueError, TypeError, KeyError, AttributeError):

@@ -35,7 +35,7 @@ from looplm_jax.convert import Order, upcycle
 from looplm_jax.data import ValidationBatches, collect_stdlib, validation_batches
 from looplm_jax.errors import UserError
 from looplm_jax.evaluation import exit_curve
-from looplm_jax.files import pasted
+from looplm_jax.files import quoted
 from looplm_jax.loading import load
 from looplm_jax.models.looplm import LoopLM, Params
 from looplm_jax.training._metrics import EVALUATION, read_metrics
@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = Results(command=command, scale=dataclasses.asdict(scale), courses=courses)
     print(f"\nwrote {', '.join(write_results(arguments.out, results))} to {arguments.out}")
     first = _base(arguments.out, scale.seeds[0])
-    print(f"next: looplm convert upcycle {pasted(first)} deeper --layers {2 * scale.model.num_layers}")
+    print(f"next: looplm convert upcycle {quoted(first)} deeper --layers {2 * scale.model.num_layers}")
     return 0
 
 

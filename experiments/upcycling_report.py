@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from looplm_jax import strict_json
+from looplm_jax import json_io
 from looplm_jax.errors import UserError
 from looplm_jax.evaluation import Table
 from looplm_jax.evaluation._plots import require_matplotlib
@@ -72,7 +72,7 @@ def write_results(out: Path, results: Results) -> list[str]:
 
     Returns the names of the files.
     """
-    (out / "results.json").write_text(strict_json.dumps(dataclasses.asdict(results), indent=1, default=str) + "\n")
+    (out / "results.json").write_text(json_io.dumps(dataclasses.asdict(results), indent=1, default=str) + "\n")
 
     tables = _tables(results)
     print(f"\n{tables}\n\n{_verdict(results)}")

@@ -50,7 +50,7 @@ def any_path(path: str | os.PathLike[str]) -> AnyPath:
     if "://" not in text:
         return Path(path)
     if not text.startswith(_BUCKET):
-        raise UserError(f"{text}: a run lies on a disk or in a bucket; give a path, or gs://bucket/folder")
+        raise UserError(f"{text}: a run is stored on a disk or in a bucket; give a path, or gs://bucket/folder")
     if importlib.util.find_spec("gcsfs") is None:
         raise UserError(f"{text}: buckets need gcsfs; install it with `pip install 'looplm_jax[gcs]'`")
 
@@ -63,7 +63,7 @@ def in_bucket(path: AnyPath) -> bool:
     return os.fspath(path).startswith(_BUCKET)
 
 
-def pasted(path: str | os.PathLike[str]) -> str:
+def quoted(path: str | os.PathLike[str]) -> str:
     """Returns a path quoted for a shell, also if it looks like a flag."""
     text = os.fspath(path)
     return shlex.quote(f"./{text}" if text.startswith("-") else text)
@@ -118,7 +118,7 @@ def forget_listing(path: AnyPath) -> None:
         backend.fsspec_backend.fs(path).invalidate_cache()
 
 
-def retried(read: Callable[[], T], passing: type[Exception] | tuple[type[Exception], ...] = OSError) -> T:
+def with_retries(read: Callable[[], T], passing: type[Exception] | tuple[type[Exception], ...] = OSError) -> T:
     """Returns the result of `read`, retried after each of `WAITS` if it raises an error that may be temporary.
 
     Args:
@@ -149,14 +149,14 @@ def refusal(error: Exception, path: AnyPath) -> str | None:
 
 
 @contextlib.contextmanager
-def writing(path: AnyPath) -> Iterator[None]:
+def report_failed_writes(path: AnyPath) -> Iterator[None]:
     """A context manager that raises UserError with the name of the file if the disk or the bucket refuses a write."""
     with _naming(path, "written"):
         yield
 
 
 @contextlib.contextmanager
-def reading(path: AnyPath) -> Iterator[None]:
+def report_failed_reads(path: AnyPath) -> Iterator[None]:
     """A context manager that raises UserError with the name of the file if the disk or the bucket refuses a read."""
     with _naming(path, "read"):
         yield
@@ -167,7 +167,7 @@ def reading(path: AnyPath) -> Iterator[None]:
 
 def write_atomically(path: AnyPath, content: bytes) -> None:
     """Writes a file atomically. Raises UserError if the disk or the bucket refuses it."""
-    with writing(path):
+    with report_failed_writes(path):
         if isinstance(path, Path):
             _replace(path, content)
         else:
@@ -237,7 +237,7 @@ def staged_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
         write.
     """
     out = Path(out)
-    with writing(out):
+    with report_failed_writes(out):
         target = _absent_or_empty(out)
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = target.with_name(f".{target.name}.partial")

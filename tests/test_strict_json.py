@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from looplm_jax.strict_json import dumps, metrics_row, number, numbers, with_nan
+from looplm_jax.json_io import dumps, metrics_row, number, numbers, with_nan
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),

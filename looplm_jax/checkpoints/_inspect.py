@@ -19,7 +19,7 @@ from looplm_jax.checkpoints._metadata import (
 )
 from looplm_jax.checkpoints._restore import find_steps
 from looplm_jax.checkpoints._step import StepFolder, read_arrays, read_metadata_file
-from looplm_jax.files import retried
+from looplm_jax.files import with_retries
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ def _inspect(folder: StepFolder) -> StepReport:
     damage = unknown = None
 
     try:
-        saved = retried(lambda: read_metadata_file(folder), RefusedError)
+        saved = with_retries(lambda: read_metadata_file(folder), RefusedError)
         # Only one array is in memory at a time.
         for name, record in saved.arrays.items():
             _read(folder, name, record, saved.arrays)
@@ -120,4 +120,4 @@ def _inspect(folder: StepFolder) -> StepReport:
 def _read(folder: StepFolder, name: str, record: ArrayInfo, records: dict[str, ArrayInfo]) -> None:
     """Reads one array and checks its digest, with retries."""
     target = jax.ShapeDtypeStruct(record.shape, jnp.dtype(record.dtype))
-    retried(lambda: read_arrays(folder, {name: target}, records), RefusedError)
+    with_retries(lambda: read_arrays(folder, {name: target}, records), RefusedError)

@@ -22,7 +22,7 @@ from looplm_jax.checkpoints._metadata import (
 from looplm_jax.checkpoints._paths import checkpoint_path
 from looplm_jax.checkpoints._step import StepFolder, list_steps, read_arrays, read_metadata_file
 from looplm_jax.errors import UserError, at_most
-from looplm_jax.files import reading, retried
+from looplm_jax.files import report_failed_reads, with_retries
 
 _SHOWN = 3
 
@@ -134,7 +134,7 @@ def find_steps(path: str, step: int | None = None) -> list[StepFolder]:
       UserError: there is none.
     """
     given = checkpoint_path(path)
-    with reading(given):
+    with report_failed_reads(given):
         # In order of preference: a run folder, its `checkpoints` folder, one step.
         nested = list_steps(given / "checkpoints") or list_steps(given)
         folders = nested or [found for found in list_steps(given.parent) if found.path == given]
@@ -160,7 +160,7 @@ def latest_valid(folders: Sequence[StepFolder], read: Callable[[StepFolder], T])
     skipped: list[SkippedStep] = []
     for folder in folders:
         try:
-            return _LatestValid(value=retried(lambda: read(folder), RefusedError), skipped=tuple(skipped))  # noqa: B023
+            return _LatestValid(value=with_retries(lambda: read(folder), RefusedError), skipped=tuple(skipped))  # noqa: B023
         except DamagedError as error:
             skipped.append(SkippedStep(step=folder.step, why=str(error)))
         except OtherVersionError as error:

@@ -30,7 +30,7 @@ from looplm_jax.checkpoints._metadata import (
     encode_metadata,
 )
 from looplm_jax.errors import UserError, at_most, brief
-from looplm_jax.files import NO_SPACE, check_regular, forget_listing, in_bucket, refusal, retried
+from looplm_jax.files import NO_SPACE, check_regular, forget_listing, in_bucket, refusal, with_retries
 
 _ARRAYS = "state"
 _METADATA = "sidecar"  # the name on disk
@@ -109,7 +109,7 @@ def list_steps(folder: epath.Path) -> list[StepFolder]:
     Raises:
       OSError: the file system still refuses to list the folder after the retries.
     """
-    return retried(lambda: _list_steps(folder))
+    return with_retries(lambda: _list_steps(folder))
 
 
 def _list_steps(folder: epath.Path) -> list[StepFolder]:

@@ -16,7 +16,7 @@ from collections.abc import Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
-from looplm_jax.printing import complain
+from looplm_jax.terminal import print_error
 
 OFF = "--no-compilation-cache"
 _FOLDER = "JAX_COMPILATION_CACHE_DIR"
@@ -55,7 +55,7 @@ def keep_compiled_programs(environment: MutableMapping[str, str] = os.environ) -
     except OSError as error:
         problem = error.strerror or str(error)
     if problem is not None:
-        complain(f"note: compiled programs are not kept: {folder}: {problem}; {OFF} leaves this note out")
+        print_error(f"note: compiled programs are not kept: {folder}: {problem}; {OFF} leaves this note out")
         return
 
     for name, value in _SETTINGS.items():
@@ -112,7 +112,7 @@ def _without_the_cache(folder: Path, show: Callable[..., None]) -> Callable[...,
             _remove(folder, found[2])  # the program is compiled now, and its entry written again
         elif not said:
             said = True
-            complain(f"note: compiled programs are not kept: {str(message)[found.end() :]}")
+            print_error(f"note: compiled programs are not kept: {str(message)[found.end() :]}")
 
     return shown
 

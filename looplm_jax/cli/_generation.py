@@ -12,8 +12,8 @@ from looplm_jax.errors import UserError
 from looplm_jax.halting import parse_exit_policy
 from looplm_jax.inference import CacheStrategy, Engine, EngineConfig, Sampling
 from looplm_jax.loading import Loaded
-from looplm_jax.printing import complain
 from looplm_jax.sharding import require_compilation
+from looplm_jax.terminal import print_error
 
 _LONGEST_CHUNK = 512
 
@@ -82,7 +82,7 @@ def max_loops(loaded: Loaded, options: GenerationOptions) -> int:
 def make_engine(loaded: Loaded, options: GenerationOptions, *, window: int, slots: int = 1, **changes: Any) -> Engine:
     """Returns an engine for requests of up to `window` tokens each. Prints the checkpoint's warnings on stderr."""
     for warning in loaded.warnings:
-        complain(str(warning))
+        print_error(str(warning))
 
     config = EngineConfig(
         slots=slots,

@@ -12,7 +12,7 @@ from looplm_jax.planning._program_facts import Collective
 from looplm_jax.planning._search import SearchResult, Trial
 from looplm_jax.planning._stage_plan import Inside, StagePlan
 from looplm_jax.planning._traffic import Buffer, Traffic
-from looplm_jax.printing import literal
+from looplm_jax.terminal import literal
 
 _GIB, _GB = 2**30, 10**9
 

@@ -12,10 +12,10 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from looplm_jax import strict_json
+from looplm_jax import json_io
 from looplm_jax.data.tokenizers import Tokenizer
 from looplm_jax.inference import Finish, NewToken, Result
-from looplm_jax.printing import visible
+from looplm_jax.terminal import visible
 
 # From few loops to many; legible on dark and light terminals.
 _PALETTE = ("#3f8fd2", "#20a4b5", "#2f9e6e", "#7a9a2e", "#c48a16", "#d2691e", "#d1495b", "#b04bc0")
@@ -204,7 +204,7 @@ class JsonView:
         # Only requests with --revise have previews.
         if any(self._previews):
             values["previews"] = self._previews
-        print(strict_json.dumps(values))
+        print(json_io.dumps(values))
 
 
 # Text of the views

@@ -18,7 +18,7 @@ from looplm_jax.halting import parse_exit_policy
 from looplm_jax.inference import Finish
 from looplm_jax.inference.conversation import Conversation
 from looplm_jax.loading import load
-from looplm_jax.printing import complain
+from looplm_jax.terminal import print_error
 
 _WINDOW = 4096
 _HELP = """\
@@ -50,7 +50,7 @@ def chat_with_model(options: ChatOptions) -> int:
 
     conversation = Conversation(engine, tokenizer, options.system)
     if has_other_chat_template(tokenizer):
-        complain("note: the chat template of this model is not ChatML, but this chat is; answers may suffer")
+        print_error("note: the chat template of this model is not ChatML, but this chat is; answers may suffer")
     return ChatSession(conversation, tokenizer, request, max_loops=max_loops(loaded, options)).run()
 
 
@@ -85,7 +85,7 @@ class ChatSession:
                 self._obey(line)
             except UserError as error:
                 self._mistakes = True
-                complain(str(error))
+                print_error(str(error))
             if self._status is not None:
                 return self._status
 

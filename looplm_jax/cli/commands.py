@@ -13,7 +13,7 @@ from looplm_jax.cli._common import chosen_recipe, from_flags, recipe_or_checkpoi
 from looplm_jax.config import DataConfig, OnBadRecord, ReadLimits, Recipe, RecordKind, SourceConfig, sources_like
 from looplm_jax.errors import UserError
 from looplm_jax.files import any_path, read_text
-from looplm_jax.printing import complain
+from looplm_jax.terminal import print_error
 
 _PLAN_FLAGS = ("search", "limit", "write", "slices", "stage")
 _DECODE_PLAN_FLAGS = ("slots", "capacity", "page_size", "pages", "filled", "cache", "loops_mean")
@@ -45,7 +45,7 @@ def run_tokenize(arguments: argparse.Namespace) -> int:
         _check_tokenize(arguments)
         order = Order(
             sources=_sources(arguments),
-            tokenizer=load_tokenizer(arguments.tokenizer, warn=complain),
+            tokenizer=load_tokenizer(arguments.tokenizer, warn=print_error),
             sequence_length=arguments.sequence_length,
             validation_fraction=arguments.validation_fraction,
             on_bad_record=OnBadRecord(arguments.on_bad_record),

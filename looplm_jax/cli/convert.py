@@ -5,13 +5,13 @@ from collections.abc import Callable
 
 from looplm_jax.config import NormPlacement
 from looplm_jax.convert import Order, convert_from_dense, convert_from_hf, convert_to_hf, parse_size, upcycle
-from looplm_jax.files import pasted
-from looplm_jax.printing import show
+from looplm_jax.files import quoted
+from looplm_jax.terminal import show
 
 
 def _run_from_hf(arguments: argparse.Namespace) -> None:
     summary = convert_from_hf(arguments.folder, arguments.out, dtype=arguments.dtype)
-    _finish(summary, f"looplm generate {pasted(arguments.out)} --prompt 'Once'")
+    _finish(summary, f"looplm generate {quoted(arguments.out)} --prompt 'Once'")
 
 
 def _run_to_hf(arguments: argparse.Namespace) -> None:
@@ -22,12 +22,12 @@ def _run_to_hf(arguments: argparse.Namespace) -> None:
         dtype=arguments.dtype,
         max_shard_bytes=parse_size(arguments.max_shard_size),
     )
-    _finish(summary, f"less {pasted(arguments.out / 'README.md')}")
+    _finish(summary, f"less {quoted(arguments.out / 'README.md')}")
 
 
 def _run_upcycle(arguments: argparse.Namespace) -> None:
     summary = upcycle(arguments.checkpoint, arguments.out, layers=arguments.layers, order=Order(arguments.order))
-    train = f"looplm train --model.num_layers {arguments.layers} --start.checkpoint {pasted(arguments.out)}"
+    train = f"looplm train --model.num_layers {arguments.layers} --start.checkpoint {quoted(arguments.out)}"
     _finish(summary, f"{train} --data 'mine/*.jsonl'")
 
 
@@ -41,7 +41,7 @@ def _run_from_dense(arguments: argparse.Namespace) -> None:
         dtype=arguments.dtype,
         seed=arguments.seed,
     )
-    _finish(summary, f"looplm evaluate {pasted(arguments.out)} --data 'mine/*.jsonl'")
+    _finish(summary, f"looplm evaluate {quoted(arguments.out)} --data 'mine/*.jsonl'")
 
 
 def _finish(summary: object, command: str) -> None:

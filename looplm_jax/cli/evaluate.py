@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.status import Status
 
-from looplm_jax import codec, strict_json
+from looplm_jax import codec, json_io
 from looplm_jax.config import DataConfig, sources_like
 from looplm_jax.data import ValidationBatches, validation_batches
 from looplm_jax.errors import UserError
@@ -22,10 +22,10 @@ from looplm_jax.evaluation._plots import plot_depths, plot_exits
 from looplm_jax.evaluation._reports import depth_table, exit_table
 from looplm_jax.evaluation.harness import require_lm_eval
 from looplm_jax.evaluation.harness._settings import Settings, exit_policy
-from looplm_jax.files import pasted
+from looplm_jax.files import quoted
 from looplm_jax.loading import Loaded, load
-from looplm_jax.printing import Table, complain, show
 from looplm_jax.sharding import require_compilation, use_mesh
+from looplm_jax.terminal import Table, print_error, show
 
 _QUIET = {"TQDM_DISABLE": "1", "DISABLE_MULTIPROC": "1"}  # no progress bars, and no fork of a process that runs JAX
 
@@ -45,7 +45,7 @@ def _load(options: _Options) -> tuple[Loaded, Path]:
     """Returns the model and the folder for its results. Prints the warnings of the checkpoint."""
     loaded = load(options.checkpoint, step=options.step, dtype=options.dtype)
     for warning in loaded.warnings:
-        complain(str(warning))
+        print_error(str(warning))
     return loaded, Path(options.out) if options.out else _default_out(options.checkpoint, loaded.step)
 
 
@@ -89,7 +89,7 @@ def evaluate_held_out_documents(options: HeldOutOptions) -> int:
     written = _write(out, evaluation, about)
     show(f"wrote {', '.join(written)} to {out}")
     best = evaluation.depths.best_loops
-    show(f"next: looplm generate {pasted(options.checkpoint)} --prompt 'Once' --exit loops={best}")
+    show(f"next: looplm generate {quoted(options.checkpoint)} --prompt 'Once' --exit loops={best}")
     return 0
 
 
@@ -134,14 +134,14 @@ def _measure(loaded: Loaded, batches: ValidationBatches, max_loops: int | None) 
 def _write(out: Path, evaluation: Evaluation, about: dict[str, Any]) -> list[str]:
     """Writes the numbers, and figures if matplotlib is installed. Returns the names of the files."""
     out.mkdir(parents=True, exist_ok=True)
-    content = strict_json.dumps({**about, **evaluation.to_json()}, indent=2)
+    content = json_io.dumps({**about, **evaluation.to_json()}, indent=2)
     (out / "evaluation.json").write_text(content + "\n", encoding="utf-8")
 
     try:
         plot_depths({"this model": evaluation.depths}, out / "depth.png")
         plot_exits({"fixed depth": evaluation.exits.fixed, "Q-exit": evaluation.exits.q_exit}, out / "exit.png")
     except UserError as error:
-        complain(str(error))
+        print_error(str(error))
         return ["evaluation.json"]
     return ["evaluation.json", "depth.png", "exit.png"]
 
@@ -268,7 +268,7 @@ def _write_results(out: Path, content: dict[str, Any]) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     paths = (out / f"tasks{f'-{number}' if number > 1 else ''}.json" for number in itertools.count(1))
     path = next(path for path in paths if not path.exists())
-    path.write_text(strict_json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+    path.write_text(json_io.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
     return path
 
 

@@ -14,7 +14,7 @@ from looplm_jax.cli._generation import GenerationOptions, compiling_spinner, mak
 from looplm_jax.cli._views import ColorView, JsonView, PlainView, Stopwatch, View, header
 from looplm_jax.convert._tokenizer_files import stop_ids
 from looplm_jax.errors import UserError
-from looplm_jax.files import pasted
+from looplm_jax.files import quoted
 from looplm_jax.halting import ExitPolicy, FixedLoops, QExit, parse_exit_policy
 from looplm_jax.inference import (
     Engine,
@@ -33,7 +33,7 @@ from looplm_jax.inference.kv_cache import bucket
 from looplm_jax.loading import Loaded, load
 from looplm_jax.models.blocks import unroll_layers
 from looplm_jax.models.looplm import LoopLM
-from looplm_jax.printing import complain, show
+from looplm_jax.terminal import print_error, show
 
 _NEW_TOKENS = 128
 _MAX_SLOTS = 8
@@ -192,11 +192,11 @@ def _next_command(options: GenerateOptions, policy: ExitPolicy, loaded: Loaded) 
     """Returns the command for the same prompt with the other kind of exit, for comparison."""
     other = f"loops={loaded.model.config.loops}" if isinstance(policy, QExit) else "q=0.5"
     if options.prompt_file is not None:
-        prompt = f"--prompt-file {pasted(options.prompt_file)}"
+        prompt = f"--prompt-file {quoted(options.prompt_file)}"
     else:
         prompt = " ".join(map(_prompt_flag, options.prompt))
     special = " --special-tokens" if options.special_tokens else ""
-    return f"looplm generate {pasted(options.checkpoint)} {prompt}{special} --exit {other}"
+    return f"looplm generate {quoted(options.checkpoint)} {prompt}{special} --exit {other}"
 
 
 def _prompt_flag(text: str) -> str:
@@ -217,7 +217,7 @@ def speculate_texts(prompts: Sequence[str], options: GenerateOptions) -> int:
     samplings, prompts = _repeated(fields["sampling"], prompts, options)
     loaded = load(options.checkpoint, step=options.step, dtype=options.dtype)
     for warning in loaded.warnings:
-        complain(str(warning))
+        print_error(str(warning))
 
     first = _view(options, loaded, prompts[0])
     texts, clocks, stopped = [list[NewToken]() for _ in prompts], [Stopwatch() for _ in prompts], list[bool]()

@@ -10,8 +10,8 @@ from looplm_jax.codec import to_dict
 from looplm_jax.data.prepared.folder import is_prepared
 from looplm_jax.data.prepared.manifest import Manifest, Shard
 from looplm_jax.data.prepared.reading import open_prepared
-from looplm_jax.files import pasted
-from looplm_jax.printing import complain, literal, show
+from looplm_jax.files import quoted
+from looplm_jax.terminal import literal, print_error, show
 
 if TYPE_CHECKING:
     from looplm_jax.checkpoints import StepReport
@@ -38,7 +38,7 @@ def _show_steps(path: str, step: int | None, *, as_json: bool) -> int:
 
     invalid = [report for report in reports if report.problem]
     for report in invalid:
-        complain(f"step {report.step} {report.problem}")
+        print_error(f"step {report.step} {report.problem}")
     return 2 if invalid else 0
 
 
@@ -59,7 +59,7 @@ def _print_steps(path: str, reports: "list[StepReport]") -> None:
         model = ", ".join(f"{name}={value}" for name, value in latest.config["model"].items())
         show(f"recipe {latest.config['name']}: {model}")
         show(f"tokenizer {latest.tokenizer_kind}, sha256 {latest.tokenizer_fingerprint[:16]}…")
-    show(f"next: looplm evaluate {pasted(path)}")
+    show(f"next: looplm evaluate {quoted(path)}")
 
 
 # Prepared corpora
@@ -83,7 +83,7 @@ def _show_prepared(path: str, *, as_json: bool) -> int:
         f"left out: {left_out.bad_records:,} bad records, {left_out.overlapping:,} overlapping evaluations"
         f"{_in_parentheses(plan.decontaminate)}, {left_out.near_duplicates:,} near-duplicates"
     )
-    show(f"next: looplm tokenize --verify --out {pasted(path)}")
+    show(f"next: looplm tokenize --verify --out {quoted(path)}")
     return 0
 
 

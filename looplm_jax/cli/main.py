@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from looplm_jax.cli._compilation_cache import OFF, keep_compiled_programs
 from looplm_jax.errors import UserError, suggest
-from looplm_jax.printing import complain, steady_streams
+from looplm_jax.terminal import harden_streams, print_error
 
 _COMMANDS = {
     "tokenize": "prepare a corpus: tokenize and pack documents once, to be read at random",
@@ -38,7 +38,7 @@ Run = Callable[[argparse.Namespace], int]
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns 0, 2 for a user error, or 128 + n if signal n stopped it."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    steady_streams()
+    harden_streams()
     return exit_status(lambda: _dispatch(arguments))
 
 
@@ -67,7 +67,7 @@ def exit_status(command: Callable[[], int]) -> int:
 
 def _fail(message: str, status: int = 2) -> int:
     """Prints an error and returns the exit status."""
-    complain(message)
+    print_error(message)
     return status
 
 

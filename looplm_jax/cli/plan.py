@@ -9,20 +9,20 @@ from typing import TypeVar
 
 from rich.console import Console
 
-from looplm_jax import strict_json
+from looplm_jax import json_io
 from looplm_jax.cli._common import exit_process
 from looplm_jax.cli._plan_tables import print_decode, print_search, print_stage
 from looplm_jax.codec import to_dict
 from looplm_jax.config import Recipe, Stage, TopologySettings
 from looplm_jax.errors import UserError, suggest
-from looplm_jax.files import pasted
+from looplm_jax.files import quoted
 from looplm_jax.planning._decode_plan import DecodeRequest, check_heads, plan_decode
 from looplm_jax.planning._search import Candidate, fastest_settings, search
 from looplm_jax.planning._stage_plan import StagePlan, plan_stage
 from looplm_jax.planning._targets import HERE, Target, find_target
-from looplm_jax.printing import show, visible
 from looplm_jax.recipes._topologies import on_topology, settings_in_use, with_settings
 from looplm_jax.sharding import topology_name
+from looplm_jax.terminal import show, visible
 from looplm_jax.training._compile import stage_mesh
 from looplm_jax.training._progress import progress_console
 from looplm_jax.training._stopping import Stopped, StopRequest
@@ -202,14 +202,14 @@ def _write_recipe(request: PlanOptions, chosen: Mapping[str, TopologySettings]) 
         with_settings(stage, chosen[stage.name]) if stage.name in chosen else stage for stage in recipe.stages
     )
     recipe = dataclasses.replace(recipe, stages=stages)
-    request.write.write_text(strict_json.dumps(to_dict(recipe), indent=2) + "\n")
+    request.write.write_text(json_io.dumps(to_dict(recipe), indent=2) + "\n")
     show(f"wrote {request.write}")
 
 
 def _write_plan(out: Path | None, plan: list[dict]) -> None:
     """Writes a plan as JSON, if requested."""
     if out is not None:
-        out.write_text(strict_json.dumps(plan, indent=2) + "\n")
+        out.write_text(json_io.dumps(plan, indent=2) + "\n")
         show(f"wrote {out}")
 
 
@@ -220,12 +220,12 @@ def _next(request: PlanOptions, fits: bool) -> str:
 
     if request.write is not None:
         return (
-            f"next: looplm plan {pasted(str(request.write))} --topology {shlex.quote(request.topology)}  # all stages"
+            f"next: looplm plan {quoted(str(request.write))} --topology {shlex.quote(request.topology)}  # all stages"
         )
 
     if request.search:
-        command = f"looplm plan {pasted(request.typed)} --topology {shlex.quote(request.topology)}"
+        command = f"looplm plan {quoted(request.typed)} --topology {shlex.quote(request.topology)}"
         return f"next: {command}  # with the flags you like best, or the same command with --write FILE.json"
 
     where = "" if request.topology == HERE else f"on {request.topology}, "
-    return f"next: looplm train --recipe {pasted(request.typed)} --data.root YOUR_DATA  # {where}with the same flags"
+    return f"next: looplm train --recipe {quoted(request.typed)} --data.root YOUR_DATA  # {where}with the same flags"

@@ -15,10 +15,9 @@ from looplm_jax.data.prepared.pool import Progress as Advance
 from looplm_jax.data.prepared.prepare import prepare
 from looplm_jax.data.prepared.reading import open_prepared
 from looplm_jax.data.prepared.verification import verify
-from looplm_jax.files import pasted
-from looplm_jax.printing import complain, show
+from looplm_jax.files import quoted
 from looplm_jax.recipes import named_recipe
-from looplm_jax.stop_signals import stop_signals
+from looplm_jax.terminal import print_error, show, stop_signals
 from looplm_jax.training._progress import progress_console
 
 _SECONDS_BETWEEN_LINES = 15.0
@@ -42,7 +41,7 @@ def prepare_corpus(order: Order, out: str, workers: int | None) -> int:
             manifest = prepare(order, out, workers=workers, watcher=progress, say=progress.say)
     except _Stopped as stopped:
         number = stopped.number
-        complain(f"stopped by {number.name}; the same command resumes there")
+        print_error(f"stopped by {number.name}; the same command resumes there")
         return 128 + number
     finally:
         for number, handler in before.items():
@@ -57,7 +56,7 @@ def verify_corpus(out: str) -> int:
     corpus = open_prepared(out)
     damage = verify(corpus)
     for line in damage:
-        complain(str(line))
+        print_error(str(line))
 
     if not damage:
         manifest = corpus.manifest
@@ -107,7 +106,7 @@ def _print_summary(manifest: Manifest, out: str) -> None:
 def _next_command(manifest: Manifest, out: str) -> str:
     """Returns a command that trains the default recipe on the corpus, with the fields that have to differ."""
     recipe, plan = named_recipe("text-small"), manifest.plan
-    command = ["looplm", "train", "--data", pasted(out)]
+    command = ["looplm", "train", "--data", quoted(out)]
 
     if any(stage.sequence_length != plan.sequence_length for stage in recipe.stages):
         command += ["--stage.sequence_length", str(plan.sequence_length)]

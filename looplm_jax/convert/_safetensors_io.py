@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from looplm_jax.convert._layout import TorchTensor
 from looplm_jax.errors import UserError, brief
-from looplm_jax.json_files import read_json_object
+from looplm_jax.json_io import read_json_object
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from looplm_jax.errors import UserError, at_most
-from looplm_jax.printing import complain_at_once
+from looplm_jax.terminal import print_error_unbuffered
 
 _HEARTBEAT_SECONDS = 5.0
 _MAX_IDENTIFICATION = 1000
@@ -174,7 +174,7 @@ class Rendezvous:
                 raise UserError(message)
 
             if wait.report_due:
-                complain_at_once(f"process 0: waiting for {_named(missing)} of {self._count}")
+                print_error_unbuffered(f"process 0: waiting for {_named(missing)} of {self._count}")
 
         for connection in self._connections.values():
             connection.send(["go"])
@@ -249,7 +249,7 @@ class Rendezvous:
         connection.close()
         if host and host not in self._reported_hosts:
             self._reported_hosts.add(host)
-            complain_at_once(f"process 0: closed a connection from {host}, which is no process of this run")
+            print_error_unbuffered(f"process 0: closed a connection from {host}, which is not a process of this run")
 
     def _dismiss(self, message: str) -> None:
         """Sends a refusal to all connected processes."""
@@ -296,7 +296,7 @@ def reach_coordinator(
             )
 
         if wait.report_due:
-            complain_at_once(f"process {index}: waiting for {where} ({reason})")
+            print_error_unbuffered(f"process {index}: waiting for {where} ({reason})")
 
         time.sleep(_RETRY_SECONDS)
 
@@ -327,8 +327,8 @@ class _Wait:
 
 def _refuse(connection: Connection, message: str) -> None:
     """Refuses a process, with one line on both ends."""
-    message += "; start all processes with the same command, each with a --process of its own"
-    complain_at_once(f"process 0: {message}")
+    message += "; start all processes with the same command, each with its own --process"
+    print_error_unbuffered(f"process 0: {message}")
     connection.send(["refused", message])
     connection.close()
 

@@ -16,7 +16,7 @@ from looplm_jax.errors import UserError
 
 SECRET = "LOOPLM_JOB_SECRET"
 _BIND = "JAX_COORDINATOR_BIND_ADDRESS"
-_HINT = "say --coordinator, --processes and --process"
+_HINT = "give --coordinator, --processes and --process"
 _START_SECONDS = 60  # timeout of the JAX runtime, which is started only after all processes have connected
 
 
@@ -48,7 +48,7 @@ class JoinOptions:
             return
 
         if self.automatic or any(value is None for value in given):
-            raise UserError("say --coordinator, --processes and --process together, or --distributed alone")
+            raise UserError("give --coordinator, --processes and --process together, or --distributed alone")
         # Validates the values.
         _Placement(address=self.coordinator or "", index=self.process or 0, count=self.processes or 0)
 
@@ -123,7 +123,7 @@ def join(options: JoinOptions) -> ProcessGroup:
 def check_single_process() -> None:
     """Raises UserError if this process is one of several of a pod but was started without `--distributed`."""
     if jax.process_count() > 1 and not jax.distributed.is_initialized():
-        raise UserError(f"this is one of {jax.process_count()} processes of a pod; say --distributed on all of them")
+        raise UserError(f"this is one of {jax.process_count()} processes of a pod; give --distributed on all of them")
 
 
 def _placement(options: JoinOptions) -> _Placement:
@@ -138,10 +138,10 @@ def _placement(options: JoinOptions) -> _Placement:
                 address, None, None, None, None, _START_SECONDS
             )
         except (ValueError, RuntimeError, OSError, KeyError) as error:
-            raise UserError(f"the surroundings did not say which processes there are ({error!r}); {_HINT}") from None
+            raise UserError(f"the other processes cannot be detected ({error!r}); {_HINT}") from None
 
     if address is None or count is None or index is None:
-        raise UserError(f"this is no TPU pod and no Slurm job, so nothing says which processes there are; {_HINT}")
+        raise UserError(f"this is neither a TPU pod nor a Slurm job, so the other processes are unknown; {_HINT}")
     return _Placement(address=address, index=index, count=count)
 
 

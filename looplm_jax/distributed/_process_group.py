@@ -15,7 +15,7 @@ from typing import Any, NoReturn, Protocol, TypeVar, runtime_checkable
 from looplm_jax.codec import differences
 from looplm_jax.distributed._connection import SILENCE_SECONDS, Connection
 from looplm_jax.errors import UserError, at_most
-from looplm_jax.printing import complain_at_once
+from looplm_jax.terminal import print_error_unbuffered
 
 LOST = 75  # exit status after the loss of another process: EX_TEMPFAIL of sysexits.h, "try again"
 
@@ -80,7 +80,7 @@ def end_process(message: str, status: int) -> NoReturn:
 
     Uses `os._exit`, which does not wait for threads that hang in a collective operation.
     """
-    complain_at_once(message)
+    print_error_unbuffered(message)
     os._exit(status)
 
 

@@ -43,7 +43,7 @@ with epy.lazy_api_imports(globals()):
     from looplm_jax.evaluation._synthetic_tasks import most_bits_per_parameter
 
     # Tables, figures and reports.
-    from looplm_jax.printing import Table
+    from looplm_jax.terminal import Table
     from looplm_jax.evaluation._reports import depth_table, exit_table, write_run_report
     from looplm_jax.evaluation._plots import figure, plot_depths, plot_exits, plot_training, save_figure
 

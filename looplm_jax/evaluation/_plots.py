@@ -11,7 +11,7 @@ import numpy as np
 
 from looplm_jax.errors import UserError
 from looplm_jax.evaluation._evaluate import Curve, DepthSweep
-from looplm_jax.strict_json import numbers
+from looplm_jax.json_io import numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

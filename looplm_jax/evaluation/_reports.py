@@ -9,10 +9,10 @@ from looplm_jax.config import Recipe, Stage
 from looplm_jax.errors import UserError
 from looplm_jax.evaluation._evaluate import DepthSweep, ExitCurve
 from looplm_jax.evaluation._plots import plot_training
-from looplm_jax.files import AnyPath, in_bucket, pasted, write_atomically
+from looplm_jax.files import AnyPath, in_bucket, quoted, write_atomically
+from looplm_jax.json_io import number, numbers
 from looplm_jax.models.looplm import count_params
-from looplm_jax.printing import Table
-from looplm_jax.strict_json import number, numbers
+from looplm_jax.terminal import Table
 from looplm_jax.training._goodput import summary, total_seconds, warnings
 from looplm_jax.training._metrics import read_metrics
 
@@ -109,7 +109,7 @@ def write_run_report(folder: AnyPath, recipe: Recipe) -> list[str]:
         "",
         "```",
         evaluate_command(folder),
-        f"looplm generate {pasted(folder)} --prompt 'Once'",
+        f"looplm generate {quoted(folder)} --prompt 'Once'",
         "```",
         "",
     ]
@@ -120,8 +120,8 @@ def write_run_report(folder: AnyPath, recipe: Recipe) -> list[str]:
 
 def evaluate_command(folder: AnyPath) -> str:
     """Returns the command that evaluates a run. For a run in a bucket, its output goes to a local folder."""
-    out = f" --out {pasted(f'{folder.name}-evaluation')}" if in_bucket(folder) else ""
-    return f"looplm evaluate {pasted(folder)}{out}"
+    out = f" --out {quoted(f'{folder.name}-evaluation')}" if in_bucket(folder) else ""
+    return f"looplm evaluate {quoted(folder)}{out}"
 
 
 def _figure(rows: Sequence[Mapping[str, Any]]) -> bytes | None:

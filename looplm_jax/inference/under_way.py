@@ -8,7 +8,7 @@ from looplm_jax.inference.kv_cache import Cache
 from looplm_jax.inference.requests import NewToken, Result
 from looplm_jax.inference.stopping import Finish, StopMatcher
 from looplm_jax.inference.ticket import Ticket
-from looplm_jax.printing import one_line
+from looplm_jax.terminal import one_line
 
 
 class RequestError(Exception):

@@ -14,8 +14,8 @@ import jax
 from jax.sharding import Mesh
 
 from looplm_jax.config import ModelConfig, Objective
+from looplm_jax.json_io import number
 from looplm_jax.sharding._hardware import known_chip
-from looplm_jax.strict_json import number
 
 _PREFIX = "seconds_in_"
 _WORTH_A_WARNING = 0.05

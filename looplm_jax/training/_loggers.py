@@ -18,7 +18,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
 from looplm_jax.errors import UserError
-from looplm_jax.files import AnyPath, make_folder, refusal, write_atomically, writing
+from looplm_jax.files import AnyPath, make_folder, refusal, report_failed_writes, write_atomically
 
 _SECONDS_BETWEEN_UPLOADS = 30.0
 _SHARE_OF_TIME = 0.05  # the maximum fraction of the time spent in uploads
@@ -62,7 +62,7 @@ class _LocalFile:
     def __init__(self, path: Path):
         self.refused: str | None = None
         self._path, self._kept = path, b""
-        with writing(path):
+        with report_failed_writes(path):
             self._file = path.open("ab", buffering=0)
 
     def append(self, content: bytes) -> None:
@@ -133,7 +133,7 @@ class _BucketFile:
 def open_events(folder: AnyPath, *, step: int) -> "EventLog":
     """Creates an event file in `folder`. Raises UserError if the disk or the bucket refuses it."""
     name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.from-{step}"
-    with writing(folder):
+    with report_failed_writes(folder):
         make_folder(folder)
     return EventLog(grow(folder / name), step=step)
 

@@ -14,11 +14,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from looplm_jax import strict_json
+from looplm_jax import json_io
 from looplm_jax.config import Recipe, Stage
 from looplm_jax.distributed import ProcessGroup
 from looplm_jax.errors import UserError
-from looplm_jax.files import AnyPath, check_regular, reading
+from looplm_jax.files import AnyPath, check_regular, report_failed_reads
 from looplm_jax.training._goodput import (
     Stopwatch,
     memory_use,
@@ -197,13 +197,13 @@ def read_metrics(folder: AnyPath, *, warn: Callable[[str], None] = _warn_on_stde
       UserError: the disk or the bucket refuses the read.
     """
     path = folder / "metrics.jsonl"
-    with reading(path):
+    with report_failed_reads(path):
         if not path.exists():
             return []
         check_regular(path)
         lines = path.read_bytes().split(b"\n")
 
-    rows = [strict_json.metrics_row(line) for line in lines[:-1]]  # text after the last newline is incomplete
+    rows = [json_io.metrics_row(line) for line in lines[:-1]]  # text after the last newline is incomplete
     damaged = [number for number, row in enumerate(rows, start=1) if row is None]
     if damaged:
         more = f", and {len(damaged) - 1} more" if len(damaged) > 1 else ""
@@ -242,7 +242,7 @@ def as_values(metrics: StepMetrics) -> dict[str, Any]:
 
 def _line(row: Mapping[str, Any]) -> str:
     """Returns a row of metrics as one line of JSON."""
-    return strict_json.dumps(row) + "\n"
+    return json_io.dumps(row) + "\n"
 
 
 def _scalars(kind: str, values: Mapping[str, Any]) -> dict[str, float]:

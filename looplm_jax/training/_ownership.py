@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from looplm_jax.errors import UserError
-from looplm_jax.files import AnyPath, forget_listing, locked, make_folder, writing
+from looplm_jax.files import AnyPath, forget_listing, locked, make_folder, report_failed_writes
 
 OWNER_FILE = "owner.json"
 HEARTBEAT_SECONDS = 10.0
@@ -128,12 +128,12 @@ def _own_local(folder: Path) -> Iterator["_LocalOwnership"]:
     """Owns a local folder, and removes the folders it has created if they are empty at the end."""
     # Innermost first, which is the order in which they are removed.
     new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
-    with writing(folder):
+    with report_failed_writes(folder):
         make_folder(folder)
 
     try:
         with contextlib.ExitStack() as held:
-            with writing(folder):
+            with report_failed_writes(folder):
                 owned = _LocalOwnership(folder, _locked_file(folder, held))
             held.callback(owned.release)
             yield owned
@@ -174,7 +174,7 @@ def _locked_file(folder: Path, held: contextlib.ExitStack) -> int:
 def _own_object(folder: AnyPath) -> Iterator["_ObjectOwnership"]:
     """Owns a folder in a bucket."""
     path = folder / OWNER_FILE
-    with writing(folder):
+    with report_failed_writes(folder):
         holder = _read_object(path)
     if holder is not None and not holder.is_this_process() and holder.is_alive():
         raise _held_elsewhere(holder, folder, path)
@@ -232,7 +232,7 @@ class _ObjectOwnership:
         self._folder, self._path = folder, path
         self._owner = Owner.this_process()
         self._is_taken = False
-        with writing(folder):
+        with report_failed_writes(folder):
             path.write_bytes(_content(self._owner))
 
     def check(self) -> None:

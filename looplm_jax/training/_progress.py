@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from looplm_jax.printing import visible
+from looplm_jax.terminal import visible
 
 _SECONDS_BETWEEN_LINES = 15.0
 

@@ -18,9 +18,9 @@ from looplm_jax.files import (
     check_regular,
     make_folder,
     read_text,
-    reading,
+    report_failed_reads,
+    report_failed_writes,
     write_atomically,
-    writing,
 )
 from looplm_jax.resume import check_same_run
 from looplm_jax.training._ownership import OWNER_FILE
@@ -67,7 +67,7 @@ def check_folder(path: str | os.PathLike[str], recipe: Recipe) -> RunFolder:
     """
     folder = RunFolder(path=any_path(path))
     checkpoint_path(folder.checkpoints)
-    with reading(folder.path):
+    with report_failed_reads(folder.path):
         _check_folder(folder, recipe)
     return folder
 
@@ -80,7 +80,7 @@ def claim_folder(folder: RunFolder, recipe: Recipe) -> None:
     Raises:
       UserError: the disk refuses the write.
     """
-    with writing(folder.path):
+    with report_failed_writes(folder.path):
         make_folder(folder.path)
         if not folder.begun:
             folder.tokenizer.unlink(missing_ok=True)

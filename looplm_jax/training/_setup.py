@@ -19,10 +19,10 @@ from looplm_jax.data.targets import pieces_left_out
 from looplm_jax.data.tokenizers import FolderTokenizer, Tokenizer, deserialize
 from looplm_jax.distributed import SINGLE_PROCESS, ProcessGroup, first_on_process_0
 from looplm_jax.errors import UserError
-from looplm_jax.files import pasted, write_atomically
+from looplm_jax.files import quoted, write_atomically
 from looplm_jax.models.looplm import LoopLM
-from looplm_jax.printing import literal
 from looplm_jax.resume import check_same_run
+from looplm_jax.terminal import literal
 from looplm_jax.training._compile import stage_mesh
 from looplm_jax.training._goodput import Activity, Stopwatch
 from looplm_jax.training._guard import with_window
@@ -347,7 +347,7 @@ def _check_inherited(recipe: Recipe, corpus: Corpus, tokenizer: Tokenizer | None
 def _how_to_prepare(origin: str, inherited: Tokenizer) -> str:
     """Returns how to prepare data that a run that starts from `origin` can read."""
     if is_hf_folder(Path(origin)):
-        return f"prepare it with --tokenizer {pasted(origin)}"
+        return f"prepare it with --tokenizer {quoted(origin)}"
     if isinstance(inherited, FolderTokenizer):
-        return f"prepare it with --tokenizer FOLDER, which `looplm convert to-hf {pasted(origin)} FOLDER` writes"
+        return f"prepare it with --tokenizer FOLDER, which `looplm convert to-hf {quoted(origin)} FOLDER` writes"
     return "prepare it with that one"

@@ -15,7 +15,7 @@ from looplm_jax.data import ValidationBatches
 from looplm_jax.data.packing import Batch
 from looplm_jax.distributed import ProcessGroup
 from looplm_jax.errors import UserError
-from looplm_jax.stop_signals import stop_signals
+from looplm_jax.terminal import stop_signals
 
 R = TypeVar("R")
 

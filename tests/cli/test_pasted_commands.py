@@ -8,14 +8,14 @@ from hypothesis import strategies as st
 
 from looplm_jax.cli.main import main
 from looplm_jax.evaluation._reports import evaluate_command
-from looplm_jax.files import any_path, pasted
+from looplm_jax.files import any_path, quoted
 
 ODD = "runs/-my run #1[2] $x 100%"
 
 
 @given(st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0"), min_size=1))
 def test_a_pasted_path_is_the_same_path_and_no_flag(path):
-    (word,) = shlex.split(f" {pasted(path)} ")
+    (word,) = shlex.split(f" {quoted(path)} ")
     assert word in (path, f"./{path}")
     assert not word.startswith("-")
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from looplm_jax.cli.main import main
-from looplm_jax.printing import Table, one_line, visible
+from looplm_jax.terminal import Table, one_line, visible
 
 TITLE = "\x1b]0;pwned\x07"
 

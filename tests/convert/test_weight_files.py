@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from looplm_jax.convert._safetensors_io import INDEX, SINGLE, WeightFolder, has_weights
 from looplm_jax.errors import UserError
-from looplm_jax.json_files import read_json_object
+from looplm_jax.json_io import read_json_object
 
 TWO = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
@@ -253,7 +253,7 @@ def test_json_that_is_no_object(tmp_path):
 def test_json_that_is_nested(tmp_path, levels):
     path = tmp_path / "config.json"
     path.write_text('{"a": ' + "[" * levels + "]" * levels + "}")
-    with pytest.raises(UserError, match=r"is nested more than 16 levels deep; it is no config\.json"):
+    with pytest.raises(UserError, match=r"is nested more than 16 levels deep; it is not a config\.json"):
         read_json_object(path)
 
 
@@ -263,7 +263,7 @@ def test_json_that_is_large_missing_or_unreadable(tmp_path, monkeypatch):
         read_json_object(path)
     with path.open("wb") as stream:
         stream.truncate(10 * 2**20 + 1)
-    with pytest.raises(UserError, match=r"is larger than 10 MiB; it is no config\.json"):
+    with pytest.raises(UserError, match=r"is larger than 10 MiB; it is not a config\.json"):
         read_json_object(path)
     path.write_text("{}")
     assert read_json_object(path) == {}

@@ -86,7 +86,7 @@ def test_a_shutdown_is_no_loss(group):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"coordinator": "a:1"}, "say --coordinator, --processes and --process together, or --distributed alone"),
+        ({"coordinator": "a:1"}, "give --coordinator, --processes and --process together, or --distributed alone"),
         ({"automatic": True, "coordinator": "a:1", "processes": 2, "process": 0}, "or --distributed alone"),
         ({"coordinator": "a", "processes": 2, "process": 0}, "--coordinator must be HOST:PORT of process 0, not 'a'"),
         ({"coordinator": "a:1", "processes": 2, "process": 2}, r"--process must be in 0..1 \(--processes 2\)"),

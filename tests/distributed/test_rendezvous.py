@@ -208,7 +208,7 @@ def test_another_secret_is_a_stranger(capfd):
         process_0.join(1, 2, token=bytes(16), timeout=0)
     process_0.join(1, 2)
     assert process_0.wait() == [1]
-    assert f"closed a connection from {HOST}, which is no process of this run" in capfd.readouterr().err
+    assert f"closed a connection from {HOST}, which is not a process of this run" in capfd.readouterr().err
 
 
 def test_process_0_may_come_last(monkeypatch, capfd):
@@ -249,7 +249,7 @@ def test_a_name_that_nobody_knows_is_one_line():
 
 def test_outside_a_pod_nothing_says_which_processes_there_are(monkeypatch):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    with pytest.raises(UserError, match="this is no TPU pod and no Slurm job"):
+    with pytest.raises(UserError, match="this is neither a TPU pod nor a Slurm job"):
         join(JoinOptions(automatic=True))
 
 

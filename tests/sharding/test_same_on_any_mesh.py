@@ -133,6 +133,6 @@ def test_a_sequence_that_does_not_divide_is_refused():
 def test_a_batch_that_does_not_divide_is_refused():
     mesh = make_mesh(MeshConfig(data=8))
     with pytest.raises(
-        UserError, match=r"stages.x.batch_size=12 in 1 part\(s\) does not divide .* use a multiple of 8"
+        UserError, match=r"stages.x.batch_size=12 in 1 microbatch\(es\) does not divide .* use a multiple of 8"
     ):
         check_batch(mesh, 12, 1, "stages.x")

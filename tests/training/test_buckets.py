@@ -193,7 +193,9 @@ def test_another_run_in_a_bucket_is_refused(bucket):  # noqa: F811
     epath.Path(f"{bucket}/notes/mine.txt").write_text("mine")
     with pytest.raises(UserError, match="is not empty and holds no run; choose another --out"):
         train(f"{bucket}/notes")
-    with pytest.raises(UserError, match=r"s3://bucket/run: a run lies on a disk or in a bucket; give a path, or gs://"):
+    with pytest.raises(
+        UserError, match=r"s3://bucket/run: a run is stored on a disk or in a bucket; give a path, or gs://"
+    ):
         train("s3://bucket/run")
     train(f"{bucket}/run")
     with pytest.raises(UserError, match="was trained with another configuration"):

@@ -15,9 +15,9 @@ from looplm_jax.files import (
     forget_listing,
     locked,
     make_folder,
-    reading,
+    report_failed_reads,
+    report_failed_writes,
     write_atomically,
-    writing,
 )
 
 MANIFEST = "manifest.json"
@@ -63,7 +63,7 @@ class PreparedFolder:
         """
         # Raised outside of `reading`, which converts every OSError to a UserError.
         path, missing = self.at(name), None
-        with reading(path):
+        with report_failed_reads(path):
             try:
                 return path.read_bytes()
             except FileNotFoundError as error:
@@ -73,7 +73,7 @@ class PreparedFolder:
     def names(self, folder: str = "") -> frozenset[str]:
         """Returns the names in the folder, or in a subfolder. The result is empty if there is no such folder."""
         path = self.path / folder if folder else self.path
-        with reading(path):
+        with report_failed_reads(path):
             # Clients of buckets cache listings, and other processes write to the folder as well.
             forget_listing(path)
             try:
@@ -83,7 +83,7 @@ class PreparedFolder:
 
     def write(self, name: str, content: bytes) -> None:
         """Writes a small file atomically. Raises UserError if the file system refuses."""
-        with writing(self.at(name)):
+        with report_failed_writes(self.at(name)):
             make_folder(self.at(name).parent)
         write_atomically(self.at(name), content)
 
@@ -94,7 +94,7 @@ class PreparedFolder:
         """
         place = self.at(name)
         if isinstance(place, Path):
-            with writing(place):
+            with report_failed_writes(place):
                 os.replace(file, place)
         else:
             write_atomically(place, file.read_bytes())
@@ -102,7 +102,7 @@ class PreparedFolder:
 
     def remove_folder(self, name: str) -> None:
         """Removes a subfolder if it exists."""
-        with writing(self.at(name)), contextlib.suppress(FileNotFoundError):
+        with report_failed_writes(self.at(name)), contextlib.suppress(FileNotFoundError):
             if isinstance(self.path, Path):
                 shutil.rmtree(self.path / name)
             else:
@@ -126,14 +126,14 @@ class PreparedFolder:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file; choose another --out")
 
-        with writing(self.path):
+        with report_failed_writes(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
 
         # The scratch folder is inside the corpus folder, so that `publish` renames within one file system.
         scratch_here = self.path / UNFINISHED
         with locked(self.path, busy=self._busy):
             shutil.rmtree(scratch_here, ignore_errors=True)
-            with writing(self.path):
+            with report_failed_writes(self.path):
                 scratch_here.mkdir()
 
             try:
@@ -155,7 +155,7 @@ def is_prepared(path: str) -> bool:
     if not _is_possible(path):
         return False
     folder = any_path(path)
-    with reading(folder):
+    with report_failed_reads(folder):
         if (folder / MANIFEST).exists():
             return True
         if (folder / PLAN).exists():

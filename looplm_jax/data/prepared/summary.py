@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 
-from looplm_jax import strict_json
+from looplm_jax import json_io
 from looplm_jax.data.cleaning import DecontaminationReport, DuplicatesReport, EvaluationNgrams, Findings
 from looplm_jax.data.prepared.folder import PreparedFolder
 from looplm_jax.data.prepared.manifest import LeftOut, Manifest, Plan, SourceCount
@@ -69,7 +69,7 @@ def write_cleaning_report(
 
     if found:
         values = {name: report.to_json() for name, report in found.items()}
-        folder.write(f"{REPORT}.json", (strict_json.dumps(values, indent=1) + "\n").encode())
+        folder.write(f"{REPORT}.json", (json_io.dumps(values, indent=1) + "\n").encode())
         pages = [report.to_markdown() for report in found.values()]
         folder.write(f"{REPORT}.md", "\n".join(["# What was left out", "", *pages]).encode())
 

@@ -15,7 +15,7 @@ from looplm_jax.data.sources.local_paths import Entry
 from looplm_jax.data.sources.recognition import holds_records, recognize
 from looplm_jax.errors import UserError
 from looplm_jax.files import check_regular
-from looplm_jax.printing import one_line
+from looplm_jax.terminal import one_line
 
 _LINES = (".json", ".jsonl", ".ndjson")
 _RECORDS = (".array_record", ".arrayrecord", *_LINES, ".parquet")

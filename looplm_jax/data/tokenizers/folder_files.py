@@ -11,7 +11,7 @@ from looplm_jax.data.tokenizers.expansion import check_expansion
 from looplm_jax.data.tokenizers.folder import FolderTokenizer, TokenIds
 from looplm_jax.data.tokenizers.huggingface import JsonTokenizer
 from looplm_jax.errors import UserError
-from looplm_jax.json_files import read_json_object
+from looplm_jax.json_io import read_json_object
 
 # Files are searched in this order, and the first that names a token wins. `JsonTokenizer` falls back to common names.
 _BY_ID = ("config.json", "generation_config.json")

@@ -11,7 +11,7 @@ from lm_eval.tasks import TaskManager
 from looplm_jax.errors import UserError, suggest
 from looplm_jax.evaluation.harness import TASKS
 from looplm_jax.evaluation.harness._adapter import EveryDepth, LoopLMAdapter
-from looplm_jax.printing import Table
+from looplm_jax.terminal import Table
 
 _BOOTSTRAPS = 1000  # resamples for the standard error of a metric that is not a mean
 

@@ -9,6 +9,7 @@ import errno
 import io
 import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TextIO
@@ -51,13 +52,13 @@ def show(text: str) -> None:
     print(visible(text))
 
 
-def complain(message: str) -> None:
+def print_error(message: str) -> None:
     """Prints one line on standard error. Does nothing if that is closed."""
     with contextlib.suppress(OSError, ValueError):
         print(f"looplm: {one_line(message)}", file=sys.stderr, flush=True)
 
 
-def complain_at_once(message: str) -> None:
+def print_error_unbuffered(message: str) -> None:
     """Prints one line on standard error without Python's buffers, from any thread.
 
     This is for a process that is about to exit.
@@ -118,7 +119,7 @@ def _markdown_cell(value: object) -> str:
 # Streams
 
 
-def steady_streams() -> None:
+def harden_streams() -> None:
     """Makes standard output and error robust for the lifetime of the process.
 
     Characters that they cannot encode are replaced. Output to a closed pipe is dropped, so `looplm train 2>&1 | head`
@@ -189,3 +190,16 @@ def _open_nowhere(number: int) -> None:
 def _escape(character: str) -> str:
     number = ord(character)
     return f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}"
+
+
+# Signals
+
+
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """Returns SIGTERM, and SIGINT and SIGHUP unless this process was started with them ignored.
+
+    `nohup` starts a command with SIGHUP ignored, and shell scripts start background jobs with SIGINT ignored, so that
+    signals from the terminal do not end them.
+    """
+    from_terminal = (number for number in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN)
+    return (signal.SIGTERM, *from_terminal)
