@@ -17,6 +17,7 @@ from looplm_jax.data.splits import is_validation
 from looplm_jax.data.tokenizer_training import train_sentencepiece
 from looplm_jax.data.validation import validation_batches
 from looplm_jax.errors import UserError
+from looplm_jax.testing import assert_resumes_exactly
 
 GEOMETRY = {"batch_size": 4, "sequence_length": 32}
 
@@ -148,17 +149,7 @@ def test_seed_fixes_the_order(stream):
 )
 @pytest.mark.parametrize("batches", [1, 17, *(pytest.param(count, marks=pytest.mark.slow) for count in (0, 7, 16, 40))])
 def test_resume_is_exact(stream, batches, geometry):
-    original = stream(**geometry)
-    take(original, batches)
-    state = json.loads(json.dumps(original.state()))
-    expected = take(original, 25)
-    fresh, used = stream(**geometry), stream(**geometry)
-    take(used, 11)
-    for resumed in (fresh, used):
-        resumed.restore(state)
-        assert resumed.state() == state
-        assert same(take(resumed, 25), expected)
-        assert resumed.state() == original.state()
+    assert_resumes_exactly(lambda: stream(**geometry), done=batches, more=25)
 
 
 def test_state_is_small(stream):

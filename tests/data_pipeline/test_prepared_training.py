@@ -18,6 +18,7 @@ from looplm_jax.data.prepared.reading import open_prepared
 from looplm_jax.data.tokenizer_training import train_sentencepiece
 from looplm_jax.data.validation import validation_batches
 from looplm_jax.errors import UserError
+from looplm_jax.testing import assert_resumes_exactly
 
 ROWS = 8
 GEOMETRY = {"batch_size": ROWS, "sequence_length": LENGTH}
@@ -95,18 +96,13 @@ def test_weights_are_shares_of_rows(corpus):
 
 @pytest.mark.parametrize("batches", [0, 1, 7])
 def test_resume_is_exact(batches, stream):
+    assert_resumes_exactly(stream, done=batches, more=5)
+
+
+def test_the_state_is_small(stream):
     original = stream()
-    take(original, batches)
-    state = json.loads(json.dumps(original.state()))
-    assert len(json.dumps(state)) < 2000
-    expected = take(original, 5)
-    fresh, used = stream(), stream()
-    take(used, 3)
-    for resumed in (fresh, used):
-        resumed.restore(state)
-        assert resumed.state() == state
-        np.testing.assert_equal(take(resumed, 5), expected)
-        assert resumed.state() == original.state()
+    take(original, 7)
+    assert len(json.dumps(original.state())) < 2000
 
 
 def test_the_seed_fixes_the_order(stream):

@@ -20,6 +20,7 @@ from looplm_jax.data.tasks.base import Problems
 from looplm_jax.data.tasks.draws import draw_again, is_held_out
 from looplm_jax.data.tasks.p_hop import find
 from looplm_jax.errors import UserError
+from looplm_jax.testing import assert_resumes_exactly
 
 EARLIER_PLACE = Path(__file__).parents[1] / "data" / "place_among_single_problems.json"
 SEEDS = st.integers(0, 2**32 - 1)
@@ -205,14 +206,7 @@ def take(batches, count):
 @pytest.mark.parametrize("done", [0, 1, 40, 333])
 def test_a_stream_resumes_exactly(done):
     corpus = corpus_of("mano:length=4", "mano:length=4,supervise=all", weights=[3.0, 1.0])
-    original, resumed = stream(corpus), stream(corpus)
-    take(original, done)
-    state = json.loads(json.dumps(original.state()))
-    take(resumed, 11)
-    resumed.restore(state)
-    assert resumed.state() == state
-    np.testing.assert_equal(take(resumed, 300), take(original, 300))
-    assert resumed.state() == original.state()
+    assert_resumes_exactly(lambda: stream(corpus), done=done, more=300)
 
 
 def test_lanes_hold_problems_of_their_own_and_batches_are_the_same_for_any_number_of_processes():

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from looplm_jax import testing
 from looplm_jax.config import ComputeConfig, Injection, ModelConfig, NormPlacement
-from looplm_jax.models.looplm import LoopLM, Params, init_params
+from looplm_jax.models.looplm import LoopLM, Params
 
 LENGTH = 6
 DEFAULT_COMPUTE = ComputeConfig()
@@ -31,17 +31,10 @@ def tiny_config(option: str) -> ModelConfig:
     return dataclasses.replace(BASE, rope_theta=100.0, **OPTIONS[option])
 
 
-def noisy_params(config: ModelConfig) -> Params:
-    """Returns parameters from NumPy, which compiles nothing, such that every norm, bias and matrix matters."""
-    random = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: init_params(LoopLM(config), jax.random.key(0)))
-    return jax.tree.map(lambda leaf: jnp.asarray(random.normal(0.1, 0.3, leaf.shape), jnp.float32), shapes)
-
-
 @functools.cache
 def tiny_model(option: str, compute: ComputeConfig = DEFAULT_COMPUTE) -> tuple[LoopLM, Params]:
     config = tiny_config(option)
-    return LoopLM(config, compute), noisy_params(config)
+    return testing.tiny_model(config, compute=compute)
 
 
 @functools.cache
