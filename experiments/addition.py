@@ -2,7 +2,7 @@
 
     python -m experiments addition --scale cpu
 
-Models of k layers looped T times learn to add (`looplm_jax.data.tasks.addition`). Training mixes n = 2, 4, 8, …
+Models of k layers looped T times learn to add (`looplm_jax.data.tasks.Addition`). Training mixes n = 2, 4, 8, …
 numbers; each test uses one n, including 24, which training never contains.
 
 Published, and used at `paper`: three digits, n up to 32, width 256, 8 heads, feed-forward width 1024, 200,000 steps of

@@ -2,7 +2,7 @@
 
     python -m experiments capo --scale cpu
 
-Models of k layers, plain or looped four times, read biographies of N synthetic people (`looplm_jax.data.tasks.capo`),
+Models of k layers, plain or looped four times, read biographies of N synthetic people (`looplm_jax.data.tasks._capo`),
 worded differently at each exposure, and are then tested on names and facts (`looplm_jax.evaluation.knowledge_loss`).
 Published: about 2 bits per parameter after 1,000 exposures, with or without loops, and about 1 after 100.
 

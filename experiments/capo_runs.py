@@ -29,7 +29,7 @@ from looplm_jax.config import (
     Stage,
 )
 from looplm_jax.data import ValidationBatches
-from looplm_jax.data.tasks.capo import Capo
+from looplm_jax.data.tasks import Capo
 from looplm_jax.evaluation import bits_per_parameter, knowledge_loss, most_bits_per_parameter
 from looplm_jax.models.looplm import LoopLM, Params, count_params
 from looplm_jax.training._metrics import EVALUATION, TRAIN, read_metrics

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from numpy.typing import ArrayLike
 
-from looplm_jax.data.packing import Batch
+from looplm_jax.data import Batch
 from looplm_jax.evaluation import Curve
 from looplm_jax.halting import (
     ArgmaxStable,

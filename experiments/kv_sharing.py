@@ -33,7 +33,7 @@ from rich.console import Console
 from experiments.bootstrap import interval, resamples, union
 from experiments.experiment import Cell, Record, Report
 from experiments.text_scales import OnTextModels
-from looplm_jax.data.packing import Batch
+from looplm_jax.data import Batch
 from looplm_jax.errors import UserError
 from looplm_jax.evaluation import Table, figure, save_figure
 from looplm_jax.halting import FixedLoops

@@ -3,7 +3,7 @@
     python -m experiments mano --scale cpu
 
 Models of k layers looped T times learn modular arithmetic on expressions in prefix order
-(`looplm_jax.data.tasks.mano`). Without loops they fall far behind as expressions grow; with loops they reach the
+(`looplm_jax.data.tasks.Mano`). Without loops they fall far behind as expressions grow; with loops they reach the
 accuracy of T times as many layers.
 
 Published, and used at `paper`: width 1024, 128 sequences of 1,024 packed tokens, 80,000 / 110,000 / 200,000 steps for L

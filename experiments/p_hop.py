@@ -2,7 +2,7 @@
 
     python -m experiments p-hop --scale cpu
 
-Models of k layers looped T times learn to follow p hops through a sequence of symbols (`looplm_jax.data.tasks.p_hop`).
+Models of k layers looped T times learn to follow p hops through a sequence of symbols (`looplm_jax.data.tasks.PHop`).
 Sequences are built around a chain of hops, so none is degenerate. A second test draws symbols independently; a quarter
 of those sequences end in two equal symbols and can be answered by one induction head. Both kinds are reported.
 

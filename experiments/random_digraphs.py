@@ -5,7 +5,7 @@ import enum
 import numpy as np
 from jaxtyping import Bool, Int
 
-from looplm_jax.data.tasks.draws import generator
+from looplm_jax.data.tasks._base import generator
 
 UNREACHED = -1
 

@@ -11,7 +11,7 @@ self-loops. The paper states the theorem without an experiment: the graphs, thei
 at every scale.
 
 And trained models, entirely our design: k layers looped T times read the edges of three trees in random order and name
-the root from which a node is reachable, 1 to `distance` edges below it (`looplm_jax.data.tasks.reachability`). Naming
+the root from which a node is reachable, 1 to `distance` edges below it (`looplm_jax.data.tasks.Reachability`). Naming
 any root is correct in a third of the cases: edges have to be followed to know which. In training, four questions follow
 each graph, near ones more often. The test asks one question, at each distance, and at one edge more than in training,
 where the same nodes form two longer trees and any root is correct in half of the cases.

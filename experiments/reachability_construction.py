@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from experiments.random_digraphs import UNREACHED, distances, draw_digraph
 from experiments.reachability_weights import SHARPNESS, initial_state, reachability_weights, reached_after
-from looplm_jax.data.tasks.draws import generator
+from looplm_jax.data.tasks._base import generator
 
 _AT_ONCE = 50  # graphs evaluated together
 

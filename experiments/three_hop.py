@@ -2,9 +2,9 @@
 
     python -m experiments three-hop --scale cpu
 
-A model is trained on a part of all questions about a world of people and relations (`looplm_jax.data.tasks.three_hop`),
-and tested on 3,000 others. It can answer those only by combining facts that it has seen only inside questions. The
-fewer questions it needs for that, the better it learns to combine.
+A model is trained on a part of all questions about a world of people and relations, and tested on 3,000 others (see
+`looplm_jax.data.tasks.ThreeHop`). It can answer those only by combining facts that it has seen only inside questions.
+The fewer questions it needs for that, the better it learns to combine.
 
 Published, and used at `paper`: 500 people, 20 relations, 6 layers looped 1, 2 and 4 times and 24 layers once (the
 operations of 6⊗4), width 1024, 16 heads, learning rate 5e-4, warm-up 1,000, cosine to a tenth, 20,000 steps of 2,048

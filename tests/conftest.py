@@ -52,7 +52,7 @@ def small_windows(request):
     """Makes shuffle windows small. Every stream first fills its window, and the tested laws hold for any size."""
     with pytest.MonkeyPatch.context() as patch:
         if request.path.stem != WITH_WINDOWS_OF_USERS:
-            patch.setattr("looplm_jax.data.packing._SHUFFLED_PIECES", SHUFFLED_PIECES)
+            patch.setattr("looplm_jax.data._packing._SHUFFLED_PIECES", SHUFFLED_PIECES)
         yield
 
 

@@ -10,7 +10,7 @@ SHUFFLED_PIECES = 256
 if __name__ == "__main__":
     from looplm_jax.cli import train
     from looplm_jax.cli.main import main
-    from looplm_jax.data import packing
+    from looplm_jax.data import _packing as packing
 
     packing._SHUFFLED_PIECES = SHUFFLED_PIECES
     train.write_run_report = lambda *_: []

@@ -26,7 +26,7 @@ import numpy as np
 from looplm_jax.checkpoints import CheckpointStore, Metadata
 from looplm_jax.codec import to_dict
 from looplm_jax.config import ComputeConfig, Dtype, MeshConfig, ModelConfig, Recipe, Stage
-from looplm_jax.data.packing import Batch
+from looplm_jax.data import Batch
 from looplm_jax.distributed import SINGLE_PROCESS
 from looplm_jax.models.looplm import LoopLM
 from looplm_jax.sharding import make_mesh

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt32
 
-from looplm_jax.data.cleaning import EvaluationNgrams, NearDuplicates, load_evaluation_ngrams
-from looplm_jax.data.cleaning.words import words
-from looplm_jax.data.stdlib_corpus import collect_stdlib
+from looplm_jax.corpus import EvaluationNgrams, NearDuplicates, load_evaluation_ngrams
+from looplm_jax.corpus._words import words
+from looplm_jax.data import collect_stdlib
 
 _ITEM_WORDS = 40
 _ALTERED = 13  # of 128 permutations, those in which a copy differs: a similarity of 0.9

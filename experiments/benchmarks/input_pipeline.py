@@ -20,9 +20,8 @@ from pathlib import Path
 from looplm_jax import data
 from looplm_jax.codec import to_dict
 from looplm_jax.config import DataConfig, EvaluationConfig, Recipe, SourceConfig
-from looplm_jax.data.prepared.plan import Order
-from looplm_jax.data.prepared.pool import Progress
-from looplm_jax.data.prepared.prepare import prepare
+from looplm_jax.corpus import Order, prepare
+from looplm_jax.corpus._worker_pool import Progress
 from looplm_jax.data.tokenizers import Tokenizer
 from looplm_jax.recipes import named_recipe
 from looplm_jax.training._goodput import Activity, total_seconds

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from looplm_jax.config import MeshConfig, Objective, Recipe, Stage
-from looplm_jax.data.packing import Batch
+from looplm_jax.data import Batch
 from looplm_jax.models import presets
 from looplm_jax.models.looplm import LoopLM
 from looplm_jax.sharding import make_mesh

@@ -15,10 +15,9 @@ import grain
 import grain.experimental
 
 from looplm_jax.config import DataConfig, SourceConfig
-from looplm_jax.data.corpus import Corpus, open_corpus
-from looplm_jax.data.iterator import BatchIterator
-from looplm_jax.data.packing import pack
-from looplm_jax.data.pipeline import READING, mixture, train_batches
+from looplm_jax.data import BatchIterator, Corpus, open_corpus, train_batches
+from looplm_jax.data._packing import pack
+from looplm_jax.data._pipeline import READING, mixture
 from looplm_jax.data.tokenizers import Tokenizer
 
 _TASKS = {"mano": 256, "addition": 256, "phop": 512, "capo": 512, "reachability": 512, "threehop": 256}

@@ -27,7 +27,7 @@ import numpy as np
 
 from experiments.benchmarks.ceiling import peak_memory
 from looplm_jax.config import ComputeConfig, Dtype, MeshConfig, ModelConfig, Recipe, Remat, Stage
-from looplm_jax.data.packing import Batch
+from looplm_jax.data import Batch
 from looplm_jax.models.looplm import LoopLM
 from looplm_jax.sharding import make_mesh
 from looplm_jax.training._compile import StagePrograms, place

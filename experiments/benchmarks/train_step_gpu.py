@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from looplm_jax.config import ComputeConfig, Dtype, MeshConfig, ModelConfig, Recipe, Remat, Stage
-from looplm_jax.data.packing import Batch
+from looplm_jax.data import Batch
 from looplm_jax.models import presets
 from looplm_jax.training._goodput import train_flops_per_token
 

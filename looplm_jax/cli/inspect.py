@@ -7,9 +7,8 @@ from rich.console import Console
 from rich.table import Table
 
 from looplm_jax.codec import to_dict
-from looplm_jax.data.prepared.folder import is_prepared
-from looplm_jax.data.prepared.manifest import Manifest, Shard
-from looplm_jax.data.prepared.reading import open_prepared
+from looplm_jax.corpus._format import Manifest, Shard, is_prepared
+from looplm_jax.corpus._reader import open_prepared
 from looplm_jax.files import quoted
 from looplm_jax.terminal import literal, print_error, show
 

@@ -8,13 +8,11 @@ from types import FrameType
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
-from looplm_jax.data.prepared.folder import PreparedFolder
-from looplm_jax.data.prepared.manifest import Manifest
-from looplm_jax.data.prepared.plan import Order
-from looplm_jax.data.prepared.pool import Progress as Advance
-from looplm_jax.data.prepared.prepare import prepare
-from looplm_jax.data.prepared.reading import open_prepared
-from looplm_jax.data.prepared.verification import verify
+from looplm_jax.corpus._format import Manifest, PreparedFolder
+from looplm_jax.corpus._prepare import prepare
+from looplm_jax.corpus._reader import open_prepared, verify
+from looplm_jax.corpus._work_units import Order
+from looplm_jax.corpus._worker_pool import Progress as Advance
 from looplm_jax.files import quoted
 from looplm_jax.recipes import named_recipe
 from looplm_jax.terminal import print_error, show, stop_signals

@@ -20,7 +20,7 @@ from looplm_jax.convert._ouro_config import to_ouro_config
 from looplm_jax.convert._safetensors_io import WrittenWeights, write_weights
 from looplm_jax.convert._tokenizer_files import code_left_out, stop_ids, tokenizer_files
 from looplm_jax.data.tokenizers import FolderTokenizer, Tokenizer, deserialize
-from looplm_jax.data.tokenizers.folder_files import kept_json
+from looplm_jax.data.tokenizers._folder import kept_json
 from looplm_jax.errors import UserError
 from looplm_jax.files import staged_folder
 

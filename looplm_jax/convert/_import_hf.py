@@ -23,7 +23,7 @@ from looplm_jax.convert._ouro_config import from_ouro_config
 from looplm_jax.convert._placement import match_tensors, place_tensors
 from looplm_jax.convert._safetensors_io import WeightFolder, has_weights
 from looplm_jax.data.tokenizers import Tokenizer
-from looplm_jax.data.tokenizers.folder_files import read_folder_tokenizer
+from looplm_jax.data.tokenizers._folder import read_folder_tokenizer
 from looplm_jax.errors import UserError
 from looplm_jax.files import staged_folder
 from looplm_jax.json_io import read_json_object

@@ -19,7 +19,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from looplm_jax.data.tokenizers.sentencepiece import SPACE_MARK, model_message
+from looplm_jax.data.tokenizers._sentencepiece import SPACE_MARK, model_message
 from looplm_jax.errors import UserError
 
 # Reading a model

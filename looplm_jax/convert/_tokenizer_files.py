@@ -13,7 +13,7 @@ from looplm_jax.data.tokenizers import (
     SentencePieceTokenizer,
     Tokenizer,
 )
-from looplm_jax.data.tokenizers.folder_files import kept_json, other_files
+from looplm_jax.data.tokenizers._folder import kept_json, other_files
 
 # The chat format of `data/chat.py`. The generation blocks mark its targets, for `return_assistant_tokens_mask`.
 CHAT_TEMPLATE = """\

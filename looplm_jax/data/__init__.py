@@ -1,45 +1,52 @@
-"""Training and validation data: tokenizers, sources, mixtures, packing, the chat format, and synthetic tasks.
+"""Training and validation data: sources, mixtures, packing, the chat format, and synthetic tasks.
 
-Public names are imported lazily, on first use (PEP 562).
+A `DataConfig` lists the sources of a mixture: files, datasets, synthetic tasks, or corpora that `looplm tokenize`
+prepared (see `looplm_jax.corpus`). `train_batches` returns an endless iterator over packed batches. It is a pure
+function of its arguments, and its state, a few hundred bytes of JSON, resumes it exactly:
+
+    >>> from looplm_jax.config import DataConfig, SourceConfig
+    >>> from looplm_jax.data import open_corpus, train_batches
+    >>> corpus = open_corpus(DataConfig(sources=(SourceConfig(path="mano:length=3"),)))
+    >>> batches = train_batches(corpus, corpus.own_tokenizer, batch_size=2, sequence_length=64, seed=0)
+    >>> next(batches).tokens.shape
+    (2, 64)
+
+Batches:
+  `Batch`, `BatchIterator`, `train_batches`, `ValidationBatches`, `validation_batches`; `LaneBatches` and `lane_count`
+  divide a global batch over processes.
+
+Corpora and examples:
+  `Corpus`, `open_corpus`, `training_texts`, `collect_stdlib`; `Example`, `Message`, `tokens_and_mask`.
+
+Tokenizers, from `looplm_jax.data.tokenizers`:
+  `Tokenizer`, `load_tokenizer`, `deserialize`, `check_vocab`, `train_sentencepiece`.
+
+Subpackages: `sources` reads documents from files and datasets, `tokenizers` and `tasks` define what their names say.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from etils import epy
 
-if TYPE_CHECKING:
-    from looplm_jax.data.chat import tokens_and_mask
-    from looplm_jax.data.corpus import Corpus, open_corpus
-    from looplm_jax.data.documents import Example, Message
-    from looplm_jax.data.iterator import BatchIterator
-    from looplm_jax.data.lanes import LaneBatches, lane_count
-    from looplm_jax.data.packing import Batch
-    from looplm_jax.data.pipeline import train_batches, training_texts
-    from looplm_jax.data.stdlib_corpus import collect_stdlib
-    from looplm_jax.data.tokenizer_training import train_sentencepiece
-    from looplm_jax.data.tokenizers import Tokenizer, check_vocab, deserialize, load_tokenizer
-    from looplm_jax.data.validation import ValidationBatches, validation_batches
+# Names are imported on first use, because importing Grain alone takes seconds.
+with epy.lazy_api_imports(globals()):
+    # isort: off
+    # Batches of packed sequences.
+    from looplm_jax.data._packing import Batch
+    from looplm_jax.data._iterator import BatchIterator, LaneBatches, lane_count
+    from looplm_jax.data._pipeline import train_batches, training_texts
+    from looplm_jax.data._validation import ValidationBatches, validation_batches
 
-_HOMES = {
-    "Batch": "packing",
-    "BatchIterator": "iterator",
-    "Corpus": "corpus",
-    "Example": "documents",
-    "LaneBatches": "lanes",
-    "Message": "documents",
-    "Tokenizer": "tokenizers",
-    "ValidationBatches": "validation",
-    "check_vocab": "tokenizers",
-    "collect_stdlib": "stdlib_corpus",
-    "deserialize": "tokenizers",
-    "lane_count": "lanes",
-    "load_tokenizer": "tokenizers",
-    "open_corpus": "corpus",
-    "tokens_and_mask": "chat",
-    "train_batches": "pipeline",
-    "train_sentencepiece": "tokenizer_training",
-    "training_texts": "pipeline",
-    "validation_batches": "validation",
-}
+    # The sources of a mixture.
+    from looplm_jax.data._mixture import Corpus, open_corpus
+    from looplm_jax.data._stdlib_corpus import collect_stdlib
+
+    # Chats and examples.
+    from looplm_jax.data._documents import Message
+    from looplm_jax.data._examples import Example, tokens_and_mask
+
+    # Tokenizers.
+    from looplm_jax.data.tokenizers._base import Tokenizer, check_vocab
+    from looplm_jax.data.tokenizers._loading import deserialize, load_tokenizer
+    from looplm_jax.data.tokenizers._sentencepiece import train_sentencepiece
 
 __all__ = [
     "Batch",
@@ -62,10 +69,3 @@ __all__ = [
     "training_texts",
     "validation_batches",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    """Imports the module that defines `name` on first access, because importing Grain alone takes seconds."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

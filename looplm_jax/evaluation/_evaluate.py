@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from looplm_jax.data import ValidationBatches
-from looplm_jax.data.packing import Batch
+from looplm_jax.data._packing import Batch
 from looplm_jax.evaluation._scores import Q_GRID, PerDepth, Scores, masked_means, scorer
 from looplm_jax.models.looplm import LoopLM, Params
 

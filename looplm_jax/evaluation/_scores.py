@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
-from looplm_jax.data.packing import Batch
+from looplm_jax.data._packing import Batch
 from looplm_jax.errors import UserError
 from looplm_jax.halting import exit_distribution, q_exit
 from looplm_jax.losses import token_scores

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from looplm_jax.data.tasks.base import Task
-from looplm_jax.data.tasks.capo import Capo, Kind
-from looplm_jax.data.tasks.capo_pools import FACTS, NAMES
+from looplm_jax.data.tasks._base import Task
+from looplm_jax.data.tasks._capo import Capo, Kind
+from looplm_jax.data.tasks._capo_text import FACTS, NAMES
 from looplm_jax.errors import UserError
 from looplm_jax.losses import token_losses, token_scores
 from looplm_jax.models.looplm import LoopLM, Params, head_matrix

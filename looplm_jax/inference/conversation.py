@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from looplm_jax.convert._tokenizer_files import stop_ids
-from looplm_jax.data.chat import ASSISTANT, Message, tokens_and_mask
+from looplm_jax.data._examples import ASSISTANT, Message, tokens_and_mask
 from looplm_jax.data.tokenizers import Tokenizer
 from looplm_jax.errors import UserError
 from looplm_jax.inference.engine import Engine

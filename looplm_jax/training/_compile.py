@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, UInt32
 
 from looplm_jax.config import CheckpointConfig, DataConfig, EvaluationConfig, GuardConfig, Recipe, Stage, StartConfig
-from looplm_jax.data.packing import Batch
+from looplm_jax.data._packing import Batch
 from looplm_jax.models.looplm import LoopLM
 from looplm_jax.sharding import (
     batch_sharding,

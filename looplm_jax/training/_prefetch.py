@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
-from looplm_jax.data.packing import Batch
+from looplm_jax.data._packing import Batch
 from looplm_jax.errors import UserError
 
 WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before each new attempt

@@ -13,9 +13,8 @@ from looplm_jax.checkpoints import CheckpointStore, Metadata, read_metadata
 from looplm_jax.codec import to_dict
 from looplm_jax.config import DataConfig, Recipe
 from looplm_jax.convert._import_hf import is_hf_folder
-from looplm_jax.data.corpus import Corpus, open_corpus
-from looplm_jax.data.pipeline import check_fit
-from looplm_jax.data.targets import pieces_left_out
+from looplm_jax.data._mixture import Corpus, open_corpus
+from looplm_jax.data._pipeline import check_fit, pieces_left_out
 from looplm_jax.data.tokenizers import FolderTokenizer, Tokenizer, deserialize
 from looplm_jax.distributed import SINGLE_PROCESS, ProcessGroup, first_on_process_0
 from looplm_jax.errors import UserError

@@ -12,7 +12,7 @@ from types import FrameType, TracebackType
 from typing import Any, Generic, TypeVar
 
 from looplm_jax.data import ValidationBatches
-from looplm_jax.data.packing import Batch
+from looplm_jax.data._packing import Batch
 from looplm_jax.distributed import ProcessGroup
 from looplm_jax.errors import UserError
 from looplm_jax.terminal import stop_signals

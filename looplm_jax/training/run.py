@@ -35,7 +35,7 @@ from looplm_jax.checkpoints import CheckpointStore, Metadata, SaveError
 from looplm_jax.codec import to_dict
 from looplm_jax.config import Recipe, Stage
 from looplm_jax.data import ValidationBatches
-from looplm_jax.data.iterator import BatchIterator
+from looplm_jax.data._iterator import BatchIterator
 from looplm_jax.distributed import SINGLE_PROCESS, ProcessGroup, check_same
 from looplm_jax.errors import UserError
 from looplm_jax.models.looplm import LoopLM, Params

@@ -45,7 +45,7 @@ def trained(recipe_file, tmp_path_factory):
     """Returns the folder of a run of that recipe."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     with pytest.MonkeyPatch.context() as patch:  # session fixtures run before module fixtures
-        patch.setattr("looplm_jax.data.packing._SHUFFLED_PIECES", SHUFFLED_PIECES)
+        patch.setattr("looplm_jax.data._packing._SHUFFLED_PIECES", SHUFFLED_PIECES)
         assert main(["train", "--recipe", str(recipe_file), "--out", str(folder)]) == 0
     return folder
 

@@ -117,7 +117,7 @@ def small_disk(tmp_path):
 LIMITED = f"""
 import resource, sys
 from looplm_jax.cli.main import main
-from looplm_jax.data import packing
+from looplm_jax.data import _packing as packing
 packing._SHUFFLED_PIECES = {SHUFFLED_PIECES}
 if (size := int(sys.argv[1])):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))

@@ -18,8 +18,7 @@ from looplm_jax.checkpoints import inspect_steps
 from looplm_jax.cli.main import main
 from looplm_jax.codec import to_dict
 from looplm_jax.config import SourceConfig
-from looplm_jax.data.tokenizer_training import train_sentencepiece
-from looplm_jax.data.tokenizers import SymbolTokenizer
+from looplm_jax.data.tokenizers import SymbolTokenizer, train_sentencepiece
 from looplm_jax.training._metrics import read_metrics
 
 ADJECTIVES, NOUNS = ("deep", "shared", "looped", "gated", "early"), ("layer", "state", "exit", "token", "step", "loss")

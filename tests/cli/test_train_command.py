@@ -10,7 +10,7 @@ from looplm_jax import codec
 from looplm_jax.cli import train as train_command
 from looplm_jax.cli.main import main
 from looplm_jax.config import Recipe, Schedule
-from looplm_jax.data.tokenizer_training import train_sentencepiece
+from looplm_jax.data.tokenizers import train_sentencepiece
 from looplm_jax.distributed import SingleProcess
 from looplm_jax.errors import UserError
 from looplm_jax.recipes import RECIPES, named_recipe

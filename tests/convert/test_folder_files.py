@@ -7,9 +7,9 @@ from hf_folders import tokenizer_json
 
 from looplm_jax.convert._export_hf import _generation_config
 from looplm_jax.convert._tokenizer_files import CHAT_TEMPLATE, has_other_chat_template, stop_ids, tokenizer_files
-from looplm_jax.data.chat import Message, tokens_and_mask
+from looplm_jax.data import Message, tokens_and_mask
 from looplm_jax.data.tokenizers import JsonTokenizer, deserialize, load_tokenizer
-from looplm_jax.data.tokenizers.folder_files import read_folder_tokenizer
+from looplm_jax.data.tokenizers._folder import read_folder_tokenizer
 from looplm_jax.errors import UserError
 
 pytest.importorskip("tokenizers")

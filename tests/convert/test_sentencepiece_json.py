@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from sentencepiece_cases import VERBATIM, merged, model_bytes
 
 from looplm_jax.convert._sentencepiece_json import PieceKind, read_model, sentencepiece_json
-from looplm_jax.data.tokenizer_training import train_sentencepiece
-from looplm_jax.data.tokenizers import JsonTokenizer, SentencePieceTokenizer
+from looplm_jax.data.tokenizers import JsonTokenizer, SentencePieceTokenizer, train_sentencepiece
 from looplm_jax.errors import UserError
 
 pytest.importorskip("tokenizers")

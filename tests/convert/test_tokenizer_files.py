@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from sentencepiece_cases import merged, model_bytes
 
 from looplm_jax.convert._tokenizer_files import stop_ids, tokenizer_files
-from looplm_jax.data.chat import Message, render, tokens_and_mask
-from looplm_jax.data.tokenizer_training import train_sentencepiece
-from looplm_jax.data.tokenizers import JsonTokenizer, SentencePieceTokenizer, SymbolTokenizer
+from looplm_jax.data import Message, tokens_and_mask
+from looplm_jax.data._examples import render
+from looplm_jax.data.tokenizers import JsonTokenizer, SentencePieceTokenizer, SymbolTokenizer, train_sentencepiece
 from looplm_jax.errors import UserError
 
 TEXT = "the loop  reads\n\tstate 2026 of\u2581it 's . é 🙂 <|im_start|>x<|unk|>"

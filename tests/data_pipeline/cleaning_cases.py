@@ -5,7 +5,7 @@ from pathlib import Path
 
 from hypothesis import strategies as st
 
-from looplm_jax.data.cleaning import EvaluationNgrams, load_evaluation_ngrams
+from looplm_jax.corpus import EvaluationNgrams, load_evaluation_ngrams
 
 SCRIPTS = "abcdeéßøжщωनमस्ते한글אב中文字假名カナไทยក"
 SEPARATORS = (" ", ", ", "\n\n", " - ", "; “", "\t", "… (", "/")

@@ -3,7 +3,7 @@ from data_helpers import make_texts, write_jsonl
 from gcs_emulator import bucket, gcs
 
 from looplm_jax.config import DataConfig, SourceConfig
-from looplm_jax.data.tokenizer_training import train_sentencepiece
+from looplm_jax.data.tokenizers import train_sentencepiece
 
 __all__ = ["bucket", "gcs"]
 
@@ -11,7 +11,7 @@ __all__ = ["bucket", "gcs"]
 @pytest.fixture
 def full_windows(monkeypatch):
     """Restores the shuffle windows that users have."""
-    monkeypatch.setattr("looplm_jax.data.packing._SHUFFLED_PIECES", 4096)
+    monkeypatch.setattr("looplm_jax.data._packing._SHUFFLED_PIECES", 4096)
 
 
 @pytest.fixture(scope="session")

@@ -8,9 +8,8 @@ import pyarrow
 import pyarrow.parquet
 
 from looplm_jax.config import OnBadRecord, SourceConfig
-from looplm_jax.data import sources
-from looplm_jax.data.documents import Message
-from looplm_jax.data.splits import document_key
+from looplm_jax.data import Message, sources
+from looplm_jax.data._documents import document_key
 
 
 def as_record(document):

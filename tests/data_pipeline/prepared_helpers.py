@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 
 from looplm_jax.config import SourceConfig
-from looplm_jax.data.prepared.plan import Order
-from looplm_jax.data.prepared.prepare import prepare
-from looplm_jax.data.prepared.reading import PreparedRows, open_prepared
+from looplm_jax.corpus import Order, open_prepared, prepare
+from looplm_jax.corpus._reader import PreparedRows
 
 LENGTH = 32
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from cleaning_cases import evaluation
 
+from looplm_jax.corpus import NearDuplicates
+from looplm_jax.corpus._words import words
 from looplm_jax.data import collect_stdlib
-from looplm_jax.data.cleaning import NearDuplicates
-from looplm_jax.data.cleaning.words import words
 
 N = 13
 DOCUMENTS = 200

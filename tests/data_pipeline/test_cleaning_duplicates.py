@@ -9,8 +9,8 @@ from cleaning_cases import word_lists
 from hypothesis import given
 from hypothesis import strategies as st
 
-from looplm_jax.data.cleaning import DocumentPlace, Duplicates, DuplicatesReport, NearDuplicates
-from looplm_jax.data.cleaning.bands import band_width, shared_bands
+from looplm_jax.corpus import DocumentPlace, Duplicates, DuplicatesReport, NearDuplicates
+from looplm_jax.corpus._near_duplicates import band_width, shared_bands
 from looplm_jax.errors import UserError
 
 pytest.importorskip("datasketch")

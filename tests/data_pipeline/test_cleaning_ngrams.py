@@ -13,9 +13,9 @@ from cleaning_cases import SEPARATORS, evaluation, word_lists
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from looplm_jax.data.cleaning import load_evaluation_ngrams
-from looplm_jax.data.cleaning.evaluation_texts import SHORTEST, ngram_length
-from looplm_jax.data.cleaning.words import length_in_words, words
+from looplm_jax.corpus import load_evaluation_ngrams
+from looplm_jax.corpus._evaluation_texts import SHORTEST, ngram_length
+from looplm_jax.corpus._words import length_in_words, words
 from looplm_jax.errors import UserError
 
 many_files = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -110,14 +110,14 @@ import json, pickle, sys
 ngrams, text = pickle.load(open(sys.argv[1], "rb"))
 import dataclasses
 print(json.dumps(dataclasses.asdict(ngrams.overlap(text))))
-from looplm_jax.data.cleaning import NearDuplicates
+from looplm_jax.corpus import NearDuplicates
 print(NearDuplicates().signature(text).tobytes().hex())
 assert "jax" not in sys.modules, "a worker needs no jax"
 """
 
 
 def test_another_process_says_the_same_and_imports_no_jax(tmp_path):
-    from looplm_jax.data.cleaning import NearDuplicates
+    from looplm_jax.corpus import NearDuplicates
 
     item = " ".join(f"word{i}" for i in range(40))
     ngrams, text = evaluation(tmp_path, item), f"before {item} after"

@@ -6,7 +6,7 @@ from cleaning_cases import evaluation
 from hypothesis import given
 from hypothesis import strategies as st
 
-from looplm_jax.data.cleaning import DecontaminationReport, Findings, Match, Overlap
+from looplm_jax.corpus import DecontaminationReport, Findings, Match, Overlap
 
 MATCHES = st.builds(
     Match,

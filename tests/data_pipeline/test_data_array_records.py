@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from looplm_jax.config import OnBadRecord, RecordKind, SourceConfig
-from looplm_jax.data.sources import BadRecordPolicy, array_record, find_inputs, open_files, scan, spans
-from looplm_jax.data.sources.tf_example import parse_example
+from looplm_jax.data.sources import BadRecordPolicy, find_inputs, open_files, scan, spans
+from looplm_jax.data.sources import _array_record as array_record
+from looplm_jax.data.sources._array_record import parse_example
 from looplm_jax.errors import UserError
 
 

@@ -9,8 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from looplm_jax.config import OnBadRecord, ReadLimits, RecordKind, SourceConfig
-from looplm_jax.data.sources import find_inputs, open_files, scan
-from looplm_jax.data.sources.bad_records import BadRecordPolicy
+from looplm_jax.data.sources import BadRecordPolicy, find_inputs, open_files, scan
 from looplm_jax.errors import UserError
 
 

@@ -10,12 +10,11 @@ import pytest
 from data_helpers import make_texts, write_jsonl
 
 from looplm_jax.config import DataConfig, SourceConfig
-from looplm_jax.data.corpus import open_corpus
-from looplm_jax.data.examples import Example, chunks, document_example
-from looplm_jax.data.pipeline import mixture, train_batches, training_texts
-from looplm_jax.data.splits import is_validation
-from looplm_jax.data.tokenizer_training import train_sentencepiece
-from looplm_jax.data.validation import validation_batches
+from looplm_jax.data import Example, open_corpus, train_batches, training_texts, validation_batches
+from looplm_jax.data._documents import is_validation
+from looplm_jax.data._examples import chunks, document_example
+from looplm_jax.data._pipeline import mixture
+from looplm_jax.data.tokenizers import train_sentencepiece
 from looplm_jax.errors import UserError
 from looplm_jax.testing import assert_resumes_exactly
 
@@ -257,7 +256,7 @@ def test_interpreter_exits_quietly_with_an_open_stream(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", make_texts(30))
     program = (
         "from looplm_jax import data, config\n"
-        "from looplm_jax.data import packing\n"
+        "from looplm_jax.data import _packing as packing\n"
         "packing._SHUFFLED_PIECES = 256\n"
         f"d = config.DataConfig(sources=(config.SourceConfig(path={str(path)!r}),), validation_fraction=0.2)\n"
         "t = data.train_sentencepiece(data.training_texts(d), 300)\n"

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from looplm_jax.data.tasks import Capo, make_task
-from looplm_jax.data.tasks import capo_pools as pools
-from looplm_jax.data.tasks.capo import Kind
-from looplm_jax.data.tasks.capo_templates import TEMPLATES, Attribute
+from looplm_jax.data.tasks import _capo_text as pools
+from looplm_jax.data.tasks._capo import Kind
+from looplm_jax.data.tasks._capo_text import TEMPLATES, Attribute
 from looplm_jax.errors import UserError
 
 TASK = Capo(people=500)

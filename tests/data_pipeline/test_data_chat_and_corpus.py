@@ -5,8 +5,8 @@ import sys
 import pytest
 
 import looplm_jax.data
-from looplm_jax.data.chat import Message, render, tokens_and_mask
-from looplm_jax.data.stdlib_corpus import collect_stdlib
+from looplm_jax.data import Message, collect_stdlib, tokens_and_mask
+from looplm_jax.data._examples import render
 from looplm_jax.data.tokenizers import SymbolTokenizer
 from looplm_jax.errors import UserError
 

@@ -12,16 +12,13 @@ from prepared_helpers import LENGTH, prepared, segments
 
 from looplm_jax.cli.main import main
 from looplm_jax.config import DataConfig, OnBadRecord, RecordKind, SourceConfig, sources_like
-from looplm_jax.data import open_corpus, train_batches, training_texts, validation_batches
-from looplm_jax.data.chat import tokens_and_mask
-from looplm_jax.data.documents import Message
-from looplm_jax.data.examples import to_example
-from looplm_jax.data.iterator import Geometry, stream_identity
-from looplm_jax.data.pipeline import mixture
-from looplm_jax.data.prepared.reading import open_prepared
+from looplm_jax.corpus import open_prepared
+from looplm_jax.data import Message, open_corpus, tokens_and_mask, train_batches, training_texts, validation_batches
+from looplm_jax.data._documents import document_key
+from looplm_jax.data._examples import to_example
+from looplm_jax.data._iterator import Geometry, stream_identity
+from looplm_jax.data._pipeline import mixture, pieces_left_out
 from looplm_jax.data.sources import open_files
-from looplm_jax.data.splits import document_key
-from looplm_jax.data.targets import pieces_left_out
 from looplm_jax.errors import UserError
 from looplm_jax.recipes import named_recipe
 

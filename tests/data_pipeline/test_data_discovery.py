@@ -11,9 +11,9 @@ import sys
 import pytest
 
 from looplm_jax.config import OnBadRecord, ReadLimits, RecordKind, SourceConfig
-from looplm_jax.data.corpus import open_corpus
+from looplm_jax.data import open_corpus
 from looplm_jax.data.sources import BadRecordPolicy, find_inputs, open_files, scan, spans, summarize
-from looplm_jax.data.sources.discovery import find_files
+from looplm_jax.data.sources._discovery import find_files
 from looplm_jax.errors import UserError
 
 CHAT = {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "I."}]}
@@ -311,7 +311,7 @@ def test_a_line_that_is_too_long_is_a_bad_record_of_its_own(tmp_path):
 
 
 def test_content_far_larger_than_its_file(tmp_path, monkeypatch):
-    monkeypatch.setattr("looplm_jax.data.sources.compression._ALWAYS_ALLOWED", 2**20)
+    monkeypatch.setattr("looplm_jax.data.sources._compression._ALWAYS_ALLOWED", 2**20)
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"a line\n" * 2**20))
     (tmp_path / "a.txt.zst").write_bytes(rle_frame(64))
     for name in ("a.txt.gz", "a.txt.zst"):

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from looplm_jax.config import DataConfig, RecordKind, SourceConfig
 from looplm_jax.data import open_corpus
-from looplm_jax.data.sources import find_inputs, huggingface, open_files, spans
+from looplm_jax.data.sources import _huggingface as huggingface
+from looplm_jax.data.sources import find_inputs, open_files, spans
 from looplm_jax.errors import UserError
 
 datasets = pytest.importorskip("datasets")

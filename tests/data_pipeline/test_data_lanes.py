@@ -6,10 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from looplm_jax.data.corpus import open_corpus
-from looplm_jax.data.lanes import LaneBatches, lane_count
-from looplm_jax.data.packing import Batch
-from looplm_jax.data.pipeline import train_batches
+from looplm_jax.data import Batch, LaneBatches, lane_count, open_corpus, train_batches
 from looplm_jax.errors import UserError
 
 ROWS, LENGTH = 8, 32

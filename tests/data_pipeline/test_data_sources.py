@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from looplm_jax.config import OnBadRecord, SourceConfig
 from looplm_jax.data import sources
+from looplm_jax.data._documents import document_key
 from looplm_jax.data.sources import BadRecordPolicy
-from looplm_jax.data.splits import document_key
 from looplm_jax.errors import UserError
 
 TEXTS = ["first\ndocument ", "second — документ", "third"]
@@ -266,14 +266,14 @@ def test_damage_is_named_in_one_line_or_does_no_harm(name, place, damage):
 def test_prose_is_the_same_in_sections(parts):
     text = "".join(parts)
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("looplm_jax.data.sources.text._SECTION_BYTES", 1500)
+        patch.setattr("looplm_jax.data.sources._text._SECTION_BYTES", 1500)
         path = pathlib.Path(folder, "a.txt")
         path.write_text(text, encoding="utf-8", newline="")
         assert "".join(every_way(path, unit_bytes=(1, 3000, 10_000))) == text
 
 
 def test_a_long_text_is_cut_in_sections(tmp_path, monkeypatch):
-    monkeypatch.setattr("looplm_jax.data.sources.text._SECTION_BYTES", 2**20)
+    monkeypatch.setattr("looplm_jax.data.sources._text._SECTION_BYTES", 2**20)
     path = tmp_path / "a.txt"
     path.write_bytes(b"A paragraph of some words.\n\n" * 50_000)
     [file] = sources.find_inputs(str(path))

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from looplm_jax.config import DataConfig, OnBadRecord, SourceConfig
-from looplm_jax.data.corpus import open_corpus
-from looplm_jax.data.splits import document_key, is_validation, split_documents
+from looplm_jax.data import open_corpus
+from looplm_jax.data._documents import document_key, is_validation, split_documents
 from looplm_jax.errors import UserError
 
 

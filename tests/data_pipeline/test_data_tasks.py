@@ -7,10 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from looplm_jax.config import DataConfig, SourceConfig
-from looplm_jax.data.corpus import open_corpus
-from looplm_jax.data.pipeline import train_batches, training_texts
+from looplm_jax.data import open_corpus, train_batches, training_texts, validation_batches
 from looplm_jax.data.tasks import Mano, Supervise, is_task, make_task
-from looplm_jax.data.validation import validation_batches
 from looplm_jax.errors import UserError
 
 SAMPLES = 3_000

@@ -8,7 +8,6 @@ from byte_level import smollm2_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from looplm_jax.data.tokenizer_training import train_sentencepiece
 from looplm_jax.data.tokenizers import (
     JsonTokenizer,
     SentencePieceTokenizer,
@@ -16,6 +15,7 @@ from looplm_jax.data.tokenizers import (
     check_vocab,
     deserialize,
     load_tokenizer,
+    train_sentencepiece,
 )
 from looplm_jax.errors import UserError
 

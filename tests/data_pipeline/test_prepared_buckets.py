@@ -10,11 +10,8 @@ from gcs_emulator import make_read_only
 from prepared_helpers import LENGTH, Silent, content, prepared
 
 from looplm_jax.config import DataConfig, SourceConfig
-from looplm_jax.data.corpus import open_corpus
-from looplm_jax.data.pipeline import train_batches
-from looplm_jax.data.prepared.folder import is_prepared
-from looplm_jax.data.prepared.reading import open_prepared
-from looplm_jax.data.prepared.verification import verify
+from looplm_jax.corpus import is_prepared, open_prepared, verify
+from looplm_jax.data import open_corpus, train_batches
 from looplm_jax.errors import UserError
 
 

@@ -14,18 +14,14 @@ from prepared_helpers import Silent, content, order, prepared, segments, texts_o
 from processes import running
 
 from looplm_jax.config import OnBadRecord, RecordKind, SourceConfig
-from looplm_jax.data.documents import Message
-from looplm_jax.data.examples import to_example
-from looplm_jax.data.prepared.folder import PreparedFolder
-from looplm_jax.data.prepared.manifest import read_manifest
-from looplm_jax.data.prepared.plan import make_plan
-from looplm_jax.data.prepared.prepare import prepare
-from looplm_jax.data.prepared.reading import open_prepared
-from looplm_jax.data.prepared.row import pieces
-from looplm_jax.data.prepared.units import cut
-from looplm_jax.data.prepared.verification import verify
-from looplm_jax.data.sources.files import DataFile
-from looplm_jax.data.splits import is_validation
+from looplm_jax.corpus import open_prepared, prepare, verify
+from looplm_jax.corpus._format import PreparedFolder, read_manifest
+from looplm_jax.corpus._shards import pieces
+from looplm_jax.corpus._work_units import cut, make_plan
+from looplm_jax.data import Message
+from looplm_jax.data._documents import is_validation
+from looplm_jax.data._examples import to_example
+from looplm_jax.data.sources import DataFile
 from looplm_jax.data.tokenizers import SymbolTokenizer
 from looplm_jax.errors import UserError
 

@@ -5,18 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from looplm_jax.data.documents import Example
-from looplm_jax.data.examples import chunks
-from looplm_jax.data.prepared.packing import pack_rows, shuffled
-from looplm_jax.data.prepared.row import (
-    BadRow,
-    Segment,
-    decode_row,
-    decode_segments,
-    encode_row,
-    pieces,
-    token_type,
-)
+from looplm_jax.corpus._shards import BadRow, Segment, decode_row, decode_segments, encode_row, pieces, token_type
+from looplm_jax.corpus._worker import pack_rows, shuffled
+from looplm_jax.data import Example
+from looplm_jax.data._examples import chunks
 
 
 @st.composite

@@ -10,13 +10,10 @@ from data_helpers import make_texts, write_jsonl
 from prepared_helpers import LENGTH, prepared, segments
 
 from looplm_jax.config import DataConfig, SourceConfig
-from looplm_jax.data.corpus import open_corpus
-from looplm_jax.data.lanes import LaneBatches
-from looplm_jax.data.packing import Batch
-from looplm_jax.data.pipeline import mixture, train_batches, training_texts
-from looplm_jax.data.prepared.reading import open_prepared
-from looplm_jax.data.tokenizer_training import train_sentencepiece
-from looplm_jax.data.validation import validation_batches
+from looplm_jax.corpus import open_prepared
+from looplm_jax.data import Batch, LaneBatches, open_corpus, train_batches, training_texts, validation_batches
+from looplm_jax.data._pipeline import mixture
+from looplm_jax.data.tokenizers import train_sentencepiece
 from looplm_jax.errors import UserError
 from looplm_jax.testing import assert_resumes_exactly
 

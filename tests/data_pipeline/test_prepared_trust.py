@@ -11,11 +11,11 @@ from data_helpers import make_texts, write_jsonl
 from prepared_helpers import content, prepared
 
 from looplm_jax.config import DataConfig, SourceConfig
-from looplm_jax.data.corpus import open_corpus
-from looplm_jax.data.prepared import verification
-from looplm_jax.data.prepared.reading import open_prepared
-from looplm_jax.data.prepared.row import decode_segments, encode_row, token_type
-from looplm_jax.data.prepared.verification import check_at_start
+from looplm_jax.corpus import _reader as verification
+from looplm_jax.corpus import open_prepared
+from looplm_jax.corpus._reader import check_at_start
+from looplm_jax.corpus._shards import decode_segments, encode_row, token_type
+from looplm_jax.data import open_corpus
 from looplm_jax.errors import UserError
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from looplm_jax.data.tasks import Reachability, make_task
-from looplm_jax.data.tasks.reachability import Asks
+from looplm_jax.data.tasks._reachability import Asks
 from looplm_jax.errors import UserError
 
 SEEDS, INDICES = st.integers(0, 2**63), st.integers(0, 2**47)

@@ -9,8 +9,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from looplm_jax.data.chat import tokens_and_mask
-from looplm_jax.data.documents import Message
+from looplm_jax.data import Message, tokens_and_mask
 from looplm_jax.data.tokenizers import JsonTokenizer, SentencePieceTokenizer, SymbolTokenizer
 from looplm_jax.errors import UserError
 

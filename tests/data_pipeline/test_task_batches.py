@@ -11,14 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from looplm_jax.config import DataConfig, SourceConfig
-from looplm_jax.data.corpus import open_corpus
-from looplm_jax.data.lanes import LaneBatches
-from looplm_jax.data.pipeline import train_batches
-from looplm_jax.data.task_batches import Blocks, pack_problems
-from looplm_jax.data.tasks import Addition, Capo, Mano, PHop, Reachability, Sequences, Supervise, ThreeHop
-from looplm_jax.data.tasks.base import Problems
-from looplm_jax.data.tasks.draws import draw_again, is_held_out
-from looplm_jax.data.tasks.p_hop import find
+from looplm_jax.data import LaneBatches, open_corpus, train_batches
+from looplm_jax.data._packing import pack_problems
+from looplm_jax.data._streams import Blocks
+from looplm_jax.data.tasks import Addition, Capo, Mano, PHop, Problems, Reachability, Sequences, Supervise, ThreeHop
+from looplm_jax.data.tasks._base import draw_again, is_held_out
+from looplm_jax.data.tasks._p_hop import find
 from looplm_jax.errors import UserError
 from looplm_jax.testing import assert_resumes_exactly
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from looplm_jax.data.tokenizers.expansion import check_expansion
-from looplm_jax.data.tokenizers.loading import deserialize
+from looplm_jax.data.tokenizers import deserialize
+from looplm_jax.data.tokenizers._tokenizer_json import check_expansion
 from looplm_jax.errors import UserError
 
 

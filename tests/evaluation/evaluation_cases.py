@@ -4,8 +4,8 @@ import jax
 import numpy as np
 
 from looplm_jax.config import ComputeConfig, DataConfig, Dtype, MeshConfig, Recipe, Remat, SourceConfig, Stage
-from looplm_jax.data.packing import Batch
-from looplm_jax.data.tasks.registry import make_task
+from looplm_jax.data import Batch
+from looplm_jax.data.tasks import make_task
 from looplm_jax.loading import Loaded
 from looplm_jax.models.looplm import LoopLM, init_params
 from looplm_jax.models.presets import tiny

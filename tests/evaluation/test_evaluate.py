@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from evaluation_cases import make_batch
 
-from looplm_jax.data.packing import Batch
+from looplm_jax.data import Batch
 from looplm_jax.errors import UserError
 from looplm_jax.evaluation._evaluate import Curve, depth_sweep, evaluate, exit_curve
 from looplm_jax.evaluation._scores import Q_GRID, masked_means, score_tokens

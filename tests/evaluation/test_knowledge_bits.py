@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from looplm_jax.config import ModelConfig
-from looplm_jax.data.tasks.capo import Capo, Kind
-from looplm_jax.data.tasks.capo_pools import FACTS, NAMES
+from looplm_jax.data.tasks import Capo
+from looplm_jax.data.tasks._capo import Kind
+from looplm_jax.data.tasks._capo_text import FACTS, NAMES
 from looplm_jax.errors import UserError
 from looplm_jax.evaluation._synthetic_tasks import (
     KnowledgeLoss,

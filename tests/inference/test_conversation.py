@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from tiny_chat import TOKENIZER, WORDS, make_loaded
 
-from looplm_jax.data.chat import Message, tokens_and_mask
+from looplm_jax.data import Message, tokens_and_mask
 from looplm_jax.data.tokenizers import SymbolTokenizer
 from looplm_jax.errors import UserError
 from looplm_jax.halting import FixedLoops

@@ -4,8 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from looplm_jax.convert._sentencepiece_json import sentencepiece_json
-from looplm_jax.data.tokenizer_training import train_sentencepiece
-from looplm_jax.data.tokenizers import JsonTokenizer
+from looplm_jax.data.tokenizers import JsonTokenizer, train_sentencepiece
 from looplm_jax.inference.text_stream import TextStream
 
 

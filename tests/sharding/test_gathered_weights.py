@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from looplm_jax.config import ComputeConfig, Gather, MeshConfig, ModelConfig, Objective, Recipe, Reduce, Remat, Stage
-from looplm_jax.data.packing import Batch
+from looplm_jax.data import Batch
 from looplm_jax.models.looplm import LoopLM
 from looplm_jax.sharding import make_mesh
 from looplm_jax.training._compile import StagePrograms, place

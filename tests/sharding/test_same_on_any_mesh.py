@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from looplm_jax.config import ComputeConfig, MeshConfig, ModelConfig, Recipe, Remat, Stage
-from looplm_jax.data.packing import Batch
+from looplm_jax.data import Batch
 from looplm_jax.errors import UserError
 from looplm_jax.models.looplm import LoopLM
 from looplm_jax.sharding import check_batch, check_divides, check_sequence, make_mesh

@@ -20,7 +20,7 @@ from looplm_jax.checkpoints import CheckpointStore, inspect_steps, read_metadata
 from looplm_jax.codec import to_dict
 from looplm_jax.config import DataConfig, EvaluationConfig, GuardConfig, MeshConfig, SourceConfig
 from looplm_jax.data import validation_batches
-from looplm_jax.data.tokenizers.symbols import SymbolTokenizer
+from looplm_jax.data.tokenizers import SymbolTokenizer
 from looplm_jax.errors import UserError
 from looplm_jax.evaluation._evaluate import evaluate_held_out
 from looplm_jax.evaluation._reports import write_run_report

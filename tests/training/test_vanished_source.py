@@ -8,8 +8,8 @@ from training_cases import MODEL, STAGE, assert_identical, one_stage
 
 from looplm_jax.cli.main import main
 from looplm_jax.config import CheckpointConfig, DataConfig, SourceConfig
-from looplm_jax.data import packing
-from looplm_jax.data.tokenizer_training import train_sentencepiece
+from looplm_jax.data import _packing as packing
+from looplm_jax.data.tokenizers import train_sentencepiece
 
 WINDOW = 64  # the pieces that are read before the first is needed
 SLOW_AND_IMPATIENT = f"""

@@ -21,7 +21,7 @@ from looplm_jax.config import (
     SourceConfig,
     Stage,
 )
-from looplm_jax.data.packing import Batch
+from looplm_jax.data import Batch
 
 TASK = "mano:length=2,modulus=5"
 MODEL = ModelConfig(vocab_size=12, width=16, mlp_width=24, num_layers=1, num_heads=2, loops=2, max_positions=64)

@@ -1,1 +1,0 @@
-"""Prepared corpora: documents that are tokenized and packed once, into files that support random access."""
