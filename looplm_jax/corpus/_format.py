@@ -74,7 +74,7 @@ class PreparedFolder:
           FileNotFoundError: there is no such file.
           UserError: the file cannot be read.
         """
-        # Raised outside of `reading`, which converts every OSError to a UserError.
+        # Raised outside of `report_failed_reads`, which converts every OSError to a UserError.
         path, missing = self.at(name), None
         with report_failed_reads(path):
             try:
