@@ -177,7 +177,7 @@ def test_a_delete_that_fails_warns_of_the_cost(cloud):
     cloud.fails(" delete ", "ERROR: INTERNAL: try later")
     done = cloud.run("delete", *FLAGS, "--yes")
     assert done.status == 1
-    assert "ouro was not deleted and may go on costing: INTERNAL: try later; try again: gcloud compute" in done.err
+    assert "ouro was not deleted and may still cost money: INTERNAL: try later; try again: gcloud compute" in done.err
 
 
 @pytest.mark.parametrize(("typed", "status", "left"), [("ouro\n", 0, 0), ("y\n", 2, 1), ("\n", 2, 1)])

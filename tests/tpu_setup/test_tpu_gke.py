@@ -85,13 +85,13 @@ def test_a_log_that_breaks_leaves_the_run_alone(cluster):
     cluster.fails("kubectl logs", "connection reset", status=1)
     done = cluster.run("gke", "follow", *GKE)
     assert done.status == 1
-    assert "the log ended (status 1); the run goes on if it ran: tpu gke status" in done.err
+    assert "the log ended (status 1); the run continues if it was active: tpu gke status" in done.err
 
 
 def test_stop_and_stop_again(cluster):
     cluster.run("gke", "launch", *GKE, *ARGUMENTS)
     done = cluster.run("gke", "stop", *GKE)
-    assert done.err.endswith("tpu: nothing runs any more; the cluster goes on costing: tpu gke delete\n")
+    assert done.err.endswith("tpu: nothing is running; the cluster still costs money: tpu gke delete\n")
     done = cluster.run("gke", "stop", *GKE)
     assert (done.status, done.err) == (0, "tpu: nothing runs as ouro; nothing was done\n")
     assert len(cluster.calls("workload delete")) == 1
@@ -110,7 +110,7 @@ def test_a_delete_that_fails_warns_of_the_cost(cluster):
     cluster.fails("cluster delete", "[XPK] broken")
     done = cluster.run("gke", "delete", *GKE, "--yes")
     assert done.status == 1
-    assert "may go on costing, see above; try again: xpk cluster delete --cluster=ouro" in done.err
+    assert "may still cost money, see above; try again: xpk cluster delete --cluster=ouro" in done.err
 
 
 @pytest.mark.parametrize(("tools", "missing"), [(("gcloud", "kubectl"), "xpk"), (("gcloud", "xpk"), "kubectl")])

@@ -226,7 +226,7 @@ def test_stop_lets_every_host_save_and_says_what_goes_on_costing(cloud):
     done = cloud.run("stop", *FLAGS)
     assert done.status == 0
     assert done.out.splitlines() == ["ouro-0: stopped", "ouro-1: stopped"]
-    assert done.err == "tpu: nothing runs any more; the TPU goes on costing: tpu delete\n"
+    assert done.err == "tpu: nothing is running; the TPU still costs money: tpu delete\n"
     assert all("saved" in log for log in cloud.host_text("run/log"))
     assert all(log.count("attempt 1:") == 1 and "attempt 2" not in log for log in cloud.host_text("run/log"))
 
@@ -305,7 +305,7 @@ def test_follow_shows_the_log_of_one_host_until_the_run_ends(cloud):
     assert "step 1" in done.out
     assert "supervisor" in done.out
     assert "--worker=1" in cloud.calls("follow.sh")[0]
-    assert "ouro-1: nothing runs any more" in cloud.run("follow", *FLAGS, "--worker", "1").out
+    assert "ouro-1: nothing is running" in cloud.run("follow", *FLAGS, "--worker", "1").out
 
 
 def test_follow_before_a_launch(cloud):
@@ -318,7 +318,7 @@ def test_a_connection_that_breaks_leaves_the_run_alone(cloud):
     cloud.fails("follow.sh", "Connection closed", status=255)
     done = cloud.run("follow", *FLAGS)
     assert done.status == 1
-    assert done.err.endswith("tpu: the connection ended (status 255); the run goes on: tpu status\n")
+    assert done.err.endswith("tpu: the connection ended (status 255); the run continues: tpu status\n")
 
 
 def test_ctrl_c_while_following_leaves_the_run_alone_and_says_so(cloud):
@@ -334,5 +334,5 @@ def test_ctrl_c_while_following_leaves_the_run_alone_and_says_so(cloud):
     os.killpg(following.pid, signal.SIGINT)
     _, err = following.communicate(timeout=20)
     assert following.returncode == 130
-    assert b"tpu: the run goes on; tpu stop ends it" in err
+    assert b"tpu: the run continues; tpu stop ends it" in err
     assert [line.split()[0] for line in cloud.run("status", *FLAGS).out.splitlines()] == ["running", "running"]

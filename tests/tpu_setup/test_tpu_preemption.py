@@ -60,10 +60,10 @@ def test_watch_brings_a_run_from_nothing_to_its_end(cloud):
     done = cloud.run("watch", *FLAGS, "--yes", *ARGUMENTS, FAKE_LOOPLM=FINISHES)
     assert done.status == 0
     assert "ouro is WAITING_FOR_RESOURCES" in done.err
-    assert done.err.endswith("tpu: the run has finished; the TPU goes on costing: tpu delete\n")
+    assert done.err.endswith("tpu: the run has finished; the TPU still costs money: tpu delete\n")
 
 
-def test_watch_deletes_the_tpu_of_a_finished_run_if_told_to(cloud):
+def test_watch_deletes_the_tpu_of_a_finished_run_if_asked_to(cloud):
     words = ("watch", *FLAGS, "--delete-when-finished")
     assert "It deletes it once the run has finished, too." in cloud.run(*words, *ARGUMENTS).err
     done = cloud.run(*words, "--yes", *ARGUMENTS, FAKE_LOOPLM=FINISHES)
@@ -80,7 +80,7 @@ def test_watch_recreates_prepares_and_launches_after_a_preemption(cloud):
     assert "ouro is SUSPENDING\n" in done.err
     assert "ouro is SUSPENDED; deleting what is left, creating it again" in done.err
     assert len(cloud.calls("queued-resources create")) == 1
-    assert done.err.endswith("the run has finished; the TPU goes on costing: tpu delete\n")
+    assert done.err.endswith("the run has finished; the TPU still costs money: tpu delete\n")
 
 
 def test_watch_starts_the_run_again_on_a_host_that_was_rebooted(cloud):
@@ -104,13 +104,13 @@ def test_watch_leaves_alone_what_was_stopped_on_purpose(cloud):
     cloud.run("stop", *FLAGS)
     done = cloud.run("watch", *FLAGS, "--yes", *ARGUMENTS)
     assert done.status == 0
-    assert done.err == "tpu: the run was stopped; the TPU goes on costing: tpu delete\n"
+    assert done.err == "tpu: the run was stopped; the TPU still costs money: tpu delete\n"
 
 
 def test_watch_does_not_restart_a_mistake(cloud):
     done = cloud.run("watch", *FLAGS, "--yes", *ARGUMENTS, FAKE_LOOPLM="exit 2")
     assert done.status == 1
-    assert "failed ouro-0 failed status 2; tpu follow says why, and the TPU goes on costing" in done.err
+    assert "failed ouro-0 failed status 2; tpu follow says why, and the TPU still costs money" in done.err
 
 
 def test_watch_gives_up_where_there_is_no_capacity(cloud):
@@ -138,12 +138,12 @@ def test_watch_bears_with_passing_faults_of_google(cloud, verb):
     done = cloud.run("watch", *FLAGS, "--yes", *ARGUMENTS, FAKE_LOOPLM=FINISHES)
     assert done.status == 0
     assert "UNAVAILABLE: try later" in done.err
-    assert done.err.endswith("the run has finished; the TPU goes on costing: tpu delete\n")
+    assert done.err.endswith("the run has finished; the TPU still costs money: tpu delete\n")
 
 
 def test_watch_does_not_bear_with_lasting_ones(cloud):
     cloud.fails("tpu-vm ssh", "Connection closed", status=255, times=99)
     done = cloud.run("watch", *FLAGS, "--yes", *ARGUMENTS)
     assert done.status == 1
-    assert done.err.endswith("giving up; what there is of ouro goes on costing: tpu status, tpu delete\n")
+    assert done.err.endswith("giving up; what is left of ouro still costs money: tpu status, tpu delete\n")
     assert len(cloud.calls("tpu-vm ssh")) == 5

@@ -13,7 +13,7 @@ main() {
     tail --lines 100 --follow --pid "$(cat "$run/pid")" "$run/log"
   else
     tail --lines 100 "$run/log"
-    say "nothing runs any more"
+    say "nothing is running"
   fi
 }
 

@@ -10,7 +10,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/run_state.sh"
 
 pause_seconds=${LOOPLM_PAUSE_SECONDS:-30}   # before a restart: the other hosts have to notice, too
 short_seconds=${LOOPLM_SHORT_SECONDS:-600}  # an attempt this short counts as a failure
-most_short=5                                # so many of them in a row end the run
+max_short=5                                 # this many in a row end the run
 
 stopping=0 interrupted=0 child=
 trap stop TERM INT
@@ -31,7 +31,7 @@ main() {
     ((!stopping)) || leave
     ((status != 2)) || finish "failed status 2"
     if ((SECONDS - started < short_seconds)); then short=$((short + 1)); else short=0; fi
-    ((short < most_short)) || finish "failed status $status, $most_short short attempts in a row"
+    ((short < max_short)) || finish "failed status $status, $max_short short attempts in a row"
     sleep "$pause_seconds" &
     await $!
   done

@@ -22,7 +22,7 @@ joined_by() {
   printf '%s' "${*:2}"
 }
 
-# Run a command that speaks for itself.
+# Run a command that shows its own output.
 run() {
   if [[ -n ${option[dry-run]} ]]; then
     printf '%s\n' "$(quoted "$@")"
@@ -31,7 +31,7 @@ run() {
   fi
 }
 
-# Run a command for its answer, in the variable `answer`; what it complains of is kept for `complaint`.
+# Run a command for its answer, in the variable `answer`; its errors are kept for `complaint`.
 ask() {
   answer=
   if [[ -n ${option[dry-run]} ]]; then
@@ -43,7 +43,7 @@ ask() {
 
 complains_of() { grep -qiE "$1" "$scratch/complaint"; }
 
-# The error of the last `ask` in one line, with what mends it where that is known.
+# The error of the last `ask` in one line, with a fix if one is known.
 complaint() {
   local line
   line=$(grep -E '^ERROR' "$scratch/complaint" | tail -n 1 || true)

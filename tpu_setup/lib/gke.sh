@@ -13,7 +13,7 @@ gke_create() {
   esac
   require_tools gcloud kubectl xpk
   run xpk cluster create "${flags[@]}" "${location[@]}" "${create_flags[@]}" ||
-    mistake "the cluster was not created, see above; the same command goes on from there," \
+    mistake "the cluster was not created, see above; the same command resumes there," \
       "and this deletes what there is: $(delete_cluster)"
   report "the cluster ${option[name]} costs from now until \`tpu gke delete\`; next: tpu gke prepare"
 }
@@ -28,7 +28,7 @@ gke_prepare() {
   report "${option[image]} is pushed; next: tpu gke launch"
 }
 
-# All exit statuses but 0 and 2, a mistake that no restart mends, start the run again; a save may take the grace period.
+# All exit statuses but 0 and 2, an error that no restart fixes, start the run again; a save may take the grace period.
 gke_launch() {
   need_run
   need accelerator image
@@ -51,11 +51,11 @@ gke_launch() {
 gke_follow() {
   connect
   local status=0
-  trap 'note "the run goes on; tpu gke stop ends it"; exit 130' INT
+  trap 'note "the run continues; tpu gke stop ends it"; exit 130' INT
   local labels=(xpk.google.com/workload="${option[name]}" jobset.sigs.k8s.io/job-index="${option[node]}"
     batch.kubernetes.io/job-completion-index="${option[worker]}")
   run kubectl logs --follow --tail=100 --selector="$(joined_by , "${labels[@]}")" || status=$?
-  ((status == 0)) || failure "the log ended (status $status); the run goes on if it ran: tpu gke status"
+  ((status == 0)) || failure "the log ended (status $status); the run continues if it was active: tpu gke status"
 }
 
 gke_status() {
@@ -72,7 +72,7 @@ gke_stop() {
   fi
   run xpk workload delete --workload="${option[name]}" --cluster="${option[name]}" "${location[@]}" ||
     failure "the run was not stopped, see above"
-  report "nothing runs any more; the cluster goes on costing: tpu gke delete"
+  report "nothing is running; the cluster still costs money: tpu gke delete"
 }
 
 gke_delete() {
@@ -85,13 +85,13 @@ gke_delete() {
     return
   fi
   run xpk cluster delete --cluster="${option[name]}" "${location[@]}" --force ||
-    failure "the cluster was not deleted and may go on costing, see above; try again: $(delete_cluster)"
+    failure "the cluster was not deleted and may still cost money, see above; try again: $(delete_cluster)"
   report "the cluster ${option[name]} is deleted and costs nothing more; what is in the bucket stays, and costs"
 }
 
 delete_cluster() { quoted xpk cluster delete --cluster="${option[name]}" "${location[@]}" --force; }
 
-# kubectl speaks to this cluster from now on. xpk makes regional clusters.
+# Points kubectl to this cluster. xpk makes regional clusters.
 connect() {
   need name zone
   require_tools gcloud kubectl xpk

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Work on the hosts of every slice. What runs there lies in tpu_setup/host and is copied with the source.
+# Work on the hosts of every slice. What runs there is in tpu_setup/host and is copied with the source.
 
 tpu_prepare() {
   need name zone
@@ -11,16 +11,16 @@ tpu_prepare() {
 tpu_launch() {
   need_run
   launch_on_hosts || failure "launching failed on a host, see above; the same command starts what does not run yet"
-  report "the run is under way and writes to ${option[out]}; next: tpu follow (or tpu watch, on spot)"
+  report "the run has started and writes to ${option[out]}; next: tpu follow (or tpu watch, on spot)"
 }
 
 tpu_follow() {
   need name zone
   local status=0
-  trap 'note "the run goes on; tpu stop ends it"; exit 130' INT
+  trap 'note "the run continues; tpu stop ends it"; exit 130' INT
   run gcloud compute tpus tpu-vm ssh "$(node "${option[node]}")" "${location[@]}" --worker="${option[worker]}" \
     "${connect_flags[@]}" --command="bash $host_scripts/follow.sh" || status=$?
-  ((status == 0)) || failure "the connection ended (status $status); the run goes on: tpu status"
+  ((status == 0)) || failure "the connection ended (status $status); the run continues: tpu status"
 }
 
 tpu_status() {
@@ -35,7 +35,7 @@ tpu_stop() {
   need name zone
   on_hosts "bash $host_scripts/stop.sh ${option[grace]}" ||
     failure "a host did not stop, see above; try again, or tpu delete"
-  report "nothing runs any more; the TPU goes on costing: tpu delete"
+  report "nothing is running; the TPU still costs money: tpu delete"
 }
 
 host_scripts=looplm/source/tpu_setup/host
@@ -49,7 +49,7 @@ need_run() {
   ((${#train_arguments[@]})) || mistake "say what to train after --, such as: tpu launch ... -- --recipe ouro-1.4b"
   local argument
   for argument in "${train_arguments[@]}"; do
-    [[ $argument != --out && $argument != --out=* ]] || mistake "--out stands before --, where restarting needs it too"
+    [[ $argument != --out && $argument != --out=* ]] || mistake "--out goes before --, where restarting needs it too"
   done
 }
 

@@ -10,7 +10,7 @@ note() {
 # What has been done; a dry run has done nothing.
 report() { [[ -n ${option[dry-run]} ]] || note "$@"; }
 
-# What the user has to mend: one line, exit status 2.
+# What the user has to fix: one line, exit status 2.
 mistake() {
   note "$*"
   exit 2
@@ -22,11 +22,11 @@ failure() {
   exit 1
 }
 
-# confirm NAME QUESTION: go on only where --yes was given or the name is typed.
+# confirm NAME QUESTION: continue only if --yes was given or the name is typed.
 confirm() {
   local name=$1 question=$2 answer=
   [[ -z ${option[dry-run]} && -z ${option[yes]} ]] || return 0
   [[ -t 0 ]] || mistake "$question There is no terminal to ask on: say --yes"
-  read -r -p "tpu: $question Type its name to go on: " answer || true
+  read -r -p "tpu: $question Type its name to continue: " answer || true
   [[ $answer == "$name" ]] || mistake "nothing was done: '$answer' is not '$name'"
 }

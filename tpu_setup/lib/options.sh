@@ -7,7 +7,7 @@ declare -A option=([dry-run]='' [yes]='' [delete-when-finished]='')
 declare -A default=([slices]=1 [capacity]=spot [node]=0 [worker]=0 [grace]=300 [poll]=60)
 create_flags=() connect_flags=() train_arguments=()
 location=()         # --zone and --project, as gcloud and xpk take them
-cluster_location=() # a GKE cluster lies in the zone's region
+cluster_location=() # a GKE cluster is in the zone's region
 
 # A flag wins over the environment, the environment over the file, the file over the default.
 read_options() {
@@ -42,7 +42,7 @@ read_flags() {
       --spot | --on-demand | --reserved) given[capacity]=${1#--} && shift ;;
       --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" && take_value "$@" && shift 2 ;;
       --*) take_value "$@" && shift 2 ;;
-      *) mistake "'$1' is not a flag; arguments of looplm train stand after --" ;;
+      *) mistake "'$1' is not a flag; arguments of looplm train go after --" ;;
     esac
   done
 }

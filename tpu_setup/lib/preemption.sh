@@ -16,7 +16,7 @@ tpu_restart() {
   tpu_launch
 }
 
-# Until the run has finished, was stopped, or failed for a reason that no restart mends.
+# Until the run has finished, was stopped, or failed for a reason that no restart fixes.
 tpu_watch() {
   need_run
   need accelerator
@@ -36,7 +36,7 @@ tpu_watch() {
     else
       faults=$((faults + 1))
       note "that did not go well ($faults of 5 in a row)"
-      ((faults < 5)) || failure "giving up; what there is of ${option[name]} goes on costing: tpu status, tpu delete"
+      ((faults < 5)) || failure "giving up; what is left of ${option[name]} still costs money: tpu status, tpu delete"
     fi
     sleep "${option[poll]}"
   done
@@ -67,7 +67,7 @@ look_after_run() {
   answers=$(on_hosts "$status_command") || return 1
   states=$(cut -d ' ' -f 1 <<<"$answers" | sort -u | tr '\n' ' ')
   case " $states" in
-    *" failed "*) failure "$(grep -m 1 '^failed' <<<"$answers"); tpu follow says why, and the TPU goes on costing" ;;
+    *" failed "*) failure "$(grep -m 1 '^failed' <<<"$answers"); tpu follow says why, and the TPU still costs money" ;;
     *" stopped "*) ended "the run was stopped" ;;
     " finished ") finished ;;
     *" unprepared "*) prepare_hosts && launch_on_hosts ;;
@@ -84,6 +84,6 @@ finished() {
 }
 
 ended() {
-  note "$1; the TPU goes on costing: tpu delete"
+  note "$1; the TPU still costs money: tpu delete"
   exit 0
 }

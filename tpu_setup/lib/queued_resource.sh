@@ -95,7 +95,7 @@ delete_command() {
 delete_request() {
   ask gcloud compute tpus queued-resources delete "${option[name]}" "${location[@]}" --force --quiet ||
     complains_of 'NOT_FOUND' ||
-    failure "${option[name]} was not deleted and may go on costing: $(complaint); try again: $(delete_command)"
+    failure "${option[name]} was not deleted and may still cost money: $(complaint); try again: $(delete_command)"
 }
 
 # Look again and again until the request is filled; false where it never will be.
