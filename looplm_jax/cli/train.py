@@ -43,34 +43,34 @@ def run_training(recipe: Recipe, out: AnyPath, options: TrainOptions | None = No
     If one of several processes fails, all of them exit here: with status 2, or 75 if one was lost.
     """
     options = options or TrainOptions()
-    cluster = join(options.join_options)
+    group = join(options.join_options)
 
-    if cluster.count == 1:
+    if group.count == 1:
         check_single_process()
-        return _run_training(recipe, out, options, cluster)
+        return _run_training(recipe, out, options, group)
 
     try:
-        status = _run_training(recipe, out, options, cluster)
+        status = _run_training(recipe, out, options, group)
     except UserError as error:
-        cluster.abort_all(str(error), error.status)
+        group.abort_all(str(error), error.status)
     except jax.errors.JaxRuntimeError:  # maybe another process died, which the monitor is about to report
         time.sleep(_NEWS_SECONDS)
         raise
 
-    cluster.shutdown()
-    # After cluster.shutdown(), so that the others do not take this exit for a failure.
+    group.shutdown()
+    # After group.shutdown(), so that the others do not take this exit for a failure.
     jax.distributed.shutdown()
     return status
 
 
-def _run_training(recipe: Recipe, out: AnyPath, options: TrainOptions, cluster: ProcessGroup) -> int:
+def _run_training(recipe: Recipe, out: AnyPath, options: TrainOptions, group: ProcessGroup) -> int:
     """Trains in this process and reports."""
     require_platform()
     require_compilation()
     # Only process 0 reports.
-    console = progress_console(quiet=cluster.index > 0)
+    console = progress_console(quiet=group.index > 0)
     recipe = on_topology(recipe, topology_name(jax.devices()), options.given)
-    console.print(_announcement(recipe, out, cluster))
+    console.print(_announcement(recipe, out, group))
     if settings := settings_in_use(recipe):
         console.print(settings, markup=False)
 
@@ -80,20 +80,20 @@ def _run_training(recipe: Recipe, out: AnyPath, options: TrainOptions, cluster: 
             out,
             evaluate=evaluate_held_out,
             console=console,
-            cluster=cluster,
+            group=group,
             # One process is enough for a trace.
-            profile=options.profile if cluster.index == 0 else None,
-            mirrors=_mirrors(recipe, out, options, cluster),
+            profile=options.profile if group.index == 0 else None,
+            mirrors=_mirrors(recipe, out, options, group),
         )
     except KeyboardInterrupt:  # a second Ctrl-C does not wait for the last save
         exit_process(console, "interrupted", signal.SIGINT)
 
     if outcome.stopped_by is not None:
-        cluster.shutdown()
+        group.shutdown()
         where = f"stopped by {outcome.stopped_by.name} at step {outcome.step}"
         exit_process(console, f"{where}; the same command resumes there", outcome.stopped_by)
 
-    if cluster.index == 0:
+    if group.index == 0:
         _report(recipe, out, outcome)
     return 0
 
@@ -106,17 +106,17 @@ def _report(recipe: Recipe, out: AnyPath, outcome: Outcome) -> None:
     show(f"next: {evaluate_command(out)}")
 
 
-def _mirrors(recipe: Recipe, out: AnyPath, options: TrainOptions, cluster: ProcessGroup) -> list[EventSink]:
+def _mirrors(recipe: Recipe, out: AnyPath, options: TrainOptions, group: ProcessGroup) -> list[EventSink]:
     """Returns the additional sinks of metrics."""
-    if options.wandb_project is None or cluster.index > 0:
+    if options.wandb_project is None or group.index > 0:
         return []
     return [WandbLog(options.wandb_project, name=out.name, config=to_dict(recipe))]
 
 
-def _announcement(recipe: Recipe, out: AnyPath, cluster: ProcessGroup) -> str:
+def _announcement(recipe: Recipe, out: AnyPath, group: ProcessGroup) -> str:
     """Returns the line that describes the run before it starts."""
     tokens = sum(stage.steps * stage.batch_size * stage.sequence_length for stage in recipe.stages)
     stages = ", ".join(f"{stage.name} ({stage.steps} steps, {stage.loops} loops)" for stage in recipe.stages)
-    many = f"{cluster.count} processes; " if cluster.count > 1 else ""
+    many = f"{group.count} processes; " if group.count > 1 else ""
     what = f"{recipe.name}: {count_params(recipe.model):,} parameters, {tokens:,} tokens; {stages}"
     return f"{what}; {many}writing to {out}"

@@ -165,14 +165,14 @@ class _Unwritten:
 
 @contextlib.contextmanager
 def open_log(
-    folder: AnyPath, step: int, cluster: ProcessGroup, mirrors: Sequence[EventSink] = (), *, warn: Callable[[str], None]
+    folder: AnyPath, step: int, group: ProcessGroup, mirrors: Sequence[EventSink] = (), *, warn: Callable[[str], None]
 ) -> Iterator[Log]:
     """A context manager that yields the log of a run at a step. All processes must call this together.
 
     Only process 0 writes the files. Arguments as for `MetricsLog`.
     """
-    log = MetricsLog(folder, step=step, mirrors=mirrors, warn=warn) if cluster.index == 0 else None
-    evaluations = cluster.gather("evaluations", log.evaluations if log else [])[0]
+    log = MetricsLog(folder, step=step, mirrors=mirrors, warn=warn) if group.index == 0 else None
+    evaluations = group.gather("evaluations", log.evaluations if log else [])[0]
     if log is None:
         yield _Unwritten(evaluations)
         return

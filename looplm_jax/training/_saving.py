@@ -13,8 +13,8 @@ _POLL_SECONDS = 0.2
 class Saver:
     """Saves to a store and keeps the reasons of refused saves. All processes must call its methods together."""
 
-    def __init__(self, store: CheckpointStore, cluster: ProcessGroup):
-        self._store, self._cluster = store, cluster
+    def __init__(self, store: CheckpointStore, group: ProcessGroup):
+        self._store, self._group = store, group
         self._refused: str | None = None  # why the latest save was refused
         self._news: str | None = None
 
@@ -47,7 +47,7 @@ class Saver:
 
     def _attempt(self, work: Callable[[], None]) -> None:
         """Runs `work()` on all processes. If the disk refuses it on one of them, the others stop waiting."""
-        if self._cluster.count == 1:
+        if self._group.count == 1:
             self._keep(_reason(work))
             return
 
@@ -56,7 +56,7 @@ class Saver:
         # The processes exchange their results until all have saved or one of them was refused.
         while not all(ended) and self._refused is None:
             job.wait(_POLL_SECONDS)
-            said = self._cluster.gather("save", [job.ended, job.result() if job.ended else None])
+            said = self._group.gather("save", [job.ended, job.result() if job.ended else None])
             ended = [end for end, _ in said]
             self._keep(next((why for _, why in said if why is not None), None))
         # Another process failed. Orbax would wait for it for a long time, so the thread is left behind with its store.

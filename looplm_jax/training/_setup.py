@@ -72,7 +72,7 @@ def prepare(
     recipe: Recipe,
     folder: RunFolder,
     console: Console,
-    cluster: ProcessGroup = SINGLE_PROCESS,
+    group: ProcessGroup = SINGLE_PROCESS,
     watch: Stopwatch | None = None,
 ) -> Setup:
     """Prepares a run: checks shapes and data, claims the folder, finds or trains the tokenizer, and restores the state.
@@ -84,7 +84,7 @@ def prepare(
       recipe: the configuration of the run.
       folder: the run folder.
       console: the console for messages.
-      cluster: the processes of the run.
+      group: the processes of the run.
       watch: accounts for the time.
 
     Raises:
@@ -105,12 +105,12 @@ def prepare(
     inherited = _inherited(recipe, folder, start)
 
     def own_folder() -> Tokenizer:
-        if cluster.index == 0:
+        if group.index == 0:
             claim_folder(folder, recipe)
         return run_tokenizer(recipe, _speaking(corpora), folder, console, inherited)
 
     # Process 0 writes the recipe and trains a missing tokenizer, which the other processes then read.
-    tokenizer = first_on_process_0(cluster, "folder", own_folder)
+    tokenizer = first_on_process_0(group, "folder", own_folder)
     _report_pieces_left_out(recipe, corpora, tokenizer, console)
 
     watch.charge(Activity.OTHER)

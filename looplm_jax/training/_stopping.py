@@ -136,12 +136,12 @@ class Agreement:
     wait. All processes must call each method at the same point.
 
     Args:
-      cluster: the processes of the run.
+      group: the processes of the run.
       request: the stop request of this process.
     """
 
-    def __init__(self, cluster: ProcessGroup, request: StopRequest):
-        self._cluster, self._request = cluster, request
+    def __init__(self, group: ProcessGroup, request: StopRequest):
+        self._group, self._request = group, request
 
     def check(self, failure: str | None = None) -> None:
         """Returns if all processes can continue, and raises the same error on all of them otherwise.
@@ -153,13 +153,13 @@ class Agreement:
           Stopped: one of the processes received a signal.
           OutOfData: one of them has a `failure`.
         """
-        said = self._cluster.gather("step", [self._request.received, failure])
+        said = self._group.gather("step", [self._request.received, failure])
         # Missing data takes precedence over a signal, so that its reason is reported.
         failures = [(index, why) for index, (_, why) in enumerate(said) if why is not None]
 
         if failures:
             index, why = failures[0]
-            raise OutOfData(why if self._cluster.count == 1 else f"process {index}: {why}")
+            raise OutOfData(why if self._group.count == 1 else f"process {index}: {why}")
 
         _raise_first(number for number, _ in said)
 
@@ -168,7 +168,7 @@ class Agreement:
 
         After a stop, the devices may be used again only if `function` does not use them.
         """
-        if self._cluster.count == 1:
+        if self._group.count == 1:
             return self._request.run(function)
 
         job = Job(function)
@@ -178,7 +178,7 @@ class Agreement:
                 return job.result()  # raises; the error ends all processes, including those that wait for this one
 
             # The processes exchange whether they are done, so that they leave this loop in the same iteration.
-            said = self._cluster.gather("work", [self._request.received, job.ended])
+            said = self._group.gather("work", [self._request.received, job.ended])
             _raise_first(number for number, _ in said)
             if all(ended for _, ended in said):
                 return job.result()
@@ -189,7 +189,7 @@ class Agreement:
         A single process can be stopped at any moment. Several processes stop only between batches, because a collective
         operation must not be abandoned by some of them.
         """
-        if self._cluster.count == 1:
+        if self._group.count == 1:
             return self._request.run(lambda: function(batches))
         return function(_Watched(batches.batches, batches.num_sequences, self.check))
 

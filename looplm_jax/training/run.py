@@ -96,7 +96,7 @@ def train(
     *,
     evaluate: Evaluate | None = None,
     console: Console | None = None,
-    cluster: ProcessGroup = SINGLE_PROCESS,
+    group: ProcessGroup = SINGLE_PROCESS,
     profile: ProfiledSteps | None = None,
     mirrors: Sequence[EventSink] = (),
 ) -> Outcome:
@@ -107,7 +107,7 @@ def train(
       out: a new or empty folder, or one that contains this same run.
       evaluate: measures the parameters on held-out batches. Its results are added to the metrics.
       console: the console for progress; by default standard error.
-      cluster: the processes of the run, all of which must call this. Only process 0 prints and writes metrics.
+      group: the processes of the run, all of which must call this. Only process 0 prints and writes metrics.
       profile: steps to trace into the folder.
       mirrors: additional destinations of scalars.
 
@@ -121,32 +121,32 @@ def train(
 
     # Steps 1 and 2 of the order above: refuse the wrong folder, then own it.
     folder = check_folder(out, recipe)
-    check_same(cluster, "configuration", {**to_dict(recipe), "out": str(folder.path)})
+    check_same(group, "configuration", {**to_dict(recipe), "out": str(folder.path)})
 
     with StopRequest() as request, contextlib.ExitStack() as closing:
-        ownership = _owned(folder, recipe, closing) if cluster.index == 0 else NotOwner()
+        ownership = _owned(folder, recipe, closing) if group.index == 0 else NotOwner()
         for note in settings_without_effect(recipe):
             console.print(note)
 
         # Steps 3 to 6, in a thread, so that a stop signal is noticed.
-        stop = Agreement(cluster, request)
+        stop = Agreement(group, request)
         try:
-            setup = stop.run(lambda: prepare(recipe, folder, console, cluster, watch))
+            setup = stop.run(lambda: prepare(recipe, folder, console, group, watch))
         except Stopped as stopped:
             return Outcome(folder=folder, step=_newest_step(folder), skipped=0, stopped_by=stopped.signal)
 
         # Step 7.
-        check_same(cluster, "data", identities(setup))
+        check_same(group, "data", identities(setup))
 
-        saver = Saver(setup.store, cluster)
-        if cluster.count == 1:  # with several processes, closing would wait for others that may have ended
+        saver = Saver(setup.store, group)
+        if group.count == 1:  # with several processes, closing would wait for others that may have ended
             closing.push(_closed(setup.store, console))
 
         # Step 8.
         position = setup.position
         step = int(position.state.step)
         progress = closing.enter_context(TrainingProgress(console, total_steps=recipe.total_steps, step=step))
-        log = closing.enter_context(open_log(folder.path, step, cluster, mirrors, warn=progress.warn))
+        log = closing.enter_context(open_log(folder.path, step, group, mirrors, warn=progress.warn))
         profiler = closing.enter_context(contextlib.closing(Profiler(folder.path / "profile", profile)))
 
         run = _Run(
