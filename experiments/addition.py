@@ -17,8 +17,8 @@ three cells running on two cores. At n = 4, accuracy is 94.2 % with loops and 64
 
 from types import MappingProxyType
 
-from experiments.experiment import Scale
-from experiments.shape_grid import Grid, Problem, ShapeExperiment
+from experiments.frame import Scale
+from experiments.task_grid import Problem, ShapeExperiment, TaskGrid
 
 # (layers, loops)
 _SHAPES = ((12, 1), (1, 1), (1, 12), (2, 1), (2, 6), (3, 1), (3, 4))
@@ -39,21 +39,21 @@ def _printed(*accuracies: float) -> dict[str, float]:
 
 
 _PRINTED_SIZE = {"width": 256, "heads": 8, "mlp_width": 1024, "sequence_length": 136, "last_loop_only": True}
-_PAPER = Grid(
+_PAPER = TaskGrid(
     problems={"n32": _problem(32, 3, (8, 16, 24, 32), 200_000)},
     shapes=_SHAPES,
     rates=(5e-4, 1e-3, 2e-3),
     seeds=3,
     settings={**_PRINTED_SIZE, "batch_size": 430, "warmup_steps": 1000},
 )
-_GPU = Grid(
+_GPU = TaskGrid(
     problems={"n32": _problem(32, 3, (8, 16, 24, 32), 12_000)},
     shapes=((1, 1), (1, 12), (12, 1)),
     rates=(1e-3,),
     seeds=1,
     settings={**_PRINTED_SIZE, "batch_size": 430, "warmup_steps": 500},
 )
-_CPU = Grid(
+_CPU = TaskGrid(
     problems={"n4": _problem(4, 2, (2, 3, 4), 6_000)},
     shapes=((1, 1), (1, 3), (3, 1)),
     rates=(3e-3,),
@@ -69,7 +69,7 @@ _CPU = Grid(
         "last_loop_only": True,
     },
 )
-_SMOKE = Grid(
+_SMOKE = TaskGrid(
     problems={"n2": _problem(2, 2, (2,), 4)},
     shapes=((1, 2),),
     rates=(1e-3,),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.experiment import Record, Report
+from experiments.frame import Record, Report
 from looplm_jax.evaluation import Table, figure, save_figure
 
 _PRINTED = "about 2 after 1,000 exposures, about 1 after 100"

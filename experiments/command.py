@@ -6,10 +6,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from experiments.experiment import Experiment, Scale
-from experiments.grid import Grid, Share
+from experiments.frame import Experiment, Grid, Scale, Share
 from experiments.registry import EXPERIMENTS
-from experiments.results_files import COMMAND, read_results, show, write_results
+from experiments.reporting import COMMAND, read_results, show, write_results
 from looplm_jax.cli._common import exit_process
 from looplm_jax.errors import UserError, suggest
 from looplm_jax.evaluation import Table

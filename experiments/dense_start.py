@@ -17,9 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import looplm_jax
-from experiments.dense_norms import matched_scales, with_second_norms
+from experiments.dense_models import matched_scales, with_second_norms, write_llama
 from experiments.dense_start_report import Course, Results, write_report
-from experiments.llama_folder import write_llama
 from looplm_jax.codec import override
 from looplm_jax.config import CheckpointConfig, EvaluationConfig, NormPlacement, Recipe, SourceConfig, StartConfig
 from looplm_jax.convert import convert_from_dense

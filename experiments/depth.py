@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from experiments.experiment import Cell, Record, Report
-from experiments.text_scales import OnTextModels
+from experiments.frame import Cell, Record, Report
+from experiments.text_models import OnTextModels
 from looplm_jax.evaluation import Curve, DepthSweep, Table, depth_sweep, plot_depths
 from looplm_jax.loading import load
 

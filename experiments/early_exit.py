@@ -29,11 +29,10 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from experiments.bootstrap import interval, resamples, union
 from experiments.exit_scores import FIXED, GATE, Frontier, RowSums, families, score_families
-from experiments.experiment import Cell, Record, Report
-from experiments.run_speed import run_speed
-from experiments.text_scales import OnTextModels
+from experiments.frame import Cell, Record, Report
+from experiments.reporting import interval, resamples, run_speed, union
+from experiments.text_models import OnTextModels
 from looplm_jax.config import GateTarget
 from looplm_jax.evaluation import Curve, Table, plot_exits
 from looplm_jax.loading import load

@@ -30,9 +30,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from rich.console import Console
 
-from experiments.bootstrap import interval, resamples, union
-from experiments.experiment import Cell, Record, Report
-from experiments.text_scales import OnTextModels
+from experiments.frame import Cell, Record, Report
+from experiments.reporting import interval, resamples, union
+from experiments.text_models import OnTextModels
 from looplm_jax.data import Batch
 from looplm_jax.errors import UserError
 from looplm_jax.evaluation import Table, figure, save_figure

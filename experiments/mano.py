@@ -19,8 +19,8 @@ has not been run.
 
 from types import MappingProxyType
 
-from experiments.experiment import Scale
-from experiments.shape_grid import Grid, Problem, ShapeExperiment
+from experiments.frame import Scale
+from experiments.task_grid import Problem, ShapeExperiment, TaskGrid
 
 
 def _problem(length: int, modulus: int, steps: int) -> Problem:
@@ -34,21 +34,21 @@ def _printed(ten: float, sixteen: float, twenty_four: float) -> dict[str, float]
     return {"L=10": ten, "L=16": sixteen, "L=24": twenty_four}
 
 
-_PAPER = Grid(
+_PAPER = TaskGrid(
     problems={"L10": _problem(10, 23, 80_000), "L16": _problem(16, 23, 110_000), "L24": _problem(24, 23, 200_000)},
     shapes=((12, 1), (2, 1), (2, 6), (3, 1), (3, 4), (6, 1), (6, 2)),
     rates=(5e-5, 1e-4, 2e-4, 5e-4),
     seeds=3,
     settings={"width": 1024, "heads": 16, "batch_size": 128, "sequence_length": 1024, "warmup_steps": 1000},
 )
-_GPU = Grid(
+_GPU = TaskGrid(
     problems={"L10": _problem(10, 23, 16_000)},
     shapes=((2, 1), (2, 6), (12, 1)),
     rates=(5e-4,),
     seeds=1,
     settings={"width": 512, "heads": 8, "batch_size": 32, "sequence_length": 1024, "warmup_steps": 500},
 )
-_CPU = Grid(
+_CPU = TaskGrid(
     problems={"L4": _problem(4, 3, 8_000)},
     shapes=((1, 1), (1, 4), (4, 1)),
     rates=(3e-3,),
@@ -62,7 +62,7 @@ _CPU = Grid(
         "init_std": 0.125,
     },
 )
-_SMOKE = Grid(
+_SMOKE = TaskGrid(
     problems={"L2": _problem(2, 5, 4)},
     shapes=((1, 1), (1, 2)),
     rates=(1e-3,),

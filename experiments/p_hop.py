@@ -16,8 +16,8 @@ for one hop (`fewest`). With p = 3 and n = 24, in a first attempt, two hops were
 
 from types import MappingProxyType
 
-from experiments.experiment import Scale
-from experiments.shape_grid import Grid, Problem, ShapeExperiment
+from experiments.frame import Scale
+from experiments.task_grid import Problem, ShapeExperiment, TaskGrid
 
 _SHAPES = ((6, 1), (1, 1), (1, 6), (2, 1), (2, 3), (3, 1), (3, 2))
 
@@ -42,21 +42,21 @@ _PRINTED_SIZE = {
     "batch_size": 256,
     "last_loop_only": True,
 }
-_PAPER = Grid(
+_PAPER = TaskGrid(
     problems={"p16": _problem(16, 256, 200_000), "p32": _problem(32, 256, 200_000)},
     shapes=_SHAPES,
     rates=(1e-3,),
     seeds=3,
     settings={**_PRINTED_SIZE, "warmup_steps": 1000},
 )
-_GPU = Grid(
+_GPU = TaskGrid(
     problems={"p16": _problem(16, 256, 12_000)},
     shapes=((1, 1), (1, 6), (6, 1)),
     rates=(1e-3,),
     seeds=1,
     settings={**_PRINTED_SIZE, "warmup_steps": 500},
 )
-_CPU = Grid(
+_CPU = TaskGrid(
     problems={"p2": _problem(2, 16, 3000, ",fewest=1")},
     shapes=((1, 1), (1, 3), (3, 1)),
     rates=(3e-3,),
@@ -70,7 +70,7 @@ _CPU = Grid(
         "init_std": 0.1,
     },
 )
-_SMOKE = Grid(
+_SMOKE = TaskGrid(
     problems={"p2": _problem(2, 12, 4)},
     shapes=((1, 2),),
     rates=(1e-3,),

@@ -2,13 +2,12 @@
 
     python -m experiments reachability --scale cpu
 
-There are two parts. The construction: the theorem's weights, set by hand (`experiments.reachability_weights`), against
-breadth-first search on random digraphs of 2 to 64 nodes: sparse ones, trees and paths, whose longest shortest path D
-ranges from 1 to 63 (`experiments.random_digraphs`). A graph counts as exact if all pairs of different nodes are
-correct. Each edge is placed in the weights or in the context at random; there are also variants with all edges in one
-of them. Two errors of the published construction are measured as well: scores that are zero, and a context without
-self-loops. The paper states the theorem without an experiment: the graphs, their number and their sizes are our choices
-at every scale.
+There are two parts. The construction (`experiments.reachability_construction`): the theorem's weights, set by hand,
+against breadth-first search on random digraphs of 2 to 64 nodes: sparse ones, trees and paths, whose longest shortest
+path D ranges from 1 to 63. A graph counts as exact if all pairs of different nodes are correct. Each edge is placed in
+the weights or in the context at random; there are also variants with all edges in one of them. Two errors of the
+published construction are measured as well: scores that are zero, and a context without self-loops. The paper states
+the theorem without an experiment: the graphs, their number and their sizes are our choices at every scale.
 
 And trained models, entirely our design: k layers looped T times read the edges of three trees in random order and name
 the root from which a node is reachable, 1 to `distance` edges below it (`looplm_jax.data.tasks.Reachability`). Naming
@@ -35,11 +34,10 @@ from typing import Any
 
 from rich.console import Console
 
-from experiments.experiment import Cell, Record, Report, Scale
+from experiments.frame import Cell, Record, Report, Scale
 from experiments.reachability_construction import Construction, try_construction
 from experiments.reachability_report import construction_report, trained_report
-from experiments.shape_grid import Grid, Problem
-from experiments.task_runs import TaskRun, run_task
+from experiments.task_grid import Problem, TaskGrid, TaskRun, run_task
 
 _CONSTRUCTION = "construction"
 _TREES = 3  # in a graph; the test with a path longer than in training has two
@@ -56,7 +54,7 @@ class ReachabilityExperiment:
     """
 
     constructions: Mapping[Scale, Construction]
-    grids: Mapping[Scale, Grid]
+    grids: Mapping[Scale, TaskGrid]
     name: str = "reachability"
     claim: str = "a looped transformer finds paths in as many loops as their length has bits"
 
@@ -112,7 +110,7 @@ def _edges(number: int) -> str:
     return "1 edge" if number == 1 else f"{number} edges"
 
 
-_PAPER = Grid(
+_PAPER = TaskGrid(
     problems={"d8": _problem(8, 100_000)},
     shapes=((1, 1), (1, 10), (10, 1), (2, 1), (2, 5)),
     rates=(3e-4, 1e-3),
@@ -126,7 +124,7 @@ _PAPER = Grid(
         "init_std": 0.04,
     },
 )
-_GPU = Grid(
+_GPU = TaskGrid(
     problems={"d4": _problem(4, 10_000)},
     shapes=((1, 1), (1, 6), (6, 1)),
     rates=(1e-3,),
@@ -140,7 +138,7 @@ _GPU = Grid(
         "init_std": 0.06,
     },
 )
-_CPU = Grid(
+_CPU = TaskGrid(
     problems={"d2": _problem(2, 2_000)},
     shapes=((1, 1), (1, 4), (4, 1)),
     rates=(3e-3,),
@@ -154,7 +152,7 @@ _CPU = Grid(
         "init_std": 0.125,
     },
 )
-_SMOKE = Grid(
+_SMOKE = TaskGrid(
     problems={"d1": _problem(1, 4)},
     shapes=((1, 2),),
     rates=(1e-3,),

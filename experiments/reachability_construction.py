@@ -1,19 +1,183 @@
-"""The loops that the hand-built transformer needs: all pairs of many random graphs against breadth-first search."""
+"""The hand-built looped transformer that finds all paths of a graph (Ouro paper, B.5, Theorem 2), and its test.
+
+Some edges of the graph are knowledge, stored in the weights; the others are in the context. Column j of the state is
+`[v_j ; a_j]`: the identity of the node, and the nodes that are known to be reachable from it. One head and one
+feed-forward layer,
+
+    H' = N(H + V H softmax((K H)^T Q H)),   H'' = N(H' + W2 relu(W1 H')),   N(x) = 1{x > 0}
+
+are applied repeatedly. The query of j is a_j and the key of i is v_i, so that j attends to the nodes it reaches, and
+takes over the nodes that they reach: the square of the relation. The feed-forward layer adds the edges that are
+knowledge.
+
+As published, `K^T Q = 0`: every node attends to all. Here `Q = [[0, I], [0, 0]]`, and every node reaches itself in the
+context, because a node that reaches none would also attend to all. Scores are scaled by `SHARPNESS`, because softmax is
+never exactly zero in theory.
+
+After k loops a pair is found if and only if it is joined by a walk that splits into at most 2^(k-1) pieces, each of
+them an edge, or two consecutive edges of the context: knowledge enters at the end of loop 1, and each further loop
+doubles the length. So if the longest shortest path is D, `ceil(log2 D) + 1` loops find all pairs; one loop fewer also
+does if the context holds all edges, and never does if the weights hold all.
+
+`try_construction` compares it on many random graphs with breadth-first search, after every number of loops.
+"""
 
 import collections
 import dataclasses
+import enum
 import functools
 from collections.abc import Sequence
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from experiments.random_digraphs import UNREACHED, distances, draw_digraph
-from experiments.reachability_weights import SHARPNESS, initial_state, reachability_weights, reached_after
 from looplm_jax.data.tasks._base import generator
+
+# The weights
+
+
+SHARPNESS = 128.0  # e^-128 is zero in float32
+
+
+@flax.struct.dataclass
+class ReachabilityWeights:
+    """Weights of the layer for graphs of n nodes; d = 2n."""
+
+    query: Float[Array, "d d"]
+    key: Float[Array, "d d"]
+    value: Float[Array, "d d"]
+    inner: Float[Array, "n d"]
+    outer: Float[Array, "d n"]
+
+
+def reachability_weights(
+    knowledge: Bool[Array, "n n"], sharpness: float | Float[Array, ""] = SHARPNESS
+) -> ReachabilityWeights:
+    """Returns weights that hold some edges, from rows to columns. With `sharpness` 0, K^T Q = 0 as published."""
+    nodes = len(knowledge)
+    eye, none = jnp.eye(nodes, dtype=jnp.float32), jnp.zeros((nodes, nodes), jnp.float32)
+    return ReachabilityWeights(
+        query=jnp.block([[none, eye], [none, none]]),
+        key=jnp.block([[sharpness * eye, none], [none, none]]),
+        value=jnp.block([[none, none], [none, eye]]),
+        inner=jnp.block([eye, none]),
+        outer=jnp.block([[none], [knowledge.T.astype(jnp.float32)]]),
+    )
+
+
+def initial_state(context: Bool[Array, "n n"]) -> Float[Array, "d n"]:
+    """Returns the columns `[v_j ; a_j]` for the edges of the context, from rows to columns."""
+    # [n, n] on [n, n]: v_j is one-hot.
+    return jnp.concatenate([jnp.eye(len(context), dtype=jnp.float32), context.T.astype(jnp.float32)])
+
+
+def reached_after(
+    weights: ReachabilityWeights, state: Float[Array, "d n"], *, loops: int
+) -> Bool[Array, "{loops}+1 n n"]:
+    """Returns whether a node (row) is known to reach another (column), after 0..`loops` loops."""
+
+    def loop(state: Array, _: None) -> tuple[Array, Array]:
+        state = _layer(weights, state)
+        return state, _reached(state)
+
+    _, found = jax.lax.scan(loop, state, length=loops)
+    # The entry of 0 loops is the context itself.
+    return jnp.concatenate([_reached(state)[None], found])
+
+
+def _layer(weights: ReachabilityWeights, state: Float[Array, "d n"]) -> Float[Array, "d n"]:
+    """Applies one loop."""
+    # [n, n]: the score of every key (row) for every query (column).
+    scores = (weights.key @ state).T @ (weights.query @ state)
+    attended = weights.value @ state @ jax.nn.softmax(scores, axis=0)
+    state = _threshold(state + attended)
+    return _threshold(state + weights.outer @ jax.nn.relu(weights.inner @ state))
+
+
+def _threshold(state: Float[Array, "d n"]) -> Float[Array, "d n"]:
+    """Returns N(x) = 1{x > 0}."""
+    return (state > 0).astype(state.dtype)
+
+
+def _reached(state: Float[Array, "d n"]) -> Bool[Array, "n n"]:
+    """Returns the relation that the lower half of the state holds."""
+    return state[state.shape[1] :].T > 0
+
+
+# Random graphs
+
+
+UNREACHED = -1
+
+
+class Family(enum.Enum):
+    """The distribution from which a graph is drawn."""
+
+    SPARSE = "sparse"  # every edge with the same probability, 0.5 to 4 edges per node
+    TREE = "tree"  # every node below one of the last few nodes
+    PATH = "path"  # a path through all nodes, and up to three more edges
+
+
+def draw_digraph(seed: int, index: int, *, most_nodes: int) -> Bool[np.ndarray, "n n"]:
+    """Returns graph `index` of a seed, of any family, with 2..`most_nodes` nodes, at least one edge and no self-loops.
+
+    Returns: whether an edge leads from a node (row) to another (column).
+    """
+    random = generator("digraph", seed, index)
+    # All families are equally likely.
+    family = list(Family)[int(random.integers(len(Family)))]
+    nodes = int(random.integers(2, most_nodes + 1))
+
+    while not (edges := _draw(random, family, nodes)).any():
+        pass
+    # Otherwise the numbers of the nodes would reveal the order in which a tree or path was built.
+    names = random.permutation(nodes)
+    return edges[np.ix_(names, names)]
+
+
+def distances(edges: Bool[np.ndarray, "n n"]) -> Int[np.ndarray, "n n"]:
+    """Returns the number of edges on the shortest path between all nodes, `UNREACHED` if there is none."""
+    follows = [np.flatnonzero(row).tolist() for row in edges]
+    return np.array([_distances_from(start, follows) for start in range(len(edges))])
+
+
+def _draw(random: np.random.Generator, family: Family, nodes: int) -> Bool[np.ndarray, "n n"]:
+    """Draws the edges of a graph, whose nodes are in the order of construction."""
+    match family:
+        case Family.SPARSE:
+            edges = random.random((nodes, nodes)) < random.uniform(0.5, 4) / nodes
+        case Family.TREE:
+            edges, window = np.zeros((nodes, nodes), bool), int(random.integers(1, nodes + 1))
+            for node in range(1, nodes):
+                # A small window makes deep trees, a large one shallow trees.
+                edges[random.integers(max(0, node - window), node), node] = True
+        case Family.PATH:
+            edges = np.eye(nodes, k=1, dtype=bool)
+            chords = int(random.integers(4))
+            edges[random.integers(nodes, size=chords), random.integers(nodes, size=chords)] = True
+
+    np.fill_diagonal(edges, val=False)
+    return edges
+
+
+def _distances_from(start: int, follows: list[list[int]]) -> list[int]:
+    """Returns the distances from one node by breadth-first search."""
+    found = [UNREACHED] * len(follows)
+    found[start], front = 0, [start]
+    for node in front:  # grows during the iteration
+        for following in follows[node]:
+            if found[following] == UNREACHED:
+                found[following] = found[node] + 1
+                front.append(following)
+    return found
+
+
+# The test
+
 
 _AT_ONCE = 50  # graphs evaluated together
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from experiments.experiment import Record, Report
+from experiments.frame import Record, Report
 from experiments.reachability_construction import VARIANTS, loops_needed
-from experiments.task_report import plot_curves
+from experiments.task_grid import plot_curves
 from looplm_jax.evaluation import Table, figure, save_figure
 
 _NEARLY_ALL = 0.9

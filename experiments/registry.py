@@ -7,7 +7,7 @@ from experiments.addition import ADDITION
 from experiments.capo import CAPO
 from experiments.depth import DEPTH
 from experiments.early_exit import EARLY_EXIT
-from experiments.experiment import Experiment
+from experiments.frame import Experiment
 from experiments.kv_sharing import KV_SHARING
 from experiments.mano import MANO
 from experiments.p_hop import P_HOP

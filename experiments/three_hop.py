@@ -28,10 +28,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from experiments.experiment import Cell, Record, Report, Scale
-from experiments.shape_grid import Grid, Problem
-from experiments.task_report import plot_curves
-from experiments.task_runs import TaskRun, run_task
+from experiments.frame import Cell, Record, Report, Scale
+from experiments.task_grid import Problem, TaskGrid, TaskRun, plot_curves, run_task
 from looplm_jax.data.tasks import make_task
 from looplm_jax.evaluation import Table, figure, save_figure
 
@@ -46,21 +44,21 @@ def _problems(questions: Sequence[int], world: str, steps: int) -> dict[str, Pro
 
 
 _PRINTED_SIZE = {"width": 1024, "heads": 16, "sequence_length": 1024, "test_items": 3000, "warmup_steps": 1000}
-_PAPER = Grid(
+_PAPER = TaskGrid(
     problems=_problems((20_000, 60_000, 100_000, 120_000, 140_000, 200_000), "", 20_000),
     shapes=((6, 1), (6, 2), (6, 4), (24, 1)),
     rates=(5e-4,),
     seeds=4,
     settings={**_PRINTED_SIZE, "batch_size": 2048},
 )
-_GPU = Grid(
+_GPU = TaskGrid(
     problems=_problems((30_000, 60_000, 120_000), "", 2_000),
     shapes=((6, 1), (6, 4)),
     rates=(5e-4,),
     seeds=1,
     settings={**_PRINTED_SIZE, "width": 512, "heads": 8, "batch_size": 64, "warmup_steps": 200},
 )
-_CPU = Grid(
+_CPU = TaskGrid(
     problems=_problems((500, 2_000, 8_000), ",people=20,relations=8,validation_items=1000,fewest=1", 5_000),
     shapes=((1, 1), (1, 3)),
     rates=(3e-3,),
@@ -76,7 +74,7 @@ _CPU = Grid(
         "test_items": 1000,
     },
 )
-_SMOKE = Grid(
+_SMOKE = TaskGrid(
     problems=_problems((100, 200), ",people=6,relations=5,validation_items=64", 4),
     shapes=((1, 1), (1, 2)),
     rates=(1e-3,),
@@ -89,7 +87,7 @@ _SMOKE = Grid(
 class ThreeHopExperiment:
     """Shapes against the number of distinct questions."""
 
-    grids: Mapping[Scale, Grid]
+    grids: Mapping[Scale, TaskGrid]
     name: str = "three-hop"
     claim: str = "more loops need fewer different questions to learn to combine three facts"
 

@@ -10,7 +10,7 @@ import pytest
 
 import looplm_jax
 from experiments import dense_start
-from experiments.dense_norms import branch_sizes, with_second_norms
+from experiments.dense_models import branch_sizes, with_second_norms
 from experiments.dense_start_report import Course, Results, report
 from looplm_jax.config import ModelConfig, NormPlacement
 from looplm_jax.models.blocks import make_context

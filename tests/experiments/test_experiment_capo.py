@@ -4,10 +4,9 @@ import json
 
 import pytest
 
-from experiments.capo import CAPO
+from experiments.capo import CAPO, CapoRun
 from experiments.capo_report import capo_report
-from experiments.capo_runs import CapoRun
-from experiments.experiment import Record, Scale
+from experiments.frame import Record, Scale
 
 
 def record(loops, bits, seed=0, people=100):

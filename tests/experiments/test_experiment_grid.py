@@ -11,8 +11,7 @@ from rich.console import Console
 
 from experiments import command
 from experiments.__main__ import main
-from experiments.experiment import Cell, Record, Report, Scale
-from experiments.grid import Grid, Share
+from experiments.frame import Cell, Grid, Record, Report, Scale, Share
 from experiments.registry import EXPERIMENTS
 from looplm_jax.errors import UserError
 from looplm_jax.training._stopping import Stopped
@@ -261,7 +260,7 @@ def test_results_are_written_where_a_share_is_all_there_is(tmp_path):
         def report(self, records):
             return Report(tables=(), findings=(f"{len(records)} cells",), figures={})
 
-    from experiments.results_files import write_results
+    from experiments.reporting import write_results
 
     record = Record(cell="a", settings={}, result={}, seconds=1.0, versions={"jax": "1"})
     console = Console(file=None, quiet=True)

@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from experiments.experiment import Record
-from experiments.prior import PRIOR, training_figures
-from experiments.prior_report import UNIFORM
+from experiments.frame import Record
+from experiments.prior import PRIOR, UNIFORM, training_figures
 from looplm_jax.codec import override
 from looplm_jax.config import PriorKind
 from looplm_jax.recipes import named_recipe

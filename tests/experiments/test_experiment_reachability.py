@@ -10,11 +10,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.experiment import Record, Scale
-from experiments.random_digraphs import UNREACHED, distances, draw_digraph
+from experiments.frame import Record, Scale
 from experiments.reachability import REACHABILITY
-from experiments.reachability_construction import Construction, loops_needed, try_construction
-from experiments.reachability_weights import initial_state, reachability_weights, reached_after
+from experiments.reachability_construction import (
+    UNREACHED,
+    Construction,
+    distances,
+    draw_digraph,
+    initial_state,
+    loops_needed,
+    reachability_weights,
+    reached_after,
+    try_construction,
+)
 from looplm_jax.data.tasks import make_task
 
 NODES, LOOPS = 6, 5

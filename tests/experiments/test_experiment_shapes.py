@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from experiments.experiment import Record, Scale
+from experiments.frame import Record, Scale
 from experiments.registry import EXPERIMENTS
-from experiments.task_report import shape_table
+from experiments.task_grid import shape_table
 from experiments.three_hop import THREE_HOP
 from looplm_jax.data.tasks import make_task
 

@@ -14,17 +14,15 @@ import pytest
 from rich.console import Console
 from text_fixtures import with_documents
 
-from experiments import command
-from experiments import text_model as text_model_module
+from experiments import command, text_models
 from experiments.__main__ import main
 from experiments.depth import DEPTH
 from experiments.early_exit import AHEAD, EARLY_EXIT, PRINTED, STAGE1
 from experiments.exit_scores import FIXED, GATE, families, score_families
-from experiments.experiment import Scale
+from experiments.frame import Scale
 from experiments.kv_sharing import KV_SHARING, quality, whole_rows
-from experiments.prior_report import UNIFORM
-from experiments.text_model import TextModels
-from experiments.text_scales import TEXT_CELLS
+from experiments.prior import UNIFORM
+from experiments.text_models import TEXT_CELLS, TextModels
 from looplm_jax.errors import UserError
 from looplm_jax.evaluation._evaluate import depth_sweep
 from looplm_jax.inference import CacheStrategy
@@ -168,7 +166,7 @@ def test_a_second_process_waits_for_the_first(models):
 
 def test_a_signal_stops_the_cell(models, monkeypatch):
     outcome = Outcome(folder=RunFolder(path=models.folder), step=1, skipped=0, stopped_by=15)
-    monkeypatch.setattr(text_model_module, "train", lambda *_, **__: outcome)
+    monkeypatch.setattr(text_models, "train", lambda *_, **__: outcome)
     with pytest.raises(Stopped):
         models.stage1(MODEL)
 

@@ -1,17 +1,25 @@
-"""The result files of an experiment at a scale: the records as JSON, a report in Markdown, and figures."""
+"""What experiments report: result files, the speed of a run, and bootstrap intervals."""
 
 import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+from jaxtyping import Int
+from numpy.typing import ArrayLike
 from rich.console import Console
 
-from experiments.experiment import Experiment, Record, Report, Scale
-from experiments.grid import FORMAT
+from experiments.frame import FORMAT, Experiment, Record, Report, Scale
 from looplm_jax import json_io
 from looplm_jax.errors import UserError
 from looplm_jax.files import write_atomically
+from looplm_jax.training._goodput import Activity, shares, total_seconds
+from looplm_jax.training._metrics import read_metrics
+from looplm_jax.training._run_folder import read_recipe
+
+# Result files
+
 
 COMMAND = "python -m experiments"
 
@@ -108,3 +116,51 @@ def _markdown(
     ]
 
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+# Speed
+
+
+def run_speed(folder: Path) -> dict[str, float]:
+    """Returns the speed of a finished run.
+
+    Returns:
+      tokens_per_second: tokens of the packed rows, of which few may be targets and some are padding, per second of
+        steps;
+      share_in_steps: the fraction of the total time, including compilation, saves and evaluation, that was spent in
+        steps;
+      share_waiting_for_input.
+    """
+    recipe = read_recipe(folder / "config.json")
+    tokens = sum(stage.steps * stage.batch_size * stage.sequence_length for stage in recipe.stages)
+    seconds = total_seconds(read_metrics(folder))
+    parts = shares(seconds)
+
+    return {
+        "tokens_per_second": tokens / seconds[Activity.STEP],
+        "share_in_steps": parts[Activity.STEP],
+        "share_waiting_for_input": parts[Activity.INPUT],
+    }
+
+
+# Bootstrap intervals
+
+
+_LEVEL = 0.95
+
+
+def resamples(rows: int, count: int, seed: int = 0) -> Int[np.ndarray, "R N"]:
+    """Returns how often each of `rows` is drawn in each of `count` resamples with replacement."""
+    # Drawing rows with replacement gives multinomial counts.
+    return np.random.default_rng(seed).multinomial(rows, np.full(rows, 1.0 / rows), size=count)
+
+
+def interval(values: ArrayLike) -> tuple[float, float]:
+    """Returns the 95 % percentile interval of a resampled statistic."""
+    low, high = np.quantile(np.asarray(values, float), [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
+    return float(low), float(high)
+
+
+def union(intervals: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Returns the span of all intervals: a conservative interval for several seeds on the same sequences."""
+    return min(low for low, _ in intervals), max(high for _, high in intervals)
