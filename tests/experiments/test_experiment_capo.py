@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from experiments.__main__ import main
 from experiments.capo import CAPO, CapoRun
 from experiments.capo_report import capo_report
 from experiments.frame import Record, Scale

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from experiments.__main__ import main
 from experiments.frame import Record, Scale
 from experiments.reachability import REACHABILITY
 from experiments.reachability_construction import (

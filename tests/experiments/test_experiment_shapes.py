@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from experiments.__main__ import main
 from experiments.frame import Record, Scale
 from experiments.registry import EXPERIMENTS
 from experiments.task_grid import shape_table
