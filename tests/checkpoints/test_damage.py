@@ -326,10 +326,10 @@ def test_a_step_from_before_formats_were_named_is_read(folder):
     assert assert_good_or_named(folder, "no format").step == 3
 
 
-@pytest.mark.parametrize("change", ["deleted as old", "written anew", "swept"])
+@pytest.mark.parametrize("change", ["deleted as old", "rewritten", "swept"])
 def test_a_step_that_is_a_link_is_never_written_or_deleted_through(pristine, folder, tmp_path, change):
     other = shutil.copytree(pristine, tmp_path / "other")
-    if change == "written anew":
+    if change == "rewritten":
         revise(other / "3", OTHER_VERSIONS["unknown field 'newer'"])
         (other / "3" / "state" / "manifest.ocdbt").unlink()
     if change == "swept":

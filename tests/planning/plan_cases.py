@@ -10,7 +10,7 @@ GATE = Stage(name="gate", objective=Objective.GATE, steps=10, batch_size=8, sequ
 
 
 def recipe_with(*stages: Stage, mesh: MeshConfig | None = None, **compute: object) -> Recipe:
-    """The recipe with these stages, on a mesh that spreads the parameters over everything."""
+    """Returns the recipe with these stages, on a mesh that shards the parameters over all devices."""
     return Recipe(
         name="planned",
         model=MODEL,
@@ -21,5 +21,5 @@ def recipe_with(*stages: Stage, mesh: MeshConfig | None = None, **compute: objec
 
 
 def with_stage(**changes: object) -> Stage:
-    """The first stage, changed."""
+    """Returns the first stage with some fields replaced."""
     return dataclasses.replace(STAGE, **changes)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Plans of a tick of the engine: the floor by arithmetic, and programs that the TPU compiler really made."""
+"""Plans of a tick of the engine: the lower bound by arithmetic, and programs of the real TPU compiler."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ def floor(model, request, **mesh):
 
 
 def test_the_floor_of_the_model_of_1_4_billion_parameters():
-    """Eight slots that hold 512 tokens each: 3.475 GB, 4.2 ms at 819 GB/s."""
+    """Eight slots with 512 tokens each: 3.475 GB, which take 4.2 ms at 819 GB/s."""
     model, request = presets.ouro_1_4b(), DecodeRequest(slots=8, capacity=512, filled=512)
     found = floor(model, request)
     embedding = 49152 * 2048
@@ -50,7 +50,7 @@ def test_devices_that_share_the_heads_share_the_floor():
     model, request = presets.ouro_1_4b(), DecodeRequest()
     alone, shared = floor(model, request), floor(model, request, tensor=8)
     assert shared.cache_read == alone.cache_read // 8
-    assert shared.parameters == pytest.approx(alone.parameters / 8, rel=2e-3)  # norms are whole on each
+    assert shared.parameters == pytest.approx(alone.parameters / 8, rel=2e-3)  # norms are replicated
 
 
 def test_a_head_that_is_the_embedding_is_read_whole():
@@ -127,7 +127,7 @@ def test_more_devices_than_heads(model, devices, message):
 
 
 def plan_for_v5e(*, vocabulary, width, layers):
-    """Of a tick with four slots, 6 pages and the last of the caches."""
+    """Plans a tick with four slots, 6 pages and the cache of the last loop."""
     model = dataclasses.replace(
         MODEL, vocab_size=vocabulary, width=width, mlp_width=4 * width, num_layers=layers, num_heads=width // 128
     )
@@ -138,7 +138,7 @@ def plan_for_v5e(*, vocabulary, width, layers):
 @pytest.mark.slow
 @pytest.mark.usefixtures("tpu_compiler")
 def test_a_tick_for_v5e_reads_every_weight_once():
-    """Of a model whose embedding and layers are too large for the fast memory of the chip."""
+    """The embedding and the layers of the model are too large for the fast memory of the chip."""
     plan = plan_for_v5e(vocabulary=2**16, width=1024, layers=4)
     read, written = plan.moved.read, plan.moved.written
     assert read[Buffer.HEAD] == 1024 * 2**16 * 2
@@ -148,7 +148,7 @@ def test_a_tick_for_v5e_reads_every_weight_once():
 
 @pytest.mark.usefixtures("tpu_compiler")
 def test_the_plan_of_a_tick_for_v5e():
-    """Of a model that the fast memory of the chip has room for: some weights are read from there once more."""
+    """The model fits in the fast memory of the chip, so some weights are read from there a second time."""
     plan = plan_for_v5e(vocabulary=2**10, width=256, layers=2)
     assert plan.fits
     assert plan.dtype == "bfloat16"

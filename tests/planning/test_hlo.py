@@ -1,4 +1,4 @@
-"""Reading compiled programs, on text short enough to count by hand."""
+"""Compiled programs are read correctly, on text that is short enough to count by hand."""
 
 # ruff: noqa: E501
 
@@ -74,7 +74,7 @@ def test_what_loops_repeat_is_multiplied():
     assert gather.loops == ("loops", "layers")
     assert gather.in_loop_over_t
     assert gather.count == 5 * 3  # once a layer, though two fusions show it
-    assert gather.bytes == 15 * (32 * 4 * 2) * 3 // 4  # each sends all but one of four shares on
+    assert gather.bytes == 15 * (32 * 4 * 2) * 3 // 4  # each device forwards three of four shards
     assert gather.asynchronous
 
 
@@ -113,7 +113,8 @@ ENTRY"""
 
 @pytest.mark.parametrize(("kind", "shares"), [("ALL_REDUCE", 2 * 2 / 3), ("ALL_GATHER", 2)])
 def test_what_goes_from_slice_to_slice(kind, shares):
-    """Through the hosts of three slices: of a sum twice two thirds of what a device has, else all of it to two."""
+    """Through the hosts of three slices, a sum sends twice two thirds of a device's bytes; other collectives send all of
+    them to two slices."""
     send = (
         "  %send.1 = (f32[96]{0}, u32[], token[]) send(%a, %t), channel_id=9, is_host_transfer=true, "
         f'frontend_attributes={{_xla_megascale_transfer_type="{kind}"}}\n'

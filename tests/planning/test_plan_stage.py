@@ -1,4 +1,4 @@
-"""Plans of programs that a compiler really made: for the CPU that is here, and for TPUs that are not."""
+"""Plans of really compiled programs: for the CPU of this machine, and for TPUs that are not attached."""
 
 import dataclasses
 import functools
@@ -31,8 +31,8 @@ def sent(plan, kind):
 @needs_compiler
 @pytest.mark.slow
 def test_a_small_step_for_v5e():
-    """Weights are gathered before the loops, and gradients summed after them; attention is splash; every product is in
-    bfloat16; all is donated.
+    """Weights are gathered before the loops, and gradients are summed after them. Attention is splash attention, every
+    product is in bfloat16, and the whole state is donated.
     """
     stage = with_stage(batch_size=8, sequence_length=128)
     recipe = recipe_with(stage, gather=Gather.PER_STEP, reduce=Reduce.STEP)
@@ -56,7 +56,7 @@ def test_a_small_step_for_v5e():
 @needs_compiler
 @pytest.mark.slow
 def test_gathering_once_a_step_saves_what_the_loops_would_send():
-    """Forward and backward of three loops and two parts: one gather instead of twelve."""
+    """Forward and backward passes of three loops and two microbatches: one all-gather instead of twelve."""
     target = find_target("v5e:2x2")
     plans = [plan_stage(recipe_with(STAGE, gather=each), STAGE, target) for each in Gather]
     gathered = [
@@ -108,7 +108,7 @@ CUT = MeshConfig(data=2, fsdp=2, tensor=2)
 
 @functools.cache
 def compiled_here(stage, mesh_config):
-    """The state of a stage, and the program that steps it on the devices of this machine."""
+    """Returns the state of a stage and its compiled train step on the devices of this machine."""
     recipe = recipe_with(stage, mesh=mesh_config)
     mesh, model = stage_mesh(recipe, stage, find_target("here").devices), LoopLM(recipe.model, recipe.compute)
     program = lower_step(recipe, model, stage, mesh, first_step=0, loops=stage.loops).compile()
@@ -117,7 +117,7 @@ def compiled_here(stage, mesh_config):
 
 @pytest.mark.parametrize(("stage", "mesh"), [(SMALL, CUT), (GATE, None)], ids=["first", "gate"])
 def test_here_the_state_is_donated_whole(stage, mesh):
-    """The bytes that the compiled program updates in place are those of the state."""
+    """The compiled program updates as many bytes in place as the state has."""
     state, program = compiled_here(stage, mesh)
     assert program.memory_analysis().alias_size_in_bytes == shard_bytes(state)
     held = state_memory(state, None)
@@ -126,7 +126,7 @@ def test_here_the_state_is_donated_whole(stage, mesh):
 
 
 def test_the_logits_stay_cut_along_the_vocabulary():
-    """Two devices share it: no array has all of it and positions, and none that is exchanged has it whole."""
+    """Two devices shard the vocabulary: no array has all of it and positions, and no collective has it whole."""
     vocabulary, text = recipe_with(SMALL).model.vocab_size, compiled_here(SMALL, CUT)[1].as_text()
     assert f",{vocabulary // 2}]" in text
     assert f",{vocabulary}]" not in text

@@ -1,4 +1,4 @@
-"""What slices have, what steps need of it, and what to change: arithmetic that needs no compiler."""
+"""The resources of slices, what steps need of them, and advice, by arithmetic without a compiler."""
 
 import dataclasses
 
@@ -27,7 +27,7 @@ def target(chip, shape):
     ("chip", "shape", "share"),
     [
         (V5E, (16, 16), 1.0),
-        (V5E, (4, 4), 0.5),  # a part of a pod is open at its ends
+        (V5E, (4, 4), 0.5),  # a part of a pod has no wraparound links
         (V5E, (1, 16), 0.5),
         (V5P, (4, 4, 8), 1.0),
         (V5P, (2, 2, 4), 4 / 6),

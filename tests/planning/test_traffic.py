@@ -1,4 +1,4 @@
-"""What programs move through main memory, on text short enough to count by hand."""
+"""The main memory traffic of programs, on text that is short enough to count by hand."""
 
 # ruff: noqa: E501
 
@@ -52,7 +52,7 @@ PARTS = f"""
 
 
 def program(entry, body=""):
-    """A program of the parts above, with a loop body if one is given, on weights, the cache and a state."""
+    """Returns a program of the parts above, on weights, the cache and a state, with a loop body if one is given."""
     loop = f"%body (b: (s32[], bf16[3,8,128])) -> (s32[], bf16[3,8,128]) {{\n{body}\n}}\n" if body else ""
     return parse(f"""HloModule jit_run_ticks, is_scheduled=true
 {PARTS}
@@ -95,7 +95,7 @@ def loop(condition="%condition", config=""):
 
 
 def test_a_loop_reads_one_slice_in_each_of_its_turns():
-    """The slice is in fast memory, and the product of 8x8 float32 in main memory takes a tile of 8x128."""
+    """The slice is in fast memory. The product, 8x8 float32 in main memory, takes a tile of 8x128."""
     read, written = moved(program(loop(), LAYER))
     assert read == {Buffer.WEIGHTS: 3 * 8 * 128 * 2}
     assert written == {Buffer.TEMPORARY: 3 * 8 * 128 * 4}

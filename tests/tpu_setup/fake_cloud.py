@@ -1,4 +1,4 @@
-"""A cloud of fakes in a folder, and the `tpu` command run against it with nothing else in reach."""
+"""A fake cloud in a folder, and the `tpu` command, which can use no other program."""
 
 import json
 import os
@@ -16,13 +16,13 @@ TPU = ROOT / "tpu_setup" / "tpu"
 FLAGS = ["--name", "ouro", "--zone", "us-east5-b", "--accelerator", "v6e-16", "--out", "gs://bucket/run", "--poll", "0"]
 ARGUMENTS = ["--", "--recipe", "ouro-1.4b"]
 
-# All that the scripts may use; the real gcloud of a developer's machine is not among them.
+# The only programs that the scripts find; the real gcloud of a developer's machine is not among them.
 _SYSTEM = shlex.split(
     "bash env dirname mktemp rm cat grep tail tar gzip find sort xargs cksum cut tr sleep mv mkdir cmp kill date nohup "
     "setsid touch chmod"
 )
 
-# uv, as prepare.sh uses it: an environment whose `looplm` does what $FAKE_LOOPLM says.
+# A fake of uv for prepare.sh: an environment whose `looplm` does what $FAKE_LOOPLM says.
 _UV = """#!/usr/bin/env bash
 echo "uv $*" >>"$HOME/installs"
 [[ $1 == venv ]] || exit 0
@@ -48,7 +48,7 @@ class Result:
 
 
 class FakeCloud:
-    """`run` runs a command of `tpu`; `fails` plans a failure; `calls` is what reached the fakes."""
+    """A fake cloud. `run` runs a command of `tpu`, `fails` plans a failure, `calls` returns the calls of the fakes."""
 
     def __init__(self, folder: Path, *, tools: tuple[str, ...] = ("gcloud", "xpk", "kubectl", "docker")):
         self.folder = folder
@@ -78,11 +78,11 @@ class FakeCloud:
         self._write()
 
     def holds(self, *states: str, accelerator: str = "v6e-16") -> None:
-        """There is a queued resource `ouro` that shows these states, one look after the other."""
+        """Adds a queued resource `ouro` that shows these states, one for each query."""
         self.change(queued={"ouro": {"accelerator": accelerator, "states": list(states)}})
 
     def fails(self, at: str, says: str, *, status: int = 1, times: int = 1, after: int = 0, done: bool = False) -> None:
-        """The calls that contain `at` fail, once `after` went well; with `done`, after having done what they should."""
+        """Makes calls that contain `at` fail after the first `after` ones. With `done`, they take effect anyway."""
         failure = {"at": at, "says": says, "status": status, "times": times, "after": after, "done": done}
         self.change(failures=[*self.state()["failures"], failure])
 
@@ -121,11 +121,11 @@ class FakeCloud:
         return sorted((self.folder / "hosts").glob("*"))
 
     def host_text(self, name: str) -> list[str]:
-        """A file of every host's looplm folder."""
+        """Returns the text of a file in the looplm folder of every host."""
         return [(home / "looplm" / name).read_text() for home in self.hosts()]
 
     def end_processes(self) -> None:
-        """Kill the supervisors that a test left, with what they run."""
+        """Kills the supervisors that a test left, with their children."""
         for file in self.folder.glob("hosts/*/looplm/run/pid"):
             try:
                 os.killpg(int(file.read_text()), signal.SIGKILL)

@@ -1,7 +1,7 @@
-"""Stands for gcloud, xpk, kubectl and docker: records each call, fails where the test says so, and keeps a small cloud.
+"""A fake of gcloud, xpk, kubectl and docker: records each call, fails as the test plans, and simulates a small cloud.
 
 The cloud is a folder: `calls.jsonl`, `cloud.json` (what exists, what fails), and `hosts/NODE-WORKER`, the home folder
-of each worker, in which the commands of `ssh` really run. It starts dozens of times in a test, so it imports little.
+of each worker, in which the commands of `ssh` really run. A test starts it dozens of times, so it imports little.
 """
 
 import fcntl
@@ -32,7 +32,7 @@ def main() -> int:
 
 @contextmanager
 def _cloud() -> Iterator[dict]:
-    """The cloud, for one process at a time."""
+    """A context manager that locks the cloud and yields it."""
     with open(f"{FOLDER}/lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with open(STATE) as file:
@@ -43,7 +43,7 @@ def _cloud() -> Iterator[dict]:
 
 
 def _failure(words: list[str], cloud: dict) -> dict | None:
-    """The failure that the test planned for this call; one that is due a number of times is counted down."""
+    """Returns the failure that the test planned for this call, and counts down how often it still occurs."""
     line = " ".join(words)
     for failure in cloud["failures"]:
         if failure["at"] in line and failure["times"] > 0:

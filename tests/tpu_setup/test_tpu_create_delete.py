@@ -1,4 +1,4 @@
-"""The life of the TPU itself: asked for, refused, there already, deleted."""
+"""Creating and deleting a TPU: requests, refusals, and TPUs that exist already."""
 
 import os
 import pty

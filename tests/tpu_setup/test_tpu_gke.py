@@ -1,4 +1,4 @@
-"""The same life on GKE, where xpk does the work."""
+"""Creating, using and deleting TPUs on GKE, through xpk."""
 
 import pytest
 from fake_cloud import ARGUMENTS, FLAGS, FakeCloud

@@ -1,4 +1,4 @@
-"""From a TPU that is there to a run on every host, with the host scripts really running."""
+"""From an existing TPU to a run on every host. The host scripts really run."""
 
 import os
 import signal
@@ -83,7 +83,7 @@ def test_prepare_installs_the_source_on_every_worker_of_every_slice(cloud):
 
 
 def test_the_archive_is_made_where_nobody_can_exchange_it(cloud):
-    """Two archives of the same source have names that nobody can know before, each in a folder of its own."""
+    """Two archives of the same source have unpredictable names, each in its own folder."""
     archives = []
     for _ in range(2):
         cloud.holds("ACTIVE")

@@ -1,4 +1,4 @@
-"""What a user may type wrong, where settings come from, and what a dry run prints."""
+"""Errors in options, the sources of settings, and the output of a dry run."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""A TPU that is taken away: `restart` once, `watch` as often as it happens."""
+"""A preempted TPU: `restart` starts the run once more, `watch` after every preemption."""
 
 import shutil
 

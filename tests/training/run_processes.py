@@ -1,4 +1,4 @@
-"""`looplm train` as real processes, and what they leave behind."""
+"""Runs `looplm train` as real processes and reads their run folders."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ from looplm_jax.codec import to_dict
 from looplm_jax.config import Recipe
 from looplm_jax.training._metrics import read_metrics
 
-PATIENCE = 240  # seconds, on a machine with much else to do
+PATIENCE = 240  # seconds, on a busy machine
 RATES = ("tokens_per_second", "model_flops_per_second")
 ONE_DEVICE = quick_to_compile(devices=1)
 
@@ -30,9 +30,9 @@ def write_recipe(path: Path, recipe: Recipe = RECIPE) -> Path:
 
 
 class Run:
-    """A process that trains in a run folder. Its standard error goes to a file, which `said` reads.
+    """A process that trains in a run folder. Its standard error is redirected to a file, which `said` reads.
 
-    `program` is Python that changes something, and then runs the command line of `looplm` that it is given.
+    `program` is Python code that may patch the library before it runs the command line of `looplm` in its arguments.
     """
 
     def __init__(self, *arguments: str | Path, errors: Path, compiled: Path | None = None, program: str = ""):
@@ -60,11 +60,11 @@ class Run:
 
     @property
     def said(self) -> str:
-        """What it wrote to standard error so far."""
+        """The standard error of the process so far."""
         return self._errors.read_text()
 
     def wait_until(self, condition) -> None:
-        """Until `condition()`; fails if the process ends first."""
+        """Waits until `condition()`; fails if the process ends first."""
         deadline = time.monotonic() + PATIENCE
         while not condition():
             assert self.process.poll() is None, self.said
@@ -72,11 +72,11 @@ class Run:
             time.sleep(0.01)
 
     def finish(self) -> int:
-        """The exit status."""
+        """Returns the exit status."""
         return self.process.wait(timeout=PATIENCE)
 
     def stop(self, number: int) -> float:
-        """Send a signal; the seconds until the process has ended."""
+        """Sends a signal. Returns the seconds until the process has ended."""
         started = time.monotonic()
         self.process.send_signal(number)
         self.process.wait(timeout=PATIENCE)
@@ -84,14 +84,14 @@ class Run:
 
 
 def steps_logged(folder: Path) -> int:
-    """The newest step in the metrics, 0 before there is one."""
+    """Returns the latest step in the metrics, 0 if there is none."""
     with contextlib.suppress(FileNotFoundError):
         return max((row["step"] for row in read_metrics(folder)), default=0)
     return 0
 
 
 def metrics(folder: Path, kinds: tuple[str, ...] = ("train", "evaluation")) -> list[dict]:
-    """Every line without what depends on the clock."""
+    """Returns every line of the metrics without the fields that depend on the clock."""
     rows = [row for row in read_metrics(folder) if row["kind"] in kinds]
     return [{name: value for name, value in row.items() if not _is_timed(name)} for row in rows]
 
@@ -101,7 +101,7 @@ def _is_timed(name: str) -> bool:
 
 
 def newest(folder: Path) -> dict:
-    """The arrays of the newest step, read and verified, and the place in the data."""
+    """Returns the verified arrays of the latest step, and the position in the data."""
     report = inspect_steps(str(folder))[0]
     assert report.damage is None
     abstract = {name: jax.ShapeDtypeStruct(record.shape, record.dtype) for name, record in report.arrays.items()}

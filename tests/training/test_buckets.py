@@ -1,4 +1,4 @@
-"""Runs whose folder is in a bucket: the same as on a disk, whatever the bucket does in between."""
+"""Runs whose folder is in a bucket equal runs on a disk, even if the bucket refuses requests meanwhile."""
 
 import dataclasses
 import io
@@ -33,7 +33,7 @@ LONG = one_stage(
 
 
 def train(folder, recipe=SHORT, **options):
-    """The outcome, and what was said."""
+    """Returns the outcome, and the lines that were printed."""
     said = io.StringIO()
     outcome = run.train(recipe, folder, console=Console(file=said, soft_wrap=True), **options)
     return outcome, said.getvalue()
@@ -59,7 +59,7 @@ def files(folder: epath.Path) -> set[str]:
 
 @pytest.fixture
 def refusing(gcs, bucket, monkeypatch):  # noqa: F811
-    """The bucket is read-only from the fourth step on, once step 2 is saved, until a later one, once it refused one."""
+    """Makes the bucket read-only at step 4, once step 2 is saved. Yields a setter for the step that ends it."""
     place, count = run.place, itertools.count(1)
     ends = []
 
@@ -92,7 +92,7 @@ def test_a_killed_run_ends_as_one_on_a_disk_that_nobody_touched(bucket, compiled
     with Run("--recipe", recipe, "--out", folder, errors=tmp_path / "errors", compiled=compiled_programs) as killed:
         killed.wait_until(
             lambda: time.sleep(0.2) or steps_logged(folder) > 12
-        )  # whoever asks all the time is in the way
+        )  # polling all the time would slow down the bucket
         killed.process.kill()
         assert killed.finish() == -signal.SIGKILL
     assert main(["train", "--recipe", str(recipe), "--out", str(folder)]) == 0

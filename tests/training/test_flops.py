@@ -20,7 +20,7 @@ ROWS, LENGTH = 2, 32
 
 
 def counted_by_xla(config):
-    """Operations of one loop over single layers, which no scan hides, with the logits of that loop."""
+    """Returns the operations of one loop and its logits. The layers are not in a scan, which XLA would count once."""
     model = LoopLM(config, ComputeConfig(remat=Remat.NONE))
     params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
 
@@ -37,7 +37,7 @@ def test_the_formula_agrees_with_the_compiler(name):
     config = SHAPES[name]
     ours = forward_flops_per_token(config, loops=1, sequence_length=LENGTH)
     layers = config.num_layers + config.prelude_layers + config.coda_layers
-    masked_half = 2 * config.num_heads * config.head_dim * (LENGTH - 1) * layers  # XLA computes it, and throws it away
+    masked_half = 2 * config.num_heads * config.head_dim * (LENGTH - 1) * layers  # XLA computes it and discards it
     assert counted_by_xla(config) == pytest.approx(ours + masked_half, rel=0.04)
 
 

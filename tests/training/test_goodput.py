@@ -4,7 +4,7 @@ from looplm_jax.training._goodput import Activity, Stopwatch, shares, summary, t
 
 
 class Clock:
-    """A clock that is set by hand."""
+    """A clock that a test sets."""
 
     now = 100.0
 

@@ -20,7 +20,7 @@ def after_one(state, loss, norm):
 
 
 def follow(losses, state=None, norm=1.0):
-    """The verdicts on a sequence of losses, and the state after it."""
+    """Returns the decisions about a sequence of losses, and the state of the guard after it."""
     state, verdicts = state or initial_guard(CONFIG), []
     for loss in losses:
         sound, state = after_one(state, jnp.float32(loss), jnp.float32(norm))
@@ -103,7 +103,7 @@ def skipped(losses, window=128):
 
 
 def mixture(share, seed, steps=20_000):
-    """Losses of an easy source and a harder one, and which steps are hard ones."""
+    """Returns the losses of an easy and a hard source, and which steps are hard."""
     generator = np.random.default_rng(seed)
     hard = generator.random(steps) < share
     return np.where(hard, generator.normal(4, 0.2, steps), generator.normal(2, 0.1, steps)), hard
@@ -112,7 +112,7 @@ def mixture(share, seed, steps=20_000):
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 @pytest.mark.parametrize(("share", "most"), [(0.1, 0.01), (0.05, 0.2)])
 def test_a_harder_source_of_a_mixture_is_trained_on(share, most, seed):
-    """Skipped losses once left the window, and from then on every batch of such a source was a spike."""
+    """If skipped losses were not in the window, every batch of such a source would be a spike."""
     losses, hard = mixture(share, seed)
     spikes = skipped(losses)
     assert spikes[hard].mean() < most

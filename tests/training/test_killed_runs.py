@@ -1,4 +1,4 @@
-"""Real processes, killed or stopped at any moment: the run ends bit for bit as one that nobody touched."""
+"""Real processes that are killed or stopped at any moment end bit for bit like an uninterrupted run."""
 
 import dataclasses
 import os
@@ -19,7 +19,7 @@ from looplm_jax.checkpoints._step import list_steps
 from looplm_jax.config import CheckpointConfig, EvaluationConfig
 
 KILLS, LEAST_CUT_SHORT = 10, 3
-BEFORE_TRAINING = (3, 7)  # kills that fall while the process starts, compiles or restores
+BEFORE_TRAINING = (3, 7)  # kills while the process starts, compiles or restores
 LONG = dataclasses.replace(
     RECIPE,
     stages=(dataclasses.replace(STAGE, steps=200), dataclasses.replace(GATE, steps=60)),
@@ -43,7 +43,7 @@ def recipe(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def untouched(recipe, compiled_programs, tmp_path_factory):
-    """A run that was never stopped. It leaves its compiled programs to the others."""
+    """Returns a run that was never stopped. The other runs use its compiled programs."""
     folder = tmp_path_factory.mktemp("untouched") / "run"
     with Run("--recipe", recipe, "--out", folder, errors=folder.with_name("errors"), compiled=compiled_programs) as run:
         assert run.finish() == 0, run.said
@@ -60,12 +60,12 @@ def assert_same_end(folder, untouched, kinds=("train", "evaluation"), total=TOTA
 
 
 def unfinished_saves(folder):
-    """Saves that a kill cut short."""
+    """Returns the folders of saves that a kill interrupted."""
     return [step for step in list_steps(epath.Path(folder / "checkpoints")) if not step.committed]
 
 
 def wait_for_a_save(run, folder):
-    """Until the process has begun a save of its own; from then on it is nearly always in one."""
+    """Waits until the process has started a save. From then on it is nearly always saving."""
     run.wait_until(lambda: "compiling" in run.said)  # by then the log ends at the step that was restored
     restored = steps_logged(folder)
     run.wait_until(lambda: steps_logged(folder) > restored + LONG.checkpoint.every)
@@ -103,7 +103,7 @@ def test_kills_leave_no_trace(recipe, untouched, compiled_programs, tmp_path):
 
 @pytest.mark.slow
 def test_stopped_runs_end_alike(recipe, untouched, compiled_programs, tmp_path):
-    """Stopped in a compilation, in training and in an evaluation; each saves where it was, and says so in one line."""
+    """Runs that are stopped during compilation, training or evaluation save their step and report it in one line."""
     folder, errors = tmp_path / "run", tmp_path / "errors"
 
     def stopped_by(number, ready, *arguments, compiled=compiled_programs):
@@ -127,7 +127,7 @@ def test_stopped_runs_end_alike(recipe, untouched, compiled_programs, tmp_path):
     stopped_by(signal.SIGHUP, lambda run: steps_logged(folder) >= 10)
     assert newest(folder)["step"] == steps_logged(folder) >= 10
 
-    # Evaluated after every step, on so many sequences that it is nearly always at it.
+    # Evaluated after every step, on enough sequences that it evaluates nearly all the time.
     often = ("--evaluation.every", "1", "--evaluation.sequences", "3000")
     here = steps_logged(folder)
     stopped_by(signal.SIGTERM, lambda run: steps_logged(folder) > here, *often)
@@ -159,7 +159,7 @@ def test_a_run_is_stopped_while_it_trains_its_tokenizer(number, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_whose_terminal_is_closed_saves(recipe, compiled_programs, tmp_path):
-    """Every write to it fails from then on, and the system sends SIGHUP."""
+    """Once the terminal is closed, every write to it fails, and the operating system sends SIGHUP."""
     folder, (terminal, screen) = tmp_path / "run", pty.openpty()
     train = ["-m", "looplm_jax.cli.main", "train", "--recipe", recipe, "--out", folder]
     compiled = {"JAX_COMPILATION_CACHE_DIR": str(compiled_programs), "XLA_FLAGS": ONE_DEVICE}

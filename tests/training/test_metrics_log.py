@@ -9,7 +9,7 @@ from looplm_jax.training._metrics import EVALUATION, TRAIN, MetricsLog, read_met
 
 
 def events(folder):
-    """The events of all files, in the order they were written: length, checksum, content, checksum."""
+    """Returns the events of all files in the order of writing. A record is length, checksum, content, checksum."""
     found = []
     for path in sorted((folder / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns):
         content = path.read_bytes()

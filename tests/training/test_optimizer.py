@@ -89,7 +89,7 @@ def test_the_rate_never_leaves_its_bounds(schedule, warmup, decay, stable, final
 
 
 def transcribed_adamw(config, gradients, params, steps):
-    """Clip, Adam and decoupled decay as their papers print them; the directions of `steps` equal gradients."""
+    """Clipping, Adam and decoupled weight decay, transcribed from their papers, for equal gradients in all `steps`."""
     norm = np.sqrt(sum(np.sum(gradient**2) for gradient in gradients.values()))
     clipped = {name: gradient * min(1.0, config.clip_norm / norm) for name, gradient in gradients.items()}
     mean = dict.fromkeys(gradients, 0.0)

@@ -1,4 +1,4 @@
-"""One process per run folder, and a folder that is taken away from a run."""
+"""A run folder has at most one process, and a run ends when its folder is taken away."""
 
 import dataclasses
 import io
@@ -64,7 +64,7 @@ def refused(folder, kind=UserError):
 
 @pytest.fixture
 def holder(tmp_path):
-    """Another process that holds a folder."""
+    """Starts another process that owns a folder."""
     folder = tmp_path / "run"
     with subprocess.Popen([sys.executable, "-c", HOLD, folder], stdout=subprocess.PIPE, text=True) as process:
         try:

@@ -1,4 +1,4 @@
-"""A source that vanishes: asked again, and given up after that."""
+"""A source that becomes unreadable is retried a few times, and then the run gives up."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from looplm_jax.training._prefetch import Reader
 
 
 class Stream:
-    """Batches whose number is their seed; reading fails while the `world` says so."""
+    """A stream whose n-th batch is drawn from seed n. Reading fails while `world` says so."""
 
     def __init__(self, world):
         self.world, self.at = world, 0
@@ -18,7 +18,7 @@ class Stream:
     def __next__(self):
         if self.world.get("failures", 0) > 0:
             self.world["failures"] -= 1
-            self.at += 7  # a stream that failed is anywhere
+            self.at += 7  # after a failure, the position of a stream is undefined
             raise UserError("a.jsonl: there is no such file")
         self.at += 1
         return random_batch(self.at)

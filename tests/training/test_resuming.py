@@ -11,7 +11,7 @@ update = jax.jit(update_guard)
 
 
 def after(losses, window):
-    """A guard that accepted these losses."""
+    """Returns a guard that has accepted these losses."""
     state = jax.device_put(initial_guard(GuardConfig(window=window)))
     for loss in losses:
         state = update(state, jnp.float32(loss), jnp.array(True))

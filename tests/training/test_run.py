@@ -1,4 +1,4 @@
-"""Whole runs in this process: what they leave, how they go on, and what they refuse."""
+"""Complete runs in this process: their run folders, how they resume, and what they refuse."""
 
 import collections
 import dataclasses
@@ -39,13 +39,13 @@ RATES = ("tokens_per_second", "model_flops_per_second")
 
 
 def evaluate(model, params, held_out):
-    """A cheap measure that tells any two sets of parameters apart."""
+    """Returns a cheap number that differs for any two sets of parameters."""
     assert held_out.num_sequences == RECIPE.evaluation.sequences
     return {"sum": float(sum(abs(np.asarray(leaf, np.float64)).sum() for leaf in jax.tree.leaves(params)))}
 
 
 def train(folder, recipe=RECIPE):
-    """The outcome, and what was said."""
+    """Returns the outcome, and the lines that were printed."""
     said = io.StringIO()
     outcome = run.train(recipe, folder, evaluate=evaluate, console=Console(file=said, soft_wrap=True))
     return outcome, said.getvalue()
@@ -62,7 +62,7 @@ def final_state(folder, recipe=RECIPE, step=None):
 
 
 def metrics(folder):
-    """Every line without what depends on the clock."""
+    """Returns every line of the metrics without the fields that depend on the clock."""
     return [
         {name: value for name, value in row.items() if name not in RATES and not name.startswith("seconds_in_")}
         for row in read_metrics(folder)
@@ -76,7 +76,7 @@ def traces():
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, traces):
-    """A run that was never stopped. Counts how often its programs are traced."""
+    """Returns a run that was never stopped, and counts how often its programs are traced."""
     make = program.make_train_step
 
     def counting(recipe, model, stage, *, first_step, loops):
@@ -159,7 +159,7 @@ def test_a_finished_run_started_again_does_nothing(copy):
 
 
 def damage(folder, step):
-    """Flip a bit of its arrays."""
+    """Flips a bit in the arrays of a step."""
     for path in (folder / "checkpoints" / str(step) / "state").rglob("d/*"):
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
@@ -188,7 +188,7 @@ def test_a_run_goes_on_from_the_end_of_an_earlier_stage(copy, finished):
 
 
 def hang(model, params, held_out):
-    """An evaluation that is stopped."""
+    """Stands in for an evaluation that is stopped."""
     os.kill(os.getpid(), signal.SIGTERM)
     threading.Event().wait(5)
 
@@ -367,7 +367,7 @@ def test_a_checkpoint_in_the_middle_of_other_data_is_refused(copy, monkeypatch):
 
 
 def poisoned_from(step, monkeypatch):
-    """Batches whose mask is not a number, from a step on."""
+    """Returns batches whose loss mask is NaN from a step on."""
     place, count = run.place, iter(range(1000))
 
     def poison(batch, stage, mesh):

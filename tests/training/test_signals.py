@@ -14,7 +14,7 @@ def send(number):
 
 @pytest.fixture(autouse=True)
 def _hangups_are_not_ignored():
-    """Under `nohup` they are."""
+    """Restores the default of SIGHUP, which `nohup` sets to ignored."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)

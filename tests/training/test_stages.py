@@ -1,4 +1,4 @@
-"""Stages that differ in their data and in the base of their rotary embedding, as the paper's do."""
+"""Stages may differ in their data and in the base of the rotary embedding, as in the paper."""
 
 import dataclasses
 import io
@@ -29,7 +29,7 @@ def test_a_base_of_a_stage_holds_from_there_on():
 
 @pytest.mark.slow
 def test_a_stage_is_trained_on_its_own_mixture_with_its_own_base(tmp_path, monkeypatch):
-    """Seen in what reaches the devices, and in the model that each checkpoint loads as."""
+    """Checks the batches on the devices, and the model that each checkpoint is loaded as."""
     texts = [tmp_path / f"{word}.txt" for word in ("ab", "cd")]
     for text in texts:
         text.write_text((text.stem + "\n\n") * 400)
@@ -53,7 +53,7 @@ def test_a_stage_is_trained_on_its_own_mixture_with_its_own_base(tmp_path, monke
     assert {row["stage"] for row in read_metrics(tmp_path / "run")} <= {"first", "second"}
     first, second = set(np.concatenate(placed[:2])), set(np.concatenate(placed[2:]))
     assert len(placed) == 4
-    assert first - second  # each has letters that the other lacks
+    assert first - second  # each has letters that the other does not have
     assert second - first
     loaded = [load(tmp_path / "run", step=step) for step in (2, 4)]
     assert [each.model.config.rope_theta for each in loaded] == [recipe.model.rope_theta, 500.0]

@@ -1,4 +1,4 @@
-"""Runs that begin with the parameters of a checkpoint: what they take over, and what they refuse."""
+"""Runs that start from the parameters of a checkpoint: what they take over, and what they refuse."""
 
 import dataclasses
 import io
@@ -45,14 +45,14 @@ MESHES = [MeshConfig(data=1), MeshConfig(data=2, fsdp=2, tensor=2)]
 
 
 def train(folder, recipe):
-    """What was said."""
+    """Returns the lines that were printed."""
     said = io.StringIO()
     run.train(recipe, folder, console=Console(file=said, soft_wrap=True))
     return said.getvalue()
 
 
 def started(checkpoint, *, optimizer=False, **changes):
-    """The recipe of another run, which begins with a checkpoint."""
+    """Returns the recipe of another run, which starts from a checkpoint."""
     start = StartConfig(checkpoint=str(checkpoint), optimizer=optimizer)
     return dataclasses.replace(BASE, **{"name": "started", "seed": 5, "start": start, **changes})
 
@@ -63,7 +63,7 @@ def first_state(recipe):
 
 
 def prepared(folder, recipe):
-    """Where a run stands before its first step, and what was said."""
+    """Returns the setup of a run before its first step, and the lines that were printed."""
     said = io.StringIO()
     setup = prepare(recipe, RunFolder(path=folder), Console(file=said, soft_wrap=True))
     return setup.position, said.getvalue()
@@ -75,7 +75,7 @@ def arrays(tree):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A finished run of two steps."""
+    """Returns a finished run of two steps."""
     folder = tmp_path_factory.mktemp("base") / "run"
     train(folder, BASE)
     return folder
@@ -178,7 +178,7 @@ def test_what_is_typed_mends_any_shape():
     check_shape("base", mended, theirs)
 
 
-# The optimiser.
+# The optimizer.
 
 
 def test_a_checkpoint_without_optimizer_is_refused_where_its_state_is_asked_for(base, tmp_path):
@@ -210,14 +210,14 @@ def test_an_optimizer_state_without_a_checkpoint_is_refused():
         StartConfig(optimizer=True)
 
 
-# The tokeniser.
+# The tokenizer.
 
 READING = "reading 1 file (1 .txt)"
 
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
-    """Two folders' worth of words, in one file each."""
+    """Writes two folders with one file of words each."""
     folder, words = tmp_path_factory.mktemp("texts"), np.random.default_rng(0)
     for name, letters in (("first", "abcdefgh"), ("second", "stuvwxyz")):
         vocabulary = ["".join(words.choice(list(letters), 5)) for _ in range(80)]
@@ -336,7 +336,7 @@ def test_a_hugging_face_folder_of_another_shape_or_with_an_optimizer_is_refused(
         train(tmp_path / "run", wider)
 
 
-# What is older, and what is no checkpoint.
+# Older checkpoints, and folders that are not checkpoints.
 
 
 def test_recipes_and_runs_from_before_there_was_a_start_go_on(base, tmp_path):

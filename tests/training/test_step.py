@@ -41,7 +41,7 @@ def start(stage):
 
 
 def step(stage, state, batch):
-    """One step; `state` itself is left as it is."""
+    """Runs one step on a copy of `state`."""
     return compiled(stage).run(LOOPS, jax.tree.map(jnp.copy, state), place(batch, stage, MESH))
 
 
@@ -143,7 +143,7 @@ def test_the_state_is_donated():
 
 
 def gate_gradient(state, batch, target):
-    """Eq. 5 and 6 differentiated by hand, with respect to the kernel and the bias of the gate."""
+    """Returns the gradients of Eq. 5 and 6 by hand, with respect to the kernel and the bias of the gate."""
     tokens, targets, segment_ids, positions = map(
         jnp.asarray, (batch.tokens, batch.targets, batch.segment_ids, batch.positions)
     )
@@ -164,7 +164,7 @@ def gate_gradient(state, batch, target):
 def test_stage_two_moves_the_gate_alone_along_its_printed_gradient(target):
     stage = dataclasses.replace(GATE, gate_target=target)
     state, batch = start(stage), random_batch(1)
-    # A first guess of the parameters that tells loops apart.
+    # First parameters such that the loops differ.
     generator = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: jnp.asarray(generator.normal(0, 0.5, leaf.shape), leaf.dtype), state.params)
     state = dataclasses.replace(state, params=params)
@@ -205,7 +205,7 @@ def test_the_last_loss_is_that_after_the_last_loop_and_leaves_the_gate_alone():
 
 
 def head_products(jaxpr, *, logged):
-    """Products with the vocabulary of a program, as often as its loops run them; `logged` picks the branches."""
+    """Counts the products with the vocabulary that a program runs, over all loops. `logged` picks the branches."""
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":

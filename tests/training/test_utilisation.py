@@ -24,7 +24,7 @@ def test_a_device_that_is_not_known_has_no_peak():
 
 @pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: chip.name)
 def test_utilisation_is_of_all_devices(chip, monkeypatch):
-    """4 devices at half their peak."""
+    """Four devices run at half of their peak."""
     device = types.SimpleNamespace(device_kind=chip.device_kinds[0])
     mesh = types.SimpleNamespace(devices=np.array([[device, device], [device, device]]))
     peak = peak_flops.__wrapped__(mesh) if hasattr(peak_flops, "__wrapped__") else peak_flops(mesh)

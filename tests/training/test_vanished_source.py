@@ -1,4 +1,4 @@
-"""A folder of files that is moved away while a run reads it, and comes back: at once, or after the run has given up."""
+"""A folder of files is moved away while a run reads it, and comes back at once, or after the run has given up."""
 
 import dataclasses
 

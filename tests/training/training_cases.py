@@ -54,7 +54,7 @@ RECIPE = Recipe(
 
 
 def random_batch(seed: int, *, rows: int = 4, length: int = 16, vocab_size: int = 12) -> Batch:
-    """Rows of two documents, with masks that differ much from row to row."""
+    """Returns sequences of two documents each. The number of masked positions varies much between sequences."""
     generator = np.random.default_rng(seed)
     tokens = generator.integers(0, vocab_size, (rows, length + 1)).astype(np.int32)
     cut = generator.integers(2, length - 2, (rows, 1))
@@ -70,12 +70,12 @@ def random_batch(seed: int, *, rows: int = 4, length: int = 16, vocab_size: int 
 
 
 def one_stage(stage: Stage, **changes: Any) -> Recipe:
-    """The recipe with a single stage."""
+    """Returns the recipe with a single stage."""
     return dataclasses.replace(RECIPE, stages=(stage,), **changes)
 
 
 def assert_identical(actual: Any, wanted: Any) -> None:
-    """Equal in structure, dtype and every bit."""
+    """Asserts that two trees are equal in structure, dtype and every bit."""
     assert jax.tree.structure(actual) == jax.tree.structure(wanted)
     for (path, a), b in zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(wanted), strict=True):
         assert a.dtype == b.dtype
