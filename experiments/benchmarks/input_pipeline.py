@@ -20,7 +20,7 @@ from pathlib import Path
 from looplm_jax import data
 from looplm_jax.codec import to_dict
 from looplm_jax.config import DataConfig, EvaluationConfig, Recipe, SourceConfig
-from looplm_jax.corpus import Order, prepare
+from looplm_jax.corpus import PrepareConfig, prepare
 from looplm_jax.corpus._worker_pool import Progress
 from looplm_jax.data.tokenizers import Tokenizer
 from looplm_jax.recipes import named_recipe
@@ -103,14 +103,14 @@ def _prepare_all(root: Path, tokenizer: Tokenizer, workers: int) -> tuple[Way, .
     for length in _LENGTHS:
         started = time.perf_counter()
         for name in names:
-            order = Order(
+            config = PrepareConfig(
                 sources=(SourceConfig(path=str(root / f"{name}.jsonl")),),
                 tokenizer=tokenizer,
                 sequence_length=length,
                 validation_fraction=0.0,
                 unit_bytes=2**22,
             )
-            manifest = prepare(order, str(root / f"{name}-{length}"), workers=workers, watcher=_Unwatched())
+            manifest = prepare(config, str(root / f"{name}-{length}"), workers=workers, watcher=_Unwatched())
             if name == "all":
                 _say_speed(length, manifest.tokens, manifest.sources[0].bytes, time.perf_counter() - started, workers)
 

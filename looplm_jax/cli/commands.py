@@ -38,12 +38,12 @@ def run_tokenize(arguments: argparse.Namespace) -> int:
     The same command resumes a run that stopped for any reason, with any number of workers.
     """
     from looplm_jax.cli.tokenize import prepare_corpus, verify_corpus
-    from looplm_jax.corpus._work_units import Order
+    from looplm_jax.corpus._work_units import PrepareConfig
     from looplm_jax.data.tokenizers import load_tokenizer
 
     if arguments.sources:
         _check_tokenize(arguments)
-        order = Order(
+        order = PrepareConfig(
             sources=_sources(arguments),
             tokenizer=load_tokenizer(arguments.tokenizer, warn=print_error),
             sequence_length=arguments.sequence_length,

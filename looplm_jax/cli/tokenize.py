@@ -11,7 +11,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 from looplm_jax.corpus._format import Manifest, PreparedFolder
 from looplm_jax.corpus._prepare import prepare
 from looplm_jax.corpus._reader import open_prepared, verify
-from looplm_jax.corpus._work_units import Order
+from looplm_jax.corpus._work_units import PrepareConfig
 from looplm_jax.corpus._worker_pool import Progress as Advance
 from looplm_jax.files import quoted
 from looplm_jax.recipes import named_recipe
@@ -28,7 +28,7 @@ class _Stopped(BaseException):
         self.number = number
 
 
-def prepare_corpus(order: Order, out: str, workers: int | None) -> int:
+def prepare_corpus(order: PrepareConfig, out: str, workers: int | None) -> int:
     """Prepares a corpus. Returns the exit status: 128 + n if signal n stopped it."""
     # The exception unwinds through `prepare`, which stops its workers.
     before = {number: signal.signal(number, _stop) for number in stop_signals()}

@@ -14,8 +14,8 @@ on their own:
     9
 
 Preparation:
-  `Order` says what to prepare, `prepare` does it, and `Watcher` receives the progress. `is_prepared` recognizes a
-  prepared corpus.
+  `PrepareConfig` describes what to prepare, `prepare` does it, and `Watcher` receives the progress. `is_prepared`
+  recognizes a prepared corpus.
 
 Reading:
   `open_prepared` returns a `PreparedCorpus`, with its `Manifest` and its sequences by index; `verify` checks every
@@ -35,7 +35,7 @@ from etils import epy
 with epy.lazy_api_imports(globals()):
     # isort: off
     # Preparation.
-    from looplm_jax.corpus._work_units import Order
+    from looplm_jax.corpus._work_units import PrepareConfig
     from looplm_jax.corpus._prepare import Watcher, prepare
 
     # Reading.
@@ -60,8 +60,8 @@ __all__ = [
     "Manifest",
     "Match",
     "NearDuplicates",
-    "Order",
     "Overlap",
+    "PrepareConfig",
     "PreparedCorpus",
     "Watcher",
     "is_prepared",

@@ -284,7 +284,7 @@ def _covered(runs: list[tuple[int, int]]) -> int:
 
 
 @dataclasses.dataclass(frozen=True, order=True)
-class PlacedMatch:
+class LocatedMatch:
     """The longest run of words that a document shares with an item, and the location of the document."""
 
     source: str
@@ -306,7 +306,7 @@ class Findings:
         self.documents: Counter[str] = Counter()
         self.dropped: Counter[str] = Counter()
         self.shares: dict[tuple[str, int], float] = {}
-        self.longest: list[PlacedMatch] = []
+        self.longest: list[LocatedMatch] = []
 
     def add(self, source: str, place: str, overlap: Overlap | None) -> None:
         """Counts a document of a source, which is dropped if it overlaps. `place` is its location for readers."""
@@ -315,7 +315,7 @@ class Findings:
             return
         self.dropped[source] += 1
         self._found({(match.file, match.line): match.share for match in overlap.matches})
-        self._keep_longest([PlacedMatch(source, place, overlap.matches[0])])
+        self._keep_longest([LocatedMatch(source, place, overlap.matches[0])])
 
     def merge(self, other: "Findings") -> None:
         """Adds the counts of other documents."""
@@ -341,7 +341,7 @@ class Findings:
         findings.dropped.update(values["dropped"])
         findings.shares = {(file, line): share for file, line, share in values["items"]}
         findings.longest = [
-            PlacedMatch(placed["source"], placed["place"], Match(**placed["match"])) for placed in values["longest"]
+            LocatedMatch(placed["source"], placed["place"], Match(**placed["match"])) for placed in values["longest"]
         ]
         return findings
 
@@ -350,7 +350,7 @@ class Findings:
         for item, share in shares.items():
             self.shares[item] = max(share, self.shares.get(item, 0.0))
 
-    def _keep_longest(self, matches: list[PlacedMatch]) -> None:
+    def _keep_longest(self, matches: list[LocatedMatch]) -> None:
         """Keeps the longest of the old and the new matches."""
         # Ties are broken by the match itself, so the result does not depend on the order of merging.
         everything = sorted(self.longest + matches, key=lambda placed: (-placed.match.words, placed))

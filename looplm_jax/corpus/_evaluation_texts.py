@@ -62,7 +62,9 @@ def read_items(file: DataFile, key: str | None = None) -> tuple[EvaluationItem, 
                 texts = _texts(line, file.suffix, key)
             # Never skipped: documents that overlap with the item would stay in the training data.
             except BadRecord as problem:
-                raise UserError(f"{file.name}:{number}: {problem}; mend it, it is an item of an evaluation") from None
+                raise UserError(
+                    f"{file.name}:{number}: {problem}; fix it, because it is an item of an evaluation"
+                ) from None
             if texts:
                 items.append(EvaluationItem(number, texts))
 

@@ -53,7 +53,7 @@ class PreparedFolder:
 
     def __init__(self, url: str):
         if not _is_possible(url):
-            raise UserError(f"{url}: a prepared corpus lies in a local folder or at gs://; choose one of them")
+            raise UserError(f"{url}: a prepared corpus is in a local folder or at gs://; choose one of them")
         self.path: AnyPath = absolute(any_path(url))
 
     def at(self, name: str) -> AnyPath:
@@ -230,8 +230,8 @@ class LeftOut:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Everything that determines the bytes of a prepared corpus. Two commands with equal plans write the same files."""
+class CorpusSpec:
+    """Everything that determines the bytes of a prepared corpus. Two commands with equal specs write the same files."""
 
     version: int = VERSION
     sources: tuple[SourceConfig, ...]
@@ -251,7 +251,7 @@ class Plan:
 class Manifest:
     """The description of a complete prepared corpus."""
 
-    plan: Plan
+    plan: CorpusSpec  # the name in the format
     tokenizer_file: str
     train: tuple[Shard, ...]
     validation: tuple[Shard, ...]
@@ -294,7 +294,7 @@ def read_manifest(folder: PreparedFolder) -> Manifest:
     try:
         values = json.loads(folder.read(MANIFEST))
     except FileNotFoundError:
-        raise UserError(f"{folder.path} holds no prepared corpus; `looplm tokenize` makes one") from None
+        raise UserError(f"{folder.path} holds no prepared corpus; `looplm tokenize` prepares one") from None
     except ValueError as error:
         raise _damaged(name, error) from None
 
@@ -333,4 +333,4 @@ def as_json(value: Any) -> bytes:
 
 def _damaged(name: AnyPath, error: Exception) -> UserError:
     """Returns the error for an unreadable manifest."""
-    return UserError(f"{name} is damaged ({error}); run the same `looplm tokenize` command again to write it anew")
+    return UserError(f"{name} is damaged ({error}); run the same `looplm tokenize` command again to write it again")

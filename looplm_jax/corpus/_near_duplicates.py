@@ -59,7 +59,7 @@ class NearDuplicates:
             raise UserError(f"near-duplicates: threshold is {self.threshold}; give a similarity above 0, at most 1")
         if self.ngram < 1 or self.permutations < 1:
             raise UserError(
-                f"near-duplicates: ngram is {self.ngram} and permutations {self.permutations}; both begin at 1"
+                f"near-duplicates: ngram is {self.ngram} and permutations {self.permutations}; both must be at least 1"
             )
 
     def check_installed(self) -> None:

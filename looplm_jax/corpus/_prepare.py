@@ -14,9 +14,9 @@ from looplm_jax.corpus._decontamination import EvaluationNgrams, Findings, load_
 from looplm_jax.corpus._format import (
     MANIFEST,
     SIGNATURES,
+    CorpusSpec,
     LeftOut,
     Manifest,
-    Plan,
     PreparedFolder,
     SourceCount,
     as_json,
@@ -26,14 +26,14 @@ from looplm_jax.corpus._near_duplicates import NearDuplicates
 from looplm_jax.corpus._reports import DecontaminationReport, DuplicatesReport
 from looplm_jax.corpus._signatures import SignUnit, leave_out, signatures_name
 from looplm_jax.corpus._work_units import (
-    Order,
+    PrepareConfig,
     Unit,
     check_folder,
     claim_folder,
-    cut,
+    divide,
     find_all,
-    make_plan,
-    with_contents,
+    make_spec,
+    with_digest_of_contents,
 )
 from looplm_jax.corpus._worker import TokenizeUnit, UnitJob, UnitReport, read_report
 from looplm_jax.corpus._worker_pool import Progress, run_jobs
@@ -59,14 +59,14 @@ class Watcher(Protocol):
 
 
 def prepare(
-    order: Order, out: str, *, workers: int, watcher: Watcher, say: Callable[[str], object] = lambda _: None
+    config: PrepareConfig, out: str, *, workers: int, watcher: Watcher, say: Callable[[str], object] = lambda _: None
 ) -> Manifest:
-    """Writes a prepared corpus, or resumes the work of an earlier process with the same order.
+    """Writes a prepared corpus, or resumes the work of an earlier process with the same configuration.
 
     The written bytes depend neither on the number of workers nor on interruptions.
 
     Args:
-      order: what to prepare, and how.
+      config: what to prepare, and how.
       out: the folder, local or at gs://.
       workers: the number of worker processes.
       watcher: receives progress.
@@ -77,42 +77,42 @@ def prepare(
     """
     # Everything that can be checked without writing is checked before the folder is touched.
     folder = PreparedFolder(out)
-    ngrams = load_evaluation_ngrams(order.decontaminate, order.ngram) if order.decontaminate else None
-    if order.near_duplicates:
-        NearDuplicates(order.near_duplicates).check_installed()
+    ngrams = load_evaluation_ngrams(config.decontaminate, config.ngram) if config.decontaminate else None
+    if config.near_duplicates:
+        NearDuplicates(config.near_duplicates).check_installed()
 
-    found = find_all(order.sources, order.limits)
+    found = find_all(config.sources, config.limits)
     say(summarize(found.values()))
-    units = cut(order.sources, order.unit_bytes, found)
+    units = divide(config.sources, config.unit_bytes, found)
 
-    plan = make_plan(order, units)
-    check_folder(folder, plan)
-    plan = with_contents(folder, plan, units)
+    spec = make_spec(config, units)
+    check_folder(folder, spec)
+    spec = with_digest_of_contents(folder, spec, units)
 
     with folder.only_writer() as scratch:
         if is_complete(folder):
             return read_manifest(folder)
 
-        tokenizer_file = claim_folder(folder, plan, order.tokenizer)
-        crew = _Crew(units, workers, watcher)
+        tokenizer_file = claim_folder(folder, spec, config.tokenizer)
+        pool = _WorkerPool(units, workers, watcher)
         jobs = [UnitJob(number, unit) for number, unit in enumerate(units)]
 
         duplicates = None
-        if order.near_duplicates:
-            jobs, duplicates = _without_duplicates(order, folder, crew, jobs, scratch)
+        if config.near_duplicates:
+            jobs, duplicates = _without_duplicates(config, folder, pool, jobs, scratch)
 
         work = TokenizeUnit(
-            plan=plan,
-            tokenizer_content=order.tokenizer.serialize(),
+            spec=spec,
+            tokenizer_content=config.tokenizer.serialize(),
             url=out,
             scratch=scratch,
-            on_bad_record=order.on_bad_record,
+            on_bad_record=config.on_bad_record,
             ngrams=ngrams,
         )
-        crew.run("tokenizing", work, jobs, done=_finished_units(folder))
+        pool.run("tokenizing", work, jobs, done=_finished_units(folder))
 
         reports = _read_reports(folder, range(len(units)))
-        manifest = make_manifest(plan, tokenizer_file, reports)
+        manifest = make_manifest(spec, tokenizer_file, reports)
         write_cleaning_report(folder, reports, ngrams, duplicates)
         # The manifest is written last: its presence means that the corpus is complete.
         folder.write(MANIFEST, as_json(manifest))
@@ -129,7 +129,7 @@ def is_complete(folder: PreparedFolder) -> bool:
 # Passes over all units
 
 
-class _Crew:
+class _WorkerPool:
     """Workers for one or several passes over all units."""
 
     def __init__(self, units: Sequence[Unit], workers: int, watcher: Watcher):
@@ -152,16 +152,16 @@ class _Crew:
 
 
 def _without_duplicates(
-    order: Order, folder: PreparedFolder, crew: _Crew, jobs: Sequence[UnitJob], scratch: Path
+    config: PrepareConfig, folder: PreparedFolder, pool: _WorkerPool, jobs: Sequence[UnitJob], scratch: Path
 ) -> tuple[list[UnitJob], DuplicatesReport]:
     """Returns the jobs with the near-duplicates to leave out of each unit, and the report about them.
 
     The signatures of earlier runs are reused.
     """
-    settings = NearDuplicates(order.near_duplicates)
+    settings = NearDuplicates(config.near_duplicates)
     signed = folder.names(SIGNATURES)
     done = frozenset(job.number for job in jobs if signatures_name(job.number).rpartition("/")[2] in signed)
-    crew.run("looking for near-duplicates", SignUnit(str(folder.path), settings, order.on_bad_record), jobs, done=done)
+    pool.run("looking for near-duplicates", SignUnit(str(folder.path), settings, config.on_bad_record), jobs, done=done)
 
     left_out = leave_out(folder, len(jobs), settings, scratch)
     pairs = zip(jobs, left_out.of_unit, strict=True)
@@ -191,7 +191,7 @@ def _read_reports(folder: PreparedFolder, numbers: Iterable[int]) -> list[UnitRe
 # Results of all units together
 
 
-def make_manifest(plan: Plan, tokenizer_file: str, reports: Sequence[UnitReport]) -> Manifest:
+def make_manifest(spec: CorpusSpec, tokenizer_file: str, reports: Sequence[UnitReport]) -> Manifest:
     """Returns the manifest of all units, in order.
 
     Raises:
@@ -199,11 +199,11 @@ def make_manifest(plan: Plan, tokenizer_file: str, reports: Sequence[UnitReport]
     """
     left_out = _left_out(reports)
     manifest = Manifest(
-        plan=plan,
+        plan=spec,
         tokenizer_file=tokenizer_file,
         train=tuple(shard for report in reports for shard in report.train),
         validation=tuple(shard for report in reports for shard in report.validation),
-        sources=_source_counts(plan, reports),
+        sources=_source_counts(spec, reports),
         left_out=left_out,
     )
 
@@ -251,14 +251,14 @@ def write_cleaning_report(
         folder.write(f"{REPORT}.md", "\n".join(["# What was left out", "", *pages]).encode())
 
 
-def _source_counts(plan: Plan, reports: Sequence[UnitReport]) -> tuple[SourceCount, ...]:
+def _source_counts(spec: CorpusSpec, reports: Sequence[UnitReport]) -> tuple[SourceCount, ...]:
     """Returns the counts of each source, summed over units."""
     documents: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     for source in (source for report in reports for source in report.sources):
         documents[source.path] += source.documents
         sizes[source.path] += source.bytes
-    paths = dict.fromkeys(source.path for source in plan.sources)
+    paths = dict.fromkeys(source.path for source in spec.sources)
     return tuple(SourceCount(path=path, documents=documents[path], bytes=sizes[path]) for path in paths)
 
 

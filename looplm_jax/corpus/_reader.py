@@ -9,13 +9,13 @@ import numpy as np
 
 from looplm_jax.corpus._format import Manifest, PreparedFolder, Shard, read_manifest, read_tokenizer
 from looplm_jax.corpus._shards import (
-    BadRow,
+    BadSequence,
     Segment,
     check_edges,
     check_shard,
     damaged,
-    decode_row,
     decode_segments,
+    decode_sequence,
     read_record,
     token_type,
 )
@@ -34,17 +34,17 @@ class PreparedCorpus:
     manifest: Manifest
 
     @property
-    def train(self) -> "PreparedRows":
+    def train(self) -> "PreparedSequences":
         """The training sequences."""
-        return PreparedRows(self.folder, self.manifest, self.manifest.train)
+        return PreparedSequences(self.folder, self.manifest, self.manifest.train)
 
     @property
-    def validation(self) -> "PreparedRows":
+    def validation(self) -> "PreparedSequences":
         """The held-out sequences."""
-        return PreparedRows(self.folder, self.manifest, self.manifest.validation)
+        return PreparedSequences(self.folder, self.manifest, self.manifest.validation)
 
 
-class PreparedRows:
+class PreparedSequences:
     """The sequences of several shards, by index. A read opens the shard if necessary."""
 
     def __init__(self, folder: PreparedFolder, manifest: Manifest, shards: Sequence[Shard]):
@@ -66,8 +66,8 @@ class PreparedRows:
         """
         shard, row = self._place(index)
         try:
-            features = decode_row(read_record(self._folder, shard, row), self._length, self._tokens)
-        except BadRow as problem:
+            features = decode_sequence(read_record(self._folder, shard, row), self._length, self._tokens)
+        except BadSequence as problem:
             raise damaged(self._folder, shard, f"row {row}: {problem}") from None
 
         # JAX does not raise an error for an id outside the vocabulary.
@@ -81,7 +81,7 @@ class PreparedRows:
         return decode_segments(read_record(self._folder, *self._place(index)), self._tokens)
 
     def __repr__(self) -> str:
-        return f"PreparedRows({str(self._folder.path)!r}, rows={len(self)})"
+        return f"PreparedSequences({str(self._folder.path)!r}, rows={len(self)})"
 
     def _place(self, index: int) -> tuple[Shard, int]:
         """Returns the shard of a sequence and its index in the shard."""

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from looplm_jax.corpus._decontamination import Findings, PlacedMatch
+from looplm_jax.corpus._decontamination import Findings, LocatedMatch
 from looplm_jax.corpus._evaluation_texts import EvaluationFile
 from looplm_jax.corpus._near_duplicates import Duplicates, NearDuplicates
 
@@ -50,7 +50,7 @@ class DecontaminationReport:
     n: int
     files: tuple[FoundItems, ...]
     sources: tuple[DroppedDocuments, ...]
-    longest: tuple[PlacedMatch, ...]
+    longest: tuple[LocatedMatch, ...]
 
     @classmethod
     def of(cls, n: int, files: Sequence[EvaluationFile], findings: Findings) -> "DecontaminationReport":
@@ -135,7 +135,7 @@ class DocumentPlace:
 
 
 @dataclasses.dataclass(frozen=True)
-class Cluster:
+class DuplicateCluster:
     """A document that was kept, the number of documents dropped in its favor, and the first of their locations."""
 
     kept: str
@@ -160,7 +160,7 @@ class DuplicatesReport:
     dropped: int
     dropped_by_source: dict[str, int]
     sizes: tuple[ClusterSizes, ...]
-    largest: tuple[Cluster, ...]
+    largest: tuple[DuplicateCluster, ...]
 
     @classmethod
     def of(
@@ -180,7 +180,9 @@ class DuplicatesReport:
             dropped_by_source=dict(sorted(Counter(place(number).source for number in duplicates.kept).items())),
             sizes=_sizes([1 + len(dropped) for dropped in clusters.values()]),
             largest=tuple(
-                Cluster(place(kept).place, len(dropped), tuple(place(number).place for number in dropped[:_PLACES]))
+                DuplicateCluster(
+                    place(kept).place, len(dropped), tuple(place(number).place for number in dropped[:_PLACES])
+                )
                 for kept, dropped in largest
             ),
         )

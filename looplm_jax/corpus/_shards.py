@@ -37,7 +37,7 @@ _OPEN_SHARDS = 256  # open files per process, over all sources and substreams
 _EDGE = 2**12  # bytes at each end of a file that are checked at every start
 
 
-class BadRow(ValueError):
+class BadSequence(ValueError):
     """Raised for bytes that do not encode a packed sequence."""
 
 
@@ -77,7 +77,7 @@ def token_type(vocab_size: int) -> np.dtype:
 # Encoding
 
 
-def encode_row(segments: Sequence[Segment], tokens: np.dtype) -> bytes:
+def encode_sequence(segments: Sequence[Segment], tokens: np.dtype) -> bytes:
     """Returns the encoding of a sequence that consists of these segments."""
     runs = _runs(np.concatenate([segment.loss_mask for segment in segments]))
     lengths = [segment.positions for segment in segments]
@@ -89,7 +89,7 @@ def encode_row(segments: Sequence[Segment], tokens: np.dtype) -> bytes:
 
 
 def decode_segments(record: bytes, tokens: np.dtype) -> list[Segment]:
-    """Returns the segments of an encoded sequence, the inverse of `encode_row`. Raises BadRow."""
+    """Returns the segments of an encoded sequence, the inverse of `encode_sequence`. Raises BadSequence."""
     parts = _parts(record, tokens)
     stops = np.cumsum(parts.lengths)
     masks = np.split(parts.mask, stops[:-1])
@@ -98,15 +98,15 @@ def decode_segments(record: bytes, tokens: np.dtype) -> list[Segment]:
     return [Segment(tokens, mask) for tokens, mask in zip(ids, masks, strict=True)]
 
 
-def decode_row(record: bytes, length: int, tokens: np.dtype) -> Mapping[str, np.ndarray]:
+def decode_sequence(record: bytes, length: int, tokens: np.dtype) -> Mapping[str, np.ndarray]:
     """Returns an encoded sequence as features of shape [length], named as Grain names packed features.
 
-    Raises BadRow.
+    Raises BadSequence.
     """
     parts = _parts(record, tokens)
     used = len(parts.mask)
     if used > length:
-        raise BadRow(f"it holds {used} positions")
+        raise BadSequence(f"it holds {used} positions")
 
     stops = np.cumsum(parts.lengths)
     extra = np.arange(len(stops))  # additional tokens of earlier segments, one each
@@ -132,20 +132,20 @@ class _Parts:
 
 
 def _parts(record: bytes, tokens: np.dtype) -> _Parts:
-    """Decodes the fields of a sequence and checks that their lengths agree. Raises BadRow."""
+    """Decodes the fields of a sequence and checks that their lengths agree. Raises BadSequence."""
     if len(record) < 2 * _COUNT.itemsize:
-        raise BadRow("it is too short")
+        raise BadSequence("it is too short")
 
     segments, runs = (int(count) for count in np.frombuffer(record, _COUNT, 2))
     head = (2 + segments + runs) * _COUNT.itemsize
     if segments == 0 or len(record) < head or (len(record) - head) % tokens.itemsize:
-        raise BadRow("its parts do not fit its length")
+        raise BadSequence("its parts do not fit its length")
 
     lengths, spans = np.split(np.frombuffer(record, _COUNT, segments + runs, 2 * _COUNT.itemsize), [segments])
     lengths, spans = lengths.astype(np.int64), spans.astype(np.int64)
     ids = np.frombuffer(record, tokens, offset=head)
     if lengths.sum() != spans.sum() or len(ids) != lengths.sum() + segments:
-        raise BadRow("its parts do not fit each other")
+        raise BadSequence("its parts do not fit each other")
 
     # Runs alternate, and the first is a run of targets.
     mask = np.repeat(np.arange(runs) % 2 == 0, spans)
@@ -197,7 +197,7 @@ def write_shard(
     for row in rows:
         positions += sum(segment.positions for segment in row)
 
-        record = encode_row(row, tokens)
+        record = encode_sequence(row, tokens)
         with _refused(folder.at(name)):
             # The file is created with the first sequence, so a unit without sequences leaves no file.
             writer = writer or _writer(file)

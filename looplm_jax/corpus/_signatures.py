@@ -12,7 +12,7 @@ from looplm_jax.corpus._format import SIGNATURES, PreparedFolder
 from looplm_jax.corpus._near_duplicates import Duplicates, NearDuplicates
 from looplm_jax.corpus._reports import DocumentPlace, DuplicatesReport
 from looplm_jax.corpus._work_units import documents
-from looplm_jax.corpus._worker import Tally, UnitJob
+from looplm_jax.corpus._worker import Counters, UnitJob
 from looplm_jax.corpus._worker_pool import Report
 from looplm_jax.data._documents import plain_text
 from looplm_jax.data.sources import BadRecordPolicy
@@ -33,7 +33,7 @@ class SignUnit:
 
         Raises UserError for the same reasons as reading.
         """
-        tally = Tally(BadRecordPolicy(self.on_bad_record), say)
+        tally = Counters(BadRecordPolicy(self.on_bad_record), say)
         # Each pair of source and file is stored once, and documents refer to it by number.
         names: dict[tuple[str, str], int] = {}
         places: list[tuple[int, int, int]] = []
@@ -60,7 +60,7 @@ class SignUnit:
 
 
 @dataclasses.dataclass(frozen=True)
-class LeftOutDocuments:
+class DroppedByUnit:
     """The documents to leave out of each unit, and the report about them."""
 
     of_unit: tuple[frozenset[int], ...]
@@ -72,7 +72,7 @@ def signatures_name(number: int) -> str:
     return f"{SIGNATURES}/{number:05d}.npz"
 
 
-def leave_out(folder: PreparedFolder, units: int, settings: NearDuplicates, scratch: Path) -> LeftOutDocuments:
+def leave_out(folder: PreparedFolder, units: int, settings: NearDuplicates, scratch: Path) -> DroppedByUnit:
     """Compares the documents of all units, in order. Signatures are kept in a memory-mapped file, not in memory."""
     # `numbers[i]` is the number of the first document of unit i.
     numbers = [0]
@@ -88,7 +88,7 @@ def leave_out(folder: PreparedFolder, units: int, settings: NearDuplicates, scra
     together = np.memmap(file, np.uint32, "r", shape=shape) if numbers[-1] else np.zeros(shape, np.uint32)
     duplicates = settings.drop(together)
     report = DuplicatesReport.of(settings, duplicates, _Places(folder, numbers).place)
-    return LeftOutDocuments(_by_unit(duplicates, numbers), report)
+    return DroppedByUnit(_by_unit(duplicates, numbers), report)
 
 
 def _by_unit(duplicates: Duplicates, numbers: Sequence[int]) -> tuple[frozenset[int], ...]:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from looplm_jax.codec import differences, from_dict
 from looplm_jax.config import OnBadRecord, ReadLimits, RecordKind, SourceConfig
-from looplm_jax.corpus._format import MANIFEST, PLAN, SHARD, SIGNATURES, UNFINISHED, Plan, PreparedFolder, as_json
+from looplm_jax.corpus._format import MANIFEST, PLAN, SHARD, SIGNATURES, UNFINISHED, CorpusSpec, PreparedFolder, as_json
 from looplm_jax.data._documents import Document
 from looplm_jax.data._examples import tokens_and_mask
 from looplm_jax.data.sources import BadRecordPolicy, Input, Inputs, Span, find_inputs, spans
@@ -32,7 +32,7 @@ _LEFT_BEHIND = (UNFINISHED, f"{PLAN}.new")  # files left by a process that was k
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class FileSpan:
     """Documents that are read in one pass: a file, or a span of one.
 
     Attributes:
@@ -52,16 +52,16 @@ class Part:
 class Unit:
     """The work of one job: a span of a large file, or several small files."""
 
-    parts: tuple[Part, ...]
+    file_spans: tuple[FileSpan, ...]
 
     @property
     def bytes(self) -> int:
         """The approximate size of the unit, in bytes of its files."""
-        return sum(part.bytes for part in self.parts)
+        return sum(file_span.bytes for file_span in self.file_spans)
 
 
 @dataclasses.dataclass(frozen=True)
-class Placed:
+class LocatedDocument:
     """A document, its source, its file, and its position in the file."""
 
     source: str
@@ -75,7 +75,7 @@ def find_all(sources: Iterable[SourceConfig], limits: ReadLimits | None = None) 
     return {source: find_inputs(source.path, source, limits) for source in sources}
 
 
-def cut(
+def divide(
     sources: Iterable[SourceConfig], unit_bytes: int = UNIT_BYTES, found: Mapping[SourceConfig, Inputs] | None = None
 ) -> tuple[Unit, ...]:
     """Divides all files of the sources into units of about `unit_bytes`.
@@ -89,15 +89,15 @@ def cut(
     pairs = [(file, source) for source in sources for file in found[source]]
 
     with concurrent.futures.ThreadPoolExecutor(_FILES_AT_ONCE) as threads:
-        parts = threads.map(lambda pair: _parts(pair[0], pair[1], unit_bytes), pairs)
-        return tuple(_together((part for file in parts for part in file), unit_bytes))
+        file_spans = threads.map(lambda pair: _file_spans(pair[0], pair[1], unit_bytes), pairs)
+        return tuple(_together((file_span for file in file_spans for file_span in file), unit_bytes))
 
 
-def documents(unit: Unit, bad: BadRecordPolicy) -> Iterator[Placed]:
+def documents(unit: Unit, bad: BadRecordPolicy) -> Iterator[LocatedDocument]:
     """Yields the documents of a unit, in order, in one pass. Raises UserError for the same reasons as `scan`."""
-    for part in unit.parts:
-        for found in format_of(part.file).scan(part.file, part.source, bad, part.span):
-            yield Placed(part.source.path, part.file.name, found.place, found.document)
+    for file_span in unit.file_spans:
+        for found in format_of(file_span.file).scan(file_span.file, file_span.source, bad, file_span.span):
+            yield LocatedDocument(file_span.source.path, file_span.file.name, found.place, found.document)
 
 
 # Description of the input
@@ -108,10 +108,13 @@ def describe_inputs(units: Sequence[Unit]) -> str:
 
     Equal texts mean equal work.
     """
-    parts = [part for unit in units for part in unit.parts]
-    cuts = [f"{part.file.name}\n{part.span.start}\n{part.span.end}\n{part.bytes}" for part in parts]
+    file_spans = [file_span for unit in units for file_span in unit.file_spans]
+    cuts = [
+        f"{file_span.file.name}\n{file_span.span.start}\n{file_span.span.end}\n{file_span.bytes}"
+        for file_span in file_spans
+    ]
     digest = hashlib.blake2b(os.fsencode("\n".join(cuts)), digest_size=8).hexdigest()
-    files, size = len({part.file.name for part in parts}), sum(unit.bytes for unit in units)
+    files, size = len({file_span.file.name for file_span in file_spans}), sum(unit.bytes for unit in units)
     return f"{files} files, {size} bytes, digest {digest}"
 
 
@@ -120,27 +123,27 @@ def digest_contents(units: Sequence[Unit]) -> str:
 
     Local files are read completely. For others, the version that the store reports is used.
     """
-    files = {part.file.name: part.file for unit in units for part in unit.parts}
+    files = {file_span.file.name: file_span.file for unit in units for file_span in unit.file_spans}
     with concurrent.futures.ThreadPoolExecutor(_FILES_AT_ONCE) as threads:
         digests = threads.map(lambda file: file.digest(), files.values())
         return hashlib.blake2b("".join(digests).encode(), digest_size=8).hexdigest()
 
 
-def _parts(file: Input, source: SourceConfig, unit_bytes: int) -> list[Part]:
+def _file_spans(file: Input, source: SourceConfig, unit_bytes: int) -> list[FileSpan]:
     """Returns the spans of a file. Its bytes are attributed in proportion to the length of each span."""
     found, size = spans(file, unit_bytes), file.size
     total = max(found[-1].end - found[0].start, 1) if found else 1
-    return [Part(file, source, span, size * (span.end - span.start) // total) for span in found]
+    return [FileSpan(file, source, span, size * (span.end - span.start) // total) for span in found]
 
 
-def _together(parts: Iterable[Part], unit_bytes: int) -> Iterator[Unit]:
-    """Groups consecutive parts into units of at most `unit_bytes`, or of a single part."""
-    held: list[Part] = []
-    for part in parts:
-        if held and sum(other.bytes for other in held) + part.bytes > unit_bytes:
+def _together(file_spans: Iterable[FileSpan], unit_bytes: int) -> Iterator[Unit]:
+    """Groups consecutive spans into units of at most `unit_bytes`, or of a single span."""
+    held: list[FileSpan] = []
+    for file_span in file_spans:
+        if held and sum(other.bytes for other in held) + file_span.bytes > unit_bytes:
             yield Unit(tuple(held))
             held = []
-        held.append(part)
+        held.append(file_span)
     if held:
         yield Unit(tuple(held))
 
@@ -149,7 +152,7 @@ def _together(parts: Iterable[Part], unit_bytes: int) -> Iterator[Unit]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Order:
+class PrepareConfig:
     """A request to prepare a corpus.
 
     Attributes:
@@ -185,51 +188,51 @@ class Order:
             tokens_and_mask((), self.tokenizer)  # raises UserError if the tokenizer has no chat tokens
 
 
-# The plan
+# The spec
 
 
-def make_plan(order: Order, units: Sequence[Unit]) -> Plan:
-    """Returns the plan of an order, without the digest of the input files' content, which `with_contents` adds.
+def make_spec(config: PrepareConfig, units: Sequence[Unit]) -> CorpusSpec:
+    """Returns the spec of a corpus, without the digest of the input files, which `with_digest_of_contents` adds.
 
-    The policy for bad records is not part of the plan: a bad record either stops the command or is left out, so the
-    bytes that are written do not depend on the policy.
+    The policy for bad records is not in the spec: a bad record either stops the command or is skipped, so the bytes
+    that are written do not depend on the policy.
     """
-    return Plan(
-        sources=order.sources,
+    return CorpusSpec(
+        sources=config.sources,
         input=describe_inputs(units),
         units=len(units),
-        tokenizer_kind=order.tokenizer.kind,
-        tokenizer=order.tokenizer.fingerprint,
-        vocab_size=order.tokenizer.vocab_size,
-        sequence_length=order.sequence_length,
-        validation_fraction=order.validation_fraction,
-        decontaminate=_describe_evaluations(order),
-        near_duplicates=order.near_duplicates,
+        tokenizer_kind=config.tokenizer.kind,
+        tokenizer=config.tokenizer.fingerprint,
+        vocab_size=config.tokenizer.vocab_size,
+        sequence_length=config.sequence_length,
+        validation_fraction=config.validation_fraction,
+        decontaminate=_describe_evaluations(config),
+        near_duplicates=config.near_duplicates,
     )
 
 
-def with_contents(folder: PreparedFolder, plan: Plan, units: Sequence[Unit]) -> Plan:
-    """Returns the plan with a digest of the input files' content. Local files are read completely.
+def with_digest_of_contents(folder: PreparedFolder, spec: CorpusSpec, units: Sequence[Unit]) -> CorpusSpec:
+    """Returns the spec with a digest of the input files' content. Local files are read completely.
 
     Raises:
       UserError: the folder was prepared from files with the same sizes but different content.
     """
-    plan = dataclasses.replace(plan, contents=digest_contents(units))
-    saved = _read_plan(folder) if PLAN in folder.names() and is_begun(folder) else plan
-    if saved.contents not in ("", plan.contents):  # plans from before this field existed have no digest
+    spec = dataclasses.replace(spec, contents=digest_contents(units))
+    saved = _read_spec(folder) if PLAN in folder.names() and is_begun(folder) else spec
+    if saved.contents not in ("", spec.contents):  # specs from before this field existed have no digest
         raise UserError(
             f"{folder.path} was prepared from files that have changed since, although their sizes have not; choose "
             "another --out"
         )
 
-    return plan
+    return spec
 
 
 # The folder
 
 
-def check_folder(folder: PreparedFolder, plan: Plan) -> None:
-    """Checks that a folder is empty, or was started with the same plan, apart from the content digest. Writes nothing.
+def check_folder(folder: PreparedFolder, spec: CorpusSpec) -> None:
+    """Checks that a folder is empty, or was started with the same spec, apart from the content digest. Writes nothing.
 
     Raises:
       UserError: the folder holds the work of another command (the differences are listed), or unrelated files.
@@ -242,10 +245,10 @@ def check_folder(folder: PreparedFolder, plan: Plan) -> None:
         return
 
     if not is_begun(folder):
-        return  # a plan without any output may be replaced
+        return  # a spec without any output may be replaced
 
-    saved = _read_plan(folder)
-    changed = differences(dataclasses.replace(saved, contents=""), dataclasses.replace(plan, contents=""))
+    saved = _read_spec(folder)
+    changed = differences(dataclasses.replace(saved, contents=""), dataclasses.replace(spec, contents=""))
     if changed:
         raise UserError(
             f"{folder.path} is prepared by another command ({'; '.join(map(str, changed))}: there, here); "
@@ -254,36 +257,36 @@ def check_folder(folder: PreparedFolder, plan: Plan) -> None:
 
 
 def is_begun(folder: PreparedFolder) -> bool:
-    """Whether the folder has output that took time to produce. From then on, the folder is reserved for its plan."""
+    """Whether the folder has output that took time to produce. From then on, the folder is reserved for its spec."""
     made = (MANIFEST, SIGNATURES)
     return any(name in made or name.endswith(SHARD) for name in folder.names())
 
 
-def claim_folder(folder: PreparedFolder, plan: Plan, tokenizer: Tokenizer) -> str:
-    """Writes the plan and the tokenizer, which are known before any work. Returns the file name of the tokenizer."""
-    # Reports of units may be left from another plan that never produced a shard.
+def claim_folder(folder: PreparedFolder, spec: CorpusSpec, tokenizer: Tokenizer) -> str:
+    """Writes the spec and the tokenizer, which are known before any work. Returns the file name of the tokenizer."""
+    # Reports of units may be left from another spec that never produced a shard.
     if not is_begun(folder):
         folder.remove_folder("units")
-    name = _TOKENIZER_FILES.get(plan.tokenizer_kind, "tokenizer.model")
-    folder.write(PLAN, as_json(plan))
+    name = _TOKENIZER_FILES.get(spec.tokenizer_kind, "tokenizer.model")
+    folder.write(PLAN, as_json(spec))
     folder.write(name, tokenizer.serialize())
     return name
 
 
-def _read_plan(folder: PreparedFolder) -> Plan:
-    """Reads the plan of a folder. Raises UserError if it is damaged."""
+def _read_spec(folder: PreparedFolder) -> CorpusSpec:
+    """Reads the spec of a folder. Raises UserError if it is damaged."""
     try:
-        return from_dict(Plan, json.loads(folder.read(PLAN)))
+        return from_dict(CorpusSpec, json.loads(folder.read(PLAN)))
     except ValueError as error:
         raise UserError(f"{folder.at(PLAN)} is damaged ({error}); choose another --out") from None
 
 
-def _describe_evaluations(order: Order) -> str:
+def _describe_evaluations(config: PrepareConfig) -> str:
     """Returns a short description of the evaluation files, with a digest of their content."""
-    files = [file for pattern in order.decontaminate for file in find_files(pattern, by_content=False).files]
+    files = [file for pattern in config.decontaminate for file in find_files(pattern, by_content=False).files]
     if not files:
         return ""
     digest = hashlib.blake2b(digest_size=8)
     for file in files:
         digest.update(hashlib.blake2b(file.read()).digest())
-    return f"{order.ngram} words, {len(files)} files, digest {digest.hexdigest()}"
+    return f"{config.ngram} words, {len(files)} files, digest {digest.hexdigest()}"

@@ -15,9 +15,9 @@ import numpy as np
 from looplm_jax.codec import from_dict
 from looplm_jax.config import OnBadRecord
 from looplm_jax.corpus._decontamination import EvaluationNgrams, Findings, Overlap
-from looplm_jax.corpus._format import SHARD, LeftOut, Plan, PreparedFolder, Shard, SourceCount, as_json
+from looplm_jax.corpus._format import SHARD, CorpusSpec, LeftOut, PreparedFolder, Shard, SourceCount, as_json
 from looplm_jax.corpus._shards import Segment, pieces, token_type, write_shard
-from looplm_jax.corpus._work_units import Placed, Unit, documents
+from looplm_jax.corpus._work_units import LocatedDocument, Unit, documents
 from looplm_jax.corpus._worker_pool import Progress, Report
 from looplm_jax.data._documents import is_validation, plain_text
 from looplm_jax.data._examples import to_example
@@ -64,7 +64,7 @@ def read_report(folder: PreparedFolder, number: int) -> UnitReport:
     return from_dict(UnitReport, json.loads(folder.read(report_name(number))))
 
 
-class Tally:
+class Counters:
     """Counts of a unit while its documents are processed, which also reports progress about twice a second."""
 
     def __init__(self, bad: BadRecordPolicy, say: Report):
@@ -79,7 +79,7 @@ class Tally:
         self._said = time.monotonic()
         self._news = Progress(0, 0, 0)
 
-    def read(self, placed: Placed) -> None:
+    def read(self, placed: LocatedDocument) -> None:
         """Counts a document that was read."""
         size = len(plain_text(placed.document).encode())
         self._documents[placed.source] += 1
@@ -88,7 +88,7 @@ class Tally:
         if time.monotonic() - self._said > _SECONDS_BETWEEN_REPORTS:
             self.say()
 
-    def compared(self, placed: Placed, overlap: Overlap | None) -> None:
+    def compared(self, placed: LocatedDocument, overlap: Overlap | None) -> None:
         """Counts a document that was compared with the evaluation items."""
         self.findings.add(placed.source, f"{placed.file}:{placed.place[0]}:{placed.place[1]}", overlap)
 
@@ -150,7 +150,7 @@ class UnitJob:
 class TokenizeUnit:
     """A job that writes the packed sequences of a unit. It is sent to every worker once."""
 
-    plan: Plan
+    spec: CorpusSpec
     tokenizer_content: bytes
     url: str
     scratch: Path
@@ -160,12 +160,12 @@ class TokenizeUnit:
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer, built in the process that uses it."""
-        return deserialize(self.plan.tokenizer_kind, self.tokenizer_content)
+        return deserialize(self.spec.tokenizer_kind, self.tokenizer_content)
 
     @functools.cached_property
     def parsed_sources(self) -> frozenset[str]:
         """The paths of sources in whose text names of special tokens are parsed."""
-        return frozenset(source.path for source in self.plan.sources if source.special_tokens)
+        return frozenset(source.path for source in self.spec.sources if source.special_tokens)
 
     def __call__(self, job: UnitJob, say: Report) -> UnitReport:
         """Writes the sequences of a unit, and then its report.
@@ -175,7 +175,7 @@ class TokenizeUnit:
         """
         folder = PreparedFolder(self.url)
 
-        tally = Tally(BadRecordPolicy(self.on_bad_record), say)
+        tally = Counters(BadRecordPolicy(self.on_bad_record), say)
         held_out: list[Segment] = []
 
         # Training segments are streamed to the shard; held-out ones are few and are collected on the way.
@@ -197,12 +197,12 @@ class TokenizeUnit:
 
     def _write(self, folder: PreparedFolder, part: str, number: int, segments: Iterable[Segment]) -> list[Shard]:
         """Packs segments and writes them as one shard. Returns it, or nothing if there are no segments."""
-        length, tokens = self.plan.sequence_length, token_type(self.plan.vocab_size)
-        rows = pack_rows(shuffled(segments, length, seed=number), length)
+        length, tokens = self.spec.sequence_length, token_type(self.spec.vocab_size)
+        rows = pack_segments(shuffled(segments, length, seed=number), length)
         shard = write_shard(rows, tokens, self.scratch, folder, f"{part}-{number:05d}{SHARD}")
         return [] if shard is None else [shard]
 
-    def _train_pieces(self, job: UnitJob, tally: Tally, held_out: list[Segment]) -> Iterator[Segment]:
+    def _train_pieces(self, job: UnitJob, tally: Counters, held_out: list[Segment]) -> Iterator[Segment]:
         """Yields the segments of kept training documents, and adds those of held-out documents to `held_out`."""
         for number, placed in enumerate(documents(job.unit, tally.bad)):
             tally.read(placed)
@@ -218,11 +218,11 @@ class TokenizeUnit:
                     continue
 
             example = to_example(placed.document, self.tokenizer, special=placed.source in self.parsed_sources)
-            length = self.plan.sequence_length
+            length = self.spec.sequence_length
             segments = pieces(example, length)
 
             # The split is by document, so all segments of a document are on the same side.
-            is_held_out = is_validation(placed.document, self.plan.validation_fraction)
+            is_held_out = is_validation(placed.document, self.spec.validation_fraction)
             tally.tokenized(len(example.tokens) - 1, len(segments), length, held_out=is_held_out)
             if is_held_out:
                 held_out += segments
@@ -242,7 +242,7 @@ def shuffled(pieces: Iterable[Segment], length: int, seed: int) -> Iterator[Segm
         yield from (some[place] for place in random.permutation(len(some)))
 
 
-def pack_rows(pieces: Iterable[Segment], length: int) -> Iterator[list[Segment]]:
+def pack_segments(pieces: Iterable[Segment], length: int) -> Iterator[list[Segment]]:
     """Yields sequences of at most `length` positions, as lists of segments.
 
     Every segment is in exactly one sequence. No segment may be longer than a sequence.

@@ -79,22 +79,22 @@ def run_jobs(
     with contextlib.ExitStack() as ending:
         for _ in range(min(workers, len(jobs))):
             busy.append(_start(work, ending))
-            _give(busy[-1], waiting)
+            _send_job(busy[-1], waiting)
 
         while busy:
             for pipe in wait([worker.pipe for worker in busy]):
                 worker = next(worker for worker in busy if worker.pipe is pipe)
-                word = _hear(worker)
-                if isinstance(word, Progress):
-                    yield word
+                message = _receive(worker)
+                if isinstance(message, Progress):
+                    yield message
                     continue
 
                 # The next job is handed out before the result is yielded, so that the worker is not idle while the
                 # caller runs.
                 number = worker.number
-                if not _give(worker, waiting):
+                if not _send_job(worker, waiting):
                     busy.remove(worker)
-                yield Finished(number, word)
+                yield Finished(number, message)
 
 
 def _start(work: Callable[..., Any], ending: contextlib.ExitStack) -> _Worker:
@@ -122,26 +122,27 @@ def _end(process: SpawnProcess) -> None:
     process.join()
 
 
-def _give(worker: _Worker, waiting: Iterator[tuple[int, Any]]) -> bool:
+def _send_job(worker: _Worker, waiting: Iterator[tuple[int, Any]]) -> bool:
     """Sends the next job to a worker, or None if there is none. Returns whether there was one."""
     number, job = next(waiting, (-1, None))
-    with contextlib.suppress(BrokenPipeError):  # `_hear` reports a dead worker
+    with contextlib.suppress(BrokenPipeError):  # `_receive` reports a dead worker
         worker.pipe.send(job)
     worker.number = number
     return number >= 0
 
 
-def _hear(worker: _Worker) -> Any:
+def _receive(worker: _Worker) -> Any:
     """Returns the next message of a worker. Raises UserError if the worker died, and re-raises what its job raised."""
     try:
-        word = worker.pipe.recv()
+        message = worker.pipe.recv()
     except (EOFError, ConnectionResetError):
         raise UserError(
-            "a worker was killed, perhaps for lack of memory; the same command goes on, with fewer --workers if need be"
+            "a worker was killed, perhaps for lack of memory; run the same command to resume, with fewer --workers if "
+            "needed"
         ) from None
-    if isinstance(word, Exception):
-        raise word
-    return word
+    if isinstance(message, Exception):
+        raise message
+    return message
 
 
 # The worker

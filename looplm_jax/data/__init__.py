@@ -12,8 +12,8 @@ function of its arguments, and its state, a few hundred bytes of JSON, resumes i
     (2, 64)
 
 Batches:
-  `Batch`, `BatchIterator`, `train_batches`, `ValidationBatches`, `validation_batches`; `LaneBatches` and `lane_count`
-  divide a global batch over processes.
+  `Batch`, `BatchIterator`, `train_batches`, `ValidationBatches`, `validation_batches`; `SubstreamBatches` and
+  `substream_count` divide a global batch over processes.
 
 Corpora and examples:
   `Corpus`, `open_corpus`, `training_texts`, `collect_stdlib`; `Example`, `Message`, `tokens_and_mask`.
@@ -31,7 +31,7 @@ with epy.lazy_api_imports(globals()):
     # isort: off
     # Batches of packed sequences.
     from looplm_jax.data._packing import Batch
-    from looplm_jax.data._iterator import BatchIterator, LaneBatches, lane_count
+    from looplm_jax.data._iterator import BatchIterator, SubstreamBatches, substream_count
     from looplm_jax.data._pipeline import train_batches, training_texts
     from looplm_jax.data._validation import ValidationBatches, validation_batches
 
@@ -53,16 +53,16 @@ __all__ = [
     "BatchIterator",
     "Corpus",
     "Example",
-    "LaneBatches",
     "Message",
+    "SubstreamBatches",
     "Tokenizer",
     "ValidationBatches",
     "check_vocab",
     "collect_stdlib",
     "deserialize",
-    "lane_count",
     "load_tokenizer",
     "open_corpus",
+    "substream_count",
     "tokens_and_mask",
     "train_batches",
     "train_sentencepiece",

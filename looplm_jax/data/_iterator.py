@@ -27,7 +27,8 @@ from looplm_jax.resume import may_differ
 PROBLEMS = "problems"  # identity key: how task problems are drawn; states saved before it existed mean one at a time
 _SPECIAL_TOKENS = ".special_tokens"  # newer than many saved states, so it is part of the identity only if set
 
-_LANE_TOKENS = 2**17  # tokens of a step per substream; smaller ones would save little work and keep more open sequences
+# Tokens of a step per substream. Smaller substreams would save little work and keep more open sequences.
+_SUBSTREAM_TOKENS = 2**17
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,7 +110,7 @@ class BatchIterator:
         ]
         if changed:
             raise UserError(
-                f"the saved place in the data belongs to another set-up ({'; '.join(changed)}); "
+                f"the saved position in the data belongs to another setup ({'; '.join(changed)}); "
                 "set these back, or start a new run"
             )
 
@@ -147,7 +148,7 @@ def stream_identity(corpus: Corpus, tokenizer: Tokenizer, geometry: Geometry, se
 
     return {
         **config,
-        "documents": [part.train_documents for part in corpus.parts],
+        "documents": [source.train_documents for source in corpus.sources],
         "content": corpus.digest,
         "tokenizer": tokenizer.fingerprint,
         "seed": seed,
@@ -159,7 +160,7 @@ def stream_identity(corpus: Corpus, tokenizer: Tokenizer, geometry: Geometry, se
 # Substreams
 
 
-def lane_count(batch_size: int, sequence_length: int, saved: Mapping[str, Any] | None = None) -> int:
+def substream_count(batch_size: int, sequence_length: int, saved: Mapping[str, Any] | None = None) -> int:
     """Returns the number of substreams: a power of two that divides the number of sequences of a batch.
 
     Args:
@@ -169,50 +170,57 @@ def lane_count(batch_size: int, sequence_length: int, saved: Mapping[str, Any] |
     """
     # A substream is opened as if it were a process, so its process count is the number of substreams.
     if saved is not None:
-        return next(iter(_lane_states(saved).values()))["identity"]["process_count"]
+        return next(iter(_substream_states(saved).values()))["identity"]["process_count"]
 
-    # The largest power of two that divides the batch and leaves each substream at least _LANE_TOKENS per step.
-    most = max(1, batch_size * sequence_length // _LANE_TOKENS)
+    # The largest power of two that divides the batch and leaves each substream at least _SUBSTREAM_TOKENS per step.
+    most = max(1, batch_size * sequence_length // _SUBSTREAM_TOKENS)
     return math.gcd(batch_size, 2 ** (most.bit_length() - 1))
 
 
-class LaneBatches:
+class SubstreamBatches:
     """The sequences of one process in an endless stream of global batches.
 
-    If `lanes` divides `part_rows`, every microbatch has sequences from every substream, in their order. Otherwise each
-    sequence position of the microbatches has its own substreams.
+    If `substreams` divides `microbatch_sequences`, every microbatch has sequences from every substream, in their order.
+    Otherwise each sequence position of the microbatches has its own substreams.
 
     Args:
-      open_lane: opens a substream by number; its batches hold `batch_size / lanes` sequences.
-      lanes: the number of substreams.
+      open_substream: opens a substream by number; its batches hold `batch_size / substreams` sequences.
+      substreams: the number of substreams.
       rows: indices, within a microbatch, of the sequences of this process, in ascending order.
-      part_rows: the number of sequences in a microbatch of the global batch.
-      parts: the number of microbatches that a batch is accumulated from.
+      microbatch_sequences: the number of sequences in a microbatch of the global batch.
+      microbatches: the number of microbatches that a batch is accumulated from.
     """
 
     def __init__(
         self,
-        open_lane: Callable[[int], BatchIterator],
+        open_substream: Callable[[int], BatchIterator],
         *,
-        lanes: int,
+        substreams: int,
         rows: Sequence[int],
-        part_rows: int,
-        parts: int = 1,
+        microbatch_sequences: int,
+        microbatches: int = 1,
     ):
         # (substream, index in it) of each sequence of this process, microbatch by microbatch.
-        places = [_place(part, row, lanes, part_rows, parts) for part in range(parts) for row in rows]
-        needed = sorted({lane for lane, _ in places})
+        places = [
+            _place(microbatch, row, substreams, microbatch_sequences, microbatches)
+            for microbatch in range(microbatches)
+            for row in rows
+        ]
+        needed = sorted({substream for substream, _ in places})
 
-        self._chosen = np.array([needed.index(lane) for lane, _ in places]), np.array([row for _, row in places])
-        self._lanes = {lane: open_lane(lane) for lane in needed}
+        self._chosen = (
+            np.array([needed.index(substream) for substream, _ in places]),
+            np.array([row for _, row in places]),
+        )
+        self._substreams = {substream: open_substream(substream) for substream in needed}
 
-    def __iter__(self) -> "LaneBatches":
+    def __iter__(self) -> "SubstreamBatches":
         return self
 
     def __next__(self) -> Batch:
         """Returns this process's sequences of the next batch, microbatch after microbatch."""
         # Every substream advances, and then each sequence is picked from its substream.
-        batches = [next(lane) for lane in self._lanes.values()]
+        batches = [next(substream) for substream in self._substreams.values()]
         names = [field.name for field in dataclasses.fields(Batch)]
         return Batch(**{name: self._own([getattr(batch, name) for batch in batches]) for name in names})
 
@@ -221,7 +229,7 @@ class LaneBatches:
 
         The state of the whole stream is the union of these over all processes.
         """
-        return {"lanes": {str(number): lane.state() for number, lane in self._lanes.items()}}
+        return {"lanes": {str(number): substream.state() for number, substream in self._substreams.items()}}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Moves the stream to the position after the batch at which the state of the whole stream was taken.
@@ -229,30 +237,31 @@ class LaneBatches:
         Raises:
           UserError: the state is from a different stream.
         """
-        states = _lane_states(state)
+        states = _substream_states(state)
         # A substream without a saved state gets another one's; the identity check then reports the difference.
-        for number, lane in self._lanes.items():
-            lane.restore(states.get(str(number), next(iter(states.values()))))
+        for number, substream in self._substreams.items():
+            substream.restore(states.get(str(number), next(iter(states.values()))))
 
     def close(self) -> None:
         """Stops the prefetching threads of all substreams."""
-        for lane in self._lanes.values():
-            lane.close()
+        for substream in self._substreams.values():
+            substream.close()
 
-    def _own(self, lanes: Sequence[Shaped[np.ndarray, "rows S"]]) -> Shaped[np.ndarray, "own S"]:
+    def _own(self, substreams: Sequence[Shaped[np.ndarray, "rows S"]]) -> Shaped[np.ndarray, "own S"]:
         """Selects this process's sequences from one feature of all opened substreams."""
-        return np.stack(lanes)[self._chosen]
+        return np.stack(substreams)[self._chosen]
 
 
-def _place(part: int, row: int, lanes: int, part_rows: int, parts: int) -> tuple[int, int]:
+def _place(microbatch: int, row: int, substreams: int, microbatch_sequences: int, microbatches: int) -> tuple[int, int]:
     """Returns the substream of a sequence of a microbatch, and its index among the sequences of that substream."""
     # `width` sequences of each microbatch come from each substream.
-    width, rest = divmod(part_rows, lanes)
+    width, rest = divmod(microbatch_sequences, substreams)
     if not rest:
-        return row // width, part * width + row % width
-    return divmod(row * parts + part, part_rows * parts // lanes)
+        return row // width, microbatch * width + row % width
+    return divmod(row * microbatches + microbatch, microbatch_sequences * microbatches // substreams)
 
 
-def _lane_states(state: Mapping[str, Any]) -> Mapping[str, Any]:
+def _substream_states(state: Mapping[str, Any]) -> Mapping[str, Any]:
     """Returns the state of each substream by its number, as a string."""
-    return state.get("lanes", {"0": state})  # versions without substreams saved the state of a single stream
+    # "lanes" is the name of substreams in saved states. Versions without them saved the state of a single stream.
+    return state.get("lanes", {"0": state})

@@ -40,7 +40,7 @@ class Records(Protocol):
         """Returns the record at an index."""
 
 
-class Part(Protocol):
+class MixtureSource(Protocol):
     """One source of the mixture."""
 
     @property
@@ -62,7 +62,7 @@ class Part(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class TextPart:
+class TextSource:
     """A source of documents in files, split into training and validation by index."""
 
     config: SourceConfig
@@ -86,7 +86,7 @@ class TextPart:
 
 
 @dataclasses.dataclass(frozen=True)
-class TaskPart:
+class TaskSource:
     """A synthetic task, whose problems are generated on demand."""
 
     config: SourceConfig
@@ -103,7 +103,7 @@ class TaskPart:
 
 
 @dataclasses.dataclass(frozen=True)
-class PreparedPart:
+class PreparedSource:
     """A source of sequences that were tokenized and packed beforehand with `looplm tokenize`."""
 
     config: SourceConfig
@@ -153,12 +153,12 @@ class Corpus:
     """All opened sources of a mixture, grouped by kind, and the configuration they were opened from."""
 
     config: DataConfig
-    texts: tuple[TextPart, ...]
-    tasks: tuple[TaskPart, ...]
-    prepared: tuple[PreparedPart, ...] = ()
+    texts: tuple[TextSource, ...]
+    tasks: tuple[TaskSource, ...]
+    prepared: tuple[PreparedSource, ...] = ()
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def sources(self) -> tuple[MixtureSource, ...]:
         """All sources of the mixture. A corpus has either prepared sources or others, never both."""
         return self.texts + self.tasks + self.prepared
 
@@ -230,7 +230,7 @@ def open_corpus(data: DataConfig, say: Callable[[str], object] | None = None) ->
         say(summarize(found))
 
     texts = tuple(itertools.starmap(functools.partial(_open_text, data), zip(sources, located, found, strict=True)))
-    tasks = tuple(TaskPart(source, make_task(source.path)) for source in data.sources if is_task(source.path))
+    tasks = tuple(TaskSource(source, make_task(source.path)) for source in data.sources if is_task(source.path))
 
     _check_split(data, texts)
     _check_one_vocabulary(texts, tasks)
@@ -249,7 +249,7 @@ def locate(root: str, path: str) -> str:
     return f"{root.rstrip('/')}/{path}"
 
 
-def _open_text(data: DataConfig, config: SourceConfig, located: SourceConfig, files: Inputs) -> TextPart:
+def _open_text(data: DataConfig, config: SourceConfig, located: SourceConfig, files: Inputs) -> TextSource:
     """Opens a text source and splits it. Raises UserError if no document is left for training."""
     source = open_files(located, on_bad_record=data.on_bad_record, files=files)
     split = split_documents(source.keys, data.validation_fraction)
@@ -258,10 +258,10 @@ def _open_text(data: DataConfig, config: SourceConfig, located: SourceConfig, fi
             f"{config.path}: all {len(source)} documents are held out for validation; "
             "lower data.validation_fraction, or give more documents"
         )
-    return TextPart(config, source, split.train, split.validation)
+    return TextSource(config, source, split.train, split.validation)
 
 
-def _open_prepared(data: DataConfig) -> tuple[PreparedPart, ...]:
+def _open_prepared(data: DataConfig) -> tuple[PreparedSource, ...]:
     """Returns the prepared sources, or an empty tuple if no source is prepared.
 
     Raises:
@@ -280,23 +280,23 @@ def _open_prepared(data: DataConfig) -> tuple[PreparedPart, ...]:
             "prepare the other with `looplm tokenize`"
         )
 
-    parts = tuple(PreparedPart(source, open_prepared(path)) for source, path in found)
-    for part in parts[1:]:
-        _check_alike(parts[0], part)
-    check_at_start([part.corpus for part in parts])
-    if data.validation_fraction > 0 and not any(part.manifest.validation for part in parts):
+    sources = tuple(PreparedSource(source, open_prepared(path)) for source, path in found)
+    for part in sources[1:]:
+        _check_alike(sources[0], part)
+    check_at_start([part.corpus for part in sources])
+    if data.validation_fraction > 0 and not any(part.manifest.validation for part in sources):
         raise UserError(
-            "no row of the prepared sources is held out; prepare one with --validation-fraction, or set "
+            "no sequence of the prepared sources is held out; prepare one with --validation-fraction, or set "
             "data.validation_fraction to 0"
         )
 
-    return parts
+    return sources
 
 
 # Checks
 
 
-def _check_alike(first: PreparedPart, other: PreparedPart) -> None:
+def _check_alike(first: PreparedSource, other: PreparedSource) -> None:
     """Raises UserError if two prepared sources differ in tokenizer or sequence length."""
     ours, theirs = first.manifest.plan, other.manifest.plan
     if ours.tokenizer != theirs.tokenizer:
@@ -306,12 +306,12 @@ def _check_alike(first: PreparedPart, other: PreparedPart) -> None:
         )
     if ours.sequence_length != theirs.sequence_length:
         raise UserError(
-            f"{first.config.path!r} is prepared in rows of {ours.sequence_length} and {other.config.path!r} of "
+            f"{first.config.path!r} is prepared in sequences of {ours.sequence_length} and {other.config.path!r} of "
             f"{theirs.sequence_length}; prepare both for the same --sequence-length"
         )
 
 
-def _check_split(data: DataConfig, texts: Sequence[TextPart]) -> None:
+def _check_split(data: DataConfig, texts: Sequence[TextSource]) -> None:
     """Raises UserError if validation is requested and no document is held out."""
     if texts and data.validation_fraction > 0 and not any(len(part.validation_indices) for part in texts):
         documents = sum(part.train_documents for part in texts)
@@ -321,7 +321,7 @@ def _check_split(data: DataConfig, texts: Sequence[TextPart]) -> None:
         )
 
 
-def _check_one_vocabulary(texts: Sequence[TextPart], tasks: Sequence[TaskPart]) -> None:
+def _check_one_vocabulary(texts: Sequence[TextSource], tasks: Sequence[TaskSource]) -> None:
     """Raises UserError if a task is mixed with text, or with a task of another vocabulary."""
     if tasks and texts:
         raise UserError(

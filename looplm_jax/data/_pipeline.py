@@ -12,9 +12,9 @@ from looplm_jax.config import DataConfig, RecordKind
 from looplm_jax.data._documents import plain_text
 from looplm_jax.data._examples import chunks, to_example
 from looplm_jax.data._iterator import BatchIterator, Geometry, stream_identity
-from looplm_jax.data._mixture import Corpus, Part, open_corpus
+from looplm_jax.data._mixture import Corpus, MixtureSource, open_corpus
 from looplm_jax.data._packing import pack
-from looplm_jax.data._streams import Blocks, RowBatches, Stream, TaskBatches
+from looplm_jax.data._streams import Blocks, PreparedBatches, Stream, TaskBatches
 from looplm_jax.data.tokenizers._base import Tokenizer
 from looplm_jax.errors import UserError
 
@@ -77,7 +77,7 @@ def train_batches(
     # Prepared sources need no packing, and tasks are packed in vectorized blocks; only text goes through Grain's
     # packer.
     if corpus.prepared:
-        return BatchIterator(RowBatches(records(), geometry.rows), identity)
+        return BatchIterator(PreparedBatches(records(), geometry.rows), identity)
     if corpus.tasks:
         seeds = [_derived_seed(seed, number) for number in range(len(corpus.tasks))]
         blocks = Blocks(corpus.tasks, seeds, sequence_length)
@@ -112,16 +112,16 @@ def mixture(
     """
     streams = [
         part.train(_derived_seed(seed, number))[process_index::process_count]
-        for number, part in enumerate(corpus.parts)
+        for number, part in enumerate(corpus.sources)
     ]
 
     if tokenizer is not None and not corpus.prepared:
-        streams = [as_examples(stream, part, tokenizer) for stream, part in zip(streams, corpus.parts, strict=True)]
+        streams = [as_examples(stream, part, tokenizer) for stream, part in zip(streams, corpus.sources, strict=True)]
 
-    return grain.MapDataset.mix(streams, weights=[part.config.weight for part in corpus.parts])
+    return grain.MapDataset.mix(streams, weights=[part.config.weight for part in corpus.sources])
 
 
-def as_examples(records: grain.MapDataset, part: Part, tokenizer: Tokenizer) -> grain.MapDataset:
+def as_examples(records: grain.MapDataset, part: MixtureSource, tokenizer: Tokenizer) -> grain.MapDataset:
     """Returns the documents of a source as tokenized examples."""
     return records.map(functools.partial(to_example, tokenizer=tokenizer, special=part.config.special_tokens))
 
@@ -134,7 +134,7 @@ def training_texts(data: DataConfig | Corpus, *, seed: int = 0) -> Iterator[str]
     """
     corpus = as_corpus(data)
     if corpus.own_tokenizer is not None:
-        raise UserError(f"{corpus.parts[0].config.path!r} has its own tokenizer; there is none to train")
+        raise UserError(f"{corpus.sources[0].config.path!r} has its own tokenizer; there is none to train")
     records = mixture(corpus, seed)
     return (plain_text(records[index]) for index in range(corpus.train_documents))
 
@@ -176,7 +176,7 @@ def check_fit(corpus: Corpus, tokenizer: Tokenizer, sequence_length: int) -> Non
             )
         if plan.sequence_length != sequence_length:
             raise UserError(
-                f"{prepared.config.path!r} is prepared in rows of {plan.sequence_length}, and sequence_length is "
+                f"{prepared.config.path!r} is prepared in sequences of {plan.sequence_length}, and sequence_length is "
                 f"{sequence_length}; set it to {plan.sequence_length}, or prepare it again"
             )
 
@@ -189,7 +189,7 @@ def _derived_seed(seed: int, use: int | str) -> int:
 # Chats without targets
 
 
-def pieces_left_out(corpus: Corpus, tokenizer: Tokenizer, sequence_length: int) -> Iterator[str]:
+def chunks_left_out(corpus: Corpus, tokenizer: Tokenizer, sequence_length: int) -> Iterator[str]:
     """Yields one line for each chat source of which some chunks have no target and are dropped.
 
     The fraction is estimated on a random sample of up to 64 chats of the source. Text sources need no check, as every

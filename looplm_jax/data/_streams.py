@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import grain
 import numpy as np
 
-from looplm_jax.data._mixture import TaskPart
+from looplm_jax.data._mixture import TaskSource
 from looplm_jax.data._packing import Rows, pack_problems
 from looplm_jax.data.tasks._base import Problems, generator
 
@@ -45,7 +45,7 @@ class Stream(Protocol):
 # Prepared sequences
 
 
-class RowBatches:
+class PreparedBatches:
     """An endless stream of batches of prepared sequences, prefetched in order.
 
     Its state is the number of batches that were returned.
@@ -60,7 +60,7 @@ class RowBatches:
         self._done = 0
         self._ahead: collections.deque[list[concurrent.futures.Future[Any]]] = collections.deque()
 
-    def __iter__(self) -> "RowBatches":
+    def __iter__(self) -> "PreparedBatches":
         return self
 
     def __next__(self) -> Mapping[str, np.ndarray]:
@@ -110,13 +110,13 @@ class Blocks:
     """All blocks of a mixture of tasks, indexed by number.
 
     Args:
-      parts: tasks that share one vocabulary. Each block has problems of all of them in proportion to their weights, in
+      tasks: tasks that share one vocabulary. Each block has problems of all of them in proportion to their weights, in
         random order.
       seeds: the seed of each task's stream.
       sequence_length: positions in a sequence.
     """
 
-    parts: Sequence[TaskPart]
+    tasks: Sequence[TaskSource]
     seeds: Sequence[int]
     sequence_length: int
 
@@ -128,19 +128,19 @@ class Blocks:
         """Returns the problems of a block."""
         drawn = []
         before, after = self._drawn(block), self._drawn(block + 1)
-        for part, seed, start, end in zip(self.parts, self.seeds, before, after, strict=True):
+        for source, seed, start, end in zip(self.tasks, self.seeds, before, after, strict=True):
             if end > start:
-                drawn.append(part.task.train_problems(seed, start, end - start))
+                drawn.append(source.task.train_problems(seed, start, end - start))
 
         # A single task needs no interleaving.
-        if len(self.parts) == 1:
+        if len(self.tasks) == 1:
             return drawn[0]
         count = sum(len(problems.lengths) for problems in drawn)
         return Problems.joined(drawn, generator("mixed-problems", *self.seeds, block).permutation(count))
 
     def _drawn(self, block: int) -> list[int]:
         """Returns, for each task, the number of problems in all earlier blocks."""
-        weights = [part.config.weight for part in self.parts]
+        weights = [source.config.weight for source in self.tasks]
         # Rounding cumulative counts, instead of those of each block, keeps the proportions exact over many blocks.
         return [int(block * self._size * (weight / sum(weights))) for weight in weights]
 
@@ -149,7 +149,7 @@ class Blocks:
         """The number of problems in a block."""
         # The longest problem bounds the number of problems that surely fit.
         tokens = max(_BLOCK_TOKENS, _BLOCK_ROWS * self.sequence_length)
-        return max(1, tokens // max(part.task.max_tokens for part in self.parts))
+        return max(1, tokens // max(source.task.max_tokens for source in self.tasks))
 
 
 # Batches

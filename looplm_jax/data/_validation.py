@@ -93,7 +93,7 @@ def _sequences(
     """Returns the first held-out sequences, packed, each a dictionary of features."""
     if corpus.prepared:
         return _rows(corpus, most)
-    parts = [as_examples(grain.MapDataset.source(part.validation()), part, tokenizer) for part in corpus.parts]
+    parts = [as_examples(grain.MapDataset.source(part.validation()), part, tokenizer) for part in corpus.sources]
     # Records of all sources are interleaved, so that the first `most` sequences represent the whole mixture.
     examples = grain.MapDataset.source(_Interleaved(parts))
     rows = iter(pack(examples.to_iter_dataset(READING), sequence_length, shuffle_seed=_ORDER))

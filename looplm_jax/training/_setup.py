@@ -14,7 +14,7 @@ from looplm_jax.codec import to_dict
 from looplm_jax.config import DataConfig, Recipe
 from looplm_jax.convert._import_hf import is_hf_folder
 from looplm_jax.data._mixture import Corpus, open_corpus
-from looplm_jax.data._pipeline import check_fit, pieces_left_out
+from looplm_jax.data._pipeline import check_fit, chunks_left_out
 from looplm_jax.data.tokenizers import FolderTokenizer, Tokenizer, deserialize
 from looplm_jax.distributed import SINGLE_PROCESS, ProcessGroup, first_on_process_0
 from looplm_jax.errors import UserError
@@ -162,7 +162,7 @@ def _open_corpora(recipe: Recipe, console: Console) -> tuple[Corpus, ...]:
 def _report_pieces_left_out(recipe: Recipe, corpora: Sequence[Corpus], tokenizer: Tokenizer, console: Console) -> None:
     """Prints estimates of how many chunks of chats are dropped, once per source."""
     stages = zip(recipe.stages, corpora, strict=True)
-    lines = (line for stage, corpus in stages for line in pieces_left_out(corpus, tokenizer, stage.sequence_length))
+    lines = (line for stage, corpus in stages for line in chunks_left_out(corpus, tokenizer, stage.sequence_length))
     for line in dict.fromkeys(lines):  # stages may share a source
         console.print(line, markup=False)
 

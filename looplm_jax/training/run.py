@@ -287,23 +287,29 @@ def _open_reader(run: _Run, position: Position) -> Reader:
     """Opens the batches of a stage, at the saved position if the run stopped inside this stage."""
     setup = run.setup
     stage, mesh = setup.recipe.stages[position.stage], setup.meshes[position.stage]
-    lanes = data.lane_count(stage.batch_size, stage.sequence_length, position.data_state)
-    part_rows = stage.batch_size // stage.accumulation
+    substreams = data.substream_count(stage.batch_size, stage.sequence_length, position.data_state)
+    microbatch_sequences = stage.batch_size // stage.accumulation
 
-    def open_lane(lane: int) -> BatchIterator:
+    def open_substream(substream: int) -> BatchIterator:
         return data.train_batches(
             setup.corpora[position.stage],
             setup.tokenizer,
             batch_size=stage.batch_size,
             sequence_length=stage.sequence_length,
             seed=setup.recipe.data.seed + position.stage,
-            process_index=lane,
-            process_count=lanes,
+            process_index=substream,
+            process_count=substreams,
         )
 
-    def open_rows() -> data.LaneBatches:
-        rows = process_rows(mesh, part_rows)
-        return data.LaneBatches(open_lane, lanes=lanes, rows=rows, part_rows=part_rows, parts=stage.accumulation)
+    def open_rows() -> data.SubstreamBatches:
+        rows = process_rows(mesh, microbatch_sequences)
+        return data.SubstreamBatches(
+            open_substream,
+            substreams=substreams,
+            rows=rows,
+            microbatch_sequences=microbatch_sequences,
+            microbatches=stage.accumulation,
+        )
 
     return Reader(open_rows, run.progress.warn, start=position.data_state)
 

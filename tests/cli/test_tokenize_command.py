@@ -94,7 +94,7 @@ MISTAKES = [
     (["a.jsonl", "--out", "a.jsonl", "--tokenizer", "t.model", *LENGTH], "{here}/a.jsonl is a file; choose another"),
     (["a.jsonl", "--out", ".", "--tokenizer", "t.model", *LENGTH], "{here} is not empty and holds no prepared corpus"),
     (["a.jsonl", "--out", "s3://x", "--tokenizer", "t.model", *LENGTH], "s3://x: a prepared corpus lies in a local"),
-    (["--verify", "--out", "out"], "{here}/out holds no prepared corpus; `looplm tokenize` makes one"),
+    (["--verify", "--out", "out"], "{here}/out holds no prepared corpus; `looplm tokenize` prepares one"),
     (
         ["a.jsonl", "--out", "out", "--tokenizer", "t.model", *LENGTH, "--decontaminate", "none.txt"],
         "no file matches 'none.txt'",
@@ -213,7 +213,7 @@ def test_training_on_prepared_sources_goes_on_bit_for_bit(here, recipe, refused)
         return refused(*train, "other", *changes)
 
     assert mistake("--stage.sequence_length", "32") == (
-        "'a' is prepared in rows of 16, and sequence_length is 32; set it to 16, or prepare it again"
+        "'a' is prepared in sequences of 16, and sequence_length is 32; set it to 16, or prepare it again"
     )
     assert mistake("--model.vocab_size", "200").startswith("the tokenizer has 300 tokens but model.vocab_size is 200")
     Path("other.model").write_bytes(train_sentencepiece(TEXTS, 310).serialize())

@@ -130,7 +130,7 @@ def test_a_recipe_that_is_none(refused, tmp_path):
 DATA_MISTAKES = [
     ({}, "missing/*.jsonl", "no file matches 'missing/*.jsonl'; check the path, and quote a glob"),
     ({"empty.txt": b""}, "empty.txt", "empty.txt: the 1 files hold no text; give files with text in them"),
-    ({"latin.txt": b"caf\xe9"}, "latin.txt", "{folder}/latin.txt: not UTF-8 at byte 3; mend it, or leave such"),
+    ({"latin.txt": b"caf\xe9"}, "latin.txt", "{folder}/latin.txt: not UTF-8 at byte 3; fix it, or skip such"),
     ({"a.jsonl": b'{"text": "x"}\n{"text": \n'}, "a.jsonl", "{folder}/a.jsonl:2: not JSON (Expecting value at column"),
     ({"a.parquet": b"PAR1"}, "a.parquet", "{folder}/a.parquet: not a Parquet file"),
     ({"one.txt": b"a short text"}, "one.txt", "none of the 1 documents is held out at data.validation_fraction=0.02"),

@@ -135,7 +135,7 @@ def test_files_go_out_as_they_came(tmp_path):
     files = tokenizer_files(tokenizer, max_positions=64)
     assert {name: files[name].decode() for name in texts} == texts
     assert tokenizer.files["README.md"] == "license: apache-2.0\n"
-    assert notes == (f"{tmp_path}/NOTICE is not kept: it is no UTF-8 text of at most 1 MiB",)
+    assert notes == (f"{tmp_path}/NOTICE is not kept: it is not UTF-8 text of at most 1 MiB",)
 
 
 def test_names_in_a_checkpoint_do_not_lead_out_of_the_folder(tmp_path):

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 from looplm_jax.config import SourceConfig
-from looplm_jax.corpus import Order, open_prepared, prepare
-from looplm_jax.corpus._reader import PreparedRows
+from looplm_jax.corpus import PrepareConfig, open_prepared, prepare
+from looplm_jax.corpus._reader import PreparedSequences
 
 LENGTH = 32
 
@@ -26,11 +26,11 @@ class Silent:
         self.units += 1
 
 
-def order(tokenizer, *paths, **changes) -> Order:
+def order(tokenizer, *paths, **changes) -> PrepareConfig:
     """Returns an order with units of about 2 KB, so that small files form several."""
     sources = tuple(SourceConfig(path=str(path)) for path in paths)
     defaults = {"sequence_length": LENGTH, "validation_fraction": 0.1, "unit_bytes": 2000}
-    return Order(**{"sources": sources, "tokenizer": tokenizer, **defaults, **changes})
+    return PrepareConfig(**{"sources": sources, "tokenizer": tokenizer, **defaults, **changes})
 
 
 def prepared(tokenizer, out, *paths, workers=1, watcher=None, **changes):
@@ -44,7 +44,7 @@ def content(folder) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def segments(rows: PreparedRows):
+def segments(rows: PreparedSequences):
     """Returns the segments of all rows."""
     return [segment for index in range(len(rows)) for segment in rows.segments(index)]
 

@@ -129,7 +129,7 @@ def test_the_report_names_clusters_and_sources():
 def test_bad_settings_and_a_missing_library_are_named_in_one_line(monkeypatch):
     with pytest.raises(UserError, match="threshold is 80; give a similarity above 0, at most 1"):
         NearDuplicates(80)
-    with pytest.raises(UserError, match="ngram is 0 and permutations 128; both begin at 1"):
+    with pytest.raises(UserError, match="ngram is 0 and permutations 128; both must be at least 1"):
         NearDuplicates(ngram=0)
     monkeypatch.setitem(sys.modules, "datasketch", None)
     with pytest.raises(UserError, match=r"pip install 'looplm_jax\[clean\]'"):

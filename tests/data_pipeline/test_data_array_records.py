@@ -85,7 +85,7 @@ def test_chats(tmp_path):
 
 
 BAD_RECORDS = [
-    ([b"text", b"\xff"], "a.arrayrecord: record 1: not UTF-8 at byte 0 of the record; mend it, or leave"),
+    ([b"text", b"\xff"], "a.arrayrecord: record 1: not UTF-8 at byte 0 of the record; fix it, or skip"),
     ([b'{"text": "x"}', b"text"], "a.arrayrecord: record 1: not JSON"),
     ([b'{"text": "x"}', b'{"txt": "x"}'], r"a.arrayrecord: record 1: the record has no field 'text'; did you mean 't"),
     ([example({"text": [b"x"]}), b"text"], "a.arrayrecord: record 1: not a tf.train.Example, as the first record is"),

@@ -17,7 +17,7 @@ from looplm_jax.data import Message, open_corpus, tokens_and_mask, train_batches
 from looplm_jax.data._documents import document_key
 from looplm_jax.data._examples import to_example
 from looplm_jax.data._iterator import Geometry, stream_identity
-from looplm_jax.data._pipeline import mixture, pieces_left_out
+from looplm_jax.data._pipeline import chunks_left_out, mixture
 from looplm_jax.data.sources import open_files
 from looplm_jax.errors import UserError
 from looplm_jax.recipes import named_recipe
@@ -74,7 +74,7 @@ def test_malformed_chats_stop_or_are_skipped(tmp_path, record, message):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(good + json.dumps(record).encode() + b"\n" + good)
     source = SourceConfig(path=str(path), kind=CHAT)
-    with pytest.raises(UserError, match=rf"bad.jsonl:2: .*{message}.*; mend it, or leave such records out") as error:
+    with pytest.raises(UserError, match=rf"bad.jsonl:2: .*{message}.*; fix it, or skip such records") as error:
         open_files(source)
     assert "\n" not in str(error.value)
     assert (len(open_files(source, on_bad_record=OnBadRecord.SKIP)), "\n" in message) == (2, False)
@@ -145,12 +145,12 @@ def test_pieces_without_an_answer_are_left_out(tmp_path, tokenizer):
             learnt = set(batch.segment_ids[row][batch.loss_mask[row] > 0].tolist())
             assert learnt == set(batch.segment_ids[row].tolist()) - {0}
     batches.close()
-    [line] = pieces_left_out(corpus, tokenizer, LENGTH)
+    [line] = chunks_left_out(corpus, tokenizer, LENGTH)
     assert re.search(
         r"about 9\d% of the pieces of 32 tokens are left out, because the assistant says nothing in th", line
     )
     assert left_out.pieces_without_target / left_out.pieces > 0.9
-    assert not list(pieces_left_out(corpus, tokenizer, 4096))
+    assert not list(chunks_left_out(corpus, tokenizer, 4096))
 
 
 def test_names_in_a_chat_are_tokens_where_the_source_says_so(tmp_path, tokenizer):

@@ -77,7 +77,7 @@ def test_spans_are_ranges_of_rows(tmp_path):
 def test_columns_and_bad_records_are_named(tmp_path):
     datasets.Dataset.from_dict({"body": ["x", None]}).save_to_disk(str(tmp_path / "a"))
     fails(r"there is no column 'boddy'; did you mean 'body'\?; set text_key to one", tmp_path / "a", text_key="boddy")
-    fails(r"a: row 1: the text is not a string but NoneType; mend it, or leave", tmp_path / "a", text_key="body")
+    fails(r"a: row 1: the text is not a string but NoneType; fix it, or skip", tmp_path / "a", text_key="body")
     write_dataset(tmp_path / "b", [as_chat("a question")])
     fails(r"b: row 0: the assistant says nothing in this chat", tmp_path / "b", kind=RecordKind.CHAT)
 
@@ -95,8 +95,11 @@ def test_folders_of_several_splits(tmp_path):
     ("path", "message"),
     [
         ("huggingface:", "there is no name; write huggingface:dataset,split=train"),
-        ("huggingface:wikitext,train", "'train' is no option=value of a dataset; known: data_dir, data_files, name"),
-        ("huggingface:wikitext,splt=train", r"'splt' is no option=value of a dataset; did you mean 'split'\?"),
+        (
+            "huggingface:wikitext,train",
+            "'train' is not an option=value of a dataset; known: data_dir, data_files, name",
+        ),
+        ("huggingface:wikitext,splt=train", r"'splt' is not an option=value of a dataset; did you mean 'split'\?"),
     ],
 )
 def test_bad_options(path, message):

@@ -86,7 +86,9 @@ def test_a_server_that_gives_no_parts(folder):
     with serving(folder, WholeFiles) as url:
         assert every_way(f"{url}/a.jsonl.gz") == DOCUMENTS
         for name in ("a.jsonl", "a.parquet"):
-            with pytest.raises(UserError, match=f"{name}: the server does not give parts of files; download it, and"):
+            with pytest.raises(
+                UserError, match=f"{name}: the server does not support reading parts of files; download it, and"
+            ):
                 open_files(SourceConfig(path=f"{url}/{name}"))
 
 

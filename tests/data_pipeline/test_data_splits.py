@@ -33,7 +33,7 @@ def test_layout_of_files_does_not_matter(tmp_path):
 
     def held_out(pattern):
         corpus = open_corpus(DataConfig(sources=(SourceConfig(path=str(tmp_path / pattern)),), validation_fraction=0.1))
-        records = corpus.parts[0].validation()
+        records = corpus.sources[0].validation()
         assert corpus.validation_documents == len(records) > 0
         assert corpus.train_documents == 100 - len(records)
         return [records[index] for index in range(len(records))]

@@ -17,7 +17,7 @@ from looplm_jax.config import OnBadRecord, RecordKind, SourceConfig
 from looplm_jax.corpus import open_prepared, prepare, verify
 from looplm_jax.corpus._format import PreparedFolder, read_manifest
 from looplm_jax.corpus._shards import pieces
-from looplm_jax.corpus._work_units import cut, make_plan
+from looplm_jax.corpus._work_units import divide, make_spec
 from looplm_jax.data import Message
 from looplm_jax.data._documents import is_validation
 from looplm_jax.data._examples import to_example
@@ -125,12 +125,12 @@ def test_a_killed_command_goes_on(whole, files, tokenizer, tmp_path):
 
 def test_units_are_a_pure_function_of_the_files(files, tokenizer):
     one = order(tokenizer, *files)
-    units = cut(one.sources, one.unit_bytes)
-    assert units == cut(one.sources, one.unit_bytes)
-    assert make_plan(one, units) == make_plan(one, units)
+    units = divide(one.sources, one.unit_bytes)
+    assert units == divide(one.sources, one.unit_bytes)
+    assert make_spec(one, units) == make_spec(one, units)
     assert sum(unit.bytes for unit in units) == sum(path.stat().st_size for path in files)
-    [together] = cut(one.sources, 10**6)
-    assert len(together.parts) == 2
+    [together] = divide(one.sources, 10**6)
+    assert len(together.sources) == 2
 
 
 OTHERS = {
@@ -170,7 +170,7 @@ def test_a_folder_of_something_else_is_refused(files, tokenizer, tmp_path):
         prepared(tokenizer, tmp_path, *files)
     with pytest.raises(UserError, match=r"notes.txt is a file; choose another --out"):
         prepared(tokenizer, tmp_path / "notes.txt", *files)
-    with pytest.raises(UserError, match="memory://x: a prepared corpus lies in a local folder or at gs://"):
+    with pytest.raises(UserError, match="memory://x: a prepared corpus is in a local folder or at gs://"):
         prepared(tokenizer, "memory://x", *files)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
@@ -186,7 +186,7 @@ def test_bad_records(tokenizer, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", make_texts(30))
     path.write_text(path.read_text() + '{"text": 3}\n{"body": ""}\n')
     out = tmp_path / "out"
-    with pytest.raises(UserError, match=r"a.jsonl:31: the text is not a string but int; mend it, or leave such"):
+    with pytest.raises(UserError, match=r"a.jsonl:31: the text is not a string but int; fix it, or skip such"):
         prepared(tokenizer, out, path)
     manifest = prepared(tokenizer, out, path, on_bad_record=OnBadRecord.SKIP)
     assert manifest.left_out.bad_records == 2
@@ -305,7 +305,7 @@ def test_a_manifest_that_is_none(content, message, tmp_path):
 
 
 def test_no_manifest(tmp_path):
-    with pytest.raises(UserError, match="holds no prepared corpus; `looplm tokenize` makes one"):
+    with pytest.raises(UserError, match="holds no prepared corpus; `looplm tokenize` prepares one"):
         open_prepared(str(tmp_path))
 
 

@@ -5,8 +5,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from looplm_jax.corpus._shards import BadRow, Segment, decode_row, decode_segments, encode_row, pieces, token_type
-from looplm_jax.corpus._worker import pack_rows, shuffled
+from looplm_jax.corpus._shards import (
+    BadSequence,
+    Segment,
+    decode_segments,
+    decode_sequence,
+    encode_sequence,
+    pieces,
+    token_type,
+)
+from looplm_jax.corpus._worker import pack_segments, shuffled
 from looplm_jax.data import Example
 from looplm_jax.data._examples import chunks
 
@@ -41,10 +49,10 @@ def test_a_row_comes_back(documents, padding, vocab_size):
     if not segments:
         return
     kind = token_type(vocab_size)
-    record = encode_row(segments, kind)
+    record = encode_sequence(segments, kind)
     assert all(same(a, b) for a, b in zip(segments, decode_segments(record, kind), strict=True))
     length = sum(segment.positions for segment in segments) + padding
-    row = decode_row(record, length, kind)
+    row = decode_sequence(record, length, kind)
     assert {values.shape for values in row.values()} == {(length,)}
     for number, segment in enumerate(segments, start=1):
         at = row["tokens_segment_ids"] == number
@@ -60,25 +68,25 @@ def test_a_row_comes_back(documents, padding, vocab_size):
 def test_tokens_are_stored_in_few_bytes():
     segment = Segment(np.arange(4097, dtype=np.int32), np.ones(4096, bool))
     assert (token_type(65536), token_type(65537)) == (np.dtype("<u2"), np.dtype("<u4"))
-    assert len(encode_row([segment], token_type(49152))) == 2 * 4097 + 16
+    assert len(encode_sequence([segment], token_type(49152))) == 2 * 4097 + 16
 
 
 @given(st.binary(max_size=60))
 def test_bytes_that_are_no_row(record):
-    with pytest.raises(BadRow):
-        decode_row(b"\xff" + record, 8, token_type(256))
+    with pytest.raises(BadSequence):
+        decode_sequence(b"\xff" + record, 8, token_type(256))
 
 
 def test_a_row_that_is_too_long():
-    record = encode_row(pieces(Example.of(range(9), [True] * 9), 8), token_type(256))
-    with pytest.raises(BadRow, match="it holds 8 positions"):
-        decode_row(record, 7, token_type(256))
+    record = encode_sequence(pieces(Example.of(range(9), [True] * 9), 8), token_type(256))
+    with pytest.raises(BadSequence, match="it holds 8 positions"):
+        decode_sequence(record, 7, token_type(256))
 
 
 @given(st.lists(examples(most=30), max_size=60), st.integers(1, 16))
 def test_every_piece_is_in_one_row(documents, length):
     segments = [piece for example in documents for piece in pieces(example, length)]
-    rows = list(pack_rows(shuffled(segments, length, seed=3), length))
+    rows = list(pack_segments(shuffled(segments, length, seed=3), length))
     assert sorted(id(piece) for row in rows for piece in row) == sorted(id(piece) for piece in segments)
     used = [sum(piece.positions for piece in row) for row in rows]
     assert all(0 < positions <= length for positions in used)
@@ -88,7 +96,7 @@ def test_rows_are_nearly_full():
     random = np.random.default_rng(0)
     lengths = random.integers(1, 200, 4000)
     documents = [Segment(np.zeros(n + 1, np.int32), np.ones(n, bool)) for n in lengths.tolist()]
-    rows = list(pack_rows(documents, 256))
+    rows = list(pack_segments(documents, 256))
     assert lengths.sum() / (256 * len(rows)) > 0.97
 
 

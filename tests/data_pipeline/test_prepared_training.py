@@ -11,7 +11,7 @@ from prepared_helpers import LENGTH, prepared, segments
 
 from looplm_jax.config import DataConfig, SourceConfig
 from looplm_jax.corpus import open_prepared
-from looplm_jax.data import Batch, LaneBatches, open_corpus, train_batches, training_texts, validation_batches
+from looplm_jax.data import Batch, SubstreamBatches, open_corpus, train_batches, training_texts, validation_batches
 from looplm_jax.data._pipeline import mixture
 from looplm_jax.data.tokenizers import train_sentencepiece
 from looplm_jax.errors import UserError
@@ -124,8 +124,11 @@ def test_the_place_belongs_to_the_rows(stream, folders, tokenizer, tmp_path):
 def lanes(stream, process=0, processes=1, lanes=4):
     share = ROWS // processes
     rows = range(process * share, (process + 1) * share)
-    return LaneBatches(
-        lambda lane: stream(process_index=lane, process_count=lanes), lanes=lanes, rows=rows, part_rows=ROWS
+    return SubstreamBatches(
+        lambda lane: stream(process_index=lane, process_count=lanes),
+        substreams=lanes,
+        rows=rows,
+        microbatch_sequences=ROWS,
     )
 
 
@@ -201,17 +204,17 @@ def test_what_cannot_be_mixed(folders, tokenizer, tmp_path):
     path = folders / "a.jsonl"
     prepared(tokenizer, tmp_path / "long", path, sequence_length=64, validation_fraction=0.0)
     with pytest.raises(
-        UserError, match=r"'a' is prepared in rows of 32 and '.*/long' of 64; prepare both for the same"
+        UserError, match=r"'a' is prepared in sequences of 32 and '.*/long' of 64; prepare both for the same"
     ):
         opened(folders, "a", tmp_path / "long")
-    with pytest.raises(UserError, match="no row of the prepared sources is held out; prepare one with"):
+    with pytest.raises(UserError, match="no sequence of the prepared sources is held out; prepare one with"):
         opened(folders, tmp_path / "long", held_out=0.02)
     prepared(train_sentencepiece(make_texts(90), 310), tmp_path / "other", path)
     with pytest.raises(UserError, match=r"'a' and '.*/other' are prepared with different tokenizers"):
         opened(folders, "a", tmp_path / "other")
     with pytest.raises(UserError, match="'a' is prepared with another tokenizer than that of the run"):
         train_batches(opened(folders, "a"), opened(folders, tmp_path / "other").own_tokenizer, seed=0, **GEOMETRY)
-    with pytest.raises(UserError, match="'a' is prepared in rows of 32, and sequence_length is 64; set it to 32"):
+    with pytest.raises(UserError, match="'a' is prepared in sequences of 32, and sequence_length is 64; set it to 32"):
         train_batches(opened(folders, "a"), tokenizer, seed=0, batch_size=2, sequence_length=64)
 
 

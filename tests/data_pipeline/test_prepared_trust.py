@@ -14,7 +14,7 @@ from looplm_jax.config import DataConfig, SourceConfig
 from looplm_jax.corpus import _reader as verification
 from looplm_jax.corpus import open_prepared
 from looplm_jax.corpus._reader import check_at_start
-from looplm_jax.corpus._shards import decode_segments, encode_row, token_type
+from looplm_jax.corpus._shards import decode_segments, encode_sequence, token_type
 from looplm_jax.data import open_corpus
 from looplm_jax.errors import UserError
 
@@ -93,7 +93,7 @@ def test_ids_beyond_the_vocabulary_are_not_trained_on(whole, tmp_path):
         for row in rows:
             segments = decode_segments(row, tokens)
             segments[-1].tokens[-1] = 300
-            yield encode_row(segments, tokens)
+            yield encode_sequence(segments, tokens)
 
     rewrite(out / corpus.manifest.train[0].name, larger)
     with pytest.raises(

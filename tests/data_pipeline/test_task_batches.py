@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from looplm_jax.config import DataConfig, SourceConfig
-from looplm_jax.data import LaneBatches, open_corpus, train_batches
+from looplm_jax.data import SubstreamBatches, open_corpus, train_batches
 from looplm_jax.data._packing import pack_problems
 from looplm_jax.data._streams import Blocks
 from looplm_jax.data.tasks import Addition, Capo, Mano, PHop, Problems, Reachability, Sequences, Supervise, ThreeHop
@@ -214,7 +214,7 @@ def test_lanes_hold_problems_of_their_own_and_batches_are_the_same_for_any_numbe
         def lane(number):
             return stream(corpus, batch_size=8, process_index=number, process_count=2)
 
-        return LaneBatches(lane, lanes=2, rows=rows, part_rows=8)
+        return SubstreamBatches(lane, substreams=2, rows=rows, microbatch_sequences=8)
 
     whole, shares = process(range(8)), [process(range(4)), process(range(4, 8))]
     batches = take(whole, 30)

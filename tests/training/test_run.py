@@ -362,7 +362,9 @@ def test_a_checkpoint_in_the_middle_of_other_data_is_refused(copy, monkeypatch):
     shutil.rmtree(copy / "checkpoints" / str(TOTAL))
     original = run.data.train_batches
     monkeypatch.setattr(run.data, "train_batches", lambda *args, seed, **kwargs: original(*args, seed=9, **kwargs))
-    with pytest.raises(UserError, match=r"the saved place in the data belongs to another set-up \(seed: 1 then, 9 now"):
+    with pytest.raises(
+        UserError, match=r"the saved position in the data belongs to another setup \(seed: 1 then, 9 now"
+    ):
         train(copy)
 
 

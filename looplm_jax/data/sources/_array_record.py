@@ -12,7 +12,7 @@ from looplm_jax.data.sources._files import DataFile
 from looplm_jax.data.sources._formats import (
     BadRecord,
     BadRecordPolicy,
-    Found,
+    FoundDocument,
     Span,
     decode,
     load_json,
@@ -49,7 +49,7 @@ class ArrayRecord:
         records = _opened(file, file.version).num_records()
         return ranges(records, records * unit_bytes // max(file.size, 1))
 
-    def scan(self, file: DataFile, source: SourceConfig, bad: BadRecordPolicy, span: Span) -> Iterator[Found]:
+    def scan(self, file: DataFile, source: SourceConfig, bad: BadRecordPolicy, span: Span) -> Iterator[FoundDocument]:
         """Yields the documents of a range of records, with one block of records in memory at a time."""
         reader = _open(file, _IN_ORDER)
         encoding = _encoding(file, file.version)
@@ -63,7 +63,7 @@ class ArrayRecord:
                     bad.handle(lambda number=number: f"{file.name}: record {number}", problem)  # type: ignore[misc]
                     continue
                 if document:
-                    yield Found((number, 0), document)
+                    yield FoundDocument((number, 0), document)
 
     def read(self, file: DataFile, source: SourceConfig, place: tuple[int, int]) -> Document:
         """Returns the document of one record. Thread-safe."""

@@ -35,7 +35,7 @@ class BadRecordPolicy:
         `where` is a function because it can be slow to find the location.
         """
         if self._on_bad_record is OnBadRecord.STOP:
-            raise UserError(f"{where()}: {problem}; mend it, or leave such records out with --on-bad-record skip")
+            raise UserError(f"{where()}: {problem}; fix it, or skip such records with --on-bad-record skip")
         self.skipped += 1
         self.first = self.first or f"{where()}: {problem}"
 
@@ -55,7 +55,7 @@ WHOLE = Span(0, 2**63 - 1)
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class FoundDocument:
     """A document, and the two numbers with which its format can read it again."""
 
     place: tuple[int, int]
@@ -68,7 +68,7 @@ class Format(Protocol):
     def spans(self, file: Any, unit_bytes: int) -> tuple[Span, ...]:
         """Returns spans that divide the file and together cover it. A pure function of the file and the unit size."""
 
-    def scan(self, file: Any, source: SourceConfig, bad: BadRecordPolicy, span: Span) -> Iterator[Found]:
+    def scan(self, file: Any, source: SourceConfig, bad: BadRecordPolicy, span: Span) -> Iterator[FoundDocument]:
         """Yields the documents that begin in a span, in order, in one pass. Empty texts are skipped."""
 
     def read(self, file: Any, source: SourceConfig, place: tuple[int, int]) -> Document:

@@ -8,7 +8,7 @@ from typing import Any
 from looplm_jax.config import RecordKind, SourceConfig
 from looplm_jax.data._documents import Document
 from looplm_jax.data.sources._files import DataFile, file_system
-from looplm_jax.data.sources._formats import BadRecord, BadRecordPolicy, Found, Span, ranges, value_document
+from looplm_jax.data.sources._formats import BadRecord, BadRecordPolicy, FoundDocument, Span, ranges, value_document
 from looplm_jax.errors import UserError, suggest
 
 PREFIX = "huggingface:"
@@ -58,7 +58,7 @@ class HuggingFace:
         rows = len(_load(file.path))
         return ranges(rows, rows * unit_bytes // max(file.size, 1))
 
-    def scan(self, file: Dataset, source: SourceConfig, bad: BadRecordPolicy, span: Span) -> Iterator[Found]:
+    def scan(self, file: Dataset, source: SourceConfig, bad: BadRecordPolicy, span: Span) -> Iterator[FoundDocument]:
         """Yields the documents of a range of rows, with one block of rows in memory at a time."""
         column = _column(file, source)
 
@@ -73,7 +73,7 @@ class HuggingFace:
                     bad.handle(lambda row=row: f"{file.name}: row {row}", problem)  # type: ignore[misc]
                     continue
                 if document:
-                    yield Found((row, 0), document)
+                    yield FoundDocument((row, 0), document)
 
     def read(self, file: Dataset, source: SourceConfig, place: tuple[int, int]) -> Document:
         """Returns the document of one row."""
@@ -133,7 +133,7 @@ def _parse(path: str) -> tuple[str, dict[str, str]]:
     pairs = [option.partition("=") for option in options]
     for key, equals, _ in pairs:
         if not equals or key.strip() not in _OPTIONS:
-            raise UserError(f"{path}: {key!r} is no option=value of a dataset{suggest(key, _OPTIONS)}")
+            raise UserError(f"{path}: {key!r} is not an option=value of a dataset{suggest(key, _OPTIONS)}")
     if not name:
         raise UserError(f"{path}: there is no name; write {PREFIX}dataset,split=train")
     return name, {key.strip(): value.strip() for key, _, value in pairs}

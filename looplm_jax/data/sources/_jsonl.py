@@ -10,7 +10,7 @@ from looplm_jax.data.sources._formats import (
     WHOLE,
     BadRecord,
     BadRecordPolicy,
-    Found,
+    FoundDocument,
     Span,
     check_encoding,
     load_json,
@@ -29,7 +29,7 @@ class JsonLines:
         """Returns ranges of bytes. A compressed file is a single span."""
         return (WHOLE,) if file.compression else ranges(file.size, unit_bytes)
 
-    def scan(self, file: DataFile, source: SourceConfig, bad: BadRecordPolicy, span: Span) -> Iterator[Found]:
+    def scan(self, file: DataFile, source: SourceConfig, bad: BadRecordPolicy, span: Span) -> Iterator[FoundDocument]:
         """Yields the documents of the lines that begin in a range of bytes."""
         with file.open() as stream:
             limit = file.limits.record_bytes
@@ -46,7 +46,7 @@ class JsonLines:
                     continue
 
                 if document:
-                    yield Found((start, start + len(line)), document)
+                    yield FoundDocument((start, start + len(line)), document)
 
     def read(self, file: DataFile, source: SourceConfig, place: tuple[int, int]) -> Document:
         """Returns the document of one line. Only that line is read."""

@@ -7,7 +7,7 @@ from typing import Any
 from looplm_jax.config import RecordKind, SourceConfig
 from looplm_jax.data._documents import Document
 from looplm_jax.data.sources._files import DataFile
-from looplm_jax.data.sources._formats import BadRecord, BadRecordPolicy, Found, Span, value_document
+from looplm_jax.data.sources._formats import BadRecord, BadRecordPolicy, FoundDocument, Span, value_document
 from looplm_jax.errors import UserError, suggest
 
 _ROW_GROUPS_IN_MEMORY = 8
@@ -32,7 +32,7 @@ class Parquet:
 
         return tuple(Span(start, end) for start, end in zip(starts, [*starts[1:], len(sizes)]))
 
-    def scan(self, file: DataFile, source: SourceConfig, bad: BadRecordPolicy, span: Span) -> Iterator[Found]:
+    def scan(self, file: DataFile, source: SourceConfig, bad: BadRecordPolicy, span: Span) -> Iterator[FoundDocument]:
         """Yields the documents of a range of row groups, with one of them in memory at a time."""
         with file.open() as stream:
             table = _open_column(stream, file, source, span)
@@ -45,7 +45,7 @@ class Parquet:
                         bad.handle(lambda group=group, row=row: _where(file, table, group, row), problem)  # type: ignore[misc]
                         continue
                     if document:
-                        yield Found((group, row), document)
+                        yield FoundDocument((group, row), document)
 
     def read(self, file: DataFile, source: SourceConfig, place: tuple[int, int]) -> Document:
         """Returns the document of one row. Its row group is read and cached."""

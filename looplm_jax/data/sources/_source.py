@@ -110,7 +110,9 @@ def _checked(file: DataFile) -> DataFile:
         raise UserError(f"{file.name}: such files are compressed inside; decompress it, and leave off the last ending")
     # Compressed files are read from beginning to end; all others need random access.
     if not (file.compression or file.in_parts):
-        raise UserError(f"{file.name}: the server does not give parts of files; download it, and name the copy")
+        raise UserError(
+            f"{file.name}: the server does not support reading parts of files; download it, and name the copy"
+        )
     return file
 
 
@@ -138,7 +140,7 @@ def spans(file: Input, unit_bytes: int) -> tuple[Span, ...]:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Shard:
+class FileIndex:
     """The N documents of one file by index: the place of each, and its `splits.document_key`."""
 
     file: Input
@@ -169,7 +171,7 @@ class FileSource:
       skipped: the number of bad records that were skipped.
     """
 
-    def __init__(self, pattern: str, shards: Sequence[Shard], skipped: int):
+    def __init__(self, pattern: str, shards: Sequence[FileIndex], skipped: int):
         self._pattern = pattern
         self._shards = tuple(shards)
         self._ends = np.cumsum([len(shard.keys) for shard in shards])
@@ -228,11 +230,11 @@ def open_files(
     return found
 
 
-def _index(file: Input, source: SourceConfig, bad: BadRecordPolicy, spool: Spool) -> Shard:
+def _index(file: Input, source: SourceConfig, bad: BadRecordPolicy, spool: Spool) -> FileIndex:
     """Scans a file and returns the index of its documents."""
     file = seekable(file, spool)
     places, keys = [], []
     for found in format_of(file).scan(file, source, bad, WHOLE):
         places.append(found.place)
         keys.append(document_key(found.document))
-    return Shard(file, source, np.array(places, dtype=np.int64).reshape(-1, 2), np.array(keys, dtype=np.uint64))
+    return FileIndex(file, source, np.array(places, dtype=np.int64).reshape(-1, 2), np.array(keys, dtype=np.uint64))

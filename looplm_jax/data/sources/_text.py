@@ -13,7 +13,7 @@ from looplm_jax.data.sources._files import DataFile
 from looplm_jax.data.sources._formats import (
     WHOLE,
     BadRecordPolicy,
-    Found,
+    FoundDocument,
     Span,
     check_encoding,
     decode,
@@ -46,7 +46,7 @@ class Text:
             return (WHOLE,)
         return ranges(file.size, max(unit_bytes // _SECTION_BYTES, 1) * _SECTION_BYTES)
 
-    def scan(self, file: DataFile, source: SourceConfig, bad: BadRecordPolicy, span: Span) -> Iterator[Found]:
+    def scan(self, file: DataFile, source: SourceConfig, bad: BadRecordPolicy, span: Span) -> Iterator[FoundDocument]:
         """Yields the documents of the sections that begin in a range of bytes.
 
         A section that is not UTF-8 is a bad record as a whole.
@@ -72,7 +72,7 @@ class Text:
             start = len(codecs.BOM_UTF8) if section.start == 0 and content.startswith(codecs.BOM_UTF8) else 0
             for end in _document_ends(content, size) if file.suffix in _PROSE else [len(content)]:
                 if end > start:
-                    yield Found((section.start + start, section.start + end), content[start:end].decode())
+                    yield FoundDocument((section.start + start, section.start + end), content[start:end].decode())
                 start = max(start, end)
 
     def read(self, file: DataFile, source: SourceConfig, place: tuple[int, int]) -> Document:

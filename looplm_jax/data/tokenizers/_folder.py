@@ -214,7 +214,7 @@ def _kept_files(folder: Path) -> tuple[dict[str, str], list[str]]:
     for name in names:
         text = _read_text(folder / name)
         if text is None:
-            lost.append(f"{folder / name} is not kept: it is no UTF-8 text of at most 1 MiB")
+            lost.append(f"{folder / name} is not kept: it is not UTF-8 text of at most 1 MiB")
         else:
             files[name] = text
 
