@@ -1,14 +1,24 @@
-"""Progress of a run on the console: a bar on a terminal, and one line at intervals elsewhere."""
+"""Progress on the console: a bar on a terminal, and one line at intervals elsewhere."""
 
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from looplm_jax.terminal import visible
+
+B = TypeVar("B", bound="ProgressBar")
 
 _SECONDS_BETWEEN_LINES = 15.0
 
@@ -31,37 +41,27 @@ class _Console(Console):
         super().print(*(visible(each) if isinstance(each, str) else each for each in objects), **options)
 
 
-class TrainingProgress:
-    """Progress over all steps of a run, as a context manager.
+class ProgressBar:
+    """A bar on a terminal and a line at intervals elsewhere, as a context manager.
 
     Args:
       console: the console.
-      total_steps: the number of steps of the run.
-      step: the step from which the run continues.
+      columns: the columns of the bar, after its description.
     """
 
-    def __init__(self, console: Console, *, total_steps: int, step: int):
+    def __init__(self, console: Console, *columns: ProgressColumn):
         self._console = console
-        self._total = total_steps
-        self._started, self._first = time.monotonic(), step
         self._last_line = -_SECONDS_BETWEEN_LINES
-
         self._bar = Progress(
             TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            *columns,
             console=console,
             disable=console.quiet or not console.is_terminal,
             transient=True,
         )
 
-        self._task = self._bar.add_task("", total=total_steps, completed=step, status="")
-
-    def __enter__(self) -> "TrainingProgress":
+    def __enter__(self: B) -> B:
         self._bar.start()
         return self
 
@@ -71,6 +71,32 @@ class TrainingProgress:
     def say(self, text: str) -> None:
         """Prints a line above the bar."""
         self._console.print(text)
+
+    def _say_at_intervals(self, text: str, *, now: bool = False) -> None:
+        """Prints a line where there is no bar, if the last one is old enough or if `now`."""
+        seconds = time.monotonic()
+        if not self._console.is_terminal and (now or seconds - self._last_line >= _SECONDS_BETWEEN_LINES):
+            self._last_line = seconds
+            self.say(text)
+
+
+class TrainingProgress(ProgressBar):
+    """Progress over all steps of a run.
+
+    Args:
+      console: the console.
+      total_steps: the number of steps of the run.
+      step: the step from which the run continues.
+    """
+
+    def __init__(self, console: Console, *, total_steps: int, step: int):
+        status = TextColumn("{task.fields[status]}")
+        super().__init__(
+            console, MofNCompleteColumn(), status, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
+        )
+        self._total = total_steps
+        self._started, self._first = time.monotonic(), step
+        self._task = self._bar.add_task("", total=total_steps, completed=step, status="")
 
     def warn(self, text: str) -> None:
         """Prints a highlighted line above the bar."""
@@ -82,16 +108,14 @@ class TrainingProgress:
             f"loss {values['loss']:.3f}  exits at {values['mean_exit_loop']:.2f} loops  "
             f"{values['tokens_per_second']:,.0f} tokens/s"
         )
-
         self._bar.update(self._task, completed=step, description=visible(stage), status=status)
 
-        now = time.monotonic()
-        if not self._console.is_terminal and (now - self._last_line >= _SECONDS_BETWEEN_LINES or step == self._total):
-            self._last_line = now
-            self.say(f"{stage}  step {step}/{self._total}  {status}  {self._time_left(step)} left")
+        seconds = time.monotonic() - self._started
+        left = time_left(seconds, done=max(step - self._first, 1), rest=self._total - step)
+        self._say_at_intervals(f"{stage}  step {step}/{self._total}  {status}  {left} left", now=step == self._total)
 
-    def _time_left(self, step: int) -> str:
-        """Returns the estimated remaining time as `minutes:seconds`."""
-        rate = (time.monotonic() - self._started) / max(step - self._first, 1)
-        minutes, seconds = divmod(round(rate * (self._total - step)), 60)
-        return f"{minutes}:{seconds:02d}"
+
+def time_left(seconds: float, *, done: int, rest: int) -> str:
+    """Returns the time for `rest` units as `minutes:seconds`, if `done` units took this many seconds."""
+    minutes, left = divmod(round(seconds / done * rest), 60)
+    return f"{minutes}:{left:02d}"
