@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from looplm_jax.checkpoints import read_metadata, restore_params
 from looplm_jax.config import ComputeConfig, MeshConfig, Recipe
-from looplm_jax.convert._import_hf import converted_recipe, is_hf_folder, load_hf, needed_tokenizer
+from looplm_jax.convert._import_hf import converted_recipe, is_hf_folder, load_hf, require_tokenizer
 from looplm_jax.data.tokenizers import Tokenizer, deserialize
 from looplm_jax.errors import UserError
 from looplm_jax.models.looplm import UNCAST, LoopLM, Params, boxed_shapes, compute_dtype
@@ -47,7 +47,7 @@ class Loaded:
 
     def need_tokenizer(self) -> Tokenizer:
         """Returns the tokenizer. Raises UserError if the folder has none."""
-        return needed_tokenizer(self.tokenizer, self.origin)
+        return require_tokenizer(self.tokenizer, self.origin)
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.model, self.params))

@@ -99,15 +99,18 @@ class Table:
         return markdown_table(self.columns, rows, right=[True] * len(self.columns))
 
 
-def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, right: Sequence[bool]) -> str:
+def markdown_table(
+    columns: Sequence[str], rows: Sequence[Sequence[object]], *, right: Sequence[bool] | None = None
+) -> str:
     """Returns a Markdown table, with each cell on one line.
 
     Args:
       columns: the heads of the columns.
       rows: the cells, row by row.
-      right: for each column, whether it is aligned to the right.
+      right: for each column, whether it is aligned to the right; None aligns none of them.
     """
-    lines = [columns, ["---:" if to_right else "---" for to_right in right], *rows]
+    alignments = ["---"] * len(columns) if right is None else ["---:" if to_right else "---" for to_right in right]
+    lines = [columns, alignments, *rows]
     return "".join(f"| {' | '.join(map(_markdown_cell, line))} |\n" for line in lines)
 
 

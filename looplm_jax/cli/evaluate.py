@@ -21,7 +21,7 @@ from looplm_jax.evaluation._evaluate import Evaluation, evaluate
 from looplm_jax.evaluation._plots import plot_depths, plot_exits
 from looplm_jax.evaluation._reports import depth_table, exit_table
 from looplm_jax.evaluation.harness import require_lm_eval
-from looplm_jax.evaluation.harness._settings import Settings, exit_policy
+from looplm_jax.evaluation.harness._settings import HarnessSettings, exit_policy
 from looplm_jax.files import quoted
 from looplm_jax.loading import Loaded, load
 from looplm_jax.sharding import require_compilation, use_mesh
@@ -189,11 +189,11 @@ def evaluate_tasks(options: TaskOptions) -> int:
     return 0
 
 
-def _settings(options: TaskOptions) -> Settings:
+def _settings(options: TaskOptions) -> HarnessSettings:
     """Returns the settings that the options give."""
     given = {name: getattr(options, name) for name in ("batch_size", "max_length", "add_bos_token", "special_tokens")}
     policy = exit_policy(loops=options.loops, rule=options.exit)
-    return Settings(policy=policy, **{name: value for name, value in given.items() if value is not None})
+    return HarnessSettings(policy=policy, **{name: value for name, value in given.items() if value is not None})
 
 
 def _task_names(options: TaskOptions) -> list[str]:
@@ -217,7 +217,7 @@ def _prepare_lm_eval() -> None:
 
 
 def _evaluate(
-    loaded: Loaded, settings: Settings, names: list[str], options: TaskOptions, status: Status
+    loaded: Loaded, settings: HarnessSettings, names: list[str], options: TaskOptions, status: Status
 ) -> tuple[Table, dict[str, Any]]:
     """Runs the tasks at one number of loops, or under one exit policy."""
     from looplm_jax.evaluation.harness._adapter import LoopLMAdapter
@@ -233,7 +233,7 @@ def _evaluate(
 
 
 def _sweep(
-    loaded: Loaded, settings: Settings, names: list[str], options: TaskOptions, status: Status
+    loaded: Loaded, settings: HarnessSettings, names: list[str], options: TaskOptions, status: Status
 ) -> tuple[Table, dict[str, Any]]:
     """Runs the tasks at every number of loops."""
     from looplm_jax.evaluation.harness._adapter import EveryDepth

@@ -28,10 +28,10 @@ from looplm_jax.convert._import_hf import (
     conversion_report,
     converted_recipe,
     match_tensors,
-    naming,
-    needed_tokenizer,
     parameter_targets,
     read_hf_tokenizer,
+    require_tokenizer,
+    with_folder,
     write_converted,
 )
 from looplm_jax.convert._layout import Path as ArrayPath
@@ -97,7 +97,7 @@ def convert_from_dense(
         )
 
         recipe = dataclasses.replace(converted_recipe(Path(folder), model.config), description=_DESCRIPTION)
-        write_converted(staging, recipe, model.params, needed_tokenizer(model.tokenizer, folder))
+        write_converted(staging, recipe, model.params, require_tokenizer(model.tokenizer, folder))
     return conversion_report(Path(out), model.config, model.params, model.notes)
 
 
@@ -124,10 +124,10 @@ def load_dense(
     weights = _without_derived(WeightFolder.open(folder))
     config = read_dense_config(folder, weights, loops=loops, norm_placement=norm_placement)
     check_divides(mesh, config)
-    layout = match_tensors(weights, config, _in_a_llama)
+    layout = match_tensors(weights, config, _is_in_llama)
     tokenizer, notes = read_hf_tokenizer(folder, config.vocab_size)
 
-    dtype = dtype or weights.one_dtype(tensor.name for tensor in layout)
+    dtype = dtype or weights.common_dtype(tensor.name for tensor in layout)
     targets = parameter_targets(config, mesh, dtype)
     arrays = place_tensors(weights, layout, targets)
 
@@ -158,7 +158,7 @@ def read_dense_config(folder: Path, weights: WeightFolder, *, loops: int, norm_p
     try:
         return from_llama_config(_as_llama(values), loops=loops, norm_placement=norm_placement)
     except UserError as error:
-        raise naming(folder, error) from None
+        raise with_folder(folder, error) from None
 
 
 def _as_llama(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,7 +177,7 @@ def _as_llama(values: Mapping[str, Any]) -> dict[str, Any]:
 # Its tensors, and those that it lacks
 
 
-def _in_a_llama(tensor: TorchTensor) -> bool:
+def _is_in_llama(tensor: TorchTensor) -> bool:
     """Whether a dense Llama has this tensor."""
     return not _ONLY_LOOPED.match(tensor.name)
 

@@ -109,7 +109,7 @@ def load_hf(
     layout = match_tensors(weights, config)
     tokenizer, notes = read_hf_tokenizer(folder, config.vocab_size)
 
-    targets = parameter_targets(config, mesh, dtype or weights.one_dtype(tensor.name for tensor in layout))
+    targets = parameter_targets(config, mesh, dtype or weights.common_dtype(tensor.name for tensor in layout))
     # For example the exit gate, which `looplm_jax.load` keeps as stored.
     for tensor in layout:
         if tensor.path[0] in uncast:
@@ -134,7 +134,7 @@ def convert_from_hf(
     """
     with staged_folder(out) as staging:
         model = load_hf(folder, dtype=dtype)
-        tokenizer = needed_tokenizer(model.tokenizer, folder)
+        tokenizer = require_tokenizer(model.tokenizer, folder)
         write_converted(staging, converted_recipe(Path(folder), model.config), model.params, tokenizer)
     return conversion_report(Path(out), model.config, model.params, model.notes)
 
@@ -151,7 +151,7 @@ def read_hf_config(folder: Path) -> ModelConfig:
     try:
         return from_ouro_config(read_json_object(folder / CONFIG))
     except UserError as error:
-        raise naming(folder, error) from None
+        raise with_folder(folder, error) from None
 
 
 def read_hf_tokenizer(folder: Path, vocab_size: int) -> tuple[Tokenizer | None, tuple[str, ...]]:
@@ -173,7 +173,7 @@ def read_hf_tokenizer(folder: Path, vocab_size: int) -> tuple[Tokenizer | None, 
     return tokenizer, notes
 
 
-def needed_tokenizer(tokenizer: Tokenizer | None, folder: str | os.PathLike[str]) -> Tokenizer:
+def require_tokenizer(tokenizer: Tokenizer | None, folder: str | os.PathLike[str]) -> Tokenizer:
     """Returns the tokenizer of a folder.
 
     Raises:
@@ -194,7 +194,7 @@ def parameter_targets(config: ModelConfig, mesh: Mesh, dtype: DTypeLike) -> dict
     }
 
 
-def naming(folder: Path, error: UserError) -> UserError:
+def with_folder(folder: Path, error: UserError) -> UserError:
     """Returns the error with the folder in its message."""
     text = str(error)
     return error if str(folder) in text else UserError(f"{folder}: {text}")

@@ -176,7 +176,7 @@ def check_tensor_names(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str
     for name in found:
         if name not in wanted:
             hint = suggest(name, wanted, otherwise="")
-            raise UserError(f"{where}: tensor {name} belongs to no part of the model{hint}")
+            raise UserError(f"{where}: tensor {name} is not part of the model{hint}")
 
     for name, tensor in wanted.items():
         if name not in found:

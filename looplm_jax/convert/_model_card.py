@@ -16,6 +16,7 @@ from looplm_jax.checkpoints._restore import find_steps
 from looplm_jax.config import ModelConfig, Objective, Recipe, Stage
 from looplm_jax.json_io import metrics_row, numbers
 from looplm_jax.models.looplm import count_params
+from looplm_jax.terminal import markdown_table
 
 # No license: only the owner of the weights can choose one.
 _HEAD = """\
@@ -120,7 +121,7 @@ def _shape(model: ModelConfig, dtype: str) -> str:
         "A looped language model (Ouro, arXiv 2510.25741): one stack of layers is applied several times with the same "
         "weights, every loop can predict the next token, and a gate says after which loop to stop.\n"
     )
-    return f"{about}\n{_table(('', ''), rows)}"
+    return f"{about}\n{markdown_table(('', ''), rows)}"
 
 
 def _training(record: TrainingRecord) -> str:
@@ -143,7 +144,7 @@ def _training(record: TrainingRecord) -> str:
         f"gradients clipped to a global norm of {optimizer.clip_norm:g}; seed {recipe.seed}.\n"
     )
 
-    return "\n".join([*parts, _table(columns, rows), adamw, _data(recipe)])
+    return "\n".join([*parts, markdown_table(columns, rows), adamw, _data(recipe)])
 
 
 def _steps_done(stages: Sequence[Stage], step: int) -> list[int]:
@@ -189,7 +190,7 @@ def _data(recipe: Recipe) -> str:
         return ""
     rows = [(f"`{source.path}`", f"{source.weight:g}") for source in recipe.data.sources]
     held_out = f"{100 * recipe.data.validation_fraction:g} % of the documents were held out.\n"
-    return f"{_table(('data', 'weight'), rows)}\n{held_out}"
+    return f"{markdown_table(('data', 'weight'), rows)}\n{held_out}"
 
 
 def _evaluation(record: TrainingRecord) -> str:
@@ -205,7 +206,7 @@ def _evaluation(record: TrainingRecord) -> str:
         for loop, (loss, perplexity) in enumerate(zip(losses, perplexities, strict=True), start=1)
     ]
 
-    table = _table(("loop", "loss (nats/token)", "perplexity"), rows)
+    table = markdown_table(("loop", "loss (nats/token)", "perplexity"), rows)
     return f"## Held-out text, at step {record.evaluation['step']:,}\n\n{table}"
 
 
@@ -214,7 +215,7 @@ def _versions() -> str:
     return f"Written by {versions}.\n"
 
 
-# Metrics and Markdown
+# Metrics and text
 
 
 def _metrics(run: epath.Path) -> Iterator[dict[str, Any]]:
@@ -222,14 +223,6 @@ def _metrics(run: epath.Path) -> Iterator[dict[str, Any]]:
     path = run / "metrics.jsonl"
     rows = map(metrics_row, path.read_bytes().split(b"\n") if path.exists() else ())
     return (row for row in rows if row is not None)
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    # chr(92) is a backslash, which an f-string may not contain before Python 3.12.
-    return "".join(
-        f"| {' | '.join(_line(str(cell)).replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines
-    )
 
 
 def _line(text: str) -> str:

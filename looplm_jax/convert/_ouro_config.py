@@ -278,23 +278,23 @@ def _refuse_unknown(values: Mapping[str, Any]) -> None:
         if name not in known | _WITHOUT_EFFECT | _OF_TRANSFORMERS and not name.startswith(_BOOKKEEPING):
             otherwise = "; remove it if the model is the same without"
             hint = suggest(name, known, otherwise=otherwise, cutoff=_MISSPELLED)
-            raise UserError(f"config.json: field {_brief(name)} is not honored here{hint}")
+            raise UserError(f"config.json: field {_brief(name)} is not supported{hint}")
 
 
 def _refuse_other_values(values: Mapping[str, Any]) -> None:
     """Raises UserError for values that would change what the model computes."""
     for name, allowed in _ONLY.items():
         if name in values and values[name] not in allowed:
-            raise UserError(f"config.json: {name}={_brief(values[name])} is not honored here, only {allowed[0]!r}")
+            raise UserError(f"config.json: {name}={_brief(values[name])} is not supported, only {allowed[0]!r}")
 
     # Configurations may state a window and disable it; a missing flag counts as enabled.
     window = values.get("sliding_window")
     if window is not None and values.get("use_sliding_window") is not False:
-        raise UserError(f"config.json: sliding_window={_brief(window)} is not honored here, only None")
+        raise UserError(f"config.json: sliding_window={_brief(window)} is not supported, only None")
 
     for name in ("rope_scaling", "rope_parameters"):
         if name in values and not _is_default_rope(values[name]):
-            raise UserError(f"config.json: {name}={_brief(values[name])} is not honored here, only the default type")
+            raise UserError(f"config.json: {name}={_brief(values[name])} is not supported, only the default type")
 
 
 def _is_default_rope(rope: Any) -> bool:

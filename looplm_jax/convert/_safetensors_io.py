@@ -73,7 +73,7 @@ class WeightFolder:
             index does not agree with its shards, or a tensor has a dtype other than float32, bfloat16 and float16.
         """
         single, index = _locate(path)
-        return cls(path=path, tensors=_of_shards(path, index) if index else _of_file(single))
+        return cls(path=path, tensors=_read_shards(path, index) if index else _read_header(single))
 
     def read(self, name: str) -> np.ndarray:
         """Returns a copy of one tensor. The file is mapped only during the read, so none of it stays in memory.
@@ -85,7 +85,7 @@ class WeightFolder:
         with _reading(file), safe_open(file, framework="np") as stored:
             return stored.get_tensor(name)
 
-    def one_dtype(self, names: Iterable[str]) -> np.dtype:
+    def common_dtype(self, names: Iterable[str]) -> np.dtype:
         """Returns the dtype in which all these tensors are stored.
 
         Raises:
@@ -97,7 +97,7 @@ class WeightFolder:
 
         if len(example) > 1:
             stored = ", ".join(f"{name} in {dtype}" for dtype, name in example.items())
-            raise UserError(f"{self.path} has tensors of several types ({stored}); name the one you want with dtype")
+            raise UserError(f"{self.path} has tensors of several types ({stored}); choose one with dtype")
         return next(iter(example))
 
 
@@ -138,7 +138,7 @@ def _locate(folder: Path) -> tuple[Path, Path | None]:
 # Reading headers
 
 
-def _of_shards(folder: Path, index: Path) -> dict[str, StoredTensor]:
+def _read_shards(folder: Path, index: Path) -> dict[str, StoredTensor]:
     """Returns the tensors of all shards. Raises UserError unless the index and the shards list the same tensors."""
     shard_of = _weight_map(index)
     found: dict[str, StoredTensor] = {}
@@ -146,7 +146,7 @@ def _of_shards(folder: Path, index: Path) -> dict[str, StoredTensor]:
     for shard in dict.fromkeys(shard_of.values()):
         if not (folder / shard).exists():
             raise UserError(f"{index} names {shard}, which is missing; copy it to {folder}")
-        for name, stored in _of_file(folder / shard).items():
+        for name, stored in _read_header(folder / shard).items():
             if shard_of.get(name) != shard:
                 raise UserError(f"{folder / shard} holds tensor {name}, which {INDEX} does not name there")
             found[name] = stored
@@ -172,7 +172,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     return shard_of
 
 
-def _of_file(file: Path) -> dict[str, StoredTensor]:
+def _read_header(file: Path) -> dict[str, StoredTensor]:
     """Returns the tensors of one file, from its header."""
     if not file.is_file():
         raise UserError(f"{file} is not a file; copy it again")
@@ -184,7 +184,7 @@ def _of_file(file: Path) -> dict[str, StoredTensor]:
     for name, (_, dtype) in listed.items():
         # Names are shown in messages and used as keys, so control characters are refused.
         if not name.isprintable():
-            raise UserError(f"{file} holds a tensor called {_brief(name)}, which is no name of PyTorch's")
+            raise UserError(f"{file} holds a tensor called {_brief(name)}, which is not a PyTorch name")
         if dtype not in _DTYPES:
             raise UserError(f"{file}: tensor {name} is stored as {dtype}; weights are F32, BF16 or F16")
 
@@ -236,7 +236,7 @@ def parse_size(text: str) -> int:
         raise UserError(f"{text!r} is not a size; write 500MB, 5GB, 5GiB, or a number of bytes")
     size = int(float(match[1]) * _UNITS[match[2]])
     if size < 1:
-        raise UserError(f"a file cannot hold less than a byte, as {text!r} asks; write 500MB, 5GB, 5GiB, ...")
+        raise UserError(f"{text!r} is less than one byte; write 500MB, 5GB, 5GiB, or a number of bytes")
     return size
 
 
@@ -258,7 +258,7 @@ def write_weights(
       max_bytes: the limit for the tensors of one file; only a single tensor may exceed it.
     """
     sizes = [math.prod(tensor.shape) * _item_size(dtype) for tensor in tensors]
-    shards = _cut(tensors, sizes, max_bytes)
+    shards = _split_into_files(tensors, sizes, max_bytes)
     names = _file_names(len(shards))
 
     for name, shard in zip(names, shards, strict=True):
@@ -271,7 +271,7 @@ def write_weights(
     return WrittenWeights(files=names, bytes=sum(sizes))
 
 
-def _cut(tensors: Sequence[TorchTensor], sizes: Sequence[int], max_bytes: int) -> list[list[TorchTensor]]:
+def _split_into_files(tensors: Sequence[TorchTensor], sizes: Sequence[int], max_bytes: int) -> list[list[TorchTensor]]:
     """Splits the tensors into files, in order, each as full as `max_bytes` allows."""
     shards: list[list[TorchTensor]] = [[]]
     room = max_bytes

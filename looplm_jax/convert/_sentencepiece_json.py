@@ -232,7 +232,7 @@ def _check_settings(settings: ModelSettings) -> None:
         if value != wanted:
             raise UserError(
                 f"the SentencePiece model has {name} {_shown(value)}, and only with {_shown(wanted)} can a "
-                "tokenizer.json give the same ids; train another tokenizer, or keep to its .model file"
+                "tokenizer.json give the same ids; train another tokenizer, or keep its .model file"
             )
 
 
@@ -246,7 +246,7 @@ def _check_pieces(pieces: Sequence[Piece]) -> None:
     if problem:
         raise UserError(
             f"in the SentencePiece model {problem}, so no tokenizer.json gives the same ids; "
-            "train another tokenizer, or keep to its .model file"
+            "train another tokenizer, or keep its .model file"
         )
 
 

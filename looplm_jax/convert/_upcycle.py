@@ -45,8 +45,8 @@ class Upcycled:
     def __str__(self) -> str:
         """Returns the report for a terminal."""
         layers = f"{self.layers_before} layers became {self.model.num_layers} ({self.order.value})"
-        said = f"{layers}: {count_params(self.model):,} parameters; wrote step {self.step} to {self.out}"
-        return "\n".join([*(f"warning: {warning}" for warning in self.warnings), said])
+        report = f"{layers}: {count_params(self.model):,} parameters; wrote step {self.step} to {self.out}"
+        return "\n".join([*(f"warning: {warning}" for warning in self.warnings), report])
 
 
 def upcycle(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str], *, layers: int, order: Order) -> Upcycled:
@@ -109,6 +109,6 @@ def _check_layers(checkpoint: str, before: int, after: int) -> None:
     """Raises UserError unless `after` is a larger multiple of `before`."""
     if after <= before or after % before:
         raise UserError(
-            f"the {before} layers of {checkpoint} cannot become {after}: copies of all of them make "
-            f"{2 * before}, {3 * before} and so on"
+            f"the {before} layers of {checkpoint} cannot become {after} by whole copies; choose "
+            f"{2 * before}, {3 * before} or another multiple"
         )

@@ -152,7 +152,7 @@ def masked_means(
             on_batch()
 
     if tokens == 0:
-        raise UserError("there is no token to evaluate: the data holds none whose loss_mask is 1; give more documents")
+        raise UserError("there is no token to evaluate: loss_mask is 0 everywhere; give more documents")
     return MaskedMeans(values=jax.tree.map(lambda total: total / tokens, sums), tokens=tokens)
 
 

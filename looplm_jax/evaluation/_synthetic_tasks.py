@@ -45,7 +45,7 @@ def task_accuracy(
     """
     count = task.validation_items if items is None else min(items, task.validation_items)
     if count == 0:
-        raise UserError("the task holds no problem out; raise validation_items")
+        raise UserError("the task has no held-out problems; raise validation_items")
     if task.tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(
             f"the task has {task.tokenizer.vocab_size} symbols, more than the model's {model.config.vocab_size}; "
@@ -129,7 +129,7 @@ def knowledge_loss(
     """
     count = task.validation_items if items is None else min(items, task.validation_items)
     if count == 0:
-        raise UserError("there is no biography to test with; raise validation_draws")
+        raise UserError("the task has no held-out biographies; raise validation_draws")
 
     # Summed on the host in float64, over [loops, kinds of tokens].
     total = np.zeros((loops, len(_KINDS)))

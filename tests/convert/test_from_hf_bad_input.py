@@ -48,7 +48,7 @@ def test_a_missing_tensor(tmp_path):
 def test_a_surplus_tensor(tmp_path):
     write_with(tmp_path, {"model.layers.1.self_attn.q_proj.bias": np.zeros(32, np.float32)})
     line = refusal(tmp_path)
-    assert line.startswith(f"{tmp_path}: tensor model.layers.1.self_attn.q_proj.bias belongs to no part of the model")
+    assert line.startswith(f"{tmp_path}: tensor model.layers.1.self_attn.q_proj.bias is not part of the model")
 
 
 @pytest.mark.parametrize("name", [QUERY, "model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight"])

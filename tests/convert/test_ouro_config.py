@@ -79,26 +79,26 @@ def test_the_rotary_base_as_transformers_5_writes_it():
         ({"model_type": "qwen2"}, "model_type is 'qwen2'; only 'ouro' can be read here"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling={'rope_type': 'yarn', 'factor': 4.0}"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e6}}, "rope_parameters="),
-        ({"rope_parameters": [1]}, r"rope_parameters=\[1\] is not honored here"),
-        ({"use_sliding_window": True}, "use_sliding_window=True is not honored here, only False"),
-        ({"sliding_window": 4096, "use_sliding_window": None}, "sliding_window=4096 is not honored here, only None"),
+        ({"rope_parameters": [1]}, r"rope_parameters=\[1\] is not supported"),
+        ({"use_sliding_window": True}, "use_sliding_window=True is not supported, only False"),
+        ({"sliding_window": 4096, "use_sliding_window": None}, "sliding_window=4096 is not supported, only None"),
         ({"layer_types": ["sliding_attention"] * 24}, "layer_types must be 'full_attention' for each of the 24 layers"),
-        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not honored here, only 'silu'"),
-        ({"attention_dropout": 0.1}, "attention_dropout=0.1 is not honored"),
-        ({"attention_bias": True}, "attention_bias=True is not honored"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported, only 'silu'"),
+        ({"attention_dropout": 0.1}, "attention_dropout=0.1 is not supported"),
+        ({"attention_bias": True}, "attention_bias=True is not supported"),
         ({"early_exit_threshold": 0.5}, "early_exit_threshold=0.5 is not kept in a model.*--exit q="),
         ({"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4}: quantized weights cannot be read"),
         ({"compression_config": {}}, "compression_config={}: quantized weights cannot be read"),
         ({"early_exit_step": 2}, "early_exit_step=2 is not kept in a model.*--exit loops="),
-        ({"is_causal": False}, "is_causal=False is not honored here, only True"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling=.* is not honored here, only the default"),
-        ({"rope_scaling": {"type": "linear"}}, "rope_scaling=.* is not honored here, only the default"),
-        ({"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}}, "rope_parameters=.* is not honored"),
+        ({"is_causal": False}, "is_causal=False is not supported, only True"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling=.* is not supported, only the default"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling=.* is not supported, only the default"),
+        ({"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}}, "rope_parameters=.* is not supported"),
         ({"rope_parameters": {"rope_theta": "large"}}, "rope_theta must be a number from above 0"),
-        ({"attention_chunk_size": 64}, "field 'attention_chunk_size' is not honored here; remove it if the model"),
-        ({"residual_multiplier": 0.2}, "field 'residual_multiplier' is not honored here; remove it if the model"),
-        ({"num_layer": 3}, "field 'num_layer' is not honored here; remove it if the model"),
-        ({"hiden_size": 3}, "field 'hiden_size' is not honored here; did you mean 'hidden_size'"),
+        ({"attention_chunk_size": 64}, "field 'attention_chunk_size' is not supported; remove it if the model"),
+        ({"residual_multiplier": 0.2}, "field 'residual_multiplier' is not supported; remove it if the model"),
+        ({"num_layer": 3}, "field 'num_layer' is not supported; remove it if the model"),
+        ({"hiden_size": 3}, "field 'hiden_size' is not supported; did you mean 'hidden_size'"),
         ({"hidden_size": None}, "field hidden_size is missing"),
         ({"hidden_size": "2048"}, "hidden_size must be a whole number from above 0 to 2147483647, not '2048'"),
         ({"num_hidden_layers": 10**40}, "num_hidden_layers must be a whole number"),
@@ -163,13 +163,13 @@ def test_every_field_that_transformers_writes_of_itself_is_read():
 )
 def test_another_field_is_not_taken_for_a_misspelled_one(name):
     """A user who follows such a suggestion renames a field, which would put an unrelated value into the model."""
-    with pytest.raises(UserError, match=f"field '{name}' is not honored here; remove it"):
+    with pytest.raises(UserError, match=f"field '{name}' is not supported; remove it"):
         from_ouro_config({**PUBLISHED, name: 7})
 
 
 @pytest.mark.parametrize("name", ["hiden_size", "num_hidden_layer", "rope_tehta", "tie_word_embedding", "head_dims"])
 def test_a_misspelled_field_is_corrected(name):
-    with pytest.raises(UserError, match=f"field '{name}' is not honored here; did you mean '"):
+    with pytest.raises(UserError, match=f"field '{name}' is not supported; did you mean '"):
         from_ouro_config({**PUBLISHED, name: 7})
 
 

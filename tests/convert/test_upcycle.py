@@ -218,7 +218,7 @@ def test_a_depth_that_copies_do_not_give_is_refused(layers, base, tmp_path):
     with pytest.raises(UserError) as caught:
         upcycle(base, tmp_path / "out", layers=layers, order=Order.STACK)
     assert str(caught.value) == (
-        f"the 2 layers of {base} cannot become {layers}: copies of all of them make 4, 6 and so on"
+        f"the 2 layers of {base} cannot become {layers} by whole copies; choose 4, 6 or another multiple"
     )
     assert list(tmp_path.iterdir()) == []
 

@@ -45,9 +45,9 @@ def test_every_tensor_is_listed_and_read_as_it_was_saved(tmp_path, shards):
 def test_one_dtype(tmp_path):
     write_weights(tmp_path, tensors())
     weights = WeightFolder.open(tmp_path)
-    assert weights.one_dtype(["b"]) == jnp.bfloat16
+    assert weights.common_dtype(["b"]) == jnp.bfloat16
     with pytest.raises(UserError, match=r"several types \(a in float32, c in float16\); name the one you want with"):
-        weights.one_dtype(["a", "c"])
+        weights.common_dtype(["a", "c"])
 
 
 def test_what_counts_as_a_folder_with_weights(tmp_path):
@@ -156,7 +156,7 @@ def test_another_type_of_number(tmp_path, dtype, size):
 
 def test_a_name_that_cannot_be_printed(tmp_path):
     (tmp_path / SINGLE).write_bytes(saved_file({"a\nb": TWO}, bytes(8)))
-    assert refusal(tmp_path) == f"{tmp_path}/{SINGLE} holds a tensor called 'a\\nb', which is no name of PyTorch's"
+    assert refusal(tmp_path) == f"{tmp_path}/{SINGLE} holds a tensor called 'a\\nb', which is not a PyTorch name"
 
 
 def write_index(folder: Path, content: object) -> None:

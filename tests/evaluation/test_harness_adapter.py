@@ -11,7 +11,7 @@ pytest.importorskip("tokenizers")
 
 from looplm_jax.errors import UserError
 from looplm_jax.evaluation.harness._adapter import EveryDepth, LoopLMAdapter
-from looplm_jax.evaluation.harness._settings import ModelArgs, Settings
+from looplm_jax.evaluation.harness._settings import HarnessSettings, ModelArgs
 from looplm_jax.halting import Bounded, FixedLoops, KLDivergence, QExit
 from looplm_jax.inference import CacheStrategy, Engine, EngineConfig
 from looplm_jax.loading import load
@@ -42,7 +42,7 @@ def loaded(folder):
 @pytest.fixture(scope="module")
 def adapter(loaded):
     """Returns an adapter with few slots, so that four and more requests use the same engine."""
-    return LoopLMAdapter(loaded, Settings(max_length=WINDOW, batch_size=4))
+    return LoopLMAdapter(loaded, HarnessSettings(max_length=WINDOW, batch_size=4))
 
 
 def expected(loaded, context, continuation, loops=LOOPS):
@@ -64,7 +64,7 @@ def test_an_empty_context_is_the_beginning_of_a_document(loaded, adapter):
 
 def test_a_bos_before_every_context_where_asked_for(loaded):
     tokenizer = loaded.tokenizer
-    adapter = LoopLMAdapter(loaded, Settings(max_length=WINDOW, add_bos_token=True))
+    adapter = LoopLMAdapter(loaded, HarnessSettings(max_length=WINDOW, add_bos_token=True))
     (found,), (empty,) = (adapter.loglikelihood(requests((context, " sat"))) for context in ("a cat", ""))
     assert found[0] == expected(loaded, [tokenizer.bos_id, *tokenizer.encode("a cat")], tokenizer.encode(" sat"))
     assert empty[0] == expected(loaded, [tokenizer.bos_id], tokenizer.encode(" sat"))
@@ -106,7 +106,7 @@ def test_rolling_scores_every_token_once_with_all_the_context_there_is(loaded, a
 
 
 def test_text_is_that_of_the_engine_up_to_a_stop_string(loaded):
-    adapter = LoopLMAdapter(loaded, Settings(policy=QExit(q=0.5), batch_size=1, max_length=WINDOW))
+    adapter = LoopLMAdapter(loaded, HarnessSettings(policy=QExit(q=0.5), batch_size=1, max_length=WINDOW))
     config = EngineConfig(slots=1, capacity=64, loops=LOOPS, chunk=64)
     engine = Engine(loaded.model, loaded.params, loaded.tokenizer, config=config)
     long = "0123456789" * 6
@@ -123,7 +123,7 @@ def test_text_is_that_of_the_engine_up_to_a_stop_string(loaded):
 
 
 def test_a_sweep_answers_every_depth_from_one_pass(loaded):
-    adapter = EveryDepth(loaded, Settings(max_length=WINDOW), loops=LOOPS)
+    adapter = EveryDepth(loaded, HarnessSettings(max_length=WINDOW), loops=LOOPS)
     asked = requests(("a cat", " sat"), ("", "sat"))
     found = []
     for depth in range(1, LOOPS + 1):
@@ -154,7 +154,7 @@ def test_model_args(folder):
     assert found == ModelArgs(
         checkpoint=str(folder),
         step=None,
-        settings=Settings(
+        settings=HarnessSettings(
             policy=Bounded(KLDivergence(threshold=1e-3), max_loops=6),
             max_length=64,
             add_bos_token=True,
@@ -169,10 +169,10 @@ def test_model_args(folder):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({}, "say which model: --model_args checkpoint=runs/text-small exit=q=0.5"),
+        ({}, "--model_args has no checkpoint; write --model_args checkpoint=runs/text-small exit=q=0.5"),
         ({"pretrained": "x", "checkpoint": "x"}, "unknown model argument 'pretrained'; known: add_bos_token, "),
         ({"checkpoint": "x", "max_lenght": 3}, "unknown model argument 'max_lenght'; did you mean 'max_length'?"),
-        ({"checkpoint": "x", "loops": 2, "exit": "q=1"}, "loops and exit both say when to leave; keep one"),
+        ({"checkpoint": "x", "loops": 2, "exit": "q=1"}, "loops and exit both set the exit rule; keep one"),
         ({"checkpoint": "x", "loops": 0}, "loops must be at least 1, not 0"),
         ({"checkpoint": "x", "loops": "two"}, "loops must be a whole number, not 'two'"),
         ({"checkpoint": "x", "exit": "q=2"}, "q must be in [0, 1], not 2.0"),

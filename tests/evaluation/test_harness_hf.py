@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from looplm_jax.convert.torch_model.modeling_looplm import OuroForCausalLM
 from looplm_jax.evaluation.harness._adapter import LoopLMAdapter
-from looplm_jax.evaluation.harness._settings import Settings
+from looplm_jax.evaluation.harness._settings import HarnessSettings
 from looplm_jax.loading import load
 
 CONFIG = dataclasses.replace(MULTI_HEAD, num_layers=1)
@@ -38,7 +38,7 @@ def both(tmp_path_factory):
     )
     model = OuroForCausalLM.from_pretrained(folder).eval()
     theirs = HFLM(pretrained=model, tokenizer=tokenizer, max_length=WINDOW, batch_size=40)
-    return LoopLMAdapter(load(folder), Settings(max_length=WINDOW, batch_size=4)), theirs
+    return LoopLMAdapter(load(folder), HarnessSettings(max_length=WINDOW, batch_size=4)), theirs
 
 
 def requests(*arguments):

@@ -77,5 +77,5 @@ def test_losses_are_those_of_each_biography_by_itself(params):
 
 
 def test_nothing_to_test_with_is_refused(params):
-    with pytest.raises(UserError, match="there is no biography to test with; raise validation_draws"):
+    with pytest.raises(UserError, match="the task has no held-out biographies; raise validation_draws"):
         knowledge_loss(MODEL, params, Capo(people=3, validation_draws=0), loops=1)

@@ -6,6 +6,7 @@ from looplm_jax.errors import UserError
 from looplm_jax.evaluation._evaluate import Curve, DepthSweep, ExitCurve
 from looplm_jax.evaluation._plots import plot_depths, plot_exits, plot_training
 from looplm_jax.evaluation._reports import depth_table, exit_table
+from looplm_jax.terminal import Table
 
 CURVE = Curve.of([1, 2, 3], [3.0, 2.0, 2.5], [0.1, 0.25, 0.2])
 SWEEP = DepthSweep(curve=CURVE, trained_loops=3, tokens=1234)
@@ -56,3 +57,8 @@ def test_exit_table_has_both_kinds():
     lines = exit_table(exits).markdown().splitlines()
     assert lines[2] == "| loops=1 | 1.00 | 3.0000 | 10.00% |"
     assert lines[6] == "| q=0.5 | 2.00 | 2.0000 | 25.00% |"
+
+
+def test_a_cell_stays_in_its_row():
+    table = Table(title="cells", columns=("a", "b"), rows=[["one\nline", "x|y"]])
+    assert table.markdown().splitlines()[2:] == ["| one line | x\\|y |"]

@@ -41,7 +41,7 @@ def test_a_part_of_the_problems_are_the_first_ones(loaded):
 
 def test_nothing_held_out_or_another_vocabulary_is_refused(loaded):
     task = make_task(TASK)
-    with pytest.raises(UserError, match="the task holds no problem out"):
+    with pytest.raises(UserError, match="the task has no held-out problems"):
         task_accuracy(loaded.model, loaded.params, dataclasses.replace(task, validation_items=0), loops=2)
     with pytest.raises(UserError, match="the task has 13 symbols, more than the model's"):
         task_accuracy(loaded.model, loaded.params, Addition(), loops=2)

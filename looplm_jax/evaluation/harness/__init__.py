@@ -6,13 +6,14 @@
 The second command is the harness's own command line. It finds models of other packages only if they register
 themselves, so it is started through this package. In Python:
 
-    from looplm_jax.evaluation.harness import LoopLMAdapter, Settings, choose_tasks, run_tasks
+    from looplm_jax.evaluation.harness import LoopLMAdapter, HarnessSettings, choose_tasks, run_tasks
 
-    adapter = LoopLMAdapter(looplm_jax.load("runs/text-small"), Settings())
+    adapter = LoopLMAdapter(looplm_jax.load("runs/text-small"), HarnessSettings())
     for score in run_tasks(adapter, choose_tasks(["looplm_smoke"])).scores:
         print(score.task, score.metric, score.value)
 
-Models: a `LoopLMAdapter` answers the harness with `Settings`, and `EveryDepth` answers for all depths from one pass.
+Models: a `LoopLMAdapter` answers the harness under `HarnessSettings`, and `EveryDepth` answers for all depths from one
+forward pass.
 
 Tasks: `choose_tasks` selects `ChosenTasks` by name. `run_tasks` returns a `TaskRun` with a `TaskScore` for each number,
 and `sweep_tasks` one for each depth. `task_table` and `sweep_table` show them. `TASKS` is a folder with small tasks
@@ -33,7 +34,7 @@ with epy.lazy_api_imports(globals()):
     # isort: off
     # Models.
     from looplm_jax.evaluation.harness._adapter import EveryDepth, LoopLMAdapter
-    from looplm_jax.evaluation.harness._settings import Settings
+    from looplm_jax.evaluation.harness._settings import HarnessSettings
 
     # Tasks.
     from looplm_jax.evaluation.harness._running import ChosenTasks, choose_tasks, run_tasks, sweep_tasks
@@ -45,8 +46,8 @@ __all__ = [
     "TASKS",
     "ChosenTasks",
     "EveryDepth",
+    "HarnessSettings",
     "LoopLMAdapter",
-    "Settings",
     "TaskRun",
     "TaskScore",
     "choose_tasks",

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from looplm_jax.errors import UserError
 from looplm_jax.evaluation.harness._generation import generate_texts, generation_request, with_own_keys
 from looplm_jax.evaluation.harness._scoring import Likelihood, Window, WindowScorer
-from looplm_jax.evaluation.harness._settings import ModelArgs, Settings
+from looplm_jax.evaluation.harness._settings import HarnessSettings, ModelArgs
 from looplm_jax.halting import ExitPolicy, FixedLoops
 from looplm_jax.inference import Request
 from looplm_jax.loading import Loaded, load
@@ -21,7 +21,7 @@ Answer = tuple[float, bool]  # a log-likelihood in nats, and whether greedy deco
 class LoopLMAdapter(TemplateLM):
     """Serves the harness: log-likelihoods from one forward pass, text from the engine, both under one exit policy."""
 
-    def __init__(self, loaded: Loaded, settings: Settings, *, on_requests: Callable[[int], None] | None = None):
+    def __init__(self, loaded: Loaded, settings: HarnessSettings, *, on_requests: Callable[[int], None] | None = None):
         super().__init__()
         self.policy: ExitPolicy = settings.policy or FixedLoops(loops=loaded.model.config.loops)
         self.loops = 0  # total loops of the tokens counted below
@@ -115,10 +115,10 @@ class LoopLMAdapter(TemplateLM):
 
     def answers(self, windows: Sequence[Window]) -> list[Answer]:
         """Returns the answer to each window."""
-        found = self._scorer(windows)
-        self.loops += sum(likelihood.loops[0] for likelihood in found)
+        likelihoods = self._scorer(windows)
+        self.loops += sum(likelihood.loops[0] for likelihood in likelihoods)
         self.tokens += sum(window.scored for window in windows)
-        return [(likelihood.log_prob[0], likelihood.greedy[0]) for likelihood in found]
+        return [(likelihood.log_prob[0], likelihood.greedy[0]) for likelihood in likelihoods]
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, Sequence[int], Sequence[int]]], **_: Any
@@ -160,7 +160,7 @@ class EveryDepth(LoopLMAdapter):
     """
 
     def __init__(
-        self, loaded: Loaded, settings: Settings, *, loops: int, on_requests: Callable[[int], None] | None = None
+        self, loaded: Loaded, settings: HarnessSettings, *, loops: int, on_requests: Callable[[int], None] | None = None
     ):
         super().__init__(loaded, settings, on_requests=on_requests)
         self._scorer = self._make_scorer(loops, None)
@@ -181,5 +181,5 @@ class EveryDepth(LoopLMAdapter):
         # dict.fromkeys removes repeats and keeps the order.
         new = [window for window in dict.fromkeys(windows) if window not in self._known]
         self._known |= zip(new, self._scorer(new), strict=True)
-        found, place = [self._known[window] for window in windows], self.depth - 1
-        return [(likelihood.log_prob[place], likelihood.greedy[place]) for likelihood in found]
+        likelihoods, index = [self._known[window] for window in windows], self.depth - 1
+        return [(likelihood.log_prob[index], likelihood.greedy[index]) for likelihood in likelihoods]

@@ -112,11 +112,11 @@ def generate_texts(
     )
 
     engine = Engine(loaded.model, loaded.params, loaded.need_tokenizer(), config=config)
-    tickets = [engine.submit(request) for request in requests]
+    handles = [engine.submit(request) for request in requests]
     while engine.step():
         pass
 
-    results = [ticket.result() for ticket in tickets]
+    results = [handle.result() for handle in handles]
     for result in results:
         if result.finish is Finish.FAILED:
             raise UserError(result.error)

@@ -35,10 +35,9 @@ class TaskRun:
     @property
     def scores(self) -> tuple[TaskScore, ...]:
         """Returns every number, with tasks and metrics in the harness's order."""
-        found = (
+        return tuple(
             _score(task, key, metrics) for task, metrics in self.results["results"].items() for key in _metrics(metrics)
         )
-        return tuple(found)
 
 
 class ChosenTasks(TaskManager):
@@ -115,10 +114,10 @@ def sweep_tasks(
 
 def _matches(name: str, known: Iterable[str]) -> list[str]:
     """Returns the tasks that match a name or a pattern. Raises UserError if there are none."""
-    found = fnmatch.filter(known, name)
-    if not found:
+    matches = fnmatch.filter(known, name)
+    if not matches:
         raise UserError(f"unknown task {name!r}{suggest(name, known, '; `lm_eval ls tasks` lists them')}")
-    return found
+    return matches
 
 
 def _metrics(metrics: dict[str, Any]) -> list[str]:

@@ -131,10 +131,10 @@ class WindowScorer:
         results = [Likelihood.of_nothing(self.loops if self.policy is None else 1)] * len(windows)
         for batch in window_batches(windows, rows=self.rows, longest=self.longest):
             arrays = batch.tokens, batch.read_positions, batch.targets
-            found = score_windows(self.model, self.params, *arrays, loops=self.loops, policy=self.policy)
-            found = jax.device_get(found)
+            scores = score_windows(self.model, self.params, *arrays, loops=self.loops, policy=self.policy)
+            scores = jax.device_get(scores)
             for row, index in enumerate(batch.indices):
-                results[index] = _likelihood(found, row, windows[index].scored)
+                results[index] = _likelihood(scores, row, windows[index].scored)
             if self.on_windows is not None:
                 self.on_windows(len(batch.indices))
         return results
@@ -192,11 +192,11 @@ def _exit_loops(
     return jax.lax.map(lambda row: exit_loops(policy, row[0], row[1], predict), by_row)
 
 
-def _likelihood(found: WindowScores, row: int, scored: int) -> Likelihood:
+def _likelihood(batch: WindowScores, row: int, scored: int) -> Likelihood:
     """Returns the likelihood of one window of a batch."""
     # Positions after the scored ones are padding.
     loss, correct, loops = (
-        np.asarray(values)[:, row, :scored] for values in (found.scores.loss, found.scores.correct, found.loops)
+        np.asarray(values)[:, row, :scored] for values in (batch.scores.loss, batch.scores.correct, batch.loops)
     )
 
     return Likelihood(

@@ -14,7 +14,7 @@ _EXAMPLE = "checkpoint=runs/text-small exit=q=0.5"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
+class HarnessSettings:
     """The settings that decide how a model answers the harness."""
 
     policy: ExitPolicy | None = None  # None: the trained number of loops
@@ -37,7 +37,7 @@ class ModelArgs:
 
     checkpoint: str
     step: int | None
-    settings: Settings
+    settings: HarnessSettings
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> "ModelArgs":
@@ -50,10 +50,10 @@ class ModelArgs:
         rest = {name: value for name, value in given.items() if name not in _IGNORED and value is not None}
         checkpoint = rest.pop("checkpoint", None)
         if checkpoint is None:
-            raise UserError(f"say which model: --model_args {_EXAMPLE}")
+            raise UserError(f"--model_args has no checkpoint; write --model_args {_EXAMPLE}")
 
         step = _whole("step", rest.pop("step", None))
-        settings = Settings(
+        settings = HarnessSettings(
             policy=exit_policy(loops=_whole("loops", rest.pop("loops", None)), rule=rest.pop("exit", None)),
             batch_size=_batch_size(rest.pop("batch_size", "auto")),
             max_length=_whole("max_length", rest.pop("max_length", None)),
@@ -63,8 +63,9 @@ class ModelArgs:
         )
 
         for name in rest:
-            # The first field of Settings, the policy, is given as loops or exit.
-            known = ("checkpoint", "step", "loops", "exit", *(field.name for field in dataclasses.fields(Settings)[1:]))
+            # The first field of the settings, the policy, is given as loops or exit.
+            fields = (field.name for field in dataclasses.fields(HarnessSettings)[1:])
+            known = ("checkpoint", "step", "loops", "exit", *fields)
             raise UserError(f"unknown model argument {name!r}{suggest(name, known)}")
         return cls(checkpoint=str(checkpoint), step=step, settings=settings)
 
@@ -75,7 +76,7 @@ def exit_policy(*, loops: int | None, rule: str | None) -> ExitPolicy | None:
     Raises UserError if both are given.
     """
     if loops is not None and rule is not None:
-        raise UserError("loops and exit both say when to leave; keep one")
+        raise UserError("loops and exit both set the exit rule; keep one")
     if loops is not None:
         return FixedLoops(loops=loops)
     return None if rule is None else parse_exit_policy(str(rule))
@@ -103,7 +104,7 @@ def _batch_size(value: Any) -> int:
     For the harness they search for the largest batch that fits, which is not supported here.
     """
     if str(value).startswith("auto"):
-        return Settings.batch_size
+        return HarnessSettings.batch_size
     if not str(value).lstrip("-").isdigit():
         raise UserError(f"batch_size must be a whole number or auto, not {value!r}")
     return int(value)
