@@ -46,7 +46,7 @@ def test_one_dtype(tmp_path):
     write_weights(tmp_path, tensors())
     weights = WeightFolder.open(tmp_path)
     assert weights.common_dtype(["b"]) == jnp.bfloat16
-    with pytest.raises(UserError, match=r"several types \(a in float32, c in float16\); name the one you want with"):
+    with pytest.raises(UserError, match=r"several types \(a in float32, c in float16\); choose one with dtype"):
         weights.common_dtype(["a", "c"])
 
 
