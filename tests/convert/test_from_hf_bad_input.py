@@ -88,7 +88,7 @@ def test_two_types_of_numbers(tmp_path):
     tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.float32)
     write_hf_folder(tmp_path, tensors=tensors)
     stored = "model.embed_tokens.weight in bfloat16, model.norm.weight in float32"
-    assert refusal(tmp_path).startswith(f"{tmp_path} has tensors of several types ({stored}); name the one you want")
+    assert refusal(tmp_path).startswith(f"{tmp_path} has tensors of several types ({stored}); choose one with dtype")
     load_hf(tmp_path, mesh=make_mesh(MeshConfig(), jax.devices()[:1]), dtype=jnp.float32)
 
 
