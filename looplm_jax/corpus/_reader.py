@@ -68,12 +68,14 @@ class PreparedSequences:
         try:
             features = decode_sequence(read_record(self._folder, shard, row), self._length, self._tokens)
         except BadSequence as problem:
-            raise damaged(self._folder, shard, f"row {row}: {problem}") from None
+            raise damaged(self._folder, shard, f"sequence {row}: {problem}") from None
 
         # JAX does not raise an error for an id outside the vocabulary.
         highest = max(int(features["tokens"].max()), int(features["targets"].max()))
         if highest >= self._vocab_size:
-            raise damaged(self._folder, shard, f"row {row}: id {highest} is not in a vocabulary of {self._vocab_size}")
+            raise damaged(
+                self._folder, shard, f"sequence {row}: id {highest} is not in a vocabulary of {self._vocab_size}"
+            )
         return features
 
     def segments(self, index: int) -> list[Segment]:
@@ -81,7 +83,7 @@ class PreparedSequences:
         return decode_segments(read_record(self._folder, *self._place(index)), self._tokens)
 
     def __repr__(self) -> str:
-        return f"PreparedSequences({str(self._folder.path)!r}, rows={len(self)})"
+        return f"PreparedSequences({str(self._folder.path)!r}, sequences={len(self)})"
 
     def _place(self, index: int) -> tuple[Shard, int]:
         """Returns the shard of a sequence and its index in the shard."""

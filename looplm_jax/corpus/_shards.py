@@ -1,4 +1,4 @@
-"""The binary encoding of one packed sequence: tokens, ends of segments, and the loss mask.
+"""Shards: ArrayRecord files of packed sequences, written once and read at random, and the encoding of a sequence.
 
 A sequence of S positions consists of segments. A segment of n positions is stored as n + 1 tokens: the inputs are all
 but the last, the targets all but the first. All numbers are little-endian:
@@ -287,7 +287,7 @@ def _reader(path: str, digest: str, rows: int) -> Any:
 
     reader = ArrayRecordReader(path, _READ_OPTIONS, file_reader_buffer_size=_READ_BUFFER)
     if reader.num_records() != rows:  # also true if there is no file
-        raise RuntimeError(f"it holds {reader.num_records()} rows, not {rows}")
+        raise RuntimeError(f"it holds {reader.num_records()} sequences, not {rows}")
     return reader
 
 

@@ -26,8 +26,8 @@ from looplm_jax.data.tokenizers import Tokenizer, deserialize
 
 _SECONDS_BETWEEN_REPORTS = 0.5
 
-# The same values as in `data.packing`.
-_OPEN_ROWS = 64
+# The same values as in `data/_packing.py`.
+_OPEN_SEQUENCES = 64
 _WINDOW_PIECES = 2**12
 _WINDOW_TOKENS = 2**21
 
@@ -231,11 +231,15 @@ class TokenizeUnit:
 
 
 # First-fit packing, in one pass and with bounded memory
+#
+# The algorithm is that of `data/_packing.py`: segments are shuffled within a window and then added to the first of 64
+# open sequences that has room. It is implemented here because Grain's packer would import JAX in every worker. One
+# difference: if no open sequence has room, only the fullest is closed, where Grain closes all.
 
 
 def shuffled(pieces: Iterable[Segment], length: int, seed: int) -> Iterator[Segment]:
     """Yields the segments shuffled within a window, so that a long document does not fill consecutive sequences."""
-    window = min(_WINDOW_PIECES, max(_WINDOW_TOKENS // length, _OPEN_ROWS))
+    window = min(_WINDOW_PIECES, max(_WINDOW_TOKENS // length, _OPEN_SEQUENCES))
     random = np.random.default_rng(seed)
     stream = iter(pieces)
     while some := list(itertools.islice(stream, window)):
@@ -254,7 +258,7 @@ def pack_segments(pieces: Iterable[Segment], length: int) -> Iterator[list[Segme
     for piece in pieces:
         place = next((row for row, left in enumerate(room) if left >= piece.positions), len(rows))
 
-        if place == len(rows) == _OPEN_ROWS:
+        if place == len(rows) == _OPEN_SEQUENCES:
             fullest = room.index(min(room))
             room.pop(fullest)
             yield rows.pop(fullest)

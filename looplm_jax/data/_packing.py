@@ -16,16 +16,14 @@ from looplm_jax.data._examples import Example, chunks
 from looplm_jax.data.tasks._base import Problems
 
 # Sequences that are open for packing. More of them waste fewer positions but cost memory and time to restore.
-_OPEN_ROWS = 64
+_OPEN_SEQUENCES = 64
 
 # Size of the shuffle window. A resumed stream reads its window again: at most a few seconds at this size.
 _SHUFFLED_PIECES = 2**12
 _SHUFFLED_TOKENS = 2**21
 
-Rows = Mapping[str, np.ndarray]
-"""Features of packed rows, [R, S] each, named as Grain names those that it packs."""
-
-_OPEN_TASK_ROWS = 64  # sequences that are open for packing
+PackedFeatures = Mapping[str, np.ndarray]
+"""Features of packed sequences, [R, S] each, named as Grain names those that it packs."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,14 +67,14 @@ def pack(examples: grain.IterDataset, sequence_length: int, *, shuffle_seed: int
     # The window is bounded in chunks and in tokens, and is never smaller than the number of open sequences.
     pieces = grain.experimental.WindowShuffleIterDataset(
         grain.experimental.FlatMapIterDataset(examples, _Chunks(sequence_length)),
-        window_size=min(_SHUFFLED_PIECES, max(_SHUFFLED_TOKENS // sequence_length, _OPEN_ROWS)),
+        window_size=min(_SHUFFLED_PIECES, max(_SHUFFLED_TOKENS // sequence_length, _OPEN_SEQUENCES)),
         seed=shuffle_seed,
     )
 
     return grain.experimental.FirstFitPackIterDataset(
         pieces,
         length_struct=dict.fromkeys(features, sequence_length),
-        num_packing_bins=_OPEN_ROWS,
+        num_packing_bins=_OPEN_SEQUENCES,
         seed=shuffle_seed,
         shuffle_bins=True,
     )
@@ -96,10 +94,7 @@ def as_batch(rows: Mapping[str, np.ndarray]) -> Batch:
 # Problems of synthetic tasks
 
 
-# Packing
-
-
-def pack_problems(problems: Problems, length: int) -> Rows:
+def pack_problems(problems: Problems, length: int) -> PackedFeatures:
     """Packs problems first-fit into R sequences of `length` positions, each problem a segment.
 
     A problem of n tokens takes n - 1 positions, each with the next token as its target. No problem may be longer than a
@@ -147,25 +142,25 @@ def _first_fit(
     used: list[int] = []
     held: list[int] = []
 
-    open_rows: list[int] = []
+    open_sequences: list[int] = []
     placed: list[tuple[int, int, int]] = []
 
     for size in sizes:
-        row = next((row for row in open_rows if used[row] + size <= length), len(used))
+        row = next((row for row in open_sequences if used[row] + size <= length), len(used))
 
         if row == len(used):
             used.append(0)
             held.append(0)
-            open_rows.append(row)
-            if len(open_rows) > _OPEN_TASK_ROWS:
-                open_rows.pop(0)
+            open_sequences.append(row)
+            if len(open_sequences) > _OPEN_SEQUENCES:
+                open_sequences.pop(0)
 
         held[row] += 1
         placed.append((row, used[row], held[row]))
         used[row] += size
         # Sequences that cannot take even the smallest problem are closed, which keeps the search short.
         if used[row] + smallest > length:
-            open_rows.remove(row)
+            open_sequences.remove(row)
 
     rows, starts, numbers = np.array(placed).T
     return rows, starts, numbers, len(used)

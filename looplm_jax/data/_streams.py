@@ -14,14 +14,14 @@ import grain
 import numpy as np
 
 from looplm_jax.data._mixture import TaskSource
-from looplm_jax.data._packing import Rows, pack_problems
+from looplm_jax.data._packing import PackedFeatures, pack_problems
 from looplm_jax.data.tasks._base import Problems, generator
 
 _READING_THREADS = 16  # reads mostly wait for cloud storage, so there may be more threads than cores
 _BATCHES_AHEAD = 2  # batches to prefetch, in addition to the requested one
 
 # The minimum size of a block, in tokens and in sequences. Smaller blocks would waste too much in unfilled sequences.
-_BLOCK_TOKENS, _BLOCK_ROWS = 2**17, 128
+_BLOCK_TOKENS, _BLOCK_SEQUENCES = 2**17, 128
 _BLOCKS_AHEAD = 2  # blocks to generate in advance
 _GENERATING_THREADS = 2
 
@@ -52,11 +52,11 @@ class PreparedBatches:
 
     Args:
       rows: an endless dataset of sequences, each a dictionary of arrays.
-      batch_rows: sequences in a batch.
+      batch_size: sequences in a batch.
     """
 
-    def __init__(self, rows: grain.MapDataset, batch_rows: int):
-        self._rows, self._batch_rows = rows, batch_rows
+    def __init__(self, rows: grain.MapDataset, batch_size: int):
+        self._rows, self._batch_size = rows, batch_size
         self._done = 0
         self._ahead: collections.deque[list[concurrent.futures.Future[Any]]] = collections.deque()
 
@@ -91,8 +91,8 @@ class PreparedBatches:
     def _read_ahead(self) -> None:
         """Schedules the reads of the next batch that is not yet prefetched."""
         # Sequences are addressed by index, so the position in the stream determines what to read.
-        start = (self._done + len(self._ahead)) * self._batch_rows
-        places = range(start, start + self._batch_rows)
+        start = (self._done + len(self._ahead)) * self._batch_size
+        places = range(start, start + self._batch_size)
         self._ahead.append([_reading_threads().submit(self._rows.__getitem__, place) for place in places])
 
 
@@ -103,6 +103,10 @@ def _reading_threads() -> concurrent.futures.ThreadPoolExecutor:
 
 
 # Blocks of problems
+#
+# A block is a few hundred or thousand problems and the sequences that they fill. It is a pure function of the seed and
+# the block number, so a stream can resume at any block, and streams that divide the work take disjoint blocks.
+# Generating many problems with a few NumPy calls is much cheaper than passing each through a data pipeline as a record.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +124,7 @@ class Blocks:
     seeds: Sequence[int]
     sequence_length: int
 
-    def __getitem__(self, block: int) -> Rows:
+    def __getitem__(self, block: int) -> PackedFeatures:
         """Returns the packed sequences of a block."""
         return pack_problems(self.problems(block), self.sequence_length)
 
@@ -148,7 +152,7 @@ class Blocks:
     def _size(self) -> int:
         """The number of problems in a block."""
         # The longest problem bounds the number of problems that surely fit.
-        tokens = max(_BLOCK_TOKENS, _BLOCK_ROWS * self.sequence_length)
+        tokens = max(_BLOCK_TOKENS, _BLOCK_SEQUENCES * self.sequence_length)
         return max(1, tokens // max(source.task.max_tokens for source in self.tasks))
 
 
@@ -156,31 +160,31 @@ class Blocks:
 
 
 class TaskBatches:
-    """An endless stream of batches of `batch_rows` sequences, generated ahead of time by threads.
+    """An endless stream of batches of `batch_size` sequences, generated ahead of time by threads.
 
     Its state is the block, and the sequence in it, that come next.
 
     Args:
       blocks: the mixture.
-      batch_rows: sequences in a batch.
+      batch_size: sequences in a batch.
       first: the first block of the stream.
       stride: the distance between consecutive blocks. Streams that divide the work start at `0, 1, …, stride - 1`.
     """
 
-    def __init__(self, blocks: Blocks, batch_rows: int, *, first: int = 0, stride: int = 1):
-        self._blocks, self._batch_rows, self._stride = blocks, batch_rows, stride
+    def __init__(self, blocks: Blocks, batch_size: int, *, first: int = 0, stride: int = 1):
+        self._blocks, self._batch_size, self._stride = blocks, batch_size, stride
         self._block, self._row = first, 0
-        self._ahead: collections.OrderedDict[int, concurrent.futures.Future[Rows]] = collections.OrderedDict()
+        self._ahead: collections.OrderedDict[int, concurrent.futures.Future[PackedFeatures]] = collections.OrderedDict()
 
-    def __next__(self) -> Rows:
+    def __next__(self) -> PackedFeatures:
         block, row, taken = self._block, self._row, 0
         pieces = []
 
         # A batch may span several blocks.
-        while taken < self._batch_rows:
+        while taken < self._batch_size:
             rows = self._rows(block)
             count = len(rows["tokens"])
-            end = min(count, row + self._batch_rows - taken)
+            end = min(count, row + self._batch_size - taken)
             pieces.append({name: values[row:end] for name, values in rows.items()})
             taken += end - row
             block, row = (block, end) if end < count else (block + self._stride, 0)
@@ -206,7 +210,7 @@ class TaskBatches:
             future.cancel()
         self._ahead.clear()
 
-    def _rows(self, block: int) -> Rows:
+    def _rows(self, block: int) -> PackedFeatures:
         """Returns the sequences of a block, and schedules the blocks that follow it."""
         # Futures are cached by block number; a block that is already scheduled is not submitted again.
         for ahead in range(block, block + (_BLOCKS_AHEAD + 1) * self._stride, self._stride):

@@ -97,7 +97,7 @@ def test_ids_beyond_the_vocabulary_are_not_trained_on(whole, tmp_path):
 
     rewrite(out / corpus.manifest.train[0].name, larger)
     with pytest.raises(
-        UserError, match=r"train-00000.arrayrecord is damaged .*row 0: id 300 is not in a vocabulary of"
+        UserError, match=r"train-00000.arrayrecord is damaged .*sequence 0: id 300 is not in a vocabulary of"
     ):
         open_prepared(str(out)).train[0]
 
