@@ -43,7 +43,7 @@ def run_experiment(name: str, *, scale: str, root: Path, out: Path | None, share
     try:
         outcome = grid.run(cells, functools.partial(experiment.run, console=console), mine, console.print)
     except Stopped as stopped:
-        exit_process(console, f"stopped by {stopped.signal.name}; the same command resumes from there", stopped.signal)
+        exit_process(console, f"stopped by {stopped.signal.name}; the same command resumes there", stopped.signal)
 
     records, failed = outcome.records, outcome.failed
     if records:

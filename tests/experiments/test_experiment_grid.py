@@ -212,7 +212,7 @@ def test_mano_is_stopped_while_it_compiles_goes_on_and_then_does_nothing(capsys,
     arguments = ["mano", "--root", str(tmp_path)]
     status, said = stopped_in_the_second_cell(arguments)
     assert status == 128 + signal.SIGTERM
-    assert said.endswith("looplm: stopped by SIGTERM; the same command resumes from there\n")
+    assert said.endswith("looplm: stopped by SIGTERM; the same command resumes there\n")
     assert main(arguments) == 0
     assert "cell 1 of 2, L2-1x1-lr0.001-seed0: finished before" in capsys.readouterr().err
     folder = tmp_path / "mano" / "smoke"
