@@ -2,12 +2,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# The docs site has its own environment: it reads docstrings without importing the library.
+DOCS := $(VENV)/docs
 RUN := JAX_PLATFORMS=cpu $(BIN)/python
 
 # Tests start many processes, which need not compile our modules again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test coverage test-slow test-tpu-compile test-transformers4 wheel test-wheel lint types bench setup torch clean
+.PHONY: demo test coverage test-slow test-tpu-compile test-transformers4 wheel test-wheel docs lint types bench setup torch clean
 
 # PyTorch and what runs our exported models. The older transformers is beside the newer one, and goes before it on the path.
 TORCH := torch==2.13.0 transformers==5.23.0 peft==0.21.2 accelerate==1.15.0
@@ -47,6 +49,9 @@ test-wheel: wheel  ## install the wheel with what it declares where nothing else
 	build/wheel/bin/python tests/install/every_command.py build/wheel/bin/looplm
 	rm -rf build
 
+docs: $(DOCS)/ready  ## build the site of docs/ and the API reference into site/, with warnings as errors
+	$(DOCS)/bin/mkdocs build --quiet --strict
+
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -72,6 +77,12 @@ $(VENV)/ready-dev: $(VENV)/ready requirements-dev.txt
 	$(BIN)/pip install --quiet -r requirements-dev.txt
 	touch $@
 
+$(DOCS)/ready: requirements-docs.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install --quiet --upgrade pip
+	$(DOCS)/bin/pip install --quiet -r requirements-docs.txt
+	touch $@
+
 torch: $(VENV)/ready-torch  ## PyTorch, for the tests and benchmarks that compare with it; they are skipped without
 
 $(VENV)/ready-torch: $(VENV)/ready
@@ -80,4 +91,4 @@ $(VENV)/ready-torch: $(VENV)/ready
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info
