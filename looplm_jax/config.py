@@ -470,7 +470,7 @@ class Stage:
 
     name: str = _field("name of the stage")
     objective: Objective = _field("what is minimised", Objective.EXPECTED_LOSS)
-    steps: int = _field("optimiser steps")
+    steps: int = _field("optimizer steps")
     batch_size: int = _field("sequences in a step, over all devices and accumulation")
     sequence_length: int = _field("tokens in a sequence, S")
     accumulation: int = _field("parts that a batch is cut into to save memory", 1)
@@ -587,7 +587,7 @@ class StartConfig:
     """The checkpoint from which a new run starts. A run that resumes does not read it again."""
 
     checkpoint: str = _field("a run folder, one of its steps, or a Hugging Face folder; empty: initial parameters", "")
-    optimizer: bool = _field("take the optimiser's state of that checkpoint too", False)
+    optimizer: bool = _field("take the optimizer's state of that checkpoint too", False)
 
     def __post_init__(self) -> None:
         _check_kinds(self, "start")

@@ -30,8 +30,8 @@ from looplm_jax.data import Batch
 from looplm_jax.distributed import SINGLE_PROCESS
 from looplm_jax.models.looplm import LoopLM
 from looplm_jax.sharding import make_mesh
-from looplm_jax.training._compile import StagePrograms, place
-from looplm_jax.training._saving import Saver
+from looplm_jax.training._compile import StagePrograms, to_device
+from looplm_jax.training._saving import AsyncSaver
 from looplm_jax.training._state import abstract_state, initial_state
 
 _BYTES_PER_PARAMETER = 12  # float32 parameters and two moments
@@ -102,7 +102,7 @@ class Trainer:
         self._programs = StagePrograms(self.recipe, model, stage, mesh, first_step=0)
         self._programs.compile(_LOOPS)
 
-        self._batch = place(_batch(config), stage, mesh)
+        self._batch = to_device(_batch(config), stage, mesh)
         self.abstract = abstract_state(self.recipe, model, stage, mesh)
         self.state = initial_state(self.recipe, model, stage, mesh)
         self.done = 0
@@ -119,7 +119,7 @@ class Trainer:
         for leaf in jax.tree.leaves(self.state):
             leaf.delete()
 
-    def save(self, saver: Saver) -> None:
+    def save(self, saver: AsyncSaver) -> None:
         """Starts a save, as training does."""
         metadata = Metadata(
             config=to_dict(self.recipe), tokenizer_kind="none", tokenizer=b"", tokenizer_fingerprint="", data_state={}
@@ -156,7 +156,7 @@ def measure(folder: Path, state_bytes: int, rounds: int) -> Measured:
     """Runs `rounds` rounds with one state. The first save, which compiles the digests, is not counted."""
     trainer = Trainer(state_bytes)
     store = CheckpointStore(folder, keep=1)
-    saver = Saver(store, SINGLE_PROCESS)
+    saver = AsyncSaver(store, SINGLE_PROCESS)
 
     for _ in range(3):
         trainer.step()
@@ -167,7 +167,7 @@ def measure(folder: Path, state_bytes: int, rounds: int) -> Measured:
     return Measured(state_bytes=size, rounds=tuple(_round(folder, trainer, store, saver, size) for _ in range(rounds)))
 
 
-def _round(folder: Path, trainer: Trainer, store: CheckpointStore, saver: Saver, size: int) -> Round:
+def _round(folder: Path, trainer: Trainer, store: CheckpointStore, saver: AsyncSaver, size: int) -> Round:
     """Measures the plain file, steps, an asynchronous save, a synchronous save, and a restore."""
     plain = folder.with_suffix(".plain")
     write = _seconds(lambda: _write(plain, size))

@@ -20,7 +20,7 @@ from looplm_jax.data import Batch
 from looplm_jax.models import presets
 from looplm_jax.models.looplm import LoopLM
 from looplm_jax.sharding import make_mesh
-from looplm_jax.training._compile import StagePrograms, place
+from looplm_jax.training._compile import StagePrograms, to_device
 from looplm_jax.training._state import initial_state
 
 _BATCH, _LENGTH, _LOOPS, _NEVER = 8, 256, 4, 10**6
@@ -63,7 +63,7 @@ def _step(objective: Objective, *, log_every: int) -> Callable[[], float]:
     programs = StagePrograms(recipe, model, stage, mesh, first_step=0)
     programs.compile(_LOOPS)
     state = initial_state(recipe, model, stage, mesh)
-    batch = place(_batch(recipe.model.vocab_size), stage, mesh)
+    batch = to_device(_batch(recipe.model.vocab_size), stage, mesh)
 
     def step() -> float:
         nonlocal state

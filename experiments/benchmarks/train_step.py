@@ -30,7 +30,7 @@ from looplm_jax.config import ComputeConfig, Dtype, MeshConfig, ModelConfig, Rec
 from looplm_jax.data import Batch
 from looplm_jax.models.looplm import LoopLM
 from looplm_jax.sharding import make_mesh
-from looplm_jax.training._compile import StagePrograms, place
+from looplm_jax.training._compile import StagePrograms, to_device
 from looplm_jax.training._goodput import train_flops_per_token
 from looplm_jax.training._state import initial_state
 
@@ -136,7 +136,7 @@ def _our_step(config: ModelConfig, remat: Remat) -> Step:
 
     def step() -> float:
         nonlocal state
-        state, metrics = programs.run(LOOPS, state, place(batch, stage, mesh))
+        state, metrics = programs.run(LOOPS, state, to_device(batch, stage, mesh))
         return float(metrics.loss)
 
     return step

@@ -182,7 +182,7 @@ def _ours(name: str, remat: Remat, shape: Shape, batch: Batch, steps: int) -> Si
     from experiments.benchmarks.ceiling import measure_ceiling
     from looplm_jax.models.looplm import LoopLM
     from looplm_jax.sharding import make_mesh
-    from looplm_jax.training._compile import StagePrograms, place
+    from looplm_jax.training._compile import StagePrograms, to_device
     from looplm_jax.training._state import initial_state
 
     stage = Stage(
@@ -200,7 +200,7 @@ def _ours(name: str, remat: Remat, shape: Shape, batch: Batch, steps: int) -> Si
     model, mesh = LoopLM(shape.model, compute), make_mesh(MeshConfig(data=1), jax.devices()[:1])
     programs = StagePrograms(recipe, model, stage, mesh, first_step=0)
     programs.compile(shape.loops)
-    state, on_device = initial_state(recipe, model, stage, mesh), place(batch, stage, mesh)
+    state, on_device = initial_state(recipe, model, stage, mesh), to_device(batch, stage, mesh)
 
     def step() -> float:
         nonlocal state

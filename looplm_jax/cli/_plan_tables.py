@@ -10,7 +10,7 @@ from looplm_jax.planning._budget import DecodeTiming, Timing
 from looplm_jax.planning._decode_plan import DecodePlan
 from looplm_jax.planning._program_facts import Collective
 from looplm_jax.planning._search import SearchResult, Trial
-from looplm_jax.planning._stage_plan import Inside, StagePlan
+from looplm_jax.planning._stage_plan import ProgramFacts, StagePlan
 from looplm_jax.planning._traffic import Buffer, Traffic
 from looplm_jax.terminal import literal
 
@@ -28,7 +28,7 @@ def print_stage(plan: StagePlan, out: Console) -> None:
     out.print(f"  compiled in {plan.compile_seconds:.0f} s for {plan.devices} device(s)")
 
     if plan.inside is not None:
-        _print_inside(plan.inside, out)
+        _print_facts(plan.inside, out)
     if plan.timing is not None:
         _print_timing(plan.timing, out)
 
@@ -44,7 +44,7 @@ def print_search(stage: str, result: SearchResult, out: Console) -> None:
     for trial in result.trials:
         table.add_row("*" if trial in result.best else "", trial.candidate.flags, *_trial(trial))
     out.print(table)
-    out.print(f"  not compiled: {result.cannot_fit} that cannot fit by arithmetic, {result.passed_over} less promising")
+    out.print(f"  not compiled: {result.cannot_fit} that cannot fit by arithmetic, {result.skipped} less promising")
 
 
 def _trial(trial: Trial) -> tuple[str, str, str]:
@@ -77,7 +77,7 @@ def memory_text(kinds: Mapping[str, int], *, total: int, capacity: int | None) -
     return f"{total / _GIB:.2f}{limit} GiB a device ({parts})"
 
 
-def _print_inside(inside: Inside, out: Console) -> None:
+def _print_facts(inside: ProgramFacts, out: Console) -> None:
     """Prints facts about the compiled program: attention, matrix products, donation and collectives."""
     products = ", ".join(f"{count} in {dtype}" for dtype, count in inside.matmuls.by_type.items())
     # "mha" is in the names of attention kernels.
@@ -123,7 +123,7 @@ def _print_timing(timing: Timing, out: Console) -> None:
     )
     out.print(
         f"  at best {_seconds(timing.step)} a step, {timing.tokens_per_second:,.0f} tokens/s, "
-        f"{timing.days:,.1f} days for the stage, {timing.model_flops_utilisation:.0%} of the peak"
+        f"{timing.days:,.1f} days for the stage, {timing.model_flops_utilization:.0%} of the peak"
     )
 
 

@@ -146,7 +146,7 @@ class Timing:
     waiting: float
     tokens_per_second: float
     days: float  # for all steps of the stage
-    model_flops_utilisation: float  # at best
+    model_flops_utilization: float  # at best
 
     @property
     def step(self) -> float:
@@ -212,7 +212,7 @@ def estimate(
         waiting=waiting,
         tokens_per_second=stage.batch_size * stage.sequence_length / step,
         days=stage.steps * step / _SECONDS_A_DAY,
-        model_flops_utilisation=flops / devices / chip.peak_bf16_flops / step,
+        model_flops_utilization=flops / devices / chip.peak_bf16_flops / step,
     )
 
 

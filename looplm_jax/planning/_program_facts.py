@@ -226,6 +226,6 @@ def _is_library(run: Run) -> bool:
 
 
 def _place(op_name: str) -> str:
-    """The name from the module of the model on, without what scans and rematerialisation wrap around it."""
+    """The name from the module of the model on, without what scans and rematerialization wrap around it."""
     inner = op_name.rsplit("LoopLM.loop_step/", 1)[-1]
     return re.sub(r"(while|body|closed_call|checkpoint|rematted_computation|jit\(\w+\))/", "", inner)

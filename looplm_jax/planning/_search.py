@@ -63,7 +63,7 @@ class SearchResult:
     trials: tuple[Trial, ...]
     best: tuple[Trial, ...]
     cannot_fit: int
-    passed_over: int
+    skipped: int
 
 
 Compile = Callable[[Candidate, int, int], StagePlan]
@@ -92,7 +92,7 @@ def search(recipe: Recipe, stage: Stage, target: Target, compile_plan: Compile, 
         trials=tuple(trials),
         best=pareto(trials),
         cannot_fit=len(everything) - len(possible),
-        passed_over=len(possible) - len(chosen),
+        skipped=len(possible) - len(chosen),
     )
 
 

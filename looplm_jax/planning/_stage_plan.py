@@ -22,7 +22,7 @@ _MUCH = 0.5  # of the memory: what takes more should be spread over more devices
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Inside:
+class ProgramFacts:
     """What a program that fits is made of. `donated` of the `state_arrays` are updated where they lie."""
 
     collectives: tuple[Collective, ...]
@@ -43,7 +43,7 @@ class StagePlan:
     mesh: dict[str, int]
     fits: bool
     memory: Memory
-    inside: Inside | None
+    inside: ProgramFacts | None
     timing: Timing | None
     advice: tuple[str, ...]
     compile_seconds: float
@@ -62,7 +62,7 @@ def plan_stage(recipe: Recipe, stage: Stage, target: Target) -> StagePlan:
     started = time.perf_counter()
     program, memory = _compile(recipe, model, stage, mesh, state, target)
     seconds = time.perf_counter() - started
-    inside = None if program is None else _look_inside(program.as_text() or "", model, mesh, state)
+    inside = None if program is None else _program_facts(program.as_text() or "", model, mesh, state)
     timing = None
     if inside is not None:
         timing = estimate(model.config, stage, compute.remat, target, inside.collectives, devices=mesh.devices.size)
@@ -99,12 +99,12 @@ def _compile(
     return program, compiled_memory(state, program.memory_analysis(), capacity)
 
 
-def _look_inside(text: str, model: LoopLM, mesh: Mesh, state: TrainState) -> Inside:
+def _program_facts(text: str, model: LoopLM, mesh: Mesh, state: TrainState) -> ProgramFacts:
     program = parse(text)
     with use_mesh(mesh):
         meant = "bf16" if compute_dtype(model.compute) == jnp.bfloat16 else "f32"
     slices = len({getattr(device, "slice_index", None) for device in mesh.devices.flat})
-    return Inside(
+    return ProgramFacts(
         collectives=collectives(program, mesh.devices.size, slices),
         matmuls=matmuls(program, meant),
         attention=attention_kernel(program),

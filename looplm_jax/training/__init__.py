@@ -42,7 +42,7 @@ with epy.lazy_api_imports(globals()):
 
     # Single steps.
     from looplm_jax.training._state import TrainState, initial_state
-    from looplm_jax.training._compile import StagePrograms, place, stage_mesh
+    from looplm_jax.training._compile import StagePrograms, to_device, stage_mesh
     from looplm_jax.training._step import StepMetrics
     from looplm_jax.training._optimizer import learning_rate
 
@@ -65,12 +65,12 @@ __all__ = [
     "forward_flops_per_token",
     "initial_state",
     "learning_rate",
-    "place",
     "read_metrics",
     "read_recipe",
     "shares",
     "stage_mesh",
     "summary",
+    "to_device",
     "total_seconds",
     "train",
     "train_flops_per_token",

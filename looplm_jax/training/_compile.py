@@ -131,7 +131,7 @@ def abstract_batch(stage: Stage, mesh: Mesh) -> DeviceBatch:
     return DeviceBatch(tokens=integers, targets=integers, segment_ids=integers, positions=integers, loss_mask=mask)
 
 
-def place(batch: Batch, stage: Stage, mesh: Mesh) -> DeviceBatch:
+def to_device(batch: Batch, stage: Stage, mesh: Mesh) -> DeviceBatch:
     """Returns the global batch on the devices, of which `batch` has the sequences of this process."""
     rows = stage.batch_size // stage.accumulation
 

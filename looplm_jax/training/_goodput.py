@@ -176,7 +176,7 @@ def peak_flops(mesh: Mesh) -> float | None:
     return sum(chip.peak_bf16_flops for chip in chips if chip is not None)
 
 
-def model_flop_utilisation(flops_per_second: float, peak: float | None) -> dict[str, float]:
+def model_flops_utilization(flops_per_second: float, peak: float | None) -> dict[str, float]:
     """Returns `{"mfu": model FLOP/s / peak FLOP/s}` (PaLM, arXiv 2204.02311, appendix B), or {} without a peak."""
     return {} if peak is None else {"mfu": flops_per_second / peak}
 

@@ -25,7 +25,7 @@ _OPTIMIZER = "optimizer"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Start:
+class InitCheckpoint:
     """The contents of a checkpoint from which a run starts.
 
     Attributes:
@@ -47,7 +47,7 @@ class Start:
     notes: tuple[str, ...] = ()
 
 
-def read_start(recipe: Recipe, model: LoopLM, mesh: Mesh) -> Start:
+def read_init_checkpoint(recipe: Recipe, model: LoopLM, mesh: Mesh) -> InitCheckpoint:
     """Reads `recipe.start.checkpoint`, array by array, into the shardings of the run.
 
     Raises:
@@ -60,17 +60,17 @@ def read_start(recipe: Recipe, model: LoopLM, mesh: Mesh) -> Start:
     return _from_checkpoint(recipe, model, mesh)
 
 
-def started_state(start: Start, recipe: Recipe, model: LoopLM, mesh: Mesh) -> TrainState:
+def initialized_state(start: InitCheckpoint, recipe: Recipe, model: LoopLM, mesh: Mesh) -> TrainState:
     """Returns the first state of a run, like `training.state.initial_state`, with the arrays of `start`."""
     return state_around(start.params, recipe, model, recipe.stages[0], mesh, start.optimizer)
 
 
-def describe_start(start: Start, ours: ModelConfig) -> str:
+def describe_init_checkpoint(start: InitCheckpoint, ours: ModelConfig) -> str:
     """Returns a line about what the run starts from.
 
     It includes the settings of the model that differ without changing its shape.
     """
-    what = "the parameters" if start.optimizer is None else "the parameters and the optimiser state"
+    what = "the parameters" if start.optimizer is None else "the parameters and the optimizer state"
     differing = codec.differences(_filled_in(ours), _filled_in(start.model))
     settings = (
         f"; settings of the model that differ (here, there): {'; '.join(map(str, differing))}" if differing else ""
@@ -96,7 +96,7 @@ def check_shape(origin: str, ours: ModelConfig, theirs: ModelConfig) -> None:
 # Reading
 
 
-def _from_checkpoint(recipe: Recipe, model: LoopLM, mesh: Mesh) -> Start:
+def _from_checkpoint(recipe: Recipe, model: LoopLM, mesh: Mesh) -> InitCheckpoint:
     """Reads a checkpoint of this package."""
     path = recipe.start.checkpoint
     metadata = read_metadata(path)
@@ -107,7 +107,7 @@ def _from_checkpoint(recipe: Recipe, model: LoopLM, mesh: Mesh) -> Start:
     restored = restore_params(path, wanted.params, dtype=jnp.float32)
     optimizer = _read_optimizer(recipe, wanted.optimizer, restored.step) if recipe.start.optimizer else None
 
-    return Start(
+    return InitCheckpoint(
         origin=f"{path}, step {restored.step}",
         model=theirs,
         params=restored.state,
@@ -117,7 +117,7 @@ def _from_checkpoint(recipe: Recipe, model: LoopLM, mesh: Mesh) -> Start:
     )
 
 
-def _from_hf_folder(recipe: Recipe, mesh: Mesh) -> Start:
+def _from_hf_folder(recipe: Recipe, mesh: Mesh) -> InitCheckpoint:
     """Reads a Hugging Face folder."""
     path = recipe.start.checkpoint
     check_shape(path, recipe.model, read_hf_config(Path(path)))
@@ -126,7 +126,7 @@ def _from_hf_folder(recipe: Recipe, mesh: Mesh) -> Start:
 
     found = load_hf(path, mesh=mesh, dtype=jnp.float32)
 
-    return Start(
+    return InitCheckpoint(
         origin=path,
         model=found.config,
         params=found.params,
@@ -150,11 +150,11 @@ def _read_optimizer(recipe: Recipe, wanted: optax.OptState, step: int) -> optax.
         return restore_params(path, wanted, step=step, prefix=_OPTIMIZER).state
     except UserError as error:
         raise UserError(
-            f"stage {stage!r} cannot take over the optimiser state: {error}; set start.optimizer to false, or name a "
+            f"stage {stage!r} cannot take over the optimizer state: {error}; set start.optimizer to false, or name a "
             "step of a stage that trains the same parameters"
         ) from None
 
 
 def _without_optimizer(path: str) -> UserError:
     """Returns the error for a checkpoint without optimizer state."""
-    return UserError(f"{path} holds no optimiser state; set start.optimizer to false")
+    return UserError(f"{path} holds no optimizer state; set start.optimizer to false")

@@ -27,7 +27,7 @@ _FORMAT = "brain.Event:2"
 
 
 @runtime_checkable
-class GrowingFile(Protocol):
+class AppendOnlyFile(Protocol):
     """A file to which a single writer appends.
 
     Attributes:
@@ -46,7 +46,7 @@ class GrowingFile(Protocol):
         """Flushes and closes the file."""
 
 
-def grow(path: AnyPath, content: bytes = b"") -> GrowingFile:
+def open_append_only(path: AnyPath, content: bytes = b"") -> AppendOnlyFile:
     """Creates a file with this content, replacing any file at `path`.
 
     Raises:
@@ -135,7 +135,7 @@ def open_events(folder: AnyPath, *, step: int) -> "EventLog":
     name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.from-{step}"
     with report_failed_writes(folder):
         make_folder(folder)
-    return EventLog(grow(folder / name), step=step)
+    return EventLog(open_append_only(folder / name), step=step)
 
 
 class EventLog:
@@ -146,7 +146,7 @@ class EventLog:
       step: the step from which the run continues.
     """
 
-    def __init__(self, file: GrowingFile, *, step: int):
+    def __init__(self, file: AppendOnlyFile, *, step: int):
         self.file = file
         self._append(Event(wall_time=time.time(), file_version=_FORMAT))
         self._append(Event(wall_time=time.time(), step=step + 1, session_log=SessionLog(status=SessionLog.START)))

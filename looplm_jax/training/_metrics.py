@@ -22,11 +22,11 @@ from looplm_jax.files import AnyPath, check_regular, report_failed_reads
 from looplm_jax.training._goodput import (
     Stopwatch,
     memory_use,
-    model_flop_utilisation,
+    model_flops_utilization,
     peak_flops,
     train_flops_per_token,
 )
-from looplm_jax.training._loggers import grow, open_events
+from looplm_jax.training._loggers import open_append_only, open_events
 from looplm_jax.training._progress import TrainingProgress
 from looplm_jax.training._step import StepMetrics, is_logged
 
@@ -94,7 +94,7 @@ class MetricsLog:
 
         self._path = folder / "metrics.jsonl"
         # The file is rewritten without damaged lines and without the lines after `step`.
-        self._lines = grow(self._path, "".join(map(_line, kept)).encode())
+        self._lines = open_append_only(self._path, "".join(map(_line, kept)).encode())
         self._events = open_events(folder / "tensorboard", step=step)
 
         self._mirrors, self._warn = mirrors, warn
@@ -107,7 +107,7 @@ class MetricsLog:
         """
         self._lines.append(_line({"kind": kind, "step": step, **values}).encode())
         self._events.write(step, _scalars(kind, values))
-        self._tell("kept in memory, and tried again with the next line; training goes on")
+        self._report_refusal("kept in memory, and retried with the next line; training continues")
 
         for mirror in self._mirrors:
             mirror.write(step, _scalars(kind, values))
@@ -116,7 +116,7 @@ class MetricsLog:
         """Stores all lines written so far; see `Log.flush`."""
         self._lines.flush()
         self._events.file.flush()
-        self._tell("kept in memory, and tried again; training goes on")
+        self._report_refusal("kept in memory, and retried; training continues")
 
     @property
     def evaluations(self) -> list[int]:
@@ -131,13 +131,13 @@ class MetricsLog:
         """Closes the files. Lines that are still refused are lost."""
         self._lines.close()
         self._events.file.close()
-        # Makes `_tell` report a refusal again, now with its final consequence.
+        # Makes `_report_refusal` report a refusal again, now with its final consequence.
         self._refused = None
-        self._tell("the last lines are lost; fix that before the next run")
+        self._report_refusal("the last lines are lost; fix that before the next run")
         for mirror in self._mirrors:
             mirror.close()
 
-    def _tell(self, what_then: str) -> None:
+    def _report_refusal(self, what_then: str) -> None:
         """Warns when writes begin to be refused, and when they succeed again."""
         refused = self._lines.refused or self._events.file.refused
         if refused is not None and self._refused is None:
@@ -311,7 +311,7 @@ class Reporter:
         rate = self._clock_tokens / max(time.monotonic() - self._clock, 1e-9)
         values["tokens_per_second"] = rate
         values["model_flops_per_second"] = rate * self._flops_per_token(loops)
-        values |= model_flop_utilisation(values["model_flops_per_second"], self._peak)
+        values |= model_flops_utilization(values["model_flops_per_second"], self._peak)
 
         if is_logged(self._recipe, step):
             measured = {**values, **memory_use(), **self._watch.read_out()}
@@ -319,7 +319,7 @@ class Reporter:
             self.restart_clock()
 
         self._progress.update(self._stage.name, step, values)
-        self._give_up_if_hopeless(int(metrics.skipped_in_a_row), step)
+        self._check_patience(int(metrics.skipped_in_a_row), step)
 
     def _flops_per_token(self, loops: int) -> int:
         """Returns the model FLOPs of one token in a train step."""
@@ -330,7 +330,7 @@ class Reporter:
             objective=self._stage.objective,
         )
 
-    def _give_up_if_hopeless(self, skipped_in_a_row: int, step: int) -> None:
+    def _check_patience(self, skipped_in_a_row: int, step: int) -> None:
         """Raises UserError if the guard skipped `guard.patience` consecutive steps."""
         if skipped_in_a_row >= self._recipe.guard.patience:
             raise UserError(

@@ -53,7 +53,7 @@ class RunFolder:
         return self.path / "tokenizer.model"
 
     @property
-    def begun(self) -> bool:
+    def started(self) -> bool:
         """Whether anything was trained. From then on the folder belongs to its recipe."""
         return self.checkpoints.exists() or (self.metrics.exists() and epath.Path(self.metrics).stat().length > 0)
 
@@ -82,7 +82,7 @@ def claim_folder(folder: RunFolder, recipe: Recipe) -> None:
     """
     with report_failed_writes(folder.path):
         make_folder(folder.path)
-        if not folder.begun:
+        if not folder.started:
             folder.tokenizer.unlink(missing_ok=True)
     write_atomically(folder.config, (json.dumps(to_dict(recipe), indent=2) + "\n").encode())
 
@@ -107,7 +107,7 @@ def _check_folder(folder: RunFolder, recipe: Recipe) -> None:
     """Raises UserError if the folder contains another run or unrelated files."""
     if folder.path.exists() and not folder.path.is_dir():
         raise UserError(f"{folder.path} is a file; choose another --out")
-    if not folder.begun:
+    if not folder.started:
         if not folder.config.exists() and _holds_files(folder):
             raise UserError(f"{folder.path} is not empty and holds no run; choose another --out")
         return

@@ -10,7 +10,7 @@ from looplm_jax.training._stopping import Job
 _POLL_SECONDS = 0.2
 
 
-class Saver:
+class AsyncSaver:
     """Saves to a store and keeps the reasons of refused saves. All processes must call its methods together."""
 
     def __init__(self, store: CheckpointStore, group: ProcessGroup):
@@ -35,7 +35,7 @@ class Saver:
         if self._refused is not None:
             raise SaveError(self._refused)
 
-    def news(self) -> str | None:
+    def pop_error(self) -> str | None:
         """Returns why a save was refused since the last call, or None."""
         news, self._news = self._news, None
         return news
@@ -56,9 +56,9 @@ class Saver:
         # The processes exchange their results until all have saved or one of them was refused.
         while not all(ended) and self._refused is None:
             job.wait(_POLL_SECONDS)
-            said = self._group.gather("save", [job.ended, job.result() if job.ended else None])
-            ended = [end for end, _ in said]
-            self._keep(next((why for _, why in said if why is not None), None))
+            answers = self._group.gather("save", [job.ended, job.result() if job.ended else None])
+            ended = [end for end, _ in answers]
+            self._keep(next((why for _, why in answers if why is not None), None))
         # Another process failed. Orbax would wait for it for a long time, so the thread is left behind with its store.
         if not job.ended:
             self._store = self._store.abandoned()

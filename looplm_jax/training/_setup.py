@@ -25,7 +25,12 @@ from looplm_jax.terminal import literal
 from looplm_jax.training._compile import stage_mesh
 from looplm_jax.training._goodput import Activity, Stopwatch
 from looplm_jax.training._guard import with_window
-from looplm_jax.training._initialize_from import Start, describe_start, read_start, started_state
+from looplm_jax.training._initialize_from import (
+    InitCheckpoint,
+    describe_init_checkpoint,
+    initialized_state,
+    read_init_checkpoint,
+)
 from looplm_jax.training._notes import changed_settings
 from looplm_jax.training._run_folder import RunFolder, claim_folder
 from looplm_jax.training._state import TrainState, abstract_state, initial_state
@@ -99,22 +104,22 @@ def prepare(
     models = tuple(LoopLM(recipe.model_of(stage), recipe.compute_of(stage)) for stage in recipe.stages)
 
     store = CheckpointStore(folder.checkpoints, keep=recipe.checkpoint.keep)
-    goes_on = bool(store.steps())
+    resuming = bool(store.steps())
     # The initial checkpoint is read before `claim_folder` writes anything, because it may be refused.
-    start = read_start(recipe, models[0], meshes[0]) if recipe.start.checkpoint and not goes_on else None
-    inherited = _inherited(recipe, folder, start)
+    start = read_init_checkpoint(recipe, models[0], meshes[0]) if recipe.start.checkpoint and not resuming else None
+    inherited = _init_tokenizer(recipe, folder, start)
 
     def own_folder() -> Tokenizer:
         if group.index == 0:
             claim_folder(folder, recipe)
-        return run_tokenizer(recipe, _speaking(corpora), folder, console, inherited)
+        return run_tokenizer(recipe, _tokenizer_corpus(corpora), folder, console, inherited)
 
     # Process 0 writes the recipe and trains a missing tokenizer, which the other processes then read.
     tokenizer = first_on_process_0(group, "folder", own_folder)
     _report_pieces_left_out(recipe, corpora, tokenizer, console)
 
     watch.charge(Activity.OTHER)
-    if goes_on:
+    if resuming:
         position = _restore(recipe, folder, models[0], meshes, store, tokenizer, console)
     else:
         position = Position(state=_first_state(recipe, models[0], meshes[0], start, console), stage=0, data_state=None)
@@ -132,7 +137,7 @@ def prepare(
     )
 
 
-def identities(setup: Setup) -> dict[str, Any]:
+def run_fingerprint(setup: Setup) -> dict[str, Any]:
     """Returns the values that must be the same on all processes: documents of every stage, tokenizer and position."""
     documents = {stage.name: corpus.digest for stage, corpus in zip(setup.recipe.stages, setup.corpora, strict=True)}
     place = [int(setup.position.state.step), setup.position.stage]
@@ -172,7 +177,7 @@ def _check_same_vocabulary(recipe: Recipe, corpora: Sequence[Corpus]) -> None:
 
     A stage of text has the vocabulary of prepared data of another stage, if there is any.
     """
-    prepared = _speaking(corpora)
+    prepared = _tokenizer_corpus(corpora)
     spoken = [
         prepared.own_tokenizer if corpus.texts and prepared.prepared else corpus.own_tokenizer for corpus in corpora
     ]
@@ -186,12 +191,12 @@ def _check_same_vocabulary(recipe: Recipe, corpora: Sequence[Corpus]) -> None:
             )
 
 
-def _speaking(corpora: Sequence[Corpus]) -> Corpus:
+def _tokenizer_corpus(corpora: Sequence[Corpus]) -> Corpus:
     """Returns the corpus that determines the tokenizer: the first with prepared data, or else the first."""
     return next((corpus for corpus in corpora if corpus.prepared), corpora[0])
 
 
-def _inherited(recipe: Recipe, folder: RunFolder, start: Start | None) -> Tokenizer | None:
+def _init_tokenizer(recipe: Recipe, folder: RunFolder, start: InitCheckpoint | None) -> Tokenizer | None:
     """Returns the tokenizer of the checkpoint that the run starts from, or None.
 
     A run that resumes has it in its own checkpoints.
@@ -209,7 +214,9 @@ def _inherited(recipe: Recipe, folder: RunFolder, start: Start | None) -> Tokeni
 # State
 
 
-def _first_state(recipe: Recipe, model: LoopLM, mesh: Mesh, start: Start | None, console: Console) -> TrainState:
+def _first_state(
+    recipe: Recipe, model: LoopLM, mesh: Mesh, start: InitCheckpoint | None, console: Console
+) -> TrainState:
     """Returns the first state of a run, with the parameters of `start` if there is one."""
     if start is None:
         return initial_state(recipe, model, recipe.stages[0], mesh)
@@ -218,9 +225,9 @@ def _first_state(recipe: Recipe, model: LoopLM, mesh: Mesh, start: Start | None,
         console.print(f"warning: {step}; skipped", style="yellow")
     for note in start.notes:
         console.print(f"note: {literal(note)}")
-    console.print(describe_start(start, recipe.model))
+    console.print(describe_init_checkpoint(start, recipe.model))
 
-    return started_state(start, recipe, model, mesh)
+    return initialized_state(start, recipe, model, mesh)
 
 
 def _restore(
@@ -250,7 +257,7 @@ def _restore(
         console.print(f"warning: {step}; going back to step {restored.step}", style="yellow")
 
     stage = stages.index(restored.metadata.extra["stage"])
-    console.print(f"going on from step {restored.step} of stage {stages[stage]}")
+    console.print(f"resuming from step {restored.step} of stage {stages[stage]}")
 
     for note in changed_settings(restored.metadata.saved_recipe(), recipe, stage):
         console.print(note, markup=False)

@@ -65,14 +65,16 @@ def make_train_step(recipe: Recipe, model: LoopLM, stage: Stage, *, first_step: 
         moving, frozen = split_params(state.params, stage.trained_groups)
         logged = is_logged(recipe, state.step + 1)
 
-        def objective(variables: Variables, part: DeviceBatch, count: Float[Array, ""]) -> tuple[Array, Stage1Metrics]:
+        def objective(
+            variables: Variables, microbatch: DeviceBatch, count: Float[Array, ""]
+        ) -> tuple[Array, Stage1Metrics]:
             match stage.objective:
                 case Objective.EXPECTED_LOSS:
-                    return _expected_loss(model, stage, loops, variables, part, count)
+                    return _expected_loss(model, stage, loops, variables, microbatch, count)
                 case Objective.GATE:
-                    return _gate_loss(model, stage, loops, variables, part, count)
+                    return _gate_loss(model, stage, loops, variables, microbatch, count)
                 case Objective.LAST_LOSS:
-                    return _last_loss(model, loops, variables, part, count, logged)
+                    return _last_loss(model, loops, variables, microbatch, count, logged)
 
         (loss, exits), gradients = loss_and_gradients(objective, model, moving, frozen, batch)
 
@@ -120,19 +122,19 @@ def is_logged(recipe: Recipe, step: int | Int[Array, ""]) -> bool | Bool[Array, 
 
 
 def _expected_loss(
-    model: LoopLM, stage: Stage, loops: int, variables: Variables, part: DeviceBatch, count: Float[Array, ""]
+    model: LoopLM, stage: Stage, loops: int, variables: Variables, microbatch: DeviceBatch, count: Float[Array, ""]
 ) -> tuple[Float[Array, ""], Stage1Metrics]:
     """Returns the Stage I loss (Eq. 4) of a microbatch, and its metrics."""
-    output = _apply(model, variables, part, loops)
+    output = _apply(model, variables, microbatch, loops)
     prior = None if stage.prior.kind is PriorKind.UNIFORM else log_prior(stage.prior, loops)
 
     return stage1_from_hidden(
         output.hidden,
         _head(model, variables),
-        part.targets,
+        microbatch.targets,
         output.gate_logits,
         beta=stage.beta,
-        mask=part.loss_mask,
+        mask=microbatch.loss_mask,
         count=count,
         log_prior=prior,
         chunk=model.compute.loss_chunk,
@@ -140,27 +142,31 @@ def _expected_loss(
 
 
 def _gate_loss(
-    model: LoopLM, stage: Stage, loops: int, variables: Variables, part: DeviceBatch, count: Float[Array, ""]
+    model: LoopLM, stage: Stage, loops: int, variables: Variables, microbatch: DeviceBatch, count: Float[Array, ""]
 ) -> tuple[Float[Array, ""], Stage1Metrics]:
     """Returns the Stage II loss (Eq. 6) of a microbatch, and its metrics.
 
     The losses of the tokens are constants, so the backward pass reaches only the gate.
     """
-    output = _apply(model, variables, part, loops)
+    output = _apply(model, variables, microbatch, loops)
     head = _head(model, variables)
-    losses = jax.lax.stop_gradient(token_losses(output.hidden, head, part.targets, chunk=model.compute.loss_chunk))
+    losses = jax.lax.stop_gradient(
+        token_losses(output.hidden, head, microbatch.targets, chunk=model.compute.loss_chunk)
+    )
 
     loss, _ = stage2(
         losses,
         output.gate_logits,
         k=stage.gain_slope,
         gamma=stage.gain_threshold,
-        mask=part.loss_mask,
+        mask=microbatch.loss_mask,
         count=count,
         target=stage.gate_target,
     )
     # Stage I without its entropy term, for the metrics only.
-    _, exits = stage1(losses, jax.lax.stop_gradient(output.gate_logits), beta=0.0, mask=part.loss_mask, count=count)
+    _, exits = stage1(
+        losses, jax.lax.stop_gradient(output.gate_logits), beta=0.0, mask=microbatch.loss_mask, count=count
+    )
     return loss, exits
 
 
@@ -168,21 +174,21 @@ def _last_loss(
     model: LoopLM,
     loops: int,
     variables: Variables,
-    part: DeviceBatch,
+    microbatch: DeviceBatch,
     count: Float[Array, ""],
     logged: bool | Bool[Array, ""],
 ) -> tuple[Float[Array, ""], Stage1Metrics]:
     """Returns the loss after the last loop: Eq. 4 for that loop alone. The last gate does not influence it."""
-    output = _apply(model, variables, part, loops)
+    output = _apply(model, variables, microbatch, loops)
     head, chunk = _head(model, variables), model.compute.loss_chunk
 
     loss, last = stage1_from_hidden(
         output.hidden[-1:],
         head,
-        part.targets,
+        microbatch.targets,
         output.gate_logits[-1:],
         beta=0.0,
-        mask=part.loss_mask,
+        mask=microbatch.loss_mask,
         count=count,
         chunk=chunk,
     )
@@ -191,8 +197,8 @@ def _last_loss(
         return loss, last
 
     def earlier_losses(hidden: Float[Array, "t B S D"], head: Float[Array, "D V"]) -> Float[Array, "t"]:
-        losses = token_losses(hidden, head, part.targets, chunk=chunk)
-        return stage1(losses, jnp.zeros_like(losses), beta=0.0, mask=part.loss_mask, count=count)[1].loss_per_loop
+        losses = token_losses(hidden, head, microbatch.targets, chunk=chunk)
+        return stage1(losses, jnp.zeros_like(losses), beta=0.0, mask=microbatch.loss_mask, count=count)[1].loss_per_loop
 
     earlier = jax.lax.cond(
         logged,
@@ -219,9 +225,11 @@ def _head(model: LoopLM, variables: Variables) -> Float[Array, "D V"]:
     return cast(Array, model.apply(variables, method="head_weights"))
 
 
-def _apply(model: LoopLM, variables: Variables, part: DeviceBatch, loops: int) -> LoopLMOutput:
+def _apply(model: LoopLM, variables: Variables, microbatch: DeviceBatch, loops: int) -> LoopLMOutput:
     """Runs the model on a microbatch."""
-    output = model.apply(variables, part.tokens, loops=loops, positions=part.positions, segment_ids=part.segment_ids)
+    output = model.apply(
+        variables, microbatch.tokens, loops=loops, positions=microbatch.positions, segment_ids=microbatch.segment_ids
+    )
     return cast(LoopLMOutput, output)
 
 

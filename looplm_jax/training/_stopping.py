@@ -125,11 +125,11 @@ class Job(Generic[R]):
 # Consensus
 
 
-class OutOfData(UserError):
+class DataUnavailable(UserError):
     """A process could not read its part of the next batch. The message names the process and the reason."""
 
 
-class Agreement:
+class StopConsensus:
     """Extends `StopRequest` from one process to all processes of a run.
 
     The processes communicate over the network while the devices still compute the previous step, so the devices do not
@@ -151,17 +151,17 @@ class Agreement:
 
         Raises:
           Stopped: one of the processes received a signal.
-          OutOfData: one of them has a `failure`.
+          DataUnavailable: one of them has a `failure`.
         """
-        said = self._group.gather("step", [self._request.received, failure])
+        answers = self._group.gather("step", [self._request.received, failure])
         # Missing data takes precedence over a signal, so that its reason is reported.
-        failures = [(index, why) for index, (_, why) in enumerate(said) if why is not None]
+        failures = [(index, why) for index, (_, why) in enumerate(answers) if why is not None]
 
         if failures:
             index, why = failures[0]
-            raise OutOfData(why if self._group.count == 1 else f"process {index}: {why}")
+            raise DataUnavailable(why if self._group.count == 1 else f"process {index}: {why}")
 
-        _raise_first(number for number, _ in said)
+        _raise_first(number for number, _ in answers)
 
     def run(self, function: Callable[[], R]) -> R:
         """Returns `function()`, run in a thread; see `StopRequest.run`. If one process stops, all do.
@@ -178,9 +178,9 @@ class Agreement:
                 return job.result()  # raises; the error ends all processes, including those that wait for this one
 
             # The processes exchange whether they are done, so that they leave this loop in the same iteration.
-            said = self._group.gather("work", [self._request.received, job.ended])
-            _raise_first(number for number, _ in said)
-            if all(ended for _, ended in said):
+            answers = self._group.gather("work", [self._request.received, job.ended])
+            _raise_first(number for number, _ in answers)
+            if all(ended for _, ended in answers):
                 return job.result()
 
     def run_over(self, function: Callable[[ValidationBatches], R], batches: ValidationBatches) -> R:

@@ -30,29 +30,27 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from looplm_jax import data
 from looplm_jax.checkpoints import CheckpointStore, Metadata, SaveError
 from looplm_jax.codec import to_dict
 from looplm_jax.config import Recipe, Stage
 from looplm_jax.data import ValidationBatches
-from looplm_jax.data._iterator import BatchIterator
 from looplm_jax.distributed import SINGLE_PROCESS, ProcessGroup, check_same
 from looplm_jax.errors import UserError
 from looplm_jax.models.looplm import LoopLM, Params
-from looplm_jax.sharding import process_rows, use_mesh
-from looplm_jax.training._compile import StagePrograms, draw_loops, place
+from looplm_jax.sharding import use_mesh
+from looplm_jax.training._batches import RetryingReader, held_out_batches, open_reader
+from looplm_jax.training._compile import StagePrograms, draw_loops, to_device
 from looplm_jax.training._goodput import Activity, Stopwatch, summary, warnings
 from looplm_jax.training._metrics import EVALUATION, EventSink, Log, Reporter, open_log
 from looplm_jax.training._notes import settings_without_effect
 from looplm_jax.training._ownership import NotOwner, Ownership, own
-from looplm_jax.training._prefetch import Reader
 from looplm_jax.training._profiling import ProfiledSteps, Profiler
 from looplm_jax.training._progress import TrainingProgress, progress_console
 from looplm_jax.training._run_folder import RunFolder, check_folder
-from looplm_jax.training._saving import Saver
-from looplm_jax.training._setup import Position, Setup, identities, prepare
+from looplm_jax.training._saving import AsyncSaver
+from looplm_jax.training._setup import Position, Setup, prepare, run_fingerprint
 from looplm_jax.training._state import TrainState, enter_stage
-from looplm_jax.training._stopping import Agreement, OutOfData, Stopped, StopRequest
+from looplm_jax.training._stopping import DataUnavailable, StopConsensus, Stopped, StopRequest
 
 Evaluate = Callable[[LoopLM, Params, ValidationBatches], Mapping[str, Any]]
 
@@ -75,8 +73,8 @@ class _Run:
     ownership: Ownership
     log: Log
     progress: TrainingProgress
-    stop: Agreement
-    saver: Saver
+    stop: StopConsensus
+    saver: AsyncSaver
     watch: Stopwatch
     profiler: Profiler
     evaluate: Evaluate | None
@@ -129,16 +127,16 @@ def train(
             console.print(note)
 
         # Steps 3 to 6, in a thread, so that a stop signal is noticed.
-        stop = Agreement(group, request)
+        stop = StopConsensus(group, request)
         try:
             setup = stop.run(lambda: prepare(recipe, folder, console, group, watch))
         except Stopped as stopped:
-            return Outcome(folder=folder, step=_newest_step(folder), skipped=0, stopped_by=stopped.signal)
+            return Outcome(folder=folder, step=_latest_step(folder), skipped=0, stopped_by=stopped.signal)
 
         # Step 7.
-        check_same(group, "data", identities(setup))
+        check_same(group, "data", run_fingerprint(setup))
 
-        saver = Saver(setup.store, group)
+        saver = AsyncSaver(setup.store, group)
         if group.count == 1:  # with several processes, closing would wait for others that may have ended
             closing.push(_closed(setup.store, console))
 
@@ -171,12 +169,12 @@ def train(
 
         # The last save must succeed. Earlier refusals are only reported.
         saver.finish()
-        refused = saver.news()
+        refused = saver.pop_error()
         if refused is not None:
             progress.warn(f"NOT SAVED: {refused}; a later save succeeded")
 
         if int(end.state.step) > step:
-            _sum_up(run)
+            _log_time_breakdown(run)
 
     skipped = int(end.state.guard.skipped)
     return Outcome(folder=folder, step=int(end.state.step), skipped=skipped, stopped_by=end.stopped_by)
@@ -222,13 +220,13 @@ def _train_stage(run: _Run, position: Position) -> _StageEnd:
 
     state, done = position.state, int(position.state.step)
     key = jax.device_get(state.key)
-    held_out = _held_out(run, position.stage)
+    held_out = held_out_batches(run.setup, position.stage) if run.evaluate is not None else None
 
     model = run.setup.models[position.stage]
     programs = StagePrograms(recipe, model, stage, mesh, first_step=first)
     reporter = Reporter(recipe, stage, mesh, run.log, run.progress, run.watch)
 
-    with contextlib.closing(_open_reader(run, position)) as reader:
+    with contextlib.closing(open_reader(run.setup, position, run.progress.warn)) as reader:
         try:
             while True:
                 # Evaluation and save come before the next step, so a run that was stopped during an evaluation repeats
@@ -251,7 +249,7 @@ def _train_stage(run: _Run, position: Position) -> _StageEnd:
                 failure = reader.read_ahead()
                 run.watch.charge(Activity.STEP if reporter.waiting else Activity.INPUT)
                 run.stop.check(failure)
-                _complain(run, stage, done)
+                _report_save_error(run, stage, done)
 
                 loops = draw_loops(stage, key, done)
                 if not programs.compiled(loops):
@@ -261,7 +259,7 @@ def _train_stage(run: _Run, position: Position) -> _StageEnd:
                     reporter.restart_clock()
 
                 run.profiler.before(done + 1)
-                state, metrics = programs.run(loops, state, place(reader.take(), stage, mesh))
+                state, metrics = programs.run(loops, state, to_device(reader.next(), stage, mesh))
                 done += 1
                 reporter.add(done, loops, metrics)
 
@@ -271,62 +269,13 @@ def _train_stage(run: _Run, position: Position) -> _StageEnd:
             reporter.flush()
             _save(run, stage, state, done, reader, permanent=done == last)
             return _StageEnd(state=state, stopped_by=stopped.signal)
-        except OutOfData as lost:
+        except DataUnavailable as lost:
             reporter.flush()
             _save(run, stage, state, done, reader, permanent=done == last)
             run.saver.finish()
             raise UserError(
-                f"{lost}; step {done} is saved; fix that, and the same command goes on from there"
+                f"{lost}; step {done} is saved; fix that, and the same command resumes from there"
             ) from None
-
-
-# Data
-
-
-def _open_reader(run: _Run, position: Position) -> Reader:
-    """Opens the batches of a stage, at the saved position if the run stopped inside this stage."""
-    setup = run.setup
-    stage, mesh = setup.recipe.stages[position.stage], setup.meshes[position.stage]
-    substreams = data.substream_count(stage.batch_size, stage.sequence_length, position.data_state)
-    microbatch_sequences = stage.batch_size // stage.accumulation
-
-    def open_substream(substream: int) -> BatchIterator:
-        return data.train_batches(
-            setup.corpora[position.stage],
-            setup.tokenizer,
-            batch_size=stage.batch_size,
-            sequence_length=stage.sequence_length,
-            seed=setup.recipe.data.seed + position.stage,
-            process_index=substream,
-            process_count=substreams,
-        )
-
-    def open_rows() -> data.SubstreamBatches:
-        rows = process_rows(mesh, microbatch_sequences)
-        return data.SubstreamBatches(
-            open_substream,
-            substreams=substreams,
-            rows=rows,
-            microbatch_sequences=microbatch_sequences,
-            microbatches=stage.accumulation,
-        )
-
-    return Reader(open_rows, run.progress.warn, start=position.data_state)
-
-
-def _held_out(run: _Run, index: int) -> ValidationBatches | None:
-    """Returns the held-out batches of a stage, or None if there is no evaluation. Every process has all of them."""
-    stage = run.setup.recipe.stages[index]
-    if run.evaluate is None or run.setup.recipe.data.validation_fraction == 0:
-        return None
-
-    return data.validation_batches(
-        run.setup.corpora[index],
-        run.setup.tokenizer,
-        batch_size=stage.batch_size // stage.accumulation,
-        sequence_length=stage.sequence_length,
-        max_sequences=run.setup.recipe.evaluation.sequences,
-    )
 
 
 # Evaluation and saving
@@ -349,7 +298,7 @@ def _evaluate(
     run.watch.charge(Activity.EVALUATION)
 
 
-def _save(run: _Run, stage: Stage, state: TrainState, step: int, reader: Reader, *, permanent: bool) -> None:
+def _save(run: _Run, stage: Stage, state: TrainState, step: int, reader: RetryingReader, *, permanent: bool) -> None:
     """Saves a step with its metadata, and the metrics up to it."""
     metadata = Metadata(
         config=to_dict(run.setup.recipe),
@@ -371,14 +320,14 @@ def _save(run: _Run, stage: Stage, state: TrainState, step: int, reader: Reader,
 # Reporting
 
 
-def _complain(run: _Run, stage: Stage, step: int) -> None:
+def _report_save_error(run: _Run, stage: Stage, step: int) -> None:
     """Warns about a refused save. The training continues."""
-    refused = run.saver.news()
+    refused = run.saver.pop_error()
     if refused is not None:
-        run.progress.warn(f"{stage.name}  step {step}  NOT SAVED: {refused}; training goes on")
+        run.progress.warn(f"{stage.name}  step {step}  NOT SAVED: {refused}; training continues")
 
 
-def _sum_up(run: _Run) -> None:
+def _log_time_breakdown(run: _Run) -> None:
     """Prints how the time was spent, and how to view the profile."""
     run.watch.charge(Activity.OTHER)
     seconds = run.watch.total()
@@ -395,6 +344,6 @@ def _is_due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
 
-def _newest_step(folder: RunFolder) -> int:
+def _latest_step(folder: RunFolder) -> int:
     steps = CheckpointStore(folder.checkpoints, keep=1).steps()
     return steps[-1] if steps else 0

@@ -78,7 +78,7 @@ def test_the_metrics(recipe_file, trained, tmp_path, refused):
     said = refused.said
     assert said.count("NOT WRITTEN") == 2
     assert (
-        f"NOT WRITTEN: {run}/metrics.jsonl (File too large): kept in memory, and tried again with the next line" in said
+        f"NOT WRITTEN: {run}/metrics.jsonl (File too large): kept in memory, and retried with the next line" in said
     )
     assert f"NOT WRITTEN: {run}/metrics.jsonl (File too large): the last lines are lost; fix that before" in said
     assert good_steps(run) == [2]
@@ -97,7 +97,7 @@ def test_metrics_that_a_disk_refuses_for_a_while_are_written_later(tmp_path):
     log.close()
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
     assert said == [
-        f"NOT WRITTEN: {path} (File too large): kept in memory, and tried again with the next line; training goes on",
+        f"NOT WRITTEN: {path} (File too large): kept in memory, and retried with the next line; training continues",
         f"{path} is written again; nothing is missing",
     ]
 
@@ -137,7 +137,7 @@ def fails_alone(*arguments, longest_file=0):
     return lines[0]
 
 
-PROGRESS = re.compile("command: .* writing to|compiling stage|going on from step|only  step |note: ")
+PROGRESS = re.compile("command: .* writing to|compiling stage|resuming from step|only  step |note: ")
 
 
 @pytest.mark.slow  # its short forms: test_the_metrics here, and in tests/checkpoints a process that saves alone

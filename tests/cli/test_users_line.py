@@ -64,7 +64,7 @@ def test_every_kind_of_file(mine, tmp_path, monkeypatch, capsys):
     assert main(["inspect", str(run)]) == 0
     (run / "tokenizer.model").unlink()
     assert main([*arguments, "--on-bad-record", "skip"]) == 0
-    assert "going on from step 4 of stage gate" in capsys.readouterr().err
+    assert "resuming from step 4 of stage gate" in capsys.readouterr().err
 
 
 @pytest.mark.slow

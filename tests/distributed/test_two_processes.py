@@ -75,7 +75,7 @@ def test_two_processes_train_as_one_in_a_bucket(alone, compiled, bucket, tmp_pat
     (run / "checkpoints" / "6").rmtree()
     with Processes(tmp_path / "again", TWO, *arguments, compiled=compiled) as both:
         assert both.finish() == [0, 0], both.everything()
-        assert "going on from step 4" in both.said(0)
+        assert "resuming from step 4" in both.said(0)
     assert digests(run, 6) == untouched
     assert_same_losses(run, alone)
 
@@ -91,7 +91,7 @@ def test_a_run_goes_on_bit_for_bit_and_on_another_number_of_processes(alone, com
     shutil.rmtree(run / "checkpoints" / "6")
     with Processes(tmp_path, TWO, *arguments, compiled=compiled) as both:
         assert both.finish() == [0, 0], both.everything()
-        assert "going on from step 4" in both.said(0)
+        assert "resuming from step 4" in both.said(0)
     assert digests(run, 6) == untouched
     for count, mesh in ((1, ()), (4, ("--mesh.fsdp", "2"))):
         shutil.rmtree(run / "checkpoints" / "6")

@@ -75,7 +75,7 @@ def test_nothing_is_computed_during_synchronous_exchanges():
     timing = estimate(MODEL, STAGE, Remat.LAYER, target(V5E, (16, 16)), [waited, hidden], devices=4)
     assert timing.links == 2 * timing.waiting == pytest.approx(2 * 10**9 / 200e9)
     assert timing.step == max(timing.compute + timing.waiting, timing.links)
-    assert timing.model_flops_utilisation == pytest.approx(timing.peak / timing.step)
+    assert timing.model_flops_utilization == pytest.approx(timing.peak / timing.step)
 
 
 def test_less_is_recomputed_where_more_is_saved():
@@ -153,7 +153,7 @@ def test_the_fastest_settings_that_fit_are_chosen():
     fast, slow = trial(1, 9), trial(2, 1)
     own = dataclasses.replace(fast.candidate.settings, mesh=MeshConfig(data=2, fsdp=2, context=2), accumulation=4)
     fast = dataclasses.replace(fast, candidate=dataclasses.replace(fast.candidate, settings=own))
-    result = SearchResult(trials=(fast, slow), best=(slow, fast), cannot_fit=0, passed_over=0)
+    result = SearchResult(trials=(fast, slow), best=(slow, fast), cannot_fit=0, skipped=0)
     assert fastest_settings(result) == own
 
 

@@ -119,7 +119,7 @@ def pipeline(corpora, tmp_path_factory):
     """Runs all stages of `ouro-1.4b`, stopped once in the middle of a stage and once at the end of one."""
     folder = tmp_path_factory.mktemp("runs") / "ouro"
     recipe = tiny("ouro-1.4b", corpora)
-    stopped, place = [], run.place
+    stopped, to_device = [], run.to_device
     stops = {2 * 4 + 2, 5 * 4}  # in `pretrain-3`, and after `long-context`
 
     def stop_there(batch, stage, mesh):
@@ -128,10 +128,10 @@ def pipeline(corpora, tmp_path_factory):
         if len(stopped) + 1 in stops and stopped.count(len(stopped) + 1) == 0:
             signal.raise_signal(signal.SIGTERM)
         stopped.append(len(stopped) + 1)
-        return place(batch, stage, mesh)
+        return to_device(batch, stage, mesh)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "place", stop_there)
+        patch.setattr(run, "to_device", stop_there)
         ends = [train(recipe, folder).step for _ in range(3)]
     return folder, recipe, ends
 

@@ -13,7 +13,7 @@ from looplm_jax.config import ComputeConfig, Gather, MeshConfig, ModelConfig, Ob
 from looplm_jax.data import Batch
 from looplm_jax.models.looplm import LoopLM
 from looplm_jax.sharding import make_mesh
-from looplm_jax.training._compile import StagePrograms, place
+from looplm_jax.training._compile import StagePrograms, to_device
 from looplm_jax.training._state import initial_state
 
 MODEL = ModelConfig(vocab_size=64, width=32, mlp_width=48, num_layers=2, num_heads=4, num_kv_heads=2)
@@ -41,7 +41,9 @@ def step(stage=STAGE, model=MODEL, mesh=MESH, **compute):
     mesh, network = make_mesh(mesh), LoopLM(model, recipe.compute)
     programs = StagePrograms(recipe, network, stage, mesh, first_step=0)
     programs.compile(stage.loops)
-    state, metrics = programs.run(stage.loops, initial_state(recipe, network, stage, mesh), place(batch(), stage, mesh))
+    state, metrics = programs.run(
+        stage.loops, initial_state(recipe, network, stage, mesh), to_device(batch(), stage, mesh)
+    )
     return float(metrics.loss), float(metrics.gradient_norm), state.optimizer[1].mu, programs.text(stage.loops)
 
 

@@ -12,7 +12,7 @@ from looplm_jax.data import Batch
 from looplm_jax.errors import UserError
 from looplm_jax.models.looplm import LoopLM
 from looplm_jax.sharding import check_batch, check_divides, check_sequence, make_mesh
-from looplm_jax.training._compile import StagePrograms, place
+from looplm_jax.training._compile import StagePrograms, to_device
 from looplm_jax.training._state import TrainState, abstract_state, initial_state
 
 ONE = MeshConfig(data=1)
@@ -61,7 +61,7 @@ def run(mesh_config: MeshConfig, accumulation: int):
     losses = []
     for seed in range(stage.steps):
         batch = random_batch(np.random.default_rng(seed), rows=stage.batch_size, length=stage.sequence_length)
-        state, metrics = programs.run(stage.loops, state, place(batch, stage, mesh))
+        state, metrics = programs.run(stage.loops, state, to_device(batch, stage, mesh))
         losses.append(float(metrics.loss))
     return losses, state
 

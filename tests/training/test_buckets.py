@@ -60,7 +60,7 @@ def files(folder: epath.Path) -> set[str]:
 @pytest.fixture
 def refusing(gcs, bucket, monkeypatch):  # noqa: F811
     """Makes the bucket read-only at step 4, once step 2 is saved. Yields a setter for the step that ends it."""
-    place, count = run.place, itertools.count(1)
+    to_device, count = run.to_device, itertools.count(1)
     ends = []
 
     def placing(*arguments):
@@ -72,9 +72,9 @@ def refusing(gcs, bucket, monkeypatch):  # noqa: F811
         if step in ends:
             wait_until(lambda: a_checkpoint_was_refused(gcs, bucket))
             make_read_only(gcs, bucket, read_only=False)
-        return place(*arguments)
+        return to_device(*arguments)
 
-    monkeypatch.setattr(run, "place", placing)
+    monkeypatch.setattr(run, "to_device", placing)
     yield ends.append
     make_read_only(gcs, bucket, read_only=False)
 
@@ -96,7 +96,7 @@ def test_a_killed_run_ends_as_one_on_a_disk_that_nobody_touched(bucket, compiled
         killed.process.kill()
         assert killed.finish() == -signal.SIGKILL
     assert main(["train", "--recipe", str(recipe), "--out", str(folder)]) == 0
-    assert "going on from step" in capsys.readouterr().err
+    assert "resuming from step" in capsys.readouterr().err
     assert main(["train", "--recipe", str(recipe), "--out", str(tmp_path / "run")]) == 0
     assert_same_end(folder, tmp_path / "run")
     assert files(folder) >= {"config.json", "metrics.jsonl", "tensorboard", "checkpoints", "report.md"}
@@ -134,7 +134,7 @@ def test_a_bucket_that_is_read_only_for_a_while_costs_nothing(bucket, local, ref
     refusing(6)
     outcome, said = train(f"{bucket}/run")
     lines = said.splitlines()
-    assert sum("NOT SAVED: " in line and line.endswith("; training goes on") for line in lines) == 1
+    assert sum("NOT SAVED: " in line and line.endswith("; training continues") for line in lines) == 1
     assert f"NOT WRITTEN: {bucket}/run/metrics.jsonl (Forbidden: " in said
     assert f"{bucket}/run/metrics.jsonl is written again; nothing is missing" in lines
     assert outcome.step == SHORT.total_steps
@@ -150,7 +150,7 @@ def test_a_bucket_that_stays_read_only_ends_a_run_with_one_line(gcs, bucket, loc
     make_read_only(gcs, bucket, read_only=False)
     assert [report.step for report in inspect_steps(f"{bucket}/run") if not report.damage] == [2]
     _, said = train(f"{bucket}/run")
-    assert "going on from step 2" in said
+    assert "resuming from step 2" in said
     assert_same_end(any_path(f"{bucket}/run"), local)
 
 

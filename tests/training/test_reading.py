@@ -5,7 +5,7 @@ import pytest
 from training_cases import random_batch
 
 from looplm_jax.errors import UserError
-from looplm_jax.training._prefetch import Reader
+from looplm_jax.training._batches import RetryingReader
 
 
 class Stream:
@@ -36,7 +36,7 @@ class Stream:
 @pytest.fixture
 def opened():
     world, said = {}, []
-    return Reader(lambda: Stream(world), said.append, waits=(0.0, 0.0)), world, said
+    return RetryingReader(lambda: Stream(world), said.append, waits=(0.0, 0.0)), world, said
 
 
 def assert_batch(batch, seed):
@@ -47,7 +47,7 @@ def test_the_state_is_that_of_the_batch_taken_last(opened):
     reader, _, _ = opened
     assert reader.read_ahead() is None
     assert reader.state() == {"at": 0}
-    assert_batch(reader.take(), 1)
+    assert_batch(reader.next(), 1)
     assert reader.state() == {"at": 1}
 
 
@@ -56,7 +56,7 @@ def test_a_source_that_comes_back_leaves_no_trace(opened):
     for seed in (1, 2, 3):
         world["failures"] = 2 if seed == 2 else 0
         assert reader.read_ahead() is None
-        assert_batch(reader.take(), seed)
+        assert_batch(reader.next(), seed)
     assert said == ["warning: a.jsonl: there is no such file; trying again in 0 s"] * 2
     assert world["opened"] == 3
 

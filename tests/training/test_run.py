@@ -27,6 +27,7 @@ from looplm_jax.evaluation._reports import write_run_report
 from looplm_jax.loading import load
 from looplm_jax.models.looplm import LoopLM
 from looplm_jax.sharding import make_mesh
+from looplm_jax.training import _batches as batches
 from looplm_jax.training import _compile as program
 from looplm_jax.training import _setup as setup
 from looplm_jax.training import run
@@ -154,7 +155,7 @@ def test_a_finished_run_started_again_does_nothing(copy):
     before = content()
     outcome, said = train(copy)
     assert (outcome.step, outcome.stopped_by) == (TOTAL, None)
-    assert said == f"going on from step {TOTAL} of stage gate\n"
+    assert said == f"resuming from step {TOTAL} of stage gate\n"
     assert content() == before
 
 
@@ -172,7 +173,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(copy, finished
     warning, going_on, *_ = said.splitlines()
     assert warning.startswith(f"warning: step {TOTAL} is damaged: ")
     assert warning.endswith(f"; going back to step {TOTAL - 2}")
-    assert going_on == f"going on from step {TOTAL - 2} of stage gate"
+    assert going_on == f"resuming from step {TOTAL - 2} of stage gate"
     assert_identical(final_state(copy), final_state(finished))
     assert metrics(copy) == metrics(finished)
 
@@ -181,7 +182,7 @@ def test_a_run_goes_on_from_the_end_of_an_earlier_stage(copy, finished):
     for step in (TOTAL - 2, TOTAL):
         shutil.rmtree(copy / "checkpoints" / str(step))
     _, said = train(copy)
-    assert f"going on from step {STAGE.steps} of stage pretrain" in said
+    assert f"resuming from step {STAGE.steps} of stage pretrain" in said
     assert "compiling stage pretrain" not in said
     assert_identical(final_state(copy), final_state(finished))
     assert metrics(copy) == metrics(finished)
@@ -360,8 +361,8 @@ def test_another_tokenizer_is_refused(copy, monkeypatch):
 
 def test_a_checkpoint_in_the_middle_of_other_data_is_refused(copy, monkeypatch):
     shutil.rmtree(copy / "checkpoints" / str(TOTAL))
-    original = run.data.train_batches
-    monkeypatch.setattr(run.data, "train_batches", lambda *args, seed, **kwargs: original(*args, seed=9, **kwargs))
+    original = batches.data.train_batches
+    monkeypatch.setattr(batches.data, "train_batches", lambda *args, seed, **kwargs: original(*args, seed=9, **kwargs))
     with pytest.raises(
         UserError, match=r"the saved position in the data belongs to another setup \(seed: 1 then, 9 now"
     ):
@@ -370,14 +371,14 @@ def test_a_checkpoint_in_the_middle_of_other_data_is_refused(copy, monkeypatch):
 
 def poisoned_from(step, monkeypatch):
     """Returns batches whose loss mask is NaN from a step on."""
-    place, count = run.place, iter(range(1000))
+    to_device, count = run.to_device, iter(range(1000))
 
     def poison(batch, stage, mesh):
         if next(count) >= step:
             batch = dataclasses.replace(batch, loss_mask=np.full_like(batch.loss_mask, np.nan))
-        return place(batch, stage, mesh)
+        return to_device(batch, stage, mesh)
 
-    monkeypatch.setattr(run, "place", poison)
+    monkeypatch.setattr(run, "to_device", poison)
 
 
 def test_a_run_gives_up_after_too_many_skipped_steps_in_a_row(tmp_path, monkeypatch):
@@ -396,13 +397,13 @@ def test_a_run_gives_up_after_too_many_skipped_steps_in_a_row(tmp_path, monkeypa
 
 
 def test_skipped_steps_are_counted_and_do_not_stop_a_run(tmp_path, monkeypatch):
-    place, count = run.place, iter(range(1000))
+    to_device, count = run.to_device, iter(range(1000))
 
     def poison_some(batch, stage, mesh):
         mask = np.nan if next(count) in (1, 4) else 1.0
-        return place(dataclasses.replace(batch, loss_mask=np.full_like(batch.loss_mask, mask)), stage, mesh)
+        return to_device(dataclasses.replace(batch, loss_mask=np.full_like(batch.loss_mask, mask)), stage, mesh)
 
-    monkeypatch.setattr(run, "place", poison_some)
+    monkeypatch.setattr(run, "to_device", poison_some)
     outcome, _ = train(tmp_path / "run")
     assert (outcome.step, outcome.skipped) == (TOTAL, 2)
 

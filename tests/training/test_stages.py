@@ -35,7 +35,7 @@ def test_a_stage_is_trained_on_its_own_mixture_with_its_own_base(tmp_path, monke
         text.write_text((text.stem + "\n\n") * 400)
     placed = []
     monkeypatch.setattr(
-        run, "place", lambda batch, *rest: placed.append(np.unique(batch.tokens)) or program.place(batch, *rest)
+        run, "to_device", lambda batch, *rest: placed.append(np.unique(batch.tokens)) or program.to_device(batch, *rest)
     )
     tokenizer = str(_tokenizer(tmp_path))
     recipe = Recipe(

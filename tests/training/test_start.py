@@ -33,7 +33,12 @@ from looplm_jax.errors import UserError
 from looplm_jax.models.looplm import LoopLM
 from looplm_jax.sharding import make_mesh
 from looplm_jax.training import run
-from looplm_jax.training._initialize_from import check_shape, describe_start, read_start, started_state
+from looplm_jax.training._initialize_from import (
+    check_shape,
+    describe_init_checkpoint,
+    initialized_state,
+    read_init_checkpoint,
+)
 from looplm_jax.training._metrics import read_metrics
 from looplm_jax.training._run_folder import RunFolder
 from looplm_jax.training._setup import prepare
@@ -59,7 +64,7 @@ def started(checkpoint, *, optimizer=False, **changes):
 
 def first_state(recipe):
     mesh, model = make_mesh(recipe.mesh), LoopLM(recipe.model, recipe.compute)
-    return started_state(read_start(recipe, model, mesh), recipe, model, mesh)
+    return initialized_state(read_init_checkpoint(recipe, model, mesh), recipe, model, mesh)
 
 
 def prepared(folder, recipe):
@@ -128,7 +133,7 @@ def test_a_damaged_step_is_named_and_the_one_before_is_taken(base, tmp_path):
     warning, origin = said.splitlines()
     assert warning.startswith("warning: step 2 is damaged: ")
     assert warning.endswith("; skipped")
-    assert origin == f"starting from the parameters and the optimiser state of {start}, step 1"
+    assert origin == f"starting from the parameters and the optimizer state of {start}, step 1"
 
 
 # The shape of the model.
@@ -150,7 +155,7 @@ def test_what_gives_no_shape_may_differ(changes):
 def test_settings_that_differ_are_said(base):
     recipe = started(base, model=dataclasses.replace(MODEL, loops=3, rope_theta=1e4, num_kv_heads=2))
     model, mesh = LoopLM(recipe.model, recipe.compute), make_mesh(recipe.mesh)
-    assert describe_start(read_start(recipe, model, mesh), recipe.model) == (
+    assert describe_init_checkpoint(read_init_checkpoint(recipe, model, mesh), recipe.model) == (
         f"starting from the parameters of {base}, step 2; settings of the model that differ (here, there): "
         "loops: 3, 2; rope_theta: 10000.0, 1000000.0"
     )
@@ -188,7 +193,7 @@ def test_a_checkpoint_without_optimizer_is_refused_where_its_state_is_asked_for(
     first_state(started(tmp_path / "bare"))
     with pytest.raises(UserError) as caught:
         train(tmp_path / "run", started(tmp_path / "bare", optimizer=True))
-    assert str(caught.value) == f"{tmp_path}/bare holds no optimiser state; set start.optimizer to false"
+    assert str(caught.value) == f"{tmp_path}/bare holds no optimizer state; set start.optimizer to false"
     assert not (tmp_path / "run").exists()
 
 
@@ -197,7 +202,7 @@ def test_the_optimizer_of_other_parameters_is_refused(base, tmp_path):
     with pytest.raises(UserError) as caught:
         train(tmp_path / "run", started(base, optimizer=True, stages=(gate,)))
     assert str(caught.value).startswith(
-        f"stage 'gate' cannot take over the optimiser state: {base}/checkpoints/2 holds another state: "
+        f"stage 'gate' cannot take over the optimizer state: {base}/checkpoints/2 holds another state: "
     )
     assert str(caught.value).endswith(
         "; set start.optimizer to false, or name a step of a stage that trains the same parameters"
@@ -251,7 +256,7 @@ def test_a_run_that_goes_on_needs_the_checkpoint_no_more_not_even_for_its_tokeni
 
     shutil.rmtree(start)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")
-    assert train(tmp_path / "run", recipe).splitlines()[:2] == [READING, "going on from step 1 of stage pretrain"]
+    assert train(tmp_path / "run", recipe).splitlines()[:2] == [READING, "resuming from step 1 of stage pretrain"]
     again = read_raw(tmp_path / "run")
     assert (again.step, again.metadata) == (finished.step, finished.metadata)
     assert_identical(again.arrays, finished.arrays)
@@ -329,7 +334,7 @@ def test_rows_prepared_with_the_folder_of_the_start(exported, texts, tmp_path):
 
 def test_a_hugging_face_folder_of_another_shape_or_with_an_optimizer_is_refused(exported, texts, tmp_path):
     recipe = on_text(texts / "second.txt", started(exported, optimizer=True))
-    with pytest.raises(UserError, match=r"hf holds no optimiser state; set start.optimizer to false$"):
+    with pytest.raises(UserError, match=r"hf holds no optimizer state; set start.optimizer to false$"):
         train(tmp_path / "run", recipe)
     wider = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, mlp_width=40))
     with pytest.raises(UserError, match=r"hf holds a model of another shape \(mlp_width: 40, 24 there\)"):
@@ -346,7 +351,7 @@ def test_recipes_and_runs_from_before_there_was_a_start_go_on(base, tmp_path):
     assert whole.metadata.config == {**old, "start": {"checkpoint": "", "optimizer": False}}
     write_raw(tmp_path / "run", dataclasses.replace(whole, metadata=dataclasses.replace(whole.metadata, config=old)))
     (tmp_path / "run" / "config.json").write_text(json.dumps(old))
-    assert train(tmp_path / "run", BASE) == "going on from step 2 of stage pretrain\n"
+    assert train(tmp_path / "run", BASE) == "resuming from step 2 of stage pretrain\n"
 
 
 def test_what_is_no_checkpoint_is_refused_before_anything_is_written(tmp_path):

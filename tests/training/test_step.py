@@ -12,7 +12,7 @@ from looplm_jax.config import Dtype, GateTarget, Objective, OptimizerConfig, Pri
 from looplm_jax.losses import token_losses
 from looplm_jax.models.looplm import LoopLM, head_matrix
 from looplm_jax.sharding import make_mesh, use_mesh
-from looplm_jax.training._compile import StagePrograms, abstract_batch, draw_loops, place
+from looplm_jax.training._compile import StagePrograms, abstract_batch, draw_loops, to_device
 from looplm_jax.training._metrics import as_values
 from looplm_jax.training._state import abstract_state, enter_stage, initial_state, split_params
 from looplm_jax.training._step import make_train_step
@@ -42,7 +42,7 @@ def start(stage):
 
 def step(stage, state, batch):
     """Runs one step on a copy of `state`."""
-    return compiled(stage).run(LOOPS, jax.tree.map(jnp.copy, state), place(batch, stage, MESH))
+    return compiled(stage).run(LOOPS, jax.tree.map(jnp.copy, state), to_device(batch, stage, MESH))
 
 
 def test_accumulation_equals_the_whole_batch_whatever_the_masks():
@@ -138,7 +138,7 @@ def test_the_state_is_donated():
     program = compiled(STAGE)._programs[LOOPS]
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     assert program.memory_analysis().alias_size_in_bytes >= 0.95 * held
-    compiled(STAGE).run(LOOPS, state, place(random_batch(0), STAGE, MESH))
+    compiled(STAGE).run(LOOPS, state, to_device(random_batch(0), STAGE, MESH))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.optimizer)))
 
 

@@ -16,12 +16,12 @@ SLOW_AND_IMPATIENT = f"""
 import functools, sys, time
 from looplm_jax.cli.main import main
 from looplm_jax.data import packing
-from looplm_jax.training import _prefetch as reading
+from looplm_jax.training import _batches as reading
 from looplm_jax.training import run
 packing._SHUFFLED_PIECES = {WINDOW}
-place = run.place
-run.place = lambda *arguments: time.sleep(0.04) or place(*arguments)
-run.Reader = functools.partial(reading.Reader, waits=(2.0, 0.1))
+to_device = run.to_device
+run.to_device = lambda *arguments: time.sleep(0.04) or to_device(*arguments)
+reading.RetryingReader = functools.partial(reading.RetryingReader, waits=(2.0, 0.1))
 sys.exit(main(sys.argv[1:]))
 """
 STEPS, VOCABULARY = 150, 300
@@ -79,7 +79,7 @@ def test_a_folder_that_vanishes(books, recipe, compiled_programs, tmp_path, monk
     step = newest(folder)["step"]
     assert gone + 3 < step == steps_logged(folder) < STEPS
     assert last.startswith(f"looplm: {books}/")
-    assert last.endswith(f"; step {step} is saved; fix that, and the same command goes on from there")
+    assert last.endswith(f"; step {step} is saved; fix that, and the same command resumes from there")
 
     away.rename(books)
     assert main(["train", *map(str, arguments)]) == 0

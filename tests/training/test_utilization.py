@@ -7,7 +7,7 @@ import pytest
 from looplm_jax.config import MeshConfig
 from looplm_jax.sharding import make_mesh
 from looplm_jax.sharding._hardware import CHIPS, known_chip
-from looplm_jax.training._goodput import memory_use, model_flop_utilisation, peak_flops
+from looplm_jax.training._goodput import memory_use, model_flops_utilization, peak_flops
 
 
 def test_no_two_chips_share_a_name():
@@ -19,16 +19,16 @@ def test_no_two_chips_share_a_name():
 def test_a_device_that_is_not_known_has_no_peak():
     assert known_chip("cpu") is None
     assert peak_flops(make_mesh(MeshConfig(data=-1))) is None
-    assert model_flop_utilisation(1e12, None) == {}
+    assert model_flops_utilization(1e12, None) == {}
 
 
 @pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: chip.name)
-def test_utilisation_is_of_all_devices(chip, monkeypatch):
+def test_utilization_is_of_all_devices(chip, monkeypatch):
     """Four devices run at half of their peak."""
     device = types.SimpleNamespace(device_kind=chip.device_kinds[0])
     mesh = types.SimpleNamespace(devices=np.array([[device, device], [device, device]]))
     peak = peak_flops.__wrapped__(mesh) if hasattr(peak_flops, "__wrapped__") else peak_flops(mesh)
-    assert model_flop_utilisation(2 * chip.peak_bf16_flops, peak) == {"mfu": 0.5}
+    assert model_flops_utilization(2 * chip.peak_bf16_flops, peak) == {"mfu": 0.5}
 
 
 def test_memory_is_told_where_the_backend_counts(monkeypatch):

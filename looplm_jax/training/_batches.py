@@ -1,11 +1,16 @@
-"""Reads training batches one ahead. Failed reads are retried by reopening the stream, then reported."""
+"""The batches of a stage: for training, read one ahead with retries, and held out, for evaluation."""
 
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
+from looplm_jax import data
+from looplm_jax.data import ValidationBatches
+from looplm_jax.data._iterator import BatchIterator
 from looplm_jax.data._packing import Batch
 from looplm_jax.errors import UserError
+from looplm_jax.sharding import process_rows
+from looplm_jax.training._setup import Position, Setup
 
 WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before each new attempt
 
@@ -27,8 +32,8 @@ class Batches(Protocol):
         """Stops the threads of the stream."""
 
 
-class Reader:
-    """Reads a stream one batch ahead of its state.
+class RetryingReader:
+    """Reads a stream one batch ahead of its state. A failed read is retried by reopening the stream, then reported.
 
     Args:
       open_batches: opens the stream at its beginning.
@@ -68,7 +73,7 @@ class Reader:
             time.sleep(wait)
         return None
 
-    def take(self) -> Batch:
+    def next(self) -> Batch:
         """Returns the batch that was read ahead, and advances `state` to the position after it."""
         batch, self._ahead = self._ahead, None
         assert batch is not None
@@ -88,3 +93,57 @@ class Reader:
         self._batches.close()
         self._batches = self._open()
         self._batches.restore(self._place)
+
+
+# The batches of a stage
+
+
+def open_reader(setup: Setup, position: Position, warn: Callable[[str], None]) -> RetryingReader:
+    """Opens the training batches of a stage, at the saved position if the run stopped inside this stage.
+
+    Args:
+      setup: the run.
+      position: the position from which the stage continues.
+      warn: receives a warning for each failed read.
+    """
+    stage, mesh = setup.recipe.stages[position.stage], setup.meshes[position.stage]
+    substreams = data.substream_count(stage.batch_size, stage.sequence_length, position.data_state)
+    microbatch_sequences = stage.batch_size // stage.accumulation
+
+    def open_substream(substream: int) -> BatchIterator:
+        return data.train_batches(
+            setup.corpora[position.stage],
+            setup.tokenizer,
+            batch_size=stage.batch_size,
+            sequence_length=stage.sequence_length,
+            seed=setup.recipe.data.seed + position.stage,
+            process_index=substream,
+            process_count=substreams,
+        )
+
+    def open_rows() -> data.SubstreamBatches:
+        rows = process_rows(mesh, microbatch_sequences)
+        return data.SubstreamBatches(
+            open_substream,
+            substreams=substreams,
+            rows=rows,
+            microbatch_sequences=microbatch_sequences,
+            microbatches=stage.accumulation,
+        )
+
+    return RetryingReader(open_rows, warn, start=position.data_state)
+
+
+def held_out_batches(setup: Setup, index: int) -> ValidationBatches | None:
+    """Returns the held-out batches of a stage, or None if no data is held out. Every process has all of them."""
+    if setup.recipe.data.validation_fraction == 0:
+        return None
+
+    stage = setup.recipe.stages[index]
+    return data.validation_batches(
+        setup.corpora[index],
+        setup.tokenizer,
+        batch_size=stage.batch_size // stage.accumulation,
+        sequence_length=stage.sequence_length,
+        max_sequences=setup.recipe.evaluation.sequences,
+    )
