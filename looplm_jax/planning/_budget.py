@@ -28,9 +28,15 @@ _SECONDS_A_DAY = 86400
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes of one device. `other` is the batch, the guard, the program itself, and padding of arrays to tiles.
+    """The memory of one device during a step, in bytes.
 
-    `capacity` is None where nobody knows it. `host` is what lies in the memory of the host meanwhile.
+    Attributes:
+      parameters: the parameters.
+      optimizer: the optimizer state.
+      activations: temporaries of the program at their peak.
+      other: the batch, the guard, the program itself, and padding of arrays to tiles.
+      host: arrays that are offloaded to the memory of the host.
+      capacity: the memory of the device, or None if it is not known.
     """
 
     parameters: int
@@ -42,12 +48,12 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All that the device must hold at the worst moment."""
+        """The peak memory of the device."""
         return self.parameters + self.optimizer + self.activations + self.other
 
 
 def state_memory(state: TrainState, capacity: int | None) -> Memory:
-    """What the state alone takes, before anything is compiled."""
+    """Returns the memory of the state alone, before anything is compiled."""
     parameters, optimizer = shard_bytes(state.params), shard_bytes(state.optimizer)
     other = shard_bytes(state) - parameters - optimizer
     return Memory(parameters=parameters, optimizer=optimizer, activations=0, other=other, capacity=capacity)
@@ -55,19 +61,19 @@ def state_memory(state: TrainState, capacity: int | None) -> Memory:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProgramBytes:
-    """Bytes that a compiled program takes on each device, by the compiler's account."""
+    """The memory of a compiled program on each device, in bytes, as the compiler reports it."""
 
-    held: int  # arguments and results, those updated in place once
-    temporaries: int  # at the worst moment
+    held: int  # arguments and results; arrays that are updated in place count once
+    temporaries: int  # at their peak
     code: int
 
     @classmethod
     def of(cls, analysis: Any) -> "ProgramBytes":
-        """Returns the account in what `memory_analysis()` of a compiled program returns.
+        """Returns the memory from `memory_analysis()` of a compiled program.
 
-        Of temporaries the compiler gives two upper bounds, and the lower one counts. The size of all of them counts
-        some of those inside a loop beside others that are never held at the same time. The peak exceeds even that in a
-        program that keeps arrays in the memory of the host.
+        The compiler gives two upper bounds of the temporaries, and the lower one is used. The sum of their sizes counts
+        some in loops that do not exist at the same time. The peak exceeds even that in programs that offload arrays to
+        the host.
         """
         held = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
         temporaries = max(min(analysis.peak_memory_in_bytes - held, analysis.temp_size_in_bytes), 0)
@@ -75,7 +81,7 @@ class ProgramBytes:
 
 
 def compiled_memory(state: TrainState, analysis: Any, capacity: int | None) -> Memory:
-    """Returns the compiler's account of a step, of which the state is a part."""
+    """Returns the memory of a compiled step, from its `memory_analysis()`."""
     alone, program = state_memory(state, capacity), ProgramBytes.of(analysis)
     other = program.held + program.code - alone.parameters - alone.optimizer
     host = analysis.host_temp_size_in_bytes
@@ -83,7 +89,7 @@ def compiled_memory(state: TrainState, analysis: Any, capacity: int | None) -> M
 
 
 def overfull_memory(state: TrainState, error: str) -> Memory | None:
-    """The account in the compiler's refusal of a step that does not fit; None if the error is of another kind."""
+    """Returns the memory that a step would need, from the compiler's out-of-memory error, or None for other errors."""
     found = refusal(error)
     if found is None:
         return None
@@ -93,16 +99,16 @@ def overfull_memory(state: TrainState, error: str) -> Memory | None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Refusal:
-    """Bytes that a program would use, its arguments included, and those that there are."""
+    """The bytes that a program would need, including its arguments, and the bytes of the device."""
 
     used: int
     limit: int
 
 
 def refusal(error: str) -> Refusal | None:
-    """Returns the account in the refusal of a program that does not fit; None for an error of another kind.
+    """Returns the sizes in the compiler's out-of-memory error, or None for other errors.
 
-    What the compiler calls temporaries there contains the arguments.
+    The temporaries in the text of the error include the arguments.
     """
     found = _USED.search(error) or _TEMPORARIES.search(error)
     if found is None:
@@ -112,12 +118,12 @@ def refusal(error: str) -> Refusal | None:
 
 
 def shard_bytes(tree: PyTree) -> int:
-    """Bytes of one device's shares of abstract arrays."""
+    """Returns the bytes of one device's shards of abstract arrays."""
     return sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(tree))
 
 
 def donated_arrays(text: str) -> int:
-    """How many arguments the program updates where they lie."""
+    """Returns how many arguments a program updates in place."""
     header = text[: text.find("\n")]
     return len({int(number) for number in _ALIAS.findall(header)})
 
@@ -131,22 +137,31 @@ def _shard_bytes(leaf: Any) -> int:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Seconds of one step on every device at its published peaks.
+    """A lower bound of the time of a step, with all devices and links at their published peaks.
 
-    `compute` counts what rematerialization does again; `links` and `network` are all exchanges at the full bandwidth of
-    every link. The exchanges of `waiting` are synchronous: nothing is computed meanwhile. A step cannot be faster than
-    `compute` and `waiting` together, nor than `links` or `network`.
+    A step cannot be faster than `compute` and `waiting` together, nor than `links` or `network`.
+
+    Attributes:
+      model_flops: the model FLOPs of one step, over all devices.
+      peak: the seconds for the model FLOPs alone.
+      compute: the seconds for the model FLOPs and those of recomputation.
+      links: the seconds of all exchanges within slices.
+      network: the seconds of all exchanges between slices.
+      waiting: the seconds of synchronous exchanges, during which nothing is computed.
+      tokens_per_second: the highest possible rate.
+      days: the days for all steps of the stage.
+      model_flops_utilization: the highest possible model FLOPs utilization.
     """
 
-    model_flops: float  # of one step, over all devices
-    peak: float  # seconds for model_flops alone
+    model_flops: float
+    peak: float
     compute: float
     links: float
     network: float
     waiting: float
     tokens_per_second: float
-    days: float  # for all steps of the stage
-    model_flops_utilization: float  # at best
+    days: float
+    model_flops_utilization: float
 
     @property
     def step(self) -> float:
@@ -155,7 +170,7 @@ class Timing:
 
 
 def step_flops(model: ModelConfig, stage: Stage) -> float:
-    """Operations of one step by formula, over all devices; nothing is counted twice."""
+    """Returns the model FLOPs of one step over all devices, by formula and without recomputation."""
     tokens = stage.batch_size * stage.sequence_length
     per_token = train_flops_per_token(
         model, loops=stage.loops, sequence_length=stage.sequence_length, objective=stage.objective
@@ -164,11 +179,13 @@ def step_flops(model: ModelConfig, stage: Stage) -> float:
 
 
 def recomputed_flops(model: ModelConfig, stage: Stage, remat: Remat) -> float:
-    """Returns the operations of one step that the backward pass does again: a forward pass without its heads, and
-    without what is saved.
+    """Returns the FLOPs of one step that the backward pass recomputes.
+
+    These are a forward pass without its heads and without the results that are saved.
     """
     if remat in (Remat.NONE, Remat.DOTS) or stage.objective is Objective.GATE:
         return 0.0
+
     forward = forward_flops_per_token(model, loops=stage.loops, sequence_length=stage.sequence_length)
     heads = stage.loops * 2 * model.width * model.vocab_size
     layers = model.prelude_layers + stage.loops * (model.num_layers + model.coda_layers)
@@ -177,7 +194,7 @@ def recomputed_flops(model: ModelConfig, stage: Stage, remat: Remat) -> float:
 
 
 def _saved_flops(model: ModelConfig, sequence_length: int, remat: Remat) -> int:
-    """Operations of a token in one layer whose results are saved for the backward pass."""
+    """Returns the FLOPs of a token in one layer whose results are saved for the backward pass."""
     inner, kv_inner = model.num_heads * model.head_width, model.kv_heads * model.head_width
     outputs = 2 * inner * (sequence_length + 1) + 2 * model.width * model.mlp_width
     match remat:
@@ -191,18 +208,30 @@ def _saved_flops(model: ModelConfig, sequence_length: int, remat: Remat) -> int:
 def estimate(
     model: ModelConfig, stage: Stage, remat: Remat, target: Target, exchanges: Sequence[Collective], devices: int
 ) -> Timing | None:
-    """The times of a step on `devices` devices of a target; None where the chip's peaks are not known."""
+    """Returns a lower bound of the time of a step, or None if the peaks of the chip are not known.
+
+    Args:
+      model: the model.
+      stage: the stage.
+      remat: what the backward pass recomputes.
+      target: the devices.
+      exchanges: the collectives of a step.
+      devices: the number of devices.
+    """
     chip, bandwidth = target.chip, target.link_bandwidth
     if chip is None or bandwidth is None:
         return None
+
     flops = step_flops(model, stage)
     compute = (flops + recomputed_flops(model, stage, remat)) / devices / chip.peak_bf16_flops
+
     beyond = sum(each.bytes for each in exchanges if each.between_slices)
     inside = sum(each.bytes for each in exchanges if not each.between_slices)
     links = inside / bandwidth if inside else 0.0
     network = beyond / chip.network_bandwidth if beyond and chip.network_bandwidth else 0.0
     waiting = sum(each.bytes for each in exchanges if not each.asynchronous) / bandwidth
     step = max(compute + waiting, links, network)
+
     return Timing(
         model_flops=flops,
         peak=flops / devices / chip.peak_bf16_flops,
@@ -218,17 +247,23 @@ def estimate(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodeTiming:
-    """Seconds of one tick at the published bandwidths, and what follows from them when every slot is taken.
+    """A lower bound of the time of a tick at the published bandwidths, and the rates with all slots in use.
 
-    A tick cannot be faster than its slowest part: what it reads and writes, or what devices send each other.
+    Attributes:
+      memory: the seconds for reading and writing memory.
+      links: the seconds for exchanges between devices.
+      floor: the seconds for the bytes of the floor alone.
+      ticks_per_second: the highest possible rate of ticks.
+      tokens_per_second: the rate of tokens if every token takes all loops.
+      tokens_per_second_at_mean: the rate if tokens take `loops_mean` loops on average, or None.
     """
 
     memory: float
     links: float
-    floor: float  # seconds for the bytes of the floor alone
+    floor: float
     ticks_per_second: float
-    tokens_per_second: float  # every token takes all loops
-    tokens_per_second_at_mean: float | None  # tokens take `loops_mean` loops on average
+    tokens_per_second: float
+    tokens_per_second_at_mean: float | None
 
     @property
     def tick(self) -> float:
@@ -239,10 +274,21 @@ class DecodeTiming:
 def decode_timing(
     target: Target, *, moved: int, floor: int, sent: int, slots: int, loops: int, loops_mean: float | None
 ) -> DecodeTiming | None:
-    """The times of a tick that moves and sends so many bytes; None where the chip's bandwidths are not known."""
+    """Returns a lower bound of the time of a tick, or None if the bandwidths of the chip are not known.
+
+    Args:
+      target: the devices.
+      moved: the bytes that a device reads and writes.
+      floor: the bytes that it must move at least.
+      sent: the bytes that it sends to other devices.
+      slots: the number of slots.
+      loops: the number of loops.
+      loops_mean: the mean number of loops of a token, if tokens exit early.
+    """
     chip, bandwidth = target.chip, target.link_bandwidth
     if chip is None or bandwidth is None:
         return None
+
     memory, links = moved / chip.hbm_bandwidth, sent / bandwidth if sent else 0.0
     ticks = 1 / max(memory, links)
     return DecodeTiming(

@@ -1,4 +1,4 @@
-"""A compiled program as XLA prints it: which instructions run, how often in a step, and inside which loops."""
+"""Parses a compiled program as XLA prints it: its instructions, how often each runs, and inside which loops."""
 
 import dataclasses
 import math
@@ -23,7 +23,7 @@ _OPERAND = re.compile(r"%([\w.\-]+)")
 _BITS = {"pred": 8, "bf16": 16, "token": 0}
 _CALLS_OTHERS = ("fusion", "call", "conditional", "async-start")
 
-# How the scans of the train step are told apart: by the end of the name that JAX gives them.
+# The scans of the train step, recognized by the end of the name that JAX gives them.
 _LOOP_NAMES = (
     ("LoopLM.prefill/while", "loops"),
     ("core/while", "layers"),
@@ -34,7 +34,7 @@ _LOOP_NAMES = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Instruction:
-    """One line: a name, the shape of its result, what it does, and the rest of the line."""
+    """One instruction: its name, the shape of its result, its opcode, and the rest of its line."""
 
     name: str
     shape: str
@@ -44,31 +44,31 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """Where in the traced program it came from."""
+        """The operation of the traced program that it came from."""
         found = _OP_NAME.search(self.rest)
         return found[1] if found else ""
 
     @property
     def operands(self) -> list[str]:
-        """Names of its operands."""
+        """The names of its operands."""
         return _OPERAND.findall(self.rest[: _closing(self.rest, 0)])
 
     @property
     def called(self) -> list[str]:
-        """Names of the computations that it runs: its fusion or call, the body of its loop, or its branches."""
+        """The names of the computations that it runs: a fusion or a call, the body of a loop, or branches."""
         branches = _BRANCHES.search(self.rest)
         return _CALLED.findall(self.rest) + (_OPERAND.findall(branches[1]) if branches else [])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Computation:
-    """Instructions that run together; `fused` into one where the computation is the body of a fusion."""
+    """Instructions that run together, such as the body of a loop or of a fusion."""
 
     name: str
     instructions: tuple[Instruction, ...]
 
     def shape_of(self, name: str) -> str:
-        """The shape of the instruction of that name, empty if there is none."""
+        """Returns the shape of the instruction of that name, or an empty string."""
         return next((each.shape for each in self.instructions if each.name == name), "")
 
     def named(self, name: str) -> Instruction:
@@ -83,10 +83,16 @@ class Computation:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """An instruction as a step runs it: how many times, inside which loops (outermost first).
+    """An instruction in the execution of a step.
 
-    `region` is the body that it belongs to, through whatever fusions; `fused` says whether there is one. What runs
-    `asynchronously` is started and waited for by instructions of their own.
+    Attributes:
+      instruction: the instruction.
+      computation: its computation.
+      times: how often it runs.
+      loops: the names of the enclosing loops, outermost first.
+      region: the name of the innermost computation around it that is not a fusion.
+      fused: whether it is in a fusion.
+      asynchronously: whether other instructions start it and wait for it.
     """
 
     instruction: Instruction
@@ -100,13 +106,16 @@ class Run:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
-    """All computations by name."""
+    """A program: its computations by name, and the name of the first."""
 
     entry: str
     computations: dict[str, Computation]
 
     def runs(self) -> Iterator[Run]:
-        """Every instruction that a step runs. Both sides of a condition count; a loop that data end counts once."""
+        """Yields every instruction that runs.
+
+        All branches of a condition count, and a loop whose length depends on data counts once.
+        """
         yield from self._visit(self.entry, 1, (), self.entry, fused=False)
 
     def _visit(
@@ -119,7 +128,9 @@ class Program:
         fused: bool,
         asynchronously: bool = False,
     ) -> Iterator[Run]:
+        """Yields the instructions of a computation and of those that it runs."""
         computation = self.computations[name]
+
         for each in computation.instructions:
             yield Run(
                 instruction=each,
@@ -155,10 +166,11 @@ class Program:
 
 
 def parse(text: str) -> Program:
-    """Reads what `compiled.as_text()` gives."""
+    """Returns the program in the text that `compiled.as_text()` returns."""
     computations: dict[str, Computation] = {}
     entry, name = "", ""
     lines: list[str] = []
+
     for line in text.splitlines():
         header = _COMPUTATION.match(line)
         if header:
@@ -170,50 +182,62 @@ def parse(text: str) -> Program:
         elif _INSTRUCTION.match(line):
             lines.append(line)
         elif lines:
-            lines[-1] += line  # notes on a TPU's kernels go over several lines
+            lines[-1] += line  # attributes of TPU kernels take several lines
+
     return Program(entry=entry, computations=computations)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ArrayShape:
-    """An array as a program holds it. `bytes` contains what its layout pads to whole tiles."""
+    """An array in a program.
+
+    Attributes:
+      elements: the number of elements.
+      bytes: the size, including the padding to whole tiles.
+      in_main_memory: whether it is in the main memory of the device. Scalars and other arrays can be in a faster memory
+        that the compiler manages, and offloaded arrays are on the host.
+    """
 
     elements: int
     bytes: int
-    in_main_memory: bool  # not in a faster memory that the compiler manages, as are scalars, nor on the host
+    in_main_memory: bool
 
 
 def array_shapes(shape: str) -> list[ArrayShape]:
-    """Returns the arrays of a shape: one, or those of a tuple, nested ones too."""
+    """Returns the arrays of a shape: one, or those of a tuple, including nested tuples."""
     return [_array_shape(*found) for found in _WITH_LAYOUT.findall(shape)]
 
 
 def array_bytes(shape: str) -> list[int]:
-    """Bytes of each array in a shape: one, or those of a tuple."""
+    """Returns the bytes of each array of a shape, without padding."""
     return [_elements(dims) * element_bits(dtype) // 8 for dtype, dims in _ARRAY.findall(shape)]
 
 
 def element_type(shape: str) -> str:
-    """The type of the elements of a shape's first array, such as `bf16`; empty if there is none."""
+    """Returns the element type of the first array of a shape, such as `bf16`, or an empty string."""
     found = _ARRAY.search(shape)
     return found[1] if found else ""
 
 
 def element_bits(dtype: str) -> int:
-    """Bits of one element of a type as XLA names it."""
+    """Returns the bits of one element of a type, given by its name in XLA."""
     digits = re.search(r"\d+", dtype)
     return _BITS[dtype] if dtype in _BITS else int(digits[0]) if digits else 0
 
 
 def _parse_instruction(line: str) -> Instruction | None:
+    """Returns the instruction in a line, or None."""
     start = _INSTRUCTION.match(line)
     if start is None:
         return None
+
+    # The shape of a tuple contains spaces and parentheses, so the opcode is searched for after its end.
     at = start.end()
     shape_end = _closing(line, at + 1) + 1 if line[at] == "(" else at
     opcode = _OPCODE.search(line, shape_end if shape_end > at else at)
     if opcode is None:
         return None
+
     return Instruction(
         name=start[2],
         shape=line[at : opcode.start()],
@@ -224,7 +248,7 @@ def _parse_instruction(line: str) -> Instruction | None:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the parenthesis that was opened just before `start` is closed."""
+    """Returns the index of the parenthesis that closes the one just before `start`."""
     depth = 1
     for at in range(start, len(text)):
         depth += (text[at] == "(") - (text[at] == ")")
@@ -244,11 +268,15 @@ def _array_shape(dtype: str, dims: str, layout: str) -> ArrayShape:
 
 
 def _padded_elements(dims: list[int], layout: str) -> int:
-    """Elements with the padding of the outermost tile, whose last size is that of the fastest axis."""
+    """Returns the number of elements including the padding to whole tiles.
+
+    The last size of a tile is that of the axis that varies fastest.
+    """
     tile = _TILE.search(layout)
     order = [int(axis) for axis in layout.partition(":")[0].split(",") if axis]
     if tile is None or len(order) != len(dims) or not dims:
         return math.prod(dims)
+
     fastest_first = [dims[axis] for axis in order]
     sizes = [int(size) for size in reversed(tile[1].split(","))]
     for at, size in enumerate(sizes[: len(dims)]):

@@ -18,12 +18,21 @@ from looplm_jax.sharding import use_mesh
 from looplm_jax.training._compile import lower_step, stage_mesh
 from looplm_jax.training._state import TrainState, abstract_state
 
-_MUCH = 0.5  # of the memory: what takes more should be spread over more devices
+_LARGE_STATE = 0.5  # fraction of the memory above which the state should be sharded over more devices
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProgramFacts:
-    """What a program that fits is made of. `donated` of the `state_arrays` are updated where they lie."""
+    """Facts about a compiled program.
+
+    Attributes:
+      collectives: the exchanges between devices.
+      matmuls: the matrix products.
+      attention: the kernel of attention.
+      kernels: the kernels that XLA did not generate.
+      donated: the number of arrays that are updated in place.
+      state_arrays: the number of arrays of the state.
+    """
 
     collectives: tuple[Collective, ...]
     matmuls: Matmuls
@@ -35,7 +44,20 @@ class ProgramFacts:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StagePlan:
-    """A stage on a target. `inside` and `timing` are None where it does not fit, `timing` also for unknown chips."""
+    """The plan of a stage on a target.
+
+    Attributes:
+      stage: the name of the stage.
+      target: the name of the target.
+      devices: the number of devices.
+      mesh: the sizes of the axes of the mesh.
+      fits: whether the step fits in the memory of a device.
+      memory: the memory of a device.
+      inside: facts about the program, or None if it does not fit.
+      timing: a lower bound of the time of a step, or None if it does not fit or the chip is unknown.
+      advice: flags that would make the stage fit or faster.
+      compile_seconds: how long the compilation took.
+    """
 
     stage: str
     target: str
@@ -50,23 +72,32 @@ class StagePlan:
 
 
 def plan_stage(recipe: Recipe, stage: Stage, target: Target) -> StagePlan:
-    """Compile the train step of a stage for a target, and read from the program what it needs and does.
+    """Returns the plan of a stage, from its train step compiled for a target.
+
+    Args:
+      recipe: the recipe of the stage.
+      stage: the stage.
+      target: the devices.
 
     Raises:
-      UserError: the model or the batches do not divide over the target's devices.
+      UserError: the model or the batches are not evenly divisible by the devices.
     """
     mesh = stage_mesh(recipe, stage, target.devices)
     compute = recipe.compute_of(stage)
     model = LoopLM(recipe.model_of(stage), compute)
     state = abstract_state(recipe, model, stage, mesh)
+
     started = time.perf_counter()
     program, memory = _compile(recipe, model, stage, mesh, state, target)
     seconds = time.perf_counter() - started
+
     inside = None if program is None else _program_facts(program.as_text() or "", model, mesh, state)
+
     timing = None
     if inside is not None:
         timing = estimate(model.config, stage, compute.remat, target, inside.collectives, devices=mesh.devices.size)
     fits = program is not None and (memory.capacity is None or memory.total <= memory.capacity)
+
     return StagePlan(
         stage=stage.name,
         target=target.name,
@@ -84,9 +115,10 @@ def plan_stage(recipe: Recipe, stage: Stage, target: Target) -> StagePlan:
 def _compile(
     recipe: Recipe, model: LoopLM, stage: Stage, mesh: Mesh, state: TrainState, target: Target
 ) -> tuple[jax.stages.Compiled | None, Memory]:
-    """The program and its memory, or no program and the memory that it would have needed."""
+    """Returns the program and its memory, or None and the memory that it would need if it does not fit."""
     first = sum(earlier.steps for earlier in recipe.stages[: recipe.stages.index(stage)])
     capacity = target.capacity
+
     with without_network():
         lowered = lower_step(recipe, model, stage, mesh, first_step=first, loops=stage.loops)
         try:
@@ -96,17 +128,19 @@ def _compile(
             if memory is None:
                 raise
             return None, memory
+
     return program, compiled_memory(state, program.memory_analysis(), capacity)
 
 
 def _program_facts(text: str, model: LoopLM, mesh: Mesh, state: TrainState) -> ProgramFacts:
+    """Returns the facts about a program that is given as text."""
     program = parse(text)
     with use_mesh(mesh):
-        meant = "bf16" if compute_dtype(model.compute) == jnp.bfloat16 else "f32"
+        expected = "bf16" if compute_dtype(model.compute) == jnp.bfloat16 else "f32"
     slices = len({getattr(device, "slice_index", None) for device in mesh.devices.flat})
     return ProgramFacts(
         collectives=collectives(program, mesh.devices.size, slices),
-        matmuls=matmuls(program, meant),
+        matmuls=matmuls(program, expected),
         attention=attention_kernel(program),
         kernels=custom_calls(program),
         donated=donated_arrays(text),
@@ -120,40 +154,47 @@ def _program_facts(text: str, model: LoopLM, mesh: Mesh, state: TrainState) -> P
 def advice(
     recipe: Recipe, stage: Stage, mesh: Mesh, memory: Memory, exchanges: Sequence[Collective], *, fits: bool
 ) -> tuple[str, ...]:
-    """Flags to type, the cheapest change first; empty where nothing need change."""
+    """Returns flags that would make a stage fit or send less, the cheapest change first, with reasons."""
     return tuple(_to_send_less(mesh, exchanges) if fits else _to_fit(recipe, stage, mesh, memory))
 
 
 def _to_fit(recipe: Recipe, stage: Stage, mesh: Mesh, memory: Memory) -> Iterator[str]:
-    compute, shares = recipe.compute_of(stage), mesh.shape["data"] * mesh.shape["fsdp"]
+    """Yields changes that reduce memory."""
+    compute, shards = recipe.compute_of(stage), mesh.shape["data"] * mesh.shape["fsdp"]
     if compute.reduce is Reduce.STEP:
         yield "hold gradients in the type of the matrix products: --compute.reduce microbatch"
     elif compute.reduce is Reduce.MICROBATCH:
         yield "hold the shards of gradients alone: --compute.reduce loop"
     elif compute.gather is Gather.PER_STEP:
         yield "gather the weights of each layer when it runs: --compute.gather per_layer"
+
     if compute.remat in (Remat.NONE, Remat.DOTS, Remat.SAVE_QKV, Remat.SAVE_OUTPUTS):
-        yield "compute the layers again in the backward pass: --compute.remat layer"
-    parts = next_accumulation(stage, shares)
-    if parts is not None:
-        yield f"cut the batch into more parts: --stages.{stage.name}.accumulation {parts}"
+        yield "recompute the layers in the backward pass: --compute.remat layer"
+
+    microbatches = next_accumulation(stage, shards)
+    if microbatches is not None:
+        yield f"split the batch into more microbatches: --stages.{stage.name}.accumulation {microbatches}"
+
     state = memory.parameters + memory.optimizer
-    if mesh.shape["data"] > 1 and memory.capacity and state > _MUCH * memory.capacity:
-        yield "spread the parameters over all devices: --mesh.data 1 --mesh.fsdp -1"
-    if parts is None and compute.remat is Remat.LAYER:
-        yield "keep what layers start from in the memory of the host: --compute.remat offload"
-    if parts is None:
+    if mesh.shape["data"] > 1 and memory.capacity and state > _LARGE_STATE * memory.capacity:
+        yield "shard the parameters over all devices: --mesh.data 1 --mesh.fsdp -1"
+
+    # Changes that cost more communication, if there can be no more microbatches.
+    if microbatches is None and compute.remat is Remat.LAYER:
+        yield "offload the inputs of layers to the memory of the host: --compute.remat offload"
+    if microbatches is None:
         more = 2 * mesh.shape["context"]
         yield f"let {more} devices share each sequence: --stages.{stage.name}.context {more}"
 
 
 def _to_send_less(mesh: Mesh, exchanges: Sequence[Collective]) -> Iterator[str]:
+    """Yields changes that reduce communication between slices."""
     gathered = any(each.between_slices and each.in_loop_over_t and each.kind == "all-gather" for each in exchanges)
     if gathered and mesh.shape["data"] == 1:
         yield "every loop sends weights from slice to slice; keep them within one: --mesh.data SLICES --mesh.fsdp -1"
 
 
-def next_accumulation(stage: Stage, shares: int) -> int | None:
-    """The next number of parts that divides the batch into parts that `shares` devices can share; None: no more."""
-    bigger = range(stage.accumulation + 1, stage.batch_size // shares + 1)
-    return next((parts for parts in bigger if stage.batch_size % (parts * shares) == 0), None)
+def next_accumulation(stage: Stage, shards: int) -> int | None:
+    """Returns the next larger number of microbatches that can each be split into `shards`, or None."""
+    larger = range(stage.accumulation + 1, stage.batch_size // shards + 1)
+    return next((count for count in larger if stage.batch_size % (count * shards) == 0), None)

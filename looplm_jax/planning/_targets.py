@@ -1,4 +1,4 @@
-"""What a plan is made for: a slice of TPUs that need not be here, or the devices that are."""
+"""The devices to plan for: slices of TPUs that need not be attached, or the attached devices."""
 
 import contextlib
 import dataclasses
@@ -19,9 +19,9 @@ HERE = "here"
 _EXAMPLES = {"v4": "v4:4x4x4", "v5e": "v5e:16x16", "v5p": "v5p:4x8x8", "v6e": "v6e:16x16", "tpu7x": "tpu7x:4x4x4"}
 _ONE_DEVICE_A_CHIP = {"v4": "megacore"}
 _TOPOLOGY = re.compile(r"([a-z0-9]+):(\d+(?:x\d+)*)")
-# The compiler asks no metadata server, takes this for a host of some kind (which changes no program), and lets other
-# processes load it at the same time.
-_ALONE = {
+# Environment variables with which the TPU compiler queries no metadata server, assumes some kind of host (which does not
+# change programs), and allows other processes to load it at the same time.
+_OFFLINE = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -31,7 +31,15 @@ _ALONE = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Target:
-    """Devices to compile for. `shape` is the torus of one slice, empty where the links are not one."""
+    """The devices to compile for.
+
+    Attributes:
+      name: the name, for messages.
+      devices: the devices of all slices.
+      chip: the chip, or None if it is unknown.
+      shape: the torus of one slice; empty if its links are not a torus.
+      slices: the number of slices.
+    """
 
     name: str
     devices: tuple[jax.Device, ...]
@@ -41,42 +49,51 @@ class Target:
 
     @property
     def capacity(self) -> int | None:
-        """Bytes of memory of a device, where someone knows them."""
+        """The memory of a device in bytes, or None if it is not known."""
         if self.chip is not None:
             return self.chip.hbm_bytes
+
         statistics = None if self.shape else self.devices[0].memory_stats()
         return statistics.get("bytes_limit") if statistics else None
 
     @property
     def link_bandwidth(self) -> float | None:
-        """Bytes a second that a device can send to others of its slice, over the links that the slice has.
+        """The bytes per second that a device can send within its slice, or None if they are not known.
 
-        A dimension of the torus gives two links to each chip if it is closed to a ring, one if it is open, none if it
-        is one chip long.
+        In each dimension of the torus, a chip has two links if the dimension is closed to a ring, one if it is open,
+        and none if it is one chip long.
         """
         if self.chip is None or not self.shape:
             return None if self.chip is None else self.chip.ici_bandwidth
+
         links = sum(_links(self.chip, size) for size in self.shape)
         return self.chip.ici_bandwidth * links / (2 * self.chip.torus_dimensions)
 
 
 def find_target(topology: str, slices: int = 1) -> Target:
-    """The devices of `topology`, such as `v5p:8x8x8`, or those attached for `here`.
+    """Returns the devices of a topology.
+
+    Args:
+      topology: such as `v5p:8x8x8`, or `here` for the attached devices.
+      slices: the number of slices.
 
     Raises:
-      UserError: no such topology, or no TPU compiler installed.
+      UserError: there is no such topology, or the TPU compiler is not installed.
     """
     if slices < 1:
         raise UserError(f"--slices must be at least 1, not {slices}")
+
     if topology == HERE:
         require_platform()
         devices = tuple(jax.devices())
         return Target(
             name=f"{len(devices)} x {devices[0].device_kind}", devices=devices, chip=known_chip(devices[0].device_kind)
         )
+
     family, shape = _parse(topology)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("the TPU compiler is not installed; run `pip install 'looplm_jax[tpu]'`")
+
     devices = _slice_devices(topology, family, shape, slices)
     name = topology if slices == 1 else f"{slices} x {topology}"
     return Target(name=name, devices=devices, chip=known_chip(devices[0].device_kind), shape=shape, slices=slices)
@@ -84,9 +101,9 @@ def find_target(topology: str, slices: int = 1) -> Target:
 
 @contextlib.contextmanager
 def without_network() -> Iterator[None]:
-    """While the block runs, the TPU compiler looks for nothing outside this machine."""
-    before = {name: os.environ.get(name) for name in _ALONE}
-    os.environ.update({name: value for name, value in _ALONE.items() if before[name] is None})
+    """A context manager in which the TPU compiler does not access the network."""
+    before = {name: os.environ.get(name) for name in _OFFLINE}
+    os.environ.update({name: value for name, value in _OFFLINE.items() if before[name] is None})
     try:
         yield
     finally:
@@ -96,10 +113,12 @@ def without_network() -> Iterator[None]:
 
 
 def _parse(topology: str) -> tuple[str, tuple[int, ...]]:
+    """Returns the family and the shape of a topology. Raises UserError if there is none of that form."""
     found = _TOPOLOGY.fullmatch(topology)
     if found is None or found[1] not in _EXAMPLES:
         examples = ", ".join(_EXAMPLES.values())
         raise UserError(f"unknown topology {topology!r}; say {HERE}, or family:chips, such as {examples}")
+
     family, shape = found[1], tuple(map(int, found[2].split("x")))
     wanted = len(_EXAMPLES[family].partition(":")[2].split("x"))
     if len(shape) != wanted:
@@ -110,13 +129,15 @@ def _parse(topology: str) -> tuple[str, tuple[int, ...]]:
 
 
 def _slice_devices(topology: str, family: str, shape: tuple[int, ...], slices: int) -> tuple[jax.Device, ...]:
+    """Returns the devices of TPU slices, as the compiler describes them."""
     options: dict[str, object] = {}
     if family in _ONE_DEVICE_A_CHIP:
         options["chip_config_name"] = _ONE_DEVICE_A_CHIP[family]
-    if slices > 1 or 1 in shape[:2]:  # a host of fewer chips than the compiler expects has to be named
+    if slices > 1 or 1 in shape[:2]:  # a host with fewer chips than the compiler expects
         options["chips_per_host_bounds"] = (min(shape[0], 2), min(shape[1], 2), 1)
     if slices > 1:
         options["num_slices"] = slices
+
     try:
         with without_network():
             return tuple(topologies.get_topology_desc(topology, platform="tpu", **options).devices)
@@ -126,6 +147,9 @@ def _slice_devices(topology: str, family: str, shape: tuple[int, ...], slices: i
 
 
 def _links(chip: Chip, size: int) -> int:
-    """Links of a chip along a dimension: slices of whole cubes of 4x4x4 are closed to rings, as are pods of 16x16."""
+    """Returns the links of a chip along one dimension.
+
+    Dimensions of whole 4x4x4 cubes are closed to rings, as are those of 16x16 pods.
+    """
     closed = size % 4 == 0 if chip.torus_dimensions == 3 else size == 16
     return 0 if size == 1 else 2 if closed else 1

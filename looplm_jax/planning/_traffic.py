@@ -1,8 +1,8 @@
-"""Bytes that a compiled program reads from and writes to the main memory of a chip, by what the arrays hold.
+"""Counts the bytes that a compiled program reads from and writes to the main memory of a chip, by kind of array.
 
-Every instruction counts with what it reads of its operands and what it writes, as often as its loops run. Of an operand
-that is only sliced, the slice is read; of an array that is updated in place, the update is written. Arrays in the
-faster memory that the compiler manages cost nothing; to copy an array there is to read it.
+Each instruction counts with the bytes that it reads of its operands and the bytes that it writes, as often as its loops
+run. If an operand is only sliced, the slice is read; if an array is updated in place, the update is written. Arrays in
+the faster memory that the compiler manages cost nothing, and copying an array there reads it.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from looplm_jax.planning._hlo import ArrayShape, Computation, Instruction, Progr
 
 _SAME_VALUE = ("bitcast", "opt-barrier", "add-dependency", "domain")
 _NO_WORK = ("constant", "after-all", "partition-id", "replica-id")
-_COMPUTES = ("dot", "convolution", "reduce", "reduce-window", "custom-call")  # what does none of these moves data
+_COMPUTES = ("dot", "convolution", "reduce", "reduce-window", "custom-call")  # other instructions only move data
 _INDEX = re.compile(r"index=(\d+)")
 _ALIASES = re.compile(r"output_to_operand_aliasing=\{((?:\{[^{}]*\}: \(\d+, \{[^{}]*\}\)(?:, )?)+)\}")
 _ALIAS = re.compile(r"\{([\d, ]*)\}: \((\d+),")
@@ -30,7 +30,7 @@ _NUMBER = re.compile(r"(\d+)\)")
 
 
 class Buffer(enum.Enum):
-    """What an array holds. Copies of the weights are temporaries."""
+    """A kind of array. Copies of the weights are temporaries."""
 
     WEIGHTS = "weights"
     HEAD = "head"
@@ -50,38 +50,44 @@ class Traffic:
         return Traffic(read=self.read + other.read, written=self.written + other.written)
 
     def times(self, count: int) -> "Traffic":
-        """Returns what so many runs move."""
+        """Returns the traffic of `count` runs."""
         return Traffic(read=_scaled(self.read, count), written=_scaled(self.written, count))
 
     @property
     def total(self) -> int:
-        """All bytes, in both directions."""
+        """The bytes in both directions."""
         return self.read.total() + self.written.total()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheUse:
-    """What attention of one layer needs of the cache of one slot, which a program may leave to its data.
+    """The bytes of the cache that attention in one layer uses, where the program does not determine them.
 
-    Hand-written kernels are taken to read and write this much for each slot in every call, and a loop whose end depends
-    on data to run until it has read this much.
+    Hand-written kernels are assumed to read and write these bytes for each slot in every call, and loops whose length
+    depends on data to run until they have read them.
+
+    Attributes:
+      slots: the number of slots.
+      read: the bytes read for each slot.
+      written: the bytes written for each slot.
     """
 
     slots: int = 1
-    read: int = 0  # bytes
+    read: int = 0
     written: int = 0
 
 
-_Value: TypeAlias = "Buffer | tuple[_Value, ...]"  # what an array holds, or each element of a tuple
+_Value: TypeAlias = "Buffer | tuple[_Value, ...]"  # the kind of an array, or of each element of a tuple
 
 
 def program_traffic(program: Program, holds: Callable[[str], Buffer], cache: CacheUse = CacheUse()) -> Traffic:
-    """Returns what one run of a program moves. Of the branches of a condition the one that moves most counts.
+    """Returns the traffic of one run of a program. Of the branches of a condition, the one that moves most counts.
 
     Args:
-      program: as `hlo.parse` read it.
-      holds: what a parameter of the program holds, by its name in the traced function, such as `params['head']`.
-      cache: what attention needs of the cache, where the program does not say.
+      program: the program.
+      holds: returns the kind of a parameter of the program, given its name in the traced function, such as
+        `params['head']`.
+      cache: the use of the cache, where the program does not determine it.
     """
     entry = program.computations[program.entry]
     parameters = sorted((each for each in entry.instructions if each.opcode == "parameter"), key=parameter_number)
@@ -90,30 +96,35 @@ def program_traffic(program: Program, holds: Callable[[str], Buffer], cache: Cac
 
 
 class _Count:
-    """Walks through a program and follows what every array holds."""
+    """Walks through a program and tracks the kind of every array."""
 
     def __init__(self, program: Program, cache: CacheUse):
         self._program = program
         self._cache = cache
 
     def computation(self, computation: Computation, arguments: Sequence[_Value]) -> tuple[_Value, Traffic]:
-        """What the result of a computation holds, given what its arguments hold, and what it moves."""
+        """Returns the kind of the result of a computation, given the kinds of its arguments, and its traffic."""
         values: dict[str, _Value] = {}
         shapes = {each.name: each.shape for each in computation.instructions}
         moved = Traffic()
+
         for each in computation.instructions:
             if each.opcode == "parameter":
                 values[each.name] = arguments[parameter_number(each)]
                 continue
+
             operands = [_Operand(name=name, value=values[name], shape=shapes[name]) for name in each.operands]
             values[each.name], own = self._instruction(computation, each, operands)
             moved += own
+
         return values[computation.root.name], moved
 
     def _instruction(
         self, scope: Computation, each: Instruction, operands: Sequence["_Operand"]
     ) -> tuple[_Value, Traffic]:
+        """Returns the kind of the result of an instruction, and its traffic."""
         nothing, values = Traffic(), [operand.value for operand in operands]
+
         match each.opcode:
             case "tuple":
                 return tuple(values), nothing
@@ -134,46 +145,59 @@ class _Count:
                 return values[0], nothing
             case opcode if opcode in _NO_WORK:
                 return Buffer.TEMPORARY, nothing
+
         return self._work(scope, each, operands)
 
     def _trips_of_data(self, once: Traffic) -> int:
-        """How often a loop that ends by the data runs, given what it moves each time."""
+        """Returns how often a loop whose length depends on data runs, given the traffic of one iteration."""
         return -(-self._cache.read // once.read[Buffer.CACHE]) if once.read[Buffer.CACHE] else 1
 
     def _work(self, scope: Computation, each: Instruction, operands: Sequence["_Operand"]) -> tuple[_Value, Traffic]:
+        """Returns the kind of the result of an instruction that reads and writes memory, and its traffic."""
         made = results(each)
         holds = {operand.name: operand.buffer for operand in operands}
+        # An instruction that only moves data of the cache makes a copy of it.
         moves_cache = not self._computes(each) and bool({Buffer.CACHE, Buffer.CACHE_COPY} & set(holds.values()))
         moved, values, copies = Traffic(), [], False
+
         for result, write in zip(made, elements_written(self._program, scope, each), strict=True):
             fresh = Buffer.CACHE_COPY if moves_cache else Buffer.TEMPORARY
             values.append(fresh if write.target is None else holds[write.target])
             moved.written[values[-1]] += _share(result, write.elements)
             copies |= moves_cache and write.target is None and result.in_main_memory
+
         for position, operand in enumerate(operands):
             wanted = elements_read(self._program, each, position, operand.shape)
             source = Buffer.CACHE_COPY if copies and operand.buffer is Buffer.CACHE else operand.buffer
             moved.read[source] += sum(_share(array, wanted) for array in array_shapes(operand.shape))
+
         return _as_result(values, each), moved
 
     def _computes(self, each: Instruction) -> bool:
+        """Whether an instruction does more than move data."""
         if each.opcode != "fusion":
             return each.opcode in _COMPUTES
         return any(map(self._computes, self._program.computations[each.called[0]].instructions))
 
     def _custom_call(self, each: Instruction, operands: Sequence["_Operand"]) -> tuple[_Value, Traffic]:
-        if _KERNEL not in each.rest:  # a mark of the compiler's own, or memory set aside
+        """Returns the kind of the result of a custom call, and its traffic."""
+        if _KERNEL not in each.rest:  # an annotation of the compiler, or an allocation
             return operands[0].value if operands else Buffer.TEMPORARY, Traffic()
+
         moved, made, aliases = Traffic(), array_shapes(each.shape), _aliases(each)
         values = [operands[aliases[at]].buffer if at in aliases else Buffer.TEMPORARY for at in range(len(made))]
+
         for at, result in enumerate(made):
             if at not in aliases:
                 moved.written[Buffer.TEMPORARY] += _share(result, result.elements)
+
         for operand in operands:
             if operand.buffer is not Buffer.CACHE:
                 moved.read[operand.buffer] += sum(
                     _share(array, array.elements) for array in array_shapes(operand.shape)
                 )
+
+        # The kernel reads only the filled pages, which depend on data. Other kernels declare the bytes that they access.
         if any(operand.buffer is Buffer.CACHE for operand in operands):
             moved.read[Buffer.CACHE] += self._cache.slots * self._cache.read
             moved.written[Buffer.CACHE] += self._cache.slots * self._cache.written if Buffer.CACHE in values else 0
@@ -181,18 +205,21 @@ class _Count:
             largest = max(moved.read, key=moved.read.__getitem__, default=Buffer.TEMPORARY)
             moved.read.clear()
             moved.read[largest] = max(int(declared[1]) - moved.written.total(), 0)
+
         return _as_result(values, each), moved
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Operand:
+    """An operand of an instruction, with its kind."""
+
     name: str
     value: _Value
     shape: str
 
     @property
     def buffer(self) -> Buffer:
-        """What it holds; of a tuple, what its first array holds."""
+        """The kind of the array, or of the first array of a tuple."""
         value = self.value
         while isinstance(value, tuple):
             value = value[0] if value else Buffer.TEMPORARY
@@ -210,7 +237,7 @@ def _as_result(values: Sequence[_Value], each: Instruction) -> _Value:
 
 
 def _share(array: ArrayShape, elements: int) -> int:
-    """Bytes of so many elements of an array, with their share of its padding, if they are in main memory."""
+    """Returns the bytes of `elements` elements of an array in main memory, with their portion of its padding."""
     whole = array.elements
     return array.bytes * min(elements, whole) // whole if array.in_main_memory and whole else 0
 
@@ -220,7 +247,7 @@ def _scaled(counts: Counter[Buffer], factor: int) -> Counter[Buffer]:
 
 
 def _aliases(each: Instruction) -> dict[int, int]:
-    """Results of a custom call that are operands of it, updated in place: which is which."""
+    """Returns which results of a custom call are operands that it updates in place, as indices of operands."""
     found = _ALIASES.search(each.rest)
     pairs = _ALIAS.findall(found[1]) if found else []
     return {int(result or 0): int(operand) for result, operand in pairs}
@@ -231,21 +258,31 @@ def _aliases(each: Instruction) -> dict[int, int]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Write:
-    """Elements of a result that are written; into the array of the operand `target` where that is updated in place."""
+    """The elements of a result that are written.
+
+    `target` is the operand whose array is updated in place, or None if the result is a new array.
+    """
 
     elements: int
     target: str | None = None
 
 
 def parameter_number(parameter: Instruction) -> int:
-    """Returns which argument of its computation a parameter is."""
+    """Returns the index of a parameter among the arguments of its computation."""
     found = _NUMBER.match(parameter.rest)
     assert found is not None
     return int(found[1])
 
 
 def elements_read(program: Program, user: Instruction, position: int, shape: str) -> int:
-    """Returns how many elements an instruction reads of its operand at a position, which has the given shape."""
+    """Returns how many elements an instruction reads of one of its operands.
+
+    Args:
+      program: the program.
+      user: the instruction.
+      position: the index of the operand.
+      shape: the shape of the operand.
+    """
     if user.opcode in _SLICES and position == 0:
         return sum(array.elements for array in results(user))
     if user.opcode in _UPDATES and position < len(results(user)):
@@ -257,31 +294,35 @@ def elements_read(program: Program, user: Instruction, position: int, shape: str
 
 
 def elements_written(program: Program, scope: Computation, each: Instruction) -> list[Write]:
-    """Returns what an instruction of a computation writes of each array of its result."""
+    """Returns what an instruction in a computation `scope` writes of each array of its result."""
     if each.opcode == "fusion":
         fused, operands = program.computations[each.called[0]], each.operands
         return [
             dataclasses.replace(write, target=write.target and operands[parameter_number(fused.named(write.target))])
             for write in _written_in_fusion(program, fused, fused.root)
         ]
+
     if each.opcode in _UPDATES:
         targets = each.operands[: len(results(each))]
         update = each.operands[1] if each.opcode == "dynamic-update-slice" else each.operands[-1]
         return [Write(elements=elements(scope.shape_of(update)), target=target) for target in targets]
+
     return [Write(elements=array.elements) for array in results(each)]
 
 
 def results(each: Instruction) -> list[ArrayShape]:
-    """Returns the arrays that an instruction makes. What starts one in the background lists its operands, too."""
+    """Returns the arrays that an instruction produces."""
     arrays = array_shapes(each.shape)
     if not each.opcode.endswith("-start") or len(arrays) == 1:
         return arrays
+
+    # The shape of an asynchronous start also contains its operands.
     at = 0 if each.opcode == "copy-start" else min(len(each.operands), len(arrays) - 1)
     return arrays[at : at + 1]
 
 
 def elements(shape: str) -> int:
-    """Returns the elements of all arrays of a shape."""
+    """Returns the number of elements of all arrays of a shape."""
     return sum(array.elements for array in array_shapes(shape))
 
 
@@ -291,9 +332,10 @@ def _parameter(fused: Computation, number: int) -> Instruction:
 
 
 def _read_in_fusion(program: Program, fused: Computation, value: Instruction) -> int:
-    """Elements of a value that its users inside of a fusion read."""
+    """Returns how many elements of a value its users in a fusion read."""
     whole = elements(value.shape)
     total = whole if value.is_root else 0
+
     for user in fused.instructions:
         for position, name in enumerate(user.operands):
             if name != value.name or user.opcode == "tuple":
@@ -304,12 +346,14 @@ def _read_in_fusion(program: Program, fused: Computation, value: Instruction) ->
                 if passed_on
                 else elements_read(program, user, position, value.shape)
             )
+
     return min(total, whole)
 
 
 def _written_in_fusion(program: Program, fused: Computation, value: Instruction) -> list[Write]:
-    """What a fusion writes of each array of a value; targets are parameters of the fusion."""
+    """Returns what a fusion writes of each array of a value. Targets are parameters of the fusion."""
     fresh = [Write(elements=array.elements) for array in array_shapes(value.shape)]
+
     match value.opcode:
         case "tuple":
             parts = (_written_in_fusion(program, fused, fused.named(name)) for name in value.operands)
@@ -327,4 +371,5 @@ def _written_in_fusion(program: Program, fused: Computation, value: Instruction)
                 after = Write(elements=before.elements + write.elements, target=before.target)
                 found.append(whole if before.target is None else after)
             return found
+
     return fresh

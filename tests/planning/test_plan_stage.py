@@ -89,7 +89,7 @@ def test_a_stage_that_does_not_fit_says_what_to_change():
     assert not plan.fits
     assert plan.inside is plan.timing is None
     assert plan.memory.total > plan.memory.capacity
-    assert plan.advice == ("cut the batch into more parts: --stages.first.accumulation 2",)
+    assert plan.advice == ("split the batch into more microbatches: --stages.first.accumulation 2",)
 
 
 @needs_compiler

@@ -109,7 +109,7 @@ def advised(stage, mesh, memory, **compute):
 def test_what_to_change_depends_on_what_is_too_large():
     spread, full = MeshConfig(data=1, fsdp=8), with_stage(accumulation=1)
     large = Memory(parameters=4, optimizer=8, activations=10, other=0, capacity=16)
-    assert advised(full, spread, large) == ("cut the batch into more parts: --stages.first.accumulation 2",)
+    assert advised(full, spread, large) == ("split the batch into more microbatches: --stages.first.accumulation 2",)
     (first, *_) = advised(full, spread, large, gather=Gather.PER_STEP)
     assert "--compute.gather per_layer" in first
     for reduce, sooner in ((Reduce.STEP, "microbatch"), (Reduce.MICROBATCH, "loop")):
