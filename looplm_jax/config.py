@@ -211,7 +211,7 @@ class ModelConfig:
     num_heads: int = _field("query heads, H")
     num_kv_heads: int = _field("key/value heads, K; 0 means as many as query heads", 0)
     head_dim: int = _field("width of a head, Dh; 0 means width / num_heads", 0)
-    loops: int = _field("loops the model is meant for, T; a call may ask for more or fewer", 4)
+    loops: int = _field("loops that the model is trained for, T; a call may run more or fewer", 4)
     prelude_layers: int = _field("layers before the loops, applied once", 0)
     coda_layers: int = _field("layers between every loop's state and its head", 0)
     injection: Injection = _field("how the embedded input enters every loop", Injection.NONE)
@@ -263,12 +263,12 @@ class ComputeConfig:
     No field changes the contents of a checkpoint.
     """
 
-    dtype: Dtype = _field("type of the matrix products; parameters stay float32", Dtype.AUTO)
-    attention: AttentionKernel = _field("what computes self-attention", AttentionKernel.AUTO)
+    dtype: Dtype = _field("dtype of matrix products; parameters stay float32", Dtype.AUTO)
+    attention: AttentionKernel = _field("implementation of self-attention", AttentionKernel.AUTO)
     remat: Remat = _field("what the backward pass recomputes", Remat.LAYER)
-    gather: Gather = _field("when parameters that are spread over devices are gathered", Gather.PER_LAYER)
+    gather: Gather = _field("when sharded parameters are all-gathered", Gather.PER_LAYER)
     reduce: Reduce = _field("when gradients are summed over devices", Reduce.AUTO)
-    loss_chunk: int = _field("positions of a sequence whose logits exist at one time", 128)
+    loss_chunk: int = _field("positions whose logits are computed at a time", 128)
 
     def __post_init__(self) -> None:
         _check_kinds(self, "compute")
@@ -287,10 +287,10 @@ class MeshConfig:
     The product must be the number of devices. One axis may be -1, which takes the remaining devices.
     """
 
-    data: int = _field("copies of the model, each with its share of the batch", -1)
-    fsdp: int = _field("shares of the parameters, each with its share of the batch", 1)
-    tensor: int = _field("shares of heads, feed-forward width and vocabulary", 1)
-    context: int = _field("shares of each sequence, and shares of the parameters besides", 1)
+    data: int = _field("copies of the model, each with a shard of the batch", -1)
+    fsdp: int = _field("shards of the parameters, each with a shard of the batch", 1)
+    tensor: int = _field("shards of heads, feed-forward width and vocabulary", 1)
+    context: int = _field("shards of each sequence, which also shard the parameters", 1)
 
     def __post_init__(self) -> None:
         _check_kinds(self, "mesh")
@@ -325,9 +325,6 @@ class MeshConfig:
         )
 
 
-# Optimizer
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TopologySettings:
     """How a stage is computed on one topology, instead of by the recipe's `mesh` and `compute`.
@@ -350,6 +347,9 @@ class TopologySettings:
             self.accumulation >= 1,
             f"settings.{self.topology}.accumulation must be at least 1, not {self.accumulation}",
         )
+
+
+# Optimizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -382,11 +382,13 @@ class SourceConfig:
         "files (a glob; local or any fsspec URL; .txt .jsonl .parquet .arrayrecord), "
         "`huggingface:dataset,split=...`, or `task:option=value,...`"
     )
-    weight: float = _field("share of the documents drawn from this source", 1.0)
-    kind: RecordKind = _field("what a record is", RecordKind.TEXT)
-    text_key: str = _field("field or column that holds the text", "text")
-    messages_key: str = _field("field or column that holds the messages of a chat", "messages")
-    special_tokens: bool = _field("names of special tokens in the text, such as <|im_end|>, become these tokens", False)
+    weight: float = _field("weight of this source among the documents that are drawn", 1.0)
+    kind: RecordKind = _field("kind of the records", RecordKind.TEXT)
+    text_key: str = _field("field or column with the text", "text")
+    messages_key: str = _field("field or column with the messages of a chat", "messages")
+    special_tokens: bool = _field(
+        "encode names of special tokens in the text, such as <|im_end|>, as these tokens", False
+    )
 
     def __post_init__(self) -> None:
         _check_kinds(self, "source")
@@ -411,11 +413,15 @@ class ReadLimits:
     """Limits on what data files may use, so that no file exhausts the memory or the disk."""
 
     record_bytes: int = _field(
-        "longest line, ArrayRecord record or uncut text file; a longer one is a bad record", 2**26
+        "longest line, ArrayRecord record or whole text file; a longer one is a bad record", 2**26
     )
-    compression_ratio: int = _field("a compressed file may hold so many times its own bytes, and always 1 GiB", 256)
-    window_bytes: int = _field("largest Zstandard window; the default is what `zstd --long=31` makes", 2**31)
-    row_group_bytes: int = _field("largest row group of Parquet, counting the column that is read, decompressed", 2**32)
+    compression_ratio: int = _field(
+        "largest ratio of decompressed to compressed bytes of a file; 1 GiB is always allowed", 256
+    )
+    window_bytes: int = _field("largest Zstandard window; the default is that of `zstd --long=31`", 2**31)
+    row_group_bytes: int = _field(
+        "largest row group of Parquet, as decompressed bytes of the column that is read", 2**32
+    )
 
     def __post_init__(self) -> None:
         _check_kinds(self, "data.limits")
@@ -429,14 +435,14 @@ class DataConfig:
 
     sources: tuple[SourceConfig, ...] = _field("the mixture", ())
     root: str = _field(
-        "folder or URL in which relative paths of sources lie, where `{length}` is the stage's sequence_length", ""
+        "folder or URL of sources with relative paths; `{length}` in it is the stage's sequence_length", ""
     )
     tokenizer: str = _field(
         "a SentencePiece .model, a tokenizer.json or a Hugging Face folder; empty: train one on the data", ""
     )
-    validation_fraction: float = _field("share of documents held out, chosen by a hash of their text", 0.02)
+    validation_fraction: float = _field("fraction of documents held out, chosen by a hash of their text", 0.02)
     seed: int = _field("seed of the order of documents", 0)
-    on_bad_record: OnBadRecord = _field("what a record that cannot be read does", OnBadRecord.STOP)
+    on_bad_record: OnBadRecord = _field("action for a record that cannot be read", OnBadRecord.STOP)
     limits: ReadLimits = dataclasses.field(default_factory=ReadLimits)
 
     def __post_init__(self) -> None:
@@ -453,7 +459,7 @@ class PriorConfig:
     """The prior over exit loops toward which the exit distribution is regularized."""
 
     kind: PriorKind = _field("family of the prior", PriorKind.UNIFORM)
-    rate: float = _field("geometric: chance of exit at each loop", 0.5)
+    rate: float = _field("geometric: probability of exit at each loop", 0.5)
     mean: float = _field("poisson_log_normal: mean number of loops", 4.0)
     sigma: float = _field("poisson_log_normal: standard deviation of the log of the rate", 0.5)
 
@@ -469,12 +475,12 @@ class Stage:
     """One stage of training: its objective, its steps, its batches and the parameters that it trains."""
 
     name: str = _field("name of the stage")
-    objective: Objective = _field("what is minimised", Objective.EXPECTED_LOSS)
+    objective: Objective = _field("what is minimized", Objective.EXPECTED_LOSS)
     steps: int = _field("optimizer steps")
     batch_size: int = _field("sequences in a step, over all devices and accumulation")
     sequence_length: int = _field("tokens in a sequence, S")
-    accumulation: int = _field("parts that a batch is cut into to save memory", 1)
-    context: int = _field("devices that share a sequence; 0: as mesh.context", 0)
+    accumulation: int = _field("microbatches of a step, to save memory", 1)
+    context: int = _field("devices that share a sequence; 0: mesh.context", 0)
     settings: tuple[TopologySettings, ...] = _field("how the stage is computed on certain topologies", ())
     loops: int = _field("loops, T", 4)
     min_loops: int = _field("if not 0, each step draws its loops uniformly from min_loops..loops", 0)
@@ -485,9 +491,7 @@ class Stage:
     gate_target: GateTarget = _field("which gain trains the gate", GateTarget.AS_PRINTED)
     gain_slope: float = _field("k in Eq. 6", 50.0)
     gain_threshold: float = _field("gamma in Eq. 6, nats", 0.005)
-    trainable: tuple[str, ...] = _field(
-        "parameter groups that move; empty: all, or the gate where it is the objective", ()
-    )
+    trainable: tuple[str, ...] = _field("parameter groups to train; empty: all, or the gate if it is the objective", ())
     learning_rate: float = _field("peak learning rate", 3e-4)
     schedule: Schedule = _field("learning rate after warm-up", Schedule.CONSTANT)
     warmup_steps: int = _field("steps of linear warm-up", 0)
@@ -545,9 +549,9 @@ class Stage:
 class GuardConfig:
     """Criteria for skipping a step, and for stopping the run after consecutive skips."""
 
-    window: int = _field("losses remembered to tell a spike from what the data brings", 128)
+    window: int = _field("number of latest losses that a loss is compared with", 128)
     sigma: float = _field("a loss this many standard deviations above the usual losses of the window is a spike", 6.0)
-    patience: int = _field("skipped steps in a row that stop the run", 10)
+    patience: int = _field("consecutive skipped steps that stop the run", 10)
 
     def __post_init__(self) -> None:
         _check_kinds(self, "guard")
@@ -561,7 +565,7 @@ class CheckpointConfig:
     """The interval between saves, and the number of checkpoints to keep."""
 
     every: int = _field("steps between saves; the last step of a stage is always saved", 200)
-    keep: int = _field("newest saves kept; the last one of each stage is kept besides", 3)
+    keep: int = _field("number of latest checkpoints to keep; the last one of each stage is always kept", 3)
 
     def __post_init__(self) -> None:
         _check_kinds(self, "checkpoint")
@@ -587,7 +591,7 @@ class StartConfig:
     """The checkpoint from which a new run starts. A run that resumes does not read it again."""
 
     checkpoint: str = _field("a run folder, one of its steps, or a Hugging Face folder; empty: initial parameters", "")
-    optimizer: bool = _field("take the optimizer's state of that checkpoint too", False)
+    optimizer: bool = _field("also use the optimizer state of that checkpoint", False)
 
     def __post_init__(self) -> None:
         _check_kinds(self, "start")
@@ -599,7 +603,7 @@ class Recipe:
     """A complete run: the model, the data, and the stages of training."""
 
     name: str = _field("name of the recipe")
-    description: str = _field("what it is for, how long it takes and what it reaches", "")
+    description: str = _field("purpose, duration and results", "")
     seed: int = _field("seed of the initial parameters", 0)
     model: ModelConfig
     stages: tuple[Stage, ...]
@@ -612,7 +616,7 @@ class Recipe:
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     log_every: int = _field("steps between lines of metrics.jsonl", 10)
-    topology: str = _field("topology whose settings the stages use, filled in when a run starts; none: use none", "")
+    topology: str = _field("topology whose settings the stages use, set when a run starts; none: use none", "")
 
     def __post_init__(self) -> None:
         _check_kinds(self, "")

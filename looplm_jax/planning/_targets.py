@@ -19,7 +19,7 @@ HERE = "here"
 _EXAMPLES = {"v4": "v4:4x4x4", "v5e": "v5e:16x16", "v5p": "v5p:4x8x8", "v6e": "v6e:16x16", "tpu7x": "tpu7x:4x4x4"}
 _ONE_DEVICE_A_CHIP = {"v4": "megacore"}
 _TOPOLOGY = re.compile(r"([a-z0-9]+):(\d+(?:x\d+)*)")
-# Environment variables with which the TPU compiler queries no metadata server, assumes some kind of host (which does not
+# With these variables the TPU compiler queries no metadata server, assumes some kind of host (which does not
 # change programs), and allows other processes to load it at the same time.
 _OFFLINE = {
     "TPU_SKIP_MDS_QUERY": "1",

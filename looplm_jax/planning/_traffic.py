@@ -197,7 +197,7 @@ class _Count:
                     _share(array, array.elements) for array in array_shapes(operand.shape)
                 )
 
-        # The kernel reads only the filled pages, which depend on data. Other kernels declare the bytes that they access.
+        # What a kernel reads of the cache depends on data. Other kernels declare the bytes that they access.
         if any(operand.buffer is Buffer.CACHE for operand in operands):
             moved.read[Buffer.CACHE] += self._cache.slots * self._cache.read
             moved.written[Buffer.CACHE] += self._cache.slots * self._cache.written if Buffer.CACHE in values else 0
