@@ -386,9 +386,7 @@ class SourceConfig:
     kind: RecordKind = _field("kind of the records", RecordKind.TEXT)
     text_key: str = _field("field or column with the text", "text")
     messages_key: str = _field("field or column with the messages of a chat", "messages")
-    special_tokens: bool = _field(
-        "encode names of special tokens in the text, such as <|im_end|>, as these tokens", False
-    )
+    special_tokens: bool = _field("encode the names of special tokens, such as <|im_end|>, as these tokens", False)
 
     def __post_init__(self) -> None:
         _check_kinds(self, "source")
@@ -415,13 +413,9 @@ class ReadLimits:
     record_bytes: int = _field(
         "longest line, ArrayRecord record or whole text file; a longer one is a bad record", 2**26
     )
-    compression_ratio: int = _field(
-        "largest ratio of decompressed to compressed bytes of a file; 1 GiB is always allowed", 256
-    )
+    compression_ratio: int = _field("largest ratio of decompressed to compressed bytes; 1 GiB is always allowed", 256)
     window_bytes: int = _field("largest Zstandard window; the default is that of `zstd --long=31`", 2**31)
-    row_group_bytes: int = _field(
-        "largest row group of Parquet, as decompressed bytes of the column that is read", 2**32
-    )
+    row_group_bytes: int = _field("largest Parquet row group, in decompressed bytes of the column that is read", 2**32)
 
     def __post_init__(self) -> None:
         _check_kinds(self, "data.limits")

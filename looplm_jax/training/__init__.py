@@ -31,8 +31,7 @@ with epy.lazy_api_imports(globals()):
     # Runs.
     from looplm_jax.training.run import Outcome, train
     from looplm_jax.training._profiling import ProfiledSteps
-    from looplm_jax.training._loggers import WandbLog
-    from looplm_jax.training._metrics import EventSink
+    from looplm_jax.training._loggers import EventSink, WandbLog
     from looplm_jax.training._stopping import Stopped
 
     # Run folders.

@@ -105,6 +105,8 @@ def _reduced_once(
     copies (`models.gathered`), and only their gradients matter.
     """
     axes, dtypes = parameter_axes(model.config), copy_dtypes(model)
+    moving_axes = {name: axes[name] for name in moving}
+    batch_axes = jax.tree.map(lambda _: (None, "batch", "sequence"), batch)
 
     # Gradients of a single microbatch have the dtype of the products; sums over microbatches need float32.
     sums_in = jax.tree.map(lambda own: own if when is Reduce.MICROBATCH else jnp.dtype(jnp.float32), dtypes)
@@ -142,8 +144,6 @@ def _reduced_once(
 
         return all_reduce(sums), gradients
 
-    moving_axes = {name: axes[name] for name in moving}
-    batch_axes = jax.tree.map(lambda _: (None, "batch", "sequence"), batch)
     return on_each_device(on_device, (axes, batch_axes, ()), moving_axes)({**frozen, **moving}, batch, count)
 
 

@@ -18,9 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from looplm_jax.config import GuardConfig
 
 _ONE_IN = 64  # the highest 1 in 64 losses of the window do not influence the limit
-_FAMILIAR = (
-    2.0  # a loss up to this multiple of the distance between the mean and the highest remaining loss is not a spike
-)
+_FAMILIAR = 2.0  # times the distance from the mean to the highest remaining loss: losses up to there are not spikes
 
 
 @flax.struct.dataclass
@@ -44,10 +42,8 @@ class GuardState:
 
 def initial_guard(config: GuardConfig) -> GuardState:
     """Returns the state before the first step."""
-    zero = jnp.zeros((), jnp.int32)
-    return GuardState(
-        losses=jnp.zeros((config.window,), jnp.float32), accepted=zero, skipped=zero, skipped_in_a_row=zero
-    )
+    losses, zero = jnp.zeros((config.window,), jnp.float32), jnp.zeros((), jnp.int32)
+    return GuardState(losses=losses, accepted=zero, skipped=zero, skipped_in_a_row=zero)
 
 
 def next_stage_guard(state: GuardState) -> GuardState:

@@ -5,7 +5,6 @@ Content that the disk or the bucket refuses is kept in memory and written as soo
 
 import os
 import socket
-import struct
 import threading
 import time
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 from etils import epath
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from looplm_jax.errors import UserError
 from looplm_jax.files import AnyPath, make_folder, refusal, report_failed_writes, write_atomically
@@ -26,6 +25,9 @@ _SHARE_OF_TIME = 0.05  # the maximum fraction of the time spent in uploads
 _FORMAT = "brain.Event:2"
 
 
+# Append-only files
+
+
 @runtime_checkable
 class AppendOnlyFile(Protocol):
     """A file to which a single writer appends.
@@ -34,9 +36,9 @@ class AppendOnlyFile(Protocol):
       refused: why the last content is not stored, or None if it is.
     """
 
-    refused: str | None  # why what was appended last is not stored, if so
+    refused: str | None
 
-    def append(self, content: bytes) -> None:
+    def write(self, content: bytes) -> None:
         """Appends `content` to the file, possibly with a delay."""
 
     def flush(self) -> None:
@@ -57,26 +59,26 @@ def open_append_only(path: AnyPath, content: bytes = b"") -> AppendOnlyFile:
 
 
 class _LocalFile:
-    """A local file, written immediately. After a partial write, the next attempt continues behind the written part."""
+    """A local file, written immediately. After a partial write, the next attempt continues after the written part."""
 
     def __init__(self, path: Path):
         self.refused: str | None = None
-        self._path, self._kept = path, b""
+        self._path, self._pending = path, b""
         with report_failed_writes(path):
             self._file = path.open("ab", buffering=0)
 
-    def append(self, content: bytes) -> None:
-        self._kept += content
-        self._write(sync=False)
+    def write(self, content: bytes) -> None:
+        self._pending += content
+        self._store(sync=False)
 
     def flush(self) -> None:
-        self._write(sync=True)
+        self._store(sync=True)
 
-    def _write(self, *, sync: bool) -> None:
+    def _store(self, *, sync: bool) -> None:
         try:
-            while self._kept:
-                # A write may store only a part.
-                self._kept = self._kept[self._file.write(self._kept) or 0 :]
+            while self._pending:
+                # One call may write only a portion.
+                self._pending = self._pending[self._file.write(self._pending) or 0 :]
             if sync:
                 os.fsync(self._file.fileno())
             self.refused = None
@@ -99,7 +101,7 @@ class _BucketFile:
         self._thread = threading.Thread(target=self._upload_now_and_then, daemon=True)
         self._thread.start()
 
-    def append(self, content: bytes) -> None:
+    def write(self, content: bytes) -> None:
         self._content += content
 
     def flush(self) -> None:
@@ -127,7 +129,7 @@ class _BucketFile:
             pause = max(_SECONDS_BETWEEN_UPLOADS, (time.monotonic() - started) / _SHARE_OF_TIME)
 
 
-# TensorBoard
+# TensorBoard. Its own writer passes events to a thread, which ends with a traceback if the disk refuses a write.
 
 
 def open_events(folder: AnyPath, *, step: int) -> "EventLog":
@@ -148,6 +150,7 @@ class EventLog:
 
     def __init__(self, file: AppendOnlyFile, *, step: int):
         self.file = file
+        self._records = RecordWriter(file)
         self._append(Event(wall_time=time.time(), file_version=_FORMAT))
         self._append(Event(wall_time=time.time(), step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
@@ -157,21 +160,25 @@ class EventLog:
         self._append(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
 
     def _append(self, event: Event) -> None:
-        """Writes a record: length, checksum of the length, event, checksum of the event."""
-        content = event.SerializeToString()
-        length = struct.pack("<Q", len(content))
-        self.file.append(length + _checksum(length) + content + _checksum(content))
+        self._records.write(event.SerializeToString())
 
 
-def _checksum(content: bytes) -> bytes:
-    return struct.pack("<I", masked_crc32c(content))
+# Other destinations
 
 
-# Weights & Biases
+@runtime_checkable
+class EventSink(Protocol):
+    """A destination of scalars in addition to `metrics.jsonl` and TensorBoard."""
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Writes all scalars of a line, under names such as `train/loss`."""
+
+    def close(self) -> None:
+        """Closes the destination."""
 
 
 class WandbLog:
-    """The scalars of a run in a Weights & Biases project.
+    """The scalars of a run in a Weights & Biases project, which is imported only when this is created.
 
     Args:
       project: the project.

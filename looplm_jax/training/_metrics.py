@@ -26,25 +26,14 @@ from looplm_jax.training._goodput import (
     peak_flops,
     train_flops_per_token,
 )
-from looplm_jax.training._loggers import open_append_only, open_events
+from looplm_jax.training._loggers import EventSink, open_append_only, open_events
 from looplm_jax.training._progress import TrainingProgress
 from looplm_jax.training._step import StepMetrics, is_logged
 
 TRAIN, EVALUATION = "train", "evaluation"  # kinds of lines
 
 
-# Destinations
-
-
-@runtime_checkable
-class EventSink(Protocol):
-    """A destination of scalars in addition to `metrics.jsonl`."""
-
-    def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Writes all scalars of a line, under names such as `train/loss`."""
-
-    def close(self) -> None:
-        """Closes the destination."""
+# Writing
 
 
 @runtime_checkable
@@ -105,7 +94,7 @@ class MetricsLog:
 
         Each list becomes one TensorBoard scalar per loop. There, NaN stays NaN.
         """
-        self._lines.append(_line({"kind": kind, "step": step, **values}).encode())
+        self._lines.write(_line({"kind": kind, "step": step, **values}).encode())
         self._events.write(step, _scalars(kind, values))
         self._report_refusal("kept in memory, and retried with the next line; training continues")
 
@@ -137,11 +126,11 @@ class MetricsLog:
         for mirror in self._mirrors:
             mirror.close()
 
-    def _report_refusal(self, what_then: str) -> None:
+    def _report_refusal(self, consequence: str) -> None:
         """Warns when writes begin to be refused, and when they succeed again."""
         refused = self._lines.refused or self._events.file.refused
         if refused is not None and self._refused is None:
-            self._warn(f"NOT WRITTEN: {self._path} ({refused}): {what_then}")
+            self._warn(f"NOT WRITTEN: {self._path} ({refused}): {consequence}")
         elif refused is None and self._refused is not None:
             self._warn(f"{self._path} is written again; nothing is missing")
         self._refused = refused
@@ -172,10 +161,13 @@ def open_log(
     Only process 0 writes the files. Arguments as for `MetricsLog`.
     """
     log = MetricsLog(folder, step=step, mirrors=mirrors, warn=warn) if group.index == 0 else None
+
+    # Whether an evaluation is due must be the same on all processes.
     evaluations = group.gather("evaluations", log.evaluations if log else [])[0]
     if log is None:
         yield _Unwritten(evaluations)
         return
+
     with contextlib.closing(log):
         yield log
 
@@ -208,6 +200,7 @@ def read_metrics(folder: AnyPath, *, warn: Callable[[str], None] = _warn_on_stde
     if damaged:
         more = f", and {len(damaged) - 1} more" if len(damaged) > 1 else ""
         warn(f"warning: {path}:{damaged[0]}{more}: not a line of metrics; left out")
+
     return [row for row in rows if row is not None]
 
 

@@ -26,9 +26,8 @@ def direction(
     config: OptimizerConfig, gradients: PyTree, state: optax.OptState, params: PyTree
 ) -> tuple[PyTree, optax.OptState]:
     """Returns AdamW's updates before multiplication by the learning rate, and its next state."""
-    with jax.numpy_dtype_promotion(
-        "standard"
-    ):  # Optax raises a float to an integer power, which strict promotion rejects
+    # Optax raises a float to an integer power, which strict promotion rejects.
+    with jax.numpy_dtype_promotion("standard"):
         return adamw(config).update(gradients, state, params)
 
 
@@ -42,6 +41,9 @@ def decayed(params: PyTree) -> PyTree:
 
 def learning_rate(stage: Stage, step: Int[Array, ""]) -> Float[Array, ""]:
     """Returns the learning rate of a step: a linear warm-up to the peak, followed by the schedule of the stage.
+
+    The schedules of Optax differ from these in the last bits, so a run that was saved with these would not resume
+    exactly, and their cosine does not end at exactly the final rate.
 
     The last step of the warm-up has the peak rate. The last step of a cosine or a decay has the final rate. A cosine
     begins at the last step of the warm-up, or at the first step if there is no warm-up. A decay over N steps lowers the

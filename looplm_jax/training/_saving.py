@@ -11,16 +11,17 @@ _POLL_SECONDS = 0.2
 
 
 class AsyncSaver:
-    """Saves to a store and keeps the reasons of refused saves. All processes must call its methods together."""
+    """Saves to a store in the background and keeps the errors. All processes must call its methods together."""
 
     def __init__(self, store: CheckpointStore, group: ProcessGroup):
         self._store, self._group = store, group
         self._refused: str | None = None  # why the latest save was refused
-        self._news: str | None = None
+        self._unreported: str | None = None
 
     def save(self, step: int, state: Any, metadata: Metadata, *, permanent: bool) -> None:
         """Saves a step; see `CheckpointStore.save`. A `SaveError` is kept instead of raised."""
         self._wait()
+
         self._refused = None
         store = self._store
         self._attempt(lambda: store.save(step, state, metadata, permanent=permanent))
@@ -37,8 +38,8 @@ class AsyncSaver:
 
     def pop_error(self) -> str | None:
         """Returns why a save was refused since the last call, or None."""
-        news, self._news = self._news, None
-        return news
+        error, self._unreported = self._unreported, None
+        return error
 
     def _wait(self) -> None:
         """Waits until the latest save is committed on all processes, or refused on one of them."""
@@ -59,14 +60,15 @@ class AsyncSaver:
             answers = self._group.gather("save", [job.ended, job.result() if job.ended else None])
             ended = [end for end, _ in answers]
             self._keep(next((why for _, why in answers if why is not None), None))
-        # Another process failed. Orbax would wait for it for a long time, so the thread is left behind with its store.
+
+        # Another process failed. Orbax would wait for it for a long time, so the thread and its store are abandoned.
         if not job.ended:
             self._store = self._store.abandoned()
 
     def _keep(self, reason: str | None) -> None:
         """Stores the reason of a refused save."""
         if reason is not None:
-            self._refused = self._news = reason
+            self._refused = self._unreported = reason
 
 
 def _reason(work: Callable[[], None]) -> str | None:

@@ -140,8 +140,8 @@ def prepare(
 def run_fingerprint(setup: Setup) -> dict[str, Any]:
     """Returns the values that must be the same on all processes: documents of every stage, tokenizer and position."""
     documents = {stage.name: corpus.digest for stage, corpus in zip(setup.recipe.stages, setup.corpora, strict=True)}
-    place = [int(setup.position.state.step), setup.position.stage]
-    return {"documents": documents, "tokenizer": setup.tokenizer.fingerprint, "position": place}
+    position = [int(setup.position.state.step), setup.position.stage]
+    return {"documents": documents, "tokenizer": setup.tokenizer.fingerprint, "position": position}
 
 
 # Data
@@ -178,10 +178,10 @@ def _check_same_vocabulary(recipe: Recipe, corpora: Sequence[Corpus]) -> None:
     A stage of text has the vocabulary of prepared data of another stage, if there is any.
     """
     prepared = _tokenizer_corpus(corpora)
-    spoken = [
+    tokenizers = [
         prepared.own_tokenizer if corpus.texts and prepared.prepared else corpus.own_tokenizer for corpus in corpora
     ]
-    owned = [None if tokenizer is None else tokenizer.fingerprint for tokenizer in spoken]
+    owned = [None if tokenizer is None else tokenizer.fingerprint for tokenizer in tokenizers]
 
     for stage, fingerprint in zip(recipe.stages, owned, strict=True):
         if fingerprint != owned[0]:
