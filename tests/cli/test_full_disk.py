@@ -77,9 +77,7 @@ def test_the_metrics(recipe_file, trained, tmp_path, refused):
     assert line.startswith(f"File too large while saving step 4 to {run}/checkpoints: fix that and resume; step 2 is")
     said = refused.said
     assert said.count("NOT WRITTEN") == 2
-    assert (
-        f"NOT WRITTEN: {run}/metrics.jsonl (File too large): kept in memory, and retried with the next line" in said
-    )
+    assert f"NOT WRITTEN: {run}/metrics.jsonl (File too large): kept in memory, and retried with the next line" in said
     assert f"NOT WRITTEN: {run}/metrics.jsonl (File too large): the last lines are lost; fix that before" in said
     assert good_steps(run) == [2]
     assert main(["train", "--recipe", str(recipe_file), "--out", str(run)]) == 0
