@@ -1,14 +1,15 @@
-"""The training pipeline of Ouro (arXiv 2510.25741, section 4), stage after stage, at full size.
+"""The training pipeline of Ouro (arXiv 2510.25741, section 4), all stages at full size.
 
     looplm train --recipe ouro-1.4b --data.root gs://mine/corpora/{length} --out gs://mine/ouro-1.4b
     looplm convert upcycle gs://mine/ouro-1.4b/checkpoints/STEP mine/ouro-48 --layers 48    # the end of pretrain-2
     looplm train --recipe ouro-2.6b --data.root gs://mine/corpora/{length} --start.checkpoint mine/ouro-48
 
-`gs://mine/corpora/4096/nemotron-cc` is then what `looplm tokenize` made of that source for sequences of 4,096 tokens.
-One folder of text, which any length is cut from, serves all stages: `--data.root gs://mine/corpora`.
+Here, `looplm tokenize` has written `gs://mine/corpora/4096/nemotron-cc` from that source for sequences of 4,096 tokens.
+With text instead of prepared data, one folder serves the lengths of all stages: `--data.root gs://mine/corpora`.
 
-Not printed in the paper, and so ours: the steps of the warm-up (2,000), where in its first stage the batch doubles
-(half-way), AdamW's epsilon (1e-8), the length and rate of Stage II, and the tokens of an example of the fine-tuning.
+The paper does not print the following values, which are ours: the steps of warm-up (2,000), the point in the first stage
+at which the batch doubles (half-way), AdamW's epsilon (1e-8), the length and rate of Stage II, and the tokens of an
+example of the fine-tuning.
 """
 
 import dataclasses
@@ -36,7 +37,7 @@ from looplm_jax.models import presets
 _M = 2**20
 _B, _T = 10**9, 10**12
 
-# Per cent of the tokens.
+# In percent of the tokens.
 _PRETRAIN = {
     "nemotron-cc": 73.4,
     "map-cc": 13.0,
@@ -58,11 +59,11 @@ _MID_TRAIN = (("sft-mix", 90), (_PRETRAIN, 30), (_ANNEAL, 180))  # billions of t
 _THINKING = {"thinking-math": 3500, "thinking-code": 3200, "thinking-science": 808, "thinking-chat": 767}  # thousands
 
 
-# A v5e holds the gradient of all parameters of the smaller model, but not of the larger one.
+# The gradient of all parameters fits in the memory of a v5e for the smaller model, but not for the larger one.
 _ONCE_A_STEP = ComputeConfig(gather=Gather.PER_STEP, reduce=Reduce.STEP)
 _IN_EVERY_LOOP = ComputeConfig(gather=Gather.PER_STEP, reduce=Reduce.LOOP)
 
-# What the memory of a topology lets a stage of Ouro-1.4B save for the backward pass, by `looplm plan`.
+# What stages of Ouro-1.4B can save for the backward pass in the memory of a topology, according to `looplm plan`.
 _SAVED_1_4B = {
     "pretrain-1": {"v6e:16x16": Remat.SAVE_QKV, "v5p:4x8x8": Remat.DOTS},
     "pretrain-3": {"v5e:16x16": Remat.SAVE_OUTPUTS},
@@ -70,13 +71,13 @@ _SAVED_1_4B = {
 
 
 def ouro_1_4b() -> Recipe:
-    """Ouro-1.4B: 24 layers, from nothing through 7.7T tokens, then Stage II for the gate."""
+    """Ouro-1.4B: 24 layers, trained from scratch on 7.7T tokens, then Stage II for the gate."""
     stages = tuple(_with_saved(stage) for stage in (*_first_stages(), *_later_stages()))
     return _recipe("ouro-1.4b", ouro_1_4b.__doc__, presets.ouro_1_4b(), stages, _ONCE_A_STEP)
 
 
 def ouro_2_6b() -> Recipe:
-    """Ouro-2.6B: 48 layers. Start it from Ouro-1.4B as it was after `pretrain-2`, its 24 layers doubled."""
+    """Ouro-2.6B: 48 layers. Start it from Ouro-1.4B at the end of `pretrain-2`, with its 24 layers doubled."""
     return _recipe("ouro-2.6b", ouro_2_6b.__doc__, presets.ouro_2_6b(), _later_stages(), _IN_EVERY_LOOP)
 
 
@@ -123,7 +124,7 @@ def _recipe(
 
 
 def _first_stages() -> tuple[Stage, ...]:
-    """Stage 1a: eight loops; the batch doubles half-way."""
+    """Returns Stage 1a with eight loops. Its batch doubles half-way, hence two stages."""
     first = _stage(
         "pretrain-1",
         tokens=3 * _T // 2,
@@ -151,7 +152,7 @@ def _first_stages() -> tuple[Stage, ...]:
 
 
 def _later_stages() -> tuple[Stage, ...]:
-    """Stages 1b to 4, which both sizes go through after the fork, and Stage II."""
+    """Returns Stages 1b to 4, which both sizes run after the fork, and Stage II."""
     return (
         _stage(
             "pretrain-3",
@@ -211,7 +212,7 @@ def _later_stages() -> tuple[Stage, ...]:
 
 
 def _fine_tuning() -> Stage:
-    """Two epochs of 8.3M chats, at a mean of 4,096 tokens each, which is ours."""
+    """Returns the fine-tuning: two epochs of 8.3M chats. Their mean length of 4,096 tokens is our assumption."""
     return _stage(
         "sft",
         tokens=2 * 8_300_000 * 4096,
@@ -236,9 +237,10 @@ def _stage(
     context: int = 1,
     **settings: object,
 ) -> Stage:
-    """A stage of so many tokens, in batches of `batch` tokens.
+    """Returns a stage of `tokens` tokens, in batches of `batch` tokens.
 
-    256 devices take one sequence each at a time, or `context` of them share one: what a v5e holds of long ones.
+    In each microbatch, 256 devices have one sequence each, or `context` of them share a sequence that is too long for
+    the memory of a v5e.
     """
     sequences = batch // length
     return Stage(
@@ -253,15 +255,18 @@ def _stage(
     )
 
 
-def _mixture(shares: dict[str, float] | dict[str, int], kind: RecordKind = RecordKind.TEXT) -> tuple[SourceConfig, ...]:
-    """Folders below `data.root`, each with its share."""
-    return tuple(SourceConfig(path=name, weight=share, kind=kind) for name, share in shares.items())
+def _mixture(
+    weights: dict[str, float] | dict[str, int], kind: RecordKind = RecordKind.TEXT
+) -> tuple[SourceConfig, ...]:
+    """Returns sources that are folders in `data.root`, with their weights."""
+    return tuple(SourceConfig(path=name, weight=weight, kind=kind) for name, weight in weights.items())
 
 
 def _mid_train_mixture() -> dict[str, float]:
-    shares: dict[str, float] = {}
-    for part, amount in _MID_TRAIN:
-        of_part = {part: 100.0} if isinstance(part, str) else part
-        total = sum(of_part.values())
-        shares |= {name: amount * share / total for name, share in of_part.items()}
-    return shares
+    """Returns the mixture of mid-training, which contains the mixtures of earlier stages."""
+    weights: dict[str, float] = {}
+    for mixture, amount in _MID_TRAIN:
+        sources = {mixture: 100.0} if isinstance(mixture, str) else mixture
+        total = sum(sources.values())
+        weights |= {name: amount * weight / total for name, weight in sources.items()}
+    return weights

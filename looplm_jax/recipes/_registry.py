@@ -20,12 +20,12 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "ouro-2.6b-thinking": ouro_2_6b_thinking,
 }
 
-_LONGEST, _SHORTEST = 256, 64  # tokens of a tiny sequence
+_MAX_LENGTH, _MIN_LENGTH = 256, 64  # tokens of a tiny sequence
 _STEPS, _SEQUENCES = 4, 4
 
 
 def named_recipe(name: str) -> Recipe:
-    """The recipe of that name. Raises UserError with the list if there is none."""
+    """Returns the recipe of a name. Raises UserError, with similar names, if there is none."""
     if name not in RECIPES:
         raise UserError(f"unknown recipe {name!r}{suggest(name, RECIPES)}, or give the path of a .json file")
     return RECIPES[name]()
@@ -35,16 +35,17 @@ def named_recipe(name: str) -> Recipe:
 
 
 class Scale(enum.Enum):
-    """How much of a recipe is run: all of it, or about a thousandth of the parameters and a few steps of each stage."""
+    """The scale of a recipe: full, or about a thousandth of the parameters and a few steps of each stage."""
 
     FULL = "full"
     TINY = "tiny"
 
 
 def scaled(recipe: Recipe, scale: Scale) -> Recipe:
-    """The recipe at that scale. Losses, loops, schedules, mixtures and rotary bases stay as they are."""
+    """Returns the recipe at a scale. Losses, loops, schedules, mixtures and rotary bases are unchanged."""
     if scale is Scale.FULL:
         return recipe
+
     return dataclasses.replace(
         recipe,
         name=f"{recipe.name}-tiny",
@@ -59,7 +60,7 @@ def scaled(recipe: Recipe, scale: Scale) -> Recipe:
 
 
 def _tiny_model(model: ModelConfig) -> ModelConfig:
-    """An eighth of the layers at a sixteenth of the width: 1.4B parameters become 0.8M, 2.6B become 1.2M."""
+    """Returns a model with an eighth of the layers and a sixteenth of the width: 1.4B parameters become 0.8M."""
     return dataclasses.replace(
         model,
         vocab_size=min(model.vocab_size, 1024),
@@ -68,12 +69,12 @@ def _tiny_model(model: ModelConfig) -> ModelConfig:
         num_layers=max(model.num_layers // 8, 1),
         num_heads=max(model.num_heads // 4, 1),
         num_kv_heads=model.num_kv_heads // 4,
-        max_positions=_LONGEST,
+        max_positions=_MAX_LENGTH,
     )
 
 
 def _tiny_stage(stage: Stage) -> Stage:
-    """A few steps of a few sequences; a longer sequence stays longer."""
+    """Returns a stage of a few steps of a few sequences, whose length is still that of the stage in proportion."""
     warmup = min(stage.warmup_steps, 2)
     return dataclasses.replace(
         stage,
@@ -82,7 +83,7 @@ def _tiny_stage(stage: Stage) -> Stage:
         accumulation=min(stage.accumulation, 2),
         context=0,
         settings=(),
-        sequence_length=max(stage.sequence_length // 256, _SHORTEST),
+        sequence_length=max(stage.sequence_length // 256, _MIN_LENGTH),
         warmup_steps=warmup,
         decay_steps=min(stage.decay_steps, _STEPS - warmup),
     )

@@ -1,4 +1,4 @@
-"""Recipes for a laptop."""
+"""Recipes for a laptop, and variations of recipes without loops."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ from looplm_jax.models import presets
 
 
 def text_small() -> Recipe:
-    """Your own text on a laptop: 5.3M parameters, Stage I over 8M tokens, then Stage II for the gate."""
+    """Your own text on a laptop: 5.3M parameters, Stage I on 8M tokens, then Stage II for the gate."""
     return Recipe(
         name="text-small",
         description=text_small.__doc__ or "",
@@ -41,9 +41,10 @@ def text_small() -> Recipe:
 
 
 def demo() -> Recipe:
-    """The main job in minutes on two cores: one layer looped four times over the source of Python's standard library.
+    """The demonstration: one layer looped four times, trained on the source of Python's standard library.
 
-    One layer, because what loops add shows soonest where there is least depth without them.
+    It takes minutes on two cores. It has one layer because the benefit of loops is largest where there is least depth
+    without them.
     """
     return Recipe(
         name="demo",
@@ -86,7 +87,7 @@ def demo_one_loop() -> Recipe:
 def mano_small() -> Recipe:
     """Mano, modular arithmetic in prefix notation (paper, section 6.2), at a size for a laptop.
 
-    Drawn online; needs no data.
+    The examples are generated, so it needs no data.
     """
     return Recipe(
         name="mano-small",
@@ -118,18 +119,19 @@ def mano_small() -> Recipe:
 
 
 def without_loops(recipe: Recipe) -> Recipe:
-    """The twin that applies its layers once: equal parameters and data, the pre-training stages only."""
+    """Returns the recipe with one loop: the same parameters and data, and only the pre-training stages."""
     stages = tuple(
         dataclasses.replace(stage, loops=1, min_loops=0)
         for stage in recipe.stages
         if stage.objective is not Objective.GATE
     )
     model = dataclasses.replace(recipe.model, loops=1)
+
     return dataclasses.replace(recipe, name=f"{recipe.name}-1-loop", model=model, stages=stages)
 
 
 def _gate_stage(*, steps: int, batch_size: int, sequence_length: int) -> Stage:
-    """Stage II; its learning rate and length are not printed in the paper: these are ours."""
+    """Returns Stage II. The paper does not print its learning rate and length; these are ours."""
     return Stage(
         name="gate",
         objective=Objective.GATE,

@@ -1,4 +1,4 @@
-"""The settings that a recipe has for topologies, and which of them a command uses."""
+"""Settings of recipes for topologies: which exist, and which a command uses."""
 
 import dataclasses
 from collections.abc import Collection
@@ -10,60 +10,66 @@ NONE = "none"  # the value of `topology` with which no settings are used
 
 
 def known_topologies(recipe: Recipe) -> tuple[str, ...]:
-    """Returns every topology that some stage has settings for."""
+    """Returns the topologies for which any stage has settings."""
     return tuple(dict.fromkeys(each.topology for stage in recipe.stages for each in stage.settings))
 
 
 def on_topology(recipe: Recipe, topology: str, given: Collection[str] = ()) -> Recipe:
-    """Returns the recipe as it is run on a topology: every stage with its settings for it, where it has any.
+    """Returns the recipe for a topology: each stage uses its settings for it, if it has any.
 
     Args:
-      recipe: with the fields that the user gave already in it.
-      topology: that of the devices. If the user gave the field `topology`, that is used instead.
-      given: dotted paths of fields that the user gave, such as `compute.remat` or `stage.accumulation`. They take
+      recipe: the recipe, including the fields that the user gave.
+      topology: the topology of the devices. If the user gave the field `topology`, that is used instead.
+      given: dotted paths of the fields that the user gave, such as `compute.remat` or `stage.accumulation`. They take
         precedence over the settings.
 
     Raises:
-      UserError: the user gave a topology that no stage has settings for.
+      UserError: the user gave a topology for which no stage has settings.
     """
     known = known_topologies(recipe)
+
     if "topology" in given:
         topology = recipe.topology
         if topology not in (NONE, *known):
             hint = suggest(topology, (*known, NONE))
             raise UserError(f"no stage of recipe {recipe.name!r} has settings for topology {topology!r}{hint}")
+
     if not known:
         return recipe
+
     recipe = dataclasses.replace(recipe, topology=topology)
     return dataclasses.replace(recipe, stages=tuple(_with_settings(recipe, stage, given) for stage in recipe.stages))
 
 
 def settings_in_use(recipe: Recipe) -> str | None:
-    """Returns a line that says which stages use settings for the recipe's topology; None if there are none to use."""
+    """Returns a line about the stages that use settings for the recipe's topology, or None if no settings apply."""
     known = known_topologies(recipe)
     if not known or recipe.topology == NONE:
         return None
+
     using = [stage.name for stage in recipe.stages if recipe.settings_of(stage) is not None]
     if not using:
         return (
             f"note: recipe {recipe.name} has no settings for {recipe.topology} (only for {', '.join(known)}); "
             "using its compute and mesh"
         )
+
     which = "" if len(using) == len(recipe.stages) else f" in {', '.join(using)}"
     return f"using the recipe's settings for {recipe.topology}{which}"
 
 
 def with_settings(stage: Stage, settings: TopologySettings) -> Stage:
-    """Returns the stage with these settings for their topology, instead of those that it had for it."""
+    """Returns the stage with these settings, which replace those for the same topology."""
     others = tuple(each for each in stage.settings if each.topology != settings.topology)
     return dataclasses.replace(stage, settings=(*others, settings))
 
 
 def _with_settings(recipe: Recipe, stage: Stage, given: Collection[str]) -> Stage:
-    """Returns the stage as its settings for the recipe's topology say, except for the fields that were given."""
+    """Returns the stage with its settings for the recipe's topology, except for the fields that were given."""
     settings = recipe.settings_of(stage)
     if settings is None:
         return stage
+
     named = {name for name in given if name.startswith("compute.")}
     compute = {name: getattr(recipe.compute, name) for name in (path.partition(".")[2] for path in named)}
     used = dataclasses.replace(
@@ -76,7 +82,10 @@ def _with_settings(recipe: Recipe, stage: Stage, given: Collection[str]) -> Stag
 
 
 def _mesh(recipe: Recipe, stage: Stage, settings: TopologySettings, given: Collection[str]) -> MeshConfig:
-    """Axes of a mesh depend on one another: if one was given, all are the recipe's."""
+    """Returns the mesh of a stage: that of its settings, or of the recipe if any of its axes was given.
+
+    The axes of a mesh depend on each other, so one of them cannot be replaced alone.
+    """
     from_recipe = any(path.startswith("mesh.") for path in given)
     mesh = recipe.mesh if from_recipe else settings.mesh
     if stage.context and (from_recipe or _is_given(stage, "context", given)):
@@ -85,4 +94,5 @@ def _mesh(recipe: Recipe, stage: Stage, settings: TopologySettings, given: Colle
 
 
 def _is_given(stage: Stage, field: str, given: Collection[str]) -> bool:
+    """Whether the user gave a field of a stage, for this stage or for all."""
     return f"stage.{field}" in given or f"stages.{stage.name}.{field}" in given
