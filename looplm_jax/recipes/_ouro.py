@@ -7,9 +7,9 @@
 Here, `looplm tokenize` has written `gs://mine/corpora/4096/nemotron-cc` from that source for sequences of 4,096 tokens.
 With text instead of prepared data, one folder serves the lengths of all stages: `--data.root gs://mine/corpora`.
 
-The paper does not print the following values, which are ours: the steps of warm-up (2,000), the point in the first stage
-at which the batch doubles (half-way), AdamW's epsilon (1e-8), the length and rate of Stage II, and the tokens of an
-example of the fine-tuning.
+The paper does not print the following values, which are ours: the steps of warm-up (2,000), the point in the first
+stage at which the batch doubles (half-way), AdamW's epsilon (1e-8), the length and rate of Stage II, and the tokens of
+an example of the fine-tuning.
 """
 
 import dataclasses
