@@ -30,24 +30,24 @@ class Rule:
 
 # The first matching rule applies, so single fields of stages come before `stages.*`.
 RULES = (
-    Rule(("name", "description", "log_every"), True, "how the run is called and logged"),
-    Rule(("checkpoint.*", "evaluation.*"), True, "when the run is saved and measured, and how much of that is kept"),
+    Rule(("name", "description", "log_every"), True, "how the run is named and logged"),
+    Rule(("checkpoint.*", "evaluation.*"), True, "when the run is saved and evaluated, and how much is kept"),
     Rule(
         ("compute.*", "mesh.*", "topology", "stages.*.accumulation", "stages.*.context", "stages.*.settings*"),
         True,
         "how a step is computed: the batches are the same, and the result is the same to rounding",
     ),
-    Rule(("guard.*",), True, "what is skipped from now on; another window keeps the newest losses"),
+    Rule(("guard.*",), True, "what is skipped from now on; a window of another size keeps the latest losses"),
     Rule(
         ("data.root", "data.tokenizer", "data.on_bad_record", "data.limits.*"),
         True,
         "where files are and how they are read: the digests of the documents and of the tokenizer are compared",
     ),
     Rule(("tokenizer",), False, "the fingerprint of the tokenizer decides what every token is"),
-    Rule(("seed", "data.seed", "data.validation_fraction"), False, "the order of the data, and what is held out of it"),
-    Rule(("data.sources*", "stages.*.sources*"), False, "the mixture; files that were moved are found by `data.root`"),
-    Rule(("start.*",), False, "what the run began with"),
-    Rule(("model.*", "optimizer.*"), False, "what the parameters are, and how they are updated"),
+    Rule(("seed", "data.seed", "data.validation_fraction"), False, "the order of the data, and what is held out"),
+    Rule(("data.sources*", "stages.*.sources*"), False, "the mixture; moved files are found with `data.root`"),
+    Rule(("start.*",), False, "what the run started from"),
+    Rule(("model.*", "optimizer.*"), False, "the parameters, and how they are updated"),
     Rule(("stages.*",), False, "the course of the training"),
 )
 

@@ -60,7 +60,9 @@ class DecodeRequest:
         self._check_pool()
 
     def _check_pool(self) -> None:
+        """Raises UserError if the pages do not suffice."""
         pool, filled = self.pool, self.filled
+
         missing = pool.pages_per_slot - pool.pages
         if missing > 0:
             raise UserError(
@@ -69,8 +71,10 @@ class DecodeRequest:
             )
         if filled is None:
             return
+
         if not 0 <= filled <= self.capacity:
             raise UserError(f"--filled must be between 0 and --capacity={self.capacity}, not {filled}")
+
         missing = self.slots * pool.needed(filled) - pool.pages
         if missing > 0:
             raise UserError(
@@ -104,9 +108,14 @@ class DecodeRequest:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodeMemory:
-    """Bytes of one device, as the compiler reports them. `other` is the program's code and padding of arrays to tiles.
+    """The memory of one device in bytes, as the compiler reports it.
 
-    `capacity` is the memory of the device, or None if it is not known.
+    Attributes:
+      parameters: the parameters.
+      cache: the keys and values of all slots.
+      temporaries: temporaries of the program at their peak.
+      other: the code of the program, and padding of arrays to tiles.
+      capacity: the memory of the device, or None if it is not known.
     """
 
     parameters: int
@@ -117,13 +126,13 @@ class DecodeMemory:
 
     @property
     def total(self) -> int:
-        """The bytes that the device must hold."""
+        """The peak memory of the device."""
         return self.parameters + self.cache + self.temporaries + self.other
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Floor:
-    """Bytes that one device must move in a tick. An untied embedding counts with one row for each slot."""
+    """The bytes that one device must move in a tick. An untied embedding counts with one row for each slot."""
 
     parameters: int
     cache_read: int
@@ -137,7 +146,23 @@ class Floor:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodePlan:
-    """The plan of a tick. `moved` is None if the tick does not fit; `timing` is None then, and for unknown chips."""
+    """The plan of a tick.
+
+    Attributes:
+      target: the name of the target.
+      devices: the number of devices.
+      dtype: the dtype of matrix products and of the cache.
+      loops: the number of loops.
+      request: the size of the engine.
+      fits: whether the tick fits in the memory of a device.
+      memory: the memory of a device.
+      moved: the bytes that a tick reads and writes, or None if it does not fit.
+      floor: the bytes that it must move at least.
+      sent: the bytes that each device sends to other devices in a tick.
+      reading: the bytes of a device that the prefill of a prompt of `capacity` tokens needs in addition to its pages.
+      timing: a lower bound of the time, or None if the tick does not fit or the chip is unknown.
+      compile_seconds: how long the compilation took.
+    """
 
     target: str
     devices: int
@@ -148,8 +173,8 @@ class DecodePlan:
     memory: DecodeMemory
     moved: Traffic | None
     floor: Floor
-    sent: int  # bytes that each device sends to other devices in a tick
-    reading: int  # bytes of a device that a prompt of `capacity` tokens takes beside its pages while it is read
+    sent: int
+    reading: int
     timing: DecodeTiming | None
     compile_seconds: float
 
@@ -174,7 +199,7 @@ class DecodePlan:
 
 
 def check_heads(model: ModelConfig, target: Target) -> None:
-    """Raises UserError if a model does not divide over the devices of a target.
+    """Raises UserError if a model is not evenly divisible by the devices of a target.
 
     A decoder shards the heads, the feed-forward width and the vocabulary over all devices.
     """
@@ -185,6 +210,7 @@ def check_heads(model: ModelConfig, target: Target) -> None:
         "mlp_width": model.mlp_width,
         "vocab_size": model.vocab_size,
     }
+
     for name, size in sizes.items():
         if size % devices:
             raise UserError(
@@ -194,21 +220,30 @@ def check_heads(model: ModelConfig, target: Target) -> None:
 
 
 def plan_decode(model: ModelConfig, compute: ComputeConfig, request: DecodeRequest, target: Target) -> DecodePlan:
-    """Compiles the tick that the engine runs, and returns the memory that it takes and the bytes that it moves.
+    """Returns the plan of a tick, from the program that the engine runs, compiled for a target.
+
+    Args:
+      model: the model.
+      compute: the computation of the model.
+      request: the size of the engine.
+      target: the devices.
 
     Raises:
-      UserError: the model does not support the request, or does not divide over the target's devices.
+      UserError: the model does not support the request, or is not evenly divisible by the devices.
     """
     request.check(model)
     check_heads(model, target)
+
     mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=len(target.devices)), target.devices)
     network = LoopLM(model, compute)
     with use_mesh(mesh):
         dtype = compute_dtype(compute)
     params, slots = abstract_params(model, dtype, mesh), _abstract_slots(network, request, dtype, mesh)
+
     started = time.perf_counter()
     program, memory = _compile(network, params, slots, mesh, target)
     seconds = time.perf_counter() - started
+
     floor, moved, sent = decode_floor(params, model, request, devices=mesh.devices.size), None, 0
     if program is not None:
         parsed = parse(program.as_text() or "")
@@ -253,10 +288,12 @@ def abstract_params(model: ModelConfig, dtype: jnp.dtype, mesh: Mesh) -> Params:
 def decode_floor(params: Params, model: ModelConfig, request: DecodeRequest, *, devices: int) -> Floor:
     """Returns the bytes that a tick must move on each of `devices` devices with these abstract parameters."""
     parameters = shard_bytes(params)
+    # An embedding that is not also the head is only looked up, one row for each slot.
     embedding = params["embedding"]
     if not model.tied_head:
         rows = request.slots * model.width * embedding.dtype.itemsize
         parameters += rows // devices - shard_bytes(embedding)
+
     position = bytes_per_token(model, CacheStrategy.LAST, loops=1, dtype=embedding.dtype) // devices
     return Floor(
         parameters=parameters,
@@ -266,12 +303,15 @@ def decode_floor(params: Params, model: ModelConfig, request: DecodeRequest, *, 
 
 
 def _cache_use(slots: Slots, request: DecodeRequest, *, devices: int) -> CacheUse:
+    """Returns the bytes of the cache that attention in one layer uses."""
     keys = slots.cache.planes.core.keys
-    position = 2 * math.prod(keys.shape[4:]) * keys.dtype.itemsize // devices  # in one layer, unused lanes included
+    position = 2 * math.prod(keys.shape[4:]) * keys.dtype.itemsize // devices  # in one layer, including unused lanes
     return CacheUse(slots=request.slots, read=request.positions * position, written=position)
 
 
 def _abstract_slots(model: LoopLM, request: DecodeRequest, dtype: jnp.dtype, mesh: Mesh) -> Slots:
+    """Returns shapes and shardings of the slots."""
+
     def make() -> Slots:
         return empty_slots(
             model,
@@ -285,6 +325,7 @@ def _abstract_slots(model: LoopLM, request: DecodeRequest, dtype: jnp.dtype, mes
 
     with use_mesh(mesh):
         shapes = jax.eval_shape(make)
+
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
@@ -298,6 +339,7 @@ def _compile(
     """Returns the program and its memory, or None and the memory that it would need if it does not fit."""
     parameters, cache = shard_bytes(params), shard_bytes(slots.cache.planes)
     memory = DecodeMemory(parameters=parameters, cache=cache, temporaries=0, other=0, capacity=target.capacity)
+
     with without_network(), use_mesh(mesh):
         lowered = run_ticks.lower(model, params, slots, loops=model.config.loops)
         try:
@@ -308,6 +350,7 @@ def _compile(
                 raise
             temporaries = max(refused.used - memory.total, 0)
             return None, dataclasses.replace(memory, temporaries=temporaries, capacity=refused.limit)
+
     taken = ProgramBytes.of(program.memory_analysis())
     other = taken.held + taken.code - parameters - cache
     return program, dataclasses.replace(memory, temporaries=taken.temporaries, other=other)

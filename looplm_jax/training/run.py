@@ -169,9 +169,9 @@ def train(
 
         # The last save must succeed. Earlier refusals are only reported.
         saver.finish()
-        refused = saver.pop_error()
-        if refused is not None:
-            progress.warn(f"NOT SAVED: {refused}; a later save succeeded")
+        error = saver.pop_error()
+        if error is not None:
+            progress.warn(f"NOT SAVED: {error}; a later save succeeded")
 
         if int(end.state.step) > step:
             _log_time_breakdown(run)
@@ -269,12 +269,12 @@ def _train_stage(run: _Run, position: Position) -> _StageEnd:
             reporter.flush()
             _save(run, stage, state, done, reader, permanent=done == last)
             return _StageEnd(state=state, stopped_by=stopped.signal)
-        except DataUnavailable as lost:
+        except DataUnavailable as unavailable:
             reporter.flush()
             _save(run, stage, state, done, reader, permanent=done == last)
             run.saver.finish()
             raise UserError(
-                f"{lost}; step {done} is saved; fix that, and the same command resumes from there"
+                f"{unavailable}; step {done} is saved; fix that, and the same command resumes from there"
             ) from None
 
 
@@ -322,9 +322,9 @@ def _save(run: _Run, stage: Stage, state: TrainState, step: int, reader: Retryin
 
 def _report_save_error(run: _Run, stage: Stage, step: int) -> None:
     """Warns about a refused save. The training continues."""
-    refused = run.saver.pop_error()
-    if refused is not None:
-        run.progress.warn(f"{stage.name}  step {step}  NOT SAVED: {refused}; training continues")
+    error = run.saver.pop_error()
+    if error is not None:
+        run.progress.warn(f"{stage.name}  step {step}  NOT SAVED: {error}; training continues")
 
 
 def _log_time_breakdown(run: _Run) -> None:
