@@ -10,8 +10,9 @@ import types
 import pytest
 
 import looplm_jax
-from looplm_jax import checkpoints, distributed, sharding, testing
+from looplm_jax import checkpoints, distributed, planning, recipes, sharding, testing, training
 
+WITH_EXAMPLES = [looplm_jax, checkpoints, distributed, planning, recipes, sharding, testing, training]
 SUBPACKAGES = sorted(module.name for module in pkgutil.iter_modules(looplm_jax.__path__) if module.ispkg)
 
 
@@ -37,7 +38,11 @@ def test_every_name_of_a_face_exists(name):
         assert getattr(module, public) is not None
 
 
-@pytest.mark.parametrize("module", [looplm_jax, checkpoints, distributed, sharding, testing], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "module",
+    [looplm_jax, checkpoints, distributed, planning, recipes, sharding, testing, training],
+    ids=lambda m: m.__name__,
+)
 def test_examples_of_docstrings(module):
     done = doctest.testmod(module)
     assert done.attempted > 0
