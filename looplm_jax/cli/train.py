@@ -18,8 +18,7 @@ from looplm_jax.models.looplm import count_params
 from looplm_jax.recipes._topologies import on_topology, settings_in_use
 from looplm_jax.sharding import require_compilation, require_platform, topology_name
 from looplm_jax.terminal import show
-from looplm_jax.training._loggers import WandbLog
-from looplm_jax.training._metrics import EventSink
+from looplm_jax.training._loggers import EventSink, WandbLog
 from looplm_jax.training._profiling import ProfiledSteps
 from looplm_jax.training._progress import progress_console
 from looplm_jax.training.run import Outcome, train

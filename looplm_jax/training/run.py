@@ -41,7 +41,8 @@ from looplm_jax.sharding import use_mesh
 from looplm_jax.training._batches import RetryingReader, held_out_batches, open_reader
 from looplm_jax.training._compile import StagePrograms, draw_loops, to_device
 from looplm_jax.training._goodput import Activity, Stopwatch, summary, warnings
-from looplm_jax.training._metrics import EVALUATION, EventSink, Log, Reporter, open_log
+from looplm_jax.training._loggers import EventSink
+from looplm_jax.training._metrics import EVALUATION, Log, Reporter, open_log
 from looplm_jax.training._notes import settings_without_effect
 from looplm_jax.training._ownership import NotOwner, Ownership, own
 from looplm_jax.training._profiling import ProfiledSteps, Profiler
