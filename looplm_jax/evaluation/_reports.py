@@ -13,7 +13,7 @@ from looplm_jax.files import AnyPath, in_bucket, quoted, write_atomically
 from looplm_jax.json_io import number, numbers
 from looplm_jax.models.looplm import count_params
 from looplm_jax.terminal import Table
-from looplm_jax.training._goodput import summary, total_seconds, warnings
+from looplm_jax.training._goodput import time_summary, time_warnings, total_seconds
 from looplm_jax.training._metrics import read_metrics
 
 # Tables of evaluations
@@ -98,9 +98,9 @@ def write_run_report(folder: AnyPath, recipe: Recipe) -> list[str]:
     lines += [
         "## Time",
         "",
-        summary(total_seconds(rows)),
+        time_summary(total_seconds(rows)),
         "",
-        *(f"* {line}" for line in warnings(total_seconds(rows))),
+        *(f"* {line}" for line in time_warnings(total_seconds(rows))),
         "",
     ]
 

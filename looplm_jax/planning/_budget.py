@@ -90,7 +90,7 @@ def compiled_memory(state: TrainState, analysis: Any, capacity: int | None) -> M
 
 def overfull_memory(state: TrainState, error: str) -> Memory | None:
     """Returns the memory that a step would need, from the compiler's out-of-memory error, or None for other errors."""
-    found = refusal(error)
+    found = out_of_memory(error)
     if found is None:
         return None
     alone = state_memory(state, found.limit)
@@ -98,14 +98,14 @@ def overfull_memory(state: TrainState, error: str) -> Memory | None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Refusal:
+class OutOfMemory:
     """The bytes that a program would need, including its arguments, and the bytes of the device."""
 
     used: int
     limit: int
 
 
-def refusal(error: str) -> Refusal | None:
+def out_of_memory(error: str) -> OutOfMemory | None:
     """Returns the sizes in the compiler's out-of-memory error, or None for other errors.
 
     The temporaries in the text of the error include the arguments.
@@ -114,7 +114,7 @@ def refusal(error: str) -> Refusal | None:
     if found is None:
         return None
     used, limit = (int(float(found[at]) * _UNITS[found[at + 1].upper()]) for at in (1, 3))
-    return Refusal(used=used, limit=limit)
+    return OutOfMemory(used=used, limit=limit)
 
 
 def shard_bytes(tree: PyTree) -> int:

@@ -26,7 +26,7 @@ from looplm_jax.inference.placing import shardings
 from looplm_jax.inference.slots import Slots, empty_slots
 from looplm_jax.inference.tick import run_ticks
 from looplm_jax.models.looplm import LoopLM, Params, boxed_shapes, compute_dtype
-from looplm_jax.planning._budget import DecodeTiming, ProgramBytes, decode_timing, refusal, shard_bytes
+from looplm_jax.planning._budget import DecodeTiming, ProgramBytes, decode_timing, out_of_memory, shard_bytes
 from looplm_jax.planning._hlo import parse
 from looplm_jax.planning._program_facts import collectives
 from looplm_jax.planning._targets import Target, without_network
@@ -345,7 +345,7 @@ def _compile(
         try:
             program = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            refused = refusal(str(error))
+            refused = out_of_memory(str(error))
             if refused is None:
                 raise
             temporaries = max(refused.used - memory.total, 0)

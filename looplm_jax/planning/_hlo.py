@@ -203,7 +203,7 @@ class ArrayShape:
     in_main_memory: bool
 
 
-def array_shapes(shape: str) -> list[ArrayShape]:
+def arrays_in_shape(shape: str) -> list[ArrayShape]:
     """Returns the arrays of a shape: one, or those of a tuple, including nested tuples."""
     return [_array_shape(*found) for found in _WITH_LAYOUT.findall(shape)]
 

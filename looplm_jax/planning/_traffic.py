@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
-from looplm_jax.planning._hlo import ArrayShape, Computation, Instruction, Program, array_shapes
+from looplm_jax.planning._hlo import ArrayShape, Computation, Instruction, Program, arrays_in_shape
 
 _SAME_VALUE = ("bitcast", "opt-barrier", "add-dependency", "domain")
 _NO_WORK = ("constant", "after-all", "partition-id", "replica-id")
@@ -169,7 +169,7 @@ class _Count:
         for position, operand in enumerate(operands):
             wanted = elements_read(self._program, each, position, operand.shape)
             source = Buffer.CACHE_COPY if copies and operand.buffer is Buffer.CACHE else operand.buffer
-            moved.read[source] += sum(_share(array, wanted) for array in array_shapes(operand.shape))
+            moved.read[source] += sum(_share(array, wanted) for array in arrays_in_shape(operand.shape))
 
         return _as_result(values, each), moved
 
@@ -184,7 +184,7 @@ class _Count:
         if _KERNEL not in each.rest:  # an annotation of the compiler, or an allocation
             return operands[0].value if operands else Buffer.TEMPORARY, Traffic()
 
-        moved, made, aliases = Traffic(), array_shapes(each.shape), _aliases(each)
+        moved, made, aliases = Traffic(), arrays_in_shape(each.shape), _aliases(each)
         values = [operands[aliases[at]].buffer if at in aliases else Buffer.TEMPORARY for at in range(len(made))]
 
         for at, result in enumerate(made):
@@ -194,7 +194,7 @@ class _Count:
         for operand in operands:
             if operand.buffer is not Buffer.CACHE:
                 moved.read[operand.buffer] += sum(
-                    _share(array, array.elements) for array in array_shapes(operand.shape)
+                    _share(array, array.elements) for array in arrays_in_shape(operand.shape)
                 )
 
         # What a kernel reads of the cache depends on data. Other kernels declare the bytes that they access.
@@ -290,6 +290,7 @@ def elements_read(program: Program, user: Instruction, position: int, shape: str
     if user.opcode == "fusion":
         fused = program.computations[user.called[0]]
         return _read_in_fusion(program, fused, _parameter(fused, position))
+
     return elements(shape)
 
 
@@ -312,7 +313,7 @@ def elements_written(program: Program, scope: Computation, each: Instruction) ->
 
 def results(each: Instruction) -> list[ArrayShape]:
     """Returns the arrays that an instruction produces."""
-    arrays = array_shapes(each.shape)
+    arrays = arrays_in_shape(each.shape)
     if not each.opcode.endswith("-start") or len(arrays) == 1:
         return arrays
 
@@ -323,7 +324,7 @@ def results(each: Instruction) -> list[ArrayShape]:
 
 def elements(shape: str) -> int:
     """Returns the number of elements of all arrays of a shape."""
-    return sum(array.elements for array in array_shapes(shape))
+    return sum(array.elements for array in arrays_in_shape(shape))
 
 
 def _parameter(fused: Computation, number: int) -> Instruction:
@@ -352,7 +353,7 @@ def _read_in_fusion(program: Program, fused: Computation, value: Instruction) ->
 
 def _written_in_fusion(program: Program, fused: Computation, value: Instruction) -> list[Write]:
     """Returns what a fusion writes of each array of a value. Targets are parameters of the fusion."""
-    fresh = [Write(elements=array.elements) for array in array_shapes(value.shape)]
+    fresh = [Write(elements=array.elements) for array in arrays_in_shape(value.shape)]
 
     match value.opcode:
         case "tuple":

@@ -70,27 +70,27 @@ _SAVED_1_4B = {
 }
 
 
-def ouro_1_4b() -> Recipe:
+def ouro_1_4b_recipe() -> Recipe:
     """Ouro-1.4B: 24 layers, trained from scratch on 7.7T tokens, then Stage II for the gate."""
     stages = tuple(_with_saved(stage) for stage in (*_first_stages(), *_later_stages()))
-    return _recipe("ouro-1.4b", ouro_1_4b.__doc__, presets.ouro_1_4b(), stages, _ONCE_A_STEP)
+    return _recipe("ouro-1.4b", ouro_1_4b_recipe.__doc__, presets.ouro_1_4b(), stages, _ONCE_A_STEP)
 
 
-def ouro_2_6b() -> Recipe:
+def ouro_2_6b_recipe() -> Recipe:
     """Ouro-2.6B: 48 layers. Start it from Ouro-1.4B at the end of `pretrain-2`, with its 24 layers doubled."""
-    return _recipe("ouro-2.6b", ouro_2_6b.__doc__, presets.ouro_2_6b(), _later_stages(), _IN_EVERY_LOOP)
+    return _recipe("ouro-2.6b", ouro_2_6b_recipe.__doc__, presets.ouro_2_6b(), _later_stages(), _IN_EVERY_LOOP)
 
 
-def ouro_1_4b_thinking() -> Recipe:
+def ouro_1_4b_thinking_recipe() -> Recipe:
     """Ouro-1.4B-Thinking: fine-tuning on 8.3M chats. Start it from `ouro-1.4b`."""
     stages = (_fine_tuning(),)
-    return _recipe("ouro-1.4b-thinking", ouro_1_4b_thinking.__doc__, presets.ouro_1_4b(), stages, _ONCE_A_STEP)
+    return _recipe("ouro-1.4b-thinking", ouro_1_4b_thinking_recipe.__doc__, presets.ouro_1_4b(), stages, _ONCE_A_STEP)
 
 
-def ouro_2_6b_thinking() -> Recipe:
+def ouro_2_6b_thinking_recipe() -> Recipe:
     """Ouro-2.6B-Thinking: fine-tuning on 8.3M chats. Start it from `ouro-2.6b`."""
     stages = (_fine_tuning(),)
-    return _recipe("ouro-2.6b-thinking", ouro_2_6b_thinking.__doc__, presets.ouro_2_6b(), stages, _IN_EVERY_LOOP)
+    return _recipe("ouro-2.6b-thinking", ouro_2_6b_thinking_recipe.__doc__, presets.ouro_2_6b(), stages, _IN_EVERY_LOOP)
 
 
 def _with_saved(stage: Stage) -> Stage:

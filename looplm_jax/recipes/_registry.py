@@ -6,7 +6,12 @@ from collections.abc import Callable
 
 from looplm_jax.config import CheckpointConfig, EvaluationConfig, MeshConfig, ModelConfig, Recipe, Stage
 from looplm_jax.errors import UserError, suggest
-from looplm_jax.recipes._ouro import ouro_1_4b, ouro_1_4b_thinking, ouro_2_6b, ouro_2_6b_thinking
+from looplm_jax.recipes._ouro import (
+    ouro_1_4b_recipe,
+    ouro_1_4b_thinking_recipe,
+    ouro_2_6b_recipe,
+    ouro_2_6b_thinking_recipe,
+)
 from looplm_jax.recipes._small import demo, demo_one_loop, mano_small, text_small
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
@@ -14,10 +19,10 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "demo": demo,
     "demo-one-loop": demo_one_loop,
     "mano-small": mano_small,
-    "ouro-1.4b": ouro_1_4b,
-    "ouro-2.6b": ouro_2_6b,
-    "ouro-1.4b-thinking": ouro_1_4b_thinking,
-    "ouro-2.6b-thinking": ouro_2_6b_thinking,
+    "ouro-1.4b": ouro_1_4b_recipe,
+    "ouro-2.6b": ouro_2_6b_recipe,
+    "ouro-1.4b-thinking": ouro_1_4b_thinking_recipe,
+    "ouro-2.6b-thinking": ouro_2_6b_thinking_recipe,
 }
 
 _MAX_LENGTH, _MIN_LENGTH = 256, 64  # tokens of a tiny sequence

@@ -15,7 +15,7 @@ returns an `Outcome`. `ProfiledSteps` are steps to trace, and an `EventSink` suc
 `Stopped` is raised if a signal stops work.
 
 Run folders: `read_recipe` and `read_metrics` read the files of a run (the lines of metrics are of the kinds `TRAIN` and
-`EVALUATION`). `total_seconds`, `shares` and `summary` tell how the time of a run was spent, by `Activity`.
+`EVALUATION`). `total_seconds`, `shares` and `time_summary` tell how the time of a run was spent, by `Activity`.
 
 Single steps: `initial_state` returns a `TrainState`, `StagePrograms` compiles the train step of a stage on its
 `stage_mesh`, `to_device` transfers a batch, and each step returns `StepMetrics`. `learning_rate` is the schedule of a
@@ -37,7 +37,7 @@ with epy.lazy_api_imports(globals()):
     # Run folders.
     from looplm_jax.training._run_folder import RunFolder, read_recipe
     from looplm_jax.training._metrics import EVALUATION, TRAIN, read_metrics
-    from looplm_jax.training._goodput import Activity, shares, summary, total_seconds
+    from looplm_jax.training._goodput import Activity, shares, time_summary, total_seconds
 
     # Single steps.
     from looplm_jax.training._state import TrainState, initial_state
@@ -68,7 +68,7 @@ __all__ = [
     "read_recipe",
     "shares",
     "stage_mesh",
-    "summary",
+    "time_summary",
     "to_device",
     "total_seconds",
     "train",

@@ -41,7 +41,7 @@ _REMEDIES = {
 }
 
 
-class Stopwatch:
+class ActivityTimer:
     """Divides the time since its creation among activities. Every moment is counted exactly once.
 
     Args:
@@ -90,14 +90,14 @@ def shares(seconds: Mapping[Activity, float]) -> dict[Activity, float]:
     return {activity: spent / total for activity, spent in seconds.items()} if total > 0 else {}
 
 
-def summary(seconds: Mapping[Activity, float]) -> str:
+def time_summary(seconds: Mapping[Activity, float]) -> str:
     """Returns one line with the total time and the fraction of each activity of at least 0.05 %."""
     minutes, rest = divmod(round(sum(seconds.values())), 60)
     parts = [f"{activity.value} {share:.1%}" for activity, share in shares(seconds).items() if share >= 0.0005]
     return f"time {minutes}:{rest:02d}: {', '.join(parts)}"
 
 
-def warnings(seconds: Mapping[Activity, float]) -> list[str]:
+def time_warnings(seconds: Mapping[Activity, float]) -> list[str]:
     """Returns a warning for each activity that took more than a twentieth of a long run, with a remedy.
 
     Runs shorter than five minutes have none.

@@ -20,7 +20,7 @@ from looplm_jax.distributed import ProcessGroup
 from looplm_jax.errors import UserError
 from looplm_jax.files import AnyPath, check_regular, report_failed_reads
 from looplm_jax.training._goodput import (
-    Stopwatch,
+    ActivityTimer,
     memory_use,
     model_flops_utilization,
     peak_flops,
@@ -263,7 +263,7 @@ class Reporter:
     """
 
     def __init__(
-        self, recipe: Recipe, stage: Stage, mesh: Mesh, log: Log, progress: TrainingProgress, watch: Stopwatch
+        self, recipe: Recipe, stage: Stage, mesh: Mesh, log: Log, progress: TrainingProgress, watch: ActivityTimer
     ):
         self._recipe, self._stage = recipe, stage
         self._log, self._progress, self._watch = log, progress, watch

@@ -58,7 +58,7 @@ class RunFolder:
         return self.checkpoints.exists() or (self.metrics.exists() and epath.Path(self.metrics).stat().length > 0)
 
 
-def check_folder(path: str | os.PathLike[str], recipe: Recipe) -> RunFolder:
+def check_run_folder(path: str | os.PathLike[str], recipe: Recipe) -> RunFolder:
     """Returns the folder of this run: a new one, or one with an earlier part of the same run. Writes nothing.
 
     Raises:
@@ -68,11 +68,11 @@ def check_folder(path: str | os.PathLike[str], recipe: Recipe) -> RunFolder:
     folder = RunFolder(path=any_path(path))
     checkpoint_path(folder.checkpoints)
     with report_failed_reads(folder.path):
-        _check_folder(folder, recipe)
+        _check_contents(folder, recipe)
     return folder
 
 
-def claim_folder(folder: RunFolder, recipe: Recipe) -> None:
+def claim_run_folder(folder: RunFolder, recipe: Recipe) -> None:
     """Creates the folder and writes the recipe.
 
     Files of a command that failed before its first step are replaced.
@@ -103,7 +103,7 @@ def read_recipe(path: AnyPath) -> Recipe:
     return from_dict(Recipe, values)
 
 
-def _check_folder(folder: RunFolder, recipe: Recipe) -> None:
+def _check_contents(folder: RunFolder, recipe: Recipe) -> None:
     """Raises UserError if the folder contains another run or unrelated files."""
     if folder.path.exists() and not folder.path.is_dir():
         raise UserError(f"{folder.path} is a file; choose another --out")

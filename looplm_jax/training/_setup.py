@@ -23,7 +23,7 @@ from looplm_jax.models.looplm import LoopLM
 from looplm_jax.resume import check_same_run
 from looplm_jax.terminal import literal
 from looplm_jax.training._compile import stage_mesh
-from looplm_jax.training._goodput import Activity, Stopwatch
+from looplm_jax.training._goodput import Activity, ActivityTimer
 from looplm_jax.training._guard import with_window
 from looplm_jax.training._initialize_from import (
     InitCheckpoint,
@@ -32,7 +32,7 @@ from looplm_jax.training._initialize_from import (
     read_init_checkpoint,
 )
 from looplm_jax.training._notes import changed_settings
-from looplm_jax.training._run_folder import RunFolder, claim_folder
+from looplm_jax.training._run_folder import RunFolder, claim_run_folder
 from looplm_jax.training._state import TrainState, abstract_state, initial_state
 
 
@@ -73,12 +73,12 @@ class Setup:
     position: Position
 
 
-def prepare(
+def prepare_run(
     recipe: Recipe,
     folder: RunFolder,
     console: Console,
     group: ProcessGroup = SINGLE_PROCESS,
-    watch: Stopwatch | None = None,
+    watch: ActivityTimer | None = None,
 ) -> Setup:
     """Prepares a run: checks shapes and data, claims the folder, finds or trains the tokenizer, and restores the state.
 
@@ -96,7 +96,7 @@ def prepare(
       UserError: the data is invalid, shapes do not fit the devices, the folder contains another run, or a checkpoint
         cannot be used.
     """
-    watch = watch or Stopwatch()
+    watch = watch or ActivityTimer()
 
     # Whatever does not fit is refused before anything is written.
     meshes = tuple(stage_mesh(recipe, stage) for stage in recipe.stages)
@@ -105,13 +105,13 @@ def prepare(
 
     store = CheckpointStore(folder.checkpoints, keep=recipe.checkpoint.keep)
     resuming = bool(store.steps())
-    # The initial checkpoint is read before `claim_folder` writes anything, because it may be refused.
+    # The initial checkpoint is read before `claim_run_folder` writes anything, because it may be refused.
     start = read_init_checkpoint(recipe, models[0], meshes[0]) if recipe.start.checkpoint and not resuming else None
     inherited = _init_tokenizer(recipe, folder, start)
 
     def own_folder() -> Tokenizer:
         if group.index == 0:
-            claim_folder(folder, recipe)
+            claim_run_folder(folder, recipe)
         return run_tokenizer(recipe, _tokenizer_corpus(corpora), folder, console, inherited)
 
     # Process 0 writes the recipe and trains a missing tokenizer, which the other processes then read.

@@ -6,9 +6,9 @@ stopped.
 
 A run starts or resumes in this order:
 
-1. Check the folder: it is new, or contains this run (`check_folder`). Nothing is written before this.
+1. Check the folder: it is new, or contains this run (`check_run_folder`). Nothing is written before this.
 2. Check that all processes have the same configuration, then lock the folder and check it again (`_owned`).
-3. Check the shapes of the model, the mesh and the batches of every stage, and open the data (`setup.prepare`).
+3. Check the shapes of the model, the mesh and the batches of every stage, and open the data (`prepare_run`).
 4. If the folder has no checkpoint and the recipe starts from one, read that.
 5. Write the recipe to the folder, and load or train the tokenizer.
 6. Restore the latest valid checkpoint of the folder, or create the first state.
@@ -40,16 +40,16 @@ from looplm_jax.models.looplm import LoopLM, Params
 from looplm_jax.sharding import use_mesh
 from looplm_jax.training._batches import RetryingReader, held_out_batches, open_reader
 from looplm_jax.training._compile import StagePrograms, draw_loops, to_device
-from looplm_jax.training._goodput import Activity, Stopwatch, summary, warnings
+from looplm_jax.training._goodput import Activity, ActivityTimer, time_summary, time_warnings
 from looplm_jax.training._loggers import EventSink
 from looplm_jax.training._metrics import EVALUATION, Log, Reporter, open_log
 from looplm_jax.training._notes import settings_without_effect
 from looplm_jax.training._ownership import NotOwner, Ownership, own
 from looplm_jax.training._profiling import ProfiledSteps, Profiler
 from looplm_jax.training._progress import TrainingProgress, progress_console
-from looplm_jax.training._run_folder import RunFolder, check_folder
+from looplm_jax.training._run_folder import RunFolder, check_run_folder
 from looplm_jax.training._saving import AsyncSaver
-from looplm_jax.training._setup import Position, Setup, prepare, run_fingerprint
+from looplm_jax.training._setup import Position, Setup, prepare_run, run_fingerprint
 from looplm_jax.training._state import TrainState, enter_stage
 from looplm_jax.training._stopping import DataUnavailable, StopConsensus, Stopped, StopRequest
 
@@ -76,7 +76,7 @@ class _Run:
     progress: TrainingProgress
     stop: StopConsensus
     saver: AsyncSaver
-    watch: Stopwatch
+    watch: ActivityTimer
     profiler: Profiler
     evaluate: Evaluate | None
 
@@ -116,10 +116,10 @@ def train(
         the last save was refused; or too many consecutive steps were skipped. Earlier checkpoints are intact.
     """
     console = console or progress_console()
-    watch = Stopwatch()
+    watch = ActivityTimer()
 
     # Steps 1 and 2 of the order above: refuse the wrong folder, then own it.
-    folder = check_folder(out, recipe)
+    folder = check_run_folder(out, recipe)
     check_same(group, "configuration", {**to_dict(recipe), "out": str(folder.path)})
 
     with StopRequest() as request, contextlib.ExitStack() as closing:
@@ -130,7 +130,7 @@ def train(
         # Steps 3 to 6, in a thread, so that a stop signal is noticed.
         stop = StopConsensus(group, request)
         try:
-            setup = stop.run(lambda: prepare(recipe, folder, console, group, watch))
+            setup = stop.run(lambda: prepare_run(recipe, folder, console, group, watch))
         except Stopped as stopped:
             return Outcome(folder=folder, step=_latest_step(folder), skipped=0, stopped_by=stopped.signal)
 
@@ -201,7 +201,7 @@ def _closed(store: CheckpointStore, console: Console) -> Callable[..., None]:
 def _owned(folder: RunFolder, recipe: Recipe, closing: contextlib.ExitStack) -> Ownership:
     """Owns the folder until `closing` ends, and checks it again, because another run may have written to it before."""
     ownership = closing.enter_context(own(folder.path))
-    check_folder(folder.path, recipe)
+    check_run_folder(folder.path, recipe)
     return ownership
 
 
@@ -332,8 +332,8 @@ def _log_time_breakdown(run: _Run) -> None:
     """Prints how the time was spent, and how to view the profile."""
     run.watch.charge(Activity.OTHER)
     seconds = run.watch.total()
-    run.progress.say(summary(seconds))
-    for warning in warnings(seconds):
+    run.progress.say(time_summary(seconds))
+    for warning in time_warnings(seconds):
         run.progress.warn(f"warning: {warning}")
 
     how = run.profiler.how_to_open()

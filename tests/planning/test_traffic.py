@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from looplm_jax.planning._hlo import array_shapes, parse
+from looplm_jax.planning._hlo import arrays_in_shape, parse
 from looplm_jax.planning._traffic import Buffer, CacheUse, program_traffic
 
 # Three layers of weights of 2,048 bytes each, and a cache of 16,384 bytes.
@@ -212,7 +212,7 @@ def test_of_a_condition_the_branch_that_moves_most_counts():
 def test_an_array_takes_whole_tiles(dims, tile, data):
     order = data.draw(st.permutations(range(len(dims))))
     layout = ",".join(map(str, order)), ",".join(map(str, tile))
-    (array,) = array_shapes(f"f32[{','.join(map(str, dims))}]{{{layout[0]}:T({layout[1]})}}")
+    (array,) = arrays_in_shape(f"f32[{','.join(map(str, dims))}]{{{layout[0]}:T({layout[1]})}}")
     assert array.bytes >= 4 * array.elements
     for size, axis in zip(reversed(tile), order, strict=False):
         dims[axis] = (dims[axis] + size - 1) // size * size

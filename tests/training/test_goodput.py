@@ -1,6 +1,6 @@
 import pytest
 
-from looplm_jax.training._goodput import Activity, Stopwatch, shares, summary, total_seconds, warnings
+from looplm_jax.training._goodput import Activity, ActivityTimer, shares, time_summary, time_warnings, total_seconds
 
 
 class Clock:
@@ -14,7 +14,7 @@ class Clock:
 
 def test_every_second_is_charged_once():
     clock = Clock()
-    watch = Stopwatch(clock)
+    watch = ActivityTimer(clock)
     for seconds, activity in ((3, Activity.COMPILE), (5, Activity.STEP), (1, Activity.INPUT), (4, Activity.STEP)):
         clock.now += seconds
         watch.charge(activity)
@@ -24,7 +24,7 @@ def test_every_second_is_charged_once():
 
 def test_lines_of_the_metrics_add_up_to_the_total():
     clock = Clock()
-    watch = Stopwatch(clock)
+    watch = ActivityTimer(clock)
     rows = []
     for seconds in (2.5, 0.25, 7.0):
         clock.now += seconds
@@ -44,17 +44,17 @@ def test_shares_sum_to_one():
 
 
 def test_the_summary_names_what_took_time():
-    assert summary(seconds(step=567.0, compile=63.0)) == "time 10:30: step 90.0%, compile 10.0%"
+    assert time_summary(seconds(step=567.0, compile=63.0)) == "time 10:30: step 90.0%, compile 10.0%"
 
 
 @pytest.mark.parametrize(
     ("activity", "words"), [("input", "waiting for input"), ("save", "saving"), ("compile", "compiling")]
 )
 def test_a_twentieth_is_worth_a_warning(activity, words):
-    (warning,) = warnings(seconds(step=949.0, **{activity: 51.0}))
+    (warning,) = time_warnings(seconds(step=949.0, **{activity: 51.0}))
     assert warning.startswith(f"5% of the time went into {words}: ")
-    assert warnings(seconds(step=951.0, **{activity: 49.0})) == []
+    assert time_warnings(seconds(step=951.0, **{activity: 49.0})) == []
 
 
 def test_a_short_run_is_not_warned():
-    assert warnings(seconds(step=1.0, compile=99.0)) == []
+    assert time_warnings(seconds(step=1.0, compile=99.0)) == []

@@ -215,7 +215,7 @@ def test_the_last_evaluation_of_a_stage_is_made_up_too(copy, finished):
 
 
 def test_a_run_that_is_stopped_before_its_first_step(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "prepare", lambda *_: hang(None, None, None))
+    monkeypatch.setattr(run, "prepare_run", lambda *_: hang(None, None, None))
     outcome, _ = train(tmp_path / "run")
     assert (outcome.step, outcome.stopped_by) == (0, signal.SIGTERM)
     assert not (tmp_path / "run").exists()
@@ -339,7 +339,7 @@ def test_a_damaged_line_of_metrics_does_not_keep_a_run_from_resuming(line, finis
 
 
 def test_settings_without_effect_are_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "prepare", lambda *_: hang(None, None, None))
+    monkeypatch.setattr(run, "prepare_run", lambda *_: hang(None, None, None))
     _, said = train(tmp_path / "run", gate_with(final_learning_rate=1e-3))
     assert "note: stages.gate: final_learning_rate=0.001 has no effect with schedule=constant\n" in said
 

@@ -41,7 +41,7 @@ from looplm_jax.training._initialize_from import (
 )
 from looplm_jax.training._metrics import read_metrics
 from looplm_jax.training._run_folder import RunFolder
-from looplm_jax.training._setup import prepare
+from looplm_jax.training._setup import prepare_run
 from looplm_jax.training._state import abstract_state, initial_state
 
 SHORT = dataclasses.replace(STAGE, steps=2, min_loops=0, warmup_steps=0, schedule=Schedule.CONSTANT)
@@ -70,7 +70,7 @@ def first_state(recipe):
 def prepared(folder, recipe):
     """Returns the setup of a run before its first step, and the lines that were printed."""
     said = io.StringIO()
-    setup = prepare(recipe, RunFolder(path=folder), Console(file=said, soft_wrap=True))
+    setup = prepare_run(recipe, RunFolder(path=folder), Console(file=said, soft_wrap=True))
     return setup.position, said.getvalue()
 
 
