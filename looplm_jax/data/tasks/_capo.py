@@ -191,18 +191,18 @@ class Capo:
         numbers = self._people[index].tolist()
         name, facts = numbers[: len(NAME_POOLS)], dict(zip(FACT_POOLS, numbers[len(NAME_POOLS) :], strict=True))
 
-        told = {key: FACT_POOLS[key][fact] for key, fact in facts.items()}
+        known = {key: FACT_POOLS[key][fact] for key, fact in facts.items()}
         values = {
-            Attribute.BIRTH_DATE: told["month"] + told["day"] + told["year"],
-            Attribute.BIRTH_CITY: told["birth_city"],
-            Attribute.UNIVERSITY: told["university"],
-            Attribute.MAJOR: told["major"],
-            Attribute.COMPANY: told["company"],
+            Attribute.BIRTH_DATE: known["month"] + known["day"] + known["year"],
+            Attribute.BIRTH_CITY: known["birth_city"],
+            Attribute.UNIVERSITY: known["university"],
+            Attribute.MAJOR: known["major"],
+            Attribute.COMPANY: known["company"],
             Attribute.COMPANY_CITY: CITIES[self._seats[facts["company"]]],
         }
 
         full = tuple(symbol for pool, number in zip(NAME_POOLS, name, strict=True) for symbol in pool[number])
-        return Person(name=full, pronoun=told["pronoun"][0], values=values)
+        return Person(name=full, pronoun=known["pronoun"][0], values=values)
 
     @functools.cached_property
     def _people(self) -> Int64[np.ndarray, "people entries"]:
