@@ -30,6 +30,7 @@ def test_example_of_a_page_runs(name):
 def test_page_lists_names_that_exist_and_explains_each(name):
     package = importlib.import_module(name)
     assert set(package.__all__) <= set(dir(package))
+    assert set(package.__all__) == set(package.__getattr__.keywords["imported_symbols"])
     for public in package.__all__:
         assert getattr(package, public) is not None
         assert re.search(rf"`{public}\b", package.__doc__), public
