@@ -4,6 +4,7 @@ import re
 import textwrap
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hf_folders import MULTI_HEAD, write_hf_folder
@@ -30,15 +31,14 @@ def test_the_example_runs(folder, capsys):
 
 
 def test_a_folder_is_loaded_into_memory(folder):
-    loaded = convert.load_hf(folder)
-    model, params, tokenizer = loaded
-    assert (model.config, tokenizer.vocab_size) == (MULTI_HEAD, loaded.tokenizer.vocab_size)
+    model, params, tokenizer = convert.load_hf(folder)
 
     everything = looplm_jax.load(folder)
     assert model.config == everything.model.config
+    assert tokenizer.fingerprint == everything.tokenizer.fingerprint
     jax.tree.map(np.testing.assert_array_equal, params, everything.params)
 
-    tokens = np.arange(6, dtype=np.int32)[None]
+    tokens = jnp.arange(6, dtype=jnp.int32)[None]
     assert model.apply({"params": params}, tokens).hidden.shape == (MULTI_HEAD.loops, 1, 6, MULTI_HEAD.width)
 
 
