@@ -161,7 +161,7 @@ def test_memory_file_system():
 
 
 BAD_LINES = [
-    (b'{"text": "ok"\n', r"bad.jsonl:2: not JSON \(.* at column \d+\); mend it, or .* --on-bad-record skip"),
+    (b'{"text": "ok"\n', r"bad.jsonl:2: not JSON \(.* at column \d+\); fix it, or .* --on-bad-record skip"),
     (b'["ok"]\n', "bad.jsonl:2: not a JSON object but list"),
     (b'{"texts": "ok"}\n', r"bad.jsonl:2: the record has no field 'text'; did you mean 'texts'\?"),
     (b'{"text": 5}\n', "bad.jsonl:2: the text is not a string but int"),
@@ -183,7 +183,7 @@ def test_bad_lines_stop_or_are_skipped(tmp_path, line, message):
 
 def test_text_that_is_not_utf8(tmp_path):
     path = write(tmp_path / "bad.txt", b"caf\xe9 au lait")
-    fails(r"bad.txt: not UTF-8 at byte 3; mend it", path)
+    fails(r"bad.txt: not UTF-8 at byte 3; fix it", path)
     fails(r"the 1 files hold no text \(1 bad records were left out\)", path, on_bad_record=OnBadRecord.SKIP)
 
 
