@@ -1,46 +1,79 @@
 """When to stop looping: exit distributions, priors over loops and exit policies, usable with any looped model.
 
-    pdf = exit_distribution(gate_logits)  # [T, B] -> [T, B], probabilities
-    loops = q_exit(pdf, 0.5)  # [B], in 1..T
-    loops = exit_loops(KLDivergence(threshold=1e-3), hidden, gate_logits, logits)  # [B], in 1..T
+Functions take arrays whose first axis is the loop, and any axes of tokens after it.
 
-Exit distribution, from gate logits: `exit_distribution`, `log_exit_distribution`, `log_survival`, `exit_cdf`,
-`entropy`, `mean_exit_loop`, `q_exit`. Note that `entropy` takes log-probabilities.
+    >>> import jax.numpy as jnp
+    >>> from looplm_jax.halting import exit_distribution, mean_exit_loop, q_exit
+    >>> gate_logits = jnp.array([[-2.0, 0.0], [0.0, 0.0], [2.0, 0.0], [0.0, 0.0]])  # [T, B]: four loops, two tokens
+    >>> exit_pdf = exit_distribution(gate_logits)  # [T, B], sums to one over loops
+    >>> q_exit(exit_pdf, 0.5)  # the loop at which each token exits, in 1..T
+    Array([2, 1], dtype=int32)
+    >>> print(mean_exit_loop(exit_pdf))
+    [2.37... 1.87...]
 
-Priors, as log-probabilities: `uniform`, `geometric`, `poisson_log_normal`, `log_prior`, and `kl_divergence` from one.
+A policy decides the same from what the model computes loop by loop. `parse_exit_policy` reads the text of a flag:
 
-Exit policies that read the number of the loop or the gate: `FixedLoops`, `QExit`. Those that read states or
-predictions: `HiddenDifference`, `RelativeHiddenDifference`, `KLDivergence`, `EntropyChange`, `ArgmaxStable`,
-`Confidence`, `Margin`. Wrappers: `Bounded`, `Custom`. `parse_exit_policy` reads text such as `q=0.5`, and `exit_loops`
-applies a policy to the outputs of all loops.
+    >>> from looplm_jax.halting import Bounded, QExit, parse_exit_policy
+    >>> parse_exit_policy("q=0.5,min=2") == Bounded(QExit(q=0.5), min_loops=2)
+    True
 
-`Needs`, `Signals`, `LoopMemory` and `PolicyTable` are for programs that apply policies loop by loop.
+Exit distribution: `exit_distribution`, `log_exit_distribution`, `log_survival`, from gate logits; `exit_cdf`,
+`mean_exit_loop`, `q_exit`, from probabilities; `entropy`, from log-probabilities, by keyword.
+
+Priors, as log-probabilities over 1..T: `log_prior` for a configuration; `log_uniform_prior`, `log_geometric_prior`,
+`log_poisson_lognormal_prior`; and `kl_divergence` from one.
+
+Policies: `FixedLoops`, `QExit`; `HiddenDifference`, `RelativeHiddenDifference`, `KLDivergence`, `EntropyChange`,
+`ArgmaxStable`, `Confidence`, `Margin`; bounds around any policy, `Bounded`; and a policy from a function, `Custom`.
+`exit_loops` applies a policy to the outputs of all loops.
+
+An own policy implements `ExitPolicy`; it declares what it reads with `looplm_jax.halting.signals.Needs`.
 """
 
-from looplm_jax.halting.exit_distribution import (
-    entropy,
-    exit_cdf,
-    exit_distribution,
-    log_exit_distribution,
-    log_survival,
-    mean_exit_loop,
-    q_exit,
-)
-from looplm_jax.halting.first_exit import exit_loops
-from looplm_jax.halting.policies import Bounded, Custom, ExitPolicy, FixedLoops, QExit
-from looplm_jax.halting.policy_table import PolicyTable
-from looplm_jax.halting.policy_text import parse_exit_policy
-from looplm_jax.halting.priors import geometric, kl_divergence, log_prior, poisson_log_normal, uniform
-from looplm_jax.halting.readouts import (
-    ArgmaxStable,
-    Confidence,
-    EntropyChange,
-    HiddenDifference,
-    KLDivergence,
-    Margin,
-    RelativeHiddenDifference,
-)
-from looplm_jax.halting.signals import LoopMemory, Needs, Signals
+from etils import epy
+
+with epy.lazy_api_imports(globals()):
+    # The exit distribution, from gate logits.
+    from looplm_jax.halting._distribution import (
+        entropy,
+        exit_cdf,
+        exit_distribution,
+        log_exit_distribution,
+        log_survival,
+        mean_exit_loop,
+        q_exit,
+    )
+
+    # Text of a flag to a policy.
+    from looplm_jax.halting._parse import parse_exit_policy
+
+    # Exit policies.
+    from looplm_jax.halting._policies import (
+        ArgmaxStable,
+        Bounded,
+        Confidence,
+        Custom,
+        EntropyChange,
+        ExitPolicy,
+        FixedLoops,
+        HiddenDifference,
+        KLDivergence,
+        Margin,
+        QExit,
+        RelativeHiddenDifference,
+    )
+
+    # A policy applied to the outputs of all loops.
+    from looplm_jax.halting._policy_table import exit_loops
+
+    # Priors over loops, as log-probabilities.
+    from looplm_jax.halting._priors import (
+        kl_divergence,
+        log_geometric_prior,
+        log_poisson_lognormal_prior,
+        log_prior,
+        log_uniform_prior,
+    )
 
 __all__ = [
     "ArgmaxStable",
@@ -52,25 +85,21 @@ __all__ = [
     "FixedLoops",
     "HiddenDifference",
     "KLDivergence",
-    "LoopMemory",
     "Margin",
-    "Needs",
-    "PolicyTable",
     "QExit",
     "RelativeHiddenDifference",
-    "Signals",
     "entropy",
     "exit_cdf",
     "exit_distribution",
     "exit_loops",
-    "geometric",
     "kl_divergence",
     "log_exit_distribution",
+    "log_geometric_prior",
+    "log_poisson_lognormal_prior",
     "log_prior",
     "log_survival",
+    "log_uniform_prior",
     "mean_exit_loop",
     "parse_exit_policy",
-    "poisson_log_normal",
     "q_exit",
-    "uniform",
 ]

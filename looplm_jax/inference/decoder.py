@@ -12,7 +12,7 @@ from jaxtyping import Bool, Int
 
 from looplm_jax.errors import UserError
 from looplm_jax.halting import ExitPolicy, FixedLoops
-from looplm_jax.halting.policy_table import PolicyTable
+from looplm_jax.halting._policy_table import PolicyTable
 from looplm_jax.inference.engine_config import EngineConfig
 from looplm_jax.inference.kv_cache import Cache, bucket
 from looplm_jax.inference.loopwise_prefill import Chunk, begin_chunk, no_last_token, run_loop, write_kept

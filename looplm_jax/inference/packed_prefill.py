@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from looplm_jax.halting.first_exit import exit_loops
+from looplm_jax.halting._policy_table import exit_loops
 from looplm_jax.inference.kv_cache import Cache, CacheStrategy, share
 from looplm_jax.inference.placing import settled
 from looplm_jax.inference.prefill import LastToken, append

@@ -17,7 +17,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from looplm_jax.halting.first_exit import exit_loops
+from looplm_jax.halting._policy_table import exit_loops
 from looplm_jax.inference.head_lanes import store_heads
 from looplm_jax.inference.kv_cache import Cache
 from looplm_jax.inference.placing import settled

@@ -22,7 +22,7 @@ from looplm_jax.inference.kv_cache import Cache, CacheStrategy, empty_cache, sha
 from looplm_jax.inference.requests import Result
 from looplm_jax.inference.rollouts import Rollouts, Turns
 from looplm_jax.inference.tick import bound
-from looplm_jax.losses.cross_entropy import token_losses
+from looplm_jax.losses._cross_entropy import token_losses
 from looplm_jax.models.blocks import Context, make_context
 from looplm_jax.models.looplm import LoopLM, ModelCache, Params, compute_dtype, head_matrix
 

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from looplm_jax.halting import ExitPolicy
-from looplm_jax.halting.policy_table import PolicyTable
+from looplm_jax.halting._policy_table import PolicyTable
 from looplm_jax.halting.signals import LoopMemory
 from looplm_jax.inference.kv_cache import Cache, CacheStrategy, empty_pool
 from looplm_jax.inference.page_pool import PoolSize

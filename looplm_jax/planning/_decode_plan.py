@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from looplm_jax.config import ComputeConfig, MeshConfig, ModelConfig
 from looplm_jax.errors import UserError
-from looplm_jax.halting.policy_table import PolicyTable
+from looplm_jax.halting._policy_table import PolicyTable
 from looplm_jax.inference import CacheStrategy
 from looplm_jax.inference.kv_cache import bytes_per_token
 from looplm_jax.inference.loopwise_prefill import bytes_per_prompt_token

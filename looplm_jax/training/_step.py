@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from looplm_jax.config import Objective, PriorKind, Recipe, Stage
-from looplm_jax.halting.priors import log_prior
+from looplm_jax.halting._priors import log_prior
 from looplm_jax.losses import Stage1Metrics, stage1, stage1_from_hidden, stage2, token_losses
 from looplm_jax.models.looplm import LoopLM, LoopLMOutput
 from looplm_jax.training._gradients import DeviceBatch, Variables, loss_and_gradients

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from looplm_jax import halting
-from looplm_jax.halting import QExit, Signals
+from looplm_jax.halting import QExit
+from looplm_jax.halting.signals import Signals
 
 # Jitted, so that each is one program per shape instead of many operations.
 entropy, exit_cdf, exit_distribution, log_exit_distribution, log_survival, mean_exit_loop, q_exit = (
@@ -80,7 +81,7 @@ def test_last_gate_is_ignored(logits):
 
 @given(gates)
 def test_entropy_is_between_zero_and_log_t(logits):
-    found = entropy(log_exit_distribution(jnp.asarray(logits)))
+    found = entropy(log_pdf=log_exit_distribution(jnp.asarray(logits)))
     assert (found >= -1e-6).all()
     assert (found <= np.log(len(logits)) + 1e-5).all()
 
@@ -140,7 +141,7 @@ def test_policy_on_survival_agrees_with_q_exit_on_the_distribution(logits, q):
 @jax.grad
 def gradient_of_everything(logits):
     log_pdf, pdf = log_exit_distribution(logits), exit_distribution(logits)
-    return jnp.sum(entropy(log_pdf)) + jnp.sum(pdf**2) + jnp.sum(mean_exit_loop(pdf))
+    return jnp.sum(entropy(log_pdf=log_pdf)) + jnp.sum(pdf**2) + jnp.sum(mean_exit_loop(pdf))
 
 
 @given(gates)
@@ -150,4 +151,4 @@ def test_gradients_are_finite(logits):
 
 def test_entropy_of_equal_exits_is_log_t():
     equal = jnp.log(jnp.array([1 / 3, 1 / 2, 1.0, 1.0]))  # logits of lambda = 1/4, 1/3, 1/2
-    np.testing.assert_allclose(entropy(log_exit_distribution(equal)), np.log(4), rtol=1e-6)
+    np.testing.assert_allclose(entropy(log_pdf=log_exit_distribution(equal)), np.log(4), rtol=1e-6)

@@ -18,11 +18,10 @@ from looplm_jax.halting import (
     HiddenDifference,
     KLDivergence,
     Margin,
-    Needs,
     QExit,
     RelativeHiddenDifference,
-    Signals,
 )
+from looplm_jax.halting.signals import Needs, Signals
 
 LOOPS = 8
 loops = st.integers(1, LOOPS)

@@ -32,15 +32,14 @@ from looplm_jax.halting import (
     FixedLoops,
     HiddenDifference,
     KLDivergence,
-    LoopMemory,
     Margin,
-    Needs,
     QExit,
     RelativeHiddenDifference,
     exit_distribution,
     exit_loops,
     q_exit,
 )
+from looplm_jax.halting.signals import LoopMemory, Needs
 
 CHANGES = [HiddenDifference, RelativeHiddenDifference, KLDivergence, EntropyChange]
 

@@ -12,18 +12,9 @@ from hypothesis import strategies as st
 from trajectories import KINDS, LOOPS, ROWS, exits_step_by_step, policies, trajectories
 
 from looplm_jax.errors import UserError
-from looplm_jax.halting import (
-    Bounded,
-    Confidence,
-    Custom,
-    FixedLoops,
-    HiddenDifference,
-    KLDivergence,
-    Needs,
-    PolicyTable,
-    QExit,
-    Signals,
-)
+from looplm_jax.halting import Bounded, Confidence, Custom, FixedLoops, HiddenDifference, KLDivergence, QExit
+from looplm_jax.halting._policy_table import PolicyTable
+from looplm_jax.halting.signals import Needs, Signals
 
 bounded = st.tuples(policies, st.integers(1, LOOPS), st.integers(1, LOOPS)).map(
     lambda drawn: Bounded(drawn[0], min_loops=min(drawn[1:]), max_loops=max(drawn[1:]))

@@ -15,13 +15,13 @@ from looplm_jax.halting import (
     FixedLoops,
     HiddenDifference,
     KLDivergence,
-    LoopMemory,
     Margin,
-    PolicyTable,
     QExit,
     RelativeHiddenDifference,
     exit_loops,
 )
+from looplm_jax.halting._policy_table import PolicyTable
+from looplm_jax.halting.signals import LoopMemory
 
 LOOPS, ROWS, WIDTH, VOCABULARY = 5, 4, 3, 6
 KINDS = (

@@ -11,7 +11,8 @@ import pytest
 from serving_models import CONFIG, SOUND, finish, make_engine, small_model
 
 from looplm_jax.errors import UserError
-from looplm_jax.halting import Bounded, Custom, FixedLoops, Needs, QExit
+from looplm_jax.halting import Bounded, Custom, FixedLoops, QExit
+from looplm_jax.halting.signals import Needs
 from looplm_jax.inference import Engine, Finish, Request
 
 DAMAGED = 95

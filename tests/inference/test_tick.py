@@ -10,7 +10,8 @@ import pytest
 from inference_models import make_model
 from jax.extend.core import jaxprs_in_params
 
-from looplm_jax.halting import Confidence, FixedLoops, KLDivergence, PolicyTable, QExit
+from looplm_jax.halting import Confidence, FixedLoops, KLDivergence, QExit
+from looplm_jax.halting._policy_table import PolicyTable
 from looplm_jax.inference.kv_cache import CacheStrategy, empty_cache
 from looplm_jax.inference.loopwise_prefill import begin_chunk, run_loop
 from looplm_jax.inference.page_pool import PoolSize

@@ -44,7 +44,7 @@ def test_elbo_with_a_uniform_prior_is_eq4_up_to_beta_log_t(seed, beta):
     case = random_case(seed=seed)
     losses = jnp.abs(case.gates[::-1])
     plain, _ = stage1(losses, case.gates, beta=beta, mask=case.mask)
-    elbo, _ = stage1(losses, case.gates, beta=beta, mask=case.mask, log_prior=halting.uniform(3))
+    elbo, _ = stage1(losses, case.gates, beta=beta, mask=case.mask, log_prior=halting.log_uniform_prior(3))
     np.testing.assert_allclose(elbo - plain, beta * np.log(3), atol=2e-5)
 
 
@@ -56,10 +56,10 @@ def test_metrics_are_means_over_unmasked_tokens():
     assert_trees_close(metrics.loss_per_loop, losses[:, chosen].mean(axis=1))
     assert_trees_close(metrics.exit_pdf, pdf[:, chosen].mean(axis=1))
     assert_trees_close(metrics.mean_exit_loop, halting.mean_exit_loop(pdf)[chosen].mean())
-    assert_trees_close(metrics.exit_entropy, halting.entropy(jnp.log(pdf))[chosen].mean())
+    assert_trees_close(metrics.exit_entropy, halting.entropy(log_pdf=jnp.log(pdf))[chosen].mean())
 
 
-@pytest.mark.parametrize("prior", [None, halting.geometric])
+@pytest.mark.parametrize("prior", [None, halting.log_geometric_prior])
 def test_one_pass_over_the_logits_equals_the_loss_on_token_losses(prior):
     case = random_case()
     options = {"beta": 0.3, "mask": case.mask, "log_prior": prior and prior(3, 0.4)}
@@ -84,7 +84,7 @@ def test_one_pass_over_the_logits_equals_the_loss_on_token_losses(prior):
 @functools.partial(jax.jit, static_argnames="with_prior")
 def run(hidden, head, gates, targets, mask, with_prior=False):
     def loss(hidden, head, gates):
-        log_prior = halting.geometric(3, 0.5) if with_prior else None
+        log_prior = halting.log_geometric_prior(3, 0.5) if with_prior else None
         return stage1_from_hidden(hidden, head, targets, gates, beta=0.1, mask=mask, log_prior=log_prior, chunk=4)
 
     return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(hidden, head, gates)

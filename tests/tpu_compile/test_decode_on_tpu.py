@@ -10,7 +10,7 @@ import pytest
 from tpu_programs import tpu_mesh
 
 from looplm_jax.config import ComputeConfig, MeshConfig, ModelConfig, Remat
-from looplm_jax.halting import PolicyTable
+from looplm_jax.halting._policy_table import PolicyTable
 from looplm_jax.inference.engine_config import EngineConfig
 from looplm_jax.inference.kv_cache import CacheStrategy, empty_cache
 from looplm_jax.inference.loopwise_prefill import begin_chunk, run_loop

@@ -15,7 +15,7 @@ from looplm_jax.errors import UserError
 from looplm_jax.halting import ExitPolicy, exit_loops
 from looplm_jax.inference.kv_cache import bucket
 from looplm_jax.losses import token_scores
-from looplm_jax.losses.cross_entropy import TokenScores
+from looplm_jax.losses._cross_entropy import TokenScores
 from looplm_jax.models.looplm import LoopLM, LoopLMOutput, Params, head_matrix
 
 # Windows: requests as sequences of tokens, in batches of few shapes

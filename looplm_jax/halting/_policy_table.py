@@ -1,4 +1,4 @@
-"""Exit policies of many slots as one pytree.
+"""Exit policies of many slots as one pytree, and the exit loops of tokens for which all loops were computed.
 
 The classes of the policies are part of a compiled program; their numbers are arrays. A slot can therefore be given
 another policy of a known class without compilation.
@@ -7,18 +7,20 @@ another policy of a known class without compilation.
 import dataclasses
 import functools
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from looplm_jax.errors import UserError
-from looplm_jax.halting.policies import Bounded, Custom, ExitPolicy, FixedLoops, QExit, between
-from looplm_jax.halting.signals import Needs, Signals
+from looplm_jax.halting._policies import Bounded, Custom, ExitPolicy, FixedLoops, QExit, between
+from looplm_jax.halting.signals import LoopMemory, Needs, Signals
 
 Kind = type[Any] | Custom  # the class of a policy; each Custom policy is a separate kind
+Head = Callable[[Array], Array]  # states [*B, D] of one loop to logits [*B, V]
 _DTYPES: dict[Any, Any] = {int: jnp.int32, "int": jnp.int32, float: jnp.float32, "float": jnp.float32}
 _MOST_KINDS = 32
 _NO_KIND = -1
@@ -138,6 +140,42 @@ class PolicyTable:
 
 
 _with_row = jax.jit(PolicyTable.with_row)
+
+
+# Exits of tokens for which all loops were computed, as for prompts and in evaluation
+
+
+def exit_loops(
+    policy: ExitPolicy | PolicyTable,
+    hidden: Float[Array, "T *B D"],
+    gate_logits: Float[Array, "T *B"],
+    logits: Head | Float[Array, "T *B V"],
+) -> Int[Array, "*B"]:
+    """Returns the loop at which each token exits, in 1..T. Tokens that have not exited earlier exit at T.
+
+    Args:
+      policy: a policy for all tokens, or a table with one per token.
+      hidden: the states of every loop.
+      gate_logits: the exit gates of every loop.
+      logits: the predictions of every loop, or a head that computes those of one loop, `[*B, D]` to `[*B, V]`. The head
+        is called only for policies that read predictions, and for one loop at a time.
+    """
+
+    def predict(loop: Int[Array, ""]) -> Float[Array, "*B V"] | None:
+        if Needs.LOGITS not in policy.needs:
+            return None
+        return logits(hidden[loop]) if callable(logits) else logits[loop]
+
+    def after_loop(memory: LoopMemory, loop: Int[Array, ""]) -> tuple[LoopMemory, Array]:
+        signals = memory.observe(gate_logits[loop], hidden[loop], predict(loop))
+        return signals.memory(), policy.exits(signals)
+
+    loops = jnp.arange(hidden.shape[0])
+    # The memory needs the shapes of the states and predictions of one loop; nothing is computed here.
+    of_one_loop = jax.eval_shape(lambda loop: (hidden[loop], predict(loop)), loops[0])
+    _, leaves = jax.lax.scan(after_loop, LoopMemory.before_loops(policy.needs, *of_one_loop), loops)
+
+    return jnp.argmax(leaves.at[-1].set(True), axis=0).astype(jnp.int32) + 1
 
 
 # Policies as arrays

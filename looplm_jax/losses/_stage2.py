@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from looplm_jax.config import GateTarget
-from looplm_jax.losses.stage1 import mean_weights
+from looplm_jax.losses._stage1 import mean_weights
 
 
 @flax.struct.dataclass
@@ -44,7 +44,7 @@ def stage2(
       k: the slope of the target.
       gamma: the gain in nats at which continuing and stopping have equal weight.
       mask: 1 for tokens that count, 0 for others; by default all count.
-      count: the number of tokens by which sums are divided, if these are a part of a batch; by default the number of
+      count: the number of tokens by which sums are divided, for those of a microbatch; by default the number of
         unmasked ones.
       target: the gain on which each gate is trained.
 
@@ -53,18 +53,18 @@ def stage2(
     """
     losses = jax.lax.stop_gradient(token_losses)
     gain = jnp.maximum(0.0, losses[:-1] - losses[1:])
-    go_on = jax.nn.sigmoid(k * (gain - gamma))
+    keep_looping = jax.nn.sigmoid(k * (gain - gamma))
 
     # Gains are those of loops 2..T. They train the gates 2..T as printed, or 1..T-1 when looking ahead.
     logits = gate_logits.astype(jnp.float32)
     logits = logits[1:] if target is GateTarget.AS_PRINTED else logits[:-1]
 
-    per_token = -(go_on * jax.nn.log_sigmoid(-logits) + (1.0 - go_on) * jax.nn.log_sigmoid(logits))
+    per_token = -(keep_looping * jax.nn.log_sigmoid(-logits) + (1.0 - keep_looping) * jax.nn.log_sigmoid(logits))
 
     weights = mean_weights(mask, count, logits)
     over_tokens = tuple(range(1, logits.ndim))
     adaptive = jnp.sum(per_token * weights, axis=over_tokens)
-    metrics = Stage2Metrics(continue_target=jnp.sum(go_on * weights, axis=over_tokens), adaptive_loss=adaptive)
+    metrics = Stage2Metrics(continue_target=jnp.sum(keep_looping * weights, axis=over_tokens), adaptive_loss=adaptive)
 
     # Eq. 6 divides by T, although there are T-1 terms.
     return jnp.sum(adaptive) / gate_logits.shape[0], metrics

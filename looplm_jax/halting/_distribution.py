@@ -35,8 +35,8 @@ def exit_cdf(exit_pdf: Float[Array, "T *B"]) -> Float[Array, "T *B"]:
     return 1.0 - _tail(exit_pdf)
 
 
-def entropy(log_pdf: Float[Array, "T *B"]) -> Float[Array, "*B"]:
-    """Returns `H(p) = -sum_t p_t log p_t` in nats, from log-probabilities."""
+def entropy(*, log_pdf: Float[Array, "T *B"]) -> Float[Array, "*B"]:
+    """Returns `H(p) = -sum_t p_t log p_t` in nats, from the log-probabilities of `log_exit_distribution`."""
     return -jnp.sum(jnp.exp(log_pdf) * log_pdf, axis=0)
 
 

@@ -10,9 +10,9 @@ import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from looplm_jax.halting.exit_distribution import entropy, log_exit_distribution, mean_exit_loop
-from looplm_jax.halting.priors import kl_divergence
-from looplm_jax.losses.cross_entropy import weighted_token_losses
+from looplm_jax.halting._distribution import entropy, log_exit_distribution, mean_exit_loop
+from looplm_jax.halting._priors import kl_divergence
+from looplm_jax.losses._cross_entropy import weighted_token_losses
 
 
 @flax.struct.dataclass
@@ -42,7 +42,7 @@ def stage1(
       gate_logits: the exit gate before its sigmoid.
       beta: the weight of the entropy, or of the divergence from `log_prior`.
       mask: 1 for tokens that count, 0 for others; by default all count.
-      count: the number of tokens by which sums are divided, if these are a part of a batch; by default the number of
+      count: the number of tokens by which sums are divided, for those of a microbatch; by default the number of
         unmasked ones.
       log_prior: log-probabilities over loops; None is Eq. 4 as printed.
 
@@ -101,9 +101,11 @@ def _finish(
     """Adds the regularization term and computes the metrics."""
     # `expected` is passed in, because its gradient may be computed together with the logits.
     pdf = jnp.exp(log_pdf)
-    mean_entropy = jnp.sum(entropy(log_pdf) * weights)
+    mean_entropy = jnp.sum(entropy(log_pdf=log_pdf) * weights)
     # For a uniform prior the divergence is the negative entropy plus a constant.
-    regulariser = -mean_entropy if log_prior is None else jnp.sum(kl_divergence(log_pdf, log_prior) * weights)
+    regularizer = (
+        -mean_entropy if log_prior is None else jnp.sum(kl_divergence(log_pdf=log_pdf, log_prior=log_prior) * weights)
+    )
 
     over_tokens = tuple(range(1, token_losses.ndim))
     metrics = Stage1Metrics(
@@ -114,4 +116,4 @@ def _finish(
         mean_exit_loop=jnp.sum(mean_exit_loop(pdf) * weights),
     )
 
-    return expected + beta * regulariser, metrics
+    return expected + beta * regularizer, metrics

@@ -5,14 +5,17 @@ from collections.abc import Iterable
 from typing import Any
 
 from looplm_jax.errors import UserError, suggest
-from looplm_jax.halting.policies import Bounded, ExitPolicy, FixedLoops, QExit
-from looplm_jax.halting.readouts import (
+from looplm_jax.halting._policies import (
     ArgmaxStable,
+    Bounded,
     Confidence,
     EntropyChange,
+    ExitPolicy,
+    FixedLoops,
     HiddenDifference,
     KLDivergence,
     Margin,
+    QExit,
     RelativeHiddenDifference,
 )
 

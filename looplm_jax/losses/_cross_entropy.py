@@ -111,26 +111,26 @@ def _losses_and_gradients(
     The gradients are those of `sum(weights * losses)`.
     """
 
-    def step(head_grad: Array, part: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
-        states, labels, weight = part
+    def step(head_grad: Array, chunk_of_all: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
+        states, labels, weight = chunk_of_all
         logits = _logits(states, head)
         log_norm = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         is_target = _is_target(logits, labels)
         loss = log_norm[..., 0] - jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
         # The derivative of the weighted cross-entropy with respect to the logits: softmax minus one-hot target.
-        slope = (jnp.exp(logits - log_norm) - is_target.astype(jnp.float32)) * weight[..., None]
+        logits_grad = (jnp.exp(logits - log_norm) - is_target.astype(jnp.float32)) * weight[..., None]
         # The products run in the dtype of the states. The gradient of the head is summed in float32.
-        slope = slope.astype(states.dtype)
+        logits_grad = logits_grad.astype(states.dtype)
 
-        states_grad = jnp.einsum("bcv,dv->bcd", slope, head)
-        head_grad += jnp.einsum("bcd,bcv->dv", states, slope, preferred_element_type=jnp.float32)
+        states_grad = jnp.einsum("bcv,dv->bcd", logits_grad, head)
+        head_grad += jnp.einsum("bcd,bcv->dv", states, logits_grad, preferred_element_type=jnp.float32)
 
         return head_grad, (loss, states_grad)
 
     chunks = _split(hidden, targets, chunk, weights)
     head_grad, (losses, hidden_grad) = jax.lax.scan(step, jnp.zeros(head.shape, jnp.float32), chunks)
 
-    losses, hidden_grad = (_join(part, hidden.shape[:3]) for part in (losses, hidden_grad))
+    losses, hidden_grad = (_join(chunks, hidden.shape[:3]) for chunks in (losses, hidden_grad))
     return (losses, hidden_grad), head_grad
 
 
@@ -180,7 +180,7 @@ def _over_chunks(
 
     def of_own_tokens(hidden: Array, head: Array, targets: Array) -> tuple[R, tuple[()]]:
         chunks = _split(hidden, targets, chunk)
-        results = jax.lax.map(lambda part: function(part[0], head, part[1]), chunks)
+        results = jax.lax.map(lambda one: function(one[0], head, one[1]), chunks)
         return jax.tree.map(lambda leaf: _join(leaf, hidden.shape[:3]), results), ()
 
     inputs = _STATES, (None, None), _STATES[1:3]
@@ -197,20 +197,20 @@ def _split(hidden: Array, targets: Array, chunk: int, weights: Array | None = No
     size = min(chunk, length)
     count = -(-length // size)
 
-    def cut(x: Array) -> Array:  # [T, B, S, ...] -> [T * count, B, size, ...]
+    def split(x: Array) -> Array:  # [T, B, S, ...] -> [T * count, B, size, ...]
         padded = jnp.pad(x, [(0, 0), (0, 0), (0, count * size - length)] + [(0, 0)] * (x.ndim - 3))
-        parts = padded.reshape(x.shape[0], x.shape[1], count, size, *x.shape[3:])
-        return jnp.moveaxis(parts, 2, 1).reshape(x.shape[0] * count, x.shape[1], size, *x.shape[3:])
+        chunks = padded.reshape(x.shape[0], x.shape[1], count, size, *x.shape[3:])
+        return jnp.moveaxis(chunks, 2, 1).reshape(x.shape[0] * count, x.shape[1], size, *x.shape[3:])
 
     # The targets are the same in all loops.
     labels = jnp.broadcast_to(targets, (loops, *targets.shape))
-    return (cut(hidden), cut(labels)) if weights is None else (cut(hidden), cut(labels), cut(weights))
+    return (split(hidden), split(labels)) if weights is None else (split(hidden), split(labels), split(weights))
 
 
-def _join(parts: Array, shape: tuple[int, ...]) -> Array:
+def _join(chunks: Array, shape: tuple[int, ...]) -> Array:
     """Reverses `_split`: [T * count, B, size, ...] -> [T, B, S, ...]."""
     loops, batch, length = shape
-    count = parts.shape[0] // loops
+    count = chunks.shape[0] // loops
 
-    whole = jnp.moveaxis(parts.reshape(loops, count, *parts.shape[1:]), 1, 2)
-    return whole.reshape(loops, batch, count * parts.shape[2], *parts.shape[3:])[:, :, :length]
+    whole = jnp.moveaxis(chunks.reshape(loops, count, *chunks.shape[1:]), 1, 2)
+    return whole.reshape(loops, batch, count * chunks.shape[2], *chunks.shape[3:])[:, :, :length]

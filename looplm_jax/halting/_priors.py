@@ -9,19 +9,19 @@ from looplm_jax.config import PriorConfig, PriorKind
 _HERMITE_NODES = 64
 
 
-def uniform(loops: int) -> Float[Array, "T"]:
+def log_uniform_prior(loops: int) -> Float[Array, "T"]:
     """Returns `log(1 / T)` for each loop, the prior to which the entropy term of Eq. 4 corresponds."""
     return jnp.full((loops,), -jnp.log(jnp.float32(loops)))
 
 
-def geometric(loops: int, rate: float) -> Float[Array, "T"]:
+def log_geometric_prior(loops: int, rate: float) -> Float[Array, "T"]:
     """Returns the log of `rate (1 - rate)^(t-1)`, truncated at T and renormalized (PonderNet)."""
     steps = jnp.arange(loops, dtype=jnp.float32)
     # The softmax normalizes the truncated distribution, so the constant factor `rate` cancels.
     return jax.nn.log_softmax(steps * jnp.log1p(-jnp.float32(rate)))
 
 
-def poisson_log_normal(loops: int, mean: float, sigma: float) -> Float[Array, "T"]:
+def log_poisson_lognormal_prior(loops: int, mean: float, sigma: float) -> Float[Array, "T"]:
     """Returns the log-probabilities of a Poisson log-normal prior, truncated at T and renormalized (Huginn).
 
     The number of loops is `1 + Poisson(rate)` with `log rate ~ Normal(log(mean - 1) - sigma^2 / 2, sigma)`. The
@@ -45,14 +45,14 @@ def log_prior(config: PriorConfig, loops: int) -> Float[Array, "T"]:
     """Returns the log-probabilities of the prior of a stage's configuration."""
     match config.kind:
         case PriorKind.UNIFORM:
-            return uniform(loops)
+            return log_uniform_prior(loops)
         case PriorKind.GEOMETRIC:
-            return geometric(loops, config.rate)
+            return log_geometric_prior(loops, config.rate)
         case PriorKind.POISSON_LOG_NORMAL:
-            return poisson_log_normal(loops, config.mean, config.sigma)
+            return log_poisson_lognormal_prior(loops, config.mean, config.sigma)
 
 
-def kl_divergence(log_pdf: Float[Array, "T *B"], log_prior: Float[Array, "T"]) -> Float[Array, "*B"]:
+def kl_divergence(*, log_pdf: Float[Array, "T *B"], log_prior: Float[Array, "T"]) -> Float[Array, "*B"]:
     """Returns `KL(p || prior) = sum_t p_t (log p_t - log prior_t)` in nats."""
     prior = log_prior.reshape(-1, *[1] * (log_pdf.ndim - 1))
     return jnp.sum(jnp.exp(log_pdf) * (log_pdf - prior), axis=0)
