@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from looplm_jax.config import GateTarget
-from looplm_jax.losses import _stage2 as stage2
+from looplm_jax.losses import stage2
 
 both_targets = pytest.mark.parametrize("target", list(GateTarget))
 
