@@ -93,7 +93,7 @@ MISTAKES = [
     (["no/*.txt", "--out", "out", "--tokenizer", "t.model", *LENGTH], "no file matches 'no/*.txt'; check the path"),
     (["a.jsonl", "--out", "a.jsonl", "--tokenizer", "t.model", *LENGTH], "{here}/a.jsonl is a file; choose another"),
     (["a.jsonl", "--out", ".", "--tokenizer", "t.model", *LENGTH], "{here} is not empty and holds no prepared corpus"),
-    (["a.jsonl", "--out", "s3://x", "--tokenizer", "t.model", *LENGTH], "s3://x: a prepared corpus lies in a local"),
+    (["a.jsonl", "--out", "s3://x", "--tokenizer", "t.model", *LENGTH], "s3://x: a prepared corpus is in a local"),
     (["--verify", "--out", "out"], "{here}/out holds no prepared corpus; `looplm tokenize` prepares one"),
     (
         ["a.jsonl", "--out", "out", "--tokenizer", "t.model", *LENGTH, "--decontaminate", "none.txt"],
