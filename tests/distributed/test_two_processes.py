@@ -111,7 +111,7 @@ def test_a_killed_process_of_four_ends_the_others(victim, compiled, tmp_path):
         assert [status for index, status in enumerate(statuses) if index != victim] == [75] * 3, four.everything()
 
 
-@pytest.mark.slow  # test_star has the short form
+@pytest.mark.slow  # test_process_group has the short form
 def test_another_configuration_is_refused_by_all(compiled, tmp_path):
     recipe, run = write_recipe(tmp_path / "recipe.json"), tmp_path / "run"
     own = ([], ["--stages.pretrain.beta", "0.5"])
