@@ -130,7 +130,7 @@ def test_units_are_a_pure_function_of_the_files(files, tokenizer):
     assert make_spec(one, units) == make_spec(one, units)
     assert sum(unit.bytes for unit in units) == sum(path.stat().st_size for path in files)
     [together] = divide(one.sources, 10**6)
-    assert len(together.sources) == 2
+    assert len(together.file_spans) == 2
 
 
 OTHERS = {
