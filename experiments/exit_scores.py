@@ -27,7 +27,7 @@ from looplm_jax.halting import (
     exit_loops,
 )
 from looplm_jax.halting._policy_table import PolicyTable
-from looplm_jax.inference.tick import logits_of
+from looplm_jax.inference._tick import logits_of
 from looplm_jax.losses import token_scores
 from looplm_jax.models.looplm import LoopLM, Params, head_matrix
 

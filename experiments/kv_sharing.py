@@ -4,7 +4,7 @@
 
 Each loop has its own keys and values, so the cache takes T times the memory of a plain model's. In decoding, a model
 may keep one plane for all loops: that of a token's last loop, of its first loop, or the mean
-(`looplm_jax.inference.kv_cache` has the rules; the paper does not state them). Published: with the last loop alone,
+(`looplm_jax.inference._kv_cache` has the rules; the paper does not state them). Published: with the last loop alone,
 GSM8K and MATH-500 hardly change; with the first, they collapse; and sharing in the prefill as well costs more than 10
 points of GSM8K.
 
@@ -38,8 +38,8 @@ from looplm_jax.errors import UserError
 from looplm_jax.evaluation import Table, figure, save_figure
 from looplm_jax.halting import FixedLoops
 from looplm_jax.inference import CacheStrategy, Engine, EngineConfig, bytes_per_token
-from looplm_jax.inference.replay import states_in_turn
-from looplm_jax.inference.rollouts import Rollouts
+from looplm_jax.inference._replay import states_in_turn
+from looplm_jax.inference._rollouts import Rollouts
 from looplm_jax.loading import load
 from looplm_jax.losses import token_scores
 from looplm_jax.models.looplm import LoopLM, Params, compute_dtype, head_matrix

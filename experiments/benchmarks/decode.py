@@ -29,10 +29,10 @@ from experiments.benchmarks.ceiling import Ceiling, measure_ceiling
 from looplm_jax.config import ComputeConfig, Dtype, ModelConfig, Remat
 from looplm_jax.halting import ExitPolicy, FixedLoops, QExit
 from looplm_jax.inference import CacheStrategy, Engine, EngineConfig, bytes_per_token
-from looplm_jax.inference.packed_prefill import admit_pack
-from looplm_jax.inference.prefill import admit, prefill_chunk
-from looplm_jax.inference.speculation import speculate
-from looplm_jax.inference.tick import run_ticks
+from looplm_jax.inference._packed_prefill import admit_pack
+from looplm_jax.inference._prefill import admit, prefill_chunk
+from looplm_jax.inference._tick import run_ticks
+from looplm_jax.inference.speculation import _speculate as speculate
 from looplm_jax.models import presets
 from looplm_jax.models.blocks import unroll_layers
 from looplm_jax.models.looplm import LoopLM, Params, init_params

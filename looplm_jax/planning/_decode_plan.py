@@ -19,12 +19,11 @@ from looplm_jax.config import ComputeConfig, MeshConfig, ModelConfig
 from looplm_jax.errors import UserError
 from looplm_jax.halting._policy_table import PolicyTable
 from looplm_jax.inference import CacheStrategy
-from looplm_jax.inference.kv_cache import bytes_per_token
-from looplm_jax.inference.loopwise_prefill import bytes_per_prompt_token
-from looplm_jax.inference.page_pool import PoolSize
-from looplm_jax.inference.placing import shardings
-from looplm_jax.inference.slots import Slots, empty_slots
-from looplm_jax.inference.tick import run_ticks
+from looplm_jax.inference._cache_layout import PoolSize, shardings
+from looplm_jax.inference._kv_cache import bytes_per_token
+from looplm_jax.inference._loopwise_prefill import bytes_per_prompt_token
+from looplm_jax.inference._slots import Slots, empty_slots
+from looplm_jax.inference._tick import run_ticks
 from looplm_jax.models.looplm import LoopLM, Params, boxed_shapes, compute_dtype
 from looplm_jax.planning._budget import DecodeTiming, ProgramBytes, decode_timing, out_of_memory, shard_bytes
 from looplm_jax.planning._hlo import parse

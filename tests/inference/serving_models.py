@@ -39,8 +39,8 @@ def make_engine(**changes):
     return Engine(*small_model(), Letters(), config=dataclasses.replace(CONFIG, **changes))
 
 
-def finish(engine, tickets):
+def finish(engine, handles):
     """Steps the engine until it is idle, and returns the results."""
     while engine.step():
         pass
-    return [ticket.result(timeout=0) for ticket in tickets]
+    return [handle.result(timeout=0) for handle in handles]

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from looplm_jax.inference.cache_attention import PastView, attend_row_by_row
-from looplm_jax.inference.decode_kernel import decode_attention, fits
-from looplm_jax.inference.head_lanes import LANES, in_lanes, load_heads, store_heads
+from looplm_jax.inference._cache_attention import PastView, attend_row_by_row
+from looplm_jax.inference._cache_layout import LANES, in_lanes, load_heads, store_heads
+from looplm_jax.inference._decode_kernel import decode_attention, fits
 from looplm_jax.models.blocks import KeyValues
 
 LAYERS, PLANES, ROWS, WIDTH = 2, 3, 4, 128

@@ -12,21 +12,21 @@ from serving_models import CONFIG, SOUND, finish, make_engine, small_model
 from looplm_jax.errors import UserError
 from looplm_jax.halting import FixedLoops
 from looplm_jax.inference import CacheStrategy, Engine, EngineConfig, Finish, Request
-from looplm_jax.inference.deferred_signals import deferred_signals
+from looplm_jax.inference._deferred_signals import deferred_signals
 
 LONG = Request(prompt_ids=(1, 2), max_new_tokens=100, policy=FixedLoops(loops=3))
 
 
-async def awaited(ticket):
-    return await ticket
+async def awaited(handle):
+    return await handle
 
 
-async def iterated(ticket):
-    return [new async for new in ticket]
+async def iterated(handle):
+    return [new async for new in handle]
 
 
-async def busy_with_a_token(ticket):
-    async for _ in ticket:
+async def busy_with_a_token(handle):
+    async for _ in handle:
         await asyncio.sleep(1e9)
 
 
@@ -34,24 +34,24 @@ async def busy_with_a_token(ticket):
 def test_clients_whose_time_is_over_free_their_slots(engine, answer, way):
     """More clients than slots, each in an event loop that is closed after the timeout."""
 
-    async def impatient(ticket):
+    async def impatient(handle):
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(way(ticket), 0.01)
+            await asyncio.wait_for(way(handle), 0.01)
 
     with engine.serving():
         for _ in range(CONFIG.slots + 2):
-            ticket = engine.submit(LONG, wait=True)
-            asyncio.run(impatient(ticket))
-            assert ticket.result(timeout=60).finish is Finish.CANCELLED
+            handle = engine.submit(LONG, wait=True)
+            asyncio.run(impatient(handle))
+            assert handle.result(timeout=60).finish is Finish.CANCELLED
         assert engine.submit(SOUND).result(timeout=60).tokens == answer
 
 
 def test_a_shielded_request_survives_its_client(engine):
-    async def impatient(ticket):
-        waiting = asyncio.shield(ticket)
+    async def impatient(handle):
+        waiting = asyncio.shield(handle)
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(waiting, 0.001)
-        return await ticket
+        return await handle
 
     with engine.serving():
         assert asyncio.run(impatient(engine.submit(LONG))).finish is Finish.LENGTH
@@ -59,10 +59,10 @@ def test_a_shielded_request_survives_its_client(engine):
 
 def test_a_loop_over_tokens_that_is_left_ends_the_request(engine):
     with engine.serving():
-        ticket = engine.submit(LONG)
-        for _ in ticket.tokens():
+        handle = engine.submit(LONG)
+        for _ in handle.tokens():
             break
-        assert ticket.result(timeout=60).finish is Finish.CANCELLED
+        assert handle.result(timeout=60).finish is Finish.CANCELLED
 
 
 @pytest.mark.parametrize("error", [asyncio.CancelledError, SystemExit, KeyboardInterrupt, GeneratorExit])
@@ -134,19 +134,19 @@ def test_a_waiting_request_costs_a_step_nothing():
     def calls(waiting):
         full, counted = make_engine(queue=3000), []
         busy = [full.submit(LONG) for _ in range(CONFIG.slots)]
-        tickets = [full.submit(SOUND) for _ in range(waiting)]
-        while not all(full._slots):
+        handles = [full.submit(SOUND) for _ in range(waiting)]
+        while not all(full._scheduler._slots):
             full.step()
         for _ in range(3):
             full.step()
-        tickets[waiting // 2].cancel()
+        handles[waiting // 2].cancel()
         sys.setprofile(lambda frame, event, argument: counted.append(event) if event.endswith("call") else None)
         try:
             full.step()
         finally:
             sys.setprofile(None)
-        assert tickets[waiting // 2].done
-        assert not any(ticket.done for ticket in busy)
+        assert handles[waiting // 2].done
+        assert not any(handle.done for handle in busy)
         return len(counted)
 
     calls(4)  # warm-up
@@ -241,7 +241,9 @@ def test_no_room_for_tokens_beyond_the_positions():
 def test_a_kept_cache_of_another_engine_is_refused(engine):
     (kept,) = engine.generate([(1,)], max_new_tokens=2, keep_cache=True)
     other = make_engine(loops=2, cache=CacheStrategy.LAST)
-    with pytest.raises(UserError, match=r"^the kept cache has 1 layers, 3 loops and .* use the engine it comes from$"):
+    with pytest.raises(
+        UserError, match=r"^the prefix cache has 1 layers, 3 loops and .* use the engine it comes from$"
+    ):
         other.generate([(1,)], max_new_tokens=2, past=kept.cache)
 
 

@@ -13,10 +13,10 @@ from serving_models import CONFIG, LOOPS, Letters, finish, make_engine, small_mo
 from looplm_jax.config import MeshConfig
 from looplm_jax.halting import ArgmaxStable, Bounded, FixedLoops, QExit
 from looplm_jax.inference import Engine, Finish, Request, Sampling, bytes_per_token
-from looplm_jax.inference import engine as engine_module
-from looplm_jax.inference.packed_prefill import admit_pack
-from looplm_jax.inference.prefill import admit, prefill_chunk
-from looplm_jax.inference.tick import run_ticks
+from looplm_jax.inference import _scheduler as scheduler_module
+from looplm_jax.inference._packed_prefill import admit_pack
+from looplm_jax.inference._prefill import admit, prefill_chunk
+from looplm_jax.inference._tick import run_ticks
 from looplm_jax.models.looplm import boxed_shapes
 from looplm_jax.sharding import abstract_arrays, make_mesh
 
@@ -53,11 +53,11 @@ def assert_same(result, expected, atol=1e-5):
 @given(st.lists(st.integers(0, len(REQUESTS) - 1), min_size=2, max_size=10), st.integers(0, 20))
 def test_a_request_is_answered_the_same_alone_and_in_any_company(engine, alone, chosen, pause):
     """In any order, with any neighbours, and whenever it comes."""
-    tickets = [engine.submit(REQUESTS[number]) for number in chosen[1:]]
+    handles = [engine.submit(REQUESTS[number]) for number in chosen[1:]]
     for _ in range(pause):
         engine.step()
-    tickets = [engine.submit(REQUESTS[chosen[0]]), *tickets]
-    for number, result in zip(chosen, finish(engine, tickets)):
+    handles = [engine.submit(REQUESTS[chosen[0]]), *handles]
+    for number, result in zip(chosen, finish(engine, handles)):
         assert_same(result, alone[number])
 
 
@@ -82,11 +82,11 @@ def test_three_ticks_at_a_time_and_previews_change_no_answer(alone):
     """And a preview is what each loop would have said: that of the last loop is the token, where nothing is drawn."""
     other = make_engine(ticks=3, previews=True)
     given_out = [[] for _ in REQUESTS]
-    tickets = [
+    handles = [
         other.submit(dataclasses.replace(request, on_token=tokens.append))
         for request, tokens in zip(REQUESTS, given_out)
     ]
-    for result, expected in zip(finish(other, tickets), alone):
+    for result, expected in zip(finish(other, handles), alone):
         assert_same(result, expected)
     for request, expected, (first, *rest) in zip(REQUESTS, alone, given_out):
         assert first.previews == ()  # of a prompt all loops are there at once
@@ -138,7 +138,7 @@ def test_a_bfloat16_cache_is_half_the_size_and_nearly_as_good(engine, alone):
 def test_what_no_slot_knew_is_made_room_for_while_others_are_under_way(engine, alone):
     """A policy of a new kind and a repetition penalty come while neighbours are in the middle of their text."""
     fresh = make_engine()
-    tickets = [fresh.submit(REQUESTS[number]) for number in (5, 1)]
+    handles = [fresh.submit(REQUESTS[number]) for number in (5, 1)]
     for _ in range(8):
         fresh.step()
     prompt = (8, 9)
@@ -149,8 +149,8 @@ def test_what_no_slot_knew_is_made_room_for_while_others_are_under_way(engine, a
         sampling=Sampling(repetition_penalty=1e6),
         keep_cache=True,
     )
-    tickets.append(fresh.submit(penalised))
-    *others, last = finish(fresh, tickets)
+    handles.append(fresh.submit(penalised))
+    *others, last = finish(fresh, handles)
     for number, result in zip((5, 1), others):
         assert_same(result, alone[number], atol=1e-4)
     assert len({*prompt, *last.tokens}) == len(prompt) + 20
@@ -158,21 +158,21 @@ def test_what_no_slot_knew_is_made_room_for_while_others_are_under_way(engine, a
     (more,) = finish(
         fresh, [fresh.submit(dataclasses.replace(penalised, prompt_ids=last.tokens[-1:], past=last.cache))]
     )
-    assert len({*prompt, *last.tokens, *more.tokens}) == len(prompt) + 40  # what the kept cache holds counts, too
+    assert len({*prompt, *last.tokens, *more.tokens}) == len(prompt) + 40  # what the prefix cache holds counts, too
 
 
 def test_few_loops_are_wasted_while_requests_wait(engine):
     """Passes times slots against the loops that tokens took."""
     busy = make_engine()
     policies = [QExit(q=0.3), FixedLoops(loops=3), QExit(q=0.8)]
-    tickets = [
+    handles = [
         busy.submit(Request(prompt_ids=(1 + number,), max_new_tokens=30, policy=policies[number % 3]))
         for number in range(15)
     ]
-    while len(busy._queue):
+    while len(busy._scheduler._queue):
         busy.step()
     assert busy.stats.loops / (busy.stats.ticks * CONFIG.slots) >= 0.95
-    results = finish(busy, tickets)
+    results = finish(busy, handles)
     assert busy.stats.tokens == sum(len(result.tokens) for result in results) == 15 * 30
     assert busy.stats.loops == sum(sum(result.exit_loops[1:]) for result in results)
     assert busy.stats.prompt_tokens == 15
@@ -185,9 +185,9 @@ def test_clients_take_turns(engine):
     def request(client):
         return Request(prompt_ids=(5,), max_new_tokens=1, client=client, on_token=lambda _: begun.append(client))
 
-    tickets = [engine.submit(request("busy")) for _ in range(6)]
-    tickets.append(engine.submit(request("late")))
-    finish(engine, tickets)
+    handles = [engine.submit(request("busy")) for _ in range(6)]
+    handles.append(engine.submit(request("late")))
+    finish(engine, handles)
     assert begun == ["busy", "late", *["busy"] * 5]
 
 
@@ -212,7 +212,7 @@ def test_a_budget_of_loops_is_kept_after_every_token(engine):
 def test_a_budget_of_time_gives_up_loops(engine, monkeypatch):
     """With a clock by which a tick takes 10 ms, 20 ms are two loops."""
     clock = types.SimpleNamespace(monotonic=itertools.count(0.0, 0.01).__next__)
-    monkeypatch.setattr(engine_module, "time", clock)
+    monkeypatch.setattr(scheduler_module, "time", clock)
     fresh = make_engine()
     (free,) = fresh.generate([(9, 9)], max_new_tokens=12)
     (result,) = fresh.generate([(9, 9)], max_new_tokens=12, milliseconds_per_token=20)
@@ -248,10 +248,10 @@ def test_a_thread_serves_those_who_wait_and_those_who_await(engine, alone):
         return streamed, await engine.submit(REQUESTS[0])
 
     with engine.serving():
-        tickets = [engine.submit(request) for request in REQUESTS]
+        handles = [engine.submit(request) for request in REQUESTS]
         streamed, awaited = asyncio.run(both())
-        results = [ticket.result(timeout=60) for ticket in tickets]
-        told = [new.token for new in tickets[0].tokens()]
+        results = [handle.result(timeout=60) for handle in handles]
+        told = [new.token for new in handles[0].tokens()]
     for result, expected in zip([*results, awaited], [*alone, alone[0]]):
         assert_same(result, expected)
     assert tuple(streamed) == alone[1].tokens
@@ -260,8 +260,8 @@ def test_a_thread_serves_those_who_wait_and_those_who_await(engine, alone):
 
 def test_what_is_unfinished_when_serving_ends_is_cancelled(engine, alone):
     with engine.serving():
-        tickets = [engine.submit(Request(prompt_ids=(1,), max_new_tokens=100)) for _ in range(7)]
-    assert {ticket.result(timeout=0).finish for ticket in tickets} <= {Finish.CANCELLED, Finish.LENGTH}
+        handles = [engine.submit(Request(prompt_ids=(1,), max_new_tokens=100)) for _ in range(7)]
+    assert {handle.result(timeout=0).finish for handle in handles} <= {Finish.CANCELLED, Finish.LENGTH}
     assert_same(finish(engine, [engine.submit(REQUESTS[0])])[0], alone[0])
 
 
@@ -272,13 +272,15 @@ def test_nothing_grows_with_the_number_of_requests(count):
     small.generate([few.prompt_ids] * 10, max_new_tokens=2, policy=few.policy)
     before, answered = len(jax.live_arrays()), 0
     for start in range(0, count, 50):
-        tickets = [
+        handles = [
             small.submit(dataclasses.replace(few, client=str(start + number), max_new_tokens=1 + number % 2))
             for number in range(50)
         ]
-        answered += sum(len(result.tokens) == 1 + number % 2 for number, result in enumerate(finish(small, tickets)))
-        del tickets
+        answered += sum(len(result.tokens) == 1 + number % 2 for number, result in enumerate(finish(small, handles)))
+        del handles
     assert answered == count
     assert len(jax.live_arrays()) <= before + 2
-    assert (len(small._queue), len(small._queue._waiting), len(small._flying), small._reading) == (0, 0, 0, None)
-    assert not any(small._slots)
+    scheduler = small._scheduler
+    assert (len(scheduler._queue), len(scheduler._queue._waiting)) == (0, 0)
+    assert (len(scheduler._in_flight), scheduler._prefill) == (0, None)
+    assert not any(scheduler._slots)

@@ -68,7 +68,7 @@ REFUSALS = {
     "keep_cache must be True or False, not 'yes'": {"keep_cache": "yes"},
     "past must be the cache of a Result, not int": {"past": 3},
     "on_token must be a function, not 3": {"on_token": 3},
-    "on_token is an async function, which would never run; use `async for new in ticket`": {"on_token": wait_for_ever},
+    "on_token is an async function, which would never run; use `async for new in handle`": {"on_token": wait_for_ever},
     "a stop string is empty, so every text would end at once; leave it out": {"stop_strings": ("",)},
     "stop id -2 is negative; ids of tokens count from 0": {"stop_ids": (3, -2)},
 }
@@ -100,10 +100,10 @@ def test_what_needs_a_tokenizer():
 
 
 def test_a_full_queue_says_so(engine, answer):
-    tickets = [engine.submit(SOUND) for _ in range(3)]
+    handles = [engine.submit(SOUND) for _ in range(3)]
     with pytest.raises(UserError, match=r"^3 requests are waiting; try again when some are answered$"):
         engine.submit(SOUND)
-    assert [result.tokens for result in finish(engine, tickets)] == [answer] * 3
+    assert [result.tokens for result in finish(engine, handles)] == [answer] * 3
 
 
 def test_a_cancelled_request_leaves_the_queue_at_once(engine, answer):
@@ -112,35 +112,35 @@ def test_a_cancelled_request_leaves_the_queue_at_once(engine, answer):
     while len(busy) < CONFIG.slots:
         engine.step()
         busy.append(engine.submit(LONG))
-    while len(engine._queue):
+    while len(engine._scheduler._queue):
         engine.step()
     waiting = [engine.submit(SOUND) for _ in range(3)]
     waiting[1].cancel()
     late = engine.submit(SOUND)
-    assert (waiting[1].result(timeout=0).finish, len(engine._queue)) == (Finish.CANCELLED, 3)
+    assert (waiting[1].result(timeout=0).finish, len(engine._scheduler._queue)) == (Finish.CANCELLED, 3)
     waiting[0].cancel()
     engine.step()
-    assert (waiting[0].result(timeout=0).finish, len(engine._queue)) == (Finish.CANCELLED, 2)
-    for ticket in busy:
-        ticket.cancel()
+    assert (waiting[0].result(timeout=0).finish, len(engine._scheduler._queue)) == (Finish.CANCELLED, 2)
+    for handle in busy:
+        handle.cancel()
     assert [result.tokens for result in finish(engine, [waiting[2], late])] == [answer] * 2
 
 
 def test_a_cancelled_request_leaves_its_slot_to_the_next(engine, answer):
-    tickets = []
-    while len(tickets) < CONFIG.slots:
-        tickets.append(engine.submit(LONG))
+    handles = []
+    while len(handles) < CONFIG.slots:
+        handles.append(engine.submit(LONG))
         engine.step()
     waiting = engine.submit(SOUND)
     for _ in range(10):
         engine.step()
     assert not waiting.done
-    tickets[1].cancel()
+    handles[1].cancel()
     while not waiting.done:
         engine.step()
     assert waiting.result().tokens == answer
-    assert not tickets[0].done
-    first, cancelled, third = finish(engine, tickets)
+    assert not handles[0].done
+    first, cancelled, third = finish(engine, handles)
     assert cancelled.finish is Finish.CANCELLED
     assert 0 < len(cancelled.tokens) < 100
     assert first.tokens == third.tokens
@@ -170,8 +170,8 @@ def make_damaged_engine(token):
 def test_logits_that_are_not_finite_end_that_request_only(answer):
     damaged_engine = make_damaged_engine(DAMAGED)
     bad = dataclasses.replace(SOUND, prompt_ids=(1, DAMAGED))
-    tickets = [damaged_engine.submit(request) for request in (SOUND, bad, SOUND)]
-    first, failed, third = finish(damaged_engine, tickets)
+    handles = [damaged_engine.submit(request) for request in (SOUND, bad, SOUND)]
+    first, failed, third = finish(damaged_engine, handles)
     assert (failed.finish, failed.tokens) == (Finish.FAILED, ())
     assert failed.error == "logits were not finite; the parameters are damaged, or overflow"
     assert first.tokens == third.tokens == answer
@@ -203,8 +203,8 @@ def test_a_callback_that_raises_ends_its_own_request_only(engine, answer):
         if new.token == answer[2]:
             raise KeyError("lost")
 
-    tickets = [engine.submit(request) for request in (SOUND, dataclasses.replace(SOUND, on_token=broken), SOUND)]
-    first, failed, third = finish(engine, tickets)
+    handles = [engine.submit(request) for request in (SOUND, dataclasses.replace(SOUND, on_token=broken), SOUND)]
+    first, failed, third = finish(engine, handles)
     assert (failed.finish, failed.error) == (Finish.FAILED, "on_token raised KeyError: 'lost'")
     assert failed.tokens == answer[:3]
     assert first.tokens == third.tokens == answer
@@ -219,8 +219,8 @@ def test_a_policy_that_raises_ends_its_own_request_only(answer, fails):
 
     fresh = make_engine()
     bad = dataclasses.replace(SOUND, policy=Custom(exits, needs=Needs(0)))
-    tickets = [fresh.submit(request) for request in (SOUND, bad, SOUND)]
-    first, failed, third = finish(fresh, tickets)
+    handles = [fresh.submit(request) for request in (SOUND, bad, SOUND)]
+    first, failed, third = finish(fresh, handles)
     assert (failed.finish, failed.error) == (Finish.FAILED, "the exit policy raised ZeroDivisionError: no policy")
     assert first.tokens == third.tokens == answer
 
@@ -305,21 +305,22 @@ def test_a_tick_that_fails_ends_what_was_in_the_slots_only(answer, monkeypatch):
 
     monkeypatch.setattr(broken._decoder, "tick", fail_once)
     with broken.serving():
-        results = [ticket.result(timeout=60) for ticket in [broken.submit(LONG), broken.submit(SOUND)]]
+        results = [handle.result(timeout=60) for handle in [broken.submit(LONG), broken.submit(SOUND)]]
     assert [result.finish for result in results] == [Finish.FAILED, Finish.LENGTH]
     assert results[0].error == "the engine had to start over (MemoryError: out of memory)"
     assert results[1].tokens == answer
 
 
 @pytest.mark.parametrize(
-    ("where", "tokens"), [("read", 1), ("admit_pack", 1), ("read", 40), ("read_chunk", 40), ("admit", 40)]
+    ("where", "tokens"),
+    [("start_prefill", 1), ("admit_pack", 1), ("start_prefill", 40), ("read_chunk", 40), ("admit", 40)],
 )
 @pytest.mark.parametrize("lost", [False, True])
 def test_a_failure_while_a_prompt_is_read_ends_that_request_only(answer, monkeypatch, where, tokens, lost):
     """And those in the slots, if the program that failed took these with it."""
     broken = make_engine()
     others = [broken.submit(SOUND), broken.submit(SOUND)]
-    while not all(broken._slots[:2]):
+    while not all(broken._scheduler._slots[:2]):
         broken.step()
     whole = getattr(broken._decoder, where)
 
@@ -339,7 +340,7 @@ def test_a_failure_while_a_prompt_is_read_ends_that_request_only(answer, monkeyp
     assert (failed.finish, failed.error) == (Finish.FAILED, "its prompt: RuntimeError: no luck")
     assert after.tokens == answer
     expected = Finish.FAILED if lost else Finish.LENGTH
-    assert [ticket.result(timeout=0).finish for ticket in others] == [expected] * 2
+    assert [handle.result(timeout=0).finish for handle in others] == [expected] * 2
 
 
 def test_nobody_waits_for_an_engine_that_broke(monkeypatch):
@@ -351,7 +352,7 @@ def test_nobody_waits_for_an_engine_that_broke(monkeypatch):
     for name in ("tick", "start_over"):
         monkeypatch.setattr(broken._decoder, name, no_memory)
     with broken.serving():
-        results = [ticket.result(timeout=60) for ticket in [broken.submit(SOUND), broken.submit(LONG)]]
+        results = [handle.result(timeout=60) for handle in [broken.submit(SOUND), broken.submit(LONG)]]
         with pytest.raises(UserError, match=r"the engine has stopped \(MemoryError: out of memory\); make a new one"):
             broken.submit(SOUND)
     assert [result.finish for result in results] == [Finish.FAILED] * 2

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from looplm_jax.inference.fair_queue import FairQueue
+from looplm_jax.inference._scheduler import FairQueue
 
 
 def drain(queue):

@@ -10,9 +10,9 @@ from looplm_jax.config import Injection
 from looplm_jax.errors import UserError
 from looplm_jax.halting import FixedLoops, QExit, exit_distribution, q_exit
 from looplm_jax.inference import Finish, Sampling, generate
-from looplm_jax.inference.packed_prefill import admit_pack
-from looplm_jax.inference.prefill import admit, prefill_chunk
-from looplm_jax.inference.tick import run_ticks
+from looplm_jax.inference._packed_prefill import admit_pack
+from looplm_jax.inference._prefill import admit, prefill_chunk
+from looplm_jax.inference._tick import run_ticks
 from looplm_jax.models.looplm import head_matrix
 
 PROMPT = [3, 14, 15, 92, 65, 35]

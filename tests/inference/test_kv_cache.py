@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plain_decoder import SEEN
 
-from looplm_jax.inference.kv_cache import Cache, CacheStrategy, bucket, bytes_per_token, empty_cache, share
+from looplm_jax.inference._kv_cache import Cache, CacheStrategy, bucket, bytes_per_token, empty_cache, share
 from looplm_jax.models.blocks import KeyValues
 from looplm_jax.models.looplm import ModelCache
 from looplm_jax.models.presets import tiny

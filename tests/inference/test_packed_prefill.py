@@ -8,8 +8,8 @@ from serving_models import finish, make_engine
 
 from looplm_jax.halting import QExit
 from looplm_jax.inference import Request, Sampling
-from looplm_jax.inference.packed_prefill import admit_pack, make_pack
-from looplm_jax.inference.prefill import admit, prefill_chunk
+from looplm_jax.inference._packed_prefill import admit_pack, make_pack
+from looplm_jax.inference._prefill import admit, prefill_chunk
 
 SHORT = [
     Request(prompt_ids=(1, 2, 3), max_new_tokens=5, policy=QExit(q=0.5)),
@@ -51,9 +51,9 @@ def test_one_program_reads_all_that_waits(engine, alone, monkeypatch):
         return whole(readings)
 
     monkeypatch.setattr(engine._decoder, "admit_pack", noted)
-    tickets = [engine.submit(Request(prompt_ids=(1,) * count, max_new_tokens=1)) for count in (7, 9, 1, 10, 2, 3, 16)]
+    handles = [engine.submit(Request(prompt_ids=(1,) * count, max_new_tokens=1)) for count in (7, 9, 1, 10, 2, 3, 16)]
     before = [program._cache_size() for program in (admit_pack, prefill_chunk, admit)]
-    finish(engine, tickets)
+    finish(engine, handles)
     assert packs == [[7, 9], [1], [10, 2], [3], [16]]
     assert [program._cache_size() for program in (admit_pack, prefill_chunk, admit)] == before
 
@@ -72,7 +72,7 @@ def test_a_policy_that_fails_ends_its_own_request_only(engine, alone):
 
 @given(st.dictionaries(st.integers(0, 4), st.lists(st.integers(1, 96), min_size=1, max_size=6), max_size=5))
 def test_a_pack_has_every_token_of_its_prompts(prompts):
-    pack = make_pack(prompts, slots=5, size=30, pages=None, settings=None, seen=None)
+    pack = make_pack(prompts, slots=5, size=30, pages=None, settings=None, seen_tokens=None)
     for slot in range(5):
         (own,) = np.nonzero(pack.owners == slot)
         assert pack.tokens[own].tolist() == prompts.get(slot, [])

@@ -11,7 +11,7 @@ from serving_models import finish, make_engine
 from looplm_jax.errors import UserError
 from looplm_jax.halting import QExit
 from looplm_jax.inference import EngineConfig, Finish, Request, Sampling
-from looplm_jax.inference.page_pool import PagePool, PoolSize
+from looplm_jax.inference._cache_layout import PagePool, PoolSize
 
 PAGES = 9
 events = st.lists(st.sampled_from([("release", 0), *(("reserve", count) for count in range(6))]))
@@ -88,14 +88,14 @@ def few_pages():
 @given(st.lists(st.tuples(st.integers(0, len(REQUESTS) - 1), st.integers(0, 9)), min_size=4, max_size=12), st.data())
 def test_pages_change_no_answer(alone, chosen, data):
     """For any pages that a request gets: other requests arrive, are cancelled and finish."""
-    engine, tickets = few_pages(), []
+    engine, handles = few_pages(), []
     for number, steps in chosen:
-        tickets.append(engine.submit(REQUESTS[number]))
+        handles.append(engine.submit(REQUESTS[number]))
         for _ in range(steps):
             engine.step()
         if data.draw(st.booleans()):
-            data.draw(st.sampled_from(tickets)).cancel()
-    for (number, _), result in zip(chosen, finish(engine, tickets)):
+            data.draw(st.sampled_from(handles)).cancel()
+    for (number, _), result in zip(chosen, finish(engine, handles)):
         assert result.finish in (Finish.CANCELLED, alone[number].finish)
         assert result.tokens == alone[number].tokens[: len(result.tokens)]
         assert result.log_probs == pytest.approx(alone[number].log_probs[: len(result.tokens)], abs=1e-5)
@@ -125,8 +125,8 @@ def test_a_request_that_waits_for_pages_is_overtaken_by_none():
         return Request(prompt_ids=(5,), max_new_tokens=tokens, on_token=lambda _: begun.append(name))
 
     wanted = [("first", 60), ("large", 100), ("small", 3), ("small", 3)]
-    tickets = [engine.submit(request(*each)) for each in wanted]
-    results = finish(engine, tickets)
+    handles = [engine.submit(request(*each)) for each in wanted]
+    results = finish(engine, handles)
     assert [len(result.tokens) for result in results] == [tokens for _, tokens in wanted]
     assert list(dict.fromkeys(begun)) == ["first", "large", "small"]
 
@@ -134,16 +134,16 @@ def test_a_request_that_waits_for_pages_is_overtaken_by_none():
 def test_a_cancelled_request_keeps_nobody_waiting_for_pages(alone):
     engine = few_pages()
     large = Request(prompt_ids=(5,), max_new_tokens=100)
-    tickets = [engine.submit(large), engine.submit(large), engine.submit(REQUESTS[0])]
+    handles = [engine.submit(large), engine.submit(large), engine.submit(REQUESTS[0])]
     for _ in range(5):
         engine.step()
-    assert not tickets[2].done
-    tickets[1].cancel()
-    while not tickets[2].done:
+    assert not handles[2].done
+    handles[1].cancel()
+    while not handles[2].done:
         engine.step()
-    assert not tickets[0].done
-    assert tickets[2].result().tokens == alone[0].tokens
-    tickets[0].cancel()
+    assert not handles[0].done
+    assert handles[2].result().tokens == alone[0].tokens
+    handles[0].cancel()
     finish(engine, [])
     assert engine._decoder._pool.free == PAGES
 

@@ -4,7 +4,7 @@ import numpy as np
 from inference_models import make_model
 
 from looplm_jax.config import ComputeConfig, Dtype, Injection, Remat
-from looplm_jax.inference.decoder import in_dtype_of_products
+from looplm_jax.inference._decoder import in_dtype_of_products
 from looplm_jax.models.looplm import LoopLM
 
 

@@ -10,10 +10,10 @@ from inference_models import make_model
 
 from looplm_jax.config import Injection
 from looplm_jax.inference import EngineConfig, Request
-from looplm_jax.inference.decoder import Decoder
-from looplm_jax.inference.kv_cache import Cache, CacheStrategy, empty_cache, share
-from looplm_jax.inference.loopwise_prefill import begin_chunk, bytes_per_prompt_token
-from looplm_jax.inference.prefill import extract_row, prefill_chunk
+from looplm_jax.inference._decoder import Decoder
+from looplm_jax.inference._kv_cache import Cache, CacheStrategy, empty_cache, share
+from looplm_jax.inference._loopwise_prefill import begin_chunk, bytes_per_prompt_token
+from looplm_jax.inference._prefill import extract_row, prefill_chunk
 from looplm_jax.models.looplm import ModelCache
 
 LOOPS, ROOM = 3, 32
@@ -60,16 +60,16 @@ def decoder(strategy):
 
 def read(decoder, prompt):
     """The prompt, read into pages, and what these hold of it."""
-    reading = decoder.read(Request(prompt_ids=tuple(prompt), max_new_tokens=1))
-    while not reading.done:
-        decoder.read_chunk(reading)
-    pages, length = np.array(reading.pages), len(prompt)
+    task = decoder.start_prefill(Request(prompt_ids=tuple(prompt), max_new_tokens=1))
+    while not task.done:
+        decoder.read_chunk(task)
+    pages, length = np.array(task.pages), len(prompt)
     held = jax.tree.map(
         lambda whole: np.asarray(whole)[:, :, pages].reshape(*whole.shape[:2], -1, *whole.shape[4:])[:, :, :length],
         decoder._slots.cache.planes,
     )
-    decoder.abandon(reading)
-    return reading, held
+    decoder.abandon(task)
+    return task, held
 
 
 @pytest.mark.parametrize("strategy", [each for each in CacheStrategy if each.shares])
@@ -81,7 +81,7 @@ def test_a_prompt_read_loop_by_loop_is_the_prompt_as_a_whole(model_and_params, s
     @given(st.lists(st.integers(0, 96), min_size=1, max_size=ROOM))
     def check(prompt):
         length = len(prompt)
-        reading, held = read(decoder(strategy), prompt)
+        task, held = read(decoder(strategy), prompt)
         output, planes = forward(model, params, np.array([[*prompt, *[0] * (ROOM - length)]], np.int32))
         core, coda = jax.tree.map(lambda x: np.swapaxes(x, 0, 1), (planes.core, planes.coda))
         full = Cache(
@@ -91,8 +91,8 @@ def test_a_prompt_read_loop_by_loop_is_the_prompt_as_a_whole(model_and_params, s
         )
         for found, expected in zip(jax.tree.leaves(held), jax.tree.leaves(share(full, strategy).planes), strict=True):
             np.testing.assert_allclose(found, expected[:, :, 0, :length], atol=1e-4)
-        np.testing.assert_allclose(reading.last.hidden, output.hidden[:, 0, length - 1], atol=1e-4)
-        np.testing.assert_allclose(reading.last.gate_logits, output.gate_logits[:, 0, length - 1], atol=1e-4)
+        np.testing.assert_allclose(task.last.hidden, output.hidden[:, 0, length - 1], atol=1e-4)
+        np.testing.assert_allclose(task.last.gate_logits, output.gate_logits[:, 0, length - 1], atol=1e-4)
 
     check()
 
@@ -117,8 +117,8 @@ def test_a_prompt_that_is_not_finite_leaves_finite_pages(place):
     damaged = Decoder(sound.model, params, sound.config)
     prompt = [1] * 10
     prompt[place] = 7
-    reading, _ = read(damaged, prompt)
-    assert not np.isfinite(reading.last.hidden).all(axis=1).any()
+    task, _ = read(damaged, prompt)
+    assert not np.isfinite(task.last.hidden).all(axis=1).any()
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(damaged._slots.cache.planes))
 
 

@@ -11,7 +11,7 @@ from serving_models import CONFIG, LOOPS, Letters, finish, make_engine, small_mo
 from looplm_jax.errors import UserError
 from looplm_jax.halting import FixedLoops
 from looplm_jax.inference import Engine, Sampling, replay, speculate
-from looplm_jax.inference.sampling import token_key
+from looplm_jax.inference._sampling import token_key
 from looplm_jax.models.looplm import head_matrix
 
 DRAWN = Sampling(temperature=1.0, seed=11)

@@ -14,8 +14,8 @@ from looplm_jax.config import Injection
 from looplm_jax.errors import UserError
 from looplm_jax.halting import QExit
 from looplm_jax.inference import CacheStrategy, Engine, EngineConfig, Finish, Request, Result
-from looplm_jax.inference.replay import replay, replay_log_probs, states_at_once, states_in_turn
-from looplm_jax.inference.rollouts import Rollouts
+from looplm_jax.inference._replay import replay, replay_log_probs, states_at_once, states_in_turn
+from looplm_jax.inference._rollouts import Rollouts
 
 LOOPS = 3
 LONGEST = 128
@@ -53,10 +53,10 @@ def make_engine(strategy):
 def generated(strategy):
     """Returns a model, its parameters, and the results of an engine with this cache strategy."""
     model, params, engine = make_engine(strategy)
-    tickets = [engine.submit(request) for request in REQUESTS]
+    handles = [engine.submit(request) for request in REQUESTS]
     while engine.step():
         pass
-    return model, params, [ticket.result() for ticket in tickets]
+    return model, params, [handle.result() for handle in handles]
 
 
 @functools.cache

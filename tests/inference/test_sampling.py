@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from looplm_jax.errors import UserError
-from looplm_jax.inference import sampling as sampling_module
-from looplm_jax.inference.sampling import Sampling, SamplingTable, probabilities, sample, sample_rows, token_key
+from looplm_jax.inference import _sampling as sampling_module
+from looplm_jax.inference._sampling import Sampling, SamplingTable, probabilities, sample, sample_rows, token_key
 
 VOCABULARY = 11
 seeds = st.integers(0, 2**31 - 1)

@@ -13,10 +13,9 @@ from looplm_jax.config import Injection, MeshConfig
 from looplm_jax.errors import UserError
 from looplm_jax.halting import FixedLoops
 from looplm_jax.inference import CacheStrategy, Engine, EngineConfig, Finish, Sampling
-from looplm_jax.inference.sampling import probabilities
+from looplm_jax.inference._sampling import probabilities
 from looplm_jax.inference.speculation import Reroute, Screening, speculate
-from looplm_jax.inference.speculation.acceptance import accept
-from looplm_jax.inference.speculation.step import draft, read, verify
+from looplm_jax.inference.speculation._verify import accept, draft, read, verify
 from looplm_jax.models.looplm import boxed_shapes, head_matrix
 from looplm_jax.sharding import abstract_arrays, make_mesh
 

@@ -5,7 +5,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from looplm_jax.errors import UserError
-from looplm_jax.inference.stopping import Finish, StopConditions, StopMatcher
+from looplm_jax.inference._stopping import Finish, StopConditions, StopMatcher
 
 ALPHABET = "ab é漢🙂"  # 1 to 4 bytes; few characters, so that stop strings match and nearly match
 texts = st.text(ALPHABET, max_size=30)

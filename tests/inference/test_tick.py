@@ -12,12 +12,12 @@ from jax.extend.core import jaxprs_in_params
 
 from looplm_jax.halting import Confidence, FixedLoops, KLDivergence, QExit
 from looplm_jax.halting._policy_table import PolicyTable
-from looplm_jax.inference.kv_cache import CacheStrategy, empty_cache
-from looplm_jax.inference.loopwise_prefill import begin_chunk, run_loop
-from looplm_jax.inference.page_pool import PoolSize
-from looplm_jax.inference.prefill import LastToken, Place, admit, prefill_chunk, row_of_pages
-from looplm_jax.inference.slots import empty_slots
-from looplm_jax.inference.tick import run_ticks, tick
+from looplm_jax.inference._cache_layout import PoolSize
+from looplm_jax.inference._kv_cache import CacheStrategy, empty_cache
+from looplm_jax.inference._loopwise_prefill import begin_chunk, run_loop
+from looplm_jax.inference._prefill import LastToken, Place, admit, prefill_chunk, row_of_pages
+from looplm_jax.inference._slots import empty_slots
+from looplm_jax.inference._tick import run_ticks, tick
 from looplm_jax.models.blocks import unroll_layers
 from looplm_jax.models.looplm import LoopLM
 

@@ -11,17 +11,16 @@ from tpu_programs import tpu_mesh
 
 from looplm_jax.config import ComputeConfig, MeshConfig, ModelConfig, Remat
 from looplm_jax.halting._policy_table import PolicyTable
-from looplm_jax.inference.engine_config import EngineConfig
-from looplm_jax.inference.kv_cache import CacheStrategy, empty_cache
-from looplm_jax.inference.loopwise_prefill import begin_chunk, run_loop
-from looplm_jax.inference.packed_prefill import admit_pack, make_pack
-from looplm_jax.inference.page_pool import PoolSize
-from looplm_jax.inference.placing import shardings
-from looplm_jax.inference.prefill import LastToken, prefill_chunk, row_of_pages
-from looplm_jax.inference.sampling import SamplingTable
-from looplm_jax.inference.slots import empty_slots
-from looplm_jax.inference.speculation.step import SpeculativeRows, draft
-from looplm_jax.inference.tick import run_ticks
+from looplm_jax.inference._cache_layout import PoolSize, shardings
+from looplm_jax.inference._engine_config import EngineConfig
+from looplm_jax.inference._kv_cache import CacheStrategy, empty_cache
+from looplm_jax.inference._loopwise_prefill import begin_chunk, run_loop
+from looplm_jax.inference._packed_prefill import admit_pack, make_pack
+from looplm_jax.inference._prefill import LastToken, prefill_chunk, row_of_pages
+from looplm_jax.inference._sampling import SamplingTable
+from looplm_jax.inference._slots import empty_slots
+from looplm_jax.inference._tick import run_ticks
+from looplm_jax.inference.speculation._verify import SpeculativeRows, draft
 from looplm_jax.models import presets
 from looplm_jax.models.looplm import LoopLM, boxed_shapes
 from looplm_jax.planning import _hlo as hlo
@@ -106,7 +105,7 @@ class Chips:
             size=tokens,
             pages=np.zeros(slots.cache.table.shape, np.int32),
             settings=slots.settings,
-            seen=None,
+            seen_tokens=None,
         )
         return self._compiled(admit_pack, slots, pack, loops=self.model.config.loops)
 
@@ -122,9 +121,9 @@ class Chips:
                     dtype=jnp.bfloat16,
                 ),
                 tokens=jnp.zeros(rows, jnp.int32),
-                made=jnp.zeros(rows, jnp.int32),
+                num_generated=jnp.zeros(rows, jnp.int32),
                 sampling=SamplingTable.empty(rows),
-                seen=None,
+                seen_tokens=None,
             )
 
         return self._compiled(draft, self._abstract(make), loops=1, drafts=2)

@@ -13,8 +13,8 @@ from looplm_jax.data.tokenizers import Tokenizer
 from looplm_jax.errors import UserError, suggest
 from looplm_jax.halting import ExitPolicy
 from looplm_jax.inference import CacheStrategy, Engine, EngineConfig, Finish, Request, Result, Sampling
-from looplm_jax.inference.field_checks import real_number, whole_number
-from looplm_jax.inference.kv_cache import bucket
+from looplm_jax.inference._field_checks import real_number, whole_number
+from looplm_jax.inference._kv_cache import bucket
 from looplm_jax.loading import Loaded
 
 NEW_TOKENS = 256  # if a task does not specify it, as for the harness's own models

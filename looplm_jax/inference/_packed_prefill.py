@@ -17,11 +17,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from looplm_jax.halting._policy_table import exit_loops
-from looplm_jax.inference.kv_cache import Cache, CacheStrategy, share
-from looplm_jax.inference.placing import settled
-from looplm_jax.inference.prefill import LastToken, append
-from looplm_jax.inference.slots import Settings, Slots, fresh_memory
-from looplm_jax.inference.tick import Ticked, bound, choose, logits_of, receive
+from looplm_jax.inference._cache_layout import constrain
+from looplm_jax.inference._kv_cache import Cache, CacheStrategy, share
+from looplm_jax.inference._prefill import LastToken, append
+from looplm_jax.inference._slots import Settings, Slots, fresh_memory
+from looplm_jax.inference._tick import Ticked, bound, choose, logits_of, receive
 from looplm_jax.models.blocks import Context, KeyValues, make_context
 from looplm_jax.models.looplm import LoopLM, ModelCache, Params
 
@@ -42,7 +42,7 @@ class Pack:
     ends: Int[Array, "N"]  # index in the pack of the last token of each prompt
     pages: Int[Array, "N W"]
     settings: Settings
-    seen: Bool[Array, "N V"] | None  # tokens of each prompt, for repetition penalties
+    seen_tokens: Bool[Array, "N V"] | None  # tokens of each prompt, for repetition penalties
 
 
 def pack_size(tokens: int, chunk: int) -> int:
@@ -58,7 +58,7 @@ def make_pack(prompts: Mapping[int, Sequence[int]], *, slots: int, size: int, **
       prompts: the prompt of each slot that gets one.
       slots: how many slots there are, N.
       size: tokens with padding, S.
-      **of_slots: the fields `pages`, `settings` and `seen` of the pack.
+      **of_slots: the fields `pages`, `settings` and `seen_tokens` of the pack.
     """
     tokens, positions, owners = np.zeros(size, np.int32), np.zeros(size, np.int32), np.full(size, slots, np.int32)
     lengths, ends = np.zeros(slots, np.int32), np.zeros(slots, np.int32)
@@ -101,18 +101,18 @@ def admit_pack(model: LoopLM, params: Params, slots: Slots, pack: Pack, *, loops
             state=jnp.zeros_like(slots.state),
             embedded=None if slots.embedded is None else jnp.zeros_like(slots.embedded),
             memory=fresh_memory(model, slots.settings.policy, new.size),
-            made=jnp.zeros_like(slots.made),
-            spent=jnp.zeros_like(slots.spent),
+            num_generated=jnp.zeros_like(slots.num_generated),
+            loops_used=jnp.zeros_like(slots.loops_used),
             active=jnp.ones_like(slots.active),
             settings=pack.settings,
-            seen=pack.seen,
+            seen_tokens=pack.seen_tokens,
         ),
     ).replace(cache=cache)
     head = functools.partial(logits_of, model, params)
     exits = exit_loops(begun.settings.policy, last.hidden, last.gate_logits, head)
     hidden = last.hidden[exits - 1, jnp.arange(new.size)]
     first = dataclasses.replace(choose(model, params, begun, hidden, None, new), exit_loops=exits)
-    return settled((receive(begun, first), first))
+    return constrain((receive(begun, first), first))
 
 
 def _run(model: LoopLM, params: Params, pack: Pack, loops: int) -> tuple[LastToken, ModelCache]:

@@ -1,16 +1,88 @@
-"""One row of a speculative batch, on the host."""
+"""The rows of a speculative batch on the host: screens of their drafts, their state, and their results."""
 
 import asyncio
-from collections.abc import Sequence
+import dataclasses
+import enum
+from collections.abc import Callable, Sequence
 
 from looplm_jax.data.tokenizers import Tokenizer
 from looplm_jax.errors import UserError
-from looplm_jax.inference.requests import NewToken, Request
-from looplm_jax.inference.speculation.result import SpeculativeResult
-from looplm_jax.inference.speculation.screening import Reroute, Screen, ScreenedRow, Screening
-from looplm_jax.inference.speculation.step import Verified
-from looplm_jax.inference.stopping import Finish, StopMatcher
-from looplm_jax.inference.under_way import RequestError
+from looplm_jax.inference._requests import NewToken, Request
+from looplm_jax.inference._running import RequestError
+from looplm_jax.inference._sampling import Sampling
+from looplm_jax.inference._stopping import Finish, StopMatcher
+from looplm_jax.inference.speculation._verify import Verified
+
+# Screens
+
+
+class Screening(enum.Enum):
+    """The decision about the drafts of a row."""
+
+    CONTINUE = "continue"  # verify them
+    STOP = "stop"  # drop them, and end the row
+
+
+@dataclasses.dataclass(frozen=True)
+class Reroute:
+    """Tokens to use instead of the drafts. They are emitted unchanged, and the row continues from them."""
+
+    tokens: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tokens", tuple(self.tokens))
+        if not self.tokens:
+            raise UserError("a reroute needs at least one token; use Screening.STOP to end the row")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScreenedRow:
+    """The row of the drafts: its index in the batch, its prompt, and the tokens emitted so far."""
+
+    index: int
+    prompt_ids: tuple[int, ...]
+    tokens: tuple[int, ...]
+
+
+Screen = Callable[[ScreenedRow, tuple[int, ...]], Screening | Reroute]
+
+
+# Results
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpeculativeResult:
+    """The new tokens of a prompt; a stop token is included as the last one.
+
+    `finish` is also STOP if a screen ended the row; see `screened`. Log-probabilities are those of loop T at
+    temperature 1, from the raw logits, in nats.
+    """
+
+    prompt_ids: tuple[int, ...]
+    tokens: tuple[int, ...]
+    log_probs: tuple[float, ...]
+    text: str  # without the stop string and what follows it; empty without a tokenizer
+    finish: Finish
+    screened: bool = False  # whether a screen ended the row
+    error: str = ""
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)  # the settings of the row
+    loops: int  # T
+    drafted: int  # verified drafts, not counting those beyond the last requested token
+    accepted: int  # drafts that became tokens
+    passes: int  # sequential passes of the stack, each over one or several tokens of this row
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Returns the fraction of drafts that became tokens; 0 if there were no drafts."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+    @property
+    def loops_per_token(self) -> float:
+        """Returns sequential passes of the stack per token: T without speculation; 0 if there is no token."""
+        return self.passes / len(self.tokens) if self.tokens else 0.0
+
+
+# Rows
 
 
 class Row:

@@ -9,16 +9,15 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from looplm_jax.errors import UserError
-from looplm_jax.inference.kept_cache import Turn
-from looplm_jax.inference.kv_cache import bucket
-from looplm_jax.inference.requests import Result
+from looplm_jax.inference._kv_cache import bucket
+from looplm_jax.inference._requests import CachedTurn, Result
 
-_NO_TURN = Turn(prompt_ids=(), tokens=(), depths=())
+_NO_TURN = CachedTurn(prompt_ids=(), tokens=(), depths=())
 
 
 @flax.struct.dataclass
 class Turns:
-    """H turns per row (see `Turn`), oldest first, padded on the right.
+    """H turns per row (see `CachedTurn`), oldest first, padded on the right.
 
     Rows with fewer turns start with empty turns. The contents of the padding have no effect.
     """
@@ -30,13 +29,13 @@ class Turns:
     lengths: Int[Array, "H B"]
 
     @classmethod
-    def of(cls, histories: Sequence[Sequence[Turn]], longest: int) -> "Turns":
+    def of(cls, histories: Sequence[Sequence[CachedTurn]], longest: int) -> "Turns":
         """Returns the turns of each row, padded to one of few sizes."""
         most = max(map(len, histories))
         # Empty turns first, so that the last turn of every row is its newest.
         turns = [[*[_NO_TURN] * (most - len(history)), *history] for history in histories]
 
-        def stacked(pick: Callable[[Turn], Sequence[int]]) -> tuple[Int[Array, "H B N"], Int[Array, "H B"]]:
+        def stacked(pick: Callable[[CachedTurn], Sequence[int]]) -> tuple[Int[Array, "H B N"], Int[Array, "H B"]]:
             rows = [pick(own[number]) for number in range(most) for own in turns]
             padded = _padded(rows, 1, longest)
             return padded.reshape(most, len(turns), -1), _lengths(rows).reshape(most, len(turns))

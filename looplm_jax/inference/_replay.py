@@ -17,11 +17,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from looplm_jax.config import Remat
-from looplm_jax.inference.cache_attention import PastView
-from looplm_jax.inference.kv_cache import Cache, CacheStrategy, empty_cache, share
-from looplm_jax.inference.requests import Result
-from looplm_jax.inference.rollouts import Rollouts, Turns
-from looplm_jax.inference.tick import bound
+from looplm_jax.inference._cache_attention import PastView
+from looplm_jax.inference._kv_cache import Cache, CacheStrategy, empty_cache, share
+from looplm_jax.inference._requests import Result
+from looplm_jax.inference._rollouts import Rollouts, Turns
+from looplm_jax.inference._tick import bound
 from looplm_jax.losses._cross_entropy import token_losses
 from looplm_jax.models.blocks import Context, make_context
 from looplm_jax.models.looplm import LoopLM, ModelCache, Params, compute_dtype, head_matrix

@@ -1,10 +1,10 @@
 """Long prompts into a cache with one plane: loop 1 of all chunks, then loop 2 of all chunks, and so on.
 
 In loop t the tokens of a prompt attend to the loop-t keys and values of one another, whatever the cache keeps of them
-(`prefill`). Chunk by chunk, each through all loops, that needs T planes. Loop by loop it needs one plane, that of the
+(`_prefill`). Chunk by chunk, each through all loops, that needs T planes. Loop by loop it needs one plane, that of the
 pages of the request: loop t of a chunk reads what loop t of the earlier chunks wrote there, and then overwrites what
 loop t - 1 of the same chunk wrote. In the end the plane has loop T, which is what `LAST` keeps. For `FIRST` and
-`AVERAGE`, chunks accumulate what the cache keeps beside the pages, and write it after the last loop.
+`AVERAGE`, chunks accumulate what the cache keeps outside the pages, and write it after the last loop.
 
 All loops read the tokens of a prefix cache, which come before the prompt, in the same plane.
 """
@@ -19,10 +19,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from looplm_jax.config import ModelConfig
-from looplm_jax.inference.kv_cache import Cache, CacheStrategy
-from looplm_jax.inference.placing import settled
-from looplm_jax.inference.prefill import LastToken, writer
-from looplm_jax.inference.tick import bound
+from looplm_jax.inference._cache_layout import constrain
+from looplm_jax.inference._kv_cache import Cache, CacheStrategy
+from looplm_jax.inference._prefill import LastToken, writer
+from looplm_jax.inference._tick import bound
 from looplm_jax.models.blocks import KeyValues
 from looplm_jax.models.looplm import LoopLM, Params, compute_dtype
 
@@ -63,7 +63,7 @@ def begin_chunk(
         state=apply(embedded, method="initial_state"),
         kept=None if row.strategy is CacheStrategy.LAST else _nothing_kept(model, row.strategy, tokens.size),
     )
-    return settled((row, chunk))
+    return constrain((row, chunk))
 
 
 @functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("row", "chunk", "last"))
@@ -99,7 +99,7 @@ def run_loop(
         hidden=last.hidden.at[loop].set(jnp.where(finite, hidden, jnp.nan)),
         gate_logits=last.gate_logits.at[loop].set(output.gate_logits[0, count - 1]),
     )
-    return settled((row, dataclasses.replace(chunk, state=output.state, kept=kept), last))
+    return constrain((row, dataclasses.replace(chunk, state=output.state, kept=kept), last))
 
 
 @functools.partial(jax.jit, donate_argnames=("row",))
@@ -111,7 +111,7 @@ def write_kept(row: Cache, chunk: Chunk, last: LastToken) -> Cache:
     divisor = loops if row.strategy is CacheStrategy.AVERAGE else 1
     core, coda = jax.tree.map(lambda kept: kept / divisor, chunk.kept)
     finite = jnp.isfinite(last.hidden).all()
-    return settled(_write(_write(row, "core", core, chunk.count, finite), "coda", coda, chunk.count, finite))
+    return constrain(_write(_write(row, "core", core, chunk.count, finite), "coda", coda, chunk.count, finite))
 
 
 def no_last_token(model: LoopLM, loops: int) -> LastToken:
@@ -121,7 +121,7 @@ def no_last_token(model: LoopLM, loops: int) -> LastToken:
 
 
 def bytes_per_prompt_token(config: ModelConfig, strategy: CacheStrategy, dtype: DTypeLike, *, devices: int = 1) -> int:
-    """Returns the bytes, on each of `devices` devices, that a token of a long prompt takes beside its page.
+    """Returns the bytes, on each of `devices` devices, that a token of a long prompt takes in addition to its page.
 
     They are needed only while the prompt is read.
     """

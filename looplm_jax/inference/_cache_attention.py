@@ -14,8 +14,8 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from looplm_jax.inference import decode_kernel
-from looplm_jax.inference.head_lanes import load_heads
+from looplm_jax.inference import _decode_kernel as decode_kernel
+from looplm_jax.inference._cache_layout import load_heads
 from looplm_jax.models import attention
 from looplm_jax.models.blocks import Context, KeyValues
 from looplm_jax.sharding import target_platform

@@ -16,16 +16,77 @@ import functools
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from looplm_jax.inference.head_lanes import store_heads
-from looplm_jax.inference.kv_cache import Cache
-from looplm_jax.inference.placing import settled
-from looplm_jax.inference.sampling import SamplingTable, probabilities, sample_rows, token_key
-from looplm_jax.inference.speculation.acceptance import Acceptance, accept
-from looplm_jax.inference.tick import bound, logits_of
+from looplm_jax.inference._cache_layout import constrain, store_heads
+from looplm_jax.inference._kv_cache import Cache
+from looplm_jax.inference._sampling import SamplingTable, probabilities, sample_rows, token_key
+from looplm_jax.inference._tick import bound, logits_of
 from looplm_jax.models.blocks import KeyValues
 from looplm_jax.models.looplm import LoopLM, ModelCache, Params, compute_dtype
+
+# The acceptance test
+
+
+@flax.struct.dataclass
+class Acceptance:
+    """The result of verification: the first `counts[n]` of `tokens[n]` are kept.
+
+    These are `accepted[n]` drafts, and a corrected token after a rejected one. If all k drafts pass, they are the k
+    tokens, and nothing is corrected.
+    """
+
+    tokens: Int[Array, "N k"]
+    counts: Int[Array, "N"]
+    accepted: Int[Array, "N"]
+
+
+def accept(
+    drafts: Int[Array, "N k"],
+    target: Float[Array, "N k V"],
+    proposal: Float[Array, "N k V"],
+    keys: Key[Array, "N k"],
+) -> Acceptance:
+    """Keeps draft x with probability `min(1, p(x) / q(x))`, and draws a correction from `max(p - q, 0)`, normalized.
+
+    The correction follows the last draft that is kept. This is speculative sampling (Leviathan et al., arXiv
+    2211.17192, section 2.3). If p and q each have all their weight on one token, it is greedy verification: drafts are
+    kept as long as they equal the verifier's choice.
+
+    Args:
+      drafts: k tokens per sequence.
+      target: p, the distribution that the tokens should follow, given the drafts before them.
+      proposal: q, the distribution from which the drafts were drawn.
+      keys: random keys, independent of those that drew the drafts.
+    """
+    size = drafts.shape[1]
+    # [N, k, 2] -> 2 x [N, k]
+    test_keys, correction_keys = jnp.moveaxis(jax.vmap(jax.vmap(jax.random.split))(keys), -1, 0)
+    chance = jax.vmap(jax.vmap(jax.random.uniform))(test_keys)
+    # Without a division: q may be tiny, and a draft that p excludes must fail even for chance 0.
+    passed = chance * _of(proposal, drafts) < _of(target, drafts)
+    # The cumulative product is 0 after the first rejected draft.
+    accepted = jnp.sum(jnp.cumprod(passed.astype(jnp.int32), axis=1), axis=1)
+
+    rows, rejected = jnp.arange(drafts.shape[0]), jnp.minimum(accepted, size - 1)
+    # [N, V]; unused for rows without a rejected draft.
+    wanted = target[rows, rejected]
+    residual = jnp.maximum(wanted - proposal[rows, rejected], 0)
+    # Rounding may leave no weight if p and q are almost equal.
+    weights = jnp.where(jnp.any(residual > 0, axis=-1, keepdims=True), residual, wanted)
+    corrected = jax.vmap(jax.random.categorical)(correction_keys[rows, rejected], jnp.log(weights))
+
+    # The correction replaces the first rejected draft.
+    tokens = jnp.where(jnp.arange(size) == accepted[:, None], corrected[:, None].astype(jnp.int32), drafts)
+    return Acceptance(tokens=tokens, counts=jnp.minimum(accepted + 1, size), accepted=accepted)
+
+
+def _of(probabilities: Float[Array, "N k V"], tokens: Int[Array, "N k"]) -> Float[Array, "N k"]:
+    """Returns the probability of each token."""
+    return jnp.take_along_axis(probabilities, tokens[..., None], axis=-1)[..., 0]
+
+
+# The rows on the device
 
 
 @flax.struct.dataclass
@@ -34,26 +95,26 @@ class SpeculativeRows:
 
     cache: Cache
     tokens: Int[Array, "N"]
-    made: Int[Array, "N"]  # number of new tokens
+    num_generated: Int[Array, "N"]  # number of new tokens
     sampling: SamplingTable
-    seen: Bool[Array, "N V"] | None  # tokens of prompt and text, if a row has a repetition penalty
+    seen_tokens: Bool[Array, "N V"] | None  # tokens of prompt and text, if a row has a repetition penalty
 
     def extend(self, cache: Cache, tokens: Int[Array, "N S"], counts: Int[Array, "N"]) -> "SpeculativeRows":
         """Returns the rows with `counts[n]` of `tokens[n]` appended. `cache` has read all of them except the last."""
         rows = jnp.arange(counts.size)
         new = jnp.arange(tokens.shape[1]) < counts[:, None]
-        seen = self.seen
+        seen = self.seen_tokens
         if seen is not None:
             # Padding is written to the index V, which is out of bounds, and dropped.
             seen = seen.at[rows[:, None], jnp.where(new, tokens, seen.shape[1])].set(True, mode="drop")
         extended = SpeculativeRows(
             cache=cache.advance(counts),
             tokens=jnp.where(counts > 0, tokens[rows, jnp.maximum(counts - 1, 0)], self.tokens),
-            made=self.made + counts,
+            num_generated=self.num_generated + counts,
             sampling=self.sampling,
-            seen=seen,
+            seen_tokens=seen,
         )
-        return settled(extended)
+        return constrain(extended)
 
 
 @flax.struct.dataclass
@@ -64,7 +125,7 @@ class Draft:
     logits: Float[Array, "N k V"]  # of loop s
     states: Float[Array, "N k D"]  # after loop s
     embedded: Float[Array, "N k D"]
-    seen: Bool[Array, "N k V"] | None  # tokens before each draft
+    seen_tokens: Bool[Array, "N k V"] | None  # tokens before each draft
 
 
 @flax.struct.dataclass
@@ -87,7 +148,7 @@ def read(
 ) -> SpeculativeRows:
     """Reads the first `counts[n]` of `tokens[n]`, a part of the prompt, through all T loops. The rows are donated."""
     done = _read(model, params, rows.cache, tokens, rows.cache.depth)
-    return settled(dataclasses.replace(rows, cache=done.cache.advance(counts)))
+    return constrain(dataclasses.replace(rows, cache=done.cache.advance(counts)))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "loops", "drafts"), donate_argnames=("rows",))
@@ -102,16 +163,20 @@ def draft(
     def one(rows: SpeculativeRows, _: None) -> tuple[SpeculativeRows, Draft]:
         done = _read(model, params, rows.cache, rows.tokens[:, None], loops)
         logits = logits_of(model, params, done.hidden[:, 0])
-        tokens = sample_rows(logits, rows.sampling, rows.made, rows.seen).tokens
+        tokens = sample_rows(logits, rows.sampling, rows.num_generated, rows.seen_tokens).tokens
         drafted = Draft(
-            tokens=tokens, logits=logits, states=done.state[:, 0], embedded=done.embedded[:, 0], seen=rows.seen
+            tokens=tokens,
+            logits=logits,
+            states=done.state[:, 0],
+            embedded=done.embedded[:, 0],
+            seen_tokens=rows.seen_tokens,
         )
         return rows.extend(done.cache, tokens[:, None], jnp.ones_like(tokens)), drafted
 
     # Drafts are tentative: afterwards, only the planes of the cache are kept from the rows that the scan extended.
     after, drafted = jax.lax.scan(one, rows, length=drafts)
     cache = dataclasses.replace(after.cache, lengths=rows.cache.lengths)
-    return settled((dataclasses.replace(rows, cache=cache), jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), drafted)))
+    return constrain((dataclasses.replace(rows, cache=cache), jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), drafted)))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "draft_loops"), donate_argnames=("rows",))
@@ -120,7 +185,7 @@ def verify(
 ) -> tuple[SpeculativeRows, Verified]:
     """Keeps the drafts that loop T accepts. The rows are donated; rows that are not `active` stay unchanged."""
     loops = range(draft_loops, rows.cache.depth)
-    done = _go_on(model, params, rows.cache, drafted.states, drafted.embedded, loops)
+    done = _run_loops(model, params, rows.cache, drafted.states, drafted.embedded, loops)
     logits = logits_of(model, params, done.hidden)
     acceptance = _accept(rows, drafted, logits)
     counts, failed = _before_failure(logits, acceptance.counts)
@@ -185,10 +250,10 @@ def _read(model: LoopLM, params: Params, cache: Cache, tokens: Int[Array, "N S"]
         planes = dataclasses.replace(cache.planes, prelude=_write(cache, cache.planes.prelude, own, range(1)))
         cache = dataclasses.replace(cache, planes=planes)
 
-    return _go_on(model, params, cache, apply(embedded, method="initial_state"), embedded, range(loops))
+    return _run_loops(model, params, cache, apply(embedded, method="initial_state"), embedded, range(loops))
 
 
-def _go_on(
+def _run_loops(
     model: LoopLM,
     params: Params,
     cache: Cache,
@@ -236,15 +301,15 @@ def _accept(rows: SpeculativeRows, drafted: Draft, logits: Float[Array, "N k V"]
     """Applies the acceptance test to the drafts of all rows."""
     sampling = jax.tree.map(lambda number: number[:, None], rows.sampling)
     # [N, k]: the number of each new token, as in ordinary sampling.
-    numbers = rows.made[:, None] + jnp.arange(logits.shape[1])
+    numbers = rows.num_generated[:, None] + jnp.arange(logits.shape[1])
 
     def key(table: SamplingTable, number: Int[Array, ""]) -> Array:
         return jax.random.fold_in(token_key(table, number), 1)  # the token's own key drew the draft
 
     return accept(
         drafted.tokens,
-        probabilities(logits, sampling, drafted.seen),
-        probabilities(drafted.logits, sampling, drafted.seen),
+        probabilities(logits, sampling, drafted.seen_tokens),
+        probabilities(drafted.logits, sampling, drafted.seen_tokens),
         jax.vmap(jax.vmap(key, in_axes=(None, 0)))(rows.sampling, numbers),
     )
 

@@ -1,16 +1,69 @@
-"""Requests to the engine, and their results."""
+"""Requests to the engine, their results, and the prefix cache by which one request continues another."""
 
 import dataclasses
 import inspect
 import math
 from collections.abc import Callable
 
+from jaxtyping import Array, Int
+
 from looplm_jax.errors import UserError
 from looplm_jax.halting import ExitPolicy
-from looplm_jax.inference.field_checks import real_number, token_ids, truth
-from looplm_jax.inference.kept_cache import KeptCache, Turn
-from looplm_jax.inference.sampling import Sampling
-from looplm_jax.inference.stopping import Finish, StopConditions
+from looplm_jax.inference._field_checks import real_number, token_ids, truth
+from looplm_jax.inference._kv_cache import Cache
+from looplm_jax.inference._sampling import Sampling
+from looplm_jax.inference._stopping import Finish, StopConditions
+
+# Prefix cache
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CachedTurn:
+    """A prompt and the tokens that followed it, in a prefix cache.
+
+    The prompt ran all loops, and saw earlier tokens through the planes that the cache keeps. The last token of an
+    answer is in no cache: it is not part of this turn, but of the next prompt, if there is one.
+    """
+
+    prompt_ids: tuple[int, ...]
+    tokens: tuple[int, ...]
+    depths: tuple[int, ...]  # loops that each of `tokens` ran itself: the exit loop of the token after it
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.tokens)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class PrefixCache:
+    """The cache row of a finished request, and the turns in it, for a request that continues them.
+
+        first = engine.generate(["Once"], max_new_tokens=64, keep_cache=True)[0]
+        second = engine.generate([[*first.tokens[-1:], *more]], max_new_tokens=64, past=first.cache)[0]
+
+    The last token of a result is not in its cache, so the next prompt starts with it. A prefix cache belongs to engines
+    with the same model, loops, cache strategy and mesh, and may be continued any number of times. `Conversation` does
+    all this for a chat.
+    """
+
+    row: Cache = dataclasses.field(repr=False)
+    turns: tuple[CachedTurn, ...]
+
+    def __len__(self) -> int:
+        """Returns the number of tokens in the cache."""
+        return sum(map(len, self.turns))
+
+    @property
+    def lengths(self) -> Int[Array, "1"]:
+        """Returns the number of tokens in the row, as counted on the device."""
+        return self.row.lengths
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Returns all tokens, in order."""
+        return tuple(token for turn in self.turns for token in (*turn.prompt_ids, *turn.tokens))
+
+
+# Requests
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,9 +83,10 @@ class NewToken:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """One prompt, and how to continue it.
+    """One prompt, and how to continue it, for `Engine.submit`.
 
-    `past` is the prefix cache of an earlier request, which `prompt_ids` continue; its own tokens are not repeated.
+    `Engine.requests` creates requests from texts. Fields are described in `Engine.generate`. `past` is the prefix cache
+    of an earlier request, which `prompt_ids` continue; its own tokens are not repeated.
     """
 
     prompt_ids: tuple[int, ...]
@@ -45,7 +99,7 @@ class Request:
     milliseconds_per_token: float = math.inf  # budget: loops are reduced to meet it
     client: str = ""  # clients take turns in the queue
     keep_cache: bool = False
-    past: KeptCache | None = None
+    past: PrefixCache | None = None
     on_token: Callable[[NewToken], None] | None = None
 
     def __post_init__(self) -> None:
@@ -79,14 +133,14 @@ class Request:
         if not isinstance(self.client, str):
             raise UserError(f"client must be a name, not {self.client!r}")
 
-        if not isinstance(self.past, KeptCache | None):
+        if not isinstance(self.past, PrefixCache | None):
             raise UserError(f"past must be the cache of a Result, not {type(self.past).__name__}")
 
         if self.on_token is not None and not callable(self.on_token):
             raise UserError(f"on_token must be a function, not {self.on_token!r}")
         # Calling it would only create a coroutine.
         if inspect.iscoroutinefunction(self.on_token):
-            raise UserError("on_token is an async function, which would never run; use `async for new in ticket`")
+            raise UserError("on_token is an async function, which would never run; use `async for new in handle`")
 
     def _set(self, name: str, value: object) -> None:
         """Sets a field of the frozen dataclass to its normalized value."""
@@ -98,7 +152,7 @@ class Request:
         return 0 if self.past is None else len(self.past)
 
     @property
-    def most_tokens(self) -> int:
+    def max_tokens(self) -> int:
         """Returns the maximum number of tokens in total: the prefix cache, the prompt, and all new tokens."""
         return self.tokens_before + len(self.prompt_ids) + self.max_new_tokens
 
@@ -126,8 +180,8 @@ class Result:
     error: str = ""
     # The settings of the request; with them, it is answered in the same way.
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
-    history: tuple[Turn, ...] = ()  # the turns that the request continued
-    cache: KeptCache | None = dataclasses.field(default=None, repr=False)  # if kept; all tokens but the last
+    history: tuple[CachedTurn, ...] = ()  # the turns that the request continued
+    cache: PrefixCache | None = dataclasses.field(default=None, repr=False)  # if kept; all tokens but the last
 
     @property
     def mean_loops(self) -> float:

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from looplm_jax.halting.signals import Needs
-from looplm_jax.inference.placing import settled
-from looplm_jax.inference.sampling import Choice, likeliest, sample_rows
-from looplm_jax.inference.slots import Slots
+from looplm_jax.inference._cache_layout import constrain
+from looplm_jax.inference._sampling import Choice, likeliest, sample_rows
+from looplm_jax.inference._slots import Slots
 from looplm_jax.models.blocks import Context, KeyValues
 from looplm_jax.models.looplm import LoopLM, ModelCache, Params, compute_dtype, head_matrix
 
@@ -87,7 +87,7 @@ def tick(model: LoopLM, params: Params, slots: Slots, *, loops: int, previews: b
     logits = logits_of(model, params, hidden) if previews or Needs.LOGITS in policy.needs else None
     signals = slots.memory.observe(output.gate_logits[:, 0], hidden, logits)
     # The budget and T limit every policy.
-    exited = slots.active & (policy.exits(signals) | (signals.loop >= jnp.minimum(loops, slots.ceiling)))
+    exited = slots.active & (policy.exits(signals) | (signals.loop >= jnp.minimum(loops, slots.max_loops)))
 
     ticked = dataclasses.replace(
         choose(model, params, slots, hidden, logits, exited),
@@ -103,9 +103,9 @@ def tick(model: LoopLM, params: Params, slots: Slots, *, loops: int, previews: b
         state=output.state,
         embedded=None if slots.embedded is None else embedded,
         memory=memory,
-        spent=slots.spent + jnp.where(exited, signals.loop, 0),
+        loops_used=slots.loops_used + jnp.where(exited, signals.loop, 0),
     )
-    return settled((receive(slots, ticked), ticked))
+    return constrain((receive(slots, ticked), ticked))
 
 
 # Choosing tokens
@@ -128,14 +128,15 @@ def choose(
 
     def draw() -> tuple[Choice, Bool[Array, "N"]]:
         found = logits_of(model, params, hidden) if logits is None else logits
-        return sample_rows(found, sampling, slots.made, slots.seen), ~jnp.isfinite(found).all(axis=-1)
+        return sample_rows(found, sampling, slots.num_generated, slots.seen_tokens), ~jnp.isfinite(found).all(axis=-1)
 
     # Both branches of cond must return the same structure.
     shapes = jax.eval_shape(draw)
     choice, broken = jax.lax.cond(jnp.any(exited), draw, lambda: jax.tree.map(jnp.zeros_like, shapes))
 
     failed = exited & broken
-    stopped = jnp.any(choice.tokens[:, None] == settings.stop_ids, axis=-1) | (slots.made + 1 >= settings.limit)
+    at_limit = slots.num_generated + 1 >= settings.limit
+    stopped = jnp.any(choice.tokens[:, None] == settings.stop_ids, axis=-1) | at_limit
     return Ticked(
         active=exited,
         exited=exited,
@@ -150,7 +151,7 @@ def choose(
 def receive(slots: Slots, ticked: Ticked) -> Slots:
     """Returns the slots with their new tokens running."""
     exited = ticked.exited
-    seen = slots.seen
+    seen = slots.seen_tokens
     if seen is not None:
         rows = jnp.arange(ticked.tokens.size)
         # Slots without a new token write to the index V, which is out of bounds, and dropped.
@@ -158,9 +159,9 @@ def receive(slots: Slots, ticked: Ticked) -> Slots:
 
     return slots.replace(
         tokens=jnp.where(exited, ticked.tokens, slots.tokens),
-        made=slots.made + exited.astype(jnp.int32),
+        num_generated=slots.num_generated + exited.astype(jnp.int32),
         active=slots.active & ~ticked.finished,
-        seen=seen,
+        seen_tokens=seen,
     )
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, UInt32
 
 from looplm_jax.errors import UserError
-from looplm_jax.inference.field_checks import MOST, real_number, whole_number
+from looplm_jax.inference._field_checks import MOST, real_number, whole_number
 from looplm_jax.random_keys import seeded_key
 
 _LARGEST = float(jnp.finfo(jnp.float32).max)

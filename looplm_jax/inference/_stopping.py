@@ -1,13 +1,65 @@
-"""Conditions that end a text: stop tokens, stop strings, and a number of tokens."""
+"""What ends a text: stop tokens, stop strings, and a number of tokens; and text from tokens, piece by piece."""
 
 import dataclasses
 import enum
+import itertools
+import operator
 from collections.abc import Sequence
 
 from looplm_jax.data.tokenizers import Tokenizer
 from looplm_jax.errors import UserError
-from looplm_jax.inference.field_checks import whole_number
-from looplm_jax.inference.text_stream import TextStream
+from looplm_jax.inference._field_checks import whole_number
+
+# Text from tokens
+
+
+_INCOMPLETE = "\ufffd"
+
+
+class TextStream:
+    """Decodes a growing list of tokens piece by piece. The pieces together are the text of the continuation.
+
+    The text of a token depends on the token before it (spaces, bytes of one character), so each piece is decoded after
+    the previous one, and the first after the prompt. A part of the prompt would not suffice: if it splits a character,
+    `tokenizers` decodes no byte of the following run.
+
+    A character that starts in the prompt and is completed by new tokens belongs entirely to the new text: the prompt's
+    text up to its last complete character, and the pieces, together are the text of all tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]):
+        self._tokenizer = tokenizer
+        self._before = list(prompt_ids)
+        self._waiting: list[int] = []
+
+    def push(self, token: int) -> str:
+        """Returns the text that this token completes; empty while a character lacks bytes."""
+        self._waiting.append(token)
+        known, text = self._decoded()
+        if text.endswith(_INCOMPLETE):
+            return ""
+        # Only the last complete piece is needed as context for the next one.
+        self._before, self._waiting = self._waiting, []
+        return _added_text(known, text)
+
+    def close(self) -> str:
+        """Returns the rest: bytes that never became a character."""
+        return _added_text(*self._decoded()) if self._waiting else ""
+
+    def _decoded(self) -> tuple[str, str]:
+        """Returns the text without the pending tokens, and with them."""
+        return self._tokenizer.decode(self._before), self._tokenizer.decode(self._before + self._waiting)
+
+
+def _added_text(known: str, text: str) -> str:
+    """Returns what `text` adds to `known`, replacing trailing characters of `known` that were incomplete."""
+    if known.endswith(_INCOMPLETE) and not text.startswith(known):
+        same = itertools.takewhile(bool, map(operator.eq, known, text))
+        return text[sum(same) :]
+    return text[len(known) :]
+
+
+# Conditions that end a text
 
 
 class Finish(enum.Enum):
@@ -103,7 +155,7 @@ class StopMatcher:
         # Bytes of an unfinished character may still complete a stop string.
         text = self._read(self._stream.close())
         if self._finish is None:
-            text += self._give(len(self._held))
+            text += self._release(len(self._held))
             self._finish = finish
         return text
 
@@ -113,8 +165,8 @@ class StopMatcher:
         start = self._first_stop()
         if start is not None:
             self._finish = Finish.STOP
-            return self._give(start)
-        return self._give(len(self._held) - self._beginning())
+            return self._release(start)
+        return self._release(len(self._held) - self._partial_stop())
 
     def _first_stop(self) -> int | None:
         """Returns the start of the stop string that is completed first, or None."""
@@ -123,12 +175,12 @@ class StopMatcher:
         _, first = min(((start + len(stop), start) for stop, start in starts if start >= 0), default=(0, None))
         return first
 
-    def _beginning(self) -> int:
+    def _partial_stop(self) -> int:
         """Returns the length of the longest suffix of the text that is a proper prefix of a stop string."""
         beginnings = (stop[:size] for stop in self._conditions.stop_strings for size in range(1, len(stop)))
         return max((len(beginning) for beginning in beginnings if self._held.endswith(beginning)), default=0)
 
-    def _give(self, size: int) -> str:
+    def _release(self, size: int) -> str:
         """Returns the first characters of the text that is held back."""
         text, self._held = self._held[:size], self._held[size:]
         self._characters += len(text)

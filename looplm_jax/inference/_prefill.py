@@ -1,9 +1,9 @@
-"""Prompts into slots: chunk after chunk, each through all T loops.
+"""Prefill of prompts into slots: chunk after chunk, each through all T loops.
 
 Sharing planes between loops while a prompt is read costs more than ten points on GSM8K (paper v4, section 5.4.2), so
 the tokens of a prompt attend in each loop to that loop of one another. Chunks read and write the pages that the request
-has reserved in place, where a full cache has the T planes that this takes. `loopwise_prefill` reads a prompt into a
-cache with one plane, and `packed_prefill` reads prompts that fit in one chunk.
+has reserved in place, where a full cache has the T planes that this takes. `_loopwise_prefill` reads a prompt into
+a cache with one plane, and `_packed_prefill` reads prompts that fit in one chunk.
 """
 
 import dataclasses
@@ -18,17 +18,16 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from looplm_jax.halting._policy_table import exit_loops
-from looplm_jax.inference.head_lanes import store_heads
-from looplm_jax.inference.kv_cache import Cache
-from looplm_jax.inference.placing import settled
-from looplm_jax.inference.slots import Settings, Slots, fresh_memory
-from looplm_jax.inference.tick import Ticked, bound, choose, logits_of, receive
+from looplm_jax.inference._cache_layout import constrain, store_heads
+from looplm_jax.inference._kv_cache import Cache
+from looplm_jax.inference._slots import Settings, Slots, fresh_memory
+from looplm_jax.inference._tick import Ticked, bound, choose, logits_of, receive
 from looplm_jax.models.looplm import LoopLM, ModelCache, Params, compute_dtype
 
 
 @flax.struct.dataclass
 class LastToken:
-    """What all loops say of the last token of a chunk."""
+    """The outputs of all loops at the last token of a chunk."""
 
     hidden: Float[Array, "T D"]
     gate_logits: Float[Array, "T"]
@@ -36,7 +35,7 @@ class LastToken:
 
 @flax.struct.dataclass
 class Place:
-    """Where a request is: its slot, its pages, padded to those of the longest row, and the tokens it has there."""
+    """The slot of a request, its pages, padded to those of the longest row, and the number of its tokens in them."""
 
     slot: Int[ArrayLike, ""]
     pages: Int[ArrayLike, "W"]
@@ -44,7 +43,7 @@ class Place:
 
 
 def row_of_pages(cache: Cache, pages: Int[np.ndarray, "w"], length: int) -> Cache:
-    """Returns the row that some pages of a cache make, of which `length` positions are filled."""
+    """Returns some pages of a cache as a cache of one row, of which `length` positions are filled."""
     return dataclasses.replace(cache, lengths=jnp.full(1, length, jnp.int32), table=jnp.asarray(pages[None]))
 
 
@@ -52,16 +51,19 @@ def row_of_pages(cache: Cache, pages: Int[np.ndarray, "w"], length: int) -> Cach
 def prefill_chunk(
     model: LoopLM, params: Params, row: Cache, tokens: Int[Array, "S"], count: Int[Array, ""]
 ) -> tuple[Cache, LastToken]:
-    """Append the first `count` of `tokens` to a row, through as many loops as it has planes.
+    """Appends the first `count` of `tokens` to a row, after as many loops as it has planes.
 
-    Nothing is written of a chunk whose last state is not finite: the next owner of a page must find finite numbers.
+    A chunk whose last state is not finite is not written: the next owner of a page must find finite numbers.
 
     Args:
       model: the network.
       params: its parameters.
-      row: what came before; donated. There must be room for `count` tokens.
-      tokens: a chunk, padded on the right to a static size; what stands in the padding has no influence.
-      count: tokens of it, at least 1.
+      row: the tokens before the chunk; donated. It needs room for `count` more.
+      tokens: a chunk, padded on the right to a static size; the contents of the padding have no effect.
+      count: the number of tokens that are not padding, at least 1.
+
+    Returns:
+      The longer row, and the outputs at the last token of the chunk.
     """
     apply = bound(model, params)
     dtype, size = compute_dtype(model.compute), tokens.size
@@ -76,13 +78,13 @@ def prefill_chunk(
 
     start = apply(embedded, method="initial_state")
     _, (last, core, coda) = jax.lax.scan(loop, start, jnp.arange(row.depth))
-    # That the write waits for all loops, and so for all that was read of the row, is what lets XLA update it in place.
+    # This test makes the write wait for all loops, and so for all reads of the row: XLA can then update it in place.
     sound = jnp.isfinite(last.hidden).all()
     core, coda = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (core, coda))
     own = ModelCache(core=core, prelude=jax.tree.map(lambda x: x[:, None], prelude), coda=coda)
     numbers = jnp.arange(size)
     written = append(row, own, jnp.zeros_like(numbers), row.lengths[0] + numbers, (numbers < count) & sound)
-    return settled((written.advance(count), last))
+    return constrain((written.advance(count), last))
 
 
 def append(
@@ -92,7 +94,7 @@ def append(
     positions: Int[ArrayLike, "S"],
     written: Bool[Array, "S"],
 ) -> Cache:
-    """Returns a cache with the keys and values `[L, P, 1, S, K, Dh]` of tokens in it, save those not `written`."""
+    """Returns a cache with the keys and values `[L, P, 1, S, K, Dh]` of tokens, except those not `written`."""
     put = writer(cache, jnp.asarray(rows), jnp.asarray(positions), written)
     return dataclasses.replace(cache, planes=jax.tree.map(put, cache.planes, own))
 
@@ -100,7 +102,7 @@ def append(
 def writer(
     cache: Cache, rows: Int[Array, "S"], positions: Int[Array, "S"], written: Bool[Array, "S"]
 ) -> Callable[[Array, Array], Array]:
-    """Returns what writes S tokens, except those not `written`, into one array of keys or values of a cache."""
+    """Returns a function that writes S tokens, except those not `written`, to one array of keys or values."""
     pages, offsets = cache.places(rows, positions)
     pages = jnp.where(written, pages, cache.pages)
 
@@ -113,9 +115,9 @@ def writer(
 
 @jax.jit
 def after_chunk(before: LastToken, last: LastToken) -> LastToken:
-    """Returns `last`, made not finite if the chunk before was not, which has left nothing to attend to."""
+    """Returns `last`, set to NaN if the previous chunk was not finite, and was therefore not written."""
     sound = jnp.isfinite(before.hidden).all()
-    return settled(dataclasses.replace(last, hidden=jnp.where(sound, last.hidden, jnp.nan)))
+    return constrain(dataclasses.replace(last, hidden=jnp.where(sound, last.hidden, jnp.nan)))
 
 
 @functools.partial(jax.jit, donate_argnames=("row",))
@@ -126,10 +128,10 @@ def fill_pages(row: Cache, past: Cache) -> Cache:
 
     def put(whole: Float[Array, "L P M c R W"], own: Float[Array, "L P 1 C R W"]) -> Float[Array, "L P M c R W"]:
         own = _resized(own, used * size)
-        cut = own.reshape(*own.shape[:2], used, size, *own.shape[4:]).astype(whole.dtype)
-        return whole.at[:, :, pages[:used]].set(cut, mode="drop")
+        paged = own.reshape(*own.shape[:2], used, size, *own.shape[4:]).astype(whole.dtype)
+        return whole.at[:, :, pages[:used]].set(paged, mode="drop")
 
-    return settled(dataclasses.replace(row, planes=jax.tree.map(put, row.planes, past.planes)))
+    return constrain(dataclasses.replace(row, planes=jax.tree.map(put, row.planes, past.planes)))
 
 
 @functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("slots",))
@@ -142,19 +144,19 @@ def admit(
     settings: Settings,
     prompt_seen: Array | None,
 ) -> tuple[Slots, Ticked]:
-    """Put a prompt that is in its pages into a slot, and choose its first token.
+    """Puts a request whose prompt is in its pages into a slot, and chooses its first token.
 
     Args:
       model: the network.
       params: its parameters.
-      slots: requests under way; donated.
-      last: what the loops say of its last token.
-      place: where to put it.
-      settings: of this request, without the axis N.
-      prompt_seen: tokens of the prompt, `[V]`, where slots remember them.
+      slots: the running requests; donated.
+      last: the outputs of all loops at the last token of the prompt.
+      place: the slot and the pages of the request.
+      settings: the settings of the request, without the axis N.
+      prompt_seen: a mask of the tokens of the prompt, `[V]`, or None if no slot has a repetition penalty.
 
     Returns:
-      The slots, and the first token, which stands in the entries of all slots.
+      The slots, and the first token, repeated in the entries of all slots.
     """
     exits = exit_loops(
         settings.policy,
@@ -168,11 +170,11 @@ def admit(
         state=jnp.zeros_like(slots.state[:1]),
         embedded=None if slots.embedded is None else jnp.zeros_like(slots.embedded[:1]),
         memory=fresh_memory(model, slots.settings.policy, 1),
-        made=jnp.zeros(1, jnp.int32),
-        spent=jnp.zeros(1, jnp.int32),
+        num_generated=jnp.zeros(1, jnp.int32),
+        loops_used=jnp.zeros(1, jnp.int32),
         active=jnp.ones(1, bool),
         settings=jax.tree.map(lambda x: jnp.asarray(x)[None], settings),
-        seen=None if prompt_seen is None else prompt_seen[None],
+        seen_tokens=None if prompt_seen is None else prompt_seen[None],
     )
     first = choose(model, params, one, last.hidden[exits[0] - 1][None], None, one.active)
     first = dataclasses.replace(first, exit_loops=exits)
@@ -189,14 +191,14 @@ def admit(
         one.replace(cache=None),
     )
     first = jax.tree.map(lambda x: jnp.broadcast_to(x, slots.tokens.shape), first)
-    return settled((rest.replace(cache=cache), first))
+    return constrain((rest.replace(cache=cache), first))
 
 
 @functools.partial(jax.jit, static_argnames=("capacity",))
 def extract_row(cache: Cache, slot: Int[Array, ""], *, capacity: int) -> Cache:
     """Returns a copy of the row of a slot, as one page, for a request that continues it.
 
-    `capacity` is at least the tokens of the slot; it may be more or less than the capacity of the slots.
+    `capacity` is at least the number of tokens of the slot, and may exceed the capacity of the slots.
     """
     used = min(-(-capacity // cache.page_size), cache.page_table.shape[1])
     pages = jax.lax.dynamic_index_in_dim(cache.page_table, slot, keepdims=False)[:used]

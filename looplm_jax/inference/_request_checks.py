@@ -1,22 +1,85 @@
-"""Checks of requests, which refuse those that an engine can never serve before they wait in its queue."""
+"""Converts the arguments of callers to requests, and refuses requests that an engine can never serve."""
 
 import dataclasses
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 
 from looplm_jax.config import ModelConfig
 from looplm_jax.data.tokenizers import Tokenizer
 from looplm_jax.errors import UserError
 from looplm_jax.halting import Bounded, ExitPolicy
-from looplm_jax.inference.engine_config import EngineConfig
-from looplm_jax.inference.field_checks import real_number, whole_number
-from looplm_jax.inference.head_lanes import stored_heads
-from looplm_jax.inference.kept_cache import KeptCache
-from looplm_jax.inference.placing import on_mesh
-from looplm_jax.inference.requests import Request
-from looplm_jax.inference.slots import MOST_STOP_IDS
+from looplm_jax.inference._cache_layout import stored_heads, use_mesh_or_none
+from looplm_jax.inference._engine_config import EngineConfig
+from looplm_jax.inference._field_checks import real_number, whole_number
+from looplm_jax.inference._requests import PrefixCache, Request
+from looplm_jax.inference._sampling import Sampling
+from looplm_jax.inference._slots import MOST_STOP_IDS
+
+# Prompts to requests
+
+
+Prompt = str | Sequence[int]
+
+
+def make_requests(
+    prompts: Prompt | Sequence[Prompt],
+    tokenizer: Tokenizer | None,
+    *,
+    samples: int,
+    sampling: Sampling,
+    **fields: Any,
+) -> list[Request]:
+    """Returns `samples` requests per prompt, those of one prompt adjacent, each with its own random keys.
+
+    Args:
+      prompts: texts, or lists of token ids; a single text, or a single list of ids, is one prompt.
+      tokenizer: encodes texts.
+      samples: the number of requests per prompt.
+      sampling: equal for all requests except for `index` and `sample`.
+      **fields: further fields of `Request`, equal for all requests.
+
+    Raises:
+      UserError: a prompt or a field is invalid.
+    """
+    samples = whole_number("samples", samples, least=1)
+    return [
+        Request(prompt_ids=prompt_ids, sampling=_numbered(sampling, index, sample), **fields)
+        for index, prompt_ids in enumerate(_encoded(prompt, tokenizer) for prompt in _several(prompts))
+        for sample in range(samples)
+    ]
+
+
+def _numbered(sampling: Any, index: int, sample: int) -> Any:
+    """Returns the sampling settings of one request."""
+    return sampling.numbered(index, sample) if isinstance(sampling, Sampling) else sampling  # `Request` refuses others
+
+
+def _several(prompts: Any) -> list[Any]:
+    """Returns a list of prompts. Raises UserError if there is no list."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if isinstance(prompts, bytes | bytearray | Mapping | set | frozenset) or not isinstance(prompts, Iterable):
+        raise UserError(f"prompts must be a list of texts or of lists of token ids, not {type(prompts).__name__}")
+    found = list(prompts)
+    # A list of integers is one prompt.
+    one = bool(found) and all(isinstance(own, int | np.integer) or getattr(own, "ndim", None) == 0 for own in found)
+    return [found] if one else found
+
+
+def _encoded(prompt: Any, tokenizer: Tokenizer | None) -> Any:
+    """Returns the token ids of a text, after a bos token; other prompts are returned unchanged."""
+    if not isinstance(prompt, str):
+        return prompt
+    if tokenizer is None:
+        raise UserError("text needs a tokenizer: Engine(model, params, tokenizer); or give token ids")
+    return (tokenizer.bos_id, *tokenizer.encode(prompt))
+
+
+# Checks against the model and the engine
 
 
 def usable_ids(model: ModelConfig, tokenizer: Tokenizer | None) -> int:
@@ -35,7 +98,7 @@ def check_request(
     _check_tokens(request, model, usable_ids(model, tokenizer))
     _check_past(request.past, model, 1 if engine.cache.shares else loops, mesh)
 
-    total = request.most_tokens
+    total = request.max_tokens
     wanted = f"{total - request.max_new_tokens} tokens of prompt and {request.max_new_tokens} new ones"
     if total > model.max_positions:
         raise UserError(
@@ -79,23 +142,23 @@ def _check_numbers(policy: ExitPolicy) -> None:
             raise UserError(f"{name} must be a number, not nan")
 
 
-def _check_past(past: KeptCache | None, model: ModelConfig, loops: int, mesh: Mesh | None) -> None:
+def _check_past(past: PrefixCache | None, model: ModelConfig, loops: int, mesh: Mesh | None) -> None:
     """Raises UserError unless a prefix cache has the shapes of this engine's cache, which keeps `loops` loops."""
     if past is None:
         return
-    with on_mesh(mesh):
+    with use_mesh_or_none(mesh):
         own_heads, own_width = stored_heads(model.kv_heads, model.head_width)
     # The capacity may differ: the row is copied into this engine's pages.
     layers, planes, rows, _, heads, width = past.row.planes.core.keys.shape
     wanted = (model.num_layers, loops, 1, own_heads, own_width)
     if (layers, planes, rows, heads, width) != wanted:
         raise UserError(
-            f"the kept cache has {layers} layers, {planes} loops and {heads} heads of {width}, this engine "
+            f"the prefix cache has {layers} layers, {planes} loops and {heads} heads of {width}, this engine "
             f"{model.num_layers}, {loops} and {own_heads} of {own_width}; use the engine it comes from"
         )
 
     if past.row.lengths.is_deleted():
-        raise UserError("the arrays of the kept cache were deleted; send the whole text again")
+        raise UserError("the arrays of the prefix cache were deleted; send the whole text again")
 
 
 def _check_policy(policy: ExitPolicy | None, loops: int) -> None:

@@ -9,29 +9,38 @@ With a full cache and a fixed number of loops, the answers equal those to one pr
 
 import contextlib
 import dataclasses
+import math
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 from looplm_jax.convert._tokenizer_files import stop_ids
 from looplm_jax.data._examples import ASSISTANT, Message, tokens_and_mask
 from looplm_jax.data.tokenizers import Tokenizer
 from looplm_jax.errors import UserError
-from looplm_jax.inference.engine import Engine
-from looplm_jax.inference.field_checks import whole_number
-from looplm_jax.inference.kept_cache import KeptCache
-from looplm_jax.inference.requests import NewToken, Request, Result
-from looplm_jax.inference.sampling import Sampling
-from looplm_jax.inference.stopping import Finish
-from looplm_jax.inference.ticket import Ticket
+from looplm_jax.halting import ExitPolicy
+from looplm_jax.inference._engine import Engine
+from looplm_jax.inference._field_checks import whole_number
+from looplm_jax.inference._requests import NewToken, PrefixCache, Request, Result
+from looplm_jax.inference._running import RequestHandle
+from looplm_jax.inference._sampling import Sampling
+from looplm_jax.inference._stopping import Finish
 
 SYSTEM, USER = "system", "user"
+_GREEDY = Sampling()
 
 
 class Conversation:
-    """Turns of ChatML (`data/chat.py`), answered by an engine one at a time.
+    """A chat in ChatML (`data/chat.py`), answered by an engine one turn at a time.
 
-    Each turn samples with its own random keys: `Sampling.index` counts the turns before it.
+    Each turn continues the prefix cache of the previous one, so only new tokens are processed:
+
+        chat = Conversation(engine, tokenizer, system="Be brief.")
+        for new in chat.say("Why loops?", max_new_tokens=64):
+            print(new.text, end="")
+        chat.messages, chat.result
+
+    Several conversations may share an engine, and compile nothing beyond its programs. Each turn samples with its own
+    random keys: `Sampling.index` counts the turns before it. For questions without history, use `Engine.generate`.
 
     Raises UserError for a tokenizer without the tokens of ChatML.
     """
@@ -41,7 +50,7 @@ class Conversation:
         self._system = [] if system is None else [Message(SYSTEM, system)]
         self._opening, self._closing = _around_an_answer(tokenizer)
         self._stop_ids = tuple(stop_ids(tokenizer))
-        self._ticket: Ticket | None = None
+        self._handle: RequestHandle | None = None
         self._answering = threading.Lock()
         self._forget()
 
@@ -64,66 +73,92 @@ class Conversation:
         """Sets the state before the first turn."""
         self._messages = list(self._system)
         self._result: Result | None = None
-        self._past: KeptCache | None = None
+        self._past: PrefixCache | None = None
         self._read = 0  # tokens in the cache
         # Read together with the first message.
         self._unread = self._tokens(self._system)
 
-    def say(self, text: str, *, max_new_tokens: int | None = None, **options: Any) -> Iterator[NewToken]:
+    def say(
+        self,
+        text: str,
+        *,
+        max_new_tokens: int | None = None,
+        policy: ExitPolicy | None = None,
+        sampling: Sampling = _GREEDY,
+        stop_ids: Sequence[int] | None = None,
+        stop_strings: Sequence[str] = (),
+        loops_per_token: float = math.inf,
+        milliseconds_per_token: float = math.inf,
+        client: str = "",
+        on_token: Callable[[NewToken], None] | None = None,
+    ) -> Iterator[NewToken]:
         """Yields the tokens of the answer as they arrive. Closing the iterator ends the answer and keeps its tokens.
 
         Args:
           text: the message of the user.
           max_new_tokens: the maximum number of tokens, further limited by the window; None: all that the window leaves.
-          **options: further fields of `Request`. A repetition penalty covers all turns.
+          policy: decides the loop at which each token exits; None for the trained depth.
+          sampling: as in `Engine.generate`. A repetition penalty covers all turns.
+          stop_ids: tokens that end the answer; None for those that end a turn.
+          stop_strings: strings that end the answer, and are not part of it.
+          loops_per_token: a budget, as in `Engine.generate`.
+          milliseconds_per_token: a budget of time, as in `Engine.generate`.
+          client: a name. Clients take turns in the queue of the engine.
+          on_token: called with every token as soon as it is fetched.
 
         Raises:
           UserError: the engine's window is full, the request cannot be served or fails, or another answer is not
             complete. The conversation then stays unchanged.
         """
         with self._alone():
-            yield from self._answer(text, max_new_tokens, options)
+            user = Message(USER, text)
+            prompt = [*self._unread, *self._tokens([user]), *self._opening]
+            room = self._room(len(prompt))
+            if max_new_tokens is not None:
+                # At most what the window leaves, even if more is requested.
+                room = min(whole_number("max_new_tokens", max_new_tokens, least=1), room)
 
-    def _answer(self, text: str, max_new_tokens: int | None, options: dict[str, Any]) -> Iterator[NewToken]:
+            request = Request(
+                prompt_ids=tuple(prompt),
+                max_new_tokens=room,
+                policy=policy,
+                sampling=sampling,
+                stop_ids=self._stop_ids if stop_ids is None else tuple(stop_ids),
+                stop_strings=tuple(stop_strings),
+                loops_per_token=loops_per_token,
+                milliseconds_per_token=milliseconds_per_token,
+                client=client,
+                keep_cache=True,
+                past=self._past,
+                on_token=on_token,
+            )
+            yield from self._answer(user, request)
+
+    def _answer(self, user: Message, request: Request) -> Iterator[NewToken]:
         """Yields the tokens of an answer, and records the turn."""
-        user = Message(USER, text)
-        prompt = [*self._unread, *self._tokens([user]), *self._opening]
-        room = self._room(len(prompt))
-        if max_new_tokens is not None:
-            # At most what the window leaves, even if more is requested.
-            room = min(whole_number("max_new_tokens", max_new_tokens, least=1), room)
-
-        request = Request(
-            prompt_ids=tuple(prompt),
-            max_new_tokens=room,
-            past=self._past,
-            keep_cache=True,
-            **{"stop_ids": self._stop_ids, "sampling": Sampling(), **options},
-        )
-
         turns = sum(message.role == USER for message in self._messages)
         request = dataclasses.replace(request, sampling=request.sampling.numbered(turns))
-        self._ticket = ticket = self._engine.submit(request, wait=True)
+        self._handle = handle = self._engine.submit(request, wait=True)
 
         try:
-            while not ticket.done:
+            while not handle.done:
                 self._engine.step()
-                yield from ticket.ready()
-            yield from ticket.ready()
-            if ticket.raised:
+                yield from handle.ready()
+            yield from handle.ready()
+            if handle.raised:
                 # After a break or an error as well, the engine has to finish the request before the cache can be kept.
-                raise ticket.raised[0]
+                raise handle.raised[0]
         finally:
-            ticket.cancel()
-            while not ticket.done:
+            handle.cancel()
+            while not handle.done:
                 self._engine.step()
-            if not ticket.raised:
-                self._take(user, ticket.result())
+            if not handle.raised:
+                self._take(user, handle.result())
 
     def stop(self) -> None:
         """Ends the running answer early. May be called from any thread, or from a signal handler."""
-        if self._ticket is not None:
-            self._ticket.cancel()
+        if self._handle is not None:
+            self._handle.cancel()
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:

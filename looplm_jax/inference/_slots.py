@@ -13,9 +13,9 @@ from jaxtyping import Array, Bool, Float, Int
 from looplm_jax.halting import ExitPolicy
 from looplm_jax.halting._policy_table import PolicyTable
 from looplm_jax.halting.signals import LoopMemory
-from looplm_jax.inference.kv_cache import Cache, CacheStrategy, empty_pool
-from looplm_jax.inference.page_pool import PoolSize
-from looplm_jax.inference.sampling import SamplingTable
+from looplm_jax.inference._cache_layout import PoolSize
+from looplm_jax.inference._kv_cache import Cache, CacheStrategy, empty_pool
+from looplm_jax.inference._sampling import SamplingTable
 from looplm_jax.models.looplm import LoopLM, compute_dtype
 
 # The table of stop ids has a fixed width; further stop conditions are checked on the host.
@@ -44,18 +44,18 @@ class Slots:
     state: Float[Array, "N 1 D"]  # after the last completed loop
     embedded: Float[Array, "N 1 D"] | None  # the prelude's output, if there is a prelude
     memory: LoopMemory  # of the token: completed loops, and what exit policies compare with the next one
-    made: Int[Array, "N"]  # number of new tokens, including the running one
-    spent: Int[Array, "N"]  # loops used by the new tokens before it
+    num_generated: Int[Array, "N"]  # number of new tokens, including the running one
+    loops_used: Int[Array, "N"]  # loops used by the new tokens before it
     active: Bool[Array, "N"]
     settings: Settings
-    seen: Bool[Array, "N V"] | None  # tokens of prompt and text, if a request has a repetition penalty
+    seen_tokens: Bool[Array, "N V"] | None  # tokens of prompt and text, if a request has a repetition penalty
 
     @property
-    def ceiling(self) -> Int[Array, "N"]:
+    def max_loops(self) -> Int[Array, "N"]:
         """Returns the loops that the budget allows the running token, at least 1; the mean never exceeds the budget."""
         # The total budget up to this token, minus what earlier tokens used.
-        allowance = jnp.floor(self.settings.budget * self.made.astype(jnp.float32)) - self.spent.astype(jnp.float32)
-        return jnp.clip(allowance, 1, _MOST_LOOPS).astype(jnp.int32)
+        total = jnp.floor(self.settings.budget * self.num_generated.astype(jnp.float32))
+        return jnp.clip(total - self.loops_used.astype(jnp.float32), 1, _MOST_LOOPS).astype(jnp.int32)
 
     def replace(self, **changes: object) -> "Slots":
         """Returns a copy with fields replaced."""
@@ -85,8 +85,8 @@ def empty_slots(
         state=state,
         embedded=jnp.zeros_like(state) if config.prelude_layers else None,
         memory=fresh_memory(model, policies, rows),
-        made=jnp.zeros(rows, jnp.int32),
-        spent=jnp.zeros(rows, jnp.int32),
+        num_generated=jnp.zeros(rows, jnp.int32),
+        loops_used=jnp.zeros(rows, jnp.int32),
         active=jnp.zeros(rows, bool),
         settings=Settings(
             policy=policies,
@@ -95,7 +95,7 @@ def empty_slots(
             budget=jnp.full(rows, jnp.inf, jnp.float32),
             stop_ids=jnp.full((rows, MOST_STOP_IDS), NO_TOKEN, jnp.int32),
         ),
-        seen=jnp.zeros((rows, config.vocab_size), bool) if remember_tokens else None,
+        seen_tokens=jnp.zeros((rows, config.vocab_size), bool) if remember_tokens else None,
     )
 
 
@@ -123,10 +123,10 @@ def set_budget(slots: Slots, slot: Int[Array, ""], loops_per_token: Float[Array,
     """Sets a new budget for the following tokens; past savings and debts are dropped. The slots are donated."""
     settings = slots.settings
     # As if every token so far had used exactly the new budget.
-    spent = jnp.floor(loops_per_token * (slots.made[slot] - 1).astype(jnp.float32))
+    used = jnp.floor(loops_per_token * (slots.num_generated[slot] - 1).astype(jnp.float32))
     return slots.replace(
         settings=dataclasses.replace(settings, budget=settings.budget.at[slot].set(loops_per_token)),
-        spent=slots.spent.at[slot].set(jnp.clip(spent, 0, _MOST_LOOPS).astype(jnp.int32)),
+        loops_used=slots.loops_used.at[slot].set(jnp.clip(used, 0, _MOST_LOOPS).astype(jnp.int32)),
     )
 
 

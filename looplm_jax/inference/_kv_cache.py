@@ -2,7 +2,7 @@
 
 A decoded token at loop t attends to plane t of earlier positions, or to the only plane, and to its own keys and values
 of loop t. The tokens of one prompt attend to the loop-t keys and values of one another under every strategy
-(`prefill`). The strategies differ in what the cache keeps of a position:
+(`_prefill`). The strategies differ in what the cache keeps of a position:
 
     FULL      plane t keeps loop t; planes after the exit keep the last loop that ran ("last exited")
     LAST      the last loop that ran
@@ -24,9 +24,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from looplm_jax.config import ModelConfig
-from looplm_jax.inference.cache_attention import PastView
-from looplm_jax.inference.head_lanes import store_heads, stored_heads
-from looplm_jax.inference.page_pool import PoolSize
+from looplm_jax.inference._cache_attention import PastView
+from looplm_jax.inference._cache_layout import PoolSize, store_heads, stored_heads
 from looplm_jax.models.blocks import Context, KeyValues, make_context
 from looplm_jax.models.looplm import ModelCache
 
@@ -52,7 +51,7 @@ class Cache:
     """Keys and values of N rows. Row n has tokens at positions `0 .. lengths[n] - 1`; later positions are not read.
 
     Keys and values are `[L, P, M, c, R, W]`: L layers, P planes, M pages of c positions, and the K heads of a position
-    as `head_lanes` stores them. A prelude has one plane. Position p of row n is position `p % c` of page
+    as `_cache_layout` stores them. A prelude has one plane. Position p of row n is position `p % c` of page
     `table[n, p // c]`; table entries without a page are M. Without a table, row n is page n.
     """
 

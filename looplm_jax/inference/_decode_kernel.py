@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from looplm_jax.inference.head_lanes import LANES, own_mixtures, spread_queries, store_heads
+from looplm_jax.inference._cache_layout import LANES, own_mixtures, spread_queries, store_heads
 from looplm_jax.models.blocks import KeyValues
 from looplm_jax.sharding import logical_to_spec, target_platform
 
@@ -31,7 +31,7 @@ _ANOTHER_HEAD = 1 << 30  # larger than any position
 
 
 def fits(page_size: int, stored_width: int) -> bool:
-    """Returns whether the kernel can read pages of this size with rows of heads of this width (see `head_lanes`)."""
+    """Returns whether the kernel can read pages of this size with rows of heads of this width (see `_cache_layout`)."""
     return stored_width % LANES == 0 and math.gcd(page_size, _LONGEST_BLOCK) >= _SMALLEST_BLOCK
 
 
@@ -51,7 +51,7 @@ def decode_attention(
     Args:
       queries: the queries of the tokens.
       own: keys and values of the tokens, `[N, K, Dh]`.
-      stacked: keys and values of the cache, `[L, P, M, c, R, W]`, as `head_lanes` stores heads.
+      stacked: keys and values of the cache, `[L, P, M, c, R, W]`, as `_cache_layout` stores heads.
       layer: the layer of the cache to read.
       planes: the plane that each slot reads.
       table: the page numbers of each slot; entries beyond the filled pages are not read.
