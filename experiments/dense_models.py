@@ -23,8 +23,8 @@ from looplm_jax.convert._safetensors_io import write_weights
 from looplm_jax.convert._tokenizer_files import tokenizer_files
 from looplm_jax.data import train_batches
 from looplm_jax.files import staged_folder
-from looplm_jax.models.blocks import Attention, Context, RMSNorm, SwiGLU, make_context
-from looplm_jax.models.looplm import Params
+from looplm_jax.models import Params
+from looplm_jax.models._blocks import Attention, Context, RMSNorm, SwiGLU, make_context
 
 # The dense model as a Llama
 

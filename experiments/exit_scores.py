@@ -29,7 +29,7 @@ from looplm_jax.halting import (
 from looplm_jax.halting._policy_table import PolicyTable
 from looplm_jax.inference._tick import logits_of
 from looplm_jax.losses import token_scores
-from looplm_jax.models.looplm import LoopLM, Params, head_matrix
+from looplm_jax.models import LoopLM, Params, head_matrix
 
 # Probabilities, denser near 0 and 1, where confident gates and predictions are; and thresholds that suit any unit.
 _PROBABILITIES = (0.0, *(1 / (1 + np.exp(-np.linspace(-12, 12, 49)))).tolist(), 1.0)

@@ -42,7 +42,8 @@ from looplm_jax.inference._replay import states_in_turn
 from looplm_jax.inference._rollouts import Rollouts
 from looplm_jax.loading import load
 from looplm_jax.losses import token_scores
-from looplm_jax.models.looplm import LoopLM, Params, compute_dtype, head_matrix
+from looplm_jax.models import LoopLM, Params, head_matrix
+from looplm_jax.models._looplm import compute_dtype
 from looplm_jax.models.presets import ouro_1_4b
 
 _PRINTED = {

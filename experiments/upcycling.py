@@ -37,7 +37,7 @@ from looplm_jax.errors import UserError
 from looplm_jax.evaluation import exit_curve
 from looplm_jax.files import quoted
 from looplm_jax.loading import load
-from looplm_jax.models.looplm import LoopLM, Params
+from looplm_jax.models import LoopLM, Params
 from looplm_jax.training._metrics import EVALUATION, read_metrics
 from looplm_jax.training.run import train
 

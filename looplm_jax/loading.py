@@ -15,7 +15,7 @@ from looplm_jax.config import ComputeConfig, MeshConfig, Recipe
 from looplm_jax.convert._import_hf import converted_recipe, is_hf_folder, load_hf, require_tokenizer
 from looplm_jax.data.tokenizers import Tokenizer, deserialize
 from looplm_jax.errors import UserError
-from looplm_jax.models.looplm import UNCAST, LoopLM, Params, boxed_shapes, compute_dtype
+from looplm_jax.models._looplm import UNCAST, LoopLM, Params, boxed_shapes, compute_dtype
 from looplm_jax.sharding import abstract_arrays, check_divides, first_device, make_mesh, use_mesh
 
 _DTYPES = ("float32", "bfloat16", "float16")

@@ -15,7 +15,7 @@ from looplm_jax.errors import UserError
 from looplm_jax.halting import FixedLoops
 from looplm_jax.inference import _engine as generate
 from looplm_jax.loading import load, parameter_dtype
-from looplm_jax.models.looplm import LoopLM
+from looplm_jax.models._looplm import LoopLM
 from looplm_jax.planning._targets import find_target
 from looplm_jax.sharding import first_device, make_mesh
 

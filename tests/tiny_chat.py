@@ -8,7 +8,7 @@ import numpy as np
 from looplm_jax.config import ComputeConfig, Dtype, MeshConfig, Recipe, Remat, Stage
 from looplm_jax.data.tokenizers import END_OF_TEXT, IM_END, IM_START, SymbolTokenizer
 from looplm_jax.loading import Loaded
-from looplm_jax.models.looplm import LoopLM, init_params
+from looplm_jax.models._looplm import LoopLM, init_params
 from looplm_jax.models.presets import tiny
 from looplm_jax.sharding import make_mesh
 

@@ -24,7 +24,7 @@ from jaxtyping import Array
 from experiments.benchmarks.ceiling import measure_ceiling
 from looplm_jax.config import AttentionKernel, ComputeConfig, Dtype
 from looplm_jax.errors import UserError
-from looplm_jax.models.attention_kernels import choose_kernel, self_attention
+from looplm_jax.models._attention_kernels import choose_kernel, self_attention
 from looplm_jax.sharding import target_platform
 
 _DOCUMENTS = 8

@@ -28,7 +28,7 @@ from looplm_jax.codec import to_dict
 from looplm_jax.config import ComputeConfig, Dtype, MeshConfig, ModelConfig, Recipe, Stage
 from looplm_jax.data import Batch
 from looplm_jax.distributed import SINGLE_PROCESS
-from looplm_jax.models.looplm import LoopLM
+from looplm_jax.models import LoopLM
 from looplm_jax.sharding import make_mesh
 from looplm_jax.training._compile import StagePrograms, to_device
 from looplm_jax.training._saving import AsyncSaver

@@ -15,8 +15,7 @@ from collections.abc import Sequence
 import jax
 
 from looplm_jax.config import ComputeConfig, MeshConfig, Recipe, Stage
-from looplm_jax.models import presets
-from looplm_jax.models.looplm import LoopLM
+from looplm_jax.models import LoopLM, presets
 from looplm_jax.sharding import make_mesh
 from looplm_jax.training._compile import lower_step
 

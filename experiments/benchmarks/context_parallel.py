@@ -21,7 +21,7 @@ from jaxtyping import Array
 
 from looplm_jax.config import AttentionKernel, MeshConfig
 from looplm_jax.models import presets
-from looplm_jax.models.attention_kernels import self_attention
+from looplm_jax.models._attention_kernels import self_attention
 from looplm_jax.planning._hlo import parse
 from looplm_jax.planning._program_facts import collectives
 from looplm_jax.planning._targets import find_target, without_network

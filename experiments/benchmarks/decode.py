@@ -33,9 +33,8 @@ from looplm_jax.inference._packed_prefill import admit_pack
 from looplm_jax.inference._prefill import admit, prefill_chunk
 from looplm_jax.inference._tick import run_ticks
 from looplm_jax.inference.speculation import _speculate as speculate
-from looplm_jax.models import presets
-from looplm_jax.models.blocks import unroll_layers
-from looplm_jax.models.looplm import LoopLM, Params, init_params
+from looplm_jax.models import LoopLM, Params, init_params, presets
+from looplm_jax.models._blocks import unroll_layers
 
 _GATE_SPREAD = 1.5  # standard deviation of the gate logits
 _PROMPT = 32

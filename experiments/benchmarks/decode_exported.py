@@ -27,8 +27,7 @@ from looplm_jax.convert._import_hf import converted_recipe, write_converted
 from looplm_jax.data.tokenizers import SymbolTokenizer
 from looplm_jax.halting import FixedLoops
 from looplm_jax.inference import Engine, EngineConfig
-from looplm_jax.models import presets
-from looplm_jax.models.looplm import LoopLM, Params, init_params
+from looplm_jax.models import LoopLM, Params, init_params, presets
 
 _PROMPT = 32
 

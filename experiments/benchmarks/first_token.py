@@ -24,7 +24,7 @@ from experiments.benchmarks.decode_exported import export
 from experiments.benchmarks.train_step import shape
 from looplm_jax.config import ComputeConfig, Dtype, Remat
 from looplm_jax.inference import Engine, EngineConfig
-from looplm_jax.models.looplm import LoopLM, init_params
+from looplm_jax.models import LoopLM, init_params
 
 _LENGTHS = tuple(range(64, 513, 64))
 

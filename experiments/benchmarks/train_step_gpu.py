@@ -180,7 +180,7 @@ def _ours(name: str, remat: Remat, shape: Shape, batch: Batch, steps: int) -> Si
     import jax
 
     from experiments.benchmarks.ceiling import measure_ceiling
-    from looplm_jax.models.looplm import LoopLM
+    from looplm_jax.models import LoopLM
     from looplm_jax.sharding import make_mesh
     from looplm_jax.training._compile import StagePrograms, to_device
     from looplm_jax.training._state import initial_state

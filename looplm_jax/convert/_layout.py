@@ -15,7 +15,7 @@ from jaxtyping import PyTree
 
 from looplm_jax.config import ModelConfig
 from looplm_jax.errors import UserError, suggest
-from looplm_jax.models.looplm import boxed_shapes
+from looplm_jax.models._looplm import boxed_shapes
 
 Path = tuple[str, ...]
 

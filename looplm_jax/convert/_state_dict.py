@@ -11,7 +11,7 @@ import numpy as np
 from looplm_jax.config import ModelConfig
 from looplm_jax.convert._layout import array_shapes, check_tensor_names, flat_arrays, torch_layout, unflat_arrays
 from looplm_jax.errors import UserError
-from looplm_jax.models.looplm import Params
+from looplm_jax.models._looplm import Params
 
 if TYPE_CHECKING:
     import torch

@@ -19,7 +19,7 @@ from looplm_jax.codec import from_dict, to_dict
 from looplm_jax.config import ModelConfig, Recipe
 from looplm_jax.errors import UserError
 from looplm_jax.files import staged_folder
-from looplm_jax.models.looplm import count_params
+from looplm_jax.models._looplm import count_params
 
 _STACK = ".core.layers."  # in the path of every parameter of the shared stack; layers are the first axis
 

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 from looplm_jax.data import ValidationBatches
 from looplm_jax.data._packing import Batch
 from looplm_jax.evaluation._scores import Q_GRID, PerDepth, Scores, masked_means, scorer
-from looplm_jax.models.looplm import LoopLM, Params
+from looplm_jax.models._looplm import LoopLM, Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from looplm_jax.data._packing import Batch
 from looplm_jax.errors import UserError
 from looplm_jax.halting import exit_distribution, q_exit
 from looplm_jax.losses import token_scores
-from looplm_jax.models.looplm import LoopLM, Params, head_matrix
+from looplm_jax.models._looplm import LoopLM, Params, head_matrix
 from looplm_jax.sharding import to_host
 
 Q_GRID = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)

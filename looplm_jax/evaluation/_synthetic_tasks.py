@@ -16,7 +16,7 @@ from looplm_jax.data.tasks._capo import Capo, Kind
 from looplm_jax.data.tasks._capo_text import FACTS, NAMES
 from looplm_jax.errors import UserError
 from looplm_jax.losses import token_losses, token_scores
-from looplm_jax.models.looplm import LoopLM, Params, head_matrix
+from looplm_jax.models._looplm import LoopLM, Params, head_matrix
 
 _KINDS = (Kind.NAME, Kind.VALUE)
 

@@ -16,8 +16,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from looplm_jax.inference import _decode_kernel as decode_kernel
 from looplm_jax.inference._cache_layout import load_heads
-from looplm_jax.models import attention
-from looplm_jax.models.blocks import Context, KeyValues
+from looplm_jax.models import _attention as attention
+from looplm_jax.models._blocks import Context, KeyValues
 from looplm_jax.sharding import target_platform
 
 _BLOCK = 512  # positions of a row whose scores exist together

@@ -19,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from looplm_jax.inference._cache_layout import LANES, own_mixtures, spread_queries, store_heads
-from looplm_jax.models.blocks import KeyValues
+from looplm_jax.models._blocks import KeyValues
 from looplm_jax.sharding import logical_to_spec, target_platform
 
 _LONGEST_BLOCK = 128  # positions

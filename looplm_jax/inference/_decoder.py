@@ -41,8 +41,8 @@ from looplm_jax.inference._slots import (
     set_budget,
 )
 from looplm_jax.inference._tick import Ticked, run_ticks
-from looplm_jax.models.blocks import unroll_layers
-from looplm_jax.models.looplm import UNCAST, LoopLM, Params, compute_dtype
+from looplm_jax.models._blocks import unroll_layers
+from looplm_jax.models._looplm import UNCAST, LoopLM, Params, compute_dtype
 from looplm_jax.sharding import target_platform
 
 _LONGEST_ROW = 1 << 24

@@ -22,7 +22,7 @@ from looplm_jax.inference._running import RequestHandle
 from looplm_jax.inference._sampling import Sampling
 from looplm_jax.inference._scheduler import Scheduler
 from looplm_jax.inference._stopping import Finish
-from looplm_jax.models.looplm import LoopLM, Params
+from looplm_jax.models._looplm import LoopLM, Params
 
 _GREEDY = Sampling()
 _LONGEST_CHUNK = 512

@@ -26,8 +26,8 @@ from jaxtyping import Array, Bool, Float, Int
 from looplm_jax.config import ModelConfig
 from looplm_jax.inference._cache_attention import PastView
 from looplm_jax.inference._cache_layout import PoolSize, store_heads, stored_heads
-from looplm_jax.models.blocks import Context, KeyValues, make_context
-from looplm_jax.models.looplm import ModelCache
+from looplm_jax.models._blocks import Context, KeyValues, make_context
+from looplm_jax.models._looplm import ModelCache
 
 _SMALLEST_BUCKET = 64
 

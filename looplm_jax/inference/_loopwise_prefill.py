@@ -23,8 +23,8 @@ from looplm_jax.inference._cache_layout import constrain
 from looplm_jax.inference._kv_cache import Cache, CacheStrategy
 from looplm_jax.inference._prefill import LastToken, writer
 from looplm_jax.inference._tick import bound
-from looplm_jax.models.blocks import KeyValues
-from looplm_jax.models.looplm import LoopLM, Params, compute_dtype
+from looplm_jax.models._blocks import KeyValues
+from looplm_jax.models._looplm import LoopLM, Params, compute_dtype
 
 
 @flax.struct.dataclass

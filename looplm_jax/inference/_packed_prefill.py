@@ -22,8 +22,8 @@ from looplm_jax.inference._kv_cache import Cache, CacheStrategy, share
 from looplm_jax.inference._prefill import LastToken, append
 from looplm_jax.inference._slots import Settings, Slots, fresh_memory
 from looplm_jax.inference._tick import Ticked, bound, choose, logits_of, receive
-from looplm_jax.models.blocks import Context, KeyValues, make_context
-from looplm_jax.models.looplm import LoopLM, ModelCache, Params
+from looplm_jax.models._blocks import Context, KeyValues, make_context
+from looplm_jax.models._looplm import LoopLM, ModelCache, Params
 
 _MOST_SIZES = 8  # of packs, and so programs that are compiled
 _SMALLEST_STEP = 64  # tokens between two sizes

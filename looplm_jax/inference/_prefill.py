@@ -22,7 +22,7 @@ from looplm_jax.inference._cache_layout import constrain, store_heads
 from looplm_jax.inference._kv_cache import Cache
 from looplm_jax.inference._slots import Settings, Slots, fresh_memory
 from looplm_jax.inference._tick import Ticked, bound, choose, logits_of, receive
-from looplm_jax.models.looplm import LoopLM, ModelCache, Params, compute_dtype
+from looplm_jax.models._looplm import LoopLM, ModelCache, Params, compute_dtype
 
 
 @flax.struct.dataclass

@@ -23,8 +23,8 @@ from looplm_jax.inference._requests import Result
 from looplm_jax.inference._rollouts import Rollouts, Turns
 from looplm_jax.inference._tick import bound
 from looplm_jax.losses._cross_entropy import token_losses
-from looplm_jax.models.blocks import Context, make_context
-from looplm_jax.models.looplm import LoopLM, ModelCache, Params, compute_dtype, head_matrix
+from looplm_jax.models._blocks import Context, make_context
+from looplm_jax.models._looplm import LoopLM, ModelCache, Params, compute_dtype, head_matrix
 
 
 def replay(

@@ -16,7 +16,7 @@ from looplm_jax.halting.signals import LoopMemory
 from looplm_jax.inference._cache_layout import PoolSize
 from looplm_jax.inference._kv_cache import Cache, CacheStrategy, empty_pool
 from looplm_jax.inference._sampling import SamplingTable
-from looplm_jax.models.looplm import LoopLM, compute_dtype
+from looplm_jax.models._looplm import LoopLM, compute_dtype
 
 # The table of stop ids has a fixed width; further stop conditions are checked on the host.
 MOST_STOP_IDS = 8

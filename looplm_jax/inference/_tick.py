@@ -19,8 +19,8 @@ from looplm_jax.halting.signals import Needs
 from looplm_jax.inference._cache_layout import constrain
 from looplm_jax.inference._sampling import Choice, likeliest, sample_rows
 from looplm_jax.inference._slots import Slots
-from looplm_jax.models.blocks import Context, KeyValues
-from looplm_jax.models.looplm import LoopLM, ModelCache, Params, compute_dtype, head_matrix
+from looplm_jax.models._blocks import Context, KeyValues
+from looplm_jax.models._looplm import LoopLM, ModelCache, Params, compute_dtype, head_matrix
 
 
 @flax.struct.dataclass

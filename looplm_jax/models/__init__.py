@@ -1,0 +1,45 @@
+"""The looped language model: one shared stack of layers, applied T times, with a head and an exit gate at every loop.
+
+    >>> import jax
+    >>> from looplm_jax.models import LoopLM, head_matrix, init_params, presets
+    >>> model = LoopLM(presets.tiny())  # width D = 32, vocabulary V = 97
+    >>> params = init_params(model, jax.random.key(0))
+    >>> tokens = jax.numpy.ones((2, 8), int)  # [B, S]
+    >>> output = model.apply({"params": params}, tokens, loops=4)  # any number of loops
+    >>> output.hidden.shape, output.gate_logits.shape  # [T, B, S, D] and [T, B, S]
+    ((4, 2, 8, 32), (4, 2, 8))
+    >>> (output.hidden[-1] @ head_matrix(params, model.config)).shape  # logits of the last loop, [B, S, V]
+    (2, 8, 97)
+
+The model: `LoopLM`, a Flax module for a `ModelConfig` and a `ComputeConfig` of `looplm_jax.config`; its output,
+`LoopLMOutput`. `looplm_jax.losses` trains it, `looplm_jax.halting` stops its loops, `looplm_jax.inference` generates.
+
+Parameters, `Params`, are nested dictionaries of arrays: `init_params`, `head_matrix`, `count_params`; `parameter_axes`
+has the logical names of their axes, for sharding.
+
+Configurations by name, such as `presets.ouro_1_4b()`, are in the module `looplm_jax.models.presets`.
+"""
+
+from etils import epy
+
+with epy.lazy_api_imports(globals()):
+    # The model, and its parameters.
+    from looplm_jax.models._looplm import (
+        LoopLM,
+        LoopLMOutput,
+        Params,
+        count_params,
+        head_matrix,
+        init_params,
+        parameter_axes,
+    )
+
+__all__ = [
+    "LoopLM",
+    "LoopLMOutput",
+    "Params",
+    "count_params",
+    "head_matrix",
+    "init_params",
+    "parameter_axes",
+]

@@ -16,7 +16,7 @@ from looplm_jax.config import (
     TopologySettings,
 )
 from looplm_jax.errors import UserError
-from looplm_jax.models.looplm import LoopLM
+from looplm_jax.models._looplm import LoopLM
 from looplm_jax.planning._budget import recomputed_flops, shard_bytes
 from looplm_jax.planning._stage_plan import StagePlan
 from looplm_jax.planning._targets import Target

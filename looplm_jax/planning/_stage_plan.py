@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from looplm_jax.config import Gather, Recipe, Reduce, Remat, Stage
-from looplm_jax.models.looplm import LoopLM, compute_dtype
+from looplm_jax.models._looplm import LoopLM, compute_dtype
 from looplm_jax.planning._budget import Memory, Timing, compiled_memory, donated_arrays, estimate, overfull_memory
 from looplm_jax.planning._hlo import parse
 from looplm_jax.planning._program_facts import Collective, Matmuls, attention_kernel, collectives, custom_calls, matmuls

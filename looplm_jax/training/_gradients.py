@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from looplm_jax.config import ComputeConfig, Gather, Reduce
 from looplm_jax.losses import Stage1Metrics
-from looplm_jax.models.looplm import LoopLM, Params, copy_dtypes, gather_stacks, parameter_axes
+from looplm_jax.models._looplm import LoopLM, Params, copy_dtypes, gather_stacks, parameter_axes
 from looplm_jax.sharding import all_gather, all_reduce, on_each_device, reduce_scatter, token_axes
 
 

@@ -17,7 +17,7 @@ from looplm_jax.config import ModelConfig, Recipe
 from looplm_jax.convert._import_hf import is_hf_folder, load_hf, read_hf_config
 from looplm_jax.data.tokenizers import Tokenizer, deserialize
 from looplm_jax.errors import UserError
-from looplm_jax.models.looplm import LoopLM, Params
+from looplm_jax.models._looplm import LoopLM, Params
 from looplm_jax.training._state import TrainState, abstract_state, state_around
 
 _NO_SHAPE = ("loops", "rope_theta", "norm_eps", "max_positions", "init_std")  # do not change the shapes of parameters

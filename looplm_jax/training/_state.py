@@ -16,7 +16,7 @@ from jaxtyping import Array, Int, UInt32
 
 from looplm_jax.config import ModelConfig, Recipe, Stage
 from looplm_jax.errors import UserError, suggest
-from looplm_jax.models.looplm import LoopLM, Params, boxed_params, boxed_shapes
+from looplm_jax.models._looplm import LoopLM, Params, boxed_params, boxed_shapes
 from looplm_jax.random_keys import from_raw, seeded_key
 from looplm_jax.sharding import abstract_arrays, use_mesh
 from looplm_jax.training._guard import GuardState, initial_guard, next_stage_guard

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from looplm_jax.config import Objective, PriorKind, Recipe, Stage
 from looplm_jax.halting._priors import log_prior
 from looplm_jax.losses import Stage1Metrics, stage1, stage1_from_hidden, stage2, token_losses
-from looplm_jax.models.looplm import LoopLM, LoopLMOutput
+from looplm_jax.models._looplm import LoopLM, LoopLMOutput
 from looplm_jax.training._gradients import DeviceBatch, Variables, loss_and_gradients
 from looplm_jax.training._guard import is_sound, update_guard
 from looplm_jax.training._optimizer import direction, learning_rate

@@ -9,7 +9,7 @@ import pytest
 
 from looplm_jax.losses import stage1_from_hidden
 from looplm_jax.models import presets
-from looplm_jax.models.looplm import LoopLM, Params, head_matrix, init_params
+from looplm_jax.models._looplm import LoopLM, Params, head_matrix, init_params
 
 torch = pytest.importorskip("torch", reason="the twin needs torch: `make torch` installs it")
 

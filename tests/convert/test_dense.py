@@ -15,7 +15,7 @@ from looplm_jax.config import MeshConfig, NormPlacement
 from looplm_jax.convert._dense import convert_from_dense, load_dense
 from looplm_jax.convert._layout import flat_arrays
 from looplm_jax.errors import UserError
-from looplm_jax.models.looplm import LoopLM, head_matrix, init_params
+from looplm_jax.models._looplm import LoopLM, head_matrix, init_params
 from looplm_jax.sharding import make_mesh
 
 transformers = pytest.importorskip("transformers")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from looplm_jax.config import Injection, ModelConfig, NormPlacement
 from looplm_jax.convert._layout import array_shapes, check_tensor_names, flat_arrays, torch_layout, unflat_arrays
 from looplm_jax.errors import UserError
-from looplm_jax.models.looplm import count_params
+from looplm_jax.models._looplm import count_params
 from looplm_jax.models.presets import ouro_1_4b
 
 

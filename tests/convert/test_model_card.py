@@ -12,7 +12,7 @@ from looplm_jax.config import DataConfig, Objective, SourceConfig, Stage, StartC
 from looplm_jax.convert import convert_to_hf
 from looplm_jax.convert._layout import array_shapes
 from looplm_jax.convert._model_card import TrainingRecord, model_card, training_record
-from looplm_jax.models.looplm import count_params
+from looplm_jax.models._looplm import count_params
 
 
 def card(step=40, evaluation=None, **changes):

@@ -15,7 +15,7 @@ from looplm_jax.config import ComputeConfig, Dtype
 from looplm_jax.convert import convert_from_hf, convert_to_hf, from_torch_state_dict, to_torch_state_dict
 from looplm_jax.convert._layout import flat_arrays
 from looplm_jax.data.tokenizers import IM_END, IM_START, load_tokenizer
-from looplm_jax.models.looplm import LoopLM
+from looplm_jax.models._looplm import LoopLM
 
 pytest.importorskip("tokenizers")
 

@@ -8,7 +8,7 @@ import pytest
 from looplm_jax.config import ModelConfig
 from looplm_jax.convert._state_dict import from_torch_state_dict, to_torch_state_dict
 from looplm_jax.errors import UserError
-from looplm_jax.models.looplm import LoopLM, init_params
+from looplm_jax.models._looplm import LoopLM, init_params
 
 torch = pytest.importorskip("torch")
 

@@ -19,7 +19,7 @@ from looplm_jax.convert._export_hf import convert_to_hf
 from looplm_jax.convert._layout import array_shapes, flat_arrays, torch_layout
 from looplm_jax.data.tokenizers import FolderTokenizer, SymbolTokenizer, TokenIds
 from looplm_jax.errors import UserError
-from looplm_jax.models.looplm import count_params
+from looplm_jax.models._looplm import count_params
 
 SMALL_FILES = {
     "README.md",

@@ -34,8 +34,8 @@ from looplm_jax.config import (
 from looplm_jax.convert._upcycle import Order, source_layers, upcycle
 from looplm_jax.data import open_corpus
 from looplm_jax.errors import UserError
-from looplm_jax.models.blocks import Stack, make_context
-from looplm_jax.models.looplm import LoopLM, count_params, init_params
+from looplm_jax.models._blocks import Stack, make_context
+from looplm_jax.models._looplm import LoopLM, count_params, init_params
 from looplm_jax.training._optimizer import adamw
 from looplm_jax.training.run import train
 

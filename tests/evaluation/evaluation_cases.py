@@ -7,7 +7,7 @@ from looplm_jax.config import ComputeConfig, DataConfig, Dtype, MeshConfig, Reci
 from looplm_jax.data import Batch
 from looplm_jax.data.tasks import make_task
 from looplm_jax.loading import Loaded
-from looplm_jax.models.looplm import LoopLM, init_params
+from looplm_jax.models._looplm import LoopLM, init_params
 from looplm_jax.models.presets import tiny
 from looplm_jax.sharding import make_mesh
 

@@ -5,7 +5,7 @@ import functools
 import jax
 import numpy as np
 
-from looplm_jax.models.looplm import head_matrix
+from looplm_jax.models._looplm import head_matrix
 
 LENGTH = 64  # one shape for all calls of the reference
 

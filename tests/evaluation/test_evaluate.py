@@ -13,7 +13,7 @@ from looplm_jax.evaluation._evaluate import Curve, depth_sweep, evaluate, exit_c
 from looplm_jax.evaluation._scores import Q_GRID, masked_means, score_tokens
 from looplm_jax.halting import exit_distribution, q_exit
 from looplm_jax.losses import token_scores
-from looplm_jax.models.looplm import head_matrix
+from looplm_jax.models._looplm import head_matrix
 
 
 @pytest.fixture(scope="module")

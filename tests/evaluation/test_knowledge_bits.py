@@ -17,7 +17,7 @@ from looplm_jax.evaluation._synthetic_tasks import (
     knowledge_loss,
     most_bits_per_parameter,
 )
-from looplm_jax.models.looplm import LoopLM, head_matrix, init_params
+from looplm_jax.models._looplm import LoopLM, head_matrix, init_params
 
 TASK = Capo(people=7, validation_draws=2)
 SYMBOLS = TASK.tokenizer.vocab_size

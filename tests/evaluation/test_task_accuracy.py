@@ -10,7 +10,7 @@ from evaluation_cases import TASK, make_loaded
 from looplm_jax.data.tasks import Addition, make_task
 from looplm_jax.errors import UserError
 from looplm_jax.evaluation._synthetic_tasks import task_accuracy
-from looplm_jax.models.looplm import head_matrix
+from looplm_jax.models._looplm import head_matrix
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from experiments import dense_start
 from experiments.dense_models import branch_sizes, with_second_norms
 from experiments.dense_start_report import Course, Results, report
 from looplm_jax.config import ModelConfig, NormPlacement
-from looplm_jax.models.blocks import make_context
-from looplm_jax.models.looplm import LoopLM, init_params
+from looplm_jax.models._blocks import make_context
+from looplm_jax.models._looplm import LoopLM, init_params
 
 pytest.importorskip("tokenizers")
 

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from looplm_jax.config import ComputeConfig, Dtype, Remat
-from looplm_jax.models.looplm import LoopLM, init_params
+from looplm_jax.models._looplm import LoopLM, init_params
 from looplm_jax.models.presets import tiny
 
 

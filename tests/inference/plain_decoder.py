@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from looplm_jax.inference import CacheStrategy
-from looplm_jax.models.blocks import make_context
-from looplm_jax.models.looplm import ModelCache, head_matrix
+from looplm_jax.models._blocks import make_context
+from looplm_jax.models._looplm import ModelCache, head_matrix
 
 ROOM = 64
 

@@ -7,7 +7,7 @@ from inference_models import make_model
 
 from looplm_jax.halting import QExit
 from looplm_jax.inference import Engine, EngineConfig, Request
-from looplm_jax.models.looplm import LoopLM
+from looplm_jax.models._looplm import LoopLM
 
 LOOPS = 3
 CONFIG = EngineConfig(slots=3, capacity=128, chunk=16, page_size=32, unroll=False)

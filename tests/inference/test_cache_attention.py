@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from looplm_jax.inference._cache_attention import PastView, attend_row_by_row
 from looplm_jax.inference._cache_layout import LANES, in_lanes, load_heads, store_heads
 from looplm_jax.inference._decode_kernel import decode_attention, fits
-from looplm_jax.models.blocks import KeyValues
+from looplm_jax.models._blocks import KeyValues
 
 LAYERS, PLANES, ROWS, WIDTH = 2, 3, 4, 128
 PAGES, PAGE_SIZE, PAGES_PER_ROW = 14, 32, 3

@@ -17,7 +17,7 @@ from looplm_jax.inference import _scheduler as scheduler_module
 from looplm_jax.inference._packed_prefill import admit_pack
 from looplm_jax.inference._prefill import admit, prefill_chunk
 from looplm_jax.inference._tick import run_ticks
-from looplm_jax.models.looplm import boxed_shapes
+from looplm_jax.models._looplm import boxed_shapes
 from looplm_jax.sharding import abstract_arrays, make_mesh
 
 PROMPT = (3, 14, 15, 92, 65, 35)

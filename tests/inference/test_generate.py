@@ -13,7 +13,7 @@ from looplm_jax.inference import Finish, Sampling, generate
 from looplm_jax.inference._packed_prefill import admit_pack
 from looplm_jax.inference._prefill import admit, prefill_chunk
 from looplm_jax.inference._tick import run_ticks
-from looplm_jax.models.looplm import head_matrix
+from looplm_jax.models._looplm import head_matrix
 
 PROMPT = [3, 14, 15, 92, 65, 35]
 SHAPES = {

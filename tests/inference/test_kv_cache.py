@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from plain_decoder import SEEN
 
 from looplm_jax.inference._kv_cache import Cache, CacheStrategy, bucket, bytes_per_token, empty_cache, share
-from looplm_jax.models.blocks import KeyValues
-from looplm_jax.models.looplm import ModelCache
+from looplm_jax.models._blocks import KeyValues
+from looplm_jax.models._looplm import ModelCache
 from looplm_jax.models.presets import tiny
 
 LOOPS, ROWS, CAPACITY = 3, 2, 4

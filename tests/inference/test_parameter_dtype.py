@@ -5,7 +5,7 @@ from inference_models import make_model
 
 from looplm_jax.config import ComputeConfig, Dtype, Injection, Remat
 from looplm_jax.inference._decoder import in_dtype_of_products
-from looplm_jax.models.looplm import LoopLM
+from looplm_jax.models._looplm import LoopLM
 
 
 def test_parameters_in_the_dtype_of_products_change_no_answer():

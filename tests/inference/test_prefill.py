@@ -14,7 +14,7 @@ from looplm_jax.inference._decoder import Decoder
 from looplm_jax.inference._kv_cache import Cache, CacheStrategy, empty_cache, share
 from looplm_jax.inference._loopwise_prefill import begin_chunk, bytes_per_prompt_token
 from looplm_jax.inference._prefill import extract_row, prefill_chunk
-from looplm_jax.models.looplm import ModelCache
+from looplm_jax.models._looplm import ModelCache
 
 LOOPS, ROOM = 3, 32
 

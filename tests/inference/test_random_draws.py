@@ -12,7 +12,7 @@ from looplm_jax.errors import UserError
 from looplm_jax.halting import FixedLoops
 from looplm_jax.inference import Engine, Sampling, replay, speculate
 from looplm_jax.inference._sampling import token_key
-from looplm_jax.models.looplm import head_matrix
+from looplm_jax.models._looplm import head_matrix
 
 DRAWN = Sampling(temperature=1.0, seed=11)
 PROMPT = (3, 14, 15)

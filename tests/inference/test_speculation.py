@@ -16,7 +16,7 @@ from looplm_jax.inference import CacheStrategy, Engine, EngineConfig, Finish, Sa
 from looplm_jax.inference._sampling import probabilities
 from looplm_jax.inference.speculation import Reroute, Screening, speculate
 from looplm_jax.inference.speculation._verify import accept, draft, read, verify
-from looplm_jax.models.looplm import boxed_shapes, head_matrix
+from looplm_jax.models._looplm import boxed_shapes, head_matrix
 from looplm_jax.sharding import abstract_arrays, make_mesh
 
 LOOPS = 4

@@ -18,8 +18,8 @@ from looplm_jax.inference._loopwise_prefill import begin_chunk, run_loop
 from looplm_jax.inference._prefill import LastToken, Place, admit, prefill_chunk, row_of_pages
 from looplm_jax.inference._slots import empty_slots
 from looplm_jax.inference._tick import run_ticks, tick
-from looplm_jax.models.blocks import unroll_layers
-from looplm_jax.models.looplm import LoopLM
+from looplm_jax.models._blocks import unroll_layers
+from looplm_jax.models._looplm import LoopLM
 
 LOOPS, ROWS, CAPACITY = 3, 5, 64
 POOL = PoolSize(pages=20, page_size=16, pages_per_slot=4)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from looplm_jax.config import ModelConfig
-from looplm_jax.models.looplm import Params
+from looplm_jax.models._looplm import Params
 
 _DATA = pathlib.Path(__file__).parent.parent / "data"
 

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from looplm_jax.models.attention import attend, rotary_angles, rotate, visible
+from looplm_jax.models._attention import attend, rotary_angles, rotate, visible
 
 _rotate = jax.jit(lambda x, positions: rotate(x, *rotary_angles(positions, x.shape[-1], 100.0)))
 _attend = jax.jit(attend)

@@ -13,9 +13,10 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from looplm_jax.config import AttentionKernel, ComputeConfig, Dtype, MeshConfig, ModelConfig, Recipe, Stage
 from looplm_jax.errors import UserError
-from looplm_jax.models.attention import attend, visible
-from looplm_jax.models.attention_kernels import choice, choose_kernel, cudnn, self_attention, triton, xla
-from looplm_jax.models.looplm import LoopLM
+from looplm_jax.models import _attention_kernels as attention_kernels
+from looplm_jax.models._attention import attend, visible
+from looplm_jax.models._attention_kernels import choose_kernel, cudnn_attention, self_attention, triton_attention
+from looplm_jax.models._looplm import LoopLM
 from looplm_jax.sharding import make_mesh, use_mesh
 from looplm_jax.training._compile import abstract_batch
 from looplm_jax.training._state import abstract_state
@@ -30,7 +31,7 @@ KERNELS = [AttentionKernel.XLA, AttentionKernel.SPLASH, AttentionKernel.TRITON]
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(xla, "_CHUNK", 96)  # which does not divide the length
+    monkeypatch.setattr(attention_kernels, "_CHUNK", 96)  # which does not divide the length
 
 
 def packed_rows(rows):
@@ -87,7 +88,7 @@ def test_triton_keeps_documents_apart_wherever_they_are_cut(cuts, names):
     positions = np.concatenate([np.arange(length) for length in lengths])[None]
     queries, keys, values = arrays(rows=1)[:3]
     places = (jnp.asarray(positions, jnp.int32), jnp.asarray(segments, jnp.int32))
-    assert_same(triton.triton_attention, (queries, keys, values, *places))
+    assert_same(triton_attention, (queries, keys, values, *places))
 
 
 @pytest.mark.parametrize(
@@ -187,7 +188,7 @@ def test_on_a_gpu_the_lowered_program_calls_cudnn_forward_and_backward(monkeypat
     rows = jax.ShapeDtypeStruct((2, LENGTH), jnp.int32)
 
     def total(*inputs):
-        return jnp.sum(cudnn.cudnn_attention(*inputs), dtype=jnp.float32)
+        return jnp.sum(cudnn_attention(*inputs), dtype=jnp.float32)
 
     traced = jax.jit(jax.grad(total, argnums=(0, 1, 2))).trace(shape, shape, shape, rows, rows)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
@@ -204,8 +205,7 @@ def square_arrays(text, length):
 
 def test_no_array_of_a_train_step_for_gpus_has_8192_queries_and_as_many_keys(monkeypatch):
     """Rows and heads are sharded over a mesh, as is the state."""
-    for module in (choice, triton):
-        monkeypatch.setattr(module, "target_platform", lambda: "gpu")
+    monkeypatch.setattr(attention_kernels, "target_platform", lambda: "gpu")
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2))
     model = ModelConfig(vocab_size=512, width=128, mlp_width=128, num_layers=1, num_heads=2, head_dim=64, loops=2)
     stage = Stage(name="s", steps=2, batch_size=2, sequence_length=8192, loops=2)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny_models import BASE, IN_SHORT, LENGTH, OPTIONS, compiled_forward, plain_positions, random_tokens, tiny_model
 
-from looplm_jax.models.blocks import make_context
+from looplm_jax.models._blocks import make_context
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from ouro_golden import golden_arrays, golden_config, golden_params
 
 from looplm_jax.halting import exit_distribution, q_exit
-from looplm_jax.models.looplm import LoopLM, head_matrix, init_params
+from looplm_jax.models._looplm import LoopLM, head_matrix, init_params
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ from tiny_models import (
     tiny_model,
 )
 
-from looplm_jax.models.blocks import make_context
-from looplm_jax.models.looplm import head_matrix
+from looplm_jax.models._blocks import make_context
+from looplm_jax.models._looplm import head_matrix
 
 every_option = pytest.mark.parametrize(
     "option", [option if option in IN_SHORT else pytest.param(option, marks=pytest.mark.slow) for option in OPTIONS]

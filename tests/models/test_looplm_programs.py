@@ -22,7 +22,7 @@ from looplm_jax import losses
 from looplm_jax.config import ComputeConfig, Dtype, Injection, Remat
 from looplm_jax.errors import UserError
 from looplm_jax.models import presets
-from looplm_jax.models.looplm import LoopLM, boxed_params, count_params, head_matrix, init_params
+from looplm_jax.models._looplm import LoopLM, boxed_params, count_params, head_matrix, init_params
 
 
 def loss_of(model, params, tokens, loops):

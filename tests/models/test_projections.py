@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from looplm_jax.models.blocks import Projection
+from looplm_jax.models._blocks import Projection
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from twins import CASES, twins
 
 from looplm_jax.config import Dtype
 from looplm_jax.halting import exit_distribution, q_exit
-from looplm_jax.models.looplm import head_matrix
+from looplm_jax.models._looplm import head_matrix
 
 pytestmark = pytest.mark.transformers
 THRESHOLDS = (0.0, 0.3, 0.5, 0.9, 1.0)

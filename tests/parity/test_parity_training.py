@@ -16,7 +16,7 @@ from twins import CASES, torch_twin, twins
 from looplm_jax.convert._layout import flat_arrays
 from looplm_jax.convert._state_dict import from_torch_state_dict
 from looplm_jax.losses import stage1, token_losses
-from looplm_jax.models.looplm import head_matrix
+from looplm_jax.models._looplm import head_matrix
 
 pytestmark = pytest.mark.transformers
 BETA = 0.1

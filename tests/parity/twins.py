@@ -13,7 +13,7 @@ from looplm_jax.convert._ouro_config import to_ouro_config
 from looplm_jax.convert._state_dict import to_torch_state_dict
 from looplm_jax.convert.torch_model.configuration_looplm import OuroConfig
 from looplm_jax.convert.torch_model.modeling_looplm import OuroForCausalLM
-from looplm_jax.models.looplm import LoopLM, Params, init_params
+from looplm_jax.models._looplm import LoopLM, Params, init_params
 
 CASES = ("multi_head_T1", "multi_head_T4_tied", "grouped_T4", "grouped_T8_tied")
 _OPTIONS = {

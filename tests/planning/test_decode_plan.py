@@ -12,7 +12,7 @@ from looplm_jax.config import MeshConfig
 from looplm_jax.errors import UserError
 from looplm_jax.inference import CacheStrategy
 from looplm_jax.models import presets
-from looplm_jax.models.looplm import count_params
+from looplm_jax.models._looplm import count_params
 from looplm_jax.planning._budget import decode_timing
 from looplm_jax.planning._decode_plan import DecodeRequest, abstract_params, check_heads, decode_floor, plan_decode
 from looplm_jax.planning._targets import Target, find_target

@@ -8,7 +8,7 @@ import pytest
 from plan_cases import GATE, STAGE, recipe_with, with_stage
 
 from looplm_jax.config import Gather, MeshConfig, Reduce, Remat
-from looplm_jax.models.looplm import LoopLM
+from looplm_jax.models._looplm import LoopLM
 from looplm_jax.planning._budget import overfull_memory, shard_bytes, state_memory
 from looplm_jax.planning._search import stack_parameters
 from looplm_jax.planning._stage_plan import plan_stage

@@ -13,7 +13,7 @@ from looplm_jax.config import Recipe, Stage
 from looplm_jax.convert._upcycle import Order, upcycle
 from looplm_jax.errors import UserError
 from looplm_jax.loading import load
-from looplm_jax.models.looplm import count_params
+from looplm_jax.models._looplm import count_params
 from looplm_jax.recipes import RECIPES, Scale, named_recipe, scaled
 from looplm_jax.training import run
 

@@ -10,7 +10,7 @@ import pytest
 from looplm_jax.config import ComputeConfig, MeshConfig, ModelConfig, Recipe, Remat, Stage
 from looplm_jax.data import Batch
 from looplm_jax.errors import UserError
-from looplm_jax.models.looplm import LoopLM
+from looplm_jax.models._looplm import LoopLM
 from looplm_jax.sharding import check_batch, check_divides, check_sequence, make_mesh
 from looplm_jax.training._compile import StagePrograms, to_device
 from looplm_jax.training._state import TrainState, abstract_state, initial_state

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 from tpu_programs import lowered_step, tpu_mesh
 
 from looplm_jax.config import AttentionKernel, MeshConfig, ModelConfig
-from looplm_jax.models.attention_kernels import self_attention
+from looplm_jax.models._attention_kernels import self_attention
 from looplm_jax.sharding import logical_to_spec, use_mesh
 
 KERNELS = {

@@ -22,7 +22,7 @@ from looplm_jax.inference._slots import empty_slots
 from looplm_jax.inference._tick import run_ticks
 from looplm_jax.inference.speculation._verify import SpeculativeRows, draft
 from looplm_jax.models import presets
-from looplm_jax.models.looplm import LoopLM, boxed_shapes
+from looplm_jax.models._looplm import LoopLM, boxed_shapes
 from looplm_jax.planning import _hlo as hlo
 from looplm_jax.sharding import abstract_arrays, use_mesh
 

@@ -10,7 +10,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from looplm_jax.config import MeshConfig, ModelConfig, Recipe, Stage
-from looplm_jax.models.looplm import LoopLM
+from looplm_jax.models._looplm import LoopLM
 from looplm_jax.sharding import make_mesh, use_mesh
 from looplm_jax.training._compile import abstract_batch
 from looplm_jax.training._state import abstract_state

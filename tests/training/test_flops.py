@@ -6,7 +6,7 @@ import pytest
 from training_cases import MODEL
 
 from looplm_jax.config import ComputeConfig, Injection, Objective, Remat
-from looplm_jax.models.looplm import LoopLM, head_matrix, init_params
+from looplm_jax.models._looplm import LoopLM, head_matrix, init_params
 from looplm_jax.models.presets import ouro_1_4b
 from looplm_jax.training._goodput import forward_flops_per_token, train_flops_per_token
 

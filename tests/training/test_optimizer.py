@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from training_cases import MODEL, STAGE
 
 from looplm_jax.config import Injection, OptimizerConfig, Schedule
-from looplm_jax.models.looplm import LoopLM, boxed_params, init_params
+from looplm_jax.models._looplm import LoopLM, boxed_params, init_params
 from looplm_jax.training._optimizer import adamw, decayed, direction, learning_rate
 
 PEAK, FINAL = 1e-3, 1e-4

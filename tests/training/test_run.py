@@ -25,7 +25,7 @@ from looplm_jax.errors import UserError
 from looplm_jax.evaluation._evaluate import evaluate_held_out
 from looplm_jax.evaluation._reports import write_run_report
 from looplm_jax.loading import load
-from looplm_jax.models.looplm import LoopLM
+from looplm_jax.models._looplm import LoopLM
 from looplm_jax.sharding import make_mesh
 from looplm_jax.training import _batches as batches
 from looplm_jax.training import _compile as program

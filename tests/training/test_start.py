@@ -30,7 +30,7 @@ from looplm_jax.config import (
 from looplm_jax.convert._export_hf import convert_to_hf
 from looplm_jax.data import load_tokenizer, train_sentencepiece
 from looplm_jax.errors import UserError
-from looplm_jax.models.looplm import LoopLM
+from looplm_jax.models._looplm import LoopLM
 from looplm_jax.sharding import make_mesh
 from looplm_jax.training import run
 from looplm_jax.training._initialize_from import (

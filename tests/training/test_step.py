@@ -10,7 +10,7 @@ from training_cases import GATE, MODEL, RECIPE, STAGE, assert_identical, one_sta
 
 from looplm_jax.config import Dtype, GateTarget, Objective, OptimizerConfig, PriorConfig, PriorKind
 from looplm_jax.losses import token_losses
-from looplm_jax.models.looplm import LoopLM, head_matrix
+from looplm_jax.models._looplm import LoopLM, head_matrix
 from looplm_jax.sharding import make_mesh, use_mesh
 from looplm_jax.training._compile import StagePrograms, abstract_batch, draw_loops, to_device
 from looplm_jax.training._metrics import as_values

@@ -13,10 +13,10 @@ from jaxtyping import Array, Float, Int
 
 from looplm_jax.errors import UserError
 from looplm_jax.halting import ExitPolicy, exit_loops
-from looplm_jax.inference.kv_cache import bucket
+from looplm_jax.inference._kv_cache import bucket
 from looplm_jax.losses import token_scores
 from looplm_jax.losses._cross_entropy import TokenScores
-from looplm_jax.models.looplm import LoopLM, LoopLMOutput, Params, head_matrix
+from looplm_jax.models._looplm import LoopLM, LoopLMOutput, Params, head_matrix
 
 # Windows: requests as sequences of tokens, in batches of few shapes
 

@@ -27,7 +27,7 @@ from looplm_jax.inference._requests import NewToken, Request
 from looplm_jax.inference._sampling import Sampling, SamplingTable
 from looplm_jax.inference.speculation._rows import Row, Screen, SpeculativeResult
 from looplm_jax.inference.speculation._verify import Draft, SpeculativeRows, Verified, draft, force, read, verify
-from looplm_jax.models.looplm import LoopLM, Params, compute_dtype
+from looplm_jax.models._looplm import LoopLM, Params, compute_dtype
 
 _LONGEST_CHUNK = 128
 

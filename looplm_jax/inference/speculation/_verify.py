@@ -22,8 +22,8 @@ from looplm_jax.inference._cache_layout import constrain, store_heads
 from looplm_jax.inference._kv_cache import Cache
 from looplm_jax.inference._sampling import SamplingTable, probabilities, sample_rows, token_key
 from looplm_jax.inference._tick import bound, logits_of
-from looplm_jax.models.blocks import KeyValues
-from looplm_jax.models.looplm import LoopLM, ModelCache, Params, compute_dtype
+from looplm_jax.models._blocks import KeyValues
+from looplm_jax.models._looplm import LoopLM, ModelCache, Params, compute_dtype
 
 # The acceptance test
 

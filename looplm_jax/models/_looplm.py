@@ -21,9 +21,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from looplm_jax.config import ComputeConfig, Dtype, Injection, ModelConfig, Remat
 from looplm_jax.errors import UserError
-from looplm_jax.models import gathered
-from looplm_jax.models.attention_kernels import choose_kernel
-from looplm_jax.models.blocks import Context, KeyValues, Past, RMSNorm, Stack, make_context, parameter
+from looplm_jax.models._attention_kernels import choose_kernel
+from looplm_jax.models._blocks import Context, KeyValues, Past, Stack, make_context
+from looplm_jax.models._parameters import GATHERED, RMSNorm, gather, parameter
 from looplm_jax.sharding import target_platform, whole_length
 
 _STACKS = ("prelude", "core", "coda")
@@ -161,7 +161,7 @@ class LoopLM(nn.Module):
             loop = nn.remat(loop, prevent_cse=False)
 
         # All loops use the same parameters and gathered copies.
-        shared = ["params", gathered.COLLECTION]
+        shared = ["params", GATHERED]
         scan = nn.scan(
             loop,
             variable_broadcast=shared,
@@ -282,7 +282,7 @@ def gather_stacks(model: LoopLM, params: Params) -> Params:
     """
     stacks = {name: value for name, value in params.items() if name in _STACKS}
     axes = parameter_axes(model.config)
-    return gathered.gather(stacks, {name: axes[name] for name in stacks}, compute_dtype(model.compute))
+    return gather(stacks, {name: axes[name] for name in stacks}, compute_dtype(model.compute))
 
 
 def parameter_axes(config: ModelConfig) -> PyTree:

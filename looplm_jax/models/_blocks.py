@@ -3,9 +3,8 @@
 The stack is an `nn.scan` over layers, so the size of the program does not depend on the number of layers.
 """
 
-import functools
 from collections.abc import Callable
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 import flax.struct
@@ -15,8 +14,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from looplm_jax.config import AttentionKernel, ModelConfig, NormPlacement, Remat
-from looplm_jax.models import attention, gathered
-from looplm_jax.models.attention_kernels import OUTPUT, self_attention
+from looplm_jax.models import _attention as attention
+from looplm_jax.models._attention_kernels import OUTPUT, self_attention
+from looplm_jax.models._parameters import GATHERED, Projection, RMSNorm
 from looplm_jax.sharding import target_platform, whole_sequences
 
 # Names of the activations of a layer that may be saved for the backward pass.
@@ -115,101 +115,6 @@ def make_context(
         past_mask=past_mask,
         kernel=kernel,
     )
-
-
-# Parameters and projections
-
-
-def parameter(
-    module: nn.Module,
-    name: str,
-    initializer: nn.initializers.Initializer,
-    axes: tuple[str, ...],
-    shape: tuple[int, ...],
-) -> Array:
-    """Returns a float32 parameter of `module`, or the gathered copy that was passed with it.
-
-    The parameter is created boxed with the logical names of its axes.
-    """
-    boxed = nn.with_logical_partitioning(initializer, axes)
-    stored = cast(Array, module.param(name, boxed, shape, jnp.float32))  # Linen returns it unboxed
-    if not module.has_variable(gathered.COLLECTION, name):
-        return stored
-    return gathered.use_copy(stored, cast(Array, module.get_variable(gathered.COLLECTION, name)), axes)
-
-
-class RMSNorm(nn.Module):
-    """Computes `x * rsqrt(mean(x^2) + eps)` in float32, casts back and multiplies by a weight (not by 1 + weight)."""
-
-    eps: float
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        """Normalizes along the last axis."""
-        scale = parameter(self, "scale", nn.initializers.ones, ("norm",), (x.shape[-1],))
-        wide = x.astype(jnp.float32)
-        normal = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return normal.astype(x.dtype) * scale.astype(x.dtype)
-
-
-class Projection(nn.Module):
-    """A linear map without bias from the trailing axes of its input to `features`, in the dtype of the input.
-
-    Attributes:
-      features: the trailing axes of the output.
-      axes: the logical names of the axes of the kernel.
-      init_std: the standard deviation of the initial kernel.
-      contracted: the number of trailing axes of the input that are contracted.
-    """
-
-    features: tuple[int, ...]
-    axes: tuple[str, ...]
-    init_std: float
-    contracted: int = 1
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B S ..."]) -> Float[Array, "B S ..."]:
-        """Contracts the trailing axes of `x` with the kernel."""
-        shape = (*x.shape[-self.contracted :], *self.features)
-        kernel = parameter(self, "kernel", nn.initializers.normal(self.init_std), self.axes, shape)
-        product = _cpu_product if target_platform() == "cpu" else _product
-        return product(x, kernel.astype(x.dtype), self.contracted)
-
-
-def _product(x: Array, kernel: Array, contracted: int) -> Array:
-    """Returns the product over the last `contracted` axes of `x` and the first of `kernel`."""
-    return jnp.tensordot(x, kernel, axes=contracted)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _cpu_product(x: Array, kernel: Array, contracted: int) -> Array:
-    """Returns the same as `_product`, with a gradient that XLA's CPU compiler computes faster.
-
-    JAX computes the gradient of the kernel as the transpose of cotangents times inputs. For that, the compiler
-    transposes the cotangents of every projection, including the widest arrays of a layer, and does not use its fast
-    library of matrix products.
-    """
-    return _product(x, kernel, contracted)
-
-
-def _cpu_product_forward(x: Array, kernel: Array, contracted: int) -> tuple[Array, tuple[Array, Array]]:
-    return _product(x, kernel, contracted), (x, kernel)
-
-
-def _cpu_product_backward(contracted: int, saved: tuple[Array, Array], cotangents: Array) -> tuple[Array, Array]:
-    x, kernel = saved
-    tokens = tuple(range(x.ndim - contracted))
-    features = kernel.ndim - contracted
-    trailing = tuple(range(cotangents.ndim - features, cotangents.ndim)), tuple(range(contracted, kernel.ndim))
-
-    # Contracts the features of cotangents and kernel.
-    x_grad = jax.lax.dot_general(cotangents, kernel, (trailing, ((), ())))
-    # Contracts all axes of tokens.
-    kernel_grad = jax.lax.dot_general(x, cotangents, ((tokens, tokens), ((), ())))
-    return x_grad, kernel_grad
-
-
-_cpu_product.defvjp(_cpu_product_forward, _cpu_product_backward)
 
 
 # Layers
@@ -340,7 +245,7 @@ class Stack(nn.Module):
 
         layers = nn.scan(
             _rematted(self.remat),
-            variable_axes={"params": 0, gathered.COLLECTION: 0},
+            variable_axes={"params": 0, GATHERED: 0},
             split_rngs={"params": True},
             # The index of the layer is scanned; context and past are shared by all layers.
             in_axes=(0, nn.broadcast, nn.broadcast),
@@ -389,9 +294,8 @@ def _rematted(remat: Remat) -> type[Block]:
 
     policies = jax.checkpoint_policies
     if remat is Remat.DOTS:
-        kernel = policies.save_only_these_names(
-            OUTPUT
-        )  # attention has products too, which the policy of dots does not save
+        # Attention has products too, which the policy of dots does not save.
+        kernel = policies.save_only_these_names(OUTPUT)
         policy = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, kernel)
         return nn.remat(Block, prevent_cse=False, policy=policy)
 
