@@ -180,8 +180,8 @@ def check_cudnn(length: int, head_width: int, dtype: DTypeLike) -> None:
     if not cudnn_fits(length, head_width, dtype):
         raise UserError(
             f"compute.attention=cudnn needs bfloat16, an even number of tokens below {_CUDNN_LIMIT} and heads of "
-            f"a multiple of 8 up to {_CUDNN_WIDEST}, not {jnp.dtype(dtype).name}, {length} tokens and heads of {head_width}; "
-            "set compute.attention=auto"
+            f"a multiple of 8 up to {_CUDNN_WIDEST}, not {jnp.dtype(dtype).name}, {length} tokens and heads of "
+            f"{head_width}; set compute.attention=auto"
         )
 
 
@@ -224,8 +224,8 @@ def check_triton(length: int, head_width: int, dtype: DTypeLike) -> None:
     """Raises UserError if the kernel does not support such sequences."""
     if not triton_fits(length, head_width, dtype):
         raise UserError(
-            f"compute.attention=triton needs bfloat16, a multiple of {_TRITON_TILE} tokens and heads of a multiple of 8 "
-            f"up to {_TRITON_WIDEST}, not {jnp.dtype(dtype).name}, {length} tokens and heads of {head_width}; "
+            f"compute.attention=triton needs bfloat16, a multiple of {_TRITON_TILE} tokens and heads of a multiple of "
+            f"8 up to {_TRITON_WIDEST}, not {jnp.dtype(dtype).name}, {length} tokens and heads of {head_width}; "
             "set compute.attention=auto"
         )
 
