@@ -28,11 +28,10 @@ import numpy as np
 from experiments.benchmarks.ceiling import Ceiling, measure_ceiling
 from looplm_jax.config import ComputeConfig, Dtype, ModelConfig, Remat
 from looplm_jax.halting import ExitPolicy, FixedLoops, QExit
-from looplm_jax.inference import CacheStrategy, Engine, EngineConfig, bytes_per_token
+from looplm_jax.inference import CacheStrategy, Engine, EngineConfig, bytes_per_token, speculate
 from looplm_jax.inference._packed_prefill import admit_pack
 from looplm_jax.inference._prefill import admit, prefill_chunk
 from looplm_jax.inference._tick import run_ticks
-from looplm_jax.inference.speculation import _speculate as speculate
 from looplm_jax.models import LoopLM, Params, init_params, presets
 from looplm_jax.models._blocks import unroll_layers
 
