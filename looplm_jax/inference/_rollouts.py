@@ -32,7 +32,7 @@ class Turns:
     def of(cls, histories: Sequence[Sequence[CachedTurn]], longest: int) -> "Turns":
         """Returns the turns of each row, padded to one of few sizes."""
         most = max(map(len, histories))
-        # Empty turns first, so that the last turn of every row is its newest.
+        # Empty turns first, so that the last turn of every row is its latest.
         turns = [[*[_NO_TURN] * (most - len(history)), *history] for history in histories]
 
         def stacked(pick: Callable[[CachedTurn], Sequence[int]]) -> tuple[Int[Array, "H B N"], Int[Array, "H B"]]:

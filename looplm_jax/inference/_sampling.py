@@ -256,7 +256,7 @@ def _heaviest(
 ) -> Float[Array, "*N V"]:
     """Keeps the fewest tokens, from the top, whose weights sum to `wanted`; infinity keeps all."""
 
-    def cut() -> Float[Array, "*N V"]:
+    def truncated() -> Float[Array, "*N V"]:
         # Bisection from the highest bit down, for the largest threshold whose tokens still have the wanted weight.
         weights, order = weigh(scaled), _ordered_bits(scaled)
 
@@ -270,7 +270,7 @@ def _heaviest(
         return jnp.where(order >= floor[..., None], scaled, -jnp.inf)
 
     # Skipped if no row has this filter.
-    return jax.lax.cond(jnp.any(jnp.isfinite(wanted)), cut, lambda: scaled)
+    return jax.lax.cond(jnp.any(jnp.isfinite(wanted)), truncated, lambda: scaled)
 
 
 def _ordered_bits(numbers: Float[Array, "*N"]) -> UInt32[Array, "*N"]:

@@ -142,21 +142,21 @@ def test_what_no_slot_knew_is_made_room_for_while_others_are_under_way(engine, a
     for _ in range(8):
         fresh.step()
     prompt = (8, 9)
-    penalised = Request(
+    penalized = Request(
         prompt_ids=prompt,
         max_new_tokens=20,
         policy=ArgmaxStable(times=1),
         sampling=Sampling(repetition_penalty=1e6),
         keep_cache=True,
     )
-    handles.append(fresh.submit(penalised))
+    handles.append(fresh.submit(penalized))
     *others, last = finish(fresh, handles)
     for number, result in zip((5, 1), others):
         assert_same(result, alone[number], atol=1e-4)
     assert len({*prompt, *last.tokens}) == len(prompt) + 20
     assert min(last.exit_loops) >= 2
     (more,) = finish(
-        fresh, [fresh.submit(dataclasses.replace(penalised, prompt_ids=last.tokens[-1:], past=last.cache))]
+        fresh, [fresh.submit(dataclasses.replace(penalized, prompt_ids=last.tokens[-1:], past=last.cache))]
     )
     assert len({*prompt, *last.tokens, *more.tokens}) == len(prompt) + 40  # what the prefix cache holds counts, too
 
@@ -251,11 +251,11 @@ def test_a_thread_serves_those_who_wait_and_those_who_await(engine, alone):
         handles = [engine.submit(request) for request in REQUESTS]
         streamed, awaited = asyncio.run(both())
         results = [handle.result(timeout=60) for handle in handles]
-        told = [new.token for new in handles[0].tokens()]
+        received = [new.token for new in handles[0].tokens()]
     for result, expected in zip([*results, awaited], [*alone, alone[0]]):
         assert_same(result, expected)
     assert tuple(streamed) == alone[1].tokens
-    assert tuple(told) == alone[0].tokens
+    assert tuple(received) == alone[0].tokens
 
 
 def test_what_is_unfinished_when_serving_ends_is_cancelled(engine, alone):

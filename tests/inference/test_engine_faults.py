@@ -274,7 +274,7 @@ def test_an_interrupt_between_two_ticks_costs_the_others_no_token(engine, answer
 
 
 def test_an_interrupted_batch_is_given_up(engine, answer):
-    """Otherwise it would go on in the background of whatever comes next."""
+    """Otherwise it would continue in the background of later requests."""
     with pytest.raises(KeyboardInterrupt):
         engine.generate([(1,)] * 7, max_new_tokens=100, on_token=lambda _: interrupt())
     ticks = engine.stats.ticks
@@ -293,7 +293,7 @@ def test_a_thread_that_serves_survives_bad_requests(engine, answer):
 
 
 def test_a_tick_that_fails_ends_what_was_in_the_slots_only(answer, monkeypatch):
-    """The slots were donated to it: they are lost, and made anew."""
+    """The slots were donated to it: they are lost, and created again."""
     broken = make_engine(slots=1, queue=3)
     tick = broken._decoder.tick
 

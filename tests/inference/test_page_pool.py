@@ -118,7 +118,7 @@ def test_a_kept_cache_is_read_into_other_pages(alone):
 
 
 def test_a_request_that_waits_for_pages_is_overtaken_by_none():
-    """Even if there is a free slot, and enough pages for smaller requests behind it."""
+    """Even if there is a free slot, and enough pages for smaller requests after it."""
     engine, begun = few_pages(), []
 
     def request(name, tokens):

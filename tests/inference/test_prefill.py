@@ -32,7 +32,7 @@ def forward(model, params, tokens):
 @settings(max_examples=8)
 @given(st.lists(st.integers(0, 96), min_size=1, max_size=ROOM), st.sampled_from([4, 16]), st.integers(0, 96))
 def test_a_prompt_in_chunks_is_the_prompt_as_a_whole(model_and_params, prompt, chunk, padding):
-    """Whatever stands in the padding of the last chunk."""
+    """Whatever the padding of the last chunk contains."""
     model, params = model_and_params
     row = empty_cache(model.config, CacheStrategy.FULL, rows=1, capacity=ROOM + 16, loops=LOOPS, dtype=jnp.float32)
     for start in range(0, len(prompt), chunk):

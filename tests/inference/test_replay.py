@@ -139,7 +139,7 @@ def test_gradients_of_replay_are_slopes(strategy):
     gradient = jax.device_get(program(params)[0])
     elsewhere = jax.tree.map(lambda leaf: generator.normal(size=leaf.shape).astype(np.float32), gradient)
     for direction in (gradient, elsewhere):
-        unit = normalised(direction)
+        unit = normalized(direction)
         slope = sum(np.vdot(a, b) for a, b in zip(jax.tree.leaves(unit), jax.tree.leaves(gradient)))
         values = [
             np.vdot(weights, np.asarray(program(moved(params, step, unit))[1], np.float64)) for step in (1e-3, -1e-3)
@@ -147,7 +147,7 @@ def test_gradients_of_replay_are_slopes(strategy):
         assert (values[0] - values[1]) / 2e-3 == pytest.approx(slope, rel=0.02, abs=0.02)
 
 
-def normalised(direction):
+def normalized(direction):
     length = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(direction)))
     return jax.tree.map(lambda leaf: leaf / length, direction)
 

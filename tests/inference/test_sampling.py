@@ -229,9 +229,9 @@ def test_settings_compile_nothing():
 def test_greedy_rows_cost_no_draw():
     """Random numbers and the loops of the cut-offs run only on the condition that some row is not greedy."""
     text = str(jax.make_jaxpr(sample_rows)(random_logits(0, 3), SamplingTable.empty(3), jnp.zeros(3, jnp.int32)))
-    before, behind = text.split(" cond[", 1)
-    assert "random_bits" in behind
-    assert "scan[" in behind
+    before, after = text.split(" cond[", 1)
+    assert "random_bits" in after
+    assert "scan[" in after
     assert not any(costly in before for costly in ("random_bits", "scan[", "while[", "sort["))
 
 

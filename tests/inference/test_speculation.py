@@ -274,12 +274,12 @@ def test_stop_tokens_end_a_row(whole_model, plain):
 def test_stop_strings_end_a_row_as_in_the_engine(whole_model, plain):
     """Also if they begin in one round and end in the next; text that may begin one is held back."""
     texts = [Letters().decode(result.tokens) for result in plain]
-    told = [[] for _ in plain]
+    received = [[] for _ in plain]
     stop = texts[0][2:5]
     results = continued(
-        *whole_model, stop_strings=[stop], tokenizer=Letters(), on_token=lambda row, new: told[row].append(new)
+        *whole_model, stop_strings=[stop], tokenizer=Letters(), on_token=lambda row, new: received[row].append(new)
     )
-    for result, text, before, own in zip(results, texts, plain, told, strict=True):
+    for result, text, before, own in zip(results, texts, plain, received, strict=True):
         assert result.text == text.split(stop)[0]
         assert result.finish is (Finish.STOP if stop in text else Finish.LENGTH)
         assert result.tokens == before.tokens[: len(result.tokens)]
@@ -292,25 +292,25 @@ def test_stop_strings_end_a_row_as_in_the_engine(whole_model, plain):
 
 def test_tokens_are_told_as_soon_as_they_are_accepted(whole_model, plain):
     """Before the following drafts are screened."""
-    told = [[] for _ in plain]
+    received = [[] for _ in plain]
 
     def screen(row, _):
-        assert row.tokens == tuple(told[row.index])
+        assert row.tokens == tuple(received[row.index])
         return Screening.CONTINUE
 
-    results = continued(*whole_model, screen=screen, on_token=lambda row, new: told[row].append(new.token))
+    results = continued(*whole_model, screen=screen, on_token=lambda row, new: received[row].append(new.token))
     assert results == plain
-    assert [tuple(own) for own in told] == [result.tokens for result in results]
+    assert [tuple(own) for own in received] == [result.tokens for result in results]
 
 
 @pytest.mark.parametrize("place", [2, 6])
 def test_a_callback_that_raises_fails_its_row_alone(whole_model, plain, place):
-    told = []
+    received = []
 
     def broken(row, new):
         if row == 1:
-            told.append(new.token)
-            if len(told) == place + 1:
+            received.append(new.token)
+            if len(received) == place + 1:
                 raise KeyError("lost")
 
     results = continued(*whole_model, on_token=broken)
