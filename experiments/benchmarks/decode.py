@@ -220,7 +220,7 @@ def _run(engine: Engine, bench: Bench, policy: ExitPolicy) -> _Decoded:
     """Runs `bench.tokens` times T ticks with a request in every slot, none of which ends during them."""
     slots, ticks = engine.config.slots, _ticks(bench)
     room = engine.config.capacity - _PROMPT
-    tickets = [
+    handles = [
         engine.submit(request)
         for request in engine.requests(_prompts(bench, slots), max_new_tokens=room, policy=policy)
     ]
@@ -235,12 +235,12 @@ def _run(engine: Engine, bench: Bench, policy: ExitPolicy) -> _Decoded:
         engine.step()
     seconds = time.perf_counter() - start
 
-    if any(ticket.done for ticket in tickets) or engine.stats.loops - loops != ticks * slots:
+    if any(handle.done for handle in handles) or engine.stats.loops - loops != ticks * slots:
         raise RuntimeError("a slot was not at work")
     tokens, loops = engine.stats.tokens - tokens, engine.stats.loops - loops
 
-    for ticket in tickets:
-        ticket.cancel()
+    for handle in handles:
+        handle.cancel()
     while engine.step():
         pass
     return _Decoded(seconds=seconds, tokens=tokens, mean_loops=loops / tokens)

@@ -85,7 +85,7 @@ def _our_side(model: LoopLM, params: Params, prompts: np.ndarray, tokens: int) -
 
     def decode() -> float:
         requests = engine.requests(prompts.tolist(), max_new_tokens=room, policy=FixedLoops(loops=loops))
-        tickets = [engine.submit(request) for request in requests]
+        handles = [engine.submit(request) for request in requests]
         read = engine.stats.prompt_tokens + prompts.size
         while engine.stats.prompt_tokens < read:
             engine.step()
@@ -97,8 +97,8 @@ def _our_side(model: LoopLM, params: Params, prompts: np.ndarray, tokens: int) -
         seconds = time.perf_counter() - start
         if engine.stats.loops - before != tokens * loops * batch:
             raise RuntimeError("a slot was idle")
-        for ticket in tickets:
-            ticket.cancel()
+        for handle in handles:
+            handle.cancel()
         while engine.step():
             pass
         return tokens * batch / seconds

@@ -16,7 +16,7 @@ from looplm_jax.data.tokenizers import Tokenizer
 from looplm_jax.errors import UserError, suggest
 from looplm_jax.halting import parse_exit_policy
 from looplm_jax.inference import Finish
-from looplm_jax.inference.conversation import Conversation
+from looplm_jax.inference._conversation import Conversation
 from looplm_jax.loading import load
 from looplm_jax.terminal import print_error
 

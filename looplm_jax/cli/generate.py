@@ -21,18 +21,18 @@ from looplm_jax.inference import (
     Finish,
     NewToken,
     Request,
+    RequestHandle,
     Result,
     Sampling,
     Screening,
     SpeculativeResult,
-    Ticket,
     speculate,
 )
-from looplm_jax.inference.field_checks import whole_number
-from looplm_jax.inference.kv_cache import bucket
+from looplm_jax.inference._field_checks import whole_number
+from looplm_jax.inference._kv_cache import bucket
 from looplm_jax.loading import Loaded, load
-from looplm_jax.models.blocks import unroll_layers
-from looplm_jax.models.looplm import LoopLM
+from looplm_jax.models import LoopLM
+from looplm_jax.models._blocks import unroll_layers
 from looplm_jax.terminal import print_error, show
 
 _NEW_TOKENS = 128
@@ -89,14 +89,14 @@ def generate_texts(prompts: Sequence[str], options: GenerateOptions) -> int:
         previews=options.revise,
     )
 
-    tickets = [engine.submit(request) for request in requests]
+    handles = [engine.submit(request) for request in requests]
     # Canceled requests still have results, so the texts so far are shown.
-    with interrupt_calls(lambda: _cancel(tickets)):
-        for prompt, ticket, clock in zip(prompts, tickets, clocks, strict=True):
+    with interrupt_calls(lambda: _cancel(handles)):
+        for prompt, handle, clock in zip(prompts, handles, clocks, strict=True):
             view = _view(options, loaded, prompt)
-            view.finish(_follow(engine, ticket, view), clock.rate)
+            view.finish(_follow(engine, handle, view), clock.rate)
 
-    status = _exit_status([ticket.result() for ticket in tickets])
+    status = _exit_status([handle.result() for handle in handles])
     if status == 0 and not options.json:
         show(f"next: {_next_command(options, fields['policy'], loaded)}")
     return status
@@ -147,19 +147,19 @@ def _window(loaded: Loaded, requests: Sequence[Request]) -> int:
 # Showing the answers
 
 
-def _follow(engine: Engine, ticket: Ticket, view: View) -> Result:
+def _follow(engine: Engine, handle: RequestHandle, view: View) -> Result:
     """Streams one answer to its view, and returns its result."""
     with compiling_spinner() as status:
-        while not ticket.done:
+        while not handle.done:
             engine.step()
-            for new in ticket.ready():
+            for new in handle.ready():
                 status.stop()
                 view.show(new)
-            if ticket.provisional is not None:
-                view.propose(ticket.provisional)
-    for new in ticket.ready():  # tokens that arrived while earlier prompts were shown
+            if handle.provisional is not None:
+                view.propose(handle.provisional)
+    for new in handle.ready():  # tokens that arrived while earlier prompts were shown
         view.show(new)
-    return ticket.result()
+    return handle.result()
 
 
 def _view(options: GenerateOptions, loaded: Loaded, prompt: str) -> View:
@@ -174,10 +174,10 @@ def _view(options: GenerateOptions, loaded: Loaded, prompt: str) -> View:
     return PlainView(header=f"prompt: {prompt}\n" if several else "")
 
 
-def _cancel(tickets: Sequence[Ticket]) -> None:
+def _cancel(handles: Sequence[RequestHandle]) -> None:
     """Cancels all requests."""
-    for ticket in tickets:
-        ticket.cancel()
+    for handle in handles:
+        handle.cancel()
 
 
 def _exit_status(results: Sequence[Result]) -> int:

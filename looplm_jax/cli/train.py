@@ -14,7 +14,7 @@ from looplm_jax.errors import UserError
 from looplm_jax.evaluation._evaluate import evaluate_held_out
 from looplm_jax.evaluation._reports import evaluate_command, write_run_report
 from looplm_jax.files import AnyPath
-from looplm_jax.models.looplm import count_params
+from looplm_jax.models import count_params
 from looplm_jax.recipes._topologies import on_topology, settings_in_use
 from looplm_jax.sharding import require_compilation, require_platform, topology_name
 from looplm_jax.terminal import show

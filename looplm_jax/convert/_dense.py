@@ -42,7 +42,7 @@ from looplm_jax.convert._safetensors_io import WeightFolder
 from looplm_jax.errors import UserError
 from looplm_jax.files import staged_folder
 from looplm_jax.json_io import read_json_object
-from looplm_jax.models.looplm import LoopLM, boxed_params
+from looplm_jax.models._looplm import LoopLM, boxed_params
 from looplm_jax.random_keys import seeded_key
 from looplm_jax.sharding import check_divides, first_device, make_mesh
 

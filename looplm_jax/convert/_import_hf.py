@@ -27,7 +27,7 @@ from looplm_jax.data.tokenizers._folder import read_folder_tokenizer
 from looplm_jax.errors import UserError
 from looplm_jax.files import staged_folder
 from looplm_jax.json_io import read_json_object
-from looplm_jax.models.looplm import LoopLM, Params, boxed_shapes
+from looplm_jax.models._looplm import LoopLM, Params, boxed_shapes
 from looplm_jax.sharding import abstract_arrays, check_divides, first_device, make_mesh
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"

@@ -11,7 +11,7 @@ from looplm_jax.evaluation._evaluate import DepthSweep, ExitCurve
 from looplm_jax.evaluation._plots import plot_training
 from looplm_jax.files import AnyPath, in_bucket, quoted, write_atomically
 from looplm_jax.json_io import number, numbers
-from looplm_jax.models.looplm import count_params
+from looplm_jax.models._looplm import count_params
 from looplm_jax.terminal import Table
 from looplm_jax.training._goodput import time_summary, time_warnings, total_seconds
 from looplm_jax.training._metrics import read_metrics

@@ -11,7 +11,7 @@ from looplm_jax.data.tokenizers import Tokenizer
 from looplm_jax.inference._kv_cache import Cache
 from looplm_jax.inference._requests import CachedTurn, NewToken, PrefixCache, Request, Result
 from looplm_jax.inference._stopping import Finish, StopMatcher
-from looplm_jax.printing import one_line
+from looplm_jax.terminal import one_line
 
 # The handle
 

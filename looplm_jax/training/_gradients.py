@@ -102,7 +102,7 @@ def _reduced_once(
     """Computes gradients in a local region: each device accumulates its own, and one reduction sums them.
 
     The parameters that the model receives are zeros: their values are not read, because the model uses the all-gathered
-    copies (`models.gathered`), and only their gradients matter.
+    copies (`models._parameters`), and only their gradients matter.
     """
     axes, dtypes = parameter_axes(model.config), copy_dtypes(model)
     moving_axes = {name: axes[name] for name in moving}

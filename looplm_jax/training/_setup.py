@@ -19,7 +19,7 @@ from looplm_jax.data.tokenizers import FolderTokenizer, Tokenizer, deserialize
 from looplm_jax.distributed import SINGLE_PROCESS, ProcessGroup, first_on_process_0
 from looplm_jax.errors import UserError
 from looplm_jax.files import quoted, write_atomically
-from looplm_jax.models.looplm import LoopLM
+from looplm_jax.models._looplm import LoopLM
 from looplm_jax.resume import check_same_run
 from looplm_jax.terminal import literal
 from looplm_jax.training._compile import stage_mesh
