@@ -25,7 +25,20 @@ _MOST_LOOPS = 2**31 - 1
 
 @runtime_checkable
 class ExitPolicy(Protocol):
-    """Decides after each loop which tokens exit. Every token exits at the last loop, whatever the policy."""
+    """Decides after each loop which tokens exit. Every token exits at the last loop, whatever the policy.
+
+    An own policy is a frozen dataclass of `int` and `float` fields with these members. Engines compile once per class
+    of policy; other values of its fields compile nothing. For a single function, use `Custom`.
+
+        @dataclasses.dataclass(frozen=True, kw_only=True)
+        class GateAbove:
+            threshold: float
+            needs: ClassVar[Needs] = Needs.GATE
+            max_loops: ClassVar[None] = None
+
+            def exits(self, signals: Signals) -> Array:
+                return signals.gate_logits > self.threshold
+    """
 
     @property
     def needs(self) -> Needs:
@@ -141,6 +154,13 @@ ExitFunction = Callable[[Array, Array | None, Array, Array | None], Array]
 @dataclasses.dataclass(frozen=True)
 class Custom:
     """A policy from a function: `function(t, hidden, gate_logits, logits)` returns which tokens exit after loop t.
+
+        from looplm_jax.halting.signals import Needs
+
+        def small_state(t, hidden, gate_logits, logits):
+            return jnp.linalg.norm(hidden.astype(jnp.float32), axis=-1) < 3.0
+
+        policy = Custom(small_state, needs=Needs.HIDDEN)
 
     The function receives arrays `[*B]`, `[*B, D]`, `[*B]` and `[*B, V]` and returns booleans `[*B]`. Tokens may be at
     different loops. `hidden` and `logits` may be None unless `needs` includes them. The function must be pure, because
