@@ -61,7 +61,7 @@ from looplm_jax.config import (
 from looplm_jax.data import ValidationBatches
 from looplm_jax.data.tasks import Capo
 from looplm_jax.evaluation import bits_per_parameter, knowledge_loss, most_bits_per_parameter
-from looplm_jax.models.looplm import LoopLM, Params, count_params
+from looplm_jax.models import LoopLM, Params, count_params
 from looplm_jax.training._metrics import EVALUATION, TRAIN, read_metrics
 from looplm_jax.training._stopping import Stopped
 from looplm_jax.training.run import train

@@ -27,7 +27,7 @@ from looplm_jax.config import Recipe
 from looplm_jax.errors import UserError
 from looplm_jax.evaluation import Curve, DepthSweep, Table, plot_depths, plot_exits
 from looplm_jax.files import quoted
-from looplm_jax.models.looplm import count_params
+from looplm_jax.models import count_params
 
 # The report
 

@@ -57,13 +57,12 @@ with epy.lazy_api_imports(globals()):
     from looplm_jax.errors import UserError
 
     # Generation.
-    from looplm_jax.inference.engine import Engine
-    from looplm_jax.inference.engine_config import EngineConfig
-    from looplm_jax.inference.generate import generate
+    from looplm_jax.inference._engine import Engine, generate
+    from looplm_jax.inference._engine_config import EngineConfig
 
     # Models: from a path, or built in Python.
     from looplm_jax.loading import Loaded, load
-    from looplm_jax.models.looplm import LoopLM, init_params
+    from looplm_jax.models._looplm import LoopLM, init_params
 
     # Training.
     from looplm_jax.training.run import train

@@ -23,7 +23,7 @@ import numpy as np
 
 from looplm_jax.config import ComputeConfig, ModelConfig
 from looplm_jax.data.tokenizers import END_OF_TEXT, IM_END, IM_START, SymbolTokenizer
-from looplm_jax.models.looplm import LoopLM, Params, init_params
+from looplm_jax.models._looplm import LoopLM, Params, init_params
 
 _SYMBOLS = (END_OF_TEXT, IM_START, IM_END, *string.ascii_lowercase, *string.digits)
 

@@ -17,8 +17,7 @@ import numpy as np
 
 from looplm_jax.config import MeshConfig, Objective, Recipe, Stage
 from looplm_jax.data import Batch
-from looplm_jax.models import presets
-from looplm_jax.models.looplm import LoopLM
+from looplm_jax.models import LoopLM, presets
 from looplm_jax.sharding import make_mesh
 from looplm_jax.training._compile import StagePrograms, to_device
 from looplm_jax.training._state import initial_state

@@ -28,7 +28,7 @@ import numpy as np
 from experiments.benchmarks.ceiling import peak_memory
 from looplm_jax.config import ComputeConfig, Dtype, MeshConfig, ModelConfig, Recipe, Remat, Stage
 from looplm_jax.data import Batch
-from looplm_jax.models.looplm import LoopLM
+from looplm_jax.models import LoopLM
 from looplm_jax.sharding import make_mesh
 from looplm_jax.training._compile import StagePrograms, to_device
 from looplm_jax.training._goodput import train_flops_per_token

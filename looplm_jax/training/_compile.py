@@ -13,7 +13,7 @@ from jaxtyping import Array, UInt32
 
 from looplm_jax.config import CheckpointConfig, DataConfig, EvaluationConfig, GuardConfig, Recipe, Stage, StartConfig
 from looplm_jax.data._packing import Batch
-from looplm_jax.models.looplm import LoopLM
+from looplm_jax.models._looplm import LoopLM
 from looplm_jax.sharding import (
     batch_sharding,
     check_batch,

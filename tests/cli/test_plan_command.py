@@ -15,7 +15,7 @@ from looplm_jax.codec import to_dict
 from looplm_jax.config import MeshConfig
 from looplm_jax.convert._import_hf import write_converted
 from looplm_jax.data.tokenizers import SymbolTokenizer
-from looplm_jax.models.looplm import boxed_shapes
+from looplm_jax.models._looplm import boxed_shapes
 from looplm_jax.planning._budget import decode_timing
 from looplm_jax.planning._decode_plan import DecodeMemory, DecodePlan, Floor
 from looplm_jax.planning._targets import Target

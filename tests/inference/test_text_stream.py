@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from looplm_jax.convert._sentencepiece_json import sentencepiece_json
 from looplm_jax.data.tokenizers import JsonTokenizer, train_sentencepiece
-from looplm_jax.inference.text_stream import TextStream
+from looplm_jax.inference._stopping import TextStream
 
 
 class ByteTokenizer:

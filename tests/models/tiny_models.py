@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from looplm_jax import testing
 from looplm_jax.config import ComputeConfig, Injection, ModelConfig, NormPlacement
-from looplm_jax.models.looplm import LoopLM, Params
+from looplm_jax.models._looplm import LoopLM, Params
 
 LENGTH = 6
 DEFAULT_COMPUTE = ComputeConfig()

@@ -11,7 +11,7 @@ import pytest
 
 from looplm_jax.config import ComputeConfig, Gather, MeshConfig, ModelConfig, Objective, Recipe, Reduce, Remat, Stage
 from looplm_jax.data import Batch
-from looplm_jax.models.looplm import LoopLM
+from looplm_jax.models._looplm import LoopLM
 from looplm_jax.sharding import make_mesh
 from looplm_jax.training._compile import StagePrograms, to_device
 from looplm_jax.training._state import initial_state
