@@ -33,8 +33,8 @@ from looplm_jax.inference._sampling import SamplingTable
 from looplm_jax.inference._slots import (
     MOST_STOP_IDS,
     NO_TOKEN,
-    Settings,
     Slots,
+    SlotSettings,
     empty_slots,
     grow_policies,
     release,
@@ -299,10 +299,10 @@ class Decoder:
         """Stores the keys and values of all pages after a program to which they were donated."""
         self._slots = self._slots.replace(cache=dataclasses.replace(self._slots.cache, planes=cache.planes))
 
-    def _settings(self, request: Request) -> Settings:
+    def _settings(self, request: Request) -> SlotSettings:
         stop_ids = np.full(MOST_STOP_IDS, NO_TOKEN, np.int32)
         stop_ids[: len(request.stop_ids)] = request.stop_ids
-        return Settings(
+        return SlotSettings(
             policy=self._slots.settings.policy.row(self._policy(request)),
             sampling=SamplingTable.of(request.sampling, self._usable),
             limit=jnp.int32(request.max_new_tokens),

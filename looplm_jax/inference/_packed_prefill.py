@@ -20,7 +20,7 @@ from looplm_jax.halting._policy_table import exit_loops
 from looplm_jax.inference._cache_layout import constrain
 from looplm_jax.inference._kv_cache import Cache, CacheStrategy, share
 from looplm_jax.inference._prefill import LastToken, append
-from looplm_jax.inference._slots import Settings, Slots, fresh_memory
+from looplm_jax.inference._slots import Slots, SlotSettings, fresh_memory
 from looplm_jax.inference._tick import Ticked, bound, choose, logits_of, receive
 from looplm_jax.models._blocks import Context, KeyValues, make_context
 from looplm_jax.models._looplm import LoopLM, ModelCache, Params
@@ -41,7 +41,7 @@ class Pack:
     lengths: Int[Array, "N"]  # tokens of the prompt of each slot; 0: the slot gets none
     ends: Int[Array, "N"]  # index in the pack of the last token of each prompt
     pages: Int[Array, "N W"]
-    settings: Settings
+    settings: SlotSettings
     seen_tokens: Bool[Array, "N V"] | None  # tokens of each prompt, for repetition penalties
 
 

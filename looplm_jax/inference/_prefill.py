@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from looplm_jax.halting._policy_table import exit_loops
 from looplm_jax.inference._cache_layout import constrain, store_heads
 from looplm_jax.inference._kv_cache import Cache
-from looplm_jax.inference._slots import Settings, Slots, fresh_memory
+from looplm_jax.inference._slots import Slots, SlotSettings, fresh_memory
 from looplm_jax.inference._tick import Ticked, bound, choose, logits_of, receive
 from looplm_jax.models._looplm import LoopLM, ModelCache, Params, compute_dtype
 
@@ -141,7 +141,7 @@ def admit(
     slots: Slots,
     last: LastToken,
     place: Place,
-    settings: Settings,
+    settings: SlotSettings,
     prompt_seen: Array | None,
 ) -> tuple[Slots, Ticked]:
     """Puts a request whose prompt is in its pages into a slot, and chooses its first token.

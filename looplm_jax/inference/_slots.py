@@ -25,7 +25,7 @@ _MOST_LOOPS = 2**20
 
 
 @flax.struct.dataclass
-class Settings:
+class SlotSettings:
     """The settings of a request: of one slot or, with a leading axis N, of all. `stop_ids` is padded with -1."""
 
     policy: PolicyTable
@@ -47,7 +47,7 @@ class Slots:
     num_generated: Int[Array, "N"]  # number of new tokens, including the running one
     loops_used: Int[Array, "N"]  # loops used by the new tokens before it
     active: Bool[Array, "N"]
-    settings: Settings
+    settings: SlotSettings
     seen_tokens: Bool[Array, "N V"] | None  # tokens of prompt and text, if a request has a repetition penalty
 
     @property
@@ -88,7 +88,7 @@ def empty_slots(
         num_generated=jnp.zeros(rows, jnp.int32),
         loops_used=jnp.zeros(rows, jnp.int32),
         active=jnp.zeros(rows, bool),
-        settings=Settings(
+        settings=SlotSettings(
             policy=policies,
             sampling=SamplingTable.empty(rows),
             limit=jnp.zeros(rows, jnp.int32),

@@ -15,7 +15,7 @@ from looplm_jax.halting import FixedLoops
 from looplm_jax.inference import CacheStrategy, Engine, EngineConfig, Finish, Sampling
 from looplm_jax.inference._sampling import probabilities
 from looplm_jax.inference.speculation import Reroute, Screening, speculate
-from looplm_jax.inference.speculation._verify import accept, draft, read, verify
+from looplm_jax.inference.speculation._verify import accept, draft, read, verify_drafts
 from looplm_jax.models._looplm import boxed_shapes, head_matrix
 from looplm_jax.sharding import abstract_arrays, make_mesh
 
@@ -130,7 +130,7 @@ def test_a_row_alone_is_what_it_is_among_others(small_model, prompts):
 
 
 def test_other_prompts_and_settings_compile_nothing(small_model, prompts, greedy):
-    programs = (read, draft, verify)
+    programs = (read, draft, verify_drafts)
     before = [program._cache_size() for program in programs]
     speculate(
         *small_model,

@@ -26,7 +26,7 @@ from looplm_jax.inference._request_checks import check_request, usable_ids
 from looplm_jax.inference._requests import NewToken, Request
 from looplm_jax.inference._sampling import Sampling, SamplingTable
 from looplm_jax.inference.speculation._rows import Row, Screen, SpeculativeResult
-from looplm_jax.inference.speculation._verify import Draft, SpeculativeRows, Verified, draft, force, read, verify
+from looplm_jax.inference.speculation._verify import Draft, SpeculativeRows, Verified, draft, force, read, verify_drafts
 from looplm_jax.models._looplm import LoopLM, Params, compute_dtype
 
 _LONGEST_CHUNK = 128
@@ -186,7 +186,7 @@ class Rounds:
         """Verifies the drafts of some rows."""
         if not rows:
             return
-        self.state, verified = verify(
+        self.state, verified = verify_drafts(
             self.model, self.params, self.state, drafted, self._mask(rows), draft_loops=self.draft_loops
         )
         # One transfer per round.

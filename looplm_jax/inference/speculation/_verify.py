@@ -180,7 +180,7 @@ def draft(
 
 
 @functools.partial(jax.jit, static_argnames=("model", "draft_loops"), donate_argnames=("rows",))
-def verify(
+def verify_drafts(
     model: LoopLM, params: Params, rows: SpeculativeRows, drafted: Draft, active: Bool[Array, "N"], *, draft_loops: int
 ) -> tuple[SpeculativeRows, Verified]:
     """Keeps the drafts that loop T accepts. The rows are donated; rows that are not `active` stay unchanged."""
