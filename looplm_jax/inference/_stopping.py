@@ -1,4 +1,4 @@
-"""Conditions that end a text: stop tokens, stop strings, and a number of tokens; and text from tokens, piece by piece."""
+"""Conditions that end a text (stop tokens, stop strings, a number of tokens), and text from tokens, piece by piece."""
 
 import dataclasses
 import enum
