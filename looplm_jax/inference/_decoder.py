@@ -141,6 +141,7 @@ class Decoder:
         """Reads one more chunk of a prompt. With a cache of one plane, it runs as many loops of any of its chunks."""
         request, size = task.request, min(len(task.left), self.config.chunk)
         start = len(request.prompt_ids) - len(task.left)
+
         with use_mesh_or_none(self._mesh):
             if request.past is not None and start == 0:
                 self._set_planes(fill_pages(self._row(task, -request.tokens_before), request.past.row))
@@ -159,6 +160,7 @@ class Decoder:
         starts = range(0, len(request.prompt_ids), self.config.chunk)
         if task.last is None:
             task.last = init_sharded(lambda: no_last_token(self.model, self.loops), self._mesh)
+
         for _ in range(self.loops):
             loop, index = divmod(task.runs, len(starts))
             row = self._row(task, starts[index])
@@ -170,6 +172,7 @@ class Decoder:
             )
             self._set_planes(row)
             task.runs += 1
+
         if task.runs == self.loops * len(starts):
             for start, chunk in zip(starts, task.chunks, strict=True):
                 if chunk.kept is not None:
@@ -189,6 +192,7 @@ class Decoder:
             pages=self._padded(task.pages),
             length=np.int32(request.tokens_before + len(request.prompt_ids)),
         )
+
         with use_mesh_or_none(self._mesh):
             self._slots, first = admit(
                 self.model,
@@ -199,6 +203,8 @@ class Decoder:
                 self._settings(request),
                 self._seen(request),
             )
+
+        # The slot owns the pages now.
         self._pages[slot], task.pages = task.pages, ()
         return first
 

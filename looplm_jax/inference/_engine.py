@@ -158,9 +158,11 @@ class Engine:
             past=past,
             on_token=on_token,
         )
+
         raised: list[BaseException] = []
         handles = [RequestHandle(request, self._scheduler.cancelled.append, raised) for request in requests]
         waiting, unfinished = collections.deque(handles), collections.deque(handles)
+
         try:
             while unfinished:
                 while waiting and self._enqueue(waiting[0]):
@@ -174,6 +176,7 @@ class Engine:
             # After an interrupt, the remaining results are not needed.
             for handle in handles:
                 handle.cancel()
+
         return [handle.result() for handle in handles]
 
     def stream(
@@ -212,6 +215,7 @@ class Engine:
             on_token=on_token,
         )
         handle = self.submit(request, wait=True)
+
         try:
             while not handle.done:
                 self.step()
@@ -276,6 +280,7 @@ class Engine:
         """
         self._check(request)
         handle = RequestHandle(request, self._scheduler.cancelled.append)
+
         try:
             while not self._enqueue(handle):
                 if not wait:

@@ -54,9 +54,11 @@ def begin_chunk(
     context = row.context(model.config, tokens.size)
     past = row.past_prelude(compute_dtype(model.compute))
     embedded, prelude = apply(tokens[None], context, past, True, method="embed")
+
     if prelude is not None:
         finite = jnp.isfinite(embedded[0, count - 1]).all()
         row = _write(row, "prelude", jax.tree.map(lambda new: new[:, None], prelude), count, finite)
+
     chunk = Chunk(
         count=jnp.asarray(count),
         embedded=embedded,

@@ -91,9 +91,13 @@ def admit_pack(model: LoopLM, params: Params, slots: Slots, pack: Pack, *, loops
         lengths=jnp.where(new, pack.lengths, slots.cache.lengths),
         table=_where(new, pack.pages, slots.cache.page_table),
     )
+
+    # What the strategy keeps of the prompts, written to their pages.
     kept = share(Cache(planes=own, lengths=cache.lengths, strategy=CacheStrategy.FULL), cache.strategy).planes
     cache = append(cache, kept, pack.owners, pack.positions, sound)
-    begun = jax.tree.map(
+
+    # Slots with a new prompt start from an empty state; the others are unchanged.
+    started = jax.tree.map(
         lambda old, fresh: _where(new, fresh, old),
         slots.replace(cache=None),
         slots.replace(
@@ -108,11 +112,12 @@ def admit_pack(model: LoopLM, params: Params, slots: Slots, pack: Pack, *, loops
             seen_tokens=pack.seen_tokens,
         ),
     ).replace(cache=cache)
+
     head = functools.partial(logits_of, model, params)
-    exits = exit_loops(begun.settings.policy, last.hidden, last.gate_logits, head)
+    exits = exit_loops(started.settings.policy, last.hidden, last.gate_logits, head)
     hidden = last.hidden[exits - 1, jnp.arange(new.size)]
-    first = dataclasses.replace(choose(model, params, begun, hidden, None, new), exit_loops=exits)
-    return constrain((receive(begun, first), first))
+    first = dataclasses.replace(choose(model, params, started, hidden, None, new), exit_loops=exits)
+    return constrain((receive(started, first), first))
 
 
 def _run(model: LoopLM, params: Params, pack: Pack, loops: int) -> tuple[LastToken, ModelCache]:

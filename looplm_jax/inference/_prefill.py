@@ -176,9 +176,12 @@ def admit(
         settings=jax.tree.map(lambda x: jnp.asarray(x)[None], settings),
         seen_tokens=None if prompt_seen is None else prompt_seen[None],
     )
+
     first = choose(model, params, one, last.hidden[exits[0] - 1][None], None, one.active)
     first = dataclasses.replace(first, exit_loops=exits)
     one = receive(one, first)
+
+    # The cache is shared by all slots: only the length and the pages of this one change.
     cache = slots.cache
     cache = dataclasses.replace(
         cache,
@@ -190,6 +193,7 @@ def admit(
         slots.replace(cache=None),
         one.replace(cache=None),
     )
+
     first = jax.tree.map(lambda x: jnp.broadcast_to(x, slots.tokens.shape), first)
     return constrain((rest.replace(cache=cache), first))
 
