@@ -15,7 +15,7 @@ from looplm_jax.checkpoints import Restored
 from looplm_jax.checkpoints._restore import find_steps
 from looplm_jax.config import ModelConfig, Objective, Recipe, Stage
 from looplm_jax.json_io import metrics_row, numbers
-from looplm_jax.models.looplm import count_params
+from looplm_jax.models._looplm import count_params
 from looplm_jax.terminal import markdown_table
 
 # No license: only the owner of the weights can choose one.
