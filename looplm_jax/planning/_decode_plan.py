@@ -24,7 +24,7 @@ from looplm_jax.inference._kv_cache import bytes_per_token
 from looplm_jax.inference._loopwise_prefill import bytes_per_prompt_token
 from looplm_jax.inference._slots import Slots, empty_slots
 from looplm_jax.inference._tick import run_ticks
-from looplm_jax.models.looplm import LoopLM, Params, boxed_shapes, compute_dtype
+from looplm_jax.models._looplm import LoopLM, Params, boxed_shapes, compute_dtype
 from looplm_jax.planning._budget import DecodeTiming, ProgramBytes, decode_timing, out_of_memory, shard_bytes
 from looplm_jax.planning._hlo import parse
 from looplm_jax.planning._program_facts import collectives

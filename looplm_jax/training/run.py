@@ -36,7 +36,7 @@ from looplm_jax.config import Recipe, Stage
 from looplm_jax.data import ValidationBatches
 from looplm_jax.distributed import SINGLE_PROCESS, ProcessGroup, check_same
 from looplm_jax.errors import UserError
-from looplm_jax.models.looplm import LoopLM, Params
+from looplm_jax.models._looplm import LoopLM, Params
 from looplm_jax.sharding import use_mesh
 from looplm_jax.training._batches import RetryingReader, held_out_batches, open_reader
 from looplm_jax.training._compile import StagePrograms, draw_loops, to_device
