@@ -322,5 +322,5 @@ def test_a_worker_that_is_killed(files, tokenizer, tmp_path):
 
             threading.Thread(target=kill).start()
 
-    with pytest.raises(UserError, match="a worker was killed, perhaps for lack of memory; the same command goes on"):
+    with pytest.raises(UserError, match="a worker was killed, perhaps for lack of memory; run the same"):
         prepare(order(tokenizer, *files), str(tmp_path / "out"), workers=1, watcher=Killer())
