@@ -13,7 +13,7 @@ from looplm_jax.config import ComputeConfig, Dtype, MeshConfig
 from looplm_jax.convert._import_hf import convert_from_hf
 from looplm_jax.errors import UserError
 from looplm_jax.halting import FixedLoops
-from looplm_jax.inference import _engine as generate
+from looplm_jax.inference import generate
 from looplm_jax.loading import load, parameter_dtype
 from looplm_jax.models._looplm import LoopLM
 from looplm_jax.planning._targets import find_target

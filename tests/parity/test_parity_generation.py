@@ -9,7 +9,7 @@ pytest.importorskip("transformers")
 from twins import CASES, twins
 
 from looplm_jax.halting import FixedLoops, QExit
-from looplm_jax.inference import _engine as generate
+from looplm_jax.inference import generate
 
 pytestmark = pytest.mark.transformers
 NEW_TOKENS = 64

@@ -11,7 +11,7 @@ from golden_torch import tiny_model
 from looplm_jax.config import ModelConfig
 from looplm_jax.convert._state_dict import from_torch_state_dict
 from looplm_jax.halting import FixedLoops, QExit
-from looplm_jax.inference import _engine as generate
+from looplm_jax.inference import generate
 from looplm_jax.models._looplm import LoopLM
 
 pytestmark = pytest.mark.transformers
