@@ -261,10 +261,20 @@ class Stack(nn.Module):
     def _one_by_one(
         self, x: Float[Array, "B S D"], context: Context, past: Past | None, return_cache: bool
     ) -> tuple[Float[Array, "B S D"], KeyValues | None]:
-        """Applies the layers of an unrolled stack."""
+        """Applies the layers of an unrolled stack. Does not create parameters."""
+        block = Block(self.config, return_cache, parent=None)
+
+        # All layers share this function, so that one of them is traced and lowered, and not all.
+        @jax.jit
+        def layer(
+            params: Any, x: Float[Array, "B S D"], number: Int[Array, ""], past: Past | None, context: Context
+        ) -> tuple[Float[Array, "B S D"], KeyValues | None]:
+            return block.apply({"params": params}, x, number, past, context)
+
         caches = []
         for number in range(self.length):
-            x, own = Block(self.config, return_cache, name=f"layer_{number}")(x, number, past, context)
+            params = self.get_variable("params", f"layer_{number}")
+            x, own = layer(params, x, jnp.int32(number), past, context)
             caches.append(own)
         return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches) if return_cache else None
 

@@ -1,4 +1,4 @@
-"""Three ways to attend to pages of a cache: a gather, row by row, and the kernel of a TPU, interpreted."""
+"""Four ways to attend to pages of a cache: gathered, together, row by row, and by the interpreted kernel of a TPU."""
 
 import functools
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from looplm_jax.inference._cache_attention import PastView, attend_row_by_row
+from looplm_jax.inference._cache_attention import PastView, attend_row_by_row, attend_together
 from looplm_jax.inference._cache_layout import LANES, in_lanes, load_heads, store_heads
 from looplm_jax.inference._decode_kernel import decode_attention, fits
 from looplm_jax.models._blocks import KeyValues
@@ -67,6 +67,13 @@ def gathered(queries, own, view, layer):
 
 
 @jax.jit
+def together(queries, own, view, layer):
+    tokens = queries.shape[1]
+    mask = jnp.broadcast_to(jnp.tril(jnp.ones((tokens, tokens), bool)), (ROWS, tokens, tokens))
+    return attend_together(view, layer, queries, own, mask)
+
+
+@jax.jit
 def row_by_row(queries, own, view, layer):
     tokens = queries.shape[1]
     mask = jnp.broadcast_to(jnp.tril(jnp.ones((tokens, tokens), bool)), (ROWS, tokens, tokens))
@@ -79,7 +86,10 @@ def by_kernel(queries, own, view, layer):
     return decode_attention(queries[:, 0], one, view.stacked, layer, view.planes, view.table, view.lengths)[:, None]
 
 
-@pytest.mark.parametrize(("program", "tokens"), [(gathered, 3), (row_by_row, 1), (row_by_row, 3), (by_kernel, 1)])
+@pytest.mark.parametrize(
+    ("program", "tokens"),
+    [(gathered, 3), (together, 1), (together, 3), (row_by_row, 1), (row_by_row, 3), (by_kernel, 1)],
+)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
 def test_all_filled_positions_of_the_own_row_and_plane_are_attended_to(program, tokens, heads, kv_heads):
     queries, own, stacked = arrays(tokens, heads, kv_heads)
