@@ -282,7 +282,7 @@ _RUNS: Mapping[Scale, Sequence[CapoRun]] = MappingProxyType(
 )
 
 
-class Capo:
+class CapoExperiment:
     """The Capo experiment at all scales."""
 
     name = "capo"
@@ -302,4 +302,4 @@ class Capo:
         return capo_report(records)
 
 
-CAPO = Capo()
+CAPO = CapoExperiment()

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -117,9 +118,10 @@ def _compare(models: dict[Model, list[Record]]) -> list[str]:
 def _plot(models: dict[Model, list[Record]], path: Path) -> None:
     """Plots bits per parameter by exposures, and by loops at test. Raises UserError without matplotlib."""
     made, (left, right) = figure(columns=2)
+    from matplotlib.ticker import MaxNLocator  # after `figure`, which reports that matplotlib is missing
 
     for number, ((people, shape, _), records) in enumerate(models.items()):
-        about = {"color": f"C{number}", "label": f"{shape}, {people:,} people"}
+        about: dict[str, Any] = {"color": f"C{number}", "label": f"{shape}, {people:,} people"}
         for place, record in enumerate(records):
             seen, bits = zip(*record.result["curve"], strict=True)
             # One legend entry per model, not per seed.
@@ -138,6 +140,6 @@ def _plot(models: dict[Model, list[Record]], path: Path) -> None:
 
     left.set(title="Capo: in training", xlabel="exposures", ylabel="bits a parameter", xlim=(0, None), ylim=(0, None))
     right.set(title="Capo: at test", xlabel="loops at test", ylabel="bits a parameter", ylim=(0, None))
-    right.xaxis.get_major_locator().set_params(integer=True)
+    right.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.legend(frameon=False, loc="center left")
     save_figure(made, path)

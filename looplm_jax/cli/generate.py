@@ -194,7 +194,7 @@ def _next_command(options: GenerateOptions, policy: ExitPolicy, loaded: Loaded) 
     if options.prompt_file is not None:
         prompt = f"--prompt-file {quoted(options.prompt_file)}"
     else:
-        prompt = " ".join(map(_prompt_flag, options.prompt))
+        prompt = " ".join(map(_prompt_flag, options.prompt or ()))
     special = " --special-tokens" if options.special_tokens else ""
     return f"looplm generate {quoted(options.checkpoint)} {prompt}{special} --exit {other}"
 
@@ -212,6 +212,7 @@ def speculate_texts(prompts: Sequence[str], options: GenerateOptions) -> int:
 
     The first text is streamed; the others, which are generated at the same time, are shown after it.
     """
+    assert options.draft_loops is not None
     loops = _verifying_loops(options)
     fields = request_options(options)
     samplings, prompts = _repeated(fields["sampling"], prompts, options)

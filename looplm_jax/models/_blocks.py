@@ -269,11 +269,12 @@ class Stack(nn.Module):
         def layer(
             params: Any, x: Float[Array, "B S D"], number: Int[Array, ""], past: Past | None, context: Context
         ) -> tuple[Float[Array, "B S D"], KeyValues | None]:
-            return block.apply({"params": params}, x, number, past, context)
+            output, own = block.apply({"params": params}, x, number, past, context)
+            return output, own
 
         caches = []
         for number in range(self.length):
-            params = self.get_variable("params", f"layer_{number}")
+            params: Any = self.get_variable("params", f"layer_{number}")
             x, own = layer(params, x, jnp.int32(number), past, context)
             caches.append(own)
         return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches) if return_cache else None
