@@ -236,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, part in parts.all().items():
         status = parts.run(name, part)
         if status:
-            print(f"demo: stopped in {name!r}; the same command goes on from there", file=sys.stderr)
+            print(f"demo: stopped in {name!r}; the same command resumes there", file=sys.stderr)
             return status
 
     generated = [parts.generated(prompt) for prompt in PROMPTS]

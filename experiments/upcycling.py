@@ -230,7 +230,7 @@ def _train(recipe: Recipe, folder: Path) -> None:
         return
     stopped_by = train(recipe, folder, evaluate=_measure).stopped_by
     if stopped_by is not None:
-        print("upcycling: stopped; the same command goes on from there", file=sys.stderr)
+        print("upcycling: stopped; the same command resumes there", file=sys.stderr)
         # As shells report a process that a signal ended.
         sys.exit(128 + stopped_by)
 

@@ -269,7 +269,8 @@ class Stack(nn.Module):
         def layer(
             params: Any, x: Float[Array, "B S D"], number: Int[Array, ""], past: Past | None, context: Context
         ) -> tuple[Float[Array, "B S D"], KeyValues | None]:
-            output, own = block.apply({"params": params}, x, number, past, context)
+            applied: Any = block.apply({"params": params}, x, number, past, context)
+            output, own = applied
             return output, own
 
         caches = []
