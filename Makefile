@@ -35,7 +35,7 @@ test-tpu-compile: $(VENV)/ready-dev  ## compile decoders of up to 2.6B for TPUs,
 	$(RUN) $(PYTEST) 2 -m tpu_compile
 
 test-transformers4: $(VENV)/ready-dev $(VENV)/ready-torch  ## the tests that run transformers, on its version 4
-	PYTHONPATH=$(VENV)/transformers4 $(RUN) -m pytest tests -m transformers
+	PYTHONPATH=$(VENV)/transformers4 $(RUN) $(PYTEST) 2 -m transformers
 
 wheel: $(VENV)/ready-dev  ## build the source distribution and, from it, the wheel: dist/looplm_jax-*
 	rm -rf dist

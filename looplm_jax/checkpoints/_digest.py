@@ -20,6 +20,7 @@ from jaxtyping import Array, UInt32
 
 _LANES = 2
 _BLOCK_BYTES = 2**21
+_NUMPY_BYTES = 2**24  # largest array that NumPy digests
 
 
 def digests(arrays: dict[str, Array]) -> dict[str, str]:
@@ -32,8 +33,9 @@ def digests(arrays: dict[str, Array]) -> dict[str, str]:
     into the sum, and blocks fit in caches; small arrays in host memory are digested with NumPy, which takes less time
     than compiling. Only the digests leave the devices.
     """
-    by_numpy = {name for name, array in arrays.items() if array.nbytes <= _BLOCK_BYTES and _in_host_memory(array)}
+    by_numpy = {name for name, array in arrays.items() if array.nbytes <= _NUMPY_BYTES and _in_host_memory(array)}
     large = {name for name, array in arrays.items() if array.nbytes > _BLOCK_BYTES and len(array.devices()) == 1}
+    large -= by_numpy
     small = sorted(set(arrays) - large - by_numpy)
 
     pending = {

@@ -13,9 +13,8 @@ import re
 import stat
 
 import jax
-from etils import epath
+from etils import epath, epy
 from jaxtyping import Array
-from orbax.checkpoint import v1 as ocp
 
 from looplm_jax.checkpoints._arrays import OS_ERROR, load_arrays
 from looplm_jax.checkpoints._digest import digests
@@ -31,6 +30,9 @@ from looplm_jax.checkpoints._metadata import (
 )
 from looplm_jax.errors import UserError, at_most, brief
 from looplm_jax.files import NO_SPACE, check_regular, forget_listing, in_bucket, refusal, with_retries
+
+with epy.lazy_imports():  # only a save needs it, and commands that read start sooner without
+    from orbax.checkpoint import v1 as ocp
 
 _ARRAYS = "state"
 _METADATA = "sidecar"  # the name on disk
@@ -66,7 +68,7 @@ class AsyncWrite:
       folder: the folder of all steps.
     """
 
-    def __init__(self, response: ocp.AsyncResponse[None], folder: epath.Path):
+    def __init__(self, response: "ocp.AsyncResponse[None]", folder: epath.Path):
         self._response, self._folder = response, folder
         # An open folder keeps its inode number, so that a folder that replaces it has another one.
         self._opened = None if in_bucket(folder) else os.open(folder, os.O_RDONLY)
@@ -288,7 +290,7 @@ def _is_not_repeated(record: logging.LogRecord) -> bool:
     return "raised an exception" not in record.getMessage()
 
 
-def _context(compressed: bool) -> ocp.Context:
+def _context(compressed: bool) -> "ocp.Context":
     """Returns the Orbax configuration of a save."""
     registry = ocp.handlers.local_registry()
     registry.add(ocp.handlers.JsonHandler, checkpointable_name=_METADATA)

@@ -11,15 +11,18 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from etils import epy
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from looplm_jax.inference import _decode_kernel as decode_kernel
 from looplm_jax.inference._cache_layout import load_heads
 from looplm_jax.models import _attention as attention
 from looplm_jax.models._blocks import Context, KeyValues
 from looplm_jax.sharding import target_platform
+
+with epy.lazy_imports():  # Pallas takes long to import, and only TPUs need the kernel
+    from looplm_jax.inference import _decode_kernel as decode_kernel
 
 _BLOCK = 512  # positions of a row whose scores exist together, where rows are read one after another
 _BLOCK_OF_ALL = 64  # the same where all rows are read together

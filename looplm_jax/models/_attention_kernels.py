@@ -22,9 +22,8 @@ from types import ModuleType
 
 import jax
 import jax.numpy as jnp
+from etils import epy
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -40,6 +39,10 @@ from looplm_jax.sharding import (
     target_kind,
     target_platform,
 )
+
+with epy.lazy_imports():  # Pallas takes long to import, and only TPUs need these kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 # XLA
 
@@ -124,7 +127,7 @@ def splash_attention(
 
     kernel = kernels.make_splash_mha(
         masks.MultiHeadMask([masks.CausalMask((length, length))] * num_heads),
-        block_sizes=_block_sizes(length),
+        block_sizes=kernels.BlockSizes(**_block_sizes(length)),
         head_shards=1,
         q_seq_shards=1,
         interpret=target_platform() != "tpu",
@@ -138,23 +141,23 @@ def splash_attention(
     return jax.vmap(one_row)(q, k, v, segment_ids).swapaxes(1, 2)
 
 
-def _block_sizes(length: int) -> kernels.BlockSizes:
-    """Returns block sizes that divide `length`."""
+def _block_sizes(length: int) -> dict[str, int]:
+    """Returns block sizes that divide `length`, by their names in the kernel."""
     block = _BLOCKS.get(target_kind(), _BLOCK_ELSEWHERE)
     while length % block:
         block //= 2
 
     block_kv_compute = min(block, _KEYS_AT_A_TIME)
-    return kernels.BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_kv_compute=block_kv_compute,
-        block_q_dkv=block,
-        block_kv_dkv=block,
-        block_kv_dkv_compute=block_kv_compute,
-        block_q_dq=block,
-        block_kv_dq=block,
-    )
+    return {
+        "block_q": block,
+        "block_kv": block,
+        "block_kv_compute": block_kv_compute,
+        "block_q_dkv": block,
+        "block_kv_dkv": block,
+        "block_kv_dkv_compute": block_kv_compute,
+        "block_q_dq": block,
+        "block_kv_dq": block,
+    }
 
 
 # cuDNN, on GPU
