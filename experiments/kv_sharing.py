@@ -121,7 +121,7 @@ def quality(
 
     `caches` must include the full cache, which the others are compared with.
     """
-    told = {
+    measured = {
         (strategy, prefill): _told(model, params, texts, batch_size, strategy, prefill)
         for strategy in caches
         for prefill in _PREFILLS
@@ -129,7 +129,7 @@ def quality(
 
     # The same resamples for all caches, so that the differences are paired.
     drawn = resamples(len(texts), _RESAMPLES)
-    base = told[CacheStrategy.FULL, "full"]
+    base = measured[CacheStrategy.FULL, "full"]
     return {
         f"{strategy.value}, {prefill} prefill": {
             "loss": float(own[0].mean()),
@@ -140,7 +140,7 @@ def quality(
             "accuracy_difference": float((own[1] - base[1]).mean()),
             "accuracy_interval": list(interval(drawn @ (own[1] - base[1]).mean(axis=1) / len(texts))),
         }
-        for (strategy, prefill), own in told.items()
+        for (strategy, prefill), own in measured.items()
     }
 
 
@@ -239,7 +239,7 @@ def _table(results: Sequence[Mapping[str, Any]]) -> Table:
 
 def _row(results: Sequence[Mapping[str, Any]], strategy: CacheStrategy, prefill: str) -> list[str]:
     """Returns the row of a cache and a prefill."""
-    told = [result["told"][f"{strategy.value}, {prefill} prefill"] for result in results]
+    measured = [result["told"][f"{strategy.value}, {prefill} prefill"] for result in results]
     same = np.mean([result["greedy"][strategy.value]["before_first_difference"] for result in results])
     decoding = prefill == "full"  # the published setting, and the engine's
     shape = ouro_1_4b()
@@ -247,9 +247,9 @@ def _row(results: Sequence[Mapping[str, Any]], strategy: CacheStrategy, prefill:
     return [
         strategy.value,
         prefill,
-        f"{np.mean([each['loss'] for each in told]):.4f}",
-        _with_interval(told, "loss"),
-        f"{100 * np.mean([each['accuracy'] for each in told]):.2f} %",
+        f"{np.mean([each['loss'] for each in measured]):.4f}",
+        _with_interval(measured, "loss"),
+        f"{100 * np.mean([each['accuracy'] for each in measured]):.2f} %",
         f"{100 * same:.1f} %" if decoding else "",
         f"{results[0]['bytes'][strategy.value]:,}",
         f"{bytes_per_token(shape, strategy, loops=shape.loops, dtype=jnp.bfloat16):,}",
@@ -257,10 +257,10 @@ def _row(results: Sequence[Mapping[str, Any]], strategy: CacheStrategy, prefill:
     ]
 
 
-def _with_interval(told: Sequence[Mapping[str, Any]], quantity: str) -> str:
+def _with_interval(measured: Sequence[Mapping[str, Any]], quantity: str) -> str:
     """Returns the mean difference over seeds, and the union of their intervals, as text."""
-    low, high = union([each[f"{quantity}_interval"] for each in told])
-    mean = np.mean([each[f"{quantity}_difference"] for each in told])
+    low, high = union([each[f"{quantity}_interval"] for each in measured])
+    mean = np.mean([each[f"{quantity}_difference"] for each in measured])
     return f"{mean:+.4f} ({low:+.4f} to {high:+.4f})"
 
 

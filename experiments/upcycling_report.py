@@ -14,7 +14,7 @@ from looplm_jax.evaluation import Table
 from looplm_jax.evaluation._plots import require_matplotlib
 
 _FRESH = "-fresh-optimizer"
-_COLOURS = {"base": "#3a3a3a", "interleave": "#1f5fa8", "stack": "#d1495b"}
+_COLORS = {"base": "#3a3a3a", "interleave": "#1f5fa8", "stack": "#d1495b"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,7 +130,7 @@ def _verdict(results: Results) -> str:
 
     return (
         f"Expected loss, interleave minus stack, seed by seed: {one(0)} just after upcycling; {one(-1)} after "
-        f"{results.steps[-1]} steps with the state of the optimiser."
+        f"{results.steps[-1]} steps with the state of the optimizer."
     )
 
 
@@ -148,9 +148,9 @@ def _plot(results: Results, path: Path) -> list[str]:
     axes = figure.subplots()
     for name in results.variants:
         losses, style = results.expected(name), "--" if name.endswith(_FRESH) else "-"
-        colour = _COLOURS[name.removesuffix(_FRESH)]
-        axes.plot(results.steps, losses.mean(axis=0), color=colour, linestyle=style, marker="o", label=name)
-        axes.fill_between(results.steps, losses.min(axis=0), losses.max(axis=0), color=colour, alpha=0.12, linewidth=0)
+        color = _COLORS[name.removesuffix(_FRESH)]
+        axes.plot(results.steps, losses.mean(axis=0), color=color, linestyle=style, marker="o", label=name)
+        axes.fill_between(results.steps, losses.min(axis=0), losses.max(axis=0), color=color, alpha=0.12, linewidth=0)
 
     axes.set_xlabel("steps after upcycling")
     axes.set_ylabel("expected loss (nats/token)")

@@ -118,7 +118,7 @@ def _prepare_all(root: Path, tokenizer: Tokenizer, workers: int) -> tuple[Way, .
         return {n: tuple(SourceConfig(path=str(root / f"{name}-{n}")) for name in chosen) for n in _LENGTHS}
 
     return (
-        Way("JSONL, tokenised on the fly", dict.fromkeys(_LENGTHS, (SourceConfig(path=str(root / "all.jsonl")),))),
+        Way("JSONL, tokenized on the fly", dict.fromkeys(_LENGTHS, (SourceConfig(path=str(root / "all.jsonl")),))),
         Way("prepared rows of one source", of(names[:1])),
         Way(f"prepared rows of {_SOURCES} sources", of(names[1:])),
     )

@@ -279,7 +279,7 @@ def _cells(side: Side, tokens: int, flops: int, ceiling: float | None) -> list[A
         f"{rate:.0f}",
         f"{rate * flops / 1e12:.1f}",
         f"{rate * flops / ceiling:.0%}" if ceiling else "not measured",
-        f"{side.peak_bytes / 2**30:.1f}" if side.peak_bytes else "not told",
+        f"{side.peak_bytes / 2**30:.1f}" if side.peak_bytes else "unknown",
         f"{side.loss:.3f}",
     ]
 

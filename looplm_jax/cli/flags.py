@@ -298,7 +298,11 @@ def configure_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default: 128, or what the positions leave")
 
     parser.add_argument(
-        "--samples", type=int, default=1, metavar="N", help="texts for each prompt, each drawn anew (default: 1)"
+        "--samples",
+        type=int,
+        default=1,
+        metavar="N",
+        help="texts for each prompt, with different random keys (default: 1)",
     )
     parser.add_argument(
         "--index", type=int, default=0, metavar="I", help="draw for the first prompt as for prompt I of a longer list"

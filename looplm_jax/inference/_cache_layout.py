@@ -14,7 +14,7 @@ import collections
 import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +90,7 @@ def stored_heads(kv_heads: int, head_width: int) -> tuple[int, int]:
     """Returns R and W for the platform and the mesh of the program that is being traced."""
     if target_platform() != "tpu":
         return kv_heads, head_width
-    return in_lanes(kv_heads, head_width, devices=jax.sharding.get_abstract_mesh().shape.get("tensor", 1))
+    return in_lanes(kv_heads, head_width, devices=_devices_of_heads())
 
 
 def in_lanes(kv_heads: int, head_width: int, *, devices: int = 1) -> tuple[int, int]:
@@ -114,6 +114,22 @@ def load_heads(stored: Float[Array, "*B R W"], heads: tuple[int, ...]) -> Float[
     return stored[..., :used].reshape(*stored.shape[:-2], kv_heads, head_width)
 
 
+def at_positions(stored: Float[Array, "*B R W"], *index: Any) -> Any:
+    """Returns `stored.at[*index]`, where slices of whole axes come before indices, and neither covers R and W.
+
+    If several devices have one row of heads each, indices replace the slices. XLA brings an array that is updated in
+    windows of several axes into a layout in which these axes are in the tiles, which would copy the whole cache.
+    """
+    devices = _devices_of_heads()
+    if devices == 1 or stored.shape[-2] > devices:
+        return stored.at[index]
+
+    sliced = sum(isinstance(each, slice) for each in index)
+    indices = jnp.broadcast_arrays(*index[sliced:])
+    axes = jnp.ix_(*[jnp.arange(size) for size in stored.shape[:sliced]])
+    return stored.at[*(axis.reshape(axis.shape + (1,) * indices[0].ndim) for axis in axes), *indices]
+
+
 def spread_queries(queries: Float[Array, "*B H Dh"], kv_heads: int, stored: tuple[int, ...]) -> Float[Array, "*B H W"]:
     """Returns queries in the lanes of the key head that each attends to, and zeros in the other lanes of its row."""
     rows, width = stored[-2:]
@@ -132,6 +148,11 @@ def own_mixtures(mixed: Float[Array, "*B H W"], rows: int, heads: tuple[int, ...
     num_heads, side_by_side = mixed.shape[-2], kv_heads // rows
     of_heads = mixed[..., : side_by_side * head_width].reshape(*mixed.shape[:-1], side_by_side, head_width)
     return jnp.sum(jnp.where(_own_place(num_heads, kv_heads, side_by_side), of_heads, 0), axis=-2)
+
+
+def _devices_of_heads() -> int:
+    """Returns the number of devices that the heads of the program being traced are divided among."""
+    return jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
 
 
 def _own_place(num_heads: int, kv_heads: int, side_by_side: int) -> Bool[Array, "H side_by_side 1"]:

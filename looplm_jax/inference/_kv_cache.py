@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from looplm_jax.config import ModelConfig
 from looplm_jax.inference._cache_attention import PastView
-from looplm_jax.inference._cache_layout import PoolSize, store_heads, stored_heads
+from looplm_jax.inference._cache_layout import PoolSize, at_positions, store_heads, stored_heads
 from looplm_jax.models._blocks import Context, KeyValues, make_context
 from looplm_jax.models._looplm import ModelCache
 
@@ -160,7 +160,7 @@ class Cache:
 
             def put_once(whole: Array, new: Array) -> Array:
                 stored = store_heads(new[:, :, 0], whole.shape).astype(whole.dtype)
-                return whole.at[:, 0, pages, offsets].set(stored, mode="drop")
+                return at_positions(whole, slice(None), 0, pages, offsets).set(stored, mode="drop")
 
             prelude = jax.tree.map(put_once, prelude, own.prelude)
         return dataclasses.replace(self, planes=ModelCache(core=core, prelude=prelude, coda=coda))
@@ -191,11 +191,12 @@ class Cache:
         # Idle rows are not written, nor are the planes of loops that the token has left behind.
         pages, offsets = self._next_places(active & (self.strategy.shares | (planes >= loops_done)))
         if self.strategy is CacheStrategy.AVERAGE:
-            before = whole.at[:, 0, pages[0], offsets].get(mode="fill", fill_value=0).astype(jnp.float32)
+            old = at_positions(whole, slice(None), 0, pages[0], offsets).get(mode="fill", fill_value=0)
+            before = old.astype(jnp.float32)
             share = 1.0 / (loops_done + 1).astype(jnp.float32)
             new = before + (new.astype(jnp.float32) - before) * share[:, None, None]
         spread = jnp.broadcast_to(new[:, None], (new.shape[0], self.depth, *new.shape[1:])).astype(whole.dtype)
-        return whole.at[:, planes, pages, offsets].set(spread, mode="drop")
+        return at_positions(whole, slice(None), planes, pages, offsets).set(spread, mode="drop")
 
 
 def empty_cache(

@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from looplm_jax.halting._policy_table import exit_loops
-from looplm_jax.inference._cache_layout import constrain, store_heads
+from looplm_jax.inference._cache_layout import at_positions, constrain, store_heads
 from looplm_jax.inference._kv_cache import Cache
 from looplm_jax.inference._slots import Slots, SlotSettings, fresh_memory
 from looplm_jax.inference._tick import Ticked, bound, choose, logits_of, receive
@@ -108,7 +108,7 @@ def writer(
 
     def put(whole: Float[Array, "L P M c R W"], new: Float[Array, "L P 1 S K Dh"]) -> Float[Array, "L P M c R W"]:
         stored = store_heads(new[:, :, 0], whole.shape).astype(whole.dtype)
-        return whole.at[:, :, pages, offsets].set(stored, mode="drop")
+        return at_positions(whole, slice(None), slice(None), pages, offsets).set(stored, mode="drop")
 
     return put
 

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from looplm_jax.inference import _cache_layout as head_lanes
 from looplm_jax.inference._cache_attention import PastView, attend_row_by_row, attend_together
-from looplm_jax.inference._cache_layout import LANES, in_lanes, load_heads, store_heads
+from looplm_jax.inference._cache_layout import LANES, at_positions, in_lanes, load_heads, store_heads
 from looplm_jax.inference._decode_kernel import decode_attention, fits
 from looplm_jax.models._blocks import KeyValues
 
@@ -155,3 +156,22 @@ def test_the_kernel_takes_whole_lanes_and_blocks():
     assert fits(80, 256)
     assert not fits(2048, 64)
     assert not fits(100, 128)
+
+
+@pytest.mark.parametrize("rows", [2, 4])
+@pytest.mark.parametrize("sliced", [1, 2])
+def test_positions_are_the_same_for_any_number_of_rows_of_heads(rows, sliced, monkeypatch):
+    """On two devices; with one row on each the index has no slices. Page 5 is absent: dropped, or read as zeros."""
+    monkeypatch.setattr(head_lanes, "_devices_of_heads", lambda: 2)
+    generator = np.random.default_rng(0)
+    stored = jnp.asarray(generator.normal(size=(LAYERS, PLANES, 5, 4, rows, 8)))
+    planes, pages, offsets = (
+        np.arange(PLANES)[:, None],
+        np.array([[0, 5, 2], [1, 1, 5], [5, 3, 4]]),
+        np.array([1, 2, 3]),
+    )
+    index = (slice(None), planes, pages, offsets) if sliced == 1 else (slice(None), slice(None), pages, offsets)
+    usual, found = stored.at[index], at_positions(stored, *index)
+    read = usual.get(mode="fill", fill_value=0)
+    np.testing.assert_array_equal(found.get(mode="fill", fill_value=0), read)
+    np.testing.assert_array_equal(found.set(read + 1, mode="drop"), usual.set(read + 1, mode="drop"))

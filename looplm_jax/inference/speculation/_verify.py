@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from looplm_jax.inference._cache_layout import constrain, store_heads
+from looplm_jax.inference._cache_layout import at_positions, constrain, store_heads
 from looplm_jax.inference._kv_cache import Cache
 from looplm_jax.inference._sampling import SamplingTable, probabilities, sample_rows, token_key
 from looplm_jax.inference._tick import bound, logits_of
@@ -289,7 +289,7 @@ def _write(cache: Cache, stacked: KeyValues | None, own: KeyValues | None, plane
         # [N, S]: after the tokens of each row.
         position = cache.lengths[:, None] + jnp.arange(new.shape[3])
         stored = store_heads(jnp.swapaxes(new, 0, 1), whole.shape).astype(whole.dtype)
-        return whole.at[:, plane, row, position].set(stored, mode="drop")
+        return at_positions(whole, slice(None), plane, row, position).set(stored, mode="drop")
 
     return jax.tree.map(put, stacked, own)
 
