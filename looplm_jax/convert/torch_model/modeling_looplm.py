@@ -210,7 +210,7 @@ class LoopCache:
         self.past = cache.get_seq_length()
         if self.past and (cache.get_seq_length(needed - 1) != self.past or cache.get_seq_length(needed)):
             raise ValueError(
-                f"the cache was not filled with loops={loops}; keep its number of loops or start with an empty cache"
+                f"the cache was not filled with loops={loops}; keep its number of loops or use a new cache"
             )
         self._newest: dict[int, tuple[Tensor, Tensor]] = {}  # per layer: the keys and values that the last loop wrote
 
