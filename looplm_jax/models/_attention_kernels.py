@@ -19,6 +19,7 @@ import math
 import warnings
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -141,7 +142,7 @@ def splash_attention(
     return jax.vmap(one_row)(q, k, v, segment_ids).swapaxes(1, 2)
 
 
-def _block_sizes(length: int) -> dict[str, int]:
+def _block_sizes(length: int) -> dict[str, Any]:
     """Returns block sizes that divide `length`, by their names in the kernel."""
     block = _BLOCKS.get(target_kind(), _BLOCK_ELSEWHERE)
     while length % block:
