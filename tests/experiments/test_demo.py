@@ -62,4 +62,4 @@ def test_a_part_that_fails_stops_the_demo_with_its_status(folder, capsys):
     assert run(folder) == 2
     error = capsys.readouterr().err
     assert "corpus.jsonl:1" in error
-    assert "the same command goes on" in error
+    assert "the same command resumes" in error
