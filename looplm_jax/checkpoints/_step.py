@@ -11,9 +11,10 @@ import logging
 import os
 import re
 import stat
+from typing import TYPE_CHECKING
 
 import jax
-from etils import epath, epy
+from etils import epath
 from jaxtyping import Array
 
 from looplm_jax.checkpoints._arrays import OS_ERROR, load_arrays
@@ -31,7 +32,7 @@ from looplm_jax.checkpoints._metadata import (
 from looplm_jax.errors import UserError, at_most, brief
 from looplm_jax.files import NO_SPACE, check_regular, forget_listing, in_bucket, refusal, with_retries
 
-with epy.lazy_imports():  # only a save needs it, and commands that read start sooner without
+if TYPE_CHECKING:
     from orbax.checkpoint import v1 as ocp
 
 _ARRAYS = "state"
@@ -174,6 +175,8 @@ def start_write(
       compressed: whether to compress the arrays. Compression needs up to as much additional memory as the arrays;
         without it they are written from their own buffers.
     """
+    from orbax.checkpoint import v1 as ocp  # takes long to import, and commands that only read do not need it
+
     # The digests are computed here and not in the background, because the caller may donate the arrays afterwards.
     found = digests(arrays)
     records = {
@@ -292,6 +295,8 @@ def _is_not_repeated(record: logging.LogRecord) -> bool:
 
 def _context(compressed: bool) -> "ocp.Context":
     """Returns the Orbax configuration of a save."""
+    from orbax.checkpoint import v1 as ocp
+
     registry = ocp.handlers.local_registry()
     registry.add(ocp.handlers.JsonHandler, checkpointable_name=_METADATA)
     context = ocp.Context()
