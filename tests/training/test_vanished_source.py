@@ -15,7 +15,7 @@ WINDOW = 64  # the pieces that are read before the first is needed
 SLOW_AND_IMPATIENT = f"""
 import functools, sys, time
 from looplm_jax.cli.main import main
-from looplm_jax.data import packing
+from looplm_jax.data import _packing as packing
 from looplm_jax.training import _batches as reading
 from looplm_jax.training import run
 packing._SHUFFLED_PIECES = {WINDOW}
