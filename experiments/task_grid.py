@@ -320,7 +320,7 @@ def compare(records: Sequence[Record], test: str, pairs: Sequence[tuple[str, str
 
 def plot_curves(records: Sequence[Record], title: str, path: Path) -> None:
     """Plots training loss by step: one line per cell, one color per shape. Raises UserError without matplotlib."""
-    made, (axes,) = figure(width=7)
+    made, (axes,) = figure(width=7.0)
     shapes = list(dict.fromkeys(record.result["shape"] for record in records))
 
     for record in records:
@@ -337,7 +337,7 @@ def plot_curves(records: Sequence[Record], title: str, path: Path) -> None:
 
 def plot_depths(records: Sequence[Record], test: str, title: str, path: Path) -> None:
     """Plots accuracy by loops, up to twice the trained number: mean over seeds, and their range."""
-    made, (axes,) = figure(width=7)
+    made, (axes,) = figure(width=7.0)
     shapes = list(dict.fromkeys(record.result["shape"] for record in records))
 
     for number, shape in enumerate(shapes):

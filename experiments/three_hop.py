@@ -159,7 +159,7 @@ def _needed(shape: str, points: Mapping[int, Sequence[float]]) -> str:
 
 def _plot(found: Mapping[str, Mapping[int, Sequence[float]]], path: Path) -> None:
     """Plots the accuracy by number of questions, one line per shape."""
-    made, (axes,) = figure(width=7)
+    made, (axes,) = figure(width=7.0)
     for number, (shape, points) in enumerate(found.items()):
         values = [100 * np.array(points[count]) for count in points]
         axes.plot(list(points), [each.mean() for each in values], color=f"C{number}", marker="o", label=shape)

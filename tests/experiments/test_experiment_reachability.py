@@ -136,7 +136,7 @@ def test_the_construction_is_exact_where_it_should_be_and_only_there():
 
 @pytest.mark.slow
 def test_reachability_runs_at_smoke_scale_and_again_does_nothing(capsys, tmp_path):
-    arguments = ["experiment", "reachability", "--root", str(tmp_path)]
+    arguments = ["reachability", "--root", str(tmp_path)]
     assert main(arguments) == 0
     folder = tmp_path / "reachability" / "smoke"
     built_cell, trained = json.loads((folder / "results.json").read_text())["records"]
