@@ -160,7 +160,7 @@ def test_caches_that_cannot_hold_the_loops_are_refused(model):
 @pytest.mark.parametrize(("filled", "asked"), [(4, 2), (2, 4), (1, 4)])
 def test_a_cache_keeps_to_its_number_of_loops(model, filled, asked):
     cache = model(random_ids(1, 4), loops=filled, use_cache=True).past_key_values
-    with pytest.raises(ValueError, match=f"^the cache was not filled with loops={asked}; keep to its number of loops"):
+    with pytest.raises(ValueError, match=f"^the cache was not filled with loops={asked}; keep its number of loops"):
         model(random_ids(1, 1), loops=asked, past_key_values=cache)
 
 
