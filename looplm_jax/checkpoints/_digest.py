@@ -35,7 +35,7 @@ def digests(arrays: dict[str, Array]) -> dict[str, str]:
     """
     by_numpy = {name for name, array in arrays.items() if array.nbytes <= _NUMPY_BYTES and _in_host_memory(array)}
     large = {name for name, array in arrays.items() if array.nbytes > _BLOCK_BYTES and len(array.devices()) == 1}
-    large -= by_numpy
+    large -= by_numpy  # what is left is on an accelerator, or too large for NumPy's temporaries
     small = sorted(set(arrays) - large - by_numpy)
 
     pending = {
