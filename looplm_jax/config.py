@@ -164,6 +164,43 @@ class GateTarget(enum.Enum):
     LOOK_AHEAD = "look_ahead"
 
 
+class Advantage(enum.Enum):
+    """The comparison of the rewards of answers to one prompt.
+
+    STD: distance from the mean in standard deviations (GRPO). MEAN: distance from the mean (Dr. GRPO). LEAVE_ONE_OUT:
+    distance from the mean of the other answers.
+    """
+
+    STD = "std"
+    MEAN = "mean"
+    LEAVE_ONE_OUT = "leave_one_out"
+
+
+class Aggregation(enum.Enum):
+    """The mean that turns terms of tokens into the loss of a policy gradient.
+
+    SEQUENCE: over the tokens of each answer, then over answers (GRPO). TOKEN: over all tokens (DAPO). CONSTANT: the sum,
+    divided by the number of answers times the largest length (Dr. GRPO).
+    """
+
+    SEQUENCE = "sequence"
+    TOKEN = "token"
+    CONSTANT = "constant"
+
+
+class LoopWeights(enum.Enum):
+    """The weights of the loops of a token in RLTT.
+
+    UNIFORM: 1/T. PROGRESSIVE: in proportion to a power of the loop. EXIT_PDF: the exit distribution, which is trained
+    through them. EXIT_PDF_CONSTANT: the exit distribution as a constant.
+    """
+
+    UNIFORM = "uniform"
+    PROGRESSIVE = "progressive"
+    EXIT_PDF = "exit_pdf"
+    EXIT_PDF_CONSTANT = "exit_pdf_constant"
+
+
 class PriorKind(enum.Enum):
     """The family of the prior over exit loops."""
 

@@ -17,8 +17,9 @@ A policy decides the same from what the model computes loop by loop. `parse_exit
     >>> parse_exit_policy("q=0.5,min=2") == Bounded(QExit(q=0.5), min_loops=2)
     True
 
-Exit distribution: `exit_distribution`, `log_exit_distribution`, `log_survival`, from gate logits; `exit_cdf`,
-`mean_exit_loop`, `q_exit`, from probabilities; `entropy`, from log-probabilities, by keyword.
+Exit distribution: `exit_distribution`, `log_exit_distribution`, `log_survival`, from gate logits, and
+`log_exit_probability`, of given exits; `exit_cdf`, `mean_exit_loop`, `q_exit`, from probabilities; `entropy`, from
+log-probabilities, by keyword.
 
 Priors, as log-probabilities over 1..T: `log_prior` for a configuration; `log_uniform_prior`, `log_geometric_prior`,
 `log_poisson_lognormal_prior`; and `kl_divergence` from one.
@@ -39,6 +40,7 @@ with epy.lazy_api_imports(globals()):
         exit_cdf,
         exit_distribution,
         log_exit_distribution,
+        log_exit_probability,
         log_survival,
         mean_exit_loop,
         q_exit,
@@ -94,6 +96,7 @@ __all__ = [
     "exit_loops",
     "kl_divergence",
     "log_exit_distribution",
+    "log_exit_probability",
     "log_geometric_prior",
     "log_poisson_lognormal_prior",
     "log_prior",
