@@ -179,8 +179,8 @@ class Advantage(enum.Enum):
 class Aggregation(enum.Enum):
     """The mean that turns terms of tokens into the loss of a policy gradient.
 
-    SEQUENCE: over the tokens of each answer, then over answers (GRPO). TOKEN: over all tokens (DAPO). CONSTANT: the sum,
-    divided by the number of answers times the largest length (Dr. GRPO).
+    SEQUENCE: over the tokens of each answer, then over answers (GRPO). TOKEN: over all tokens (DAPO). CONSTANT: the
+    sum, divided by the number of answers times the largest length (Dr. GRPO).
     """
 
     SEQUENCE = "sequence"

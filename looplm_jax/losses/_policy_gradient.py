@@ -24,12 +24,12 @@ from looplm_jax.config import Advantage, Aggregation, LoopWeights
 from looplm_jax.halting._distribution import at_least_float32, exit_distribution
 
 _GROUP_EPS = 1e-6
-_LARGEST_LOG_RATIO = 20.0  # the exponential of a larger one, or its gradient, overflows sooner or later
+_LARGEST_LOG_RATIO = 20.0  # the exponential of one far larger overflows, and its gradient is NaN
 
 
 @flax.struct.dataclass
 class PolicyGradientMetrics:
-    """Metrics of a policy gradient: the aggregated terms of the loss, and the share of tokens whose ratio is clipped."""
+    """Metrics of a policy gradient: the aggregated terms of the loss, and the share of tokens that are clipped."""
 
     policy_loss: Float[Array, ""]
     kl: Float[Array, ""]
@@ -184,7 +184,7 @@ def _all_equal(values: Float[Array, "..."], axis: int) -> Bool[Array, "..."]:
 def k3(log_probs: Float[Array, "*B"], reference_log_probs: Float[Array, "*B"]) -> Float[Array, "*B"]:
     """Returns `exp(x) - x - 1` for `x = reference - policy`, an estimate of `KL(policy || reference)`.
 
-    It is never negative, and unbiased for tokens that the policy drew. `x` is clipped to +-20, beyond which the
+    It is never negative but for rounding, and unbiased for tokens that the policy drew. `x` is clipped to +-20, beyond which the
     gradient is 0. Gradients reach only `log_probs`.
     """
     reference = jax.lax.stop_gradient(at_least_float32(reference_log_probs))

@@ -13,13 +13,23 @@ from looplm_jax.halting import QExit
 from looplm_jax.halting.signals import Signals
 
 # Jitted, so that each is one program per shape instead of many operations.
-entropy, exit_cdf, exit_distribution, log_exit_distribution, log_survival, mean_exit_loop, q_exit = (
+(
+    entropy,
+    exit_cdf,
+    exit_distribution,
+    log_exit_distribution,
+    log_exit_probability,
+    log_survival,
+    mean_exit_loop,
+    q_exit,
+) = (
     jax.jit(function)
     for function in (
         halting.entropy,
         halting.exit_cdf,
         halting.exit_distribution,
         halting.log_exit_distribution,
+        halting.log_exit_probability,
         halting.log_survival,
         halting.mean_exit_loop,
         halting.q_exit,
@@ -152,3 +162,32 @@ def test_gradients_are_finite(logits):
 def test_entropy_of_equal_exits_is_log_t():
     equal = jnp.log(jnp.array([1 / 3, 1 / 2, 1.0, 1.0]))  # logits of lambda = 1/4, 1/3, 1/2
     np.testing.assert_allclose(entropy(log_pdf=log_exit_distribution(equal)), np.log(4), rtol=1e-6)
+
+
+@given(gates, st.integers(0, 999))
+def test_log_exit_probability_is_that_of_the_distribution(logits, seed):
+    loops = np.random.default_rng(seed).integers(1, len(logits) + 1, logits.shape[1:]).astype(np.int32)
+    ours = log_exit_probability(jnp.asarray(logits), jnp.asarray(loops))
+    expected = np.take_along_axis(np.asarray(log_exit_distribution(jnp.asarray(logits))), loops[None] - 1, axis=0)[0]
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("deeper", [np.nan, np.inf, -np.inf, 0.0])
+def test_gates_after_the_exit_are_not_read(deeper):
+    logits = jnp.array([[0.5, -1.0], [0.25, 2.0], [1.0, -3.0], [4.0, 5.0]])
+    loops = jnp.array([2, 4], jnp.int32)
+    unread = np.array([[False, False], [False, False], [True, False], [True, True]])
+    of_all = jax.value_and_grad(lambda gates: jnp.sum(log_exit_probability(gates, loops)))
+    value, gradient = of_all(jnp.where(unread, deeper, logits))
+    expected, _ = of_all(logits)
+    assert value == expected
+    np.testing.assert_array_equal(np.asarray(gradient)[unread], 0)
+    assert np.all(np.asarray(gradient)[~unread] != 0)
+
+
+def test_float64_gates_stay_float64():
+    with jax.enable_x64(True):
+        logits = jnp.linspace(-3, 3, 4)
+        pdf = halting.exit_distribution(logits)
+        assert logits.dtype == pdf.dtype == halting.exit_cdf(pdf).dtype == jnp.float64
+        np.testing.assert_allclose(jnp.sum(pdf), 1, rtol=1e-15)
