@@ -158,24 +158,25 @@ def group_advantages(
     if advantage is Advantage.STD:
         return standardize(rewards, axis=1, eps=eps)
 
-    group = rewards.shape[1]
-    centered = jnp.where(_all_equal(rewards, 1), 0.0, rewards - jnp.mean(rewards, axis=1, keepdims=True))
+    group, centered = rewards.shape[1], _centered(rewards, axis=1)
     return centered if advantage is Advantage.MEAN else centered * (group / max(group - 1, 1))
 
 
 def standardize(values: Float[Array, "..."], *, axis: int, eps: float) -> Float[Array, "..."]:
-    """Returns `(x - mean) / (std + eps)` along an axis, with the unbiased deviation, and 0 where all are equal."""
-    # Without the rule for equal values, the rounding of their mean would become an advantage of 1 or -1.
-    equal = _all_equal(values, axis)
-    centered = values - jnp.mean(values, axis=axis, keepdims=True)
+    """Returns `(x - mean) / (std + eps)` along an axis, with the unbiased deviation; exactly 0 where all are equal."""
+    centered = _centered(values, axis)
     degrees = max(values.shape[axis] - 1, 1)
     deviation = jnp.sqrt(jnp.sum(jnp.square(centered), axis=axis, keepdims=True) / degrees)
 
-    return jnp.where(equal, 0.0, centered / (jnp.where(equal, 1.0, deviation) + eps))
+    return centered / (deviation + eps)
 
 
-def _all_equal(values: Float[Array, "..."], axis: int) -> Bool[Array, "..."]:
-    return jnp.max(values, axis=axis, keepdims=True) == jnp.min(values, axis=axis, keepdims=True)
+def _centered(values: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
+    """Returns `x - mean` along an axis, exactly 0 where all are equal."""
+    # The mean of equal numbers is rounded, and the difference, divided by its own size, would be an advantage of 1 or
+    # -1. Differences from the first number are exact where the numbers are close.
+    shifted = values - jax.lax.slice_in_dim(values, 0, 1, axis=axis)
+    return shifted - jnp.mean(shifted, axis=axis, keepdims=True)
 
 
 # Terms of a token
@@ -184,8 +185,8 @@ def _all_equal(values: Float[Array, "..."], axis: int) -> Bool[Array, "..."]:
 def k3(log_probs: Float[Array, "*B"], reference_log_probs: Float[Array, "*B"]) -> Float[Array, "*B"]:
     """Returns `exp(x) - x - 1` for `x = reference - policy`, an estimate of `KL(policy || reference)`.
 
-    It is never negative but for rounding, and unbiased for tokens that the policy drew. `x` is clipped to +-20, beyond which the
-    gradient is 0. Gradients reach only `log_probs`.
+    It is never negative but for rounding, and unbiased for tokens that the policy drew. `x` is clipped to +-20, beyond
+    which the gradient is 0. Gradients reach only `log_probs`.
     """
     reference = jax.lax.stop_gradient(at_least_float32(reference_log_probs))
     x = jnp.clip(reference - at_least_float32(log_probs), -_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO)

@@ -22,7 +22,7 @@ log_prob = st.floats(-30, 0, width=32)
 groups = hnp.arrays(np.float32, (3, 4), elements=reward)
 tokens = hnp.arrays(np.float32, (4, 5), elements=log_prob)
 masks = hnp.arrays(np.float32, (4, 5), elements=st.sampled_from([0.0, 1.0]))
-both_kinds = pytest.mark.parametrize("aggregation", Aggregation)
+every_aggregation = pytest.mark.parametrize("aggregation", Aggregation)
 
 
 # Goldens
@@ -252,7 +252,7 @@ def test_k3_is_not_negative_and_zero_where_policies_agree(policy, other):
 def test_the_gradient_of_k3_pulls_toward_the_reference():
     policy, other = jnp.array([-1.0, -2.0, -3.0, -1e4]), jnp.array([-2.0, -2.0, -1.0, 0.0])
     ours, of_reference = jax.grad(lambda p, r: jnp.sum(k3(p, r)), argnums=(0, 1))(policy, other)
-    np.testing.assert_allclose(ours, 1 - np.exp([-1, 0, 2, -np.inf]) + [0, 0, 0, -1], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(ours, [1 - np.exp(-1), 0, 1 - np.exp(2), 0], rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(of_reference, 0)
 
 
@@ -311,7 +311,7 @@ def test_the_weights_of_loops_sum_to_one(gates, kind):
 # Aggregation
 
 
-@both_kinds
+@every_aggregation
 @given(tokens, masks)
 def test_aggregation_equals_its_weights(aggregation, values, mask):
     ours = aggregate(jnp.asarray(values), jnp.asarray(mask), aggregation, max_new_tokens=9)
@@ -319,7 +319,7 @@ def test_aggregation_equals_its_weights(aggregation, values, mask):
     np.testing.assert_allclose(ours, np.sum(weights * values), rtol=1e-5, atol=1e-6)
 
 
-@both_kinds
+@every_aggregation
 def test_a_batch_without_tokens_has_no_loss_and_no_gradient(aggregation):
     (loss, metrics), gradient = on_policy_gradient(
         -jnp.ones((4, 5)), jnp.ones(4), jnp.zeros((4, 5)), aggregation=aggregation
@@ -329,7 +329,7 @@ def test_a_batch_without_tokens_has_no_loss_and_no_gradient(aggregation):
     np.testing.assert_array_equal(gradient, 0)
 
 
-@both_kinds
+@every_aggregation
 @given(tokens, tokens, masks)
 def test_microbatches_sum_to_the_batch(aggregation, log_probs, old, mask):
     advantages = jnp.array([1.0, -0.5, 0.25, 2.0])
