@@ -37,14 +37,14 @@ drawn; `rltt` of all loops, with `loop_weights`. Advantages come from `group_adv
 
 Cross-entropy of every token at every loop, in chunks, so that the logits of all loops never exist at once:
 `token_losses` for training, `token_scores` (loss and correctness) for evaluation, and `weighted_token_losses` for a
-weighted sum whose gradients are computed in the forward pass.
+weighted sum whose gradients are computed in the forward pass. `token_entropies` are those of whole predictions.
 """
 
 from etils import epy
 
 with epy.lazy_api_imports(globals()):
     # Cross-entropy of every token at every loop.
-    from looplm_jax.losses._cross_entropy import token_losses, token_scores, weighted_token_losses
+    from looplm_jax.losses._cross_entropy import token_entropies, token_losses, token_scores, weighted_token_losses
 
     # Reinforcement learning on given text.
     from looplm_jax.losses._looprpt import (
@@ -91,6 +91,7 @@ __all__ = [
     "stage1",
     "stage1_from_hidden",
     "stage2",
+    "token_entropies",
     "token_losses",
     "token_scores",
     "updated_teacher",

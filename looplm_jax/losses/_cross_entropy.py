@@ -62,6 +62,26 @@ def token_scores(
     return _over_chunks(scores_of, hidden, head, targets, chunk)
 
 
+def token_entropies(
+    hidden: Float[Array, "T B S D"], head: Float[Array, "D V"], *, chunk: int = 128
+) -> Float[Array, "T B S"]:
+    """Returns the entropy of each prediction at each loop, in nats and float32.
+
+    LoopRPT selects tokens by that of the last loop, `hidden[-1:]`. It is a constant, without gradients. Arguments as in
+    `token_losses`.
+    """
+
+    def entropies_of(
+        states: Float[Array, "B C D"], head: Float[Array, "D V"], labels: Int[Array, "B C"]
+    ) -> Float[Array, "B C"]:
+        del labels  # an entropy is that of a whole prediction
+        log_probs = jax.nn.log_softmax(_logits(states, head))
+        return -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
+
+    no_targets = jnp.zeros(hidden.shape[1:3], jnp.int32)
+    return jax.lax.stop_gradient(_over_chunks(entropies_of, hidden, head, no_targets, chunk))
+
+
 def weighted_token_losses(
     hidden: Float[Array, "T B S D"],
     head: Float[Array, "D V"],

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from loss_cases import assert_trees_close, naive_losses, random_case
 from program_shapes import hlo_sizes, jaxpr_sizes
 
-from looplm_jax.losses import stage1_from_hidden, token_losses, token_scores, weighted_token_losses
+from looplm_jax.losses import stage1_from_hidden, token_entropies, token_losses, token_scores, weighted_token_losses
 
 sizes = st.fixed_dictionaries(
     {
@@ -153,3 +153,17 @@ class TestMemory:
         jaxpr, hlo = self.programs(self.naive)
         assert max(jaxpr_sizes(jaxpr)) >= self.all_logits
         assert max(hlo_sizes(hlo)) >= self.all_logits
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 128])
+def test_entropies_are_those_of_all_logits_at_once(chunk):
+    case = random_case()
+    log_probs = jax.nn.log_softmax(case.hidden @ case.head)
+    ours = token_entropies(case.hidden, case.head, chunk=chunk)
+    assert_trees_close(ours, -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1))
+
+
+def test_entropies_are_zero_for_certain_predictions_and_ln_v_for_uniform_ones():
+    head = jnp.zeros((1, 7)).at[0, 3].set(1.0)
+    ours = token_entropies(jnp.array([0.0, 1e4]).reshape(1, 1, 2, 1), head)
+    np.testing.assert_allclose(ours[0, 0], [np.log(7), 0], rtol=1e-6)
