@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 def at_least_float32(values: Float[Array, "*B"]) -> Float[Array, "*B"]:
     """Returns the values in float32, or in float64 if they are."""
     values = jnp.asarray(values)
-    return values.astype(jnp.promote_types(values.dtype, jnp.float32))
+    return values if jnp.finfo(values.dtype).bits >= 32 else values.astype(jnp.float32)
 
 
 def log_survival(gate_logits: Float[Array, "T *B"]) -> Float[Array, "T *B"]:
