@@ -157,6 +157,21 @@ class Objective(enum.Enum):
     LAST_LOSS = "last_loss"
 
 
+class SolverKind(enum.Enum):
+    """The iteration toward a fixed point: plain loops, Anderson acceleration, or Broyden's method."""
+
+    LOOPS = "loops"
+    ANDERSON = "anderson"
+    BROYDEN = "broyden"
+
+
+class JacobianNorm(enum.Enum):
+    """The norm of the Jacobian of a loop that a penalty bounds: Frobenius, per entry, or spectral, over all rows."""
+
+    FROBENIUS = "frobenius"
+    SPECTRAL = "spectral"
+
+
 class GateTarget(enum.Enum):
     """The gain that trains the gate of loop t: the previous one, t-1 -> t (as printed), or the next, t -> t+1."""
 
@@ -291,6 +306,22 @@ class ModelConfig:
     def head_width(self) -> int:
         """The width of a head, Dh."""
         return self.head_dim or self.width // self.num_heads
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Solver:
+    """The solver of a fixed point `z = f(z)`, and when it stops."""
+
+    kind: SolverKind = _field("iteration toward the fixed point", SolverKind.LOOPS)
+    tolerance: float = _field("a row stops once |f(z) - z| / |f(z)| is at most this; 0: at max_loops", 1e-3)
+    max_loops: int = _field("most evaluations of f", 50)
+    memory: int = _field("earlier states that anderson combines; updates after which broyden starts afresh", 6)
+
+    def __post_init__(self) -> None:
+        _check_kinds(self, "solver")
+        _require(self.tolerance >= 0, f"solver.tolerance must not be negative, not {self.tolerance}")
+        for name in ("max_loops", "memory"):
+            _require(getattr(self, name) >= 1, f"solver.{name} must be at least 1, not {getattr(self, name)}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 Functions take arrays whose first axis is the loop, and any axes of tokens after it.
 
+    >>> import jax
     >>> import jax.numpy as jnp
     >>> from looplm_jax.halting import exit_distribution, mean_exit_loop, q_exit
     >>> gate_logits = jnp.array([[-2.0, 0.0], [0.0, 0.0], [2.0, 0.0], [0.0, 0.0]])  # [T, B]: four loops, two tokens
@@ -17,9 +18,21 @@ A policy decides the same from what the model computes loop by loop. `parse_exit
     >>> parse_exit_policy("q=0.5,min=2") == Bounded(QExit(q=0.5), min_loops=2)
     True
 
+Adaptive Computation Time halts where probabilities, added up, reach one. Its weights are an exit distribution too:
+
+    >>> from looplm_jax.halting import act, ponder_cost
+    >>> weights, remainders, updates = act(jax.nn.sigmoid(gate_logits))
+    >>> print(weights[:, 1], updates)
+    [0.5 0.5 0.  0. ] [4 2]
+    >>> print(ponder_cost(remainders, updates))  # the mean number of loops, plus the mean remainder
+    3.25
+
 Exit distribution: `exit_distribution`, `log_exit_distribution`, `log_survival`, from gate logits, and
 `log_exit_probability`, of given exits; `exit_cdf`, `mean_exit_loop`, `q_exit`, from probabilities; `entropy`, from
 log-probabilities, by keyword.
+
+Adaptive Computation Time: `act`, from halting probabilities to an `ACT`; `ponder_cost`; the state that is read out,
+`weighted_state`, or `interpolated_state` as in the published code.
 
 Priors, as log-probabilities over 1..T: `log_prior` for a configuration; `log_uniform_prior`, `log_geometric_prior`,
 `log_poisson_lognormal_prior`; and `kl_divergence` from one.
@@ -34,6 +47,9 @@ An own policy implements `ExitPolicy`; it declares what it reads with `looplm_ja
 from etils import epy
 
 with epy.lazy_api_imports(globals()):
+    # Adaptive Computation Time, from halting probabilities.
+    from looplm_jax.halting._act import ACT, act, interpolated_state, ponder_cost, weighted_state
+
     # The exit distribution, from gate logits.
     from looplm_jax.halting._distribution import (
         entropy,
@@ -78,6 +94,7 @@ with epy.lazy_api_imports(globals()):
     )
 
 __all__ = [
+    "ACT",
     "ArgmaxStable",
     "Bounded",
     "Confidence",
@@ -90,10 +107,12 @@ __all__ = [
     "Margin",
     "QExit",
     "RelativeHiddenDifference",
+    "act",
     "entropy",
     "exit_cdf",
     "exit_distribution",
     "exit_loops",
+    "interpolated_state",
     "kl_divergence",
     "log_exit_distribution",
     "log_exit_probability",
@@ -104,5 +123,7 @@ __all__ = [
     "log_uniform_prior",
     "mean_exit_loop",
     "parse_exit_policy",
+    "ponder_cost",
     "q_exit",
+    "weighted_state",
 ]

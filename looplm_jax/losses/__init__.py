@@ -38,6 +38,16 @@ drawn; `rltt` of all loops, with `loop_weights`. Advantages come from `group_adv
 Cross-entropy of every token at every loop, in chunks, so that the logits of all loops never exist at once:
 `token_losses` for training, `token_scores` (loss and correctness) for evaluation, and `weighted_token_losses` for a
 weighted sum whose gradients are computed in the forward pass. `token_entropies` are those of whole predictions.
+
+Stability of a loop, any function of a state: `jacobian_penalty` is small for loops that contract, and `spectral_radius`
+measures by how much they do.
+
+    >>> from looplm_jax.losses import jacobian_penalty, spectral_radius
+    >>> z, v = hidden[-1], jax.random.normal(jax.random.key(2), (2, 8, 16))
+    >>> print(jacobian_penalty(lambda z: 0.5 * z, z, v))  # about the mean squared entry of a row, 0.25
+    0.2...
+    >>> spectral_radius(lambda z: 0.5 * z, z, v)  # one value per row
+    Array([0.5..., 0.5...], dtype=float32)
 """
 
 from etils import epy
@@ -68,6 +78,9 @@ with epy.lazy_api_imports(globals()):
         rltt,
     )
 
+    # The size of the Jacobian of a loop.
+    from looplm_jax.losses._jacobian import jacobian_penalty, spectral_radius
+
     # Losses of the stages.
     from looplm_jax.losses._stage1 import Stage1Metrics, stage1, stage1_from_hidden
     from looplm_jax.losses._stage2 import Stage2Metrics, stage2
@@ -83,11 +96,13 @@ __all__ = [
     "aggregate",
     "group_advantages",
     "hard_tokens",
+    "jacobian_penalty",
     "k3",
     "loop_weights",
     "looprpt",
     "policy_gradient",
     "rltt",
+    "spectral_radius",
     "stage1",
     "stage1_from_hidden",
     "stage2",

@@ -17,12 +17,31 @@ The model: `LoopLM`, a Flax module for a `ModelConfig` and a `ComputeConfig` of 
 Parameters, `Params`, are nested dictionaries of arrays: `init_params`, `head_matrix`, `count_params`; `parameter_axes`
 has the logical names of their axes, for sharding.
 
+Fixed points, of any function of a state: `fixed_point` solves `z = f(z)` with a `Solver` of `looplm_jax.config`, and
+returns `SolverMetrics` too; `implicit` also has the gradient, at the memory of one evaluation; `phantom` has that of a
+few last loops.
+
+    >>> from looplm_jax.config import Solver, SolverKind
+    >>> from looplm_jax.models import implicit
+    >>> f = lambda a, z: jax.numpy.cos(a * z)
+    >>> solver = Solver(kind=SolverKind.BROYDEN, tolerance=1e-6)
+    >>> z, metrics = implicit(f, 1.0, jax.numpy.zeros((1, 1)), solver)  # [B, ...]: one row of one entry
+    >>> print(z)
+    [[0.739085]]
+    >>> int(metrics.evaluations[0]) < 10
+    True
+    >>> print(jax.grad(lambda a: implicit(f, a, z, solver)[0].sum())(1.0))
+    -0.297...
+
 Configurations by name, such as `presets.ouro_1_4b()`, are in the module `looplm_jax.models.presets`.
 """
 
 from etils import epy
 
 with epy.lazy_api_imports(globals()):
+    # Fixed points, and gradients through them.
+    from looplm_jax.models._fixed_point import SolverMetrics, fixed_point, implicit, phantom
+
     # The model, and its parameters.
     from looplm_jax.models._looplm import (
         LoopLM,
@@ -38,8 +57,12 @@ __all__ = [
     "LoopLM",
     "LoopLMOutput",
     "Params",
+    "SolverMetrics",
     "count_params",
+    "fixed_point",
     "head_matrix",
+    "implicit",
     "init_params",
     "parameter_axes",
+    "phantom",
 ]
