@@ -23,9 +23,9 @@ Adaptive Computation Time halts where probabilities, added up, reach one. Its we
     >>> from looplm_jax.halting import act, ponder_cost
     >>> weights, remainders, updates = act(jax.nn.sigmoid(gate_logits))
     >>> print(weights[:, 1], updates)
-    [0.5 0.5 0.  0. ] [4 2]
+    [0.5 0.5 0.  0. ] [3 2]
     >>> print(ponder_cost(remainders, updates))  # the mean number of loops, plus the mean remainder
-    3.25
+    2.94...
 
 Exit distribution: `exit_distribution`, `log_exit_distribution`, `log_survival`, from gate logits, and
 `log_exit_probability`, of given exits; `exit_cdf`, `mean_exit_loop`, `q_exit`, from probabilities; `entropy`, from
