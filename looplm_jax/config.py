@@ -315,7 +315,7 @@ class Solver:
     kind: SolverKind = _field("iteration toward the fixed point", SolverKind.LOOPS)
     tolerance: float = _field("a row stops once |f(z) - z| / |f(z)| is at most this; 0: at max_loops", 1e-3)
     max_loops: int = _field("most evaluations of f", 50)
-    memory: int = _field("earlier states that anderson combines; updates after which broyden starts afresh", 6)
+    memory: int = _field("states that anderson combines; updates after which broyden restarts", 6)
 
     def __post_init__(self) -> None:
         _check_kinds(self, "solver")

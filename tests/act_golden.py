@@ -4,8 +4,9 @@
 a forced last loop, their gradients included, equal a public PyTorch port of the published routine to 2e-15.
 
 `logits`, `p`: halting logits [T, B, S] and their sigmoid. `states` [T, B, S, D], given. The objective is
-`sum(cotangent * output) + tau * ponder_cost`. `forced/` halts every token at loop T, `as_published/` does not. In `toy/`
-the states depend on halting: tokens that have halted keep their state (`copy`) or are transformed on (`continue`).
+`sum(cotangent * output) + tau * ponder_cost`. `forced/` halts every token at loop T, `as_published/` does not.
+
+In `toy/` the states depend on halting: a halted token keeps its state (`copy`) or is still transformed (`continue`).
 """
 
 import functools

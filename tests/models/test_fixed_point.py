@@ -245,7 +245,9 @@ def test_arrays_that_the_function_closes_over_receive_gradients():
     @jax.jit
     def closed(params, order):
         # An integer array of the surrounding program is closed over too.
-        f = lambda _, z: contraction({**params, "bias": params["bias"][order]}, z)
+        def f(_, z):
+            return contraction({**params, "bias": params["bias"][order]}, z)
+
         return jnp.sum(implicit(f, (), jnp.zeros((3, 4)), Solver(tolerance=1e-6))[0] ** 2)
 
     def explicit(params):
@@ -340,7 +342,9 @@ def test_low_precision_is_evaluated_as_given_and_solved_in_float32(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_state_with_the_smallest_residual_is_returned(kind):
     # The iteration moves away from its fixed point at 1.
-    f = lambda z: 1.0 + 3.0 * (z - 1.0) + 0.1 * (z - 1.0) ** 2
+    def f(z):
+        return 1.0 + 3.0 * (z - 1.0) + 0.1 * (z - 1.0) ** 2
+
     start = jnp.full((2, 2), 1.01)
     z, metrics = fixed_point(f, start, Solver(kind=kind, max_loops=20, tolerance=0.0))
     assert np.isfinite(z).all()
