@@ -27,7 +27,7 @@ few last loops.
     >>> solver = Solver(kind=SolverKind.BROYDEN, tolerance=1e-6)
     >>> z, metrics = implicit(f, 1.0, jax.numpy.zeros((1, 1)), solver)  # [B, ...]: one row of one entry
     >>> print(z)
-    [[0.739085]]
+    [[0.73908...]]
     >>> int(metrics.evaluations[0]) < 10
     True
     >>> print(jax.grad(lambda a: implicit(f, a, z, solver)[0].sum())(1.0))
