@@ -112,7 +112,7 @@ def implicit(
     Returns:
       The state, and the metrics of its solution, which have no gradient.
     """
-    converted, constants = jax.closure_convert(f, params, z0)
+    converted, constants = _without_closure(f, params, z0)
     return _implicit(converted, solver, adjoint or solver, (params, constants), z0)
 
 
@@ -143,6 +143,18 @@ def phantom(
 
 
 # The implicit gradient
+
+
+def _without_closure(f: Callable[[Any, Array], Array], params: Any, z: Array) -> tuple[Callable, list[Any]]:
+    """Returns `f` as a function of parameters, state and all arrays that it closes over; and these arrays."""
+    # `jax.closure_convert` keeps integers in the closure, where the backward pass finds tracers that are gone.
+    traced = jax.make_jaxpr(f)(params, z)
+
+    def converted(params: Any, z: Array, *constants: Any) -> Array:
+        (output,) = jax.core.eval_jaxpr(traced.jaxpr, constants, *jax.tree.leaves((params, z)))
+        return output
+
+    return converted, list(traced.consts)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
