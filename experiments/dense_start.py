@@ -1,51 +1,68 @@
-"""Measures the loss of a looped model that starts from a dense one, and the training steps until it has recovered.
+"""Dense start: how far a looped model that starts from a dense one is from its loss, and when training recovers it.
 
-    python -m experiments.dense_start --out runs/dense_start
+    python -m experiments dense-start --scale cpu
 
 Trains a dense model on the source of the local Python's standard library, writes it as a Llama folder, converts that
 with norm placement `pre` and `sandwich` at T = 4, and trains each start with Stage I. For comparison it trains a looped
 model from scratch, and continues the dense model. Two more starts change the second norms of the sandwich to reduce its
-loss: small ones, which make a loop nearly the identity, and ones that match the dense model's branches (`dense_norms`).
+loss: small ones, which make a loop nearly the identity, and ones that match the dense model's branches
+(`dense_models`).
 
-Every loss is on the same held-out text. Finished runs are skipped, so the same command resumes where it stopped.
+A cell is one of these runs; every loss is on the same held-out text. The cells share the folder `shared`, which holds
+the dense model and the starts; the first cell makes them. `docs/dense_start.md` has the results at `cpu`, whose records
+have neither times nor versions: they were converted from an earlier format.
 """
 
-import argparse
 import dataclasses
-import sys
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
-import looplm_jax
+from rich.console import Console
+
 from experiments.dense_models import matched_scales, with_second_norms, write_llama
-from experiments.dense_start_report import Course, Results, write_report
+from experiments.frame import Cell, Record, Report, Scale
+from experiments.text_models import TextModels, alone, train_and_evaluate
 from looplm_jax.codec import override
 from looplm_jax.config import CheckpointConfig, EvaluationConfig, NormPlacement, Recipe, SourceConfig, StartConfig
 from looplm_jax.convert import convert_from_dense
-from looplm_jax.data import collect_stdlib, validation_batches
-from looplm_jax.errors import UserError
-from looplm_jax.evaluation import evaluate_held_out
+from looplm_jax.evaluation import Table, evaluate_held_out, figure, save_figure
 from looplm_jax.recipes import named_recipe
-from looplm_jax.training._metrics import EVALUATION, read_metrics
 
 _LOOPS = 4
 _SMALL_NORM = 0.1
+_SHOWN_STEPS = (0, 25, 50, 100, 200, 400, 800)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """One training run: its start, and its differences from the others."""
+    """One training run: its start, and its differences from the others.
+
+    Attributes:
+      name: the name in the results.
+      start: a folder below the shared one; empty: initial parameters.
+      placement: the value of a `NormPlacement`.
+      loops: T.
+      learning_rate: the peak learning rate.
+    """
 
     name: str
-    start: str = ""  # a folder below the experiment's; empty: initial parameters
-    placement: NormPlacement = NormPlacement.SANDWICH
+    start: str = ""
+    placement: str = NormPlacement.SANDWICH.value
     loops: int = _LOOPS
     learning_rate: float = 5e-4
 
+    @property
+    def folder(self) -> str:
+        """Returns the name as that of a folder."""
+        return self.name.replace(", ", "-").replace(" ", "-")
 
-DENSE = Run(name="dense", placement=NormPlacement.PRE, loops=1, learning_rate=1.5e-3)
-TRAINED_ON = Run(name="dense, trained on", start="runs/dense", placement=NormPlacement.PRE, loops=1)
-PRE = Run(name="pre", start="starts/pre", placement=NormPlacement.PRE)
+
+DENSE = Run(name="dense", placement=NormPlacement.PRE.value, loops=1, learning_rate=1.5e-3)
+TRAINED_ON = Run(name="dense, trained on", start="dense", placement=NormPlacement.PRE.value, loops=1)
+PRE = Run(name="pre", start="starts/pre", placement=NormPlacement.PRE.value)
 SANDWICH = Run(name="sandwich", start="starts/sandwich")
 MATCHED = Run(name="sandwich, matched norms", start="starts/matched")
 SMALL = Run(name="sandwich, small norms", start="starts/small")
@@ -53,114 +70,157 @@ SCRATCH = Run(name="looped from scratch", learning_rate=1.5e-3)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Scale:
-    """The size of the experiment: steps of the dense model, of later runs, between evaluations, and recipe changes."""
+class Size:
+    """The size of all runs.
 
-    runs: Sequence[Run]
+    Attributes:
+      dense_steps: the steps of the dense model.
+      steps: the steps of every other run.
+      every: the steps between evaluations.
+      sequences: the number of held-out sequences.
+      changes: new values of recipe fields, by their dotted paths.
+    """
+
     dense_steps: int
     steps: int
     every: int
     sequences: int
-    changes: dict[str, object]
+    changes: Mapping[str, Any]
 
 
-SCALES = {
-    "full": Scale(
-        runs=(TRAINED_ON, PRE, SANDWICH, MATCHED, SMALL, SCRATCH),
-        dense_steps=1500,
-        steps=800,
-        every=25,
-        sequences=64,
-        changes={"model.num_layers": 2},
-    ),
-    "smoke": Scale(
-        runs=(PRE, MATCHED, SCRATCH),
-        dense_steps=6,
-        steps=4,
-        every=2,
-        sequences=4,
-        changes={
-            "model.vocab_size": 384,
-            "model.width": 32,
-            "model.mlp_width": 48,
-            "stage.batch_size": 2,
-            "stage.sequence_length": 64,
-            "mesh.data": 1,
-            "data.validation_fraction": 0.3,
-        },
-    ),
-}
+# The grid
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs what is not finished, writes the report, and prints what was written."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/dense_start"), help="default: runs/dense_start")
-    parser.add_argument("--scale", choices=SCALES, default="full", help="default: full")
-    arguments = parser.parse_args(argv)
+_CPU = Size(dense_steps=1500, steps=800, every=25, sequences=64, changes={"model.num_layers": 2})
+_SMOKE = Size(
+    dense_steps=6,
+    steps=4,
+    every=2,
+    sequences=4,
+    changes={
+        "model.vocab_size": 384,
+        "model.width": 32,
+        "model.mlp_width": 48,
+        "stage.batch_size": 2,
+        "stage.sequence_length": 64,
+        "mesh.data": 1,
+        "data.validation_fraction": 0.3,
+    },
+)
+_GRIDS: Mapping[Scale, tuple[Size, Sequence[Run]]] = MappingProxyType(
+    {
+        Scale.SMOKE: (_SMOKE, (PRE, MATCHED, SCRATCH)),
+        Scale.CPU: (_CPU, (TRAINED_ON, PRE, SANDWICH, MATCHED, SMALL, SCRATCH)),
+    }
+)
 
-    try:
-        results = _Experiment(out=arguments.out, scale=SCALES[arguments.scale]).results()
-    except UserError as error:
-        print(f"dense_start: {error}", file=sys.stderr)
-        return 2
 
-    print(f"\nwrote {', '.join(write_report(arguments.out, results))} to {arguments.out}")
-    return 0
+class DenseStart:
+    """The dense-start experiment."""
+
+    name = "dense-start"
+    claim = "a looped model can start from a dense one: the loss that each start costs, and the steps until it is back"
+    scales = tuple(_GRIDS)
+
+    def cells(self, scale: Scale) -> tuple[Cell, ...]:
+        """Returns one cell per run."""
+        size, runs = _GRIDS[scale]
+        return tuple(
+            Cell(name=run.folder, settings={"run": dataclasses.asdict(run), "size": dataclasses.asdict(size)})
+            for run in runs
+        )
+
+    def run(self, cell: Cell, folder: Path, console: Console) -> Mapping[str, Any]:
+        """Makes the dense model and the starts, unless they are there, trains the run, and returns its losses."""
+        work = _Work(
+            size=Size(**cell.settings["size"]),
+            documents=TextModels.beside(folder, self.name, console).stdlib(),
+            # The results folder has `cells/CELL`.
+            shared=folder.parent.parent / "shared",
+            console=console,
+        )
+
+        dense = work.dense()
+        work.make_starts()
+        run = Run(**cell.settings["run"])
+        rows = work.train(run, folder / "run")
+        return {
+            "name": run.name,
+            "dense_loss": dense[-1]["loss_per_loop"][0],
+            "loops": _LOOPS,
+            "steps": [row["step"] for row in rows],
+            "losses": [row["loss_per_loop"] for row in rows],
+        }
+
+    def report(self, records: Sequence[Record]) -> Report:
+        """Returns the losses of the first and the last loop, the steps until each has recovered, and the figure."""
+        # The same dense model in all cells.
+        dense_loss, loops = records[0].result["dense_loss"], records[0].result["loops"]
+        courses = [
+            Course(**{field: record.result[field] for field in ("name", "steps", "losses")}) for record in records
+        ]
+
+        return Report(
+            tables=[*(_losses(courses, loop) for loop in (1, loops)), _returns(courses, dense_loss, loops)],
+            findings=[f"The dense model: {dense_loss:.4f} nats/token, held out."],
+            figures={"dense-start.png": functools.partial(_plot, courses, dense_loss, loops)},
+        )
+
+
+# The runs of a cell
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Experiment:
-    """The runs of one scale in one folder."""
+class _Work:
+    """A cell that runs: the size, the documents, and the folder that all cells share."""
 
-    out: Path
-    scale: Scale
+    size: Size
+    documents: Path
+    shared: Path
+    console: Console
 
-    def results(self) -> Results:
-        """Returns the results of every run in order; finished runs are only read."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        if not self._corpus.exists():
-            collect_stdlib(self._corpus)
+    def train(self, run: Run, folder: Path) -> Sequence[Mapping[str, Any]]:
+        """Trains a run, unless it is trained. Returns its evaluations."""
+        return train_and_evaluate(self._recipe(run), folder, self.console, evaluate_held_out)
 
-        dense = self._train(DENSE)
-        self._make_starts()
-        return Results(
-            dense_loss=dense.losses[-1][0], loops=_LOOPS, courses=[self._train(run) for run in self.scale.runs]
-        )
+    def dense(self) -> Sequence[Mapping[str, Any]]:
+        """Trains the dense model, unless it is trained. Returns its evaluations."""
+        with alone(self.shared, DENSE.folder, self.console):
+            return self.train(DENSE, self.shared / DENSE.folder)
 
-    @property
-    def _corpus(self) -> Path:
-        """Returns the file of the documents."""
-        return self.out / "corpus.jsonl"
+    def make_starts(self) -> None:
+        """Writes the trained dense model as a Llama folder, and every checkpoint that a run starts from."""
+        starts = self.shared / "starts"
+        with alone(self.shared, "starts", self.console):
+            if not self._llama.exists():
+                write_llama(self.shared / DENSE.folder, self._llama)
+
+            for placement in NormPlacement:
+                if not (starts / placement.value).exists():
+                    convert_from_dense(self._llama, starts / placement.value, loops=_LOOPS, norm_placement=placement)
+
+            if not (starts / "small").exists():
+                convert_from_dense(
+                    self._llama,
+                    starts / "small",
+                    loops=_LOOPS,
+                    norm_placement=NormPlacement.SANDWICH,
+                    second_norm=_SMALL_NORM,
+                )
+
+            # Last, because it uses the checkpoints of both placements.
+            if not (starts / "matched").exists():
+                scales = matched_scales(starts / "pre", self._recipe(PRE))
+                with_second_norms(starts / "sandwich", starts / "matched", scales)
 
     @property
     def _llama(self) -> Path:
         """Returns the folder of the dense model as a Llama."""
-        return self.out / "llama"
-
-    def _folder(self, run: Run) -> Path:
-        """Returns the folder of a run."""
-        return self.out / "runs" / run.name.replace(", ", "-").replace(" ", "-")
-
-    def _train(self, run: Run) -> Course:
-        """Trains a run unless it is finished. Returns its losses."""
-        from looplm_jax.cli.train import run_training
-
-        recipe, folder = self._recipe(run), self._folder(run)
-        if _last_evaluation(folder) < recipe.total_steps:
-            print(f"\n== {run.name}", flush=True)
-            run_training(recipe, folder)
-
-        rows = [row for row in read_metrics(folder) if row["kind"] == EVALUATION]
-        course = {row["step"]: row["loss_per_loop"] for row in rows}
-        # A start has no evaluation at step 0 in its metrics, so it is measured here.
-        if run.start:
-            course = {0: self._losses_at(recipe, self.out / run.start), **course}
-        return Course(name=run.name, steps=list(course), losses=list(course.values()))
+        return self.shared / "llama"
 
     def _recipe(self, run: Run) -> Recipe:
         """Returns the recipe of a run."""
-        steps = self.scale.dense_steps if run is DENSE else self.scale.steps
+        steps = self.size.dense_steps if run == DENSE else self.size.steps
         recipe = named_recipe("demo-one-loop" if run.loops == 1 else "demo")
         stage = dataclasses.replace(
             recipe.stages[0],
@@ -170,64 +230,87 @@ class _Experiment:
             decay_steps=steps // 4,
             final_learning_rate=run.learning_rate / 10,
         )
-        sources = (SourceConfig(path=str(self._corpus)),)
+
+        sources = (SourceConfig(path=str(self.documents)),)
         # A start has its own tokenizer, and the dense run trains one; only a run from scratch needs a path.
-        tokenizer = "" if run.start or run is DENSE else str(self._llama / "tokenizer.json")
+        tokenizer = "" if run.start or run == DENSE else str(self._llama / "tokenizer.json")
         recipe = dataclasses.replace(
             recipe,
             name=run.name,
             description="",
-            model=dataclasses.replace(recipe.model, norm_placement=run.placement),
+            model=dataclasses.replace(recipe.model, norm_placement=NormPlacement(run.placement)),
             stages=(stage,),
             # One seed for the dense model, another for all later runs, which read the data in a new order.
-            data=dataclasses.replace(recipe.data, sources=sources, tokenizer=tokenizer, seed=int(run is not DENSE)),
-            start=StartConfig(checkpoint=str(self.out / run.start) if run.start else ""),
+            data=dataclasses.replace(recipe.data, sources=sources, tokenizer=tokenizer, seed=int(run != DENSE)),
+            start=StartConfig(checkpoint=str(self.shared / run.start) if run.start else ""),
             checkpoint=CheckpointConfig(every=200, keep=1),
-            evaluation=EvaluationConfig(every=self.scale.every, sequences=self.scale.sequences),
+            evaluation=EvaluationConfig(every=self.size.every, sequences=self.size.sequences),
         )
-        return override(recipe, self.scale.changes)
-
-    def _losses_at(self, recipe: Recipe, checkpoint: Path) -> list[float]:
-        """Returns the loss of every loop on the sequences that training is evaluated on."""
-        loaded, stage = looplm_jax.load(checkpoint), recipe.stages[0]
-        held_out = validation_batches(
-            recipe.data,
-            loaded.need_tokenizer(),
-            batch_size=stage.batch_size,
-            sequence_length=stage.sequence_length,
-            max_sequences=recipe.evaluation.sequences,
-        )
-        return evaluate_held_out(loaded.model, loaded.params, held_out)["loss_per_loop"]
-
-    def _make_starts(self) -> None:
-        """Writes the dense model as a Llama folder, and every checkpoint that a run starts from."""
-        if not self._llama.exists():
-            write_llama(self._folder(DENSE), self._llama)
-
-        starts = self.out / "starts"
-        for placement in NormPlacement:
-            if not (starts / placement.value).exists():
-                convert_from_dense(self._llama, starts / placement.value, loops=_LOOPS, norm_placement=placement)
-
-        if not (starts / "small").exists():
-            convert_from_dense(
-                self._llama,
-                starts / "small",
-                loops=_LOOPS,
-                norm_placement=NormPlacement.SANDWICH,
-                second_norm=_SMALL_NORM,
-            )
-
-        # Last, because it uses the checkpoints of both placements.
-        if not (starts / "matched").exists():
-            scales = matched_scales(starts / "pre", self._recipe(PRE))
-            with_second_norms(starts / "sandwich", starts / "matched", scales)
+        return override(recipe, self.size.changes)
 
 
-def _last_evaluation(folder: Path) -> int:
-    """Returns the last evaluated step, or 0."""
-    return max((row["step"] for row in read_metrics(folder) if row["kind"] == EVALUATION), default=0)
+# Reporting
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Course:
+    """Held-out loss of every loop (nats per token) at some steps."""
+
+    name: str
+    steps: Sequence[int]
+    losses: Sequence[Sequence[float]]
+
+    def after_loop(self, loop: int) -> list[float]:
+        """Returns the loss of a loop at every step; a model with a single loop has the same at every depth."""
+        return [losses[min(loop, len(losses)) - 1] for losses in self.losses]
+
+    def back(self, target: float, loop: int) -> int | None:
+        """Returns the first measured step from which on a loop's loss stays at or below `target`, or None."""
+        found = None
+        # Backwards, to find the start of the final stretch below the target.
+        for step, loss in zip(reversed(self.steps), reversed(self.after_loop(loop)), strict=True):
+            if loss > target:
+                break
+            found = step
+        return found
+
+
+def _losses(courses: Sequence[Course], loop: int) -> Table:
+    """Returns the table of losses of one loop at selected steps."""
+    steps = [step for step in _SHOWN_STEPS if any(step in course.steps for course in courses)]
+    rows = [[course.name, *(_at(course, step, loop) for step in steps)] for course in courses]
+    title = f"Dense start: loss of loop {loop} (nats/token) after some steps"
+    return Table(title=title, columns=("", *map(str, steps)), rows=rows)
+
+
+def _at(course: Course, step: int, loop: int) -> str:
+    """Returns the loss of a loop at a step, or nothing if it was not measured."""
+    loss = dict(zip(course.steps, course.after_loop(loop), strict=True)).get(step)
+    return "" if loss is None else f"{loss:.3f}"
+
+
+def _returns(courses: Sequence[Course], dense_loss: float, loops: int) -> Table:
+    """Returns the table of steps until the dense loss is recovered."""
+    rows = []
+    for course in courses:
+        found = [course.back(dense_loss, loop) for loop in (1, loops)]
+        rows.append([course.name, *(f"not in {course.steps[-1]}" if step is None else str(step) for step in found)])
+    title = "Dense start: steps until the loss is back at the dense model's, and stays"
+    return Table(title=title, columns=("", "loop 1", f"loop {loops}"), rows=rows)
+
+
+def _plot(courses: Sequence[Course], dense_loss: float, loops: int, path: Path) -> None:
+    """Plots the losses of the first and the last loop by steps, and marks the dense model's."""
+    made, grid = figure(columns=2)
+    for axes, loop in zip(grid, (1, loops), strict=True):
+        for course in courses:
+            axes.plot(course.steps, course.after_loop(loop), linewidth=1.4, label=course.name)
+        axes.axhline(dense_loss, color="#777777", linestyle="--", linewidth=1.0)
+        axes.set(title=f"loop {loop}", xlabel="training steps", ylim=(dense_loss - 0.2, dense_loss + 1.5))
+
+    grid[0].set_ylabel("held-out loss (nats/token)")
+    grid[0].legend(frameon=False, fontsize=8)
+    save_figure(made, path)
+
+
+DENSE_START = DenseStart()

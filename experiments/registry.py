@@ -5,6 +5,7 @@ from types import MappingProxyType
 
 from experiments.addition import ADDITION
 from experiments.capo import CAPO
+from experiments.dense_start import DENSE_START
 from experiments.depth import DEPTH
 from experiments.early_exit import EARLY_EXIT
 from experiments.frame import Experiment
@@ -14,6 +15,7 @@ from experiments.p_hop import P_HOP
 from experiments.prior import PRIOR
 from experiments.reachability import REACHABILITY
 from experiments.three_hop import THREE_HOP
+from experiments.upcycling import UPCYCLING
 
 _ALL: tuple[Experiment, ...] = (
     MANO,
@@ -26,5 +28,7 @@ _ALL: tuple[Experiment, ...] = (
     EARLY_EXIT,
     KV_SHARING,
     DEPTH,
+    UPCYCLING,
+    DENSE_START,
 )
 EXPERIMENTS: Mapping[str, Experiment] = MappingProxyType({each.name: each for each in _ALL})

@@ -23,8 +23,61 @@ from looplm_jax.data import ValidationBatches, collect_stdlib, train_sentencepie
 from looplm_jax.files import locked, write_atomically
 from looplm_jax.loading import Loaded, load
 from looplm_jax.recipes import named_recipe
+from looplm_jax.training._metrics import EVALUATION, read_metrics
 from looplm_jax.training._stopping import Stopped
-from looplm_jax.training.run import train
+from looplm_jax.training.run import Evaluate, train
+
+# Runs
+
+
+@contextlib.contextmanager
+def alone(folder: Path, name: str, console: Console) -> Iterator[None]:
+    """Holds the lock of a name in a folder, which is created; waits while another process holds it.
+
+    The system releases the lock if the process dies.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def wait() -> None:
+        console.print(f"another process makes {name}; waiting for it")
+
+    with locked(folder / f"{name}.lock", busy=wait):
+        yield
+
+
+def trained(recipe: Recipe, folder: Path, console: Console, *, evaluate: Evaluate | None = None) -> Path:
+    """Trains a recipe, unless it is trained. Returns its run folder.
+
+    Raises:
+      Stopped: a signal arrived; calling again resumes.
+    """
+    outcome = train(recipe, folder, console=console, evaluate=evaluate)
+    if outcome.stopped_by is not None:
+        raise Stopped(outcome.stopped_by)
+    return folder
+
+
+def train_and_evaluate(recipe: Recipe, folder: Path, console: Console, evaluate: Evaluate) -> list[Mapping[str, Any]]:
+    """Trains a recipe, unless it is trained. Returns its evaluations, each with its step.
+
+    If the recipe starts from a checkpoint, that is evaluated too, on the same sequences, as step 0. Raises as
+    `trained`.
+    """
+    trained(recipe, folder, console, evaluate=evaluate)
+    rows = [row for row in read_metrics(folder) if row["kind"] == EVALUATION]
+    if not recipe.start.checkpoint:
+        return rows
+
+    loaded, stage = load(Path(recipe.start.checkpoint)), recipe.stages[0]
+    held_out = validation_batches(
+        recipe.data,
+        loaded.need_tokenizer(),
+        batch_size=stage.batch_size,
+        sequence_length=stage.sequence_length,
+        max_sequences=recipe.evaluation.sequences,
+    )
+    return [{"step": 0, **evaluate(loaded.model, loaded.params, held_out)}, *rows]
+
 
 # Models
 
@@ -131,24 +184,22 @@ class TextModels:
             max_sequences=sequences,
         )
 
-    def _trained(self, recipe: Recipe, model: TextModel, part: str) -> Path:
-        """Trains a recipe, unless it is trained. Returns its run folder."""
-        folder = self.folder / model.name / part
-        with self._alone(f"{model.name}-{part}"):
-            outcome = train(recipe, folder, console=self.console)
-        if outcome.stopped_by is not None:
-            raise Stopped(outcome.stopped_by)
-        return folder
-
-    def _documents(self, model: TextModel) -> str:
-        """Returns the pattern of the documents, after collecting the standard library if none are given."""
-        if model.documents:
-            return model.documents
+    def stdlib(self) -> Path:
+        """Returns the source of the local Python's standard library as documents, collected unless it is there."""
         path = self.folder / "stdlib.jsonl"
         with self._alone("stdlib"):
             if not path.exists():
                 collect_stdlib(path)
-        return str(path)
+        return path
+
+    def _trained(self, recipe: Recipe, model: TextModel, part: str) -> Path:
+        """Trains a recipe, unless it is trained. Returns its run folder."""
+        with self._alone(f"{model.name}-{part}"):
+            return trained(recipe, self.folder / model.name / part, self.console)
+
+    def _documents(self, model: TextModel) -> str:
+        """Returns the pattern of the documents: those of the model, or the standard library."""
+        return model.documents or str(self.stdlib())
 
     def _tokenizer(self, recipe: Recipe, model: TextModel) -> str:
         """Returns a tokenizer of the model's vocabulary size, trained on the documents that are not held out."""
@@ -163,16 +214,9 @@ class TextModels:
                 write_atomically(path, tokenizer.serialize())
         return str(path)
 
-    @contextlib.contextmanager
-    def _alone(self, name: str) -> Iterator[None]:
-        """Holds the lock of a name, which the system releases if the process dies."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-
-        def wait() -> None:
-            self.console.print(f"another process makes {name}; waiting for it")
-
-        with locked(self.folder / f"{name}.lock", busy=wait):
-            yield
+    def _alone(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Holds the lock of a name in the shared folder."""
+        return alone(self.folder, name, self.console)
 
 
 # Scales

@@ -1,24 +1,31 @@
 """Upcycling: which order of the copied layers keeps the loss closer to the base, and which trains better from there.
 
-    python -m experiments.upcycling --out runs/upcycling
+    python -m experiments upcycling --scale cpu
 
 Ouro-2.6B starts from the 24 layers of Ouro-1.4B, twice (paper, section 4.1), in an order that is not published. Here a
 small looped model is trained on the source of the local Python's standard library, upcycled to twice its layers in
 either order, and trained further, with the optimizer state and with a fresh one. The base itself is trained further for
 comparison. All of them see the same data, in an order that is new to them, at a third of the previous learning rate.
 
-Finished parts are skipped, so the same command resumes where it stopped.
+A cell is one of these models with one seed. The cells share the folder `shared`, which holds a base per seed; the first
+cell that needs a base trains it. `docs/upcycling.md` has the results at `cpu`, whose records have neither times nor
+versions: they were converted from an earlier format.
 """
 
-import argparse
 import dataclasses
-import json
-import sys
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from experiments.upcycling_report import Course, Results, write_results
+import numpy as np
+from jaxtyping import Float
+from rich.console import Console
+
+from experiments.frame import Cell, Record, Report, Scale
+from experiments.text_models import TextModels, alone, train_and_evaluate, trained
+from looplm_jax.codec import from_dict, to_dict
 from looplm_jax.config import (
     CheckpointConfig,
     DataConfig,
@@ -32,19 +39,44 @@ from looplm_jax.config import (
     StartConfig,
 )
 from looplm_jax.convert import Order, upcycle
-from looplm_jax.data import ValidationBatches, collect_stdlib, validation_batches
-from looplm_jax.errors import UserError
-from looplm_jax.evaluation import exit_curve
-from looplm_jax.files import quoted
-from looplm_jax.loading import load
+from looplm_jax.data import ValidationBatches
+from looplm_jax.evaluation import Table, exit_curve, figure, save_figure
 from looplm_jax.models import LoopLM, Params
-from looplm_jax.training._metrics import EVALUATION, read_metrics
-from looplm_jax.training.run import train
+
+_BATCH_SIZE = 4
+_NEW_ORDER = 1000  # added to the seed of later training, which reads the data in another order than the base
+_FRESH = "-fresh-optimizer"
+_COLORS = {"base": "#3a3a3a", "interleave": "#1f5fa8", "stack": "#d1495b"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Scale:
-    """The size of the comparison: the base and its training, the steps after upcycling, and the measurements."""
+class Variant:
+    """A model that is trained further.
+
+    Attributes:
+      order: the order of its copied layers; empty: it is the base itself.
+      optimizer: whether training continues with the state of the optimizer.
+    """
+
+    order: str
+    optimizer: bool
+
+    @property
+    def name(self) -> str:
+        """Returns the name in the results."""
+        return (self.order or "base") + ("" if self.optimizer else _FRESH)
+
+
+VARIANTS = tuple(
+    Variant(order=order, optimizer=optimizer)
+    for optimizer in (True, False)
+    for order in ("", *(order.value for order in Order))
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UpcyclingRun:
+    """The settings of a cell: a variant, the base and its training, the steps after upcycling, and the measurements."""
 
     model: ModelConfig
     base_steps: int
@@ -55,10 +87,20 @@ class Scale:
     measured_every: int
     sequences: int
     sequence_length: int
-    seeds: tuple[int, ...]
+    seed: int = 0
+    variant: Variant = VARIANTS[0]
+
+    @property
+    def deep_model(self) -> ModelConfig:
+        """Returns the shape of the variant."""
+        copies = 2 if self.variant.order else 1
+        return dataclasses.replace(self.model, num_layers=copies * self.model.num_layers)
 
 
-_LAPTOP = Scale(
+# The grid
+
+
+_CPU = UpcyclingRun(
     model=ModelConfig(
         vocab_size=2048, width=192, mlp_width=512, num_layers=2, num_heads=4, rope_theta=1e4, max_positions=1024
     ),
@@ -70,186 +112,137 @@ _LAPTOP = Scale(
     measured_every=50,
     sequences=256,
     sequence_length=128,
-    seeds=(0, 1),
 )
 _SMOKE = dataclasses.replace(
-    _LAPTOP,
-    model=dataclasses.replace(_LAPTOP.model, vocab_size=384, width=32, mlp_width=48),
+    _CPU,
+    model=dataclasses.replace(_CPU.model, vocab_size=384, width=32, mlp_width=48),
     base_steps=4,
     warmup_steps=0,
     steps=4,
     measured_every=2,
     sequences=4,
     sequence_length=64,
-    seeds=(0,),
 )
-_NEW_ORDER = 1000  # added to the seed of later training, which reads the data in another order than the base
-SCALES = {"laptop": _LAPTOP, "smoke": _SMOKE}
+_RUNS: Mapping[Scale, UpcyclingRun] = MappingProxyType({Scale.SMOKE: _SMOKE, Scale.CPU: _CPU})
+_SEEDS: Mapping[Scale, int] = MappingProxyType({Scale.SMOKE: 1, Scale.CPU: 2})
+
+
+class Upcycling:
+    """The upcycling experiment."""
+
+    name = "upcycling"
+    claim = "a stack of copied layers starts where the base ended: two orders of the copies, and the optimizer state"
+    scales = tuple(_RUNS)
+
+    def cells(self, scale: Scale) -> tuple[Cell, ...]:
+        """Returns one cell per seed and variant."""
+        runs = [
+            dataclasses.replace(_RUNS[scale], seed=seed, variant=variant)
+            for seed in range(_SEEDS[scale])
+            for variant in VARIANTS
+        ]
+        return tuple(Cell(name=f"{run.variant.name}-seed{run.seed}", settings=to_dict(run)) for run in runs)
+
+    def run(self, cell: Cell, folder: Path, console: Console) -> Mapping[str, Any]:
+        """Trains the base, unless it is trained, upcycles it, trains it further, and returns its held-out losses."""
+        work = _Work(
+            run=from_dict(UpcyclingRun, cell.settings),
+            documents=TextModels.beside(folder, self.name, console).stdlib(),
+            # The results folder has `cells/CELL`.
+            shared=folder.parent.parent / "shared",
+            console=console,
+        )
+
+        rows = work.train_further(folder)
+        return {
+            "seed": work.run.seed,
+            "variant": work.run.variant.name,
+            "steps": [row["step"] for row in rows],
+            "loss_per_loop": [row["loss_per_loop"] for row in rows],
+            "expected_loss": [row["expected_loss"] for row in rows],
+        }
+
+    def report(self, records: Sequence[Record]) -> Report:
+        """Returns a table per measure, the comparison of the orders, and the figure."""
+        variants = _by_variant(records)
+        return Report(
+            tables=_tables(variants),
+            findings=[_setting(records), *_verdict(variants)],
+            figures={"upcycling.png": functools.partial(_plot, variants)},
+        )
+
+
+# The runs of a cell
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Variant:
-    """A model that is trained further: the base itself, or one that was upcycled from it."""
+class _Work:
+    """A cell that runs: its settings, its documents, and the folder that all cells share."""
 
-    order: Order | None
-    optimizer: bool
+    run: UpcyclingRun
+    documents: Path
+    shared: Path
+    console: Console
 
-    @property
-    def name(self) -> str:
-        """Returns the name in the results, which is also the name of its folder."""
-        model = "base" if self.order is None else self.order.value
-        return model if self.optimizer else f"{model}-fresh-optimizer"
+    def base(self, seed: int) -> Path:
+        """Trains the base of a seed, unless it is trained. Returns its run folder."""
+        run, folder = self.run, self.shared / f"base-seed{seed}"
+        stage = _stage(run, run.base_steps, run.base_learning_rate, warmup_steps=run.warmup_steps)
+        # All seeds share the tokenizer that the run of the first one trains.
+        tokenizer = str(self.base(0) / "tokenizer.model") if seed else ""
+        recipe = self._recipe(seed, stage, tokenizer=tokenizer)
 
+        with alone(self.shared, folder.name, self.console):
+            return trained(recipe, folder, self.console, evaluate=_measure)
 
-VARIANTS = tuple(Variant(order=order, optimizer=on) for on in (True, False) for order in (None, *Order))
+    def train_further(self, folder: Path) -> Sequence[Mapping[str, Any]]:
+        """Upcycles the base, trains the variant, and returns its evaluations."""
+        run, start = self.run, self.base(self.run.seed)
+        model, variant = run.deep_model, run.variant
 
+        if variant.order:
+            base, start = start, folder / "start"
+            # `upcycle` writes the folder completely, or not at all.
+            if not start.exists():
+                deeper = upcycle(base, start, layers=model.num_layers, order=Order(variant.order))
+                self.console.print(str(deeper), markup=False)
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs what is not finished, writes the results, and prints where they are."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/upcycling"), help="folder (default: runs/upcycling)")
-    parser.add_argument("--scale", choices=SCALES, default="laptop", help="smoke: seconds, to see that it works")
-    arguments = parser.parse_args(argv)
-    scale = SCALES[arguments.scale]
-
-    try:
-        courses = _courses(arguments.out, scale)
-    except UserError as error:
-        print(f"upcycling: {error}", file=sys.stderr)
-        return 2
-
-    command = f"python -m experiments.upcycling --scale {arguments.scale}"
-    results = Results(command=command, scale=dataclasses.asdict(scale), courses=courses)
-    print(f"\nwrote {', '.join(write_results(arguments.out, results))} to {arguments.out}")
-    first = _base(arguments.out, scale.seeds[0])
-    print(f"next: looplm convert upcycle {quoted(first)} deeper --layers {2 * scale.model.num_layers}")
-    return 0
-
-
-# The courses of training
-
-
-def _courses(out: Path, scale: Scale) -> list[Course]:
-    """Returns the courses of all variants, after training a base for every seed."""
-    corpus = out / "corpus.jsonl"
-    if not corpus.exists():
-        out.mkdir(parents=True, exist_ok=True)
-        collect_stdlib(corpus)
-
-    courses = []
-    for seed in scale.seeds:
-        print(f"\n== seed {seed}: base", flush=True)
-        base = _train_base(out, scale, seed)
-        for variant in VARIANTS:
-            print(f"\n== seed {seed}: {variant.name}", flush=True)
-            courses.append(_train_on(out, scale, seed, variant, base))
-    return courses
-
-
-def _train_base(out: Path, scale: Scale, seed: int) -> Path:
-    """Trains the base, and returns its run folder. All seeds share the tokenizer of the first."""
-    folder, first = _base(out, seed), _base(out, scale.seeds[0])
-    stage = _stage(scale, scale.base_steps, scale.base_learning_rate, warmup_steps=scale.warmup_steps)
-    recipe = _recipe(out, scale, seed, stage)
-
-    if folder != first:
+        stage = _stage(run, run.steps, run.learning_rate)
         recipe = dataclasses.replace(
-            recipe, data=dataclasses.replace(recipe.data, tokenizer=str(first / "tokenizer.model"))
+            self._recipe(run.seed + _NEW_ORDER, stage, measured_every=run.measured_every),
+            model=model,
+            start=StartConfig(checkpoint=str(start), optimizer=variant.optimizer),
         )
-    _train(recipe, folder)
-    return folder
+        return train_and_evaluate(recipe, folder / "run", self.console, _measure)
+
+    def _recipe(self, seed: int, stage: Stage, *, tokenizer: str = "", measured_every: int = 0) -> Recipe:
+        """Returns the recipe of a run of the base model."""
+        source = SourceConfig(path=str(self.documents))
+        return Recipe(
+            name="upcycling",
+            seed=seed,
+            model=self.run.model,
+            stages=(stage,),
+            mesh=MeshConfig(data=1),
+            data=DataConfig(sources=(source,), tokenizer=tokenizer, validation_fraction=0.05, seed=seed),
+            checkpoint=CheckpointConfig(every=500, keep=1),
+            evaluation=EvaluationConfig(every=measured_every, sequences=self.run.sequences),
+        )
 
 
-def _train_on(out: Path, scale: Scale, seed: int, variant: Variant, base: Path) -> Course:
-    """Upcycles the base for a variant, trains it, and returns its measured losses."""
-    folder = out / f"seed-{seed}" / variant.name
-    start, model = base, scale.model
-
-    if variant.order is not None:
-        model = dataclasses.replace(model, num_layers=2 * model.num_layers)
-        start = folder / "start"
-        # staged_folder makes it complete, or not at all.
-        if not start.exists():
-            print(upcycle(base, start, layers=model.num_layers, order=variant.order))
-
-    stage = _stage(scale, scale.steps, scale.learning_rate)
-    recipe = dataclasses.replace(
-        _recipe(out, scale, seed + _NEW_ORDER, stage, measured_every=scale.measured_every),
-        model=model,
-        start=StartConfig(checkpoint=str(start), optimizer=variant.optimizer),
-    )
-
-    at_start = _measured_at_start(start, recipe, folder / "at_start.json")
-    _train(recipe, folder / "run")
-    rows = [{"step": 0, **at_start}, *(row for row in read_metrics(folder / "run") if row["kind"] == EVALUATION)]
-    return Course(
-        seed=seed,
-        variant=variant.name,
-        steps=[row["step"] for row in rows],
-        loss_per_loop=[row["loss_per_loop"] for row in rows],
-        expected_loss=[row["expected_loss"] for row in rows],
-    )
-
-
-# Recipes and runs
-
-
-def _stage(scale: Scale, steps: int, learning_rate: float, *, warmup_steps: int = 0) -> Stage:
-    """Returns the only stage, with a constant learning rate."""
+def _stage(run: UpcyclingRun, steps: int, learning_rate: float, *, warmup_steps: int = 0) -> Stage:
+    """Returns the only stage of a run, with a constant learning rate."""
     return Stage(
         name="pretrain",
         steps=steps,
-        batch_size=4,
-        sequence_length=scale.sequence_length,
-        loops=scale.model.loops,
+        batch_size=_BATCH_SIZE,
+        sequence_length=run.sequence_length,
+        loops=run.model.loops,
         beta=0.1,
         learning_rate=learning_rate,
         schedule=Schedule.CONSTANT,
         warmup_steps=warmup_steps,
     )
-
-
-def _recipe(out: Path, scale: Scale, seed: int, stage: Stage, *, measured_every: int = 0) -> Recipe:
-    """Returns the recipe of one run."""
-    corpus = SourceConfig(path=str(out / "corpus.jsonl"))
-    return Recipe(
-        name="upcycling",
-        seed=seed,
-        model=scale.model,
-        stages=(stage,),
-        mesh=MeshConfig(data=1),
-        data=DataConfig(sources=(corpus,), validation_fraction=0.05, seed=seed),
-        checkpoint=CheckpointConfig(every=500, keep=1),
-        evaluation=EvaluationConfig(every=measured_every, sequences=scale.sequences),
-    )
-
-
-def _train(recipe: Recipe, folder: Path) -> None:
-    """Trains a recipe unless it is finished, which is when the last step has an evaluation."""
-    if any((row["kind"], row["step"]) == (EVALUATION, recipe.total_steps) for row in read_metrics(folder)):
-        return
-    stopped_by = train(recipe, folder, evaluate=_measure).stopped_by
-    if stopped_by is not None:
-        print("upcycling: stopped; the same command resumes there", file=sys.stderr)
-        # As shells report a process that a signal ended.
-        sys.exit(128 + stopped_by)
-
-
-def _measured_at_start(checkpoint: Path, recipe: Recipe, memory: Path) -> dict[str, Any]:
-    """Measures a checkpoint as training does; the file `memory` caches the result."""
-    if not memory.exists():
-        loaded, stage = load(checkpoint), recipe.stages[0]
-        held_out = validation_batches(
-            recipe.data,
-            loaded.need_tokenizer(),
-            batch_size=stage.batch_size,
-            sequence_length=stage.sequence_length,
-            max_sequences=recipe.evaluation.sequences,
-        )
-
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        memory.write_text(json.dumps(_measure(loaded.model, loaded.params, held_out)))
-    return json.loads(memory.read_text())
 
 
 def _measure(model: LoopLM, params: Params, held_out: ValidationBatches) -> dict[str, Any]:
@@ -258,10 +251,96 @@ def _measure(model: LoopLM, params: Params, held_out: ValidationBatches) -> dict
     return {"loss_per_loop": list(exits.fixed.loss), "expected_loss": exits.expected_loss}
 
 
-def _base(out: Path, seed: int) -> Path:
-    """Returns the run folder of a seed's base."""
-    return out / f"seed-{seed}" / "base-run"
+# Reporting
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+Variants = Mapping[str, Sequence[Mapping[str, Any]]]  # the results of each variant, one per seed
+
+
+def _by_variant(records: Sequence[Record]) -> Variants:
+    """Returns the results by variant, in the order in which the variants first appear."""
+    names = dict.fromkeys(record.result["variant"] for record in records)
+    return {name: [record.result for record in records if record.result["variant"] == name] for name in names}
+
+
+def _expected(results: Sequence[Mapping[str, Any]]) -> Float[np.ndarray, "R M"]:
+    """Returns the expected loss over the exit distribution: one row per seed and one column per measured step."""
+    return np.array([result["expected_loss"] for result in results])
+
+
+def _after_loop(results: Sequence[Mapping[str, Any]], *, loop: int) -> Float[np.ndarray, "R M"]:
+    """Returns the loss after a loop, counted from 1; rows and columns as in `_expected`."""
+    return np.array([result["loss_per_loop"] for result in results])[..., loop - 1]
+
+
+def _tables(variants: Variants) -> list[Table]:
+    """Returns the tables of the expected loss and of the losses after the first and the last loop."""
+    first = next(iter(variants.values()))[0]
+    loops = len(first["loss_per_loop"][0])
+    measures: dict[str, Callable[[Sequence[Mapping[str, Any]]], np.ndarray]] = {
+        "expected loss over the exit distribution": _expected,
+        "loss after loop 1": functools.partial(_after_loop, loop=1),
+        f"loss after loop {loops}": functools.partial(_after_loop, loop=loops),
+    }
+
+    return [
+        Table(
+            title=f"Upcycling: {title} (nats/token)",
+            columns=("step", *map(str, first["steps"]), "seeds"),
+            rows=[
+                [name, *(f"{loss:.3f}" for loss in measure(results).mean(axis=0)), str(len(results))]
+                for name, results in variants.items()
+            ],
+        )
+        for title, measure in measures.items()
+    ]
+
+
+def _setting(records: Sequence[Record]) -> str:
+    """Returns the description of the settings."""
+    run = from_dict(UpcyclingRun, records[0].settings)
+    layers, model = run.model.num_layers, run.model
+    return (
+        f"Base: {layers} layers of width {model.width}, {model.loops} loops, {run.base_steps} steps of {_BATCH_SIZE} x "
+        f"{run.sequence_length} tokens at a constant learning rate of {run.base_learning_rate:g}; upcycled: "
+        f"{2 * layers} layers, trained at {run.learning_rate:g}. Losses on {run.sequences} held-out sequences, mean "
+        "over seeds; at step 0, just after upcycling."
+    )
+
+
+def _verdict(variants: Variants) -> list[str]:
+    """Returns the comparison of the two orders in one sentence, or nothing if no seed has both."""
+    interleave, stack = (
+        {result["seed"]: result for result in variants.get(order.value, ())}
+        for order in (Order.INTERLEAVE, Order.STACK)
+    )
+    seeds = sorted(interleave.keys() & stack.keys())
+    if not seeds:
+        return []
+
+    # [seeds, steps]
+    gap = _expected([interleave[seed] for seed in seeds]) - _expected([stack[seed] for seed in seeds])
+    start, end = (", ".join(f"{value:+.3f}" for value in gap[:, column]) for column in (0, -1))
+    steps = interleave[seeds[0]]["steps"][-1]
+    return [
+        f"Expected loss, interleave minus stack, seed by seed: {start} just after upcycling; {end} after {steps} steps "
+        "with the state of the optimizer."
+    ]
+
+
+def _plot(variants: Variants, path: Path) -> None:
+    """Plots the expected loss by steps: the mean of each variant, and a band that spans its seeds."""
+    made, (axes,) = figure(width=6.4)
+    for name, results in variants.items():
+        losses, steps = _expected(results), results[0]["steps"]
+        color, style = _COLORS[name.removesuffix(_FRESH)], "--" if name.endswith(_FRESH) else "-"
+        axes.plot(steps, losses.mean(axis=0), color=color, linestyle=style, marker="o", label=name)
+        axes.fill_between(steps, losses.min(axis=0), losses.max(axis=0), color=color, alpha=0.12, linewidth=0)
+
+    axes.set(xlabel="steps after upcycling", ylabel="expected loss (nats/token)")
+    axes.set_title("Upcycling, held-out text; bands span the seeds")
+    axes.legend(frameon=False)
+    save_figure(made, path)
+
+
+UPCYCLING = Upcycling()
