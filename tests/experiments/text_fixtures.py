@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+RESULTS = Path(__file__).parents[2] / "experiments" / "results"
+
 
 def with_documents(root):
     """Makes the text models of `root` use these documents instead of the standard library's."""
