@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -57,7 +57,9 @@ def trained(recipe: Recipe, folder: Path, console: Console, *, evaluate: Evaluat
     return folder
 
 
-def train_and_evaluate(recipe: Recipe, folder: Path, console: Console, evaluate: Evaluate) -> list[Mapping[str, Any]]:
+def train_and_evaluate(
+    recipe: Recipe, folder: Path, console: Console, evaluate: Evaluate
+) -> Sequence[Mapping[str, Any]]:
     """Trains a recipe, unless it is trained. Returns its evaluations, each with its step.
 
     If the recipe starts from a checkpoint, that is evaluated too, on the same sequences, as step 0. Raises as
