@@ -56,6 +56,9 @@ with epy.lazy_api_imports(globals()):
     # Cross-entropy of every token at every loop.
     from looplm_jax.losses._cross_entropy import token_entropies, token_losses, token_scores, weighted_token_losses
 
+    # The size of the Jacobian of a loop.
+    from looplm_jax.losses._jacobian import jacobian_penalty, spectral_radius
+
     # Reinforcement learning on given text.
     from looplm_jax.losses._looprpt import (
         LoopRPTMetrics,
@@ -77,9 +80,6 @@ with epy.lazy_api_imports(globals()):
         policy_gradient,
         rltt,
     )
-
-    # The size of the Jacobian of a loop.
-    from looplm_jax.losses._jacobian import jacobian_penalty, spectral_radius
 
     # Losses of the stages.
     from looplm_jax.losses._stage1 import Stage1Metrics, stage1, stage1_from_hidden
