@@ -22,7 +22,7 @@ KILLS, LEAST_CUT_SHORT = 10, 3
 BEFORE_TRAINING = (3, 7)  # kills while the process starts, compiles or restores
 LONG = dataclasses.replace(
     RECIPE,
-    stages=(dataclasses.replace(STAGE, steps=200), dataclasses.replace(GATE, steps=60)),
+    stages=(dataclasses.replace(STAGE, steps=110), dataclasses.replace(GATE, steps=40)),
     checkpoint=CheckpointConfig(every=3, keep=2),
     evaluation=EvaluationConfig(every=25, sequences=8),
 )
