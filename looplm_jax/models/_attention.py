@@ -1,12 +1,14 @@
 """Attention as pure functions on arrays: rotary embedding, masks and softmax attention."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 _MASKED = -1e30  # not -inf, so that a query without any visible key stays finite
+_SHORTEST_BLOCK, _MOST_BLOCKS = 64, 4  # queries, and blocks of queries, of `attend_in_blocks`
 
 
 def rotary_angles(
@@ -75,6 +77,43 @@ def attend(
 
     mixed = [jnp.einsum("bkgqc,bckd->bqkgd", part, block) for part, block in zip(parts, values, strict=True)]
     return functools.reduce(jnp.add, mixed).reshape(queries.shape)
+
+
+def attend_in_blocks(
+    queries: Float[Array, "B S H Dh"],
+    keys: Float[Array, "B S K Dh"],
+    values: Float[Array, "B S K Dh"],
+    mask: Bool[Array, "B S S"],
+) -> Float[Array, "B S H Dh"]:
+    """Returns the same as `attend` of one block, for a mask that hides every later column; faster on a CPU.
+
+    Each of up to four blocks of queries meets only the keys up to its own end, which saves up to 3/8 of the work.
+    Sequences too short for two blocks are left to `attend`.
+    """
+    batch, length, num_heads, head_dim = queries.shape
+    num_kv_heads = keys.shape[2]
+    count = min(length // _SHORTEST_BLOCK, _MOST_BLOCKS)
+    if count < 2:
+        return attend(queries, (keys,), (values,), (mask,))
+
+    # Heads come before positions, so that all products of a batch read rows. The barrier keeps XLA from undoing the
+    # transposes: its CPU products of strided matrices are slower than copying them.
+    grouped = (queries * head_dim**-0.5).reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    grouped, keys, values = jax.lax.optimization_barrier(
+        (grouped.transpose(0, 2, 3, 1, 4), keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3))
+    )
+
+    def block(start: int, end: int) -> Float[Array, "B K G _ Dh"]:
+        scores = jnp.einsum(
+            "bkgqd,bkcd->bkgqc", grouped[:, :, :, start:end], keys[:, :, :end], preferred_element_type=jnp.float32
+        )
+        scores = jnp.where(mask[:, None, None, start:end, :end], scores, jnp.float32(_MASKED))
+        weights = jax.nn.softmax(scores, axis=-1).astype(queries.dtype)
+        return jnp.einsum("bkgqc,bkcd->bkgqd", weights, values[:, :, :end])
+
+    bounds = [length * index // count for index in range(count + 1)]
+    mixed = jnp.concatenate([block(*ends) for ends in itertools.pairwise(bounds)], axis=3)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(queries.shape)
 
 
 def _scores(

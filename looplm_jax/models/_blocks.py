@@ -174,7 +174,11 @@ def _mix(
     assert context.mask is not None
 
     if past is None or layer is None:
-        return checkpoint_name(attention.attend(queries, (own.keys,), (own.values,), (context.mask,)), OUTPUT)
+        if target_platform() == "cpu":
+            mixed = attention.attend_in_blocks(queries, own.keys, own.values, context.mask)
+        else:
+            mixed = attention.attend(queries, (own.keys,), (own.values,), (context.mask,))
+        return checkpoint_name(mixed, OUTPUT)
     return past.attend(layer, queries, own, context)
 
 

@@ -3,10 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from looplm_jax.models._attention import attend, rotary_angles, rotate, visible
+from looplm_jax.models._attention import attend, attend_in_blocks, rotary_angles, rotate, visible
 
 _rotate = jax.jit(lambda x, positions: rotate(x, *rotary_angles(positions, x.shape[-1], 100.0)))
 _attend = jax.jit(attend)
@@ -82,3 +83,26 @@ def test_a_query_that_sees_nothing_stays_finite():
     result, gradient = jax.value_and_grad(lambda q: jnp.sum(attend(q, (keys,), (keys,), (mask,))))(queries)
     assert np.isfinite(result)
     assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize(("length", "kv_heads"), [(64, 2), (130, 2), (257, 4), (320, 1)])
+def test_blocks_of_queries_give_the_same_values_and_gradients(length, kv_heads):
+    """Documents end within blocks."""
+    queries, keys, values = (
+        normal(0, 2, length, 4, 8),
+        normal(1, 2, length, kv_heads, 8),
+        normal(2, 2, length, kv_heads, 8),
+    )
+    segments = jnp.sort(jnp.asarray(np.random.default_rng(3).integers(1, 4, (2, length))), axis=1)
+    columns = jnp.broadcast_to(jnp.arange(length), (2, length))
+    mask = visible(columns, segments, columns, segments)
+    cotangents = normal(4, *queries.shape)
+
+    def pulled_back(function):
+        mixed, pull = jax.vjp(function, queries, keys, values)
+        return mixed, pull(cotangents)
+
+    whole = jax.jit(lambda: pulled_back(lambda q, k, v: attend(q, (k,), (v,), (mask,))))()
+    blocks = jax.jit(lambda: pulled_back(lambda q, k, v: attend_in_blocks(q, k, v, mask)))()
+    for found, wanted in zip(jax.tree.leaves(blocks), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
