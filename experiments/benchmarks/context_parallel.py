@@ -22,9 +22,10 @@ from jaxtyping import Array
 from looplm_jax.config import AttentionKernel, MeshConfig
 from looplm_jax.models import presets
 from looplm_jax.models._attention_kernels import self_attention
+from looplm_jax.planning._compiler import without_network
 from looplm_jax.planning._hlo import parse
 from looplm_jax.planning._program_facts import collectives
-from looplm_jax.planning._targets import find_target, without_network
+from looplm_jax.planning._targets import find_target
 from looplm_jax.sharding import logical_to_spec, make_mesh, use_mesh
 
 _RUN_OF_ALL_HEADS = ("batch", "sequence", "heads", None)

@@ -43,7 +43,12 @@ def print_search(stage: str, result: SearchResult, out: Console) -> None:
     )
     for trial in result.trials:
         table.add_row("*" if trial in result.best else "", trial.candidate.flags, *_trial(trial))
+    for failure in result.failures:
+        table.add_row("", failure.candidate.flags, "", "does not compile", "")
     out.print(table)
+
+    for failure in result.failures:
+        out.print(f"  skipped {failure.candidate.flags}: {failure.error}", markup=False)
     out.print(f"  not compiled: {result.cannot_fit} that cannot fit by arithmetic, {result.skipped} less promising")
 
 

@@ -159,6 +159,7 @@ def _search_all(
         if result.best:
             chosen[stage.name] = fastest_settings(result)
         found += [{"flags": trial.candidate.flags, **dataclasses.asdict(trial.plan)} for trial in result.trials]
+        found += [{"flags": each.candidate.flags, "error": each.error} for each in result.failures]
     _write_recipe(request, chosen)
     return found, len(chosen) == len(stages)
 
@@ -215,6 +216,8 @@ def _write_plan(out: Path | None, plan: list[dict]) -> None:
 
 def _next(request: PlanOptions, fits: bool) -> str:
     """Returns the command to run next."""
+    if not fits and request.search:
+        return "next: the same command with a larger --limit, or more devices"
     if not fits:
         return "next: the same command with one of the changes above, or --search"
 

@@ -10,14 +10,12 @@ import jax
 from jaxtyping import PyTree
 
 from looplm_jax.config import ModelConfig, Objective, Remat, Stage
+from looplm_jax.planning._compiler import OutOfMemory
 from looplm_jax.planning._program_facts import Collective
 from looplm_jax.planning._targets import Target
 from looplm_jax.training._goodput import forward_flops_per_token, train_flops_per_token
 from looplm_jax.training._state import TrainState
 
-_USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", re.IGNORECASE)
-_TEMPORARIES = re.compile(r"temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)")
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _ALIAS = re.compile(r"\{[\d, ]*\}: \((\d+), \{[\d, ]*\}, (?:may|must)-alias\)")
 
 _SECONDS_A_DAY = 86400
@@ -88,33 +86,10 @@ def compiled_memory(state: TrainState, analysis: Any, capacity: int | None) -> M
     return dataclasses.replace(alone, activations=program.temporaries, other=other, host=host)
 
 
-def overfull_memory(state: TrainState, error: str) -> Memory | None:
-    """Returns the memory that a step would need, from the compiler's out-of-memory error, or None for other errors."""
-    found = out_of_memory(error)
-    if found is None:
-        return None
-    alone = state_memory(state, found.limit)
-    return dataclasses.replace(alone, activations=max(found.used - alone.total, 0))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OutOfMemory:
-    """The bytes that a program would need, including its arguments, and the bytes of the device."""
-
-    used: int
-    limit: int
-
-
-def out_of_memory(error: str) -> OutOfMemory | None:
-    """Returns the sizes in the compiler's out-of-memory error, or None for other errors.
-
-    The temporaries in the text of the error include the arguments.
-    """
-    found = _USED.search(error) or _TEMPORARIES.search(error)
-    if found is None:
-        return None
-    used, limit = (int(float(found[at]) * _UNITS[found[at + 1].upper()]) for at in (1, 3))
-    return OutOfMemory(used=used, limit=limit)
+def overfull_memory(state: TrainState, refused: OutOfMemory) -> Memory:
+    """Returns the memory that a step would need which does not fit."""
+    alone = state_memory(state, refused.limit)
+    return dataclasses.replace(alone, activations=max(refused.used - alone.total, 0))
 
 
 def shard_bytes(tree: PyTree) -> int:

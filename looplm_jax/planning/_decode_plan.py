@@ -25,10 +25,11 @@ from looplm_jax.inference._loopwise_prefill import bytes_per_prompt_token
 from looplm_jax.inference._slots import Slots, empty_slots
 from looplm_jax.inference._tick import run_ticks
 from looplm_jax.models._looplm import LoopLM, Params, boxed_shapes, compute_dtype
-from looplm_jax.planning._budget import DecodeTiming, ProgramBytes, decode_timing, out_of_memory, shard_bytes
+from looplm_jax.planning._budget import DecodeTiming, ProgramBytes, decode_timing, shard_bytes
+from looplm_jax.planning._compiler import OutOfMemory, compile_program
 from looplm_jax.planning._hlo import parse
 from looplm_jax.planning._program_facts import collectives
-from looplm_jax.planning._targets import Target, without_network
+from looplm_jax.planning._targets import Target
 from looplm_jax.planning._traffic import Buffer, CacheUse, Traffic, program_traffic
 from looplm_jax.sharding import abstract_arrays, make_mesh, use_mesh
 
@@ -339,16 +340,15 @@ def _compile(
     parameters, cache = shard_bytes(params), shard_bytes(slots.cache.planes)
     memory = DecodeMemory(parameters=parameters, cache=cache, temporaries=0, other=0, capacity=target.capacity)
 
-    with without_network(), use_mesh(mesh):
-        lowered = run_ticks.lower(model, params, slots, loops=model.config.loops)
-        try:
-            program = lowered.compile()
-        except jax.errors.JaxRuntimeError as error:
-            refused = out_of_memory(str(error))
-            if refused is None:
-                raise
-            temporaries = max(refused.used - memory.total, 0)
-            return None, dataclasses.replace(memory, temporaries=temporaries, capacity=refused.limit)
+    with use_mesh(mesh):
+        program = compile_program(
+            lambda: run_ticks.lower(model, params, slots, loops=model.config.loops),
+            f"a tick for {target.name}",
+            "change --slots, --capacity or --page-size, or choose another --topology",
+        )
+    if isinstance(program, OutOfMemory):
+        temporaries = max(program.used - memory.total, 0)
+        return None, dataclasses.replace(memory, temporaries=temporaries, capacity=program.limit)
 
     taken = ProgramBytes.of(program.memory_analysis())
     other = taken.held + taken.code - parameters - cache

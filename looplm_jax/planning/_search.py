@@ -18,6 +18,7 @@ from looplm_jax.config import (
 from looplm_jax.errors import UserError
 from looplm_jax.models._looplm import LoopLM
 from looplm_jax.planning._budget import recomputed_flops, shard_bytes
+from looplm_jax.planning._compiler import DoesNotCompile
 from looplm_jax.planning._stage_plan import StagePlan
 from looplm_jax.planning._targets import Target
 from looplm_jax.sharding import topology_name
@@ -65,18 +66,28 @@ class Trial:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Failure:
+    """A candidate that the compiler failed on, and its error."""
+
+    candidate: Candidate
+    error: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SearchResult:
     """The result of a search.
 
     Attributes:
       trials: the compiled candidates, fastest first.
       best: those that fit and that no other beats in both time and memory.
+      failures: the candidates that the compiler failed on.
       cannot_fit: the number of candidates that cannot fit, by arithmetic.
       skipped: the number of candidates that were not compiled because of the limit.
     """
 
     trials: tuple[Trial, ...]
     best: tuple[Trial, ...]
+    failures: tuple[Failure, ...] = ()
     cannot_fit: int
     skipped: int
 
@@ -85,7 +96,7 @@ Compile = Callable[[Candidate, int, int], StagePlan]
 
 
 def search(recipe: Recipe, stage: Stage, target: Target, compile_plan: Compile, *, limit: int) -> SearchResult:
-    """Compiles the most promising settings of a stage that can fit.
+    """Compiles the most promising settings of a stage that can fit. Those that the compiler fails on are skipped.
 
     Args:
       recipe: the recipe.
@@ -109,14 +120,19 @@ def search(recipe: Recipe, stage: Stage, target: Target, compile_plan: Compile, 
         raise UserError(f"no setting of stage {stage.name} fits {target.name}, by arithmetic alone; use more devices")
 
     chosen = sorted(possible, key=lambda each: each.weight)[:limit]
-    trials = [
-        Trial(candidate=each, plan=compile_plan(each, number, len(chosen))) for number, each in enumerate(chosen, 1)
-    ]
+    trials: list[Trial] = []
+    failures: list[Failure] = []
+    for number, each in enumerate(chosen, 1):
+        try:
+            trials.append(Trial(candidate=each, plan=compile_plan(each, number, len(chosen))))
+        except DoesNotCompile as error:
+            failures.append(Failure(candidate=each, error=str(error)))
     trials.sort(key=lambda trial: (not trial.plan.fits, _time(trial), trial.plan.memory.total))
 
     return SearchResult(
         trials=tuple(trials),
         best=pareto(trials),
+        failures=tuple(failures),
         cannot_fit=len(everything) - len(possible),
         skipped=len(possible) - len(chosen),
     )

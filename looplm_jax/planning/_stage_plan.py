@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from looplm_jax.config import Gather, Recipe, Reduce, Remat, Stage
+from looplm_jax.config import ComputeConfig, Gather, Recipe, Reduce, Remat, Stage
 from looplm_jax.models._looplm import LoopLM, compute_dtype
 from looplm_jax.planning._budget import Memory, Timing, compiled_memory, donated_arrays, estimate, overfull_memory
+from looplm_jax.planning._compiler import OutOfMemory, compile_program
 from looplm_jax.planning._hlo import parse
 from looplm_jax.planning._program_facts import Collective, Matmuls, attention_kernel, collectives, custom_calls, matmuls
-from looplm_jax.planning._targets import Target, without_network
+from looplm_jax.planning._targets import Target
 from looplm_jax.sharding import use_mesh
 from looplm_jax.training._compile import lower_step, stage_mesh
 from looplm_jax.training._state import TrainState, abstract_state
@@ -117,19 +118,15 @@ def _compile(
 ) -> tuple[jax.stages.Compiled | None, Memory]:
     """Returns the program and its memory, or None and the memory that it would need if it does not fit."""
     first = sum(earlier.steps for earlier in recipe.stages[: recipe.stages.index(stage)])
-    capacity = target.capacity
 
-    with without_network():
-        lowered = lower_step(recipe, model, stage, mesh, first_step=first, loops=stage.loops)
-        try:
-            program = lowered.compile()
-        except jax.errors.JaxRuntimeError as error:
-            memory = overfull_memory(state, str(error))
-            if memory is None:
-                raise
-            return None, memory
-
-    return program, compiled_memory(state, program.memory_analysis(), capacity)
+    program = compile_program(
+        lambda: lower_step(recipe, model, stage, mesh, first_step=first, loops=stage.loops),
+        f"stage {stage.name} for {target.name}",
+        _to_compile(model.compute),
+    )
+    if isinstance(program, OutOfMemory):
+        return None, overfull_memory(state, program)
+    return program, compiled_memory(state, program.memory_analysis(), target.capacity)
 
 
 def _program_facts(text: str, model: LoopLM, mesh: Mesh, state: TrainState) -> ProgramFacts:
@@ -185,6 +182,13 @@ def _to_fit(recipe: Recipe, stage: Stage, mesh: Mesh, memory: Memory) -> Iterato
     if microbatches is None:
         more = 2 * mesh.shape["context"]
         yield f"let {more} devices share each sequence: --stages.{stage.name}.context {more}"
+
+
+def _to_compile(compute: ComputeConfig) -> str:
+    """Returns the change to suggest if the compiler fails on a stage."""
+    if compute.remat is Remat.OFFLOAD:
+        return "keep the inputs of layers on the device: --compute.remat layer"
+    return "change the settings of compute or mesh, or try others with --search"
 
 
 def _to_send_less(mesh: Mesh, exchanges: Sequence[Collective]) -> Iterator[str]:

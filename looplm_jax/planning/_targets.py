@@ -1,17 +1,15 @@
 """The devices to plan for: slices of TPUs that need not be attached, or the attached devices."""
 
-import contextlib
 import dataclasses
 import importlib.util
 import math
-import os
 import re
-from collections.abc import Iterator
 
 import jax
 from jax.experimental import topologies
 
 from looplm_jax.errors import UserError
+from looplm_jax.planning._compiler import without_network
 from looplm_jax.sharding._hardware import Chip, known_chip
 from looplm_jax.sharding._mesh import require_platform
 
@@ -19,14 +17,6 @@ HERE = "here"
 _EXAMPLES = {"v4": "v4:4x4x4", "v5e": "v5e:16x16", "v5p": "v5p:4x8x8", "v6e": "v6e:16x16", "tpu7x": "tpu7x:4x4x4"}
 _ONE_DEVICE_A_CHIP = {"v4": "megacore"}
 _TOPOLOGY = re.compile(r"([a-z0-9]+):(\d+(?:x\d+)*)")
-# With these variables the TPU compiler queries no metadata server, assumes some kind of host (which does not
-# change programs), and allows other processes to load it at the same time.
-_OFFLINE = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,19 +87,6 @@ def find_target(topology: str, slices: int = 1) -> Target:
     devices = _slice_devices(topology, family, shape, slices)
     name = topology if slices == 1 else f"{slices} x {topology}"
     return Target(name=name, devices=devices, chip=known_chip(devices[0].device_kind), shape=shape, slices=slices)
-
-
-@contextlib.contextmanager
-def without_network() -> Iterator[None]:
-    """A context manager in which the TPU compiler does not access the network."""
-    before = {name: os.environ.get(name) for name in _OFFLINE}
-    os.environ.update({name: value for name, value in _OFFLINE.items() if before[name] is None})
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
 
 
 def _parse(topology: str) -> tuple[str, tuple[int, ...]]:

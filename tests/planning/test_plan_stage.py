@@ -10,6 +10,7 @@ from plan_cases import GATE, STAGE, recipe_with, with_stage
 from looplm_jax.config import Gather, MeshConfig, Reduce, Remat
 from looplm_jax.models._looplm import LoopLM
 from looplm_jax.planning._budget import overfull_memory, shard_bytes, state_memory
+from looplm_jax.planning._compiler import OutOfMemory
 from looplm_jax.planning._search import stack_parameters
 from looplm_jax.planning._stage_plan import plan_stage
 from looplm_jax.planning._targets import find_target
@@ -135,12 +136,9 @@ def test_the_logits_stay_cut_along_the_vocabulary():
 def test_the_compilers_refusal_is_an_account():
     mesh = stage_mesh(recipe_with(STAGE, mesh=MeshConfig(data=4)), STAGE, find_target("here").devices)
     state = abstract_state(recipe_with(STAGE), LoopLM(recipe_with().model), STAGE, mesh)
-    message = "RESOURCE_EXHAUSTED: XLA:TPU ... Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm."
-    memory = overfull_memory(state, message)
-    assert (memory.total, memory.capacity) == (int(20.5 * 2**30), int(15.75 * 2**30))
-    message = "RESOURCE_EXHAUSTED: total memory required for HLO temporaries (2.00G) exceeds available HBM (1.00G)."
-    assert overfull_memory(state, message).total == 2 * 2**30  # with the arguments
-    assert overfull_memory(state, "INTERNAL: something else") is None
+    memory = overfull_memory(state, OutOfMemory(used=3 * 2**30, limit=2**30))
+    assert (memory.total, memory.capacity) == (3 * 2**30, 2**30)
+    assert memory.parameters == shard_bytes(state.params)
 
 
 def test_on_an_unknown_chip_nothing_is_said_of_time():

@@ -9,10 +9,11 @@ from plan_cases import GATE, MODEL, STAGE, recipe_with, with_stage
 from looplm_jax.config import ComputeConfig, Gather, MeshConfig, Reduce, Remat, TopologySettings
 from looplm_jax.errors import UserError
 from looplm_jax.planning._budget import Memory, estimate, recomputed_flops, step_flops
+from looplm_jax.planning._compiler import DoesNotCompile, without_network
 from looplm_jax.planning._program_facts import Collective
 from looplm_jax.planning._search import Candidate, SearchResult, Trial, candidates, fastest_settings, pareto, search
 from looplm_jax.planning._stage_plan import StagePlan, advice, next_accumulation
-from looplm_jax.planning._targets import Target, find_target, without_network
+from looplm_jax.planning._targets import Target, find_target
 from looplm_jax.sharding import make_mesh
 from looplm_jax.sharding._hardware import CHIPS, known_chip
 
@@ -178,3 +179,16 @@ def test_what_cannot_fit_is_not_compiled():
     small = Target(name="tight", devices=tuple(jax.devices()), chip=tight, shape=(2, 4))
     with pytest.raises(UserError, match="no setting of stage first fits tight, by arithmetic alone; use more devices"):
         search(recipe_with(STAGE), STAGE, small, lambda *_: pytest.fail("compiled"), limit=3)
+
+
+def test_a_search_skips_what_does_not_compile():
+    def compile_plan(candidate, number, count):
+        if number == 2:
+            raise DoesNotCompile("stage first for x does not compile")
+        return trial(number, count).plan
+
+    result = search(recipe_with(STAGE), STAGE, find_target("here"), compile_plan, limit=3)
+    assert [each.plan.timing.step for each in result.trials] == [1, 3]
+    (failure,) = result.failures
+    assert failure.error == "stage first for x does not compile"
+    assert failure.candidate not in [each.candidate for each in result.trials]
