@@ -16,6 +16,7 @@ from looplm_jax.config import MeshConfig
 from looplm_jax.convert._import_hf import write_converted
 from looplm_jax.data.tokenizers import SymbolTokenizer
 from looplm_jax.models._looplm import boxed_shapes
+from looplm_jax.planning import _stage_plan as stage_plan
 from looplm_jax.planning._budget import decode_timing
 from looplm_jax.planning._decode_plan import DecodeMemory, DecodePlan, Floor
 from looplm_jax.planning._targets import Target
@@ -65,6 +66,50 @@ def test_a_search_prints_what_nothing_beats(plan_file, tmp_path, capsys):
     assert "--stages.only.accumulation 1" in printed.out
     assert "*" in printed.out
     assert "not compiled: 0 that cannot fit by arithmetic" in printed.out
+
+
+@pytest.fixture
+def compiler_that_fails(monkeypatch):
+    """Makes the compiler fail on every train step."""
+
+    class Lowered:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError("INTERNAL: Check failed:\n  offloaded twice")
+
+    monkeypatch.setattr(stage_plan, "lower_step", lambda *_, **__: Lowered())
+
+
+@pytest.mark.parametrize(
+    ("remat", "change"),
+    [
+        ("offload", "keep the inputs of layers on the device: --compute.remat layer"),
+        ("layer", "change the settings of compute or mesh, or try others with --search"),
+    ],
+)
+@pytest.mark.usefixtures("compiler_that_fails")
+def test_a_stage_that_does_not_compile(plan_file, tmp_path, remat, change, capsys):
+    out = tmp_path / "plan.json"
+    arguments = ["--topology", "here", "--compute.remat", remat, "--json", str(out)]
+    assert main(["plan", plan_file, *arguments]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"looplm: stage only for 8 x cpu does not compile; {change} "
+        "(JaxRuntimeError: INTERNAL: Check failed: offloaded twice)"
+    )
+    assert not out.exists()
+
+
+@pytest.mark.usefixtures("compiler_that_fails")
+def test_a_search_in_which_nothing_compiles(plan_file, tmp_path, capsys):
+    out, chosen = tmp_path / "plan.json", tmp_path / "chosen.json"
+    arguments = ["--topology", "here", "--search", "--limit", "2", "--json", str(out), "--write", str(chosen)]
+    assert main(["plan", plan_file, *arguments]) == 1
+    printed = capsys.readouterr().out
+    assert printed.count("  skipped --stages.only.accumulation 1") == 2
+    assert "next: the same command with a larger --limit, or more devices\n" in printed
+    for failure in json.loads(out.read_text()):
+        assert failure["error"].startswith("stage only for 8 x cpu does not compile; ")
+        assert failure["flags"].startswith("--stages.only.accumulation 1")
+    assert not chosen.exists()
 
 
 @pytest.mark.parametrize(
