@@ -22,7 +22,10 @@ from looplm_jax.data.tokenizers import Tokenizer
 
 _TASKS = {"mano": 256, "addition": 256, "phop": 512, "capo": 512, "reachability": 512, "threehop": 256}
 _ROWS = 32
-_PROBLEMS = 2 * 4096  # twice the window in which problems drawn one by one are shuffled
+# One by one: twice the 4,096 problems among which the stream shuffles.
+_TOKENS_ONE_BY_ONE = 2**17
+# In blocks: at least eight blocks, because the stream generates two in advance.
+_TOKENS_IN_BLOCKS = 2**20
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -35,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for task, length in _TASKS.items():
         corpus = open_corpus(DataConfig(sources=(SourceConfig(path=task),)))
         before, after = _one_by_one(corpus, length), _in_blocks(corpus, length)
-        costs = [(_cost(before), _cost(after)) for _ in range(rounds + 1)][1:]  # the first fills the buffers
+        costs = [(_cost(before, _TOKENS_ONE_BY_ONE), _cost(after, _TOKENS_IN_BLOCKS)) for _ in range(rounds + 1)][
+            1:
+        ]  # the first round fills the buffers
         ratio = statistics.median(old / new for old, new in costs)
         old, new = (1e6 * statistics.median(each) for each in zip(*costs, strict=True))
 
@@ -63,12 +68,14 @@ def _tokenizer(corpus: Corpus) -> Tokenizer:
     return corpus.own_tokenizer
 
 
-def _cost(batches: BatchIterator) -> float:
-    """Returns the CPU seconds per problem."""
-    used, problems = time.process_time(), 0
-    while problems < _PROBLEMS:
+def _cost(batches: BatchIterator, tokens: int) -> float:
+    """Returns the CPU seconds per problem, over batches of so many tokens in all."""
+    used, problems, read = time.process_time(), 0, 0
+    while read < tokens:
+        segment_ids = next(batches).segment_ids
+        read += segment_ids.size
         # Packed rows number their problems from 1, so the maximum is the count.
-        problems += int(next(batches).segment_ids.max(axis=1).sum())
+        problems += int(segment_ids.max(axis=1).sum())
     return (time.process_time() - used) / problems
 
 

@@ -62,6 +62,7 @@ def result_of(root, name):
     return record["result"]
 
 
+@pytest.mark.slow
 def test_early_exit_compares_all_policies_with_both_stages(root):
     result = result_of(root, "early-exit")
     assert set(result["families"]) == {STAGE1, PRINTED, AHEAD, *families(4)} - {GATE}
@@ -73,6 +74,7 @@ def test_early_exit_compares_all_policies_with_both_stages(root):
     assert (root / "early-exit" / "smoke" / "exits.png").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_the_other_experiments_find_the_model_trained(root, capsys):
     run = next((root / "text-models").glob("demo-seed0-*/stage1"))
     before = (run / "metrics.jsonl").read_bytes()
@@ -108,6 +110,7 @@ def test_kv_sharing_runs_at_smoke_scale(root):
     assert (root / "kv-sharing" / "smoke" / "sharing.png").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_fixed_depths_and_the_ends_of_every_family_are_those_of_the_depth_sweep(loaded, held_out):
     scored = score_families(loaded.model, loaded.params, held_out, families(4))
     sweep = depth_sweep(loaded.model, loaded.params, held_out, max_loops=4).curve
@@ -123,6 +126,7 @@ def test_fixed_depths_and_the_ends_of_every_family_are_those_of_the_depth_sweep(
         np.testing.assert_allclose(scored[name].resampled(once).loops[0, [0, -1]], [2, 4], atol=0.01)
 
 
+@pytest.mark.slow
 def test_a_family_of_other_points_of_the_same_line_has_the_same_area(loaded, held_out):
     policies = families(4)[FIXED]
     scored = score_families(loaded.model, loaded.params, held_out, {"all": policies, "middle": policies[1:3]})
@@ -147,11 +151,13 @@ def test_with_a_plane_for_each_loop_being_told_is_the_forward_pass_whatever_was_
     assert abs(told["last, full prefill"]["loss"] - wanted) > 1e-6
 
 
+@pytest.mark.slow
 def test_rows_of_many_documents_are_no_texts(held_out):
     with pytest.raises(UserError, match="no held-out document fills a sequence"):
         whole_rows([batch for batch in held_out if False])
 
 
+@pytest.mark.slow
 def test_a_second_process_waits_for_the_first(models):
     said = io.StringIO()
     waiting = TextModels(folder=models.folder, console=Console(file=said))
@@ -164,6 +170,7 @@ def test_a_second_process_waits_for_the_first(models):
     assert "another process makes" in said.getvalue()
 
 
+@pytest.mark.slow
 def test_a_signal_stops_the_cell(models, monkeypatch):
     outcome = Outcome(folder=RunFolder(path=models.folder), step=1, skipped=0, stopped_by=15)
     monkeypatch.setattr(text_models, "train", lambda *_, **__: outcome)
@@ -178,6 +185,7 @@ def test_results_elsewhere_have_models_of_their_own(tmp_path):
     assert elsewhere.folder == tmp_path / "mine" / "text-models"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_studied_in_place_of_a_model_of_ones_own(models):
     trained = models.stage1(MODEL)
     published = dataclasses.replace(MODEL, checkpoint=str(trained))
