@@ -30,6 +30,7 @@ from looplm_jax.inference import Engine, EngineConfig
 from looplm_jax.models import LoopLM, Params, init_params, presets
 
 _PROMPT = 32
+_CHUNK = 512  # prompt tokens between two steps of our engine
 
 
 def _large() -> ModelConfig:
@@ -45,18 +46,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--shape", choices=list(_SHAPES), default="large", help="large: 12 layers of width 1024")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--tokens", type=int, default=8, help="tokens of each row in a turn (default: 8)")
+    parser.add_argument("--ticks", type=int, default=1, help="passes of the stack per step of our engine (default: 1)")
     parser.add_argument("--pairs", type=int, default=5, help="turns of each side (default: 5)")
     arguments = parser.parse_args(argv)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads of PyTorch leave the cores to XLA
 
     config = _SHAPES[arguments.shape]()
+    if arguments.tokens * config.loops % arguments.ticks:
+        parser.error(f"--ticks must divide the {arguments.tokens * config.loops} passes of a turn")
+
     model = LoopLM(config, ComputeConfig(dtype=Dtype.FLOAT32, remat=Remat.NONE))
     params = jax.jit(functools.partial(init_params, model))(jax.random.key(0))
     exported = export(config, params)
     print("| batch | ours, tokens/s | PyTorch, tokens/s | ours over PyTorch |\n|---|---|---|---|")
     for batch in arguments.batches:
         prompts = np.random.default_rng(0).integers(0, config.vocab_size, (batch, _PROMPT))
-        ours = _our_side(model, params, prompts, arguments.tokens)
+        ours = _our_side(model, params, prompts, arguments.tokens, arguments.ticks)
         theirs = _torch_side(exported, prompts, arguments.tokens)
         ours(), theirs()
         pairs = [(ours(), theirs()) for _ in range(arguments.pairs)]
@@ -76,12 +81,14 @@ def export(config: ModelConfig, params: Params) -> Any:
         return AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True).eval()
 
 
-def _our_side(model: LoopLM, params: Params, prompts: np.ndarray, tokens: int) -> Callable[[], float]:
+def _our_side(model: LoopLM, params: Params, prompts: np.ndarray, tokens: int, ticks: int) -> Callable[[], float]:
     """Returns a function that decodes `tokens` tokens in every slot and returns tokens per second over all slots."""
     batch, loops = len(prompts), model.config.loops
-    # Requests are admitted one after the other, so the first has decoded some tokens when the last begins.
-    room = tokens + 4 * batch + 8
-    engine = Engine(model, params, config=EngineConfig(slots=batch, capacity=_PROMPT + room, chunk=_PROMPT))
+    # Several prompts are prefilled between two steps, so that all rows have about as many tokens as those of PyTorch. The
+    # first has decoded some when the last begins.
+    room = tokens + 4 * batch * ticks + 8
+    config = EngineConfig(slots=batch, capacity=_PROMPT + room, chunk=_CHUNK, ticks=ticks)
+    engine = Engine(model, params, config=config)
 
     def decode() -> float:
         requests = engine.requests(prompts.tolist(), max_new_tokens=room, policy=FixedLoops(loops=loops))
@@ -92,7 +99,7 @@ def _our_side(model: LoopLM, params: Params, prompts: np.ndarray, tokens: int) -
         engine.step()
 
         before, start = engine.stats.loops, time.perf_counter()
-        for _ in range(tokens * loops):
+        for _ in range(tokens * loops // ticks):
             engine.step()
         seconds = time.perf_counter() - start
         if engine.stats.loops - before != tokens * loops * batch:
