@@ -84,8 +84,8 @@ def export(config: ModelConfig, params: Params) -> Any:
 def _our_side(model: LoopLM, params: Params, prompts: np.ndarray, tokens: int, ticks: int) -> Callable[[], float]:
     """Returns a function that decodes `tokens` tokens in every slot and returns tokens per second over all slots."""
     batch, loops = len(prompts), model.config.loops
-    # Several prompts are prefilled between two steps, so that all rows have about as many tokens as those of PyTorch. The
-    # first has decoded some when the last begins.
+    # Several prompts are prefilled between two steps, so that all rows have about as many tokens as those of PyTorch.
+    # The first has decoded some when the last begins.
     room = tokens + 4 * batch * ticks + 8
     config = EngineConfig(slots=batch, capacity=_PROMPT + room, chunk=_CHUNK, ticks=ticks)
     engine = Engine(model, params, config=config)
