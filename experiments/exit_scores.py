@@ -113,8 +113,7 @@ def score_families(
     found = []
 
     for batch in batches:
-        arrays = batch.tokens, batch.targets, batch.positions, batch.segment_ids, batch.loss_mask
-        sums = jax.device_get(_score(model, params, *arrays, tables))
+        sums = jax.device_get(_score(model, params, batch, tables))
         # Rows that pad the last batch would be drawn by the bootstrap.
         counted = batch.loss_mask.sum(axis=1) > 0
         found.append(jax.tree.map(lambda x, counted=counted: x[..., counted].astype(np.float64), sums))
@@ -133,16 +132,15 @@ def _table(policies: Sequence[ExitPolicy]) -> PolicyTable:
 def _score(
     model: LoopLM,
     params: Params,
-    tokens: Int[Array, "B S"],
-    targets: Int[Array, "B S"],
-    positions: Int[Array, "B S"],
-    segment_ids: Int[Array, "B S"],
-    mask: Float[Array, "B S"],
+    batch: Batch,
     tables: dict[str, PolicyTable],
 ) -> dict[str, RowSums]:
     """Returns the sums of all families on one batch."""
-    output: Any = model.apply({"params": params}, tokens, positions=positions, segment_ids=segment_ids)
-    scored = token_scores(output.hidden, head_matrix(params, model.config), targets, chunk=model.compute.loss_chunk)
+    output: Any = model.apply(
+        {"params": params}, batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids
+    )
+    head, mask = head_matrix(params, model.config), batch.loss_mask
+    scored = token_scores(output.hidden, head, batch.targets, chunk=model.compute.loss_chunk)
     logits = logits_of(model, params, output.hidden)
 
     def sums(policy: PolicyTable) -> tuple[Array, ...]:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from rich.console import Console
 
 from looplm_jax import json_io
+from looplm_jax.codec import differences
 from looplm_jax.errors import UserError
 from looplm_jax.evaluation import Table
 from looplm_jax.files import write_atomically
@@ -135,15 +136,12 @@ class Grid:
         """
         path, mine = self.folder / "grid.json", self._identity()
         if path.exists():
-            theirs = _read(path)
-            differs = [
-                f"{key} is {theirs.get(key)!r}, not {value!r}"
-                for key, value in mine.items()
-                if theirs.get(key) != value
+            differing = [
+                f"{field.path} is {field.theirs!r}, not {field.ours!r}" for field in differences(mine, _read(path))
             ]
 
-            if differs:
-                raise UserError(f"{self.folder} holds other results ({'; '.join(differs)}); choose another --out")
+            if differing:
+                raise UserError(f"{self.folder} holds other results ({'; '.join(differing)}); choose another --out")
             return
 
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -167,7 +165,7 @@ class Grid:
         record = Record(**{**values, "result": json_io.with_nan(values["result"])})
         # Through JSON, because records hold lists where settings may hold tuples.
         settings = json.loads(_json(cell.settings))
-        changed = [key for key in {**settings, **record.settings} if settings.get(key) != record.settings.get(key)]
+        changed = [field.path for field in differences(settings, record.settings)]
 
         if changed:
             raise UserError(

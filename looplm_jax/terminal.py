@@ -106,7 +106,7 @@ def markdown_table(
 
     Args:
       columns: the heads of the columns.
-      rows: the cells, row by row.
+      rows: the cells, row by row. Integers get thousands separators.
       right: for each column, whether it is aligned to the right; None aligns none of them.
     """
     alignments = ["---"] * len(columns) if right is None else ["---:" if to_right else "---" for to_right in right]
@@ -116,7 +116,8 @@ def markdown_table(
 
 def _markdown_cell(value: object) -> str:
     """Returns a value as the content of a cell: on one line, because a line is a row."""
-    return " ".join(str(value).split()).replace("|", "\\|")
+    text = f"{value:,}" if isinstance(value, int) else str(value)
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 # Streams

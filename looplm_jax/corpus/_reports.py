@@ -8,6 +8,7 @@ from typing import Any
 from looplm_jax.corpus._decontamination import Findings, LocatedMatch
 from looplm_jax.corpus._evaluation_texts import EvaluationFile
 from looplm_jax.corpus._near_duplicates import Duplicates, NearDuplicates
+from looplm_jax.terminal import markdown_table
 
 _EXCERPT_CHARACTERS = 60
 
@@ -78,13 +79,15 @@ class DecontaminationReport:
                 f"Documents were dropped that have {self.n} words in a row in common with an item of an evaluation, or",
                 "all words of a shorter item; items that are too short were not looked for.",
                 "",
-                table(
+                markdown_table(
                     ("evaluation file", "items", "too short", "found", "at least half", "whole"),
                     [(f.file, f.items, f.too_short, f.found, f.half, f.whole) for f in self.files],
+                    right=(False, True, True, True, True, True),
                 ),
-                table(
+                markdown_table(
                     ("source", "documents", "dropped"),
                     [(source.source, source.documents, source.dropped) for source in self.sources],
+                    right=(False, True, True),
                 ),
                 *self._longest(),
             )
@@ -101,12 +104,13 @@ class DecontaminationReport:
                 f"{placed.match.share:.0%}",
                 f"{placed.match.file}:{placed.match.line}",
                 placed.place,
-                shown(placed.match.excerpt, _EXCERPT_CHARACTERS),
+                _shortened(placed.match.excerpt, _EXCERPT_CHARACTERS),
             )
             for placed in self.longest
         ]
 
-        return ("Longest matches:", "", table(("words", "of the item", "item", "document", "begins with"), rows))
+        columns = ("words", "of the item", "item", "document", "begins with")
+        return ("Longest matches:", "", markdown_table(columns, rows, right=(True, False, False, False, False)))
 
 
 def _found_items(file: EvaluationFile, findings: Findings) -> FoundItems:
@@ -201,11 +205,16 @@ class DuplicatesReport:
                 f"Like means that {self.settings.threshold:.0%} of the {self.settings.ngram}-grams of words are common",
                 f"to both (Jaccard similarity, estimated with {self.settings.permutations} permutations).",
                 "",
-                table(("source", "dropped"), list(self.dropped_by_source.items())),
-                table(("documents in a cluster, from", "clusters"), [(s.at_least, s.clusters) for s in self.sizes]),
-                table(
+                markdown_table(("source", "dropped"), list(self.dropped_by_source.items()), right=(False, True)),
+                markdown_table(
+                    ("documents in a cluster, from", "clusters"),
+                    [(size.at_least, size.clusters) for size in self.sizes],
+                    right=(True, True),
+                ),
+                markdown_table(
                     ("kept", "dropped", "for example"),
                     [(cluster.kept, cluster.dropped, ", ".join(cluster.places)) for cluster in self.largest],
+                    right=(False, True, False),
                 ),
             )
         )
@@ -217,23 +226,7 @@ def _sizes(clusters: list[int]) -> tuple[ClusterSizes, ...]:
     return tuple(ClusterSizes(size, counts[size]) for size in _SIZES if counts[size])
 
 
-# Tables in Markdown
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Returns a table, followed by an empty line. Columns whose first value is a number are right-aligned."""
-    numbers = [bool(rows) and isinstance(value, int | float) for value in (rows[0] if rows else head)]
-    lines = [head, ["---:" if number else "---" for number in numbers], *rows]
-    return "".join(f"| {' | '.join(_cell(value) for value in line)} |\n" for line in lines)
-
-
-def shown(text: str, characters: int) -> str:
+def _shortened(text: str, characters: int) -> str:
     """Returns the text on one line, shortened with an ellipsis if it is longer than `characters`."""
     line = " ".join(text.split())
     return line if len(line) <= characters else line[: characters - 1] + "…"
-
-
-def _cell(value: object) -> str:
-    """Returns a value as the content of a table cell."""
-    text = f"{value:,}" if isinstance(value, int) else str(value)
-    return text.replace("|", "\\|")

@@ -13,10 +13,10 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
-from jaxtyping import Shaped
 
-from looplm_jax.codec import leaves
+from looplm_jax.codec import differences, leaves
 from looplm_jax.data._mixture import Corpus
 from looplm_jax.data._packing import Batch, as_batch
 from looplm_jax.data._streams import Stream
@@ -81,7 +81,7 @@ class BatchIterator:
     def __iter__(self) -> "BatchIterator":
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Batch[np.ndarray]:
         return as_batch(next(self._held[0]))
 
     def state(self) -> dict[str, Any]:
@@ -102,11 +102,10 @@ class BatchIterator:
         if self._one_by_one is not None and PROBLEMS not in saved:
             identity, reopen = {key: value for key, value in identity.items() if key != PROBLEMS}, self._one_by_one
 
-        # Compare the union of the keys, because either version may have fields that the other lacks.
         changed = [
-            f"{key}: {saved.get(key)!r} then, {identity.get(key)!r} now"
-            for key in {**saved, **identity}
-            if saved.get(key) != identity.get(key) and not may_differ(key)
+            f"{field.path}: {field.ours!r} then, {field.theirs!r} now"
+            for field in differences(saved, identity)
+            if not may_differ(field.path)
         ]
         if changed:
             raise UserError(
@@ -217,12 +216,11 @@ class SubstreamBatches:
     def __iter__(self) -> "SubstreamBatches":
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Batch[np.ndarray]:
         """Returns this process's sequences of the next batch, microbatch after microbatch."""
         # Every substream advances, and then each sequence is picked from its substream.
         batches = [next(substream) for substream in self._substreams.values()]
-        names = [field.name for field in dataclasses.fields(Batch)]
-        return Batch(**{name: self._own([getattr(batch, name) for batch in batches]) for name in names})
+        return jax.tree.map(lambda *feature: np.stack(feature)[self._chosen], *batches)
 
     def state(self) -> dict[str, Any]:
         """Returns the positions of this process's substreams.
@@ -246,10 +244,6 @@ class SubstreamBatches:
         """Stops the prefetching threads of all substreams."""
         for substream in self._substreams.values():
             substream.close()
-
-    def _own(self, substreams: Sequence[Shaped[np.ndarray, "rows S"]]) -> Shaped[np.ndarray, "own S"]:
-        """Selects this process's sequences from one feature of all opened substreams."""
-        return np.stack(substreams)[self._chosen]
 
 
 def _place(microbatch: int, row: int, substreams: int, microbatch_sequences: int, microbatches: int) -> tuple[int, int]:

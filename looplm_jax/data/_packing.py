@@ -6,11 +6,13 @@ with a few NumPy calls for many problems.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Generic, TypeVar
 
 import grain
 import grain.experimental
+import jax
 import numpy as np
-from jaxtyping import Float32, Int, Int32
+from jaxtyping import Array, Float, Int
 
 from looplm_jax.data._examples import Example, chunks
 from looplm_jax.data.tasks._base import Problems
@@ -26,15 +28,23 @@ PackedFeatures = Mapping[str, np.ndarray]
 """Features of packed sequences, [R, S] each, named as Grain names those that it packs."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Batch:
-    """B packed sequences of S positions. A position attends only to positions of the same segment."""
+ArrayT = TypeVar("ArrayT", bound=np.ndarray | Array)
 
-    tokens: Int32[np.ndarray, "B S"]
-    targets: Int32[np.ndarray, "B S"]  # the next token of the same segment
-    segment_ids: Int32[np.ndarray, "B S"]  # 1, 2, … within a sequence; 0 is padding
-    positions: Int32[np.ndarray, "B S"]  # 0, 1, … within a segment
-    loss_mask: Float32[np.ndarray, "B S"]  # 1 where the target counts
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Batch(Generic[ArrayT]):
+    """B packed sequences of S positions. A position attends only to positions of the same segment.
+
+    This is the one form of a batch: in NumPy arrays on the host (`Batch[np.ndarray]`), on the devices (`Batch[Array]`),
+    where training puts the A microbatches of a step on a leading axis, and inside jitted functions, as a pytree.
+    """
+
+    tokens: Int[ArrayT, "*A B S"]
+    targets: Int[ArrayT, "*A B S"]  # the next token of the same segment
+    segment_ids: Int[ArrayT, "*A B S"]  # 1, 2, … within a sequence; 0 is padding
+    positions: Int[ArrayT, "*A B S"]  # 0, 1, … within a segment
+    loss_mask: Float[ArrayT, "*A B S"]  # 1 where the target counts
 
 
 class _Chunks(grain.experimental.FlatMapTransform):
@@ -80,14 +90,14 @@ def pack(examples: grain.IterDataset, sequence_length: int, *, shuffle_seed: int
     )
 
 
-def as_batch(rows: Mapping[str, np.ndarray]) -> Batch:
+def as_batch(packed: PackedFeatures) -> Batch[np.ndarray]:
     """Returns packed features, named by Grain, as a `Batch`."""
     return Batch(
-        tokens=rows["tokens"],
-        targets=rows["targets"],
-        segment_ids=rows["tokens_segment_ids"],
-        positions=rows["tokens_positions"],
-        loss_mask=rows["loss_mask"],
+        tokens=packed["tokens"],
+        targets=packed["targets"],
+        segment_ids=packed["tokens_segment_ids"],
+        positions=packed["tokens_positions"],
+        loss_mask=packed["loss_mask"],
     )
 
 

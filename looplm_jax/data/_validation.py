@@ -26,13 +26,13 @@ _ORDER = 0
 class ValidationBatches:
     """One process's shard of the held-out batches. It can be iterated over repeatedly."""
 
-    batches: tuple[Batch, ...]
+    batches: tuple[Batch[np.ndarray], ...]
     num_sequences: int  # over all processes, excluding the padding of the last batch
 
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch[np.ndarray]]:
         return iter(self.batches)
 
 
@@ -137,7 +137,7 @@ class _Interleaved:
 # Sharding by process
 
 
-def _share(sequences: list[Any], geometry: Geometry) -> Batch:
+def _share(sequences: list[Any], geometry: Geometry) -> Batch[np.ndarray]:
     """Returns this process's sequences of one global batch, padded to the batch size."""
     # All-zero sequences are padding: their segment ids and loss mask are 0.
     padding = {name: np.zeros_like(values) for name, values in sequences[0].items()}

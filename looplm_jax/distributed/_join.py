@@ -1,17 +1,15 @@
 """Connects a process to the other processes of its run, found through flags, a TPU pod or Slurm."""
 
-import ctypes
 import dataclasses
 import errno
 import hashlib
 import os
-import signal
 import socket
 
 import jax
 
 from looplm_jax.distributed._connection import Connection, Rendezvous, reach_coordinator
-from looplm_jax.distributed._process_group import LOST, SINGLE_PROCESS, Peer, ProcessGroup, end_process
+from looplm_jax.distributed._process_group import SINGLE_PROCESS, Peer, ProcessGroup
 from looplm_jax.errors import UserError
 
 SECRET = "LOOPLM_JOB_SECRET"
@@ -100,11 +98,10 @@ def join(options: JoinOptions) -> ProcessGroup:
     if place.count == 1:
         return SINGLE_PROCESS
 
+    # The peers watch each other before the runtime starts. Later the runtime aborts this process (SIGABRT) if it misses
+    # another one, but a closed connection is noticed first, and ends the process with one line and the status LOST.
     connections, bind_address = _connections(place)
     peer = Peer(place.index, place.count, connections)
-
-    # From here on, the JAX runtime aborts this process when it misses another one.
-    _on_abort(f"process {place.index}: the JAX runtime gave up because a process was lost (see above)", LOST)
 
     try:
         jax.distributed.initialize(
@@ -213,22 +210,3 @@ def _bind_address(place: _Placement) -> tuple[str, int]:
     literal = host == "localhost" or host in found
     only_here = all(str(address).startswith("127.") or address == "::1" for address in found)
     return ("" if only_here and not literal else host), port
-
-
-# Aborts of the JAX runtime
-
-
-def _on_abort(message: str, status: int) -> None:
-    """Installs a handler of SIGABRT that ends the process with `message` and `status`.
-
-    A Python signal handler would not do: it runs in the main thread between two bytecode instructions, and `abort` does
-    not wait for it.
-    """
-
-    def handle(number: int) -> None:
-        del number
-        end_process(message, status)
-
-    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(handle)
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(handler))  # the C library keeps no reference
-    ctypes.CDLL(None).signal(ctypes.c_int(signal.SIGABRT), handler)

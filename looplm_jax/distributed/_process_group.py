@@ -2,8 +2,11 @@
 
 Process 0 is the coordinator: it has a connection to each other process and relays their messages.
 
-The device runtime has a coordination service too, but that has no public interface for processes, is slow to detect a
-process that was killed, and then aborts the others with a stack trace. A TCP connection breaks immediately.
+The device runtime has a coordination service too, but that has no public interface for processes, notices the loss of
+any but process 0 only after a minute and a half without heartbeats, and then aborts the others with a stack trace. A
+TCP connection breaks immediately. If process 0 is killed, both notice at once; the runtime symbolizes its stack trace
+before it aborts, so the connections are faster. In the rare case that they are not, the process ends with SIGABRT, and
+whatever supervises it starts it again, as after any other failure (`tpu_setup/host/supervise.sh`).
 """
 
 import collections

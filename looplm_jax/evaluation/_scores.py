@@ -64,8 +64,7 @@ def scorer(
     grid = jnp.asarray(q_grid, jnp.float32)
 
     def score(batch: Batch) -> Scores:
-        arrays = batch.tokens, batch.targets, batch.positions, batch.segment_ids
-        return score_tokens(model, params, *arrays, grid, loops=loops, exit_loops=exit_loops)
+        return score_tokens(model, params, batch, grid, loops=loops, exit_loops=exit_loops)
 
     return score
 
@@ -74,20 +73,19 @@ def scorer(
 def score_tokens(
     model: LoopLM,
     params: Params,
-    tokens: Int[Array, "B S"],
-    targets: Int[Array, "B S"],
-    positions: Int[Array, "B S"],
-    segment_ids: Int[Array, "B S"],
+    batch: Batch,
     q_grid: Float[Array, "Q"],
     *,
     loops: int,
     exit_loops: int,
 ) -> Scores:
     """Scores one batch. Compiles once for all batches of a shape, and for all grids of a length."""
-    output: Any = model.apply({"params": params}, tokens, loops=loops, positions=positions, segment_ids=segment_ids)
+    output: Any = model.apply(
+        {"params": params}, batch.tokens, loops=loops, positions=batch.positions, segment_ids=batch.segment_ids
+    )
     head = head_matrix(params, model.config)
 
-    scored = token_scores(output.hidden, head, targets, chunk=model.compute.loss_chunk)
+    scored = token_scores(output.hidden, head, batch.targets, chunk=model.compute.loss_chunk)
     depths = PerDepth(loss=scored.loss, correct=scored.correct)
     return Scores(depths=depths, exits=score_exits(depths, output.gate_logits[:exit_loops], q_grid))
 

@@ -45,6 +45,7 @@ from looplm_jax.models._blocks import unroll_layers
 from looplm_jax.models._looplm import UNCAST, LoopLM, Params, compute_dtype
 from looplm_jax.sharding import target_platform
 
+# An upper bound for `bucket` where the pages of a slot, not a length, limit a row.
 _LONGEST_ROW = 1 << 24
 
 
@@ -101,6 +102,8 @@ class Decoder:
         self._mesh = mesh
         with use_mesh_or_none(mesh):
             products = compute_dtype(model.compute)
+            # Elsewhere the cast happens once, here, instead of in every tick, which would read the float32 weights each
+            # time.
             held = params if target_platform() == "cpu" else in_dtype_of_products(params, products)
         self._params = unroll_layers(held) if unrolled else held
         self._dtype = jnp.dtype(config.cache_dtype or products)
@@ -108,6 +111,7 @@ class Decoder:
 
     def start_over(self) -> None:
         """Empties all slots. Their requests, and prompts that are being prefilled, are lost."""
+        # A repetition penalty needs an array [slots, V], which is allocated with the first request that has one.
         self._tracks_seen = False
         self._pool = PagePool(self.config.pool.pages)
         self._pages: dict[int, tuple[int, ...]] = {}  # pages of the request in each slot
@@ -133,6 +137,7 @@ class Decoder:
         Raises:
           PolicyError: its policy is a function that raises, or a class that fits no table.
         """
+        # Before pages are reserved, so that a policy that raises leaves nothing to undo.
         self._add_needs(request)
         pages = self._pool.reserve(self._num_pages(request))
         return PrefillTask(request=request, pages=pages, left=request.prompt_ids)
@@ -143,6 +148,7 @@ class Decoder:
         start = len(request.prompt_ids) - len(task.left)
 
         with use_mesh_or_none(self._mesh):
+            # The tokens of a prefix cache are copied into the pages once, before the first chunk attends to them.
             if request.past is not None and start == 0:
                 self._set_planes(fill_pages(self._row(task, -request.tokens_before), request.past.row))
             if self.config.cache.shares:
@@ -152,15 +158,19 @@ class Decoder:
                 row, last = prefill_chunk(self.model, self._params, self._row(task, start), tokens, count)
                 task.last = last if task.last is None else after_chunk(task.last, last)
                 self._set_planes(row)
+
+        # Either way a chunk of tokens has been paid for: T loops of some chunk cost as much as one chunk in all loops.
         task.left = task.left[size:]
 
     def _run_loops(self, task: PrefillTask) -> None:
         """Runs T loops of chunks, all chunks in one loop before any in the next (see `_loopwise_prefill`)."""
         request = task.request
         starts = range(0, len(request.prompt_ids), self.config.chunk)
+
         if task.last is None:
             task.last = init_sharded(lambda: no_last_token(self.model, self.loops), self._mesh)
 
+        # Runs are numbered loop by loop: run r is loop r // chunks of chunk r % chunks.
         for _ in range(self.loops):
             loop, index = divmod(task.runs, len(starts))
             row = self._row(task, starts[index])
@@ -175,12 +185,14 @@ class Decoder:
 
         if task.runs == self.loops * len(starts):
             for start, chunk in zip(starts, task.chunks, strict=True):
+                # `LAST` keeps nothing aside: its plane already has the last loop.
                 if chunk.kept is not None:
                     self._set_planes(write_kept(self._row(task, start), chunk, task.last))
 
     def abandon(self, task: PrefillTask) -> None:
         """Releases the pages of a prompt that is in no slot."""
         self._pool.release(task.pages)
+        # Emptied, so that abandoning a task twice releases its pages only once.
         task.pages = ()
 
     def admit(self, task: PrefillTask, slot: int) -> Ticked:
@@ -222,6 +234,7 @@ class Decoder:
 
     def admit_again(self, request: Request, slot: int) -> Ticked:
         """Runs the prompt of a slot again, in a pack of its own. Returns its first token."""
+        # The slot still owns its pages; `admit_pack` assigns the same ones again.
         task = PrefillTask(request=request, pages=self._pages[slot], left=request.prompt_ids)
         return self.admit_pack({slot: task})
 
@@ -236,6 +249,8 @@ class Decoder:
 
     def release(self, slot: int) -> None:
         """Ends the request of a slot. Its pages are free for programs that are dispatched after this."""
+        # Programs run in the order of their dispatch, so a program that still writes these pages runs before their next
+        # owner.
         self._slots = release(self._slots, np.int32(slot))
         self._pool.release(self._pages.pop(slot))
 
@@ -256,6 +271,7 @@ class Decoder:
     def _padded(self, pages: tuple[int, ...]) -> Int[np.ndarray, "W"]:
         """Returns the entries of the page table for these pages."""
         size = self.config.pool
+        # Entries without a page have the number of pages, which is no index of a page.
         row = np.full(size.pages_per_slot, size.pages, np.int32)
         row[: len(pages)] = pages
         return row
@@ -263,6 +279,7 @@ class Decoder:
     def _chunk(self, request: Request, start: int) -> tuple[Int[np.ndarray, "S"], np.int32]:
         """Returns a chunk of a prompt, padded to its bucket, and the number of its tokens."""
         chunk = request.prompt_ids[start : start + self.config.chunk]
+        # Padding repeats the last token: its value has no effect, but must be in the vocabulary.
         tokens = np.full(bucket(len(chunk), self.config.chunk), chunk[-1], np.int32)
         tokens[: len(chunk)] = chunk
         return tokens, np.int32(len(chunk))
@@ -271,6 +288,7 @@ class Decoder:
         """Returns the pages of a request as a row that is filled up to token `start` of its prompt."""
         request, chunk = task.request, self.config.chunk
         whole, rest = divmod(len(request.prompt_ids), chunk)
+        # The pages that the last, padded chunk touches, rounded up to a bucket, so that rows have few different shapes.
         wanted = request.tokens_before + whole * chunk + (bucket(rest, chunk) if rest else 0)
         pages = self._padded(task.pages)[: self.config.pool.needed(bucket(wanted, _LONGEST_ROW))]
         return row_of_pages(self._slots.cache, pages, request.tokens_before + start)
@@ -279,11 +297,13 @@ class Decoder:
         """Returns the prompts of tasks, by slot, as one pack."""
         slots, tokens = self.config.slots, sum(len(task.left) for task in tasks.values())
         rows = {slot: self._settings(task.request) for slot, task in tasks.items()}
+        # Slots outside the pack need settings of the right shape, too.
         some = next(iter(rows.values()))
         seen = np.zeros((slots, self.model.config.vocab_size), bool) if self._tracks_seen else None
         if seen is not None:
             for slot, task in tasks.items():
                 seen[slot] = self._seen(task.request)
+
         return make_pack(
             {slot: task.left for slot, task in tasks.items()},
             slots=slots,
@@ -306,6 +326,7 @@ class Decoder:
         self._slots = self._slots.replace(cache=dataclasses.replace(self._slots.cache, planes=cache.planes))
 
     def _settings(self, request: Request) -> SlotSettings:
+        # A static number of ids, filled with one that no token has, so that requests with any number share a program.
         stop_ids = np.full(MOST_STOP_IDS, NO_TOKEN, np.int32)
         stop_ids[: len(request.stop_ids)] = request.stop_ids
         return SlotSettings(
@@ -324,12 +345,14 @@ class Decoder:
         if not self._slots.settings.policy.accepts(self._policy(request)):
             try:
                 self._slots = grow_policies(self.model, self._slots, self._policy(request))
+            # A `Custom` policy runs the user's function here, so anything may be raised.
             except UserError as error:
                 raise PolicyError(str(error)) from error
             except Exception as error:
                 raise PolicyError(f"the exit policy raised {type(error).__name__}: {error}") from error
         if request.sampling.repetition_penalty != 1 and not self._tracks_seen:
             self._tracks_seen = True
+            # Slots that are running have no penalty, so it does not matter which tokens they have seen.
             shape = (self.config.slots, self.model.config.vocab_size)
             self._slots = self._slots.replace(seen_tokens=jnp.zeros(shape, bool))
 

@@ -88,6 +88,7 @@ class Engine:
         self._decoder = Decoder(model, params, self.config, mesh, usable=usable_ids(model.config, tokenizer))
         self._scheduler = Scheduler(self._decoder, tokenizer, self.config, self.stats)
         self._stepping = False
+        # Reentrant, because `on_token` runs during a step and may submit further requests.
         self._lock = threading.RLock()
         self._work = threading.Condition(self._lock)
 
@@ -160,14 +161,18 @@ class Engine:
         )
 
         raised: list[BaseException] = []
+        # Cancelling only appends to a deque, which is atomic, so that any thread may cancel without the lock of the
+        # engine.
         handles = [RequestHandle(request, self._scheduler.cancelled.append, raised) for request in requests]
         waiting, unfinished = collections.deque(handles), collections.deque(handles)
 
         try:
             while unfinished:
+                # There may be more prompts than the queue has room for: the rest follow as it empties.
                 while waiting and self._enqueue(waiting[0]):
                     waiting.popleft()
                 self.step()
+                # Only finished handles at the front are removed, so each one is looked at a constant number of times.
                 while unfinished and unfinished[0].done:
                     unfinished.popleft()
                 if raised:  # tested last, because a callback raises before its request is done
@@ -220,6 +225,7 @@ class Engine:
             while not handle.done:
                 self.step()
                 yield from handle.ready()
+            # The last step may have delivered several tokens, one per tick.
             yield from handle.ready()
             if handle.raised:
                 raise handle.raised[0]
@@ -262,6 +268,8 @@ class Engine:
             past=past,
             on_token=on_token,
         )
+
+        # Everything is checked before anything is started, so that an invalid prompt leaves no others half done.
         for request in requests:
             self._check(request)
         return requests
@@ -284,6 +292,7 @@ class Engine:
         try:
             while not self._enqueue(handle):
                 if not wait:
+                    # The caller decides how to wait; a server would answer 429 here.
                     raise UserError(f"{self.config.queue} requests are waiting; try again when some are answered")
                 self.step()
         except BaseException:
@@ -295,12 +304,18 @@ class Engine:
         """Prefills about a chunk of prompts and runs one tick. Returns False if there is no work left."""
         with deferred_signals, self._lock:
             if self._stepping:
+                # The lock is reentrant, so this needs a flag of its own: a nested step would see slots in the middle of
+                # a change.
                 raise UserError("on_token cannot step the engine that calls it; submit a request instead")
             self._stepping = True
             try:
                 self._scheduler.step()
             except BaseException as error:
+                # The slots may have been donated to a program that failed, so the state before the step cannot be
+                # recovered.
                 self._scheduler.start_over(error)
+                # KeyboardInterrupt and SystemExit reach the caller; an Exception has been delivered to the requests it
+                # ended.
                 if not isinstance(error, Exception):
                     raise
             finally:
@@ -327,6 +342,7 @@ class Engine:
                 if not self.step():
                     self._wait_for_work(stopping)
             with self._lock:
+                # The loop has ended, so nothing would finish the remaining requests.
                 self._scheduler.cancel_all()
         except BaseException as error:  # no caller may wait forever
             with self._lock:

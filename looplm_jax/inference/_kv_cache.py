@@ -29,6 +29,7 @@ from looplm_jax.inference._cache_layout import PoolSize, at_positions, store_hea
 from looplm_jax.models._blocks import Context, KeyValues, make_context
 from looplm_jax.models._looplm import ModelCache
 
+# Fewer positions would save little and add programs.
 _SMALLEST_BUCKET = 64
 
 
@@ -112,6 +113,7 @@ class Cache:
         differentiable: bool = False,
     ) -> PastView | None:
         """Returns the view of core or coda that each row reads in the loop after `loops_done`; None if `stacked` is."""
+        # A full cache may have fewer planes than the loops of a policy; later loops read the last one.
         planes = jnp.zeros_like(loops_done) if self.strategy.shares else jnp.minimum(loops_done, self.depth - 1)
         return self._view(stacked, planes, dtype, differentiable)
 
@@ -122,6 +124,7 @@ class Cache:
     def _view(
         self, stacked: KeyValues | None, planes: Int[Array, "N"], dtype: DTypeLike, differentiable: bool
     ) -> PastView | None:
+        # A model without coda or prelude has no such keys.
         if stacked is None:
             return None
         return PastView(
@@ -135,6 +138,7 @@ class Cache:
 
     def places(self, rows: Int[Array, "*B"], positions: Int[Array, "*B"]) -> tuple[Int[Array, "*B"], Int[Array, "*B"]]:
         """Returns the page of each position of a row, M beyond the capacity, and the offset in that page."""
+        # Page M does not exist. Reads of it are filled, and writes to it are dropped, so no branch is needed.
         number, offset = jnp.divmod(positions, self.page_size)
         return self.page_table.at[rows, number].get(mode="fill", fill_value=self.pages), offset
 
@@ -154,6 +158,8 @@ class Cache:
 
         core = jax.tree.map(put, self.planes.core, own.core)
         coda = None if own.coda is None else jax.tree.map(put, self.planes.coda, own.coda)
+
+        # The prelude runs once per token, so it is written in the first loop only.
         prelude = self.planes.prelude
         if own.prelude is not None:
             pages, offsets = self._next_places(active & (loops_done == 0))
@@ -163,6 +169,7 @@ class Cache:
                 return at_positions(whole, slice(None), 0, pages, offsets).set(stored, mode="drop")
 
             prelude = jax.tree.map(put_once, prelude, own.prelude)
+
         return dataclasses.replace(self, planes=ModelCache(core=core, prelude=prelude, coda=coda))
 
     def advance(self, count: Int[Array, "N"]) -> "Cache":
@@ -175,6 +182,7 @@ class Cache:
 
     def _next_places(self, written: Bool[Array, "*P N"]) -> tuple[Int[Array, "*P N"], Int[Array, "N"]]:
         """Returns page and offset of the next position of each row; page M, which drops the write, if not `written`."""
+        # `lengths` is the number of finished tokens, which is the position of the one that is being decoded.
         pages, offsets = self.places(jnp.arange(self.rows), self.lengths)
         return jnp.where(written, pages, self.pages), offsets
 
@@ -186,15 +194,20 @@ class Cache:
         active: Bool[Array, "N"],
     ) -> Float[Array, "L P M c R W"]:
         if self.strategy is CacheStrategy.FIRST:
+            # Later loops would overwrite what `FIRST` keeps.
             active = active & (loops_done == 0)
+
         planes = jnp.arange(self.depth)[:, None]
         # Idle rows are not written, nor are the planes of loops that the token has left behind.
         pages, offsets = self._next_places(active & (self.strategy.shares | (planes >= loops_done)))
         if self.strategy is CacheStrategy.AVERAGE:
+            # The running mean of the loops so far: m_t = m_(t-1) + (x_t - m_(t-1)) / t, in float32.
             old = at_positions(whole, slice(None), 0, pages[0], offsets).get(mode="fill", fill_value=0)
             before = old.astype(jnp.float32)
             share = 1.0 / (loops_done + 1).astype(jnp.float32)
             new = before + (new.astype(jnp.float32) - before) * share[:, None, None]
+
+        # A token may exit at any loop, so each loop writes its own plane and all later ones ("last exited").
         spread = jnp.broadcast_to(new[:, None], (new.shape[0], self.depth, *new.shape[1:])).astype(whole.dtype)
         return at_positions(whole, slice(None), planes, pages, offsets).set(spread, mode="drop")
 
@@ -247,6 +260,7 @@ def _no_tokens(
         shape = (layers, count, pages, page_size, *stored)
         return KeyValues(keys=jnp.zeros(shape, dtype), values=jnp.zeros(shape, dtype)) if layers else None
 
+    # A coda runs in every loop, as the core does; a prelude runs once.
     depth = 1 if strategy.shares else loops
     core = planes(config.num_layers, depth)
     assert core is not None
@@ -255,6 +269,7 @@ def _no_tokens(
 
 def bytes_per_token(config: ModelConfig, strategy: CacheStrategy, *, loops: int, dtype: DTypeLike) -> int:
     """Returns the bytes of one position: `2 * planes * layers * K * Dh * itemsize`, with one plane of the prelude."""
+    # The prelude has one plane under every strategy.
     planes = 1 if strategy.shares else loops
     layers = config.prelude_layers + planes * (config.num_layers + config.coda_layers)
     return 2 * layers * config.kv_heads * config.head_width * jnp.dtype(dtype).itemsize

@@ -56,6 +56,7 @@ def begin_chunk(
     embedded, prelude = apply(tokens[None], context, past, True, method="embed")
 
     if prelude is not None:
+        # One token stands for the chunk: a NaN anywhere before it reaches it through attention.
         finite = jnp.isfinite(embedded[0, count - 1]).all()
         row = _write(row, "prelude", jax.tree.map(lambda new: new[:, None], prelude), count, finite)
 
@@ -90,13 +91,19 @@ def run_loop(
     context = row.context(model.config, chunk.state.shape[1])
     past = row.past(row.planes.core, plane, dtype), row.past(row.planes.coda, plane, dtype)
     output, *own = apply(chunk.state, chunk.embedded, context, *past, True, method="loop_step")
+
+    # `last` is not finite if an earlier chunk has failed.
     hidden = output.hidden[0, count - 1]
     finite = jnp.isfinite(hidden).all() & jnp.isfinite(last.hidden).all()
 
+    # An axis for the only plane.
     core, coda = jax.tree.map(lambda new: new[:, None], own)
     row = _write(row, "core", core, count, finite)
     row = _write(row, "coda", coda, count, finite)
+
+    # The keys of `FIRST` and `AVERAGE` are kept outside the row, because later chunks still read loop t from its plane.
     kept = None if chunk.kept is None else _keep(row.strategy, chunk.kept, (core, coda), loop)
+
     last = LastToken(
         hidden=last.hidden.at[loop].set(jnp.where(finite, hidden, jnp.nan)),
         gate_logits=last.gate_logits.at[loop].set(output.gate_logits[0, count - 1]),
@@ -109,7 +116,9 @@ def write_kept(row: Cache, chunk: Chunk, last: LastToken) -> Cache:
     """Returns the row, which is donated, with what the cache keeps of a chunk after all loops."""
     if chunk.kept is None:
         return row
+
     loops = last.hidden.shape[0]
+    # The sum of all loops becomes their mean.
     divisor = loops if row.strategy is CacheStrategy.AVERAGE else 1
     core, coda = jax.tree.map(lambda kept: kept / divisor, chunk.kept)
     finite = jnp.isfinite(last.hidden).all()
@@ -129,8 +138,10 @@ def bytes_per_prompt_token(config: ModelConfig, strategy: CacheStrategy, dtype: 
     """
     if not strategy.shares:
         return 0
+    # The embedding and the state of each token, between two loops.
     states = 2 * config.width * jnp.dtype(dtype).itemsize
     kept = 2 * (config.num_layers + config.coda_layers) * config.kv_heads * config.head_width // devices
+
     match strategy:
         case CacheStrategy.FIRST:
             return states + kept * jnp.dtype(dtype).itemsize
@@ -141,6 +152,7 @@ def bytes_per_prompt_token(config: ModelConfig, strategy: CacheStrategy, dtype: 
 
 def _nothing_kept(model: LoopLM, strategy: CacheStrategy, size: int) -> tuple[KeyValues, KeyValues | None]:
     config = model.config
+    # Sums over loops are accumulated in float32, like those of `Cache.write`.
     dtype = jnp.float32 if strategy is CacheStrategy.AVERAGE else compute_dtype(model.compute)
 
     def zeros(layers: int) -> KeyValues:

@@ -65,6 +65,7 @@ def prefill_chunk(
     Returns:
       The longer row, and the outputs at the last token of the chunk.
     """
+    # Runs once, before the loops.
     apply = bound(model, params)
     dtype, size = compute_dtype(model.compute), tokens.size
     context = row.context(model.config, size)
@@ -80,9 +81,13 @@ def prefill_chunk(
     _, (last, core, coda) = jax.lax.scan(loop, start, jnp.arange(row.depth))
     # This test makes the write wait for all loops, and so for all reads of the row: XLA can then update it in place.
     sound = jnp.isfinite(last.hidden).all()
+
+    # The scan stacks loops in front, [T, L, ...]; the cache has layers first. A prelude gets an axis of one plane.
     core, coda = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (core, coda))
     own = ModelCache(core=core, prelude=jax.tree.map(lambda x: x[:, None], prelude), coda=coda)
     numbers = jnp.arange(size)
+
+    # Padding comes after the `count` tokens, and is not written.
     written = append(row, own, jnp.zeros_like(numbers), row.lengths[0] + numbers, (numbers < count) & sound)
     return constrain((written.advance(count), last))
 
@@ -103,6 +108,7 @@ def writer(
     cache: Cache, rows: Int[Array, "S"], positions: Int[Array, "S"], written: Bool[Array, "S"]
 ) -> Callable[[Array, Array], Array]:
     """Returns a function that writes S tokens, except those not `written`, to one array of keys or values."""
+    # Page M does not exist, so writes to it are dropped.
     pages, offsets = cache.places(rows, positions)
     pages = jnp.where(written, pages, cache.pages)
 
@@ -116,6 +122,7 @@ def writer(
 @jax.jit
 def after_chunk(before: LastToken, last: LastToken) -> LastToken:
     """Returns `last`, set to NaN if the previous chunk was not finite, and was therefore not written."""
+    # NaN is how a failure travels: the first token of the request is then not finite, and ends it.
     sound = jnp.isfinite(before.hidden).all()
     return constrain(dataclasses.replace(last, hidden=jnp.where(sound, last.hidden, jnp.nan)))
 
@@ -123,6 +130,7 @@ def after_chunk(before: LastToken, last: LastToken) -> LastToken:
 @functools.partial(jax.jit, donate_argnames=("row",))
 def fill_pages(row: Cache, past: Cache) -> Cache:
     """Returns a row of pages with the tokens of a row of one page. The row of pages is donated."""
+    # The past may have been kept by an engine with another page size or dtype.
     size, pages = row.page_size, row.page_table[0]
     used = min(-(-past.capacity // size), pages.size)
 
@@ -158,12 +166,15 @@ def admit(
     Returns:
       The slots, and the first token, repeated in the entries of all slots.
     """
+    # The exit of the first token is chosen afterwards, from the outputs of all loops, which the prompt ran anyway.
     exits = exit_loops(
         settings.policy,
         last.hidden[:, None],
         last.gate_logits[:, None],
         functools.partial(logits_of, model, params),
     )
+
+    # A single slot, so that the functions of a tick choose and receive the token.
     one = Slots(
         cache=slots.cache,
         tokens=jnp.zeros(1, jnp.int32),
@@ -188,6 +199,7 @@ def admit(
         lengths=cache.lengths.at[place.slot].set(place.length),
         table=cache.page_table.at[place.slot].set(place.pages),
     )
+
     rest = jax.tree.map(
         lambda whole, own: jax.lax.dynamic_update_index_in_dim(whole, own[0].astype(whole.dtype), place.slot, axis=0),
         slots.replace(cache=None),
@@ -204,6 +216,7 @@ def extract_row(cache: Cache, slot: Int[Array, ""], *, capacity: int) -> Cache:
 
     `capacity` is at least the number of tokens of the slot, and may exceed the capacity of the slots.
     """
+    # Ceiling division: the pages that have these positions.
     used = min(-(-capacity // cache.page_size), cache.page_table.shape[1])
     pages = jax.lax.dynamic_index_in_dim(cache.page_table, slot, keepdims=False)[:used]
 

@@ -160,10 +160,13 @@ class Scheduler:
         self._prefill_chunk_of_prompts()
         if any(owner is not None and owner.needs_ticks for owner in self._slots):
             self._in_flight.append(_InFlight(self._decoder.tick(), tuple(self._slots)))
+            # A program may run several ticks, so that they share the cost of one dispatch from Python.
             self._stats.ticks += self._config.ticks
 
         # The results of the last program are fetched in the next step, while the programs of that step run.
         started = len(self._in_flight) > before
+        # Fetching waits for the program, so the latest one stays in flight, unless nothing was started in this step, or
+        # all slots are empty.
         while self._in_flight and (len(self._in_flight) > 1 or not started or not any(self._slots)):
             results = jax.device_get(self._in_flight[0].ticked)
             self._deliver_results(self._in_flight.popleft(), results)
@@ -175,6 +178,7 @@ class Scheduler:
 
     def _prefill_chunk_of_prompts(self) -> None:
         """Prefills prompts, or parts of them, for free slots, until about a chunk of tokens has been read."""
+        # A budget of tokens instead of requests: it bounds how long a step keeps the running requests waiting.
         left = self._config.chunk
         while left > 0:
             before = self._stats.prompt_tokens
@@ -197,6 +201,7 @@ class Scheduler:
     def _start_prefill(self) -> bool:
         """Takes the next prompt from the queue, to be read in chunks. Returns False if none can be started."""
         while handle := self._next_handle():
+            # From here on the handle is in no queue, so `_ending_only` must end it if anything raises.
             self._queue.pop()
             with self._ending_only(handle):
                 self._prefill = handle, self._decoder.start_prefill(handle.request)
@@ -209,6 +214,7 @@ class Scheduler:
         while (handle := self._next_handle()) and self._decoder.fits_pack(handle.request, left):
             self._queue.pop()
             with self._ending_only(handle):
+                # The slot is taken at once, so that `_next_handle` counts it when it looks for another prompt.
                 owner, slot = RunningRequest(handle, self._tokenizer), self._slots.index(None)
                 self._pack[slot] = self._decoder.start_prefill(handle.request)
                 self._slots[slot] = owner
@@ -227,6 +233,7 @@ class Scheduler:
             handle = self._queue.first()
             if not handle.cancelled:
                 return handle if self._decoder.has_room(handle.request) else None
+            # Cancelled while it waited, after `drop_cancelled`.
             self._queue.pop()
             self._end_unstarted(handle, Finish.CANCELLED)
         return None
@@ -244,6 +251,7 @@ class Scheduler:
         try:
             first = self._decoder.admit_pack(tasks)
         except Exception as error:
+            # The prompts ran in one program, so there is no telling which of them caused the error.
             for slot, task in tasks.items():
                 owner, self._slots[slot] = self._slots[slot], None
                 self._decoder.abandon(task)
@@ -261,7 +269,9 @@ class Scheduler:
         try:
             yield
         except Exception as error:
+            # Its pages are free for the next request.
             self._abandon_prefill()
+            # Those messages are written for users; any other error is named with its type.
             what = str(error) if isinstance(error, PolicyError | UserError) else f"its prompt: {described(error)}"
             self._end_unstarted(handle, Finish.FAILED, what)
             if self._decoder.lost:
@@ -276,11 +286,13 @@ class Scheduler:
 
     def _deliver_results(self, program: _InFlight, results: Ticked) -> None:
         """Delivers the results of a program to the requests that were in the slots when it started."""
+        # The first tokens of slots arrive without an axis of ticks.
         if program.firsts:
             for slot in program.firsts:
                 self._deliver_first(program, slot, jax.tree.map(lambda x, slot=slot: x[slot], results))
             return
 
+        # The time between two fetches is that of a tick, because the device works without a pause while there is work.
         now = time.monotonic()
         if self._last_fetch:
             self._stats.record_tick((now - self._last_fetch) / self._config.ticks)
@@ -306,8 +318,11 @@ class Scheduler:
 
     def _deliver(self, owner: RunningRequest | None, slot: int, result: Ticked) -> None:
         """Delivers the result of one slot, unless its request has ended, and so left the slot."""
+        # The program was dispatched before the host knew that the request had ended; what it computed since is
+        # discarded.
         if owner is None or owner.handle.done or not result.active:
             return
+
         if result.previews is not None:
             owner.preview(int(result.previews))
         if result.failed:
@@ -327,6 +342,8 @@ class Scheduler:
         if finish is not None:
             self._end(slot, owner, finish)
             return
+
+        # The measured time of a tick turns a budget of time into one of loops. A token needs at least one loop.
         limit = owner.handle.request.milliseconds_per_token
         if limit < float("inf") and self._stats.seconds_a_tick:
             self._decoder.set_budget(slot, max(limit / 1000 / self._stats.seconds_a_tick, 1.0))
@@ -345,6 +362,7 @@ class Scheduler:
         """Ends requests that were cancelled since the last call. The cost does not depend on how many others wait."""
         while self.cancelled:
             handle = self.cancelled.popleft()
+            # A request may finish before its cancellation is processed.
             if handle.done:
                 continue
             if self._queue.discard(handle.request.client, handle):
@@ -363,6 +381,8 @@ class Scheduler:
             self._end_unstarted(self._queue.pop(), Finish.CANCELLED)
         for owner in self._slots:
             if owner is not None:
+                # Cancelling a handle queues it for `drop_cancelled`, which knows in which of the three places a request
+                # may be.
                 owner.handle.cancel()
         if self._prefill is not None:
             self._prefill[0].cancel()
@@ -376,6 +396,7 @@ class Scheduler:
         try:
             self._decoder.start_over()
         except Exception as again:
+            # Without memory for new slots there is nothing to serve requests with.
             self.stop(again)
 
     def stop(self, error: BaseException) -> None:

@@ -24,7 +24,7 @@ from looplm_jax.sharding import (
     use_mesh,
 )
 from looplm_jax.training._state import TrainState, abstract_state
-from looplm_jax.training._step import DeviceBatch, StepMetrics, make_train_step
+from looplm_jax.training._step import StepMetrics, make_train_step
 
 # Programs
 
@@ -63,7 +63,7 @@ class StagePrograms:
         computed = _what_a_step_computes(self._recipe)
         self._programs[loops] = compiled_step(computed, self._model, self._stage, self._mesh, self._first_step, loops)
 
-    def run(self, loops: int, state: TrainState, batch: DeviceBatch) -> tuple[TrainState, StepMetrics]:
+    def run(self, loops: int, state: TrainState, batch: Batch[Array]) -> tuple[TrainState, StepMetrics]:
         """Runs one step. The buffers of `state` are donated."""
         return self._programs[loops](state, batch)
 
@@ -122,16 +122,16 @@ def lower_step(
 # Batches
 
 
-def abstract_batch(stage: Stage, mesh: Mesh) -> DeviceBatch:
+def abstract_batch(stage: Stage, mesh: Mesh) -> Batch[Array]:
     """Returns shape, dtype and sharding of the batches of a stage."""
     shape = (stage.accumulation, stage.batch_size // stage.accumulation, stage.sequence_length)
     sharding = batch_sharding(mesh)
     integers: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
     mask: Any = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
-    return DeviceBatch(tokens=integers, targets=integers, segment_ids=integers, positions=integers, loss_mask=mask)
+    return Batch(tokens=integers, targets=integers, segment_ids=integers, positions=integers, loss_mask=mask)
 
 
-def to_device(batch: Batch, stage: Stage, mesh: Mesh) -> DeviceBatch:
+def to_device(batch: Batch[np.ndarray], stage: Stage, mesh: Mesh) -> Batch[Array]:
     """Returns the global batch on the devices, of which `batch` has the sequences of this process."""
     rows = stage.batch_size // stage.accumulation
 
@@ -139,7 +139,7 @@ def to_device(batch: Batch, stage: Stage, mesh: Mesh) -> DeviceBatch:
         # [A * b, S] -> [A, b, S], where b is the number of sequences of this process in a microbatch.
         return place_rows(own.reshape(stage.accumulation, -1, own.shape[-1]), mesh, rows)
 
-    return DeviceBatch(**{field.name: put(getattr(batch, field.name)) for field in dataclasses.fields(batch)})
+    return jax.tree.map(put, batch)
 
 
 def draw_loops(stage: Stage, key: UInt32[np.ndarray, "2"], step: int) -> int:

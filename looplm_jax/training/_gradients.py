@@ -9,38 +9,26 @@ from collections.abc import Callable
 from typing import Any, TypeAlias, cast
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from looplm_jax.config import ComputeConfig, Gather, Reduce
+from looplm_jax.data._packing import Batch
 from looplm_jax.losses import Stage1Metrics
 from looplm_jax.models._looplm import LoopLM, Params, copy_dtypes, gather_stacks, parameter_axes
 from looplm_jax.sharding import all_gather, all_reduce, on_each_device, reduce_scatter, token_axes
-
-
-@flax.struct.dataclass
-class DeviceBatch:
-    """A batch on the devices: `A` microbatches of `B` sequences each."""
-
-    tokens: Int[Array, "A B S"]
-    targets: Int[Array, "A B S"]
-    segment_ids: Int[Array, "A B S"]
-    positions: Int[Array, "A B S"]
-    loss_mask: Float[Array, "A B S"]
-
 
 Variables: TypeAlias = dict[str, Params]
 # Sums over some tokens, divided by the number of unmasked tokens of the batch.
 Sums: TypeAlias = tuple[Float[Array, ""], Stage1Metrics]
 
 # A function of variables, a microbatch `[B, S]` and the number of unmasked tokens of the whole batch.
-LossOf: TypeAlias = Callable[[Variables, DeviceBatch, Float[Array, ""]], Sums]
+LossOf: TypeAlias = Callable[[Variables, Batch[Array], Float[Array, ""]], Sums]
 
 
 def loss_and_gradients(
-    loss_of: LossOf, model: LoopLM, moving: Params, frozen: Params, batch: DeviceBatch
+    loss_of: LossOf, model: LoopLM, moving: Params, frozen: Params, batch: Batch[Array]
 ) -> tuple[Sums, Params]:
     """Returns the loss, metrics and gradients of a batch.
 
@@ -76,12 +64,12 @@ def when_reduced(compute: ComputeConfig) -> Reduce:
 
 
 def _reduced_by_the_compiler(
-    loss_of: LossOf, model: LoopLM, moving: Params, frozen: Params, batch: DeviceBatch, count: Float[Array, ""]
+    loss_of: LossOf, model: LoopLM, moving: Params, frozen: Params, batch: Batch[Array], count: Float[Array, ""]
 ) -> tuple[Sums, Params]:
     """Computes gradients with global arrays; the compiler inserts the reductions."""
     copies = gather_stacks(model, {**frozen, **moving}) if model.compute.gather is Gather.PER_STEP else {}
 
-    def of_microbatch(microbatch: DeviceBatch) -> tuple[Sums, Params]:
+    def of_microbatch(microbatch: Batch[Array]) -> tuple[Sums, Params]:
         def loss(moving: Params) -> Sums:
             return loss_of({"params": {**frozen, **moving}, "gathered": copies}, microbatch, count)
 
@@ -96,7 +84,7 @@ def _reduced_once(
     when: Reduce,
     moving: Params,
     frozen: Params,
-    batch: DeviceBatch,
+    batch: Batch[Array],
     count: Float[Array, ""],
 ) -> tuple[Sums, Params]:
     """Computes gradients in a local region: each device accumulates its own, and one reduction sums them.
@@ -111,10 +99,10 @@ def _reduced_once(
     # Gradients of a single microbatch have the dtype of the products; sums over microbatches need float32.
     sums_in = jax.tree.map(lambda own: own if when is Reduce.MICROBATCH else jnp.dtype(jnp.float32), dtypes)
 
-    def on_device(params: Params, batch: DeviceBatch, count: Array) -> tuple[Sums, Params]:
+    def on_device(params: Params, batch: Batch[Array], count: Array) -> tuple[Sums, Params]:
         copies = jax.tree.map(lambda shard, dtype, names: all_gather(shard.astype(dtype), names), params, dtypes, axes)
 
-        def reduced(batch: DeviceBatch) -> tuple[Sums, Params]:
+        def reduced(batch: Batch[Array]) -> tuple[Sums, Params]:
             # The barrier makes the zeros depend on the batch. Otherwise they would be one more array of the size of the
             # parameters that is shared by all microbatches and copied.
             zero, _ = jax.lax.optimization_barrier((jnp.zeros(()), batch.tokens))
@@ -123,7 +111,7 @@ def _reduced_once(
             # The pullback adds to these references in place, so there is one array per parameter for all microbatches.
             accumulators = jax.tree.map(jax.new_ref, {name: zeros[name] for name in moving})
 
-            def of_microbatch(microbatch: DeviceBatch) -> Sums:
+            def of_microbatch(microbatch: Batch[Array]) -> Sums:
                 def loss(moving: Params) -> Sums:
                     return loss_of({"params": {**zeros, **moving}, "gathered": copies}, microbatch, count)
 
@@ -152,13 +140,13 @@ def _filled(value: Float[Array, ""], like: Array, dtype: jnp.dtype, axes: PyTree
     return nn.with_logical_constraint(jnp.broadcast_to(value.astype(dtype), like.shape), axes)
 
 
-def _sum_over_microbatches(function: Callable[[DeviceBatch], PyTree], batch: DeviceBatch) -> PyTree:
+def _sum_over_microbatches(function: Callable[[Batch[Array]], PyTree], batch: Batch[Array]) -> PyTree:
     """Returns the sum of `function` over the microbatches of a batch."""
     first = jax.tree.map(lambda x: x[0], batch)
     if batch.tokens.shape[0] == 1:
         return function(first)
 
-    def add(total: PyTree, microbatch: DeviceBatch) -> tuple[PyTree, None]:
+    def add(total: PyTree, microbatch: Batch[Array]) -> tuple[PyTree, None]:
         return jax.tree.map(jnp.add, total, function(microbatch)), None
 
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function, first))

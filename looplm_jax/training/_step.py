@@ -11,10 +11,11 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from looplm_jax.config import Objective, PriorKind, Recipe, Stage
+from looplm_jax.data._packing import Batch
 from looplm_jax.halting._priors import log_prior
 from looplm_jax.losses import Stage1Metrics, stage1, stage1_from_hidden, stage2, token_losses
 from looplm_jax.models._looplm import LoopLM, LoopLMOutput
-from looplm_jax.training._gradients import DeviceBatch, Variables, loss_and_gradients
+from looplm_jax.training._gradients import Variables, loss_and_gradients
 from looplm_jax.training._guard import is_sound, update_guard
 from looplm_jax.training._optimizer import direction, learning_rate
 from looplm_jax.training._state import TrainState, split_params
@@ -46,7 +47,7 @@ class StepMetrics:
     skipped_in_a_row: Int[Array, ""]
 
 
-TrainStep = Callable[[TrainState, DeviceBatch], tuple[TrainState, StepMetrics]]
+TrainStep = Callable[[TrainState, Batch[Array]], tuple[TrainState, StepMetrics]]
 
 
 def make_train_step(recipe: Recipe, model: LoopLM, stage: Stage, *, first_step: int, loops: int) -> TrainStep:
@@ -60,13 +61,13 @@ def make_train_step(recipe: Recipe, model: LoopLM, stage: Stage, *, first_step: 
       loops: the number of loops.
     """
 
-    def train_step(state: TrainState, batch: DeviceBatch) -> tuple[TrainState, StepMetrics]:
+    def train_step(state: TrainState, batch: Batch[Array]) -> tuple[TrainState, StepMetrics]:
         # Only `moving` is differentiated, so no gradients of frozen parameters are computed.
         moving, frozen = split_params(state.params, stage.trained_groups)
         logged = is_logged(recipe, state.step + 1)
 
         def objective(
-            variables: Variables, microbatch: DeviceBatch, count: Float[Array, ""]
+            variables: Variables, microbatch: Batch[Array], count: Float[Array, ""]
         ) -> tuple[Array, Stage1Metrics]:
             match stage.objective:
                 case Objective.EXPECTED_LOSS:
@@ -122,7 +123,7 @@ def is_logged(recipe: Recipe, step: int | Int[Array, ""]) -> bool | Bool[Array, 
 
 
 def _expected_loss(
-    model: LoopLM, stage: Stage, loops: int, variables: Variables, microbatch: DeviceBatch, count: Float[Array, ""]
+    model: LoopLM, stage: Stage, loops: int, variables: Variables, microbatch: Batch[Array], count: Float[Array, ""]
 ) -> tuple[Float[Array, ""], Stage1Metrics]:
     """Returns the Stage I loss (Eq. 4) of a microbatch, and its metrics."""
     output = _apply(model, variables, microbatch, loops)
@@ -142,7 +143,7 @@ def _expected_loss(
 
 
 def _gate_loss(
-    model: LoopLM, stage: Stage, loops: int, variables: Variables, microbatch: DeviceBatch, count: Float[Array, ""]
+    model: LoopLM, stage: Stage, loops: int, variables: Variables, microbatch: Batch[Array], count: Float[Array, ""]
 ) -> tuple[Float[Array, ""], Stage1Metrics]:
     """Returns the Stage II loss (Eq. 6) of a microbatch, and its metrics.
 
@@ -174,7 +175,7 @@ def _last_loss(
     model: LoopLM,
     loops: int,
     variables: Variables,
-    microbatch: DeviceBatch,
+    microbatch: Batch[Array],
     count: Float[Array, ""],
     logged: bool | Bool[Array, ""],
 ) -> tuple[Float[Array, ""], Stage1Metrics]:
@@ -225,7 +226,7 @@ def _head(model: LoopLM, variables: Variables) -> Float[Array, "D V"]:
     return cast(Array, model.apply(variables, method="head_weights"))
 
 
-def _apply(model: LoopLM, variables: Variables, microbatch: DeviceBatch, loops: int) -> LoopLMOutput:
+def _apply(model: LoopLM, variables: Variables, microbatch: Batch[Array], loops: int) -> LoopLMOutput:
     """Runs the model on a microbatch."""
     output = model.apply(
         variables, microbatch.tokens, loops=loops, positions=microbatch.positions, segment_ids=microbatch.segment_ids

@@ -253,8 +253,9 @@ def test_a_run_that_breaks_is_started_again(cloud):
     assert all("attempt 1 ended with status 1" in log for log in cloud.host_text("run/log"))
 
 
-def test_a_run_that_a_signal_of_the_machine_ends_is_started_again(cloud):
-    launched(cloud, FAKE_LOOPLM='[[ -e $HOME/seen ]] && exit 0; touch "$HOME/seen"; exit 143')
+@pytest.mark.parametrize("end", ["exit 143", "exit 75", "kill -ABRT $$"])
+def test_a_run_that_a_signal_or_a_lost_process_ends_is_started_again(cloud, end):
+    launched(cloud, FAKE_LOOPLM=f'[[ -e $HOME/seen ]] && exit 0; touch "$HOME/seen"; {end}')
     until(lambda: ended(cloud))
     assert cloud.host_text("run/outcome") == ["finished\n", "finished\n"]
 

@@ -2,8 +2,8 @@
 # Runs the command until it has finished, is stopped, or fails for good. The run resumes from its folder each time.
 #
 # SIGTERM to this script is passed on, and the run saves: this is how stop.sh stops it, and how a machine that goes down
-# ends it. Everything else that ends the command (a lost host, a crash) starts it again, except exit status 2, a mistake
-# of the user's.
+# ends it. Everything else that ends the command (a crash; a lost host, which is exit status 75, or SIGABRT by the JAX
+# runtime) starts it again, except exit status 2, a mistake of the user's.
 set -uo pipefail
 # shellcheck source=tpu_setup/host/run_state.sh
 source "$(dirname "${BASH_SOURCE[0]}")/run_state.sh"
