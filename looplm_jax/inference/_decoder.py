@@ -345,8 +345,8 @@ class Decoder:
         if not self._slots.settings.policy.accepts(self._policy(request)):
             try:
                 self._slots = grow_policies(self.model, self._slots, self._policy(request))
-            # A `Custom` policy runs the user's function here, so anything may be raised.
             except UserError as error:
+                # A `Custom` policy runs the user's function here, so anything may be raised.
                 raise PolicyError(str(error)) from error
             except Exception as error:
                 raise PolicyError(f"the exit policy raised {type(error).__name__}: {error}") from error

@@ -12,6 +12,7 @@ from looplm_jax.errors import UserError
 from looplm_jax.sharding import process_rows
 from looplm_jax.training._setup import Position, Setup
 
+# 15 seconds in all, which covers a short interruption of a network file system or a bucket.
 WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before each new attempt
 
 
@@ -54,11 +55,13 @@ class RetryingReader:
         self._batches = open_batches()
         if start is not None:
             self._batches.restore(start)
+        # The stream is one batch ahead of `_place` between `read_ahead` and `next`.
         self._ahead: Batch | None = None
         self._place = self._batches.state()
 
     def read_ahead(self) -> str | None:
         """Reads the next batch. Returns None, or the reason if the read fails after all retries."""
+        # Nothing is waited for after the last attempt.
         for attempt, wait in enumerate((*self._waits, None)):
             try:
                 # A retry reopens the stream, because a failed source may have left it in an undefined state.
@@ -77,6 +80,7 @@ class RetryingReader:
         """Returns the batch that was read ahead, and advances `state` to the position after it."""
         batch, self._ahead = self._ahead, None
         assert batch is not None
+        # Only now, because a batch that was read but not trained on must be read again on resume.
         self._place = self._batches.state()
         return batch
 
@@ -116,7 +120,9 @@ def open_reader(setup: Setup, position: Position, warn: Callable[[str], None]) -
             setup.tokenizer,
             batch_size=stage.batch_size,
             sequence_length=stage.sequence_length,
+            # Stages with the same mixture see it in different orders.
             seed=setup.recipe.data.seed + position.stage,
+            # The pipeline knows no substreams: it opens each one as if it were the shard of a process.
             process_index=substream,
             process_count=substreams,
         )
@@ -143,6 +149,7 @@ def held_out_batches(setup: Setup, index: int) -> ValidationBatches | None:
     return data.validation_batches(
         setup.corpora[index],
         setup.tokenizer,
+        # The devices have room for a microbatch; an evaluation does not accumulate.
         batch_size=stage.batch_size // stage.accumulation,
         sequence_length=stage.sequence_length,
         max_sequences=setup.recipe.evaluation.sequences,

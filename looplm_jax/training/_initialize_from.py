@@ -21,6 +21,7 @@ from looplm_jax.models._looplm import LoopLM, Params
 from looplm_jax.training._state import TrainState, abstract_state, state_around
 
 _NO_SHAPE = ("loops", "rope_theta", "norm_eps", "max_positions", "init_std")  # do not change the shapes of parameters
+# The subtree of the train state in a checkpoint.
 _OPTIMIZER = "optimizer"
 
 

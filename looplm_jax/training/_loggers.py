@@ -22,6 +22,7 @@ from looplm_jax.files import AnyPath, make_folder, refusal, report_failed_writes
 _SECONDS_BETWEEN_UPLOADS = 30.0
 _SHARE_OF_TIME = 0.05  # the maximum fraction of the time spent in uploads
 
+# TensorBoard expects it in the first record of a file.
 _FORMAT = "brain.Event:2"
 
 
@@ -78,6 +79,8 @@ class _LocalFile:
         try:
             while self._pending:
                 # One call may write only a portion.
+                # What was written is removed at once, so that an error in the middle leaves only the rest to be
+                # retried.
                 self._pending = self._pending[self._file.write(self._pending) or 0 :]
             if sync:
                 os.fsync(self._file.fileno())
@@ -106,6 +109,7 @@ class _BucketFile:
 
     def flush(self) -> None:
         with self._uploading:
+            # A copy, because `write` may append during the upload.
             content = bytes(self._content)
             if len(content) == self._stored:
                 return
@@ -117,6 +121,7 @@ class _BucketFile:
 
     def close(self) -> None:
         self._closed.set()
+        # The last upload must be that of the whole content.
         self._thread.join()
         self.flush()
 
@@ -134,6 +139,7 @@ class _BucketFile:
 
 def open_events(folder: AnyPath, *, step: int) -> "EventLog":
     """Creates an event file in `folder`. Raises UserError if the disk or the bucket refuses it."""
+    # TensorBoard reads the files of a folder in the order of their names, which begin with the time.
     name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.from-{step}"
     with report_failed_writes(folder):
         make_folder(folder)
@@ -150,6 +156,7 @@ class EventLog:
 
     def __init__(self, file: AppendOnlyFile, *, step: int):
         self.file = file
+        # Only the framing of records is TensorBoard's; the file handles refused writes.
         self._records = RecordWriter(file)
         self._append(Event(wall_time=time.time(), file_version=_FORMAT))
         self._append(Event(wall_time=time.time(), step=step + 1, session_log=SessionLog(status=SessionLog.START)))

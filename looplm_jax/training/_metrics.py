@@ -96,8 +96,11 @@ class MetricsLog:
         """
         self._lines.write(_line({"kind": kind, "step": step, **values}).encode())
         self._events.write(step, _scalars(kind, values))
+
+        # Reported after both writes, so that a full disk is one warning and not two.
         self._report_refusal("kept in memory, and retried with the next line; training continues")
 
+        # Mirrors get the scalars even if the disk refuses them.
         for mirror in self._mirrors:
             mirror.write(step, _scalars(kind, values))
 
@@ -193,6 +196,7 @@ def read_metrics(folder: AnyPath, *, warn: Callable[[str], None] = _warn_on_stde
         if not path.exists():
             return []
         check_regular(path)
+        # A killed process may have left anything, so the file is read as bytes: damaged text would raise.
         lines = path.read_bytes().split(b"\n")
 
     rows = [json_io.metrics_row(line) for line in lines[:-1]]  # text after the last newline is incomplete
@@ -212,6 +216,7 @@ def as_values(metrics: StepMetrics) -> dict[str, Any]:
 
     For a step without unmasked tokens, means over tokens are NaN.
     """
+    # One transfer for all arrays.
     host = jax.device_get(metrics)
     tokens = int(host.tokens)
     loss, exits = host.loss, host.exits
@@ -245,6 +250,7 @@ def _scalars(kind: str, values: Mapping[str, Any]) -> dict[str, float]:
         if isinstance(value, list):
             scalars |= {f"{kind}/{name}/{loop}": float(part) for loop, part in enumerate(value, start=1)}
         elif isinstance(value, int | float):
+            # Text, such as the name of the stage, is not a scalar.
             scalars[f"{kind}/{name}"] = float(value)
     return scalars
 
@@ -288,6 +294,7 @@ class Reporter:
 
     def flush(self) -> None:
         """Reports the pending step. Raises the errors of `add`."""
+        # Cleared first: an error in the report must not make a later flush report the step again.
         pending, self._pending = self._pending, None
         if pending is not None:
             self._report(*pending)
@@ -299,6 +306,7 @@ class Reporter:
     def _report(self, step: int, loops: int, metrics: StepMetrics) -> None:
         """Writes the metrics of a step to the log and the progress bar."""
         values = as_values(metrics)
+        # Masked tokens are not counted: they are computed, but nothing is learned from them.
         self._clock_tokens += values["tokens"]
         # The rate is over all steps since the clock was restarted.
         rate = self._clock_tokens / max(time.monotonic() - self._clock, 1e-9)
@@ -311,6 +319,7 @@ class Reporter:
             self._log.write(TRAIN, step, {"stage": self._stage.name, "loops": loops, **measured})
             self.restart_clock()
 
+        # The guard comes last, so that the metrics of the step that ends the run are written.
         self._progress.update(self._stage.name, step, values)
         self._check_patience(int(metrics.skipped_in_a_row), step)
 

@@ -13,6 +13,7 @@ _PRIOR_FIELDS = {PriorKind.UNIFORM: (), PriorKind.GEOMETRIC: ("rate",), PriorKin
 
 def settings_without_effect(recipe: Recipe) -> list[str]:
     """Returns one note for each group of fields that differ from their defaults and have no effect."""
+    # Notes, not errors: the fields are valid, and recipes are often edited one field at a time.
     notes = [note for stage in recipe.stages for note in _of_stage(stage)]
     if recipe.data.validation_fraction == 0 and (fields := _changed(recipe.evaluation, ("every", "sequences"))):
         notes.append(_note("evaluation", fields, "data.validation_fraction=0"))
@@ -25,11 +26,14 @@ def _of_stage(stage: Stage) -> Iterator[str]:
     for fields, because in (*_of_schedule(stage), *_of_objective(stage)):
         if changed := _changed(stage, fields):
             yield _note(where, changed, because)
+
+    # Eq. 4 uses the prior, but not every field of it.
     if stage.objective is Objective.EXPECTED_LOSS:
         kind = stage.prior.kind
         unused = tuple(name for name in ("rate", "mean", "sigma") if name not in _PRIOR_FIELDS[kind])
         if changed := _changed(stage.prior, unused):
             yield _note(f"{where}.prior", changed, f"kind={kind.value}")
+
     if _never_decays(stage):
         yield f"note: {where}: schedule={stage.schedule.value} never decays: {_never_decays(stage)}"
 
@@ -60,6 +64,7 @@ def _never_decays(stage: Stage) -> str:
     """Returns why a decaying schedule stays at its peak rate, or an empty string if it decays."""
     if stage.schedule is Schedule.WARMUP_STABLE_DECAY and stage.decay_steps == 0:
         return "decay_steps=0"
+    # The cosine begins after the warm-up, or after the first step without one.
     if stage.schedule is Schedule.COSINE and stage.steps <= max(stage.warmup_steps, 1):
         return f"warmup_steps={stage.warmup_steps} leaves none of steps={stage.steps}"
     return ""
@@ -102,6 +107,7 @@ def changed_settings(before: Recipe, now: Recipe, first: int) -> list[str]:
     """
     lines = []
     for index in range(first, len(now.stages)):
+        # Stages before `first` are finished, so how they would be computed does not matter.
         old, new = _how_computed(before, index), _how_computed(now, index)
         changes = [f"{path}: {old[path]}, now {value}" for path, value in new.items() if old[path] != value]
         if changes:

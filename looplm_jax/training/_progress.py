@@ -20,6 +20,7 @@ from looplm_jax.terminal import visible
 
 B = TypeVar("B", bound="ProgressBar")
 
+# Without a terminal the output is usually a log, in which a line per step would hide everything else.
 _SECONDS_BETWEEN_LINES = 15.0
 
 
@@ -38,6 +39,7 @@ class _Console(Console):
     """A console that escapes control characters, which names in a line may contain."""
 
     def print(self, *objects: Any, **options: Any) -> None:
+        # Names of files, sources and stages may contain control characters.
         super().print(*(visible(each) if isinstance(each, str) else each for each in objects), **options)
 
 
@@ -51,6 +53,7 @@ class ProgressBar:
 
     def __init__(self, console: Console, *columns: ProgressColumn):
         self._console = console
+        # So that the first line is printed at once.
         self._last_line = -_SECONDS_BETWEEN_LINES
         self._bar = Progress(
             TextColumn("{task.description}", style="bold", markup=False),
@@ -58,6 +61,7 @@ class ProgressBar:
             *columns,
             console=console,
             disable=console.quiet or not console.is_terminal,
+            # Removed at its end, so that the lines above it remain as the record of the run.
             transient=True,
         )
 
@@ -95,6 +99,7 @@ class TrainingProgress(ProgressBar):
             console, MofNCompleteColumn(), status, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
         )
         self._total = total_steps
+        # The time left is estimated from the steps of this process alone.
         self._started, self._first = time.monotonic(), step
         self._task = self._bar.add_task("", total=total_steps, completed=step, status="")
 

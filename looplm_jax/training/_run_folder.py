@@ -66,6 +66,7 @@ def check_run_folder(path: str | os.PathLike[str], recipe: Recipe) -> RunFolder:
         checkpoint can be stored.
     """
     folder = RunFolder(path=any_path(path))
+    # Refuses names that Orbax or TensorStore would misread, before anything is trained.
     checkpoint_path(folder.checkpoints)
     with report_failed_reads(folder.path):
         _check_contents(folder, recipe)
@@ -83,6 +84,7 @@ def claim_run_folder(folder: RunFolder, recipe: Recipe) -> None:
     with report_failed_writes(folder.path):
         make_folder(folder.path)
         if not folder.started:
+            # The earlier attempt may have trained it on other data.
             folder.tokenizer.unlink(missing_ok=True)
     write_atomically(folder.config, (json.dumps(to_dict(recipe), indent=2) + "\n").encode())
 
@@ -95,10 +97,12 @@ def read_recipe(path: AnyPath) -> Recipe:
     except FileNotFoundError:
         raise UserError(f"there is no recipe {path}") from None
     except UserError:
+        # A UserError is a ValueError, and has its message already.
         raise
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from None
     except RecursionError:
+        # Python's parser of JSON is recursive.
         raise UserError(f"{path} is not a recipe: its JSON is nested too deep") from None
     return from_dict(Recipe, values)
 
@@ -108,6 +112,8 @@ def _check_contents(folder: RunFolder, recipe: Recipe) -> None:
     if folder.path.exists() and not folder.path.is_dir():
         raise UserError(f"{folder.path} is a file; choose another --out")
     if not folder.started:
+        # A folder with a recipe, but without metrics and checkpoints, is a run that ended before its first step: any
+        # recipe may start there.
         if not folder.config.exists() and _holds_files(folder):
             raise UserError(f"{folder.path} is not empty and holds no run; choose another --out")
         return
@@ -131,6 +137,7 @@ def _saved_recipe(folder: RunFolder) -> Recipe | None:
         values = json.loads(folder.config.read_bytes())
     except (FileNotFoundError, ValueError, RecursionError):
         values = None
+    # Every checkpoint has the recipe, too.
     if not isinstance(values, dict):
         return _checkpoint_recipe(folder)
     return from_dict(Recipe, values)

@@ -118,6 +118,7 @@ def prepare_run(
     tokenizer = first_on_process_0(group, "folder", own_folder)
     _report_pieces_left_out(recipe, corpora, tokenizer, console)
 
+    # Restoring is timed separately.
     watch.charge(Activity.OTHER)
     if resuming:
         position = _restore(recipe, folder, models[0], meshes, store, tokenizer, console)
@@ -166,6 +167,7 @@ def _open_corpora(recipe: Recipe, console: Console) -> tuple[Corpus, ...]:
 
 def _report_pieces_left_out(recipe: Recipe, corpora: Sequence[Corpus], tokenizer: Tokenizer, console: Console) -> None:
     """Prints estimates of how many chunks of chats are dropped, once per source."""
+    # Chunks of a chat in which nothing is learned are not packed; how many there are depends on the sequence length.
     stages = zip(recipe.stages, corpora, strict=True)
     lines = (line for stage, corpus in stages for line in chunks_left_out(corpus, tokenizer, stage.sequence_length))
     for line in dict.fromkeys(lines):  # stages may share a source
@@ -247,6 +249,7 @@ def _restore(
         before = metadata.saved_recipe()
         saved = {**to_dict(before), "tokenizer": metadata.tokenizer_fingerprint}
         check_same_run(str(folder.path), saved, wanted)
+
         index = stages.index(metadata.extra["stage"])
         # The saved window of the guard may have another size, so the state is restored in its saved shape first.
         as_saved = dataclasses.replace(recipe, guard=before.guard)
@@ -261,6 +264,7 @@ def _restore(
 
     for note in changed_settings(restored.metadata.saved_recipe(), recipe, stage):
         console.print(note, markup=False)
+
     state = dataclasses.replace(restored.state, guard=with_window(restored.state.guard, recipe.guard))
     return Position(state=state, stage=stage, data_state=restored.metadata.data_state)
 
@@ -301,11 +305,14 @@ def run_tokenizer(
         tokenizer = inherited
 
     if tokenizer is None:
+        # The parameters of the checkpoint belong to its tokenizer: training another one would make them useless.
         if recipe.start.checkpoint:
             raise UserError(
                 f"{recipe.start.checkpoint} has no tokenizer.json; copy it from where the model comes from, "
                 "or set data.tokenizer to it"
             )
+
+        # It exists if the run resumes, and on all processes but the first.
         if not folder.tokenizer.exists():
             console.print(f"training a tokenizer of {recipe.model.vocab_size} pieces")
             texts = data.training_texts(corpus, seed=recipe.data.seed)

@@ -120,9 +120,11 @@ def train(
 
     # Steps 1 and 2 of the order above: refuse the wrong folder, then own it.
     folder = check_run_folder(out, recipe)
+    # The folder is compared too: processes with different folders would each start a run of their own.
     check_same(group, "configuration", {**to_dict(recipe), "out": str(folder.path)})
 
     with StopRequest() as request, contextlib.ExitStack() as closing:
+        # Only process 0 writes to the folder, so only it holds the lock.
         ownership = _owned(folder, recipe, closing) if group.index == 0 else NotOwner()
         for note in settings_without_effect(recipe):
             console.print(note)
@@ -132,6 +134,7 @@ def train(
         try:
             setup = stop.run(lambda: prepare_run(recipe, folder, console, group, watch))
         except Stopped as stopped:
+            # Nothing was trained yet, so there is nothing to save.
             return Outcome(folder=folder, step=_latest_step(folder), skipped=0, stopped_by=stopped.signal)
 
         # Step 7.
@@ -174,6 +177,7 @@ def train(
         if error is not None:
             progress.warn(f"NOT SAVED: {error}; a later save succeeded")
 
+        # A run that was already finished has no times to report.
         if int(end.state.step) > step:
             _log_time_breakdown(run)
 
@@ -221,6 +225,7 @@ def _train_stage(run: _Run, position: Position) -> _StageEnd:
 
     state, done = position.state, int(position.state.step)
     key = jax.device_get(state.key)
+
     held_out = held_out_batches(run.setup, position.stage) if run.evaluate is not None else None
 
     model = run.setup.models[position.stage]
@@ -241,8 +246,10 @@ def _train_stage(run: _Run, position: Position) -> _StageEnd:
                     _save(run, stage, state, done, reader, permanent=done == last)
 
                 if done == last:
+                    # After the save, so that the next stage resumes from a checkpoint of this one.
                     return _StageEnd(state=state, stopped_by=None)
 
+                # If the folder was moved or another process has taken it over, no further step is computed.
                 run.ownership.check()
 
                 # The next batch is read while the devices compute the previous step. A failure is not raised here but
@@ -255,10 +262,15 @@ def _train_stage(run: _Run, position: Position) -> _StageEnd:
                 loops = draw_loops(stage, key, done)
                 if not programs.compiled(loops):
                     run.progress.say(f"compiling stage {stage.name} for {loops} loops")
+                    # In a thread, because a large program compiles for minutes, and a stop signal must not wait for
+                    # that.
                     run.stop.run(functools.partial(programs.compile, loops))
                     run.watch.charge(Activity.COMPILE)
+                    # Tokens per second are those of training alone.
                     reporter.restart_clock()
 
+                # Dispatched without waiting: the devices compute while the host reports the previous step and reads the
+                # next batch.
                 run.profiler.before(done + 1)
                 state, metrics = programs.run(loops, state, to_device(reader.next(), stage, mesh))
                 done += 1
@@ -273,6 +285,7 @@ def _train_stage(run: _Run, position: Position) -> _StageEnd:
         except DataUnavailable as unavailable:
             reporter.flush()
             _save(run, stage, state, done, reader, permanent=done == last)
+            # The message says that the step is saved, so the asynchronous save has to end first.
             run.saver.finish()
             raise UserError(
                 f"{unavailable}; step {done} is saved; fix that, and the same command resumes from there"
@@ -286,6 +299,7 @@ def _evaluate(
     run: _Run, mesh: Mesh, model: LoopLM, state: TrainState, step: int, held_out: ValidationBatches | None
 ) -> None:
     """Evaluates the parameters and logs the results, unless an earlier process has done so at this step."""
+    # The metrics already have an evaluation at this step if the run was stopped between evaluating and saving.
     evaluate = run.evaluate
     if evaluate is None or held_out is None or run.log.evaluated(step):
         return
@@ -311,6 +325,7 @@ def _save(run: _Run, stage: Stage, state: TrainState, step: int, reader: Retryin
     )
 
     run.watch.charge(Activity.STEP)
+    # Another process may have taken over since the last step. Its checkpoints must not be replaced.
     run.ownership.check()
     # The metrics up to this step must be stored before the checkpoint from which a run may resume.
     run.log.flush()
@@ -346,5 +361,6 @@ def _is_due(step: int, every: int, last: int) -> bool:
 
 
 def _latest_step(folder: RunFolder) -> int:
+    # `keep` has no effect on listing the steps.
     steps = CheckpointStore(folder.checkpoints, keep=1).steps()
     return steps[-1] if steps else 0
