@@ -18,6 +18,7 @@ from looplm_jax.errors import UserError
 from looplm_jax.models._looplm import UNCAST, LoopLM, Params, boxed_shapes, compute_dtype
 from looplm_jax.sharding import abstract_arrays, check_divides, first_device, make_mesh, use_mesh
 
+# The dtypes in which devices multiply.
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -50,6 +51,7 @@ class Loaded:
         return require_tokenizer(self.tokenizer, self.origin)
 
     def __iter__(self) -> Iterator[Any]:
+        # The two that nearly every caller needs. The other fields have names.
         return iter((self.model, self.params))
 
 
@@ -96,12 +98,14 @@ def parameter_dtype(dtype: DTypeLike | None, compute: ComputeConfig, mesh: Mesh)
     """
     platform = mesh.devices.flat[0].platform
     if dtype is None:
+        # The dtype of the products depends on the platform of the mesh that is in use.
         with use_mesh(mesh):
             return None if platform == "cpu" else compute_dtype(compute)
 
     try:
         name = jnp.dtype(dtype).name
     except TypeError:
+        # Not a dtype: named in the error below, as the user wrote it.
         name = str(dtype)
 
     # TPUs do not support float16.
@@ -114,10 +118,13 @@ def parameter_dtype(dtype: DTypeLike | None, compute: ComputeConfig, mesh: Mesh)
 
 def _load_checkpoint(path: str, step: int | None, mesh: Mesh, dtype: DTypeLike | None) -> Loaded:
     """Loads a checkpoint of this package."""
+    # The metadata alone, which is cheap, says what shapes to ask for. The step is chosen again below, because the
+    # arrays of the latest one may be damaged.
     metadata = read_metadata(path, step)
     recipe = metadata.recipe()
     model = LoopLM(recipe.model, recipe.compute)
     cast = _cast(dtype, recipe.compute, mesh)
+
     check_divides(mesh, recipe.model)
 
     wanted = abstract_arrays(boxed_shapes(recipe.model), mesh)
@@ -127,6 +134,7 @@ def _load_checkpoint(path: str, step: int | None, mesh: Mesh, dtype: DTypeLike |
         model=model,
         params=restored.state,
         mesh=mesh,
+        # Of the step that was restored, which may be an older one than `metadata`.
         tokenizer=deserialize(restored.metadata.tokenizer_kind, restored.metadata.tokenizer),
         recipe=recipe,
         step=restored.step,

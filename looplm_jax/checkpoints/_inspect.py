@@ -62,6 +62,7 @@ class StepReport:
     def to_json(self) -> dict[str, Any]:
         """Returns the report as plain JSON values, without the tokenizer."""
         metadata = dataclasses.asdict(self.metadata) if self.metadata else {}
+        # Bytes are not JSON, and a tokenizer may have megabytes.
         metadata.pop("tokenizer", None)
         return {
             "step": self.step,
@@ -85,6 +86,7 @@ def inspect_steps(path: str, *, step: int | None = None) -> list[StepReport]:
     Raises:
       UserError: `path` is not a checkpoint, or does not contain `step`.
     """
+    # Unlike restoring, every step is reported, and none is an error.
     return [_inspect(folder) for folder in find_steps(path, step)]
 
 
@@ -105,6 +107,8 @@ def _inspect(folder: StepFolder) -> StepReport:
     except UnreadableError as error:
         unknown = f"could not be checked: {error}"
 
+    # Without metadata there is nothing else to report. Otherwise the report says what is damaged, and what the step
+    # holds.
     if saved is None:
         return StepReport(step=folder.step, damage=damage, unknown=unknown)
     return StepReport(

@@ -23,6 +23,8 @@ from looplm_jax.errors import UserError
 
 FORMAT = 1  # the version of the format; the oldest files do not contain it
 
+# The types of the fields in JSON. Every field is checked before any is used: files of other versions, and of other
+# programs, are refused by name instead of failing later.
 _KINDS: dict[str, type] = {
     "config": dict,
     "tokenizer_kind": str,
@@ -102,6 +104,7 @@ class Metadata:
         Raises:
           UserError: the configuration is of another version of this package.
         """
+        # Stages may differ in the model, for example in its number of loops.
         recipe = self.saved_recipe()
         stages = [stage for stage in recipe.stages if stage.name == self.extra.get("stage")]
         return dataclasses.replace(recipe, model=recipe.model_of(stages[0])) if stages else recipe
@@ -152,6 +155,7 @@ def encode_metadata(metadata: Metadata, arrays: dict[str, ArrayInfo], *, permane
         "arrays": {name: dataclasses.asdict(record) for name, record in arrays.items()},
         "permanent": permanent,
     }
+    # The checksum is that of the text itself, so it does not depend on how JSON would be written again.
     body = json.dumps(values)
     return {"body": body, "sha256": _checksum(body)}
 
@@ -166,6 +170,7 @@ def decode_metadata(value: Any) -> MetadataFile:
     if not isinstance(value, dict) or _checksum(str(value.get("body"))) != value.get("sha256"):
         raise DamagedError("the checksum of its metadata differs")
 
+    # The checksum is right, so the text is what some version wrote.
     values = _checked(json.loads(value["body"]))
     # The data state is saved as a list with one entry per process.
     arrays, states, permanent = (values.pop(name) for name in ("arrays", "data_state", "permanent"))
@@ -196,6 +201,7 @@ def _checked(body: Any) -> dict[str, Any]:
         raise _other_version(version, f"this version reads format {FORMAT}")
 
     fields = {name: value for name, value in body.items() if name != "format"}
+
     wrong = _wrong_field(fields, _KINDS) or _wrong_value(fields)
     if wrong:
         raise _other_version(version, wrong)
@@ -226,6 +232,7 @@ def _wrong_record(record: Any) -> str | None:
     if wrong:
         return wrong
 
+    # Not `isinstance`: true and false are integers in Python.
     if not all(type(size) is int and size >= 0 for size in record["shape"]):
         return "no shape is 'shape'"
 
@@ -265,6 +272,7 @@ def _joined(first: Any, second: Any) -> Any:
     """Merges two JSON values key by key. For values that are not both dictionaries, returns the second."""
     if not isinstance(first, dict) or not isinstance(second, dict):
         return second
+    # A key that only one process has, such as a substream, is kept as it is.
     return {key: _joined(first.get(key, {}), second.get(key, first.get(key))) for key in {**first, **second}}
 
 

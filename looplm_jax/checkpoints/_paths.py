@@ -12,6 +12,7 @@ from etils.epath import gpath
 from looplm_jax.errors import UserError
 from looplm_jax.files import any_path, in_bucket
 
+# gsutil and TensorStore treat some of these as patterns, and others as versions or fragments.
 _FORBIDDEN_IN_BUCKETS = re.compile(r"[\x00-\x1f\x7f#?*+;\[\]\\]")
 
 
@@ -46,6 +47,7 @@ def kvstore(folder: epath.Path) -> dict[str, Any]:
     text = os.fspath(folder)
     if not in_bucket(folder):
         return {"driver": "file", "path": f"{text}/"}
+
     bucket, _, path = text.removeprefix("gs://").partition("/")
     return {"driver": "gcs", "bucket": bucket, "path": f"{path}/"}
 
@@ -72,6 +74,7 @@ def _reason_against(path: str) -> str | None:
         return "has a backslash in its name, which TensorStore reads as a slash"
     if "gs:/" in path:
         return "has 'gs:/' in it, which Orbax reads as the name of a bucket"
+    # Linux allows any bytes in a name; TensorStore requires UTF-8.
     try:
         path.encode()
     except UnicodeEncodeError:

@@ -71,6 +71,8 @@ def write_raw(folder: Path, whole: RawStep) -> None:
         reason = _write(path, whole)
         if reason is not None:
             remove_failed(path.parent, whole.step)
+
+    # Raised outside the context, so that the error reaches the user and only the late reports of Orbax are silenced.
     if reason is not None:
         remedy = "free space" if reason == NO_SPACE else "fix that"
         raise UserError(f"{reason} while writing {path}: {remedy} and run the same command again")
@@ -95,6 +97,7 @@ def _write(path: epath.Path, whole: RawStep) -> str | None:
 def _read(folder: StepFolder) -> RawStep:
     """Reads the arrays and the metadata of one step."""
     saved = read_metadata_file(folder)
+    # No sharding is given: the arrays are read onto the first device.
     targets = {
         name: jax.ShapeDtypeStruct(record.shape, jnp.dtype(record.dtype)) for name, record in saved.arrays.items()
     }

@@ -24,6 +24,7 @@ from looplm_jax.checkpoints._step import StepFolder, list_steps, read_arrays, re
 from looplm_jax.errors import UserError, at_most
 from looplm_jax.files import report_failed_reads, with_retries
 
+# Differing arrays that a message lists. A model of another shape differs in all of them.
 _SHOWN = 3
 
 T = TypeVar("T")
@@ -112,6 +113,8 @@ def restore_params(
     """
 
     def describe(saved: MetadataFile) -> Any:
+        # Requested as stored, so that the comparison below is of names and shapes alone. The cast comes after the
+        # digests.
         wanted = flatten(abstract_params, prefix)
         stored = {name: _as_stored(target, saved.arrays.get(name)) for name, target in wanted.items()}
         return unflatten(stored, abstract_params, prefix)
@@ -138,6 +141,7 @@ def find_steps(path: str, step: int | None = None) -> list[StepFolder]:
         # In order of preference: a run folder, its `checkpoints` folder, one step.
         nested = list_steps(given / "checkpoints") or list_steps(given)
         folders = nested or [found for found in list_steps(given.parent) if found.path == given]
+
     if not folders:
         raise UserError(f"{path} is not a checkpoint: expected a run folder with checkpoints/<step>, or one such step")
 
@@ -162,6 +166,7 @@ def latest_valid(folders: Sequence[StepFolder], read: Callable[[StepFolder], T])
         try:
             return _LatestValid(value=with_retries(lambda: read(folder), RefusedError), skipped=tuple(skipped))  # noqa: B023
         except DamagedError as error:
+            # The files themselves show the damage, so that reading again would not help.
             skipped.append(SkippedStep(step=folder.step, why=str(error)))
         except OtherVersionError as error:
             skipped.append(SkippedStep(step=folder.step, why=str(error), other_version=True))
@@ -171,11 +176,13 @@ def latest_valid(folders: Sequence[StepFolder], read: Callable[[StepFolder], T])
                 "or move the folder elsewhere to use the step before"
             ) from None
 
+    # Every folder was skipped, so each one has its reason in the message.
     reasons = "; ".join(str(step) for step in skipped)
     raise UserError(f"no valid checkpoint in {folders[0].path.parent}: {reasons}; {_remedy(skipped)}")
 
 
 def _remedy(skipped: Sequence[SkippedStep]) -> str:
+    # The other version can still read the step, which is better than a new run.
     if any(step.other_version for step in skipped):
         return "install the version of looplm_jax that wrote it"
     return "restore a copy, or start a new run"
@@ -232,12 +239,14 @@ def _cast_each(arrays: dict[str, Array], dtype: DTypeLike, uncast: Sequence[str]
     """Casts the values of the dictionary in place, so that each array is freed before the next is cast."""
     kept = {name for group in uncast for name in below(arrays, group)}
     for name in arrays.keys() - kept:
+        # Counters and random keys are integers.
         if jnp.issubdtype(arrays[name].dtype, jnp.floating):
             arrays[name] = arrays[name].astype(dtype)
 
 
 def _require_same_arrays(folder: StepFolder, saved: dict[str, ArrayInfo], wanted: dict[str, Any]) -> None:
     """Raises UserError if names, shapes or dtypes of the saved and the requested arrays differ."""
+    # Compared as text, which is what the message shows: dtype and shape, without the digest.
     have = {name: str(record) for name, record in saved.items()}
     want = {name: str(ArrayInfo(shape=x.shape, dtype=str(x.dtype), digest="")) for name, x in wanted.items()}
 

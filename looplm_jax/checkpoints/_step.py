@@ -39,6 +39,7 @@ _ARRAYS = "state"
 _METADATA = "sidecar"  # the name on disk
 _METADATA_FILE = "data.json"
 _COMMITTED = "commit_success.txt"
+# The suffix is that of a folder that Orbax has not committed yet.
 _STEP_NAME = re.compile(r"(\d+)(\.orbax-checkpoint-tmp.*)?")
 
 

@@ -47,6 +47,7 @@ from looplm_jax.random_keys import seeded_key
 from looplm_jax.sharding import check_divides, first_device, make_mesh
 
 _DESCRIPTION = "starts from the weights of a dense model"
+# The gate, and the norms after the branches.
 _ONLY_LOOPED = re.compile(r"model\.early_exit_gate\.|.*layernorm_2\.")
 _SECOND_NORMS = {"attention_post_norm", "mlp_post_norm"}
 _DERIVED = ".rotary_emb.inv_freq"  # stored in old files; it follows from rope_theta
@@ -124,6 +125,7 @@ def load_dense(
     weights = _without_derived(WeightFolder.open(folder))
     config = read_dense_config(folder, weights, loops=loops, norm_placement=norm_placement)
     check_divides(mesh, config)
+
     layout = match_tensors(weights, config, _is_in_llama)
     tokenizer, notes = read_hf_tokenizer(folder, config.vocab_size)
 
@@ -152,6 +154,8 @@ def read_dense_config(folder: Path, weights: WeightFolder, *, loops: int, norm_p
         raise UserError(f"loops must be at least 1, not {loops}")
 
     values = read_json_object(folder / CONFIG)
+
+    # It would convert, because an Ouro has all tensors of a Llama, but its gate and second norms would be lost.
     if values.get("model_type") == "ouro":
         raise UserError(f"{folder} holds a looped model already; convert it as one: looplm convert from-hf")
     _refuse_biases(weights, values)
@@ -166,6 +170,7 @@ def _as_llama(values: Mapping[str, Any]) -> dict[str, Any]:
 
     A Mistral without a window is a Llama by another name.
     """
+    # Other kinds are passed on as they are, and refused by the reader, with their name.
     kind = values.get("model_type")
     if kind not in ("llama", "mistral"):
         return dict(values)
@@ -185,6 +190,7 @@ def _is_in_llama(tensor: TorchTensor) -> bool:
 def _refuse_biases(weights: WeightFolder, values: Mapping[str, Any]) -> None:
     """Raises UserError if the model has biases, which a LoopLM cannot hold."""
     biases = [name for name in weights.tensors if name.endswith(".bias")]
+    # Configurations of Qwen 2 do not mention their biases.
     if biases or values.get("model_type") == "qwen2":
         example = biases[0] if biases else "self_attn.q_proj.bias, k_proj.bias and v_proj.bias of a Qwen 2"
         raise UserError(
@@ -211,10 +217,12 @@ def _initial(
     """Returns initial values for some parameters. The compiler removes the others, so only these are computed."""
 
     def make(key: Array) -> dict[ArrayPath, Array]:
+        # Initialized as in a new model.
         everything = flat_arrays(nn.meta.unbox(boxed_params(LoopLM(config), key)))
         # Norms start at one, so the product is second_norm.
         scales = {path: 1.0 if _SECOND_NORMS.isdisjoint(path) else second_norm for path in targets}
         return {path: (scales[path] * everything[path]).astype(target.dtype) for path, target in targets.items()}
 
     shardings = {path: target.sharding for path, target in targets.items()}
+
     return jax.jit(make, out_shardings=shardings)(seeded_key(seed))

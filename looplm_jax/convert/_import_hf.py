@@ -32,6 +32,7 @@ from looplm_jax.sharding import abstract_arrays, check_divides, first_device, ma
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 
+# A checkpoint always names its stage; a converted model was in none.
 _STAGE = "converted"
 _BATCH, _SEQUENCE = 8, 1024  # the values that `looplm evaluate` takes from the last stage
 
@@ -104,6 +105,7 @@ def load_hf(
     weights = WeightFolder.open(folder)
     config = read_hf_config(folder)
 
+    # Nothing large is read before everything is known to fit: first the headers of the files, then the configuration.
     mesh = make_mesh(MeshConfig(), first_device()) if mesh is None else mesh
     check_divides(mesh, config)
     layout = match_tensors(weights, config)
@@ -132,10 +134,12 @@ def convert_from_hf(
     Raises:
       UserError: as `load_hf`, or `out` is not empty, or the file system refuses a write. No partial output remains.
     """
+    # Written to a temporary folder and renamed at the end, so that an interrupt leaves no half of a checkpoint.
     with staged_folder(out) as staging:
         model = load_hf(folder, dtype=dtype)
         tokenizer = require_tokenizer(model.tokenizer, folder)
         write_converted(staging, converted_recipe(Path(folder), model.config), model.params, tokenizer)
+
     return conversion_report(Path(out), model.config, model.params, model.notes)
 
 
@@ -164,6 +168,7 @@ def read_hf_tokenizer(folder: Path, vocab_size: int) -> tuple[Tokenizer | None, 
     if not file.is_file():
         return None, ()
 
+    # A tokenizer with fewer tokens than the model is usual: vocabularies are often padded to a round number.
     tokenizer, notes = read_folder_tokenizer(folder, vocab_size)
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
@@ -188,6 +193,7 @@ def require_tokenizer(tokenizer: Tokenizer | None, folder: str | os.PathLike[str
 
 def parameter_targets(config: ModelConfig, mesh: Mesh, dtype: DTypeLike) -> dict[ArrayPath, jax.ShapeDtypeStruct]:
     """Returns the shape, dtype and sharding of every parameter of a model, without allocating them."""
+    # Traced, not run.
     wanted = flat_arrays(abstract_arrays(boxed_shapes(config), mesh))
     return {
         path: jax.ShapeDtypeStruct(leaf.shape, np.dtype(dtype), sharding=leaf.sharding) for path, leaf in wanted.items()

@@ -78,8 +78,10 @@ class TrainingRecord:
 
 def training_record(checkpoint: str, restored: Restored) -> TrainingRecord:
     """Returns the record of the step restored from `checkpoint`, with metrics if it is in a run folder."""
+    # The user may have named the run folder, its `checkpoints`, or one step.
     steps = find_steps(checkpoint, restored.step)[0].path.parent
     run = steps.parent if steps.name == "checkpoints" else steps
+    # Later rows are of a run that was continued after this step.
     evaluations = [row for row in _metrics(run) if row.get("kind") == "evaluation" and row["step"] <= restored.step]
     return TrainingRecord(
         recipe=restored.metadata.recipe(),

@@ -10,6 +10,7 @@ from looplm_jax.config import Injection, ModelConfig, NormPlacement
 from looplm_jax.errors import UserError, suggest
 
 ARCHITECTURE = "OuroForCausalLM"
+# Larger numbers are mistakes, and would overflow the integers of devices.
 _LARGEST = 2**31 - 1
 
 # Field of `config.json` -> field of ModelConfig. Omitted optional fields take the value that transformers assumes.
@@ -257,6 +258,7 @@ def _number(name: str, value: Any, *, whole: bool) -> int | float:
     """Returns a positive number. Raises UserError if the field is missing or has another type."""
     if value is None:
         raise UserError(f"config.json: field {name} is missing")
+    # JSON has one type of number, but Python reads 4 and 4.0 as different types.
     kinds = (int,) if whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value <= _LARGEST:  # a NaN is not above 0
         wanted = "a whole number" if whole else "a number"
@@ -274,6 +276,7 @@ def _refuse_unknown(values: Mapping[str, Any]) -> None:
             )
 
     known = {*_WHOLE_NUMBERS, *_NUMBERS, *_ONLY, *_CHECKED}
+
     for name in values:
         if name not in known | _WITHOUT_EFFECT | _OF_TRANSFORMERS and not name.startswith(_BOOKKEEPING):
             otherwise = "; remove it if the model is the same without"
@@ -323,6 +326,7 @@ def _of_full_attention(rope: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _refuse_other_layers(values: Mapping[str, Any], num_layers: int) -> None:
     """Raises UserError unless every layer uses full attention."""
+    # Configurations of models that mix full and sliding attention list the kind of each layer.
     kinds = values.get("layer_types")
     if kinds is None:
         return
