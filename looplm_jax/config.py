@@ -14,9 +14,12 @@ from typing import Any
 
 from looplm_jax.errors import UserError
 
+# The key of the help text in the metadata of a field.
 _HELP = "help"
+# Larger integers do not fit the 64 bits of JSON readers and of NumPy.
 _TOO_LARGE = 2**63
 _MOST_STEPS = 2**31 - 1  # the step counter of a checkpoint has 32 bits
+# For example v5e:16x16, 2 x v5p:4x8x8, cpu:8.
 _TOPOLOGY = re.compile(r"(?:[1-9]\d* x )?[a-z][a-z0-9-]*:[1-9]\d*(?:x[1-9]\d*)*")
 
 
@@ -256,6 +259,7 @@ class OnBadRecord(enum.Enum):
 class ModelConfig:
     """The architecture of a looped language model: a prelude, a core stack applied `loops` times, and a coda."""
 
+    # Sizes of the stack.
     vocab_size: int = _field("tokens in the vocabulary, V")
     width: int = _field("model width, D")
     mlp_width: int = _field("feed-forward width, F")
@@ -263,10 +267,12 @@ class ModelConfig:
     num_heads: int = _field("query heads, H")
     num_kv_heads: int = _field("key/value heads, K; 0 means as many as query heads", 0)
     head_dim: int = _field("width of a head, Dh; 0 means width / num_heads", 0)
+    # Loops, and what comes around them.
     loops: int = _field("loops that the model is trained for, T; a call may run more or fewer", 4)
     prelude_layers: int = _field("layers before the loops, applied once", 0)
     coda_layers: int = _field("layers between every loop's state and its head", 0)
     injection: Injection = _field("how the embedded input enters every loop", Injection.NONE)
+    # Details of a layer. The defaults are Ouro's.
     norm_placement: NormPlacement = _field("norms of a layer", NormPlacement.SANDWICH)
     tied_head: bool = _field("use the embedding as the head", False)
     rope_theta: float = _field("base of the rotary embedding", 1e6)
@@ -277,6 +283,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _check_kinds(self, "model")
 
+        # Sizes.
         for name in ("vocab_size", "width", "mlp_width", "num_layers", "num_heads", "max_positions"):
             _require(getattr(self, name) >= 1, f"model.{name} must be at least 1, not {getattr(self, name)}")
         for name in ("num_kv_heads", "head_dim", "prelude_layers", "coda_layers"):
@@ -291,7 +298,9 @@ class ModelConfig:
             "change one of them, or set model.head_dim",
         )
 
+        # The rotary embedding rotates pairs of entries.
         _require(self.head_width % 2 == 0, f"model.head_dim must be even for rotary embedding, not {self.head_width}")
+        # Grouped-query attention: as many query heads for each key/value head.
         _require(
             self.num_heads % self.kv_heads == 0,
             f"model.num_kv_heads={self.kv_heads} does not divide model.num_heads={self.num_heads}",
@@ -300,6 +309,7 @@ class ModelConfig:
     @property
     def kv_heads(self) -> int:
         """The number of key/value heads, K."""
+        # 0 stands for a default that depends on other fields.
         return self.num_kv_heads or self.num_heads
 
     @property
@@ -331,8 +341,10 @@ class ComputeConfig:
     No field changes the contents of a checkpoint.
     """
 
+    # Arithmetic.
     dtype: Dtype = _field("dtype of matrix products; parameters stay float32", Dtype.AUTO)
     attention: AttentionKernel = _field("implementation of self-attention", AttentionKernel.AUTO)
+    # Memory and communication.
     remat: Remat = _field("what the backward pass recomputes", Remat.LAYER)
     gather: Gather = _field("when sharded parameters are all-gathered", Gather.PER_LAYER)
     reduce: Reduce = _field("when gradients are summed over devices", Reduce.AUTO)
@@ -367,6 +379,7 @@ class MeshConfig:
             _require(
                 size == -1 or size >= 1, f"mesh.{name} must be at least 1, or -1 for all that are left, not {size}"
             )
+        # Two open axes would have more than one solution.
         _require(list(sizes.values()).count(-1) <= 1, "only one axis of mesh may be -1")
 
     def with_context(self, context: int) -> "MeshConfig":
@@ -382,6 +395,7 @@ class MeshConfig:
         if -1 in dataclasses.asdict(self).values():
             return dataclasses.replace(self, context=context)
 
+        # Devices that share a sequence now are free for the new number.
         for name in ("fsdp", "data"):
             size = getattr(self, name) * self.context
             if size % context == 0:
@@ -446,11 +460,13 @@ class OptimizerConfig:
 class SourceConfig:
     """A source of the mixture: files of documents, or a synthetic task such as `mano:length=10`."""
 
+    # What is read, and how often it is drawn.
     path: str = _field(
         "files (a glob; local or any fsspec URL; .txt .jsonl .parquet .arrayrecord), "
         "`huggingface:dataset,split=...`, or `task:option=value,...`"
     )
     weight: float = _field("weight of this source among the documents that are drawn", 1.0)
+    # How a record becomes text.
     kind: RecordKind = _field("kind of the records", RecordKind.TEXT)
     text_key: str = _field("field or column with the text", "text")
     messages_key: str = _field("field or column with the messages of a chat", "messages")
@@ -469,6 +485,7 @@ class SourceConfig:
 
 def sources_like(paths: Iterable[str], known: Iterable[SourceConfig]) -> tuple[SourceConfig, ...]:
     """Returns sources of equal weight with the kind and keys of the known ones, or text sources if those differ."""
+    # Everything except path and weight, so that files given by a flag are read as those that they replace.
     patterns = {dataclasses.replace(source, path="-", weight=1.0) for source in known}
     pattern = patterns.pop() if len(patterns) == 1 else SourceConfig(path="-")
     return tuple(dataclasses.replace(pattern, path=path) for path in paths)
@@ -495,15 +512,18 @@ class ReadLimits:
 class DataConfig:
     """The data: a mixture of sources, and how they are read and tokenized."""
 
+    # What is read.
     sources: tuple[SourceConfig, ...] = _field("the mixture", ())
     root: str = _field(
         "folder or URL of sources with relative paths; `{length}` in it is the stage's sequence_length", ""
     )
+    # How it is tokenized, held out and shuffled.
     tokenizer: str = _field(
         "a SentencePiece .model, a tokenizer.json or a Hugging Face folder; empty: train one on the data", ""
     )
     validation_fraction: float = _field("fraction of documents held out, chosen by a hash of their text", 0.02)
     seed: int = _field("seed of the order of documents", 0)
+    # What happens when reading fails.
     on_bad_record: OnBadRecord = _field("action for a record that cannot be read", OnBadRecord.STOP)
     limits: ReadLimits = dataclasses.field(default_factory=ReadLimits)
 
@@ -538,22 +558,31 @@ class Stage:
 
     name: str = _field("name of the stage")
     objective: Objective = _field("what is minimized", Objective.EXPECTED_LOSS)
+
+    # Length and batches.
     steps: int = _field("optimizer steps")
     batch_size: int = _field("sequences in a step, over all devices and accumulation")
     sequence_length: int = _field("tokens in a sequence, S")
+    # How a batch is divided; the result is the same to rounding.
     accumulation: int = _field("microbatches of a step, to save memory", 1)
     context: int = _field("devices that share a sequence; 0: mesh.context", 0)
     settings: tuple[TopologySettings, ...] = _field("how the stage is computed on certain topologies", ())
+    # Loops.
     loops: int = _field("loops, T", 4)
     min_loops: int = _field("if not 0, each step draws its loops uniformly from min_loops..loops", 0)
+    # What changes with the stage: longer sequences need a larger base, and may need other data.
     rope_theta: float = _field("base of the rotary embedding from this stage on; 0: as before", 0.0)
     sources: tuple[SourceConfig, ...] = _field("the mixture of this stage; empty: data.sources", ())
+    # Stage I (Eq. 4).
     beta: float = _field("weight of the exit distribution's entropy (Eq. 4)", 0.05)
     prior: PriorConfig = dataclasses.field(default_factory=PriorConfig)
+    # Stage II (Eq. 5 and 6).
     gate_target: GateTarget = _field("which gain trains the gate", GateTarget.AS_PRINTED)
     gain_slope: float = _field("k in Eq. 6", 50.0)
     gain_threshold: float = _field("gamma in Eq. 6, nats", 0.005)
+
     trainable: tuple[str, ...] = _field("parameter groups to train; empty: all, or the gate if it is the objective", ())
+    # Learning rate.
     learning_rate: float = _field("peak learning rate", 3e-4)
     schedule: Schedule = _field("learning rate after warm-up", Schedule.CONSTANT)
     warmup_steps: int = _field("steps of linear warm-up", 0)
@@ -565,6 +594,7 @@ class Stage:
         _check_kinds(self, where)
         _require(bool(self.name) and "." not in self.name, f"a stage needs a name without dots, not {self.name!r}")
 
+        # Length, batches and loops.
         for name in ("steps", "batch_size", "sequence_length", "accumulation", "loops"):
             _require(getattr(self, name) >= 1, f"{where}.{name} must be at least 1, not {getattr(self, name)}")
         _require(
@@ -577,10 +607,12 @@ class Stage:
         topologies = [each.topology for each in self.settings]
         _require(len(set(topologies)) == len(topologies), f"{where}.settings name a topology twice: {topologies}")
 
+        # Numbers of which 0 means that the feature is not used.
         for name in ("context", "rope_theta", "beta", "warmup_steps", "decay_steps", "final_learning_rate"):
             _require(getattr(self, name) >= 0, f"{where}.{name} must not be negative, not {getattr(self, name)}")
         for name in ("learning_rate", "gain_slope"):
             _require(getattr(self, name) > 0, f"{where}.{name} must be positive, not {getattr(self, name)}")
+        # A constant schedule does not read the final rate; `looplm train` prints a note about it.
         _require(
             self.schedule is Schedule.CONSTANT or self.final_learning_rate <= self.learning_rate,
             f"{where}.final_learning_rate must be at most {where}.learning_rate={self.learning_rate}, "
@@ -590,6 +622,7 @@ class Stage:
             self.warmup_steps + self.decay_steps <= self.steps,
             f"{where}: warmup_steps and decay_steps must fit in steps={self.steps}",
         )
+        # The loss after the last loop does not depend on the gate.
         _require(
             self.objective is not Objective.LAST_LOSS or set(self.trainable) != {"gate"},
             f"{where}.trainable=gate learns nothing from objective=last_loss; choose other groups or objective=gate",
@@ -667,14 +700,18 @@ class Recipe:
     name: str = _field("name of the recipe")
     description: str = _field("purpose, duration and results", "")
     seed: int = _field("seed of the initial parameters", 0)
+    # What is trained, and in which stages.
     model: ModelConfig
     stages: tuple[Stage, ...]
+    # How it is computed.
     compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    # How it is trained.
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     start: StartConfig = dataclasses.field(default_factory=StartConfig)
     guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
+    # What is written.
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     log_every: int = _field("steps between lines of metrics.jsonl", 10)
@@ -684,6 +721,7 @@ class Recipe:
         _check_kinds(self, "")
         _require(len(self.stages) >= 1, f"recipe {self.name!r} needs at least one stage")
 
+        # Names are addresses of fields, and checkpoints refer to them.
         names = [stage.name for stage in self.stages]
         _require(len(set(names)) == len(names), f"the stages of recipe {self.name!r} need different names, not {names}")
         _require(self.log_every >= 1, f"log_every must be at least 1, not {self.log_every}")
@@ -692,6 +730,7 @@ class Recipe:
             f"the stages of recipe {self.name!r} have {self.total_steps} steps together, more than {_MOST_STEPS}",
         )
 
+        # A longer sequence would have positions that the model does not accept.
         for stage in self.stages:
             _require(
                 stage.sequence_length <= self.model.max_positions,

@@ -15,6 +15,7 @@ from looplm_jax.loading import Loaded
 from looplm_jax.sharding import require_compilation
 from looplm_jax.terminal import print_error
 
+# The prompt tokens of one prefill program.
 _LONGEST_CHUNK = 512
 
 
@@ -22,6 +23,7 @@ _LONGEST_CHUNK = 512
 class GenerationOptions:
     """The shared options, as their flags give them."""
 
+    # Names equal those of the flags (`from_flags`).
     checkpoint: str
     step: int | None
     dtype: str | None
@@ -46,6 +48,7 @@ def request_options(options: GenerationOptions) -> dict[str, Any]:
     Raises UserError for invalid numbers, and for JAX settings that the engine does not support.
     """
     _check_jax_settings()
+
     return {
         "policy": parse_exit_policy(options.exit),
         "sampling": Sampling(
@@ -56,6 +59,7 @@ def request_options(options: GenerationOptions) -> dict[str, Any]:
             repetition_penalty=options.repetition_penalty,
             seed=options.seed,
         ),
+        # Ends and budgets of a text.
         "stop_strings": tuple(options.stop),
         "loops_per_token": options.loops_per_token,
         "milliseconds_per_token": options.ms_per_token,

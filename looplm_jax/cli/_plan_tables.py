@@ -14,6 +14,7 @@ from looplm_jax.planning._stage_plan import ProgramFacts, StagePlan
 from looplm_jax.planning._traffic import Buffer, Traffic
 from looplm_jax.terminal import literal
 
+# Memory is printed in GiB and traffic in GB, as vendors of chips do.
 _GIB, _GB = 2**30, 10**9
 
 
@@ -23,6 +24,7 @@ _GIB, _GB = 2**30, 10**9
 def print_stage(plan: StagePlan, out: Console) -> None:
     """Prints the plan of one stage."""
     mesh = " ".join(f"{name}={size}" for name, size in plan.mesh.items() if size > 1) or "one device"
+
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     out.print(f"\n[bold]{literal(plan.stage)}[/] on {plan.target} ({mesh}): [bold]{verdict}[/], {_memory(plan)}")
     out.print(f"  compiled in {plan.compile_seconds:.0f} s for {plan.devices} device(s)")
@@ -41,6 +43,7 @@ def print_search(stage: str, result: SearchResult, out: Console) -> None:
     table = Table(
         "", "flags", "GiB a device", "at best", "sent, GB", title=f"{literal(stage)}: best first, * = nothing beats it"
     )
+
     for trial in result.trials:
         table.add_row("*" if trial in result.best else "", trial.candidate.flags, *_trial(trial))
     for failure in result.failures:
@@ -108,6 +111,7 @@ def _print_facts(inside: ProgramFacts, out: Console) -> None:
 
     for each in inside.collectives:
         loops = " > ".join("t" if name == "loops" else name for name in each.loops)
+        # XLA starts an asynchronous collective early, and computes until its result is needed.
         meanwhile = "computing" if each.asynchronous else "waiting"
         table.add_row(each.kind, loops, _with(each), f"{each.count:,}", f"{each.bytes / _GB:.3f}", meanwhile)
     out.print(table)
@@ -189,6 +193,7 @@ def _print_tick_timing(plan: DecodePlan, timing: DecodeTiming, out: Console) -> 
         f"{timing.ticks_per_second:,.1f} ticks/s"
     )
     mean = timing.tokens_per_second_at_mean
+    # The estimate assumes that a token which exits early leaves its slot to the next token at once.
     early = "" if mean is None else f", {mean:,.1f} at a mean exit of {plan.request.loops_mean:g}"
     out.print(f"  at best {timing.tokens_per_second:,.1f} tokens/s at {plan.loops} loops a token{early}")
 

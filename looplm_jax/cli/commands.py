@@ -15,9 +15,11 @@ from looplm_jax.errors import UserError
 from looplm_jax.files import any_path, read_text
 from looplm_jax.terminal import print_error
 
+# Flags that have no effect on the other kind of plan are refused, because a user expects them to do something.
 _PLAN_FLAGS = ("search", "limit", "write", "slices", "stage")
 _DECODE_PLAN_FLAGS = ("slots", "capacity", "page_size", "pages", "filled", "cache", "loops_mean")
 
+# Likewise for the two kinds of evaluation.
 _HELD_OUT_FLAGS = ("sequences", "data", "validation_fraction")
 _TASK_FLAGS = (
     *("exit", "loops", "depth_sweep", "limit", "num_fewshot", "include_path", "batch_size", "max_length"),
@@ -37,6 +39,7 @@ def run_tokenize(arguments: argparse.Namespace) -> int:
 
     The same command resumes a run that stopped for any reason, with any number of workers.
     """
+    # Imported here, as in every command: `--help` and mistakes in flags must not wait for these imports.
     from looplm_jax.cli.tokenize import prepare_corpus, verify_corpus
     from looplm_jax.corpus._work_units import PrepareConfig
     from looplm_jax.data.tokenizers import load_tokenizer
@@ -77,6 +80,7 @@ def _check_tokenize(arguments: argparse.Namespace) -> None:
 
 def _sources(arguments: argparse.Namespace) -> tuple[SourceConfig, ...]:
     """Returns the source configurations."""
+    # Fields that were not given keep the defaults of SourceConfig.
     keys = {"text_key": arguments.text_key, "messages_key": arguments.messages_key}
     given = {name: value for name, value in keys.items() if value}
     kind = RecordKind.CHAT if arguments.chat else RecordKind.TEXT
@@ -105,6 +109,7 @@ def run_train(arguments: argparse.Namespace) -> int:
     On many hosts, run the same command on each: with --distributed on a TPU pod or under Slurm, elsewhere with
     --coordinator, --processes and --process. Without these flags a run is one process.
     """
+    # Complete before JAX is imported, so that mistakes in it are reported immediately.
     recipe = _train_recipe(arguments)
     if arguments.dry_run:
         print(json.dumps(codec.to_dict(recipe), indent=2))
@@ -156,6 +161,7 @@ def _train_data(recipe: Recipe, arguments: argparse.Namespace) -> DataConfig:
     changes: dict[str, object] = {}
     if arguments.data:
         # Files of --data are read like the recipe's own sources, if these agree on kind and keys.
+
         known = (source for stage in recipe.stages for source in recipe.data_of(stage).sources)
         sources = sources_like(arguments.data, known)
         changes["sources"] = tuple(map(_as_chats, sources)) if arguments.chat else sources
@@ -219,6 +225,7 @@ def _run_decode_plan(arguments: argparse.Namespace) -> int:
     from looplm_jax.inference import CacheStrategy
     from looplm_jax.planning._decode_plan import DecodeRequest
 
+    # Only what was given, so that the defaults stay in one place, `DecodeRequest`.
     given = {name: getattr(arguments, name) for name in ("slots", "page_size", "pages", "filled", "loops_mean")}
     given["capacity"] = arguments.capacity
     if arguments.capacity is None:

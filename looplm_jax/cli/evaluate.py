@@ -75,8 +75,10 @@ def evaluate_held_out_documents(options: HeldOutOptions) -> int:
     """Measures the loss at every depth and against mean loops. Returns the exit status."""
     require_compilation()
     loaded, out = _load(options)
+    # What the model was trained on last.
     data = _data(loaded.recipe.data_of(loaded.recipe.stages[-1]), options)
     batches = _batches(loaded, data, options.sequences or loaded.recipe.evaluation.sequences)
+
     evaluation = _measure(loaded, batches, options.max_loops)
 
     console = Console(highlight=False)
@@ -88,6 +90,7 @@ def evaluate_held_out_documents(options: HeldOutOptions) -> int:
     about = {"step": loaded.step, "data": codec.to_dict(data), "sequences": batches.num_sequences}
     written = _write(out, evaluation, about)
     show(f"wrote {', '.join(written)} to {out}")
+
     best = evaluation.depths.best_loops
     show(f"next: looplm generate {quoted(options.checkpoint)} --prompt 'Once' --exit loops={best}")
     return 0
@@ -137,6 +140,7 @@ def _write(out: Path, evaluation: Evaluation, about: dict[str, Any]) -> list[str
     content = json_io.dumps({**about, **evaluation.to_json()}, indent=2)
     (out / "evaluation.json").write_text(content + "\n", encoding="utf-8")
 
+    # Figures need matplotlib, which is optional. The numbers are written in any case.
     try:
         plot_depths({"this model": evaluation.depths}, out / "depth.png")
         plot_exits({"fixed depth": evaluation.exits.fixed, "Q-exit": evaluation.exits.q_exit}, out / "exit.png")
@@ -191,6 +195,7 @@ def evaluate_tasks(options: TaskOptions) -> int:
 
 def _settings(options: TaskOptions) -> HarnessSettings:
     """Returns the settings that the options give."""
+    # Only what was given, so that the defaults stay in one place.
     given = {name: getattr(options, name) for name in ("batch_size", "max_length", "add_bos_token", "special_tokens")}
     policy = exit_policy(loops=options.loops, rule=options.exit)
     return HarnessSettings(policy=policy, **{name: value for name, value in given.items() if value is not None})
@@ -240,6 +245,7 @@ def _sweep(
     from looplm_jax.evaluation.harness._running import choose_tasks, sweep_table, sweep_tasks
 
     chosen = choose_tasks(names, include_path=options.include_path)
+    # Twice the trained depth, as on held-out documents, shows whether more loops still help.
     loops = options.max_loops or 2 * loaded.model.config.loops
     adapter = EveryDepth(loaded, settings, loops=loops, on_requests=_counter(status))
     runs = sweep_tasks(adapter, chosen, loops=loops, limit=options.limit, num_fewshot=options.num_fewshot)

@@ -7,6 +7,7 @@ from looplm_jax.codec import leaves
 from looplm_jax.config import DataConfig, NormPlacement, OnBadRecord, ReadLimits
 from looplm_jax.recipes import RECIPES, Scale, named_recipe
 
+# Copies of choices that are defined in modules which import JAX.
 _DTYPES = ("float32", "bfloat16")
 _CACHES = ("full", "last", "average", "first")
 
@@ -37,6 +38,7 @@ def configure_tokenize(parser: argparse.ArgumentParser) -> None:
         "or huggingface:dataset,split=...",
     )
 
+    # What a row is.
     parser.add_argument(
         "--tokenizer", metavar="PATH", help="a SentencePiece .model, a tokenizer.json or a Hugging Face folder"
     )
@@ -52,6 +54,7 @@ def configure_tokenize(parser: argparse.ArgumentParser) -> None:
         help="share of documents held out, chosen by a hash of their text (default: %(default)s)",
     )
 
+    # How a record becomes text.
     parser.add_argument("--text-key", metavar="NAME", help="field or column that holds the text (default: text)")
     parser.add_argument("--chat", action="store_true", help="records are chats: only the assistant's turns are learned")
     parser.add_argument(
@@ -70,6 +73,7 @@ def configure_tokenize(parser: argparse.ArgumentParser) -> None:
         help="what a record that cannot be read does (default: %(default)s)",
     )
 
+    # What is left out.
     parser.add_argument(
         "--decontaminate",
         action="append",
@@ -107,10 +111,12 @@ def configure_train(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `looplm train`; the fields of a recipe are listed below them."""
     names = ", ".join(RECIPES)
 
+    # The recipe and its folder.
     parser.add_argument("--recipe", default="text-small", help=f"{names}, or a .json file (default: text-small)")
     parser.add_argument(
         "--out", help="run folder, or gs://bucket/folder (default: runs/<recipe>); one that holds this run is continued"
     )
+    # What the recipe usually leaves open. These flags change several fields at once.
     parser.add_argument(
         "--data",
         action="append",
@@ -135,11 +141,13 @@ def configure_train(parser: argparse.ArgumentParser) -> None:
         help="tiny: every stage of the recipe in a few steps, at a thousandth of the size (default: full)",
     )
 
+    # How the run is watched.
     parser.add_argument(
         "--profile-steps", metavar="FIRST:LAST", help="trace these steps into the run folder, for the profiler's viewer"
     )
     parser.add_argument("--wandb", metavar="PROJECT", help="show the metrics in a project of Weights & Biases too")
 
+    # The other processes of the run.
     parser.add_argument(
         "--distributed", action="store_true", help="find the other processes of a TPU pod or of a Slurm job"
     )
@@ -148,6 +156,7 @@ def configure_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
 
     parser.add_argument("--dry-run", action="store_true", help="print the recipe as JSON and stop")
+    # `codec` parses the fields, not argparse.
     parser.epilog = "fields of the recipe (with the values of text-small):\n" + _field_list()
 
 
@@ -160,6 +169,7 @@ def _field_list() -> str:
 
 def _shown(value: object) -> str:
     """Returns a default value as text."""
+    # Enums by value, as they are typed.
     value = getattr(value, "value", value)
     return "empty" if value in ("", ()) else str(value)
 
@@ -174,6 +184,7 @@ def configure_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stage", action="append", metavar="NAME", help="only this stage; may be repeated")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything to this file too")
 
+    # The search, which compiles many programs.
     parser.add_argument(
         "--search",
         action="store_true",
@@ -248,17 +259,20 @@ def _add_tasks(group: argparse._ArgumentGroup) -> None:
         help="tasks, groups or patterns with *; `lm_eval ls tasks` lists them, save looplm_smoke",
     )
 
+    # Three ways to choose the depth, of which one can be given.
     depth = group.add_mutually_exclusive_group()
     depth.add_argument("--exit", metavar="RULE", help="see below (default: the trained depth)")
     depth.add_argument("--loops", type=int, metavar="N", help="the same as --exit loops=N")
     depth.add_argument(
         "--depth-sweep",
         action="store_true",
+        # None tells a flag that was not given from its default, so that flags without effect can be refused.
         default=None,
         help="a score for each of the loops 1..T of --max-loops; log-likelihoods of all come from one forward pass, "
         "text is generated once for each",
     )
 
+    # Which documents, and how they are put to the model.
     group.add_argument("--limit", type=int, metavar="N", help="only the first N documents of each task")
     group.add_argument("--num-fewshot", type=int, metavar="K", help="examples before each question")
     group.add_argument(
@@ -337,6 +351,7 @@ def configure_chat(parser: argparse.ArgumentParser) -> None:
 
 def _add_generation(parser: argparse.ArgumentParser) -> None:
     """Adds the shared flags, and the list of exit rules as the epilog."""
+    # Sampling.
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): the most probable token")
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K most probable; 0: all")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest P; 1: all")
@@ -350,6 +365,7 @@ def _add_generation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this; may be repeated")
 
+    # Loops, and what they may cost.
     parser.add_argument("--exit", default="q=0.5", metavar="RULE", help="see below (default: q=0.5)")
     parser.add_argument(
         "--loops-per-token",

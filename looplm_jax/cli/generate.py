@@ -35,7 +35,9 @@ from looplm_jax.models import LoopLM
 from looplm_jax.models._blocks import unroll_layers
 from looplm_jax.terminal import print_error, show
 
+# By default, as far as the positions of the model allow.
 _NEW_TOKENS = 128
+# More prompts than this take turns, so that the cache stays small.
 _MAX_SLOTS = 8
 
 
@@ -43,6 +45,7 @@ _MAX_SLOTS = 8
 class GenerateOptions(GenerationOptions):
     """The options of `looplm generate`, as its flags give them."""
 
+    # What is continued.
     prompt: Sequence[str] | None
     prompt_file: str | None
     special_tokens: bool
@@ -50,6 +53,7 @@ class GenerateOptions(GenerationOptions):
     samples: int
     index: int
 
+    # How it is generated and shown.
     draft_loops: int | None
     drafts: int
     revise: bool
@@ -65,6 +69,7 @@ def generate_texts(prompts: Sequence[str], options: GenerateOptions) -> int:
     loaded = load(options.checkpoint, step=options.step, dtype=options.dtype)
     count, stops = options.max_new_tokens, tuple(stop_ids(loaded.need_tokenizer()))
 
+    # Each text has its own clock, which starts with its first token.
     clocks = [Stopwatch() for _ in prompts]
     requests = [
         _request(
@@ -80,6 +85,7 @@ def generate_texts(prompts: Sequence[str], options: GenerateOptions) -> int:
         for prompt, own, clock in zip(prompts, sampling, clocks, strict=True)
     ]
 
+    # The number of slots and the window fit these requests, because nothing else will use the engine.
     engine = make_engine(
         loaded,
         options,
@@ -89,6 +95,7 @@ def generate_texts(prompts: Sequence[str], options: GenerateOptions) -> int:
         previews=options.revise,
     )
 
+    # All are submitted at once and decoded together; the first is shown while it grows, the others after it.
     handles = [engine.submit(request) for request in requests]
     # Canceled requests still have results, so the texts so far are shown.
     with interrupt_calls(lambda: _cancel(handles)):
@@ -190,6 +197,7 @@ def _exit_status(results: Sequence[Result]) -> int:
 
 def _next_command(options: GenerateOptions, policy: ExitPolicy, loaded: Loaded) -> str:
     """Returns the command for the same prompt with the other kind of exit, for comparison."""
+    # The trained depth against the gate: the comparison that shows what early exit saves.
     other = f"loops={loaded.model.config.loops}" if isinstance(policy, QExit) else "q=0.5"
     if options.prompt_file is not None:
         prompt = f"--prompt-file {quoted(options.prompt_file)}"
@@ -248,6 +256,7 @@ def speculate_texts(prompts: Sequence[str], options: GenerateOptions) -> int:
             screen=lambda *_: Screening.STOP if stopped else Screening.CONTINUE,
         )
 
+    # The first text has been shown already.
     for number, (prompt, result) in enumerate(zip(prompts, results, strict=True)):
         view = _view(options, loaded, prompt) if number else first
         for new in texts[number] if number else ():
@@ -266,6 +275,7 @@ def _verifying_loops(options: GenerateOptions) -> int:
     if options.cache != "full":
         raise UserError("--draft-loops needs --cache full: each loop reads keys and values of its own")
 
+    # Its texts have a fixed number of loops per token and no provisional tokens, so these flags would have no effect.
     others = {
         "--revise": options.revise,
         "--loops-per-token": options.loops_per_token < math.inf,
@@ -282,6 +292,7 @@ def _unrolled(loaded: Loaded) -> tuple[LoopLM, dict]:
     """Returns the model and its parameters, on a CPU with one array per layer, which is faster there."""
     if jax.default_backend() != "cpu":
         return loaded.model, loaded.params
+    # A scan over layers would copy the weights of each layer before it multiplies by them.
     return LoopLM(loaded.model.config, loaded.model.compute, unrolled=True), unroll_layers(loaded.params)
 
 

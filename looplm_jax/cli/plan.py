@@ -72,9 +72,11 @@ class _Progress:
 
 def plan_stages(request: PlanOptions) -> int:
     """Plans every requested stage. Returns 1 if one does not fit; a signal ends the process."""
+    # All checks precede the compilation, which may take minutes.
     _check_out(request.out)
     _check_write(request.write)
     target = find_target(request.topology, request.slices)
+    # A search tries settings of its own, so those that the recipe has for the topology are left out.
     if not request.search:
         request = dataclasses.replace(
             request, recipe=on_topology(request.recipe, topology_name(target.devices), request.given)
@@ -82,6 +84,8 @@ def plan_stages(request: PlanOptions) -> int:
     stages = _chosen_stages(request)
     for stage in stages:
         stage_mesh(request.recipe, stage, target.devices)  # refuses a bad mesh before compiling
+
+    # Progress on standard error and the plan on standard output, so that the plan can be redirected.
     console, out = progress_console(), Console(highlight=False, soft_wrap=True)
 
     if not request.search and (settings := settings_in_use(request.recipe)):
@@ -92,6 +96,7 @@ def plan_stages(request: PlanOptions) -> int:
             plan = _search_all if request.search else _plan_all
             found, fits = plan(request, stages, target, progress, out)
         except Stopped as stopped:
+            # Exits without waiting for the thread that compiles.
             exit_process(console, f"stopped by {stopped.signal.name}; nothing was written", stopped.signal)
 
     _write_plan(request.out, found)
@@ -161,6 +166,7 @@ def _search_all(
         found += [{"flags": trial.candidate.flags, **dataclasses.asdict(trial.plan)} for trial in result.trials]
         found += [{"flags": each.candidate.flags, "error": each.error} for each in result.failures]
     _write_recipe(request, chosen)
+
     return found, len(chosen) == len(stages)
 
 
