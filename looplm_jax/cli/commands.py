@@ -161,7 +161,6 @@ def _train_data(recipe: Recipe, arguments: argparse.Namespace) -> DataConfig:
     changes: dict[str, object] = {}
     if arguments.data:
         # Files of --data are read like the recipe's own sources, if these agree on kind and keys.
-
         known = (source for stage in recipe.stages for source in recipe.data_of(stage).sources)
         sources = sources_like(arguments.data, known)
         changes["sources"] = tuple(map(_as_chats, sources)) if arguments.chat else sources

@@ -76,6 +76,7 @@ def read_items(file: DataFile, key: str | None = None) -> tuple[EvaluationItem, 
 
 def _texts(line: bytes, suffix: str, key: str | None) -> tuple[str, ...]:
     """Returns the texts of an item that are not blank. Raises BadRecord."""
+    # A blank line is not an item.
     if not line.strip():
         return ()
     texts = _json_texts(load_json(line.strip()), key) if suffix == ".jsonl" else [decode(line, "line", "utf-8-sig")]

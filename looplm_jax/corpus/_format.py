@@ -31,6 +31,7 @@ from looplm_jax.files import (
     write_atomically,
 )
 
+# Names in the folder.
 MANIFEST = "manifest.json"
 PLAN = "looplm_plan.json"
 SHARD = ".arrayrecord"
@@ -62,6 +63,7 @@ class PreparedFolder:
         Raises:
           UserError: the name leads out of the folder or is not printable.
         """
+        # Names come from manifests, which may be from anywhere.
         parts = name.split("/")
         if len(parts) > 2 or any(part in ("", ".", "..") or not part.isprintable() or "\\" in part for part in parts):
             raise UserError(f"{self.path} names the file {name!r}, which is not in that folder; copy the folder again")
@@ -97,6 +99,7 @@ class PreparedFolder:
     def write(self, name: str, content: bytes) -> None:
         """Writes a small file atomically. Raises UserError if the file system refuses."""
         with report_failed_writes(self.at(name)):
+            # Buckets have no folders; there this does nothing.
             make_folder(self.at(name).parent)
         write_atomically(self.at(name), content)
 
@@ -106,10 +109,12 @@ class PreparedFolder:
         Raises UserError if the file system refuses.
         """
         place = self.at(name)
+
         if isinstance(place, Path):
             with report_failed_writes(place):
                 os.replace(file, place)
         else:
+            # An upload to a bucket is atomic. Shards are small enough to be read into memory.
             write_atomically(place, file.read_bytes())
             file.unlink()
 
@@ -144,6 +149,7 @@ class PreparedFolder:
 
         # The scratch folder is inside the corpus folder, so that `publish` renames within one file system.
         scratch_here = self.path / UNFINISHED
+        # The operating system releases the lock if the process is killed.
         with locked(self.path, busy=self._busy):
             shutil.rmtree(scratch_here, ignore_errors=True)
             with report_failed_writes(self.path):
@@ -277,6 +283,7 @@ class Manifest:
     def digest(self) -> str:
         """A hex digest that changes when any sequence changes, or when their order changes."""
         shards = "".join(f"{shard.rows}:{shard.digest};" for shard in self.shards)
+        # The same bytes mean something else with another tokenizer.
         what = f"{self.plan.sequence_length};{self.plan.tokenizer};{shards}"
         return hashlib.blake2b(what.encode(), digest_size=8).hexdigest()
 
@@ -298,6 +305,7 @@ def read_manifest(folder: PreparedFolder) -> Manifest:
     except ValueError as error:
         raise _damaged(name, error) from None
 
+    # The version comes before all fields, because those of another version may differ.
     version = values.get("plan", {}).get("version") if isinstance(values, dict) else None
     if version != VERSION:
         raise UserError(f"{name} is of version {version}, and this is version {VERSION}; prepare the corpus again")

@@ -40,6 +40,7 @@ from looplm_jax.corpus._worker_pool import Progress, run_jobs
 from looplm_jax.data.sources import summarize
 from looplm_jax.errors import UserError
 
+# Reports are small files, so reading them from a bucket is dominated by latency.
 _READS_AT_ONCE = 16
 
 REPORT = "cleaning"  # .json and .md
@@ -90,6 +91,7 @@ def prepare(
     spec = with_digest_of_contents(folder, spec, units)
 
     with folder.only_writer() as scratch:
+        # The same command on a finished corpus changes nothing.
         if is_complete(folder):
             return read_manifest(folder)
 
@@ -97,6 +99,7 @@ def prepare(
         pool = _WorkerPool(units, workers, watcher)
         jobs = [UnitJob(number, unit) for number, unit in enumerate(units)]
 
+        # Duplicates may be in different units, so all signatures are needed before the first unit is tokenized.
         duplicates = None
         if config.near_duplicates:
             jobs, duplicates = _without_duplicates(config, folder, pool, jobs, scratch)
@@ -111,11 +114,13 @@ def prepare(
         )
         pool.run("tokenizing", work, jobs, done=_finished_units(folder))
 
+        # Also of units that earlier processes finished.
         reports = _read_reports(folder, range(len(units)))
         manifest = make_manifest(spec, tokenizer_file, reports)
         write_cleaning_report(folder, reports, ngrams, duplicates)
         # The manifest is written last: its presence means that the corpus is complete.
         folder.write(MANIFEST, as_json(manifest))
+        # They are needed only to resume.
         folder.remove_folder(SIGNATURES)
         return manifest
 
@@ -207,6 +212,7 @@ def make_manifest(spec: CorpusSpec, tokenizer_file: str, reports: Sequence[UnitR
         left_out=left_out,
     )
 
+    # Refused now, and not at the first step of a training run on another machine.
     for source in manifest.sources:
         if source.documents == 0:
             skipped = f" ({left_out.bad_records} bad records were left out)" if left_out.bad_records else ""
@@ -258,6 +264,7 @@ def _source_counts(spec: CorpusSpec, reports: Sequence[UnitReport]) -> tuple[Sou
     for source in (source for report in reports for source in report.sources):
         documents[source.path] += source.documents
         sizes[source.path] += source.bytes
+    # In the order of the command, each once, including sources without a document.
     paths = dict.fromkeys(source.path for source in spec.sources)
     return tuple(SourceCount(path=path, documents=documents[path], bytes=sizes[path]) for path in paths)
 

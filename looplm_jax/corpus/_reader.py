@@ -21,7 +21,9 @@ from looplm_jax.corpus._shards import (
 )
 from looplm_jax.errors import UserError
 
+# Whole shards, each of which is read at the speed of the disk.
 _READS_AT_ONCE = 4
+# A few kilobytes of each file, dominated by latency.
 _EDGES_AT_ONCE = 16
 _BYTES_AT_START = 2**30  # bytes of shards that are checked completely at every start
 
@@ -89,6 +91,7 @@ class PreparedSequences:
         """Returns the shard of a sequence and its index in the shard."""
         if not 0 <= index < len(self):
             raise IndexError(index)
+        # `right`, because an index equal to an end belongs to the next shard.
         shard = int(np.searchsorted(self._ends, index, side="right"))
         return self._shards[shard], index - (int(self._ends[shard - 1]) if shard else 0)
 

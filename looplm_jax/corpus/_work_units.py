@@ -21,6 +21,7 @@ from looplm_jax.data.sources._source import format_of
 from looplm_jax.data.tokenizers import FolderTokenizer, JsonTokenizer, Tokenizer
 from looplm_jax.errors import UserError
 
+# The work that is lost when a worker is killed, and the granularity of progress.
 UNIT_BYTES = 64 * 2**20
 _FILES_AT_ONCE = 16  # reading footers of remote files is dominated by latency
 
@@ -109,6 +110,7 @@ def describe_inputs(units: Sequence[Unit]) -> str:
     Equal texts mean equal work.
     """
     file_spans = [file_span for unit in units for file_span in unit.file_spans]
+    # Sizes and spans are included, because they decide which documents are in which shard.
     cuts = [
         f"{file_span.file.name}\n{file_span.span.start}\n{file_span.span.end}\n{file_span.bytes}"
         for file_span in file_spans
@@ -131,6 +133,7 @@ def digest_contents(units: Sequence[Unit]) -> str:
 
 def _file_spans(file: Input, source: SourceConfig, unit_bytes: int) -> list[FileSpan]:
     """Returns the spans of a file. Its bytes are attributed in proportion to the length of each span."""
+    # Spans count bytes, records or row groups, depending on the format, hence the proportion.
     found, size = spans(file, unit_bytes), file.size
     total = max(found[-1].end - found[0].start, 1) if found else 1
     return [FileSpan(file, source, span, size * (span.end - span.start) // total) for span in found]
@@ -140,6 +143,7 @@ def _together(file_spans: Iterable[FileSpan], unit_bytes: int) -> Iterator[Unit]
     """Groups consecutive spans into units of at most `unit_bytes`, or of a single span."""
     held: list[FileSpan] = []
     for file_span in file_spans:
+        # Consecutive spans only, so that documents stay in the order of the files.
         if held and sum(other.bytes for other in held) + file_span.bytes > unit_bytes:
             yield Unit(tuple(held))
             held = []
@@ -218,6 +222,7 @@ def with_digest_of_contents(folder: PreparedFolder, spec: CorpusSpec, units: Seq
       UserError: the folder was prepared from files with the same sizes but different content.
     """
     spec = dataclasses.replace(spec, contents=digest_contents(units))
+
     saved = _read_spec(folder) if PLAN in folder.names() and is_begun(folder) else spec
     if saved.contents not in ("", spec.contents):  # specs from before this field existed have no digest
         raise UserError(
@@ -248,6 +253,7 @@ def check_folder(folder: PreparedFolder, spec: CorpusSpec) -> None:
         return  # a spec without any output may be replaced
 
     saved = _read_spec(folder)
+    # Contents are compared later, because their digest reads all files.
     changed = differences(dataclasses.replace(saved, contents=""), dataclasses.replace(spec, contents=""))
     if changed:
         raise UserError(
@@ -267,6 +273,8 @@ def claim_folder(folder: PreparedFolder, spec: CorpusSpec, tokenizer: Tokenizer)
     # Reports of units may be left from another spec that never produced a shard.
     if not is_begun(folder):
         folder.remove_folder("units")
+
+    # The spec comes first: a folder with a tokenizer and no spec would be refused as unrelated.
     name = _TOKENIZER_FILES.get(spec.tokenizer_kind, "tokenizer.model")
     folder.write(PLAN, as_json(spec))
     folder.write(name, tokenizer.serialize())

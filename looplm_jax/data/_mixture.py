@@ -72,6 +72,7 @@ class TextSource:
 
     def train(self, seed: int) -> grain.MapDataset:
         """Returns the training documents, reshuffled in every epoch."""
+        # Grain shuffles the indices; the documents themselves are read when they are needed.
         documents = Subset(self.source, self.train_indices)
         return grain.MapDataset.source(documents).shuffle(seed).repeat()
 
@@ -95,6 +96,7 @@ class TaskSource:
 
     def train(self, seed: int) -> grain.MapDataset:
         """Returns the training problems of a seed."""
+        # Neither shuffled nor repeated: the stream is random and endless by itself.
         return grain.MapDataset.source(TrainStream(self.task, seed))
 
     def validation(self) -> ValidationItems:
@@ -170,6 +172,7 @@ class Corpus:
     @property
     def validation_documents(self) -> int:
         """The number of text documents held out for validation."""
+        # Tasks have no documents, and as many held-out problems as are asked for.
         texts = sum(len(part.validation_indices) for part in self.texts)
         return texts + sum(shard.documents for part in self.prepared for shard in part.manifest.validation)
 
@@ -252,6 +255,7 @@ def locate(root: str, path: str) -> str:
 def _open_text(data: DataConfig, config: SourceConfig, located: SourceConfig, files: Inputs) -> TextSource:
     """Opens a text source and splits it. Raises UserError if no document is left for training."""
     source = open_files(located, on_bad_record=data.on_bad_record, files=files)
+    # By the hash of each text, so that a document stays on its side when files are added, and its copies with it.
     split = split_documents(source.keys, data.validation_fraction)
     if len(split.train) == 0:
         raise UserError(
@@ -281,9 +285,12 @@ def _open_prepared(data: DataConfig) -> tuple[PreparedSource, ...]:
         )
 
     sources = tuple(PreparedSource(source, open_prepared(path)) for source, path in found)
+
     for part in sources[1:]:
         _check_alike(sources[0], part)
     check_at_start([part.corpus for part in sources])
+
+    # Preparation has decided what is held out; the fraction only says whether the run needs any.
     if data.validation_fraction > 0 and not any(part.manifest.validation for part in sources):
         raise UserError(
             "no sequence of the prepared sources is held out; prepare one with --validation-fraction, or set "

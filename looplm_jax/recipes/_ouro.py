@@ -38,6 +38,7 @@ _M = 2**20
 _B, _T = 10**9, 10**12
 
 # In percent of the tokens.
+# Stage 1.
 _PRETRAIN = {
     "nemotron-cc": 73.4,
     "map-cc": 13.0,
@@ -45,6 +46,7 @@ _PRETRAIN = {
     "opencoder-pretrain": 7.5,
     "megamath-web": 4.1,
 }
+# Stage 2.
 _ANNEAL = {
     "nemotron-cc-hq": 66.5,
     "nemotron-cc-math-v1": 15.0,
@@ -54,6 +56,7 @@ _ANNEAL = {
     "sft-code": 3.4,
     "sft-general": 6.2,
 }
+# Stages 3 and 4, and the fine-tuning.
 _LONG = {"prolong-64k": 100.0}
 _MID_TRAIN = (("sft-mix", 90), (_PRETRAIN, 30), (_ANNEAL, 180))  # billions of tokens
 _THINKING = {"thinking-math": 3500, "thinking-code": 3200, "thinking-science": 808, "thinking-chat": 767}  # thousands
@@ -113,11 +116,14 @@ def _recipe(
     return Recipe(
         name=name,
         description=description or "",
+        # The base of the first stage; later stages raise it with their sequences.
         model=dataclasses.replace(model, rope_theta=1e4 if name == "ouro-1.4b" else 1e6),
         stages=stages,
+        # Parameters and optimizer state are sharded over all devices: on one v5e they would not fit.
         mesh=MeshConfig(data=1, fsdp=-1),
         compute=compute,
         data=DataConfig(sources=_mixture(_PRETRAIN), validation_fraction=1e-5),
+        # At most a thousand steps are lost.
         checkpoint=CheckpointConfig(every=1000, keep=3),
         evaluation=EvaluationConfig(every=5000, sequences=512),
     )
@@ -154,6 +160,7 @@ def _first_stages() -> tuple[Stage, ...]:
 def _later_stages() -> tuple[Stage, ...]:
     """Returns Stages 1b to 4, which both sizes run after the fork, and Stage II."""
     return (
+        # Stage 1b: four loops from here on, because eight were unstable at this scale.
         _stage(
             "pretrain-3",
             tokens=3 * _T,
@@ -163,6 +170,7 @@ def _later_stages() -> tuple[Stage, ...]:
             rope_theta=1e4,
             mixture=_PRETRAIN,
         ),
+        # Stage 2: better data, sequences four times as long, and a decay to a tenth of the rate.
         _stage(
             "anneal",
             tokens=14 * _T // 10,
@@ -175,6 +183,7 @@ def _later_stages() -> tuple[Stage, ...]:
             rope_theta=4e4,
             mixture=_ANNEAL,
         ),
+        # Stage 3: the longest sequences, which eight devices share.
         _stage(
             "long-context",
             tokens=20 * _B,
@@ -185,6 +194,7 @@ def _later_stages() -> tuple[Stage, ...]:
             rope_theta=1e6,
             mixture=_LONG,
         ),
+        # Stage 4: the mixtures of the stages before, and instructions.
         _stage(
             "mid-train",
             tokens=300 * _B,
@@ -197,6 +207,7 @@ def _later_stages() -> tuple[Stage, ...]:
             rope_theta=1e6,
             mixture=_mid_train_mixture(),
         ),
+        # Stage II: the gate alone, on the loss of each loop.
         _stage(
             "gate",
             objective=Objective.GATE,
@@ -242,6 +253,7 @@ def _stage(
     In each microbatch, 256 devices have one sequence each, or `context` of them share a sequence that is too long for
     the memory of a v5e.
     """
+    # The paper gives batches in tokens.
     sequences = batch // length
     return Stage(
         name=name,
@@ -267,6 +279,7 @@ def _mid_train_mixture() -> dict[str, float]:
     weights: dict[str, float] = {}
     for mixture, amount in _MID_TRAIN:
         sources = {mixture: 100.0} if isinstance(mixture, str) else mixture
+        # Percentages do not add up to exactly 100.
         total = sum(sources.values())
         weights |= {name: amount * weight / total for name, weight in sources.items()}
     return weights

@@ -25,6 +25,7 @@ def text_small() -> Recipe:
         stages=(
             Stage(
                 name="pretrain",
+                # 8M tokens.
                 steps=4000,
                 batch_size=8,
                 sequence_length=256,
@@ -58,6 +59,7 @@ def demo() -> Recipe:
             rope_theta=1e4,
             max_positions=1024,
         ),
+        # More than usual, because the standard library has few documents.
         data=DataConfig(validation_fraction=0.05),
         stages=(
             Stage(
@@ -120,6 +122,7 @@ def mano_small() -> Recipe:
 
 def without_loops(recipe: Recipe) -> Recipe:
     """Returns the recipe with one loop: the same parameters and data, and only the pre-training stages."""
+    # Without loops there is no gate to train.
     stages = tuple(
         dataclasses.replace(stage, loops=1, min_loops=0)
         for stage in recipe.stages

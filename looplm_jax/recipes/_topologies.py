@@ -34,6 +34,7 @@ def on_topology(recipe: Recipe, topology: str, given: Collection[str] = ()) -> R
             hint = suggest(topology, (*known, NONE))
             raise UserError(f"no stage of recipe {recipe.name!r} has settings for topology {topology!r}{hint}")
 
+    # A recipe without settings is the same on every topology.
     if not known:
         return recipe
 
@@ -70,6 +71,7 @@ def _with_settings(recipe: Recipe, stage: Stage, given: Collection[str]) -> Stag
     if settings is None:
         return stage
 
+    # Settings replace whole configurations, so the fields that the user gave are put back one by one.
     named = {name for name in given if name.startswith("compute.")}
     compute = {name: getattr(recipe.compute, name) for name in (path.partition(".")[2] for path in named)}
     used = dataclasses.replace(

@@ -23,10 +23,12 @@ _TEXTS = (".md", ".py", ".rst", ".txt")
 _KINDS_SHOWN = 8
 _DESCRIPTION = ".json"  # in a folder, .json files usually describe the data, so they are read only if named explicitly
 
+# Tables have no agreed way to quote line breaks, and backups repeat documents.
 _TABLES = (".csv", ".tsv")
 _BACKUPS = (".bak", ".crdownload", ".old", ".orig", ".part", ".swp", ".tmp", "~")
 _MAGIC = {b"PAR1": ".parquet", b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst"}
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+# Enough to see what a file is; remote files are not read completely for that.
 _HEAD_BYTES = 2**16
 _BOM = b"\xef\xbb\xbf"
 
@@ -91,6 +93,7 @@ class _Finder:
 
     def find(self, fs: Any, path: str) -> None:
         """Finds the files of a path, folder or glob. Raises OSError, and UserError for files that are not data."""
+        # The order of the tests matters: a name that exists is taken literally before it is tried as a pattern.
         is_local = DataFile(fs, path).is_local
         if is_local:
             check_regular(path)
@@ -99,6 +102,7 @@ class _Finder:
         elif fs.isdir(path):
             self._add_folder(fs, path.rstrip("/") or "/")
         elif is_local and os.path.islink(path):
+            # A link that leads nowhere is neither a file nor a folder.
             raise _broken(path)
         else:
             self._add_matches(fs, path, local_paths.glob(path) if is_local else sorted(fs.glob(path)))
@@ -110,6 +114,7 @@ class _Finder:
             check_regular(path)
             raise _broken(path)
 
+        # A file that was named is meant to be read, so its content is tried where its name says nothing.
         if self._by_content and file.suffix not in _RECORDS + _TEXTS:
             file = recognize(file)
 
@@ -122,6 +127,7 @@ class _Finder:
         root = local_paths.fixed_part(pattern)
         # Many matches share a folder, so each folder is listed once.
         output_kind = functools.cache(lambda folder: _output_kind(os.listdir(folder)))
+
         files = []
 
         for path in matches:
@@ -140,6 +146,7 @@ class _Finder:
         """Adds the data files below a folder."""
         is_local = DataFile(fs, root).is_local
         entries = list(local_paths.tree(root)) if is_local else [Entry(path) for path in fs.find(root)]
+        # Hidden entries go first: a hidden folder may hold a run or a model that is none of the data.
         entries = self._without_outputs(root, self._without_hidden(root, entries))
         found = [(entry, file) for entry in entries if (file := self._in_folder(fs, entry.path))]
 
@@ -173,6 +180,7 @@ class _Finder:
             else:
                 hidden.add("/".join(parts[: first + 1]))
 
+        # Counter drops zeros when added.
         self.left_out += Counter({"hidden": len(hidden)})
         return kept
 
@@ -182,6 +190,7 @@ class _Finder:
         Raises:
           UserError: the root folder itself is a prepared corpus or a run folder.
         """
+        # Folders are recognized by the names in them, which are listed already; nothing is opened.
         names = _names_by_folder([_relative(root, entry.path) for entry in entries])
         outputs = {folder: kind for folder, inside in names.items() if (kind := _output_kind(inside))}
         models = {folder for folder, inside in names.items() if _is_model(inside)}
@@ -195,6 +204,7 @@ class _Finder:
             output = next((folder for folder in _folders_of(relative) if folder in outputs), None)
             if output is not None:
                 used.add(output)
+            # Model cards and licenses, not documents to learn from.
             elif relative.rpartition("/")[0] in models and suffix(relative) in _TEXTS:
                 self.left_out["beside model weights"] += 1
             else:

@@ -13,6 +13,7 @@ from looplm_jax.errors import UserError, suggest
 
 PREFIX = "huggingface:"
 _OPTIONS = ("name", "revision", "split", "data_dir", "data_files")
+# Opening a dataset reads its metadata, so recently used ones stay open.
 _OPEN_DATASETS = 64
 _BLOCK = 256  # rows in memory at a time
 
@@ -37,6 +38,7 @@ class Dataset:
     @property
     def size(self) -> int:
         """The size of the dataset's rows in memory, in bytes."""
+        # The Arrow tables are memory-mapped, so this does not read them.
         return _load(self.path).data.nbytes
 
     def digest(self) -> str:
@@ -46,6 +48,7 @@ class Dataset:
         """
         if self.path.startswith(PREFIX):
             return ""
+
         fs, folder = file_system(self.path)
         return "".join(DataFile(fs, path).digest() for path in sorted(fs.find(folder)))
 
@@ -108,6 +111,7 @@ def _column(file: Dataset, source: SourceConfig) -> Any:
         setting = "messages_key" if source.kind is RecordKind.CHAT else "text_key"
         hint = suggest(source.key, dataset.column_names)
         raise UserError(f"{file.name}: there is no column {source.key!r}{hint}; set {setting} to one")
+    # The other columns, such as images, would be decoded with every row.
     return dataset.select_columns([source.key])
 
 
@@ -143,6 +147,7 @@ def _one_split(loaded: Any, path: str) -> Any:
     """Returns the dataset. Raises UserError if it has several splits."""
     if not isinstance(loaded, dict):
         return loaded
+    # Choosing a split silently would train on the test split of some datasets.
     splits = ", ".join(sorted(map(str, loaded)))
     how = f"add ,split= and one of: {splits}" if path.startswith(PREFIX) else f"name the folder of one of: {splits}"
     raise UserError(f"{path}: the dataset has several splits; {how}")

@@ -24,6 +24,7 @@ from looplm_jax.errors import UserError
 Input = DataFile | huggingface.Dataset
 """Documents that are read together."""
 
+# By suffix; any other file is text.
 _FORMATS: dict[str, Format] = {
     ".array_record": ArrayRecord(),
     ".arrayrecord": ArrayRecord(),
@@ -93,6 +94,7 @@ def _kind(file: Input) -> str:
     """Returns the kind of a file, for display."""
     if isinstance(file, huggingface.Dataset):
         return "dataset"
+
     compression = file.compression.value if file.compression else ""
     if file.content_suffix:
         return f"{file.content_suffix}{compression} by content"
@@ -106,6 +108,7 @@ def format_of(file: Any) -> Format:
 
 def _checked(file: DataFile) -> DataFile:
     """Returns the file. Raises UserError if its format cannot be read from compressed data or from its server."""
+    # Parquet and ArrayRecord are read at random positions, which compressed data does not have.
     if file.compression and not isinstance(format_of(file), JsonLines | Text):
         raise UserError(f"{file.name}: such files are compressed inside; decompress it, and leave off the last ending")
     # Compressed files are read from beginning to end; all others need random access.
@@ -150,6 +153,7 @@ class FileIndex:
 
     def read(self, index: int) -> Document:
         """Reads a document from the file. Raises UserError if the file has changed and the document is gone."""
+        # What the two numbers mean is up to the format, for example an offset and a length.
         first, second = map(int, self.places[index])
         try:
             if document := format_of(self.file).read(self.file, self.source, (first, second)):
@@ -183,6 +187,7 @@ class FileSource:
     def __getitem__(self, index: int) -> Document:
         if not 0 <= index < len(self):
             raise IndexError(index)
+        # `right`, because an index equal to an end belongs to the next file.
         shard = int(np.searchsorted(self._ends, index, side="right"))
         before = int(self._ends[shard - 1]) if shard else 0
         return self._shards[shard].read(index - before)
@@ -233,6 +238,7 @@ def open_files(
 def _index(file: Input, source: SourceConfig, bad: BadRecordPolicy, spool: Spool) -> FileIndex:
     """Scans a file and returns the index of its documents."""
     file = seekable(file, spool)
+    # 16 bytes for the place and 8 for the key of each document; the text is dropped.
     places, keys = [], []
     for found in format_of(file).scan(file, source, bad, WHOLE):
         places.append(found.place)

@@ -25,6 +25,7 @@ class Spool:
         self.end = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
+        # A descriptor means nothing in another process.
         return Spool, ()
 
     @property
@@ -34,6 +35,7 @@ class Spool:
 
     def append(self, block: bytes, name: str) -> None:
         """Appends a block. Raises UserError, with the name of its origin, if the disk is full."""
+        # A view, so that the rest after a partial write is not copied.
         descriptor, left = self._opened(), memoryview(block)
         with _room(name):
             while left:
@@ -44,6 +46,7 @@ class Spool:
 
     def read(self, start: int, count: int) -> bytes:
         """Returns `count` bytes at offset `start`. Thread-safe."""
+        # `pread` has no shared position, so threads do not disturb each other.
         return os.pread(self._opened(), count, start)
 
     def _opened(self) -> int:
@@ -73,6 +76,7 @@ class SpooledFile:
     def __init__(self, origin: DataFile, spool: Spool | None = None):
         self.name, self.suffix, self.limits = origin.name, origin.suffix, origin.limits
         self._origin, self._spool = origin, spool or Spool()
+
         self._start = self._spool.end
         with origin.open() as stream:
             while block := stream.read(_BLOCK):
@@ -80,6 +84,7 @@ class SpooledFile:
         self.size = self._spool.end - self._start
 
     def __reduce__(self) -> tuple[Any, ...]:
+        # The receiving process decompresses the file again, into a spool of its own.
         return SpooledFile, (self._origin, self._spool)
 
     @property
@@ -121,6 +126,7 @@ class _Stream(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Fills the buffer up to the end of the file. Returns the number of bytes."""
+        # Short reads are allowed: `BufferedReader` asks again until it gets none.
         content = self._file.read(self._place, self._place + len(buffer))
         buffer[: len(content)] = content
         self._place += len(content)
