@@ -117,6 +117,7 @@ def parse_flags(arguments: Sequence[str]) -> dict[str, str]:
             raise UserError(f"unexpected argument {word!r}; fields are set with --name value")
         name, equals, value = word[2:].partition("=")
         if not equals:
+            # A value that starts with two dashes is another flag: the value was forgotten.
             value = next(words, "")
             if not value or value.startswith("--"):
                 raise UserError(f"--{name} needs a value")
@@ -134,6 +135,7 @@ class _Absent:
         return "absent"
 
 
+# Different from None, which is a value that a field may have.
 ABSENT = _Absent()
 
 
@@ -162,6 +164,7 @@ def differences(ours: Any, theirs: Any) -> list[Difference]:
       ours: a configuration, or plain JSON values with string keys such as `to_dict` returns.
       theirs: the one to compare with. A field that only one side has is a difference, unless its value is None.
     """
+    # The union of the paths, because either side may have fields that the other lacks.
     a, b = dict(_plain_fields(_encode(ours))), dict(_plain_fields(_encode(theirs)))
     return [
         Difference(path, a.get(path, ABSENT), b.get(path, ABSENT)) for path in {**a, **b} if a.get(path) != b.get(path)
@@ -220,6 +223,7 @@ def _decode(annotation: Any, value: Any, where: str) -> Any:
     """Returns the value of a field of the given type. Raises UserError if it has another type."""
     if dataclasses.is_dataclass(annotation):
         return from_dict(typing.cast(type, annotation), value, where)
+    # All tuples in configurations have one type of item.
     if typing.get_origin(annotation) in (tuple, types.GenericAlias):
         return _decode_tuple(typing.get_args(annotation)[0], value, where)
     if issubclass(annotation, enum.Enum):
@@ -247,6 +251,7 @@ def _decode_enum(kind: type[enum.Enum], value: Any, where: str) -> enum.Enum:
 
 def _decode_scalar(kind: type, value: Any, where: str) -> Any:
     """Returns a bool, str, int or float, from a value of this type or from text."""
+    # `bool("false")` would be True.
     if kind is bool:
         words = {"true": True, "false": False}
         if isinstance(value, bool):
@@ -285,6 +290,7 @@ def _expand(path: str, known: list[str]) -> list[str]:
     """Returns the known paths that `path` refers to; `stage.x` is field x of every stage."""
     if path in known:
         return [path]
+
     first, _, rest = path.partition(".")
     if first == "stage" and rest:
         return [full for full in known if full.startswith("stages.") and full.split(".", 2)[2] == rest]

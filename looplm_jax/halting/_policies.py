@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from looplm_jax.errors import UserError
 from looplm_jax.halting.signals import Needs, Signals
 
+# Numbers of loops are 32-bit integers in programs.
 _MOST_LOOPS = 2**31 - 1
 
 
@@ -95,6 +96,7 @@ class QExit:
 
     def exits(self, signals: Signals) -> Bool[Array, "*B"]:
         """Returns True for tokens whose survival is at most `1 - q`."""
+        # In log space a survival does not underflow to 0, so no token exits early with q = 1.
         return signals.log_survival <= jnp.log1p(-jnp.asarray(self.q, jnp.float32))
 
 
@@ -122,6 +124,8 @@ class Bounded:
             check_count("max_loops", self.max_loops)
             if self.min_loops > self.max_loops:
                 raise UserError(f"min_loops={self.min_loops} is above max_loops={self.max_loops}; lower it")
+
+        # Merged, so that a table of policies has one column for each bound.
         self._merge()
 
     def _merge(self) -> None:
@@ -133,6 +137,7 @@ class Bounded:
         object.__setattr__(self, "max_loops", ceiling)
 
         if isinstance(self.policy, Bounded):
+            # The inner lower bound must not exceed the outer upper one.
             floor = max(self.min_loops, self.policy.min_loops)
             object.__setattr__(self, "min_loops", floor if ceiling is None else min(floor, ceiling))
             object.__setattr__(self, "policy", self.policy.policy)
@@ -204,6 +209,7 @@ class _ChangeBelow:
     def __post_init__(self) -> None:
         if not (self.threshold > 0 and np.isfinite(self.threshold)):
             raise UserError(f"the threshold of {type(self).__name__} must be positive, not {self.threshold}")
+        # Thresholds become float32 in programs: a smaller one would be 0, with which no token ever exits.
         if not np.finfo(np.float32).tiny <= self.threshold <= np.finfo(np.float32).max:
             raise UserError(f"the threshold of {type(self).__name__} is beyond float32: {self.threshold}")
 
@@ -213,6 +219,7 @@ class _ChangeBelow:
 
     def exits(self, signals: Signals) -> Bool[Array, "*B"]:
         """Returns True for tokens whose change is below the threshold."""
+        # At loop 1 there is no previous loop to compare with.
         return (signals.loop > 1) & (self.change(signals) < self.threshold)
 
 
@@ -246,6 +253,7 @@ class KLDivergence(_ChangeBelow):
     def change(self, signals: Signals) -> Float[Array, "*B"]:
         """Returns `KL(p_t || p_{t-1})`."""
         log_p, log_previous = _log_probs(signals), _previous_log_probs(signals)
+        # KL(p || q) = sum_v p_v (log p_v - log q_v).
         return _expectation(log_p, log_p - log_previous)
 
 
@@ -257,6 +265,7 @@ class EntropyChange(_ChangeBelow):
     def change(self, signals: Signals) -> Float[Array, "*B"]:
         """Returns `|H(p_t) - H(p_{t-1})|`."""
         log_p, log_previous = _log_probs(signals), _previous_log_probs(signals)
+        # The signs of the two entropies cancel in the absolute value.
         return jnp.abs(_expectation(log_p, log_p) - _expectation(log_previous, log_previous))
 
 
@@ -312,6 +321,7 @@ class Margin:
         """Returns True for tokens with at least this margin."""
         log_p = _log_probs(signals)
         best = jnp.argmax(log_p, axis=-1, keepdims=True)
+        # Without the best token itself, so that two equally probable tokens have a margin of 0.
         others = jnp.where(jnp.arange(log_p.shape[-1]) == best, -jnp.inf, log_p)
         lead = jnp.exp(jnp.max(log_p, axis=-1)) - jnp.exp(jnp.max(others, axis=-1))
         return lead >= self.margin
@@ -342,6 +352,7 @@ def _norm(vector: Float[Array, "*B D"]) -> Float[Array, "*B"]:
 
 def _expectation(log_p: Float[Array, "*B V"], values: Float[Array, "*B V"]) -> Float[Array, "*B"]:
     """Returns `sum_v p_v value_v`. Tokens of probability 0 contribute 0 even if their value is infinite."""
+    # 0 times infinity would be NaN.
     p = jnp.exp(log_p)
     return jnp.sum(jnp.where(p > 0, p * values, 0.0), axis=-1)
 
@@ -358,6 +369,7 @@ def between(
 
 def check_count(name: str, value: Any) -> None:
     """Raises UserError if `value` is not a valid number of loops."""
+    # `__index__` accepts NumPy integers and refuses floats.
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise UserError(f"{name} must be a whole number, not {value!r}")
     if value < 1:

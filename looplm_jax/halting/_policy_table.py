@@ -65,6 +65,7 @@ class PolicyTable:
 
     def exits(self, signals: Signals) -> Bool[Array, "*N"]:
         """Returns whether each slot exits by its policy, within its bounds."""
+        # Every kind is evaluated for all slots, because a program cannot branch per slot.
         leaves = jnp.zeros(signals.loop.shape, bool)
         for index, (kind, numbers) in enumerate(zip(self.kinds, self.numbers)):
             # In slots of another kind the policy has zeros for numbers, and its result is discarded.
@@ -167,6 +168,7 @@ def exit_loops(
         return logits(hidden[loop]) if callable(logits) else logits[loop]
 
     def after_loop(memory: LoopMemory, loop: Int[Array, ""]) -> tuple[LoopMemory, Array]:
+        # One loop after another, as in a tick of the engine.
         signals = memory.observe(gate_logits[loop], hidden[loop], predict(loop))
         return signals.memory(), policy.exits(signals)
 
@@ -175,6 +177,7 @@ def exit_loops(
     of_one_loop = jax.eval_shape(lambda loop: (hidden[loop], predict(loop)), loops[0])
     _, leaves = jax.lax.scan(after_loop, LoopMemory.before_loops(policy.needs, *of_one_loop), loops)
 
+    # The first True along the loops. The last loop is always True, so there is one.
     return jnp.argmax(leaves.at[-1].set(True), axis=0).astype(jnp.int32) + 1
 
 

@@ -48,6 +48,7 @@ class Conversation:
     def __init__(self, engine: Engine, tokenizer: Tokenizer, system: str | None = None):
         self._engine, self._tokenizer = engine, tokenizer
         self._system = [] if system is None else [Message(SYSTEM, system)]
+        # The same for every turn.
         self._opening, self._closing = _around_an_answer(tokenizer)
         self._stop_ids = tuple(stop_ids(tokenizer))
         self._handle: RequestHandle | None = None
@@ -112,6 +113,7 @@ class Conversation:
         """
         with self._alone():
             user = Message(USER, text)
+            # What the cache lacks: the end of the last answer, the new message, and the start of the answer.
             prompt = [*self._unread, *self._tokens([user]), *self._opening]
             room = self._room(len(prompt))
             if max_new_tokens is not None:
@@ -136,6 +138,7 @@ class Conversation:
 
     def _answer(self, user: Message, request: Request) -> Iterator[NewToken]:
         """Yields the tokens of an answer, and records the turn."""
+        # Random keys of their own, so that a repeated question may get another answer.
         turns = sum(message.role == USER for message in self._messages)
         request = dataclasses.replace(request, sampling=request.sampling.numbered(turns))
         self._handle = handle = self._engine.submit(request, wait=True)
@@ -180,6 +183,8 @@ class Conversation:
 
         self._messages += [user, Message(ASSISTANT, result.text)]
         self._past = result.cache
+
+        # The last token was chosen but never read, so it is not in the cache.
         self._read += len(result.prompt_ids) + max(len(result.tokens) - 1, 0)
         # The cache lacks the last token. If that token ended the answer, the end of a turn takes its place.
         last = [token for token in result.tokens[-1:] if token not in self._stop_ids]
@@ -187,6 +192,7 @@ class Conversation:
 
     def _room(self, prompt: int) -> int:
         """Returns the tokens left for an answer. Raises UserError if there are none."""
+        # The window counts everything that the cache will hold.
         room = self._engine.window - self._read - prompt
         if room < 1:
             raise UserError(

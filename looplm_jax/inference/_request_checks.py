@@ -64,6 +64,7 @@ def _several(prompts: Any) -> list[Any]:
         return [prompts]
     if isinstance(prompts, bytes | bytearray | Mapping | set | frozenset) or not isinstance(prompts, Iterable):
         raise UserError(f"prompts must be a list of texts or of lists of token ids, not {type(prompts).__name__}")
+
     found = list(prompts)
     # A list of integers is one prompt.
     one = bool(found) and all(isinstance(own, int | np.integer) or getattr(own, "ndim", None) == 0 for own in found)
@@ -107,6 +108,7 @@ def check_request(
     if total > engine.capacity:
         raise UserError(f"{wanted} do not fit a cache of {engine.capacity}; use EngineConfig(capacity={total})")
 
+    # A request that needs more pages than there are would wait forever.
     pool = engine.pool
     if pool.needed(total) > pool.pages:
         raise UserError(
@@ -146,6 +148,8 @@ def _check_past(past: PrefixCache | None, model: ModelConfig, loops: int, mesh: 
     """Raises UserError unless a prefix cache has the shapes of this engine's cache, which keeps `loops` loops."""
     if past is None:
         return
+
+    # Heads are stored differently on TPUs, and a mesh says what platform this is.
     with use_mesh_or_none(mesh):
         own_heads, own_width = stored_heads(model.kv_heads, model.head_width)
     # The capacity may differ: the row is copied into this engine's pages.
@@ -157,6 +161,7 @@ def _check_past(past: PrefixCache | None, model: ModelConfig, loops: int, mesh: 
             f"{model.num_layers}, {loops} and {own_heads} of {own_width}; use the engine it comes from"
         )
 
+    # Arrays are deleted when they are donated to a program.
     if past.row.lengths.is_deleted():
         raise UserError("the arrays of the prefix cache were deleted; send the whole text again")
 
@@ -182,6 +187,7 @@ def _check_tokens(request: Request, model: ModelConfig, usable: int) -> None:
             f"token {outside[0]} of the prompt is not in the vocabulary of {usable} tokens; "
             "use the tokenizer that the model was trained with"
         )
+
     unknown = [token for token in request.stop_ids if token >= model.vocab_size]
     if unknown:
         raise UserError(

@@ -21,6 +21,7 @@ from looplm_jax.models._looplm import LoopLM, compute_dtype
 # The table of stop ids has a fixed width; further stop conditions are checked on the host.
 MOST_STOP_IDS = 8
 NO_TOKEN = -1
+# A bound for infinite budgets, which fit no integer.
 _MOST_LOOPS = 2**20
 
 
@@ -79,6 +80,7 @@ def empty_slots(
     """Returns `rows` slots without requests, which share the pages of a pool, for tokens of up to `loops` loops."""
     config, dtype = model.config, compute_dtype(model.compute)
     state = jnp.zeros((rows, 1, config.width), dtype)
+
     return Slots(
         cache=empty_pool(config, strategy, size, rows=rows, loops=loops, dtype=cache_dtype),
         tokens=jnp.zeros(rows, jnp.int32),
@@ -115,6 +117,7 @@ def fresh_memory(model: LoopLM, policies: PolicyTable, rows: int) -> LoopMemory:
 @functools.partial(jax.jit, donate_argnames=("slots",))
 def release(slots: Slots, slot: Int[Array, ""]) -> Slots:
     """Returns the slots with one request ended before its last token. The slots are donated."""
+    # Everything else may stay: inactive slots neither write to the cache nor choose tokens.
     return slots.replace(active=slots.active.at[slot].set(False))
 
 
@@ -141,6 +144,7 @@ def grow_policies(model: LoopLM, slots: Slots, policy: ExitPolicy) -> Slots:
         jax.eval_shape(lambda rows=rows: _ask(model, policy, table, rows))
 
     fresh = fresh_memory(model, table, slots.tokens.size)
+    # What the running tokens remember stays; only the new kind's signals start empty.
     kept = {
         field.name: getattr(slots.memory, field.name)
         for field in dataclasses.fields(slots.memory)

@@ -26,8 +26,10 @@ from looplm_jax.models._blocks import Context, KeyValues, Past, Stack, make_cont
 from looplm_jax.models._parameters import GATHERED, RMSNorm, gather, parameter
 from looplm_jax.sharding import target_platform, whole_length
 
+# Top-level groups of parameters.
 _STACKS = ("prelude", "core", "coda")
 UNCAST = ("gate",)  # groups that are never cast to the dtype of the matrix products: they determine probabilities
+# Used only in matrix products, and therefore gathered in their dtype.
 _IN_PRODUCTS = (*_STACKS, "injection")
 Params = dict[str, Any]  # nested, by the names of modules; leaves are arrays
 
@@ -98,6 +100,7 @@ class LoopLM(nn.Module):
             self.coda = Stack(config, config.coda_layers, remat, self.unrolled)
             self.coda_norm = RMSNorm(config.norm_eps)
 
+        # The gate and the head read the state after the coda, if there is one.
         self.gate = ExitGate(config.init_std)
         if not config.tied_head:
             self.head = parameter(self, "head", normal, ("embed", "vocab"), (config.width, config.vocab_size))
@@ -143,6 +146,7 @@ class LoopLM(nn.Module):
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
 
+        # One kernel for all layers and loops: their shapes are the same.
         kernel = choose_kernel(
             self.compute,
             length=whole_length(tokens.shape[1]),
@@ -157,6 +161,7 @@ class LoopLM(nn.Module):
             output, core_cache, coda_cache = model.loop_step(state, embedded, context, return_cache=return_cache)
             return output.state, (output.hidden, output.gate_logits, core_cache, coda_cache)
 
+        # Inside a scan, XLA cannot merge the recomputation with the original, so it needs no barrier (`prevent_cse`).
         if self.compute.remat is Remat.LOOP:
             loop = nn.remat(loop, prevent_cse=False)
 
@@ -191,6 +196,7 @@ class LoopLM(nn.Module):
         # Rows of the table are not sharded for the lookup: with sharded rows the partitioner would gather parts of rows
         # that are not needed.
         table = nn.with_logical_constraint(self.embedding, ("vocab", "embed_activation"))
+
         x = jnp.take(table, tokens, axis=0).astype(compute_dtype(self.compute))
         x = nn.with_logical_constraint(x, ("batch", "sequence", "embed_activation"))
 
@@ -204,6 +210,7 @@ class LoopLM(nn.Module):
 
     def initial_state(self, embedded: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """Returns the state before loop 1: the embedded input, or zero if injection adds it in every loop."""
+        # With injection, loop 1 already receives the input from it.
         return embedded if self.config.injection is Injection.NONE else jnp.zeros_like(embedded)
 
     def loop_step(
@@ -344,6 +351,7 @@ def count_params(config: ModelConfig) -> int:
 def _starts_as_add(key: PRNGKeyArray, shape: tuple[int, int], dtype: DTypeLike) -> Array:
     """Initializes linear injection as the sum of state and input: two stacked identity matrices."""
     del key
+    # Training starts from the simpler injection and may move away from it.
     identity = jnp.eye(shape[1], dtype=dtype)
     return jnp.concatenate([identity, identity])
 
@@ -352,6 +360,7 @@ def _check_call(config: ModelConfig, tokens: Int[Array, "B S"], loops: int) -> N
     """Raises UserError if the number of loops or the length is invalid."""
     if loops < 1:
         raise UserError(f"loops must be at least 1, not {loops}")
+    # Inside a local region, an array has only the positions of one device.
     length = whole_length(tokens.shape[1])
     if length > config.max_positions:
         raise UserError(f"{length} tokens are beyond model.max_positions={config.max_positions}")

@@ -204,8 +204,8 @@ class _Finder:
             output = next((folder for folder in _folders_of(relative) if folder in outputs), None)
             if output is not None:
                 used.add(output)
-            # Model cards and licenses, not documents to learn from.
             elif relative.rpartition("/")[0] in models and suffix(relative) in _TEXTS:
+                # Model cards and licenses, not documents to learn from.
                 self.left_out["beside model weights"] += 1
             else:
                 kept.append(entry)

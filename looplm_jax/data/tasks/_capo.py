@@ -44,6 +44,7 @@ from looplm_jax.data.tasks._capo_text import (
 from looplm_jax.data.tokenizers._symbols import SymbolTokenizer
 from looplm_jax.errors import UserError
 
+# Takes the place of a bos token.
 START = "<bio>"
 _TEMPLATES = 50  # templates per attribute
 

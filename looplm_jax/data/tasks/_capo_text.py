@@ -21,6 +21,7 @@ from types import MappingProxyType
 Entry = tuple[str, ...]  # symbols
 Pool = tuple[Entry, ...]
 
+# A sentence that follows the first has one of these as its subject.
 PRONOUNS = ("he", "she")
 
 END = "."
@@ -64,6 +65,7 @@ def _pairs(first: Iterable[str], second: Iterable[str]) -> Pool:
 
 def _numbers(start: int, stop: int, digits: int) -> Pool:
     """Returns numbers with leading zeros, in which the last digit is a separate symbol."""
+    # One symbol for the leading digits and one for the last, instead of one for each number.
     written = (f"{number:0{digits}d}" for number in range(start, stop))
     return tuple((number[:-1], f"-{number[-1]}") for number in written)
 
@@ -78,6 +80,7 @@ YEARS = _numbers(1900, 2100, digits=4)
 CITIES = _pairs(_PLACES[:20], _CITIES)
 UNIVERSITIES = _pairs(_PLACES, _SCHOOLS)
 MAJORS = _pairs(_BRANCHES, _FIELDS)
+# 27 times 10 combinations, of which the paper has 263.
 COMPANIES = _pairs(_PLACES[:27], _TRADES)[:263]
 
 NAME_POOLS = (FIRST_NAMES, MIDDLE_NAMES, LAST_NAMES)

@@ -28,6 +28,7 @@ from looplm_jax.data.tasks._base import Problems, generator
 from looplm_jax.data.tokenizers._symbols import SymbolTokenizer
 from looplm_jax.errors import UserError
 
+# The sizes of the paper.
 _HOPS = 3
 _LAYERS = 5
 _END = "<end>"
@@ -73,6 +74,7 @@ class ThreeHop:
     @functools.cached_property
     def tokenizer(self) -> SymbolTokenizer:
         """The vocabulary: the words of the question, the relations and the people."""
+        # People of all layers have different symbols, so that a symbol alone tells the layer.
         words = ("Who", "is", "the", "of", "?", "Answer:")
         people = range(_LAYERS * self.people)
         return SymbolTokenizer([_END, *words, *(f"r{n}" for n in range(self.relations)), *(f"p{n}" for n in people)])
@@ -80,6 +82,7 @@ class ThreeHop:
     @property
     def max_tokens(self) -> int:
         """The number of tokens of a question and its answer."""
+        # `<bos> Who is`, `the r of` for each hop, and `p ? Answer: p`.
         return 3 + 3 * _HOPS + 4
 
     @property
@@ -104,6 +107,7 @@ class ThreeHop:
                 person = int(draws.integers((_HOPS + 1 - hops) * self.people))
                 return self._asked(person, tuple(draws.integers(self.relations, size=hops).tolist()))
 
+        # An epoch is a permutation of the training questions.
         epoch, place = divmod(index, self.questions)
         return self._example(int(self._order[self.validation_items + _shuffled(self.questions, seed, epoch)[place]]))
 
@@ -123,6 +127,7 @@ class ThreeHop:
     @functools.cached_property
     def _facts(self) -> Int64[np.ndarray, "people relations"]:
         """The person to whom each relation leads each person of every layer but the last."""
+        # The people of the last layer have no relations.
         shape = (_LAYERS - 1, self.people, self.relations)
         within = generator("threehop-world", self.world).integers(self.people, size=shape)
         next_layer = self.people * np.arange(1, _LAYERS)
@@ -146,6 +151,7 @@ class ThreeHop:
         names = " of ".join(f"the r{relation}" for relation in relations)
         answer = self.answer(person, relations)
         asked = self.tokenizer.encode(f"Who is {names} of p{person} ? Answer: p{answer}")
+
         tokens = [self.tokenizer.bos_id, *asked]
         return Example.of(tokens, [False] * (len(tokens) - 1) + [True])
 

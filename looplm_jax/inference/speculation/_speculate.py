@@ -29,6 +29,7 @@ from looplm_jax.inference.speculation._rows import Row, Screen, SpeculativeResul
 from looplm_jax.inference.speculation._verify import Draft, SpeculativeRows, Verified, draft, force, read, verify_drafts
 from looplm_jax.models._looplm import LoopLM, Params, compute_dtype
 
+# Prompt tokens per program; all rows of a batch read their chunks together.
 _LONGEST_CHUNK = 128
 
 
@@ -230,11 +231,13 @@ def begin(
     Ids from `usable` on are never chosen.
     """
     rows = _empty(model, requests, loops, usable, mesh)
+    # The last token of a prompt is the first input of a draft.
     prompts = [request.prompt_ids[:-1] for request in requests]
     longest = max(len(prompt) for prompt in prompts)
     # A chunk size from few buckets, so that few programs are compiled.
     size = bucket(max(longest, 1), min(_LONGEST_CHUNK, rows.cache.capacity))
 
+    # Rows with shorter prompts read padding in the later chunks, which is not counted.
     for start in range(0, longest, size):
         chunk = pad([prompt[start : start + size] for prompt in prompts], size)
         rows = read(model, params, rows, chunk.tokens, chunk.counts)

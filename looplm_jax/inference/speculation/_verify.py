@@ -62,6 +62,7 @@ def accept(
     size = drafts.shape[1]
     # [N, k, 2] -> 2 x [N, k]
     test_keys, correction_keys = jnp.moveaxis(jax.vmap(jax.vmap(jax.random.split))(keys), -1, 0)
+
     chance = jax.vmap(jax.vmap(jax.random.uniform))(test_keys)
     # Without a division: q may be tiny, and a draft that p excludes must fail even for chance 0.
     passed = chance * _of(proposal, drafts) < _of(target, drafts)
@@ -107,6 +108,7 @@ class SpeculativeRows:
         if seen is not None:
             # Padding is written to the index V, which is out of bounds, and dropped.
             seen = seen.at[rows[:, None], jnp.where(new, tokens, seen.shape[1])].set(True, mode="drop")
+
         extended = SpeculativeRows(
             cache=cache.advance(counts),
             tokens=jnp.where(counts > 0, tokens[rows, jnp.maximum(counts - 1, 0)], self.tokens),
@@ -161,6 +163,7 @@ def draft(
     """
 
     def one(rows: SpeculativeRows, _: None) -> tuple[SpeculativeRows, Draft]:
+        # One token at a time, through the first loops only.
         done = _read(model, params, rows.cache, rows.tokens[:, None], loops)
         logits = logits_of(model, params, done.hidden[:, 0])
         tokens = sample_rows(logits, rows.sampling, rows.num_generated, rows.seen_tokens).tokens
@@ -186,6 +189,7 @@ def verify_drafts(
     """Keeps the drafts that loop T accepts. The rows are donated; rows that are not `active` stay unchanged."""
     loops = range(draft_loops, rows.cache.depth)
     done = _run_loops(model, params, rows.cache, drafted.states, drafted.embedded, loops)
+    # The states after loop T at the k inputs predict the k tokens that the drafts proposed.
     logits = logits_of(model, params, done.hidden)
     acceptance = _accept(rows, drafted, logits)
     counts, failed = _before_failure(logits, acceptance.counts)
@@ -273,6 +277,7 @@ def _run_loops(
 
     # `hidden` starts with any array of its shape; the first loop replaces it.
     (state, hidden), own = jax.lax.scan(loop, (state, state), jnp.arange(loops.start, loops.stop))
+
     core = _write(cache, cache.planes.core, own.core, loops)
     assert core is not None
     coda = _write(cache, cache.planes.coda, own.coda, loops)
@@ -299,6 +304,7 @@ def _write(cache: Cache, stacked: KeyValues | None, own: KeyValues | None, plane
 
 def _accept(rows: SpeculativeRows, drafted: Draft, logits: Float[Array, "N k V"]) -> Acceptance:
     """Applies the acceptance test to the drafts of all rows."""
+    # Both distributions are filtered alike (temperature, top-k and so on): the test compares what would be sampled.
     sampling = jax.tree.map(lambda number: number[:, None], rows.sampling)
     # [N, k]: the number of each new token, as in ordinary sampling.
     numbers = rows.num_generated[:, None] + jnp.arange(logits.shape[1])
