@@ -409,7 +409,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TopologySettings:
-    """How a stage is computed on one topology, instead of by the recipe's `mesh` and `compute`.
+    """The settings of a stage for one topology, which replace the recipe's `mesh` and `compute`.
 
     Nothing here changes what is trained: the results are the same to rounding.
     """

@@ -128,6 +128,7 @@ def with_retries(read: Callable[[], T], passing: type[Exception] | tuple[type[Ex
     Raises:
       Exception: the error of the last attempt, or an error of another type.
     """
+    # The last attempt is outside the loop, so that its error reaches the caller.
     for wait in WAITS:
         try:
             return read()

@@ -75,6 +75,7 @@ def check_same_run(folder: str, saved: dict[str, Any], wanted: dict[str, Any]) -
     Raises:
       UserError: fields differ that may not. The message has the first few, with both values.
     """
+    # Paths of the recipe are those of the rules, so the rules decide which differences matter.
     differing = [
         f"{field.path}: {field.ours}, now {field.theirs}"
         for field in differences(saved, wanted)

@@ -25,7 +25,7 @@ _STEERING = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066
 # Text
 
 
-def visible(text: str, *, keep: str = "\n\t") -> str:
+def with_escapes(text: str, *, keep: str = "\n\t") -> str:
     r"""Returns the text with each character that controls a terminal as an escape, for example `\x1b`.
 
     Args:
@@ -39,17 +39,17 @@ def literal(text: str) -> str:
     """Returns the text such that Rich prints it unchanged: with escapes, and without markup."""
     from rich.markup import escape
 
-    return escape(visible(text))
+    return escape(with_escapes(text))
 
 
 def one_line(message: str) -> str:
     """Returns the message as a single line with escapes."""
-    return visible(" ".join(message.split()), keep="")
+    return with_escapes(" ".join(message.split()), keep="")
 
 
 def show(text: str) -> None:
     """Prints the text with escapes on standard output."""
-    print(visible(text))
+    print(with_escapes(text))
 
 
 def print_error(message: str) -> None:

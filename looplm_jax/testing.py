@@ -50,6 +50,7 @@ def tiny_config(**changes: Any) -> ModelConfig:
     Args:
       **changes: fields of `ModelConfig` to replace.
     """
+    # Loops, layers and heads differ, so that a test with swapped axes fails.
     config = ModelConfig(
         vocab_size=len(_SYMBOLS),
         width=16,
@@ -79,7 +80,9 @@ def tiny_model(
     config = config or tiny_config()
     random = np.random.default_rng(seed)
     shapes = jax.eval_shape(lambda: init_params(LoopLM(config), jax.random.key(0)))
+    # Norms would be one and biases zero after `init_params`, and mistakes in them would go unnoticed.
     params = jax.tree.map(lambda leaf: jnp.asarray(random.normal(0.1, 0.3, leaf.shape), jnp.float32), shapes)
+
     return LoopLM(config, compute or ComputeConfig()), params
 
 

@@ -236,6 +236,7 @@ def read_arrays(
       DamagedError: an array is missing or altered.
       UnreadableError: the file system or the bucket refused the read, or a file is a named pipe or a device.
     """
+    # Digests are computed on the devices, after the transfer, so that damage on the way is noticed too.
     arrays = load_arrays(folder.path / _ARRAYS, targets)
 
     found = digests(arrays)
@@ -264,6 +265,7 @@ def delete(folder: StepFolder) -> None:
 def set_aside(folder: StepFolder) -> epath.Path:
     """Renames a step to a name that is not a step number, so that the user can keep it. Returns the new path."""
     names = {entry.name for entry in _entries(folder.path.parent)}
+    # Earlier steps with this number may have been set aside, and are not replaced.
     number = next(number for number in itertools.count(1) if f"{folder.path.name}.set-aside-{number}" not in names)
     return folder.path.rename(folder.path.with_name(f"{folder.path.name}.set-aside-{number}"))
 

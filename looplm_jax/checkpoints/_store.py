@@ -67,6 +67,7 @@ class CheckpointStore:
         self._keep = keep
         self._asynchronous = asynchronous
         self._pending: _Pending | None = None
+        # The step that was saved or restored last, and the steps that the last restore skipped.
         self._current: int | None = None
         self._damaged: frozenset[int] = frozenset()
         self._other_version: frozenset[int] = frozenset()
@@ -95,6 +96,7 @@ class CheckpointStore:
             return
 
         with self._naming_failed_writes(step):
+            # Everything that could be in the way of the new step is dealt with before it is written.
             self._require_newest(step)
             self._sweep()
             self._set_aside(step)
@@ -103,6 +105,7 @@ class CheckpointStore:
             writing = start_write(path, flatten(state), metadata, permanent=permanent)
 
         self._pending = _Pending(step=step, writing=writing)
+
         if not self._asynchronous:
             self.wait()
 
@@ -115,6 +118,7 @@ class CheckpointStore:
         if self._pending is None:
             return
 
+        # Cleared first: a failed save must not be waited for twice.
         pending, self._pending = self._pending, None
         with self._naming_failed_writes(pending.step):
             try:
@@ -184,6 +188,7 @@ class CheckpointStore:
 
     def _require_newest(self, step: int) -> None:
         """Raises UserError if `step` is not newer than every valid step."""
+        # Damaged steps do not count: a run that went back to an earlier step saves their numbers again.
         newest = max((folder.step for folder in self._valid()), default=-1)
         if step <= newest:
             raise UserError(
@@ -209,9 +214,11 @@ class CheckpointStore:
         """Deletes the steps that are not kept, and the damaged ones."""
         # A damaged step may have been replaced by the step that was just committed.
         self._damaged -= {self._current}
+
         old = self._valid()[: -self._keep]
         damaged = [folder for folder in self._committed() if folder.step in self._damaged]
         for folder in old + damaged:
+            # Permanent steps are kept, except that a damaged one is of no use.
             if jax.process_index() == 0 and (folder in damaged or not _is_permanent(folder)):
                 delete(folder)
 
@@ -307,6 +314,7 @@ def remove_failed(folder: epath.Path, step: int) -> None:
 
     Takes at most half a minute. Files that the file system refuses to list or delete remain.
     """
+    # Threads of the failed save may still create files, so one pass is not enough.
     deadline = time.monotonic() + _LONGEST_SECONDS
     left = True
     with contextlib.suppress(OSError):  # the error to report is the failed save, not a folder that cannot be listed

@@ -1,4 +1,4 @@
-"""What several commands share and what needs no JAX: paths, recipes, options from flags, and signals."""
+"""Helpers of several commands that need no JAX: paths, recipes, options from flags, and signals."""
 
 import argparse
 import contextlib

@@ -15,7 +15,7 @@ from rich.text import Text
 from looplm_jax import json_io
 from looplm_jax.data.tokenizers import Tokenizer
 from looplm_jax.inference import Finish, NewToken, Result
-from looplm_jax.terminal import visible
+from looplm_jax.terminal import with_escapes
 
 # From few loops to many; legible on dark and light terminals.
 _PALETTE = ("#3f8fd2", "#20a4b5", "#2f9e6e", "#7a9a2e", "#c48a16", "#d2691e", "#d1495b", "#b04bc0")
@@ -79,7 +79,7 @@ class ColorView:
     def show(self, new: NewToken) -> None:
         """Prints the text that became final with the token."""
         self._begin()
-        self._text.write(Text(visible(new.text), style=loop_color(new.exit_loop, self._max_loops)))
+        self._text.write(Text(with_escapes(new.text), style=loop_color(new.exit_loop, self._max_loops)))
         self._shown += len(new.text)
 
     def propose(self, token: int) -> None:
@@ -89,7 +89,7 @@ class ColorView:
     def finish(self, result: Result, rate: float | None) -> None:
         """Prints the remaining text and the summary."""
         self._begin()
-        self._text.write(Text(visible(result.text[self._shown :]), style="dim"))
+        self._text.write(Text(with_escapes(result.text[self._shown :]), style="dim"))
         self._console.print()
         self._console.print(summary(result, rate), style="dim")
 
@@ -118,7 +118,7 @@ class RevisedText:
         """Prints a provisional piece, unless it would reach the end of the line, where backspace cannot return."""
         self._erase()
         # A line break or tab could not be taken back.
-        shown = "".join(character if character.isprintable() else " " for character in visible(text, keep="\n\t"))
+        shown = "".join(character if character.isprintable() else " " for character in with_escapes(text, keep="\n\t"))
         # Wide characters take two cells.
         width = cell_len(shown)
         if cell_len(self._line.expandtabs()) % self._console.width + width < self._console.width:
@@ -144,7 +144,7 @@ class PlainView:
         self._header = header
         self._shown = 0
         # Escape sequences could change the state of a terminal; a file gets the exact text.
-        self._as_shown: Callable[[str], str] = visible if sys.stdout.isatty() else str
+        self._as_shown: Callable[[str], str] = with_escapes if sys.stdout.isatty() else str
 
     def show(self, new: NewToken) -> None:
         """Prints the text that became final with the token."""
@@ -212,7 +212,7 @@ class JsonView:
 
 def header(prompt: str, max_loops: int) -> Text:
     """Returns the legend, and the prompt that the text continues."""
-    return Text.assemble(legend(max_loops), "\n", (visible(prompt), "dim"))
+    return Text.assemble(legend(max_loops), "\n", (with_escapes(prompt), "dim"))
 
 
 def legend(max_loops: int) -> Text:

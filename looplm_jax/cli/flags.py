@@ -19,7 +19,7 @@ exit rules, each optionally with bounds on loops, as in kl=1e-3,min=2,max=6:
   relative=0.03  likewise, as a share of its size
   kl=1e-3        the prediction changed by less than this, in nats
   entropy=1e-3   its entropy changed by less than this, in nats
-  stable=2       the likeliest token was that of the loop before, so many times in a row
+  stable=2       the likeliest token was that of the loop before, this many times in a row
   confidence=0.9 the likeliest token reached this probability
   margin=0.5     its probability exceeds that of the next one by this
 """

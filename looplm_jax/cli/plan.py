@@ -22,7 +22,7 @@ from looplm_jax.planning._stage_plan import StagePlan, plan_stage
 from looplm_jax.planning._targets import HERE, Target, find_target
 from looplm_jax.recipes._topologies import on_topology, settings_in_use, with_settings
 from looplm_jax.sharding import topology_name
-from looplm_jax.terminal import show, visible
+from looplm_jax.terminal import show, with_escapes
 from looplm_jax.training._compile import stage_mesh
 from looplm_jax.training._progress import progress_console
 from looplm_jax.training._stopping import Stopped, StopRequest
@@ -66,7 +66,7 @@ class _Progress:
         text = bars.TextColumn("{task.description}", markup=False)
         columns = bars.SpinnerColumn(), text, bars.TimeElapsedColumn()
         with bars.Progress(*columns, console=self._console, transient=True) as bar:
-            bar.add_task(visible(f"compiling {what}"))
+            bar.add_task(with_escapes(f"compiling {what}"))
             return self._stop.run(function)
 
 

@@ -23,7 +23,9 @@ from looplm_jax.json_io import read_json_object
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
+# Loading a pickle runs whatever code is in it.
 _PICKLED = ("*.bin", "*.pt", "*.pth")
+# Names of files in an index. They may not lead out of the folder.
 _SHARD_NAME = re.compile(r"[\w.-]{1,200}\.safetensors", re.ASCII)
 _DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16}
 _SHOWN = 80

@@ -91,6 +91,7 @@ def read_model(content: bytes) -> SentencePieceModel:
 
 
 def _piece(message: Any) -> Piece:
+    # The message class has only optional fields, so a message of another kind may parse as one.
     if not message.HasField("piece"):
         raise ValueError("a piece without a text")
     return Piece(message.piece.decode(), message.score, PieceKind(message.type))
@@ -112,6 +113,7 @@ def _settings(model: Any) -> ModelSettings:
 
 # Converting it
 
+# The models that `train_sentencepiece` trains have these settings.
 _EXPRESSIBLE = ModelSettings(
     model_type=Algorithm.BPE,
     byte_fallback=True,
@@ -132,6 +134,7 @@ def sentencepiece_json(content: bytes) -> bytes:
     """
     model = read_model(content)
     _check_settings(model.settings)
+
     pieces = [dataclasses.replace(piece, text=piece.text.replace(SPACE_MARK, " ")) for piece in model.pieces]
     _check_pieces(pieces)
 
@@ -252,6 +255,7 @@ def _check_pieces(pieces: Sequence[Piece]) -> None:
 
 def _problems(pieces: Sequence[Piece]) -> Iterator[str]:
     """Yields what Hugging Face's BPE would interpret differently."""
+    # Merges are listed by score, so equal scores would leave their order open.
     texts = collections.Counter(piece.text for piece in pieces)
     scores = collections.Counter(piece.score for piece in pieces if _is_merged(piece))
     if " " not in texts:
@@ -267,4 +271,4 @@ def _problems(pieces: Sequence[Piece]) -> Iterator[str]:
         if _is_merged(piece) and scores[piece.score] > 1:
             yield f"the piece {piece.text!r} has the score of another"
         if _is_merged(piece) and not all(character in texts for character in piece.text):
-            yield f"the piece {piece.text!r} has a character that is no piece"
+            yield f"the piece {piece.text!r} has a character without a piece of its own"

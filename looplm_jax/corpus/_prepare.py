@@ -31,7 +31,7 @@ from looplm_jax.corpus._work_units import (
     check_folder,
     claim_folder,
     divide,
-    find_all,
+    find_all_inputs,
     make_spec,
     with_digest_of_contents,
 )
@@ -82,7 +82,7 @@ def prepare(
     if config.near_duplicates:
         NearDuplicates(config.near_duplicates).check_installed()
 
-    found = find_all(config.sources, config.limits)
+    found = find_all_inputs(config.sources, config.limits)
     say(summarize(found.values()))
     units = divide(config.sources, config.unit_bytes, found)
 

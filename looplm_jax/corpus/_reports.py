@@ -12,6 +12,7 @@ from looplm_jax.terminal import markdown_table
 
 _EXCERPT_CHARACTERS = 60
 
+# Bounds on the length of the report.
 _LARGEST = 20
 _PLACES = 5
 _SIZES = (2, 3, 5, 10, 100, 1000)
@@ -171,6 +172,7 @@ class DuplicatesReport:
         cls, settings: NearDuplicates, duplicates: Duplicates, place: Callable[[int], DocumentPlace]
     ) -> "DuplicatesReport":
         """Returns the report, given a function that locates a document by number."""
+        # `kept` maps each dropped document to the one that was kept in its place.
         clusters: dict[int, list[int]] = {}
         for dropped, kept in sorted(duplicates.kept.items()):
             clusters.setdefault(kept, []).append(dropped)
@@ -197,6 +199,7 @@ class DuplicatesReport:
 
     def to_markdown(self) -> str:
         """Returns the report as Markdown tables."""
+        # The settings are part of the report, because "near" depends on them.
         return "\n".join(
             (
                 "## Near-duplicates",
@@ -222,6 +225,7 @@ class DuplicatesReport:
 
 def _sizes(clusters: list[int]) -> tuple[ClusterSizes, ...]:
     """Returns the histogram of cluster sizes."""
+    # A cluster counts for the largest bound that it reaches.
     counts = Counter(max(size for size in _SIZES if size <= documents) for documents in clusters)
     return tuple(ClusterSizes(size, counts[size]) for size in _SIZES if counts[size])
 

@@ -71,7 +71,7 @@ class LocatedDocument:
     document: Document
 
 
-def find_all(sources: Iterable[SourceConfig], limits: ReadLimits | None = None) -> dict[SourceConfig, Inputs]:
+def find_all_inputs(sources: Iterable[SourceConfig], limits: ReadLimits | None = None) -> dict[SourceConfig, Inputs]:
     """Returns the files of every source. Raises UserError for the same reasons as `find_inputs`."""
     return {source: find_inputs(source.path, source, limits) for source in sources}
 
@@ -84,9 +84,9 @@ def divide(
     Args:
       sources: the sources, in order.
       unit_bytes: the approximate size of a unit.
-      found: the result of `find_all`, if it was called before.
+      found: the result of `find_all_inputs`, if it was called before.
     """
-    found = found or find_all(sources)
+    found = found or find_all_inputs(sources)
     pairs = [(file, source) for source in sources for file in found[source]]
 
     with concurrent.futures.ThreadPoolExecutor(_FILES_AT_ONCE) as threads:
@@ -201,6 +201,7 @@ def make_spec(config: PrepareConfig, units: Sequence[Unit]) -> CorpusSpec:
     The policy for bad records is not in the spec: a bad record either stops the command or is skipped, so the bytes
     that are written do not depend on the policy.
     """
+    # Fingerprints and digests instead of contents: specs are compared, and printed where they differ.
     return CorpusSpec(
         sources=config.sources,
         input=describe_inputs(units),

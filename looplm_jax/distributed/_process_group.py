@@ -177,6 +177,7 @@ class Peer:
             if connection.is_silent
             else "killed"
         )
+
         message = f"lost{f' on {connection.host}' if connection.host else ''}, {how}; {_AGAIN}"
         connection.send(["abort", peer, message, LOST])
         self._end(peer, message, LOST)
@@ -244,6 +245,7 @@ def check_same(group: ProcessGroup, what: str, value: Any) -> None:
     Raises:
       UserError: names the process and the first few fields that differ.
     """
+    # Every process has all values, so all of them raise the same error without another message.
     first, *others = group.gather(f"same {what}", value)
 
     for index, other in enumerate(others, start=1):

@@ -81,7 +81,9 @@ def depth_sweep(
     Raises:
       UserError: `max_loops` is below one, or there is no token to evaluate.
     """
+    # Exits are scored by the same pass, and dropped here.
     score = scorer(model, params, loops=max_loops)
+
     means = masked_means(lambda batch: score(batch).depths, batches, on_batch)
     return _summarize_depths(means.values, model.config.loops, means.tokens)
 
@@ -132,7 +134,9 @@ def exit_curve(
     Raises:
       UserError: there is no token to evaluate.
     """
+    # The gate has learned nothing about loops beyond the trained depth.
     score = scorer(model, params, loops=model.config.loops, q_grid=q_grid)
+
     means = masked_means(score, batches, on_batch)
     return _summarize_exits(means.values, q_grid, means.tokens)
 

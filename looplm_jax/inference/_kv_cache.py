@@ -226,6 +226,7 @@ def empty_cache(
 
     With `in_lanes=False` heads are stored as `[K, Dh]` on a TPU too, as gradients need them.
     """
+    # Without a table, row n is page n.
     stored = stored_heads(config.kv_heads, config.head_width) if in_lanes else (config.kv_heads, config.head_width)
     return Cache(
         planes=_no_tokens(config, strategy, rows, capacity, loops, dtype, stored),

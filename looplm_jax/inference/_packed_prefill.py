@@ -62,6 +62,8 @@ def make_pack(prompts: Mapping[int, Sequence[int]], *, slots: int, size: int, **
     """
     tokens, positions, owners = np.zeros(size, np.int32), np.zeros(size, np.int32), np.full(size, slots, np.int32)
     lengths, ends = np.zeros(slots, np.int32), np.zeros(slots, np.int32)
+
+    # Prompts are concatenated; padding belongs to slot N, which does not exist.
     start = 0
     for slot, prompt in prompts.items():
         span = slice(start, start + len(prompt))

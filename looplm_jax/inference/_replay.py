@@ -48,6 +48,7 @@ def replay(
       UserError: a token was chosen at a loop beyond `loops`.
     """
     loops = model.config.loops if loops is None else loops
+
     rollouts = Rollouts.of([result], loops=loops, longest=model.config.max_positions)
     log_probs = replay_log_probs(model, params, rollouts, strategy=strategy, loops=loops)
     return np.asarray(log_probs)[0, : len(result.tokens)]
@@ -68,10 +69,12 @@ def replay_log_probs(
       strategy: the cache strategy that they were generated with.
       loops: the maximum number of loops per token, T, which prompts ran.
     """
+    # A shared plane is overwritten from loop to loop, so what a token saw depends on when the others exited.
     if strategy.shares:
         hidden = states_in_turn(model, params, rollouts, strategy=strategy, loops=loops)
     else:
         hidden = states_at_once(model, params, rollouts, loops=loops)
+
     losses = token_losses(hidden[None], head_matrix(params, model.config), rollouts.tokens)
     return jnp.where(rollouts.mask, -losses[0], 0.0)
 

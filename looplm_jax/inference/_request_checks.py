@@ -45,6 +45,7 @@ def make_requests(
     Raises:
       UserError: a prompt or a field is invalid.
     """
+    # Checked here, because `Request` knows nothing of samples.
     samples = whole_number("samples", samples, least=1)
     return [
         Request(prompt_ids=prompt_ids, sampling=_numbered(sampling, index, sample), **fields)

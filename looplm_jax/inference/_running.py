@@ -40,6 +40,7 @@ class RequestHandle:
         self.request = request
         self.raised = [] if raised is None else raised  # exceptions of `on_token` that end more than its request
         self._on_cancel = on_cancel
+        # The engine puts tokens in from its thread; any number of readers take them out. None marks the end.
         self._tokens: queue.SimpleQueue[NewToken | None] = queue.SimpleQueue()
         self._arrivals: list[Callable[[], None]] = []
         self._future: concurrent.futures.Future[Result] = concurrent.futures.Future()
@@ -64,6 +65,7 @@ class RequestHandle:
 
     def cancel(self) -> None:
         """Requests an early end; the result then has the tokens so far. May be called from a signal handler."""
+        # Called from a signal handler, so it takes no lock.
         if self._cancelled or self.done:
             return
         self._cancelled = True
@@ -100,6 +102,7 @@ class RequestHandle:
     async def __aiter__(self) -> AsyncIterator[NewToken]:
         """Yields all tokens as they arrive, without blocking the event loop."""
         arrived = asyncio.Event()
+        # Tokens arrive in the thread of the engine, and an event of asyncio may be set only in its own.
         notify = functools.partial(_set_from_any_thread, asyncio.get_running_loop(), arrived)
         self._arrivals.append(notify)
         try:

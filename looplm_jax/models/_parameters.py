@@ -77,10 +77,12 @@ def parameter(
 
     The parameter is created boxed with the logical names of its axes.
     """
+    # Declared even if the copy is used, so that its gradient has a place.
     boxed = nn.with_logical_partitioning(initializer, axes)
     stored = cast(Array, module.param(name, boxed, shape, jnp.float32))  # Linen returns it unboxed
     if not module.has_variable(GATHERED, name):
         return stored
+    # The values of the copy, and the gradient for the parameter.
     return use_copy(stored, cast(Array, module.get_variable(GATHERED, name)), axes)
 
 

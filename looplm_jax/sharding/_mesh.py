@@ -55,6 +55,7 @@ def require_platform() -> None:
     try:
         jax.local_devices()
     except (RuntimeError, AssertionError) as error:
+        # JAX's own message may have several lines and repeats the remedy.
         named = jax.config.values["jax_platforms"]
         reason = " ".join(str(error).split()).partition(" (set JAX_PLATFORMS=")[0]
         raise UserError(

@@ -78,6 +78,7 @@ def _what_a_step_computes(recipe: Recipe) -> Recipe:
     These are the names, the seed, the data, the saves and evaluations, and `guard.patience`. Recipes that differ only
     in them share one compiled program.
     """
+    # `patience` ends a run on the host; the step itself only counts.
     return dataclasses.replace(
         recipe,
         name="",

@@ -1,4 +1,4 @@
-"""How a run spends its time, and how well it uses the devices.
+"""The time that a run spends on each activity, and the utilization of the devices.
 
 The time is divided among activities; the goodput is the fraction spent in train steps. Model FLOPs are computed by
 formula, because XLA's cost analysis counts the body of a scan only once.

@@ -16,7 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from looplm_jax.terminal import visible
+from looplm_jax.terminal import with_escapes
 
 B = TypeVar("B", bound="ProgressBar")
 
@@ -40,7 +40,7 @@ class _Console(Console):
 
     def print(self, *objects: Any, **options: Any) -> None:
         # Names of files, sources and stages may contain control characters.
-        super().print(*(visible(each) if isinstance(each, str) else each for each in objects), **options)
+        super().print(*(with_escapes(each) if isinstance(each, str) else each for each in objects), **options)
 
 
 class ProgressBar:
@@ -113,7 +113,7 @@ class TrainingProgress(ProgressBar):
             f"loss {values['loss']:.3f}  exits at {values['mean_exit_loop']:.2f} loops  "
             f"{values['tokens_per_second']:,.0f} tokens/s"
         )
-        self._bar.update(self._task, completed=step, description=visible(stage), status=status)
+        self._bar.update(self._task, completed=step, description=with_escapes(stage), status=status)
 
         seconds = time.monotonic() - self._started
         left = time_left(seconds, done=max(step - self._first, 1), rest=self._total - step)

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from looplm_jax.cli.main import main
-from looplm_jax.terminal import Table, one_line, visible
+from looplm_jax.terminal import Table, one_line, with_escapes
 
 TITLE = "\x1b]0;pwned\x07"
 
@@ -101,9 +101,9 @@ def test_what_a_terminal_cannot_show_is_replaced(environment, tmp_path):
 
 @given(st.text())
 def test_nothing_visible_steers_a_terminal(text):
-    shown = visible(text)
+    shown = with_escapes(text)
     assert all(character in "\n\t" or character.isprintable() or not _steers(character) for character in shown)
-    assert visible(shown) == shown
+    assert with_escapes(shown) == shown
     assert len(one_line(text).splitlines()) <= 1
     shown.encode()
 
@@ -115,13 +115,13 @@ def _steers(character):
 
 @given(st.text(st.characters(codec="utf-8"), max_size=30), st.integers(0, 30))
 def test_a_sequence_that_is_split_over_tokens_is_shown_as_it_is_in_one(text, place):
-    assert visible(text[:place]) + visible(text[place:]) == visible(text)
+    assert with_escapes(text[:place]) + with_escapes(text[place:]) == with_escapes(text)
 
 
 def test_readable_text_is_left_as_it_is():
     text = "def main():\n\treturn '日本 é 👩‍👩‍👧 שלום'\n"
-    assert visible(text) == text
-    assert visible(TITLE + "\x9b\u202e\udc80") == r"\x1b]0;pwned\x07\x9b\u202e\udc80"
+    assert with_escapes(text) == text
+    assert with_escapes(TITLE + "\x9b\u202e\udc80") == r"\x1b]0;pwned\x07\x9b\u202e\udc80"
 
 
 def test_an_error_shows_what_it_names_as_escapes(capsys):

@@ -169,7 +169,7 @@ def test_refused_settings(trainer, normalizer, message):
             [SPACE, ("bb", -9.0, PieceKind.NORMAL), ("aa", -9.0, PieceKind.NORMAL)],
             "the piece 'bb' has the score of another",
         ),
-        ([SPACE, ("az", -9.0, PieceKind.NORMAL)], "the piece 'az' has a character that is no piece"),
+        ([SPACE, ("az", -9.0, PieceKind.NORMAL)], "the piece 'az' has a character without a piece of its own"),
     ],
 )
 def test_refused_pieces(pieces, message):

@@ -101,7 +101,7 @@ NAMES = math.prod(map(len, NAME_POOLS))
 """N0 of the paper: full names that there are, 1.6e8."""
 
 FACTS = math.prod(map(len, FACT_POOLS.values()))
-"""S0 of the paper: what there is to know of a person besides the name, 2^47.59. A company's city follows from it."""
+"""S0 of the paper: combinations of facts about a person, without the name, 2^47.59. A company implies its city."""
 
 
 def symbols_of(pools: Iterable[Pool]) -> list[str]:

@@ -46,6 +46,7 @@ class SentencePieceTokenizer(Tokenizer):
             raise UserError("this is not a SentencePiece model; give a .model file or a tokenizer.json") from None
         # The byte tokens that encode a literal space mark.
         self._mark_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
+
         self._special = frozenset(filter(self._is_special, range(self.vocab_size)))
         if self.eos_id < 0:
             raise UserError("the SentencePiece model has neither a bos nor an eos token; train it with one of them")
@@ -79,7 +80,10 @@ class SentencePieceTokenizer(Tokenizer):
         # SentencePiece never produces control tokens from text, but it does produce user-defined ones.
         ids = self._ids(self._processor, text)
         if not self._special.isdisjoint(ids):
+            # The variant costs memory and time to build, so it is used only for the few texts that need it.
             ids = self._ids(self._plain, text)
+
+        # A model whose vocabulary has no other way to write the text.
         for token in self._special.intersection(ids):
             raise only_as_special(self.piece(token))
 
@@ -90,6 +94,7 @@ class SentencePieceTokenizer(Tokenizer):
 
         Invalid UTF-8 becomes the replacement character.
         """
+        # SentencePiece itself would show user-defined tokens.
         return self._processor.decode([int(token) for token in ids if int(token) not in self._special])
 
     def piece(self, token_id: int) -> str:
@@ -199,6 +204,7 @@ def model_message() -> Any:
         field = model.field.add(name=name, number=number, type=kinds.TYPE_MESSAGE, label=label)
         field.type_name = f".{_PACKAGE}.{of}"
 
+    # A pool of its own: the default one is shared with every other package in the process.
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
     return message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{_PACKAGE}.ModelProto"))
@@ -259,6 +265,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, *, max_bytes: int
 
 def _lines(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
     """Yields the texts in lines that SentencePiece accepts, up to `max_bytes`."""
+    # Counted in bytes, so that texts in any script take the same memory.
     left = max_bytes
     for text in texts:
         for line in text.splitlines(keepends=True):

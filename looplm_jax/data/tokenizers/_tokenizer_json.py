@@ -104,6 +104,7 @@ class JsonTokenizer(Tokenizer):
 
     def piece(self, token_id: int) -> str:
         """Returns one token for display: its text, or the raw piece if its bytes are not text on their own."""
+        # An id in a gap of the vocabulary has no token.
         raw = self._tokenizer.id_to_token(int(token_id)) or ""
         if SPACE_MARK in raw:
             return raw.replace(SPACE_MARK, " ")
@@ -201,6 +202,7 @@ def _parse(content: bytes) -> Any:
     except BaseException as error:
         raise _explain(error, "this is not a tokenizer.json that Hugging Face tokenizers save") from None
 
+    # The file may ask for both, and would then silently drop or add tokens.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -311,6 +313,7 @@ def check_expansion(content: bytes) -> None:
 
 def _replacements(value: Any) -> Iterator[tuple[Any, str]]:
     """Yields the pattern and the replacement of every `Replace` step, at any depth of nesting."""
+    # Not recursive: a file may be nested deeper than Python's stack.
     waiting = [value]
     while waiting:
         value = waiting.pop()

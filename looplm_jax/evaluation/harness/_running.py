@@ -89,6 +89,7 @@ def run_tasks(
     Raises:
       UserError: the model cannot serve a request.
     """
+    # Samples are left out of the report: they would repeat the texts of the task.
     results = simple_evaluate(
         model=adapter,
         tasks=chosen.names,
@@ -106,6 +107,7 @@ def sweep_tasks(
 ) -> list[TaskRun]:
     """Runs the tasks at loops 1..`loops`, with the same few-shot examples at each depth."""
     runs = []
+    # The harness seeds its random choices in every run, so the examples are the same.
     for depth in range(1, loops + 1):
         adapter.depth = depth
         runs.append(run_tasks(adapter, chosen, limit=limit, num_fewshot=num_fewshot))

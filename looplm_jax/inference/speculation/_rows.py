@@ -155,6 +155,7 @@ class Row:
             tokens=tuple(self._tokens),
             log_probs=tuple(self._log_probs),
             text="".join(self._text),
+            # A callback may fail after the text has ended.
             finish=Finish.FAILED if self._error else self._matcher.finish,
             screened=self._screened,
             error=self._error,
