@@ -48,7 +48,7 @@ def _print_steps(path: str, reports: "list[StepReport]") -> None:
     for report in reversed(reports):
         stage = report.metadata.extra.get("stage", "") if report.metadata else ""
         kept = "always" if report.permanent else "while new"
-        state = "[red]damaged" if report.damage else "[yellow]unknown" if report.unknown else "[green]sound"
+        state = "[red]damaged" if report.damage else "[yellow]unknown" if report.unknown else "[green]valid"
         sizes = f"{report.parameters:,}", f"{report.bytes:,}"
         table.add_row(str(report.step), literal(stage), *sizes, kept, state)
     Console(highlight=False).print(table)

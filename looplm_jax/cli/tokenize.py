@@ -56,7 +56,7 @@ def verify_corpus(out: str) -> int:
     if not damage:
         manifest = corpus.manifest
         size = sum(shard.bytes for shard in manifest.shards)
-        print(f"{out} is sound: {len(manifest.shards)} shards, {size:,} bytes, as they were written")
+        print(f"{out} is intact: {len(manifest.shards)} shards, {size:,} bytes, as they were written")
 
     return 2 if damage else 0
 

@@ -73,6 +73,7 @@ def chunks(example: Example, length: int) -> list[dict[str, np.ndarray]]:
 
 def render(messages: Iterable[Message]) -> str:
     """Returns the chat as text for display. Use `tokens_and_mask` to tokenize a chat."""
+    # ChatML.
     return "".join(f"{IM_START}{message.role}\n{message.content}{IM_END}\n" for message in messages)
 
 
@@ -93,6 +94,7 @@ def tokens_and_mask(messages: Iterable[Message], tokenizer: Tokenizer, *, specia
       UserError: the tokenizer lacks a token of the format, or a role is not exactly one line.
     """
     start, end = _special(tokenizer, IM_START), _special(tokenizer, IM_END)
+
     newline = tokenizer.encode("\n")
 
     tokens: list[int] = []

@@ -22,6 +22,7 @@ from looplm_jax.errors import UserError
 READING = grain.ReadOptions(num_threads=4, prefetch_buffer_size=32)
 _BATCHES_AHEAD = 4  # batches to prefetch
 
+# Chats of which the chunks without a target are counted.
 _CHATS = 64
 
 
@@ -70,6 +71,7 @@ def train_batches(
         return mixture(corpus, seed, process_index, process_count, tokenizer=tokenizer)
 
     def packed() -> Stream:
+        # Packing is sequential, so it comes after the parallel reads, and before batching and prefetching.
         rows = pack(records().to_iter_dataset(READING), sequence_length, shuffle_seed=_derived_seed(seed, "rows"))
         batches = rows.batch(geometry.rows, drop_remainder=True)
         return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=_BATCHES_AHEAD))
@@ -79,6 +81,7 @@ def train_batches(
     if corpus.prepared:
         return BatchIterator(PreparedBatches(records(), geometry.rows), identity)
     if corpus.tasks:
+        # Two sources with the same seed would draw the same problems.
         seeds = [_derived_seed(seed, number) for number in range(len(corpus.tasks))]
         blocks = Blocks(corpus.tasks, seeds, sequence_length)
         batches = TaskBatches(blocks, geometry.rows, first=process_index, stride=process_count)
@@ -111,6 +114,7 @@ def mixture(
       tokenizer: converts documents to examples if given; prepared sequences are returned as they are.
     """
     streams = [
+        # Every `process_count`-th record, so that all processes finish an epoch of a source together.
         part.train(_derived_seed(seed, number))[process_index::process_count]
         for number, part in enumerate(corpus.sources)
     ]
@@ -135,6 +139,7 @@ def training_texts(data: DataConfig | Corpus, *, seed: int = 0) -> Iterator[str]
     corpus = as_corpus(data)
     if corpus.own_tokenizer is not None:
         raise UserError(f"{corpus.sources[0].config.path!r} has its own tokenizer; there is none to train")
+    # One epoch is enough for a tokenizer; the mixture itself is endless.
     records = mixture(corpus, seed)
     return (plain_text(records[index]) for index in range(corpus.train_documents))
 

@@ -64,6 +64,7 @@ class PreparedBatches:
         return self
 
     def __next__(self) -> Mapping[str, np.ndarray]:
+        # Reads are scheduled here, and not in a thread of their own, so that the stream needs no lock.
         while len(self._ahead) <= _BATCHES_AHEAD:
             self._read_ahead()
 
@@ -85,6 +86,7 @@ class PreparedBatches:
     def close(self) -> None:
         """Cancels prefetching."""
         for future in (future for batch in self._ahead for future in batch):
+            # Reads that have begun end by themselves; their results are dropped.
             future.cancel()
         self._ahead.clear()
 
@@ -133,6 +135,7 @@ class Blocks:
         drawn = []
         before, after = self._drawn(block), self._drawn(block + 1)
         for source, seed, start, end in zip(self.tasks, self.seeds, before, after, strict=True):
+            # A task of a small weight has no problem in some blocks.
             if end > start:
                 drawn.append(source.task.train_problems(seed, start, end - start))
 
@@ -214,6 +217,7 @@ class TaskBatches:
         """Returns the sequences of a block, and schedules the blocks that follow it."""
         # Futures are cached by block number; a block that is already scheduled is not submitted again.
         for ahead in range(block, block + (_BLOCKS_AHEAD + 1) * self._stride, self._stride):
+            # `stride` apart, because the blocks between belong to other streams.
             if ahead not in self._ahead:
                 self._ahead[ahead] = _generating_threads().submit(self._blocks.__getitem__, ahead)
         return self._ahead[block].result()

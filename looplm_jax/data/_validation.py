@@ -73,6 +73,7 @@ def validation_batches(
     )
     check_fit(corpus, tokenizer, sequence_length)
 
+    # Kept in memory, tokenized once: the same sequences are evaluated many times.
     sequences = _sequences(corpus, tokenizer, sequence_length, max_sequences)
     if not sequences:
         raise UserError(
@@ -91,6 +92,7 @@ def _sequences(
     corpus: Corpus, tokenizer: Tokenizer, sequence_length: int, most: int | None
 ) -> list[Mapping[str, np.ndarray]]:
     """Returns the first held-out sequences, packed, each a dictionary of features."""
+    # Packed already.
     if corpus.prepared:
         return _rows(corpus, most)
     parts = [as_examples(grain.MapDataset.source(part.validation()), part, tokenizer) for part in corpus.sources]
@@ -111,6 +113,7 @@ def _rows(corpus: Corpus, most: int | None) -> list[Mapping[str, np.ndarray]]:
 
 def _evenly(parts: Sequence[Sized]) -> Iterator[tuple[float, int, int]]:
     """Yields (relative position, source, index) of all records, with each source spread evenly. The merge is lazy."""
+    # A generator, so that only as many records are ordered as are taken.
     return heapq.merge(*(_places(number, len(part)) for number, part in enumerate(parts)))
 
 

@@ -87,7 +87,7 @@ def admit_pack(model: LoopLM, params: Params, slots: Slots, pack: Pack, *, loops
     """
     new = pack.lengths > 0
     last, own = _run(model, params, pack, loops)
-    sound = jnp.isfinite(last.hidden).all(axis=(0, 2)).at[pack.owners].get(mode="fill", fill_value=False)
+    finite = jnp.isfinite(last.hidden).all(axis=(0, 2)).at[pack.owners].get(mode="fill", fill_value=False)
     cache = dataclasses.replace(
         slots.cache,
         lengths=jnp.where(new, pack.lengths, slots.cache.lengths),
@@ -96,7 +96,7 @@ def admit_pack(model: LoopLM, params: Params, slots: Slots, pack: Pack, *, loops
 
     # What the strategy keeps of the prompts, written to their pages.
     kept = share(Cache(planes=own, lengths=cache.lengths, strategy=CacheStrategy.FULL), cache.strategy).planes
-    cache = append(cache, kept, pack.owners, pack.positions, sound)
+    cache = append(cache, kept, pack.owners, pack.positions, finite)
 
     # Slots with a new prompt start from an empty state; the others are unchanged.
     started = jax.tree.map(

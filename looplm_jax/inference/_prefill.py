@@ -80,7 +80,7 @@ def prefill_chunk(
     start = apply(embedded, method="initial_state")
     _, (last, core, coda) = jax.lax.scan(loop, start, jnp.arange(row.depth))
     # This test makes the write wait for all loops, and so for all reads of the row: XLA can then update it in place.
-    sound = jnp.isfinite(last.hidden).all()
+    finite = jnp.isfinite(last.hidden).all()
 
     # The scan stacks loops in front, [T, L, ...]; the cache has layers first. A prelude gets an axis of one plane.
     core, coda = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (core, coda))
@@ -88,7 +88,7 @@ def prefill_chunk(
     numbers = jnp.arange(size)
 
     # Padding comes after the `count` tokens, and is not written.
-    written = append(row, own, jnp.zeros_like(numbers), row.lengths[0] + numbers, (numbers < count) & sound)
+    written = append(row, own, jnp.zeros_like(numbers), row.lengths[0] + numbers, (numbers < count) & finite)
     return constrain((written.advance(count), last))
 
 
@@ -123,8 +123,8 @@ def writer(
 def after_chunk(before: LastToken, last: LastToken) -> LastToken:
     """Returns `last`, set to NaN if the previous chunk was not finite, and was therefore not written."""
     # NaN is how a failure travels: the first token of the request is then not finite, and ends it.
-    sound = jnp.isfinite(before.hidden).all()
-    return constrain(dataclasses.replace(last, hidden=jnp.where(sound, last.hidden, jnp.nan)))
+    finite = jnp.isfinite(before.hidden).all()
+    return constrain(dataclasses.replace(last, hidden=jnp.where(finite, last.hidden, jnp.nan)))
 
 
 @functools.partial(jax.jit, donate_argnames=("row",))

@@ -66,6 +66,7 @@ class ActivityTimer:
 
     def read_out(self) -> dict[str, float]:
         """Returns the seconds of every activity since the last call, as fields of a line of metrics."""
+        # Differences, so that the lines of a run add up to its time.
         new = {activity: self._seconds[activity] - self._read_out[activity] for activity in Activity}
         self._read_out = dict(self._seconds)
         return {f"{_PREFIX}{activity.value}": round(seconds, 3) for activity, seconds in new.items()}
@@ -78,6 +79,7 @@ def total_seconds(rows: Sequence[Mapping[str, Any]]) -> dict[Activity, float]:
       rows: the lines of `metrics.jsonl`.
     """
 
+    # Lines of older versions lack some fields, which are then not a number.
     def total(name: str) -> float:
         return sum(filter(math.isfinite, (number(row.get(name)) for row in rows)))
 
@@ -162,6 +164,7 @@ def train_flops_per_token(
     # Earlier loops have no head.
     if objective is Objective.LAST_LOSS:
         forward -= (loops - 1) * 2 * config.width * config.vocab_size
+    # One forward pass, and two products of its size for each matrix: the gradients of inputs and of weights.
     return 3 * forward
 
 
@@ -171,6 +174,7 @@ def train_flops_per_token(
 def peak_flops(mesh: Mesh) -> float | None:
     """Returns the bfloat16 peak of all devices of a mesh, in operations per second; None if one is unknown."""
     chips = [known_chip(device.device_kind) for device in mesh.devices.flat]
+    # A utilization of a part of the devices would mean nothing.
     if any(chip is None for chip in chips):
         return None
     return sum(chip.peak_bf16_flops for chip in chips if chip is not None)
@@ -186,6 +190,7 @@ def memory_use() -> dict[str, int]:
 
     The peak is since the process started and includes all its programs.
     """
+    # CPUs report no statistics.
     counted = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [int(stats["peak_bytes_in_use"]) for stats in counted if "peak_bytes_in_use" in stats]
     return {"device_memory_peak_bytes": max(peaks)} if peaks else {}

@@ -51,6 +51,7 @@ def next_stage_guard(state: GuardState) -> GuardState:
 
     The losses are cleared, because another objective has other losses. The counts are kept.
     """
+    # With no loss accepted, there is no limit until the window is full again.
     zeros = jnp.zeros_like(state.losses)
     return dataclasses.replace(state, losses=zeros, accepted=jnp.zeros_like(state.accepted))
 
@@ -63,6 +64,7 @@ def with_window(guard: GuardState, config: GuardConfig) -> GuardState:
 
     # The window is a ring buffer: oldest losses first after the roll.
     in_order = losses[:accepted] if accepted < losses.size else np.roll(losses, -(accepted % losses.size))
+
     newest = in_order[max(0, in_order.size - config.window) :]
     padded = np.pad(newest, (0, config.window - newest.size))
 
@@ -73,7 +75,7 @@ def with_window(guard: GuardState, config: GuardConfig) -> GuardState:
     )
 
 
-def is_sound(
+def is_accepted(
     config: GuardConfig, state: GuardState, loss: Float[Array, ""], gradient_norm: Float[Array, ""]
 ) -> Bool[Array, ""]:
     """Whether loss and gradient are finite and, once the window is full, the loss does not exceed its limit."""
@@ -97,13 +99,14 @@ def spike_limit(config: GuardConfig, losses: Float[Array, "W"]) -> Float[Array, 
     return mean + jnp.maximum(config.sigma * jnp.std(usual), _FAMILIAR * (usual[-1] - mean))
 
 
-def update_guard(state: GuardState, loss: Float[Array, ""], sound: Bool[Array, ""]) -> GuardState:
+def update_guard(state: GuardState, loss: Float[Array, ""], accepted: Bool[Array, ""]) -> GuardState:
     """Returns the state after an accepted or a skipped step."""
     # Of consecutive skipped losses only the first enters the window.
-    learned = jnp.isfinite(loss) & (sound | (state.skipped_in_a_row == 0))
+    learned = jnp.isfinite(loss) & (accepted | (state.skipped_in_a_row == 0))
 
     slot = state.accepted % state.losses.shape[0]
-    one = sound.astype(jnp.int32)
+
+    one = accepted.astype(jnp.int32)
 
     return GuardState(
         losses=state.losses.at[slot].set(jnp.where(learned, loss, state.losses[slot])),

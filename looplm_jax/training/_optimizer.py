@@ -15,6 +15,7 @@ def adamw(config: OptimizerConfig) -> optax.GradientTransformation:
 
     The train step multiplies the updates by `-learning_rate`.
     """
+    # Clipping comes first, so that the moments see clipped gradients; the decay is decoupled from them (AdamW).
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),

@@ -22,6 +22,7 @@ from looplm_jax.errors import UserError
 from looplm_jax.files import AnyPath, forget_listing, locked, make_folder, report_failed_writes
 
 OWNER_FILE = "owner.json"
+# A heartbeat may be late by a slow disk, so several in a row have to be missing.
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0
 
@@ -109,6 +110,7 @@ def own(folder: AnyPath) -> Iterator[Ownership]:
     """
     with _own_local(folder) if isinstance(folder, Path) else _own_object(folder) as owned:
         beating = threading.Event()
+        # A thread, because a step or a compilation may take longer than a heartbeat may.
         thread = threading.Thread(target=_beat, args=(owned, beating), daemon=True)
         thread.start()
 
@@ -150,12 +152,14 @@ def _locked_file(folder: Path, held: contextlib.ExitStack) -> int:
     def busy() -> None:
         holder: object = "another process"
         with contextlib.suppress(FileNotFoundError):  # the other process has just ended and removed it
+            # The lock says that another process has the folder; the file only says which.
             holder = _parse(path.read_bytes()) or holder
         raise UserError(
             f"{folder} is in use by {holder}, which trains in it; wait for it or stop it, or choose another --out"
         ) from None
 
     while True:
+        # Between opening and locking the file, its last owner may remove it. A lock on a removed file keeps nobody out.
         handle = held.enter_context(locked(path, busy=busy))
         if _is_same_file(path, handle):
             break
@@ -179,6 +183,7 @@ def _own_object(folder: AnyPath) -> Iterator["_ObjectOwnership"]:
     if holder is not None and not holder.is_this_process() and holder.is_alive():
         raise _held_elsewhere(holder, folder, path)
 
+    # Buckets have no locks: of two runs that start within a moment, the second takes over, and the first notices.
     owned = _ObjectOwnership(folder, path)
     try:
         yield owned
@@ -246,6 +251,7 @@ class _ObjectOwnership:
             Exception
         ):  # clients of buckets raise many types of errors; the next heartbeat may succeed
             holder = _read_object(self._path)
+            # In a bucket a missing object is a loss too, because only a user or another run removes it.
             self._is_taken = holder is None or holder.token != self._owner.token
             if not self._is_taken:
                 self._owner = dataclasses.replace(self._owner, heartbeat=time.time())
@@ -305,6 +311,7 @@ def _parse(content: bytes) -> Owner | None:
     try:
         values: Any = json.loads(content)
         kinds = {field.name: field.type for field in dataclasses.fields(Owner)}
+        # The file may be from another version, or half of it may be missing.
         if not all(isinstance(values[name], kind) for name, kind in kinds.items()):  # type: ignore[arg-type]
             return None
         return Owner(**{name: values[name] for name in kinds})
@@ -337,9 +344,12 @@ def _process_start(pid: int) -> str:
     On systems without /proc it is "unknown".
     """
     try:
+        # The second field is the name in parentheses, which may contain spaces and parentheses. The start time is field
+        # 22.
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         with contextlib.suppress(ProcessLookupError, PermissionError):
+            # Signal 0 only tests whether the process exists.
             os.kill(pid, 0)
             return "unknown"
         return ""

@@ -22,6 +22,7 @@ class ProfiledSteps:
     @classmethod
     def parse(cls, text: str) -> "ProfiledSteps":
         """Returns the steps for text such as `10:13`, or `10` for one step. Raises UserError otherwise."""
+        # A single number is one step.
         match = re.fullmatch(r"(\d+)(?::(\d+))?", text)
         first, last = (0, 0) if match is None else (int(match[1]), int(match[2] or match[1]))
         if not 1 <= first <= last:
@@ -60,6 +61,7 @@ class Profiler:
           results: its results. The trace ends when they are ready.
         """
         if self._running and self._steps is not None and step >= self._steps.last:
+            # Steps are dispatched ahead of the devices, so the last one may still be running.
             jax.block_until_ready(results)
             self.close()
 

@@ -64,6 +64,7 @@ def split_params(params: Params, trainable: Sequence[str]) -> tuple[Params, Para
 
 def _around(params: Params, recipe: Recipe, stage: Stage) -> TrainState:
     """Returns the first state of a run with these parameters, boxed with axis names if the parameters are."""
+    # Frozen parameters have no optimizer state.
     moving, _ = split_params(params, stage.trained_groups)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -87,6 +88,7 @@ def abstract_state(recipe: Recipe, model: LoopLM, stage: Stage, mesh: Mesh) -> T
 
 def initial_state(recipe: Recipe, model: LoopLM, stage: Stage, mesh: Mesh) -> TrainState:
     """Returns the first state of a run, initialized directly in its sharding. Its values are the same on any mesh."""
+    # Passed as raw data, so that the compiled initializer does not depend on the seed.
     key = jax.random.key_data(jax.random.fold_in(seeded_key(recipe.seed), 0))
     make = _initializer(model.config, mesh)
     with use_mesh(mesh):

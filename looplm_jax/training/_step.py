@@ -16,7 +16,7 @@ from looplm_jax.halting._priors import log_prior
 from looplm_jax.losses import Stage1Metrics, stage1, stage1_from_hidden, stage2, token_losses
 from looplm_jax.models._looplm import LoopLM, LoopLMOutput
 from looplm_jax.training._gradients import Variables, loss_and_gradients
-from looplm_jax.training._guard import is_sound, update_guard
+from looplm_jax.training._guard import is_accepted, update_guard
 from looplm_jax.training._optimizer import direction, learning_rate
 from looplm_jax.training._state import TrainState, split_params
 
@@ -88,9 +88,9 @@ def make_train_step(recipe: Recipe, model: LoopLM, stage: Stage, *, first_step: 
 
         # Without unmasked tokens the loss is 0 and meaningless: the step changes nothing, including the guard.
         has_targets = jnp.any(batch.loss_mask != 0)
-        sound = is_sound(recipe.guard, state.guard, loss, norm)
-        guard = _choose(has_targets, update_guard(state.guard, loss, sound), state.guard)
-        applied = sound & has_targets
+        accepted = is_accepted(recipe.guard, state.guard, loss, norm)
+        guard = _choose(has_targets, update_guard(state.guard, loss, accepted), state.guard)
+        applied = accepted & has_targets
 
         # A skipped step keeps the old parameters and optimizer state.
         next_state = dataclasses.replace(

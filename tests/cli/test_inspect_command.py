@@ -17,10 +17,10 @@ def damage(folder, step):
         path.write_bytes(path.read_bytes()[:-7])
 
 
-def test_a_sound_run(trained, capsys):
+def test_a_valid_run(trained, capsys):
     assert main(["inspect", str(trained)]) == 0
     printed = capsys.readouterr()
-    rows = [line for line in printed.out.splitlines() if "sound" in line]
+    rows = [line for line in printed.out.splitlines() if "valid" in line]
     assert [row.split("│")[1].strip() for row in rows] == ["2", "4"]
     assert ["always" in row for row in rows] == [False, True]
     assert "recipe command: vocab_size=12, width=16" in printed.out
@@ -42,7 +42,7 @@ def test_a_damaged_step_is_named(copy, capsys):
     printed = capsys.readouterr()
     (line,) = printed.err.splitlines()
     assert line.startswith("looplm: step 4 is damaged: ")
-    assert [word for word in ("damaged", "sound") if word in printed.out] == ["damaged", "sound"]
+    assert [word for word in ("damaged", "valid") if word in printed.out] == ["damaged", "valid"]
     assert main(["inspect", str(copy), "--json"]) == 2
     reports = json.loads(capsys.readouterr().out)
     assert [bool(report["damage"]) for report in reports] == [True, False]

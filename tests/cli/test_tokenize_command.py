@@ -68,7 +68,7 @@ def test_it_says_what_it_wrote_and_what_to_type_next(here, capsys):
     assert lines[0].startswith("150 documents became ")
     assert lines[1] == f"wrote 1 shards to train on, 1 held out, to {here}/out"
     assert lines[2] == "next: looplm train --data out --stage.sequence_length 16 --model.vocab_size 300"
-    assert lines[3].startswith("out is sound: 2 shards, ")
+    assert lines[3].startswith("out is intact: 2 shards, ")
     assert main(["inspect", "out"]) == 0
     shown = capsys.readouterr().out
     assert "tokenizer sentencepiece of 300 tokens" in shown

@@ -8,23 +8,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from looplm_jax.config import GuardConfig
-from looplm_jax.training._guard import initial_guard, is_sound, next_stage_guard, spike_limit, update_guard
+from looplm_jax.training._guard import initial_guard, is_accepted, next_stage_guard, spike_limit, update_guard
 
 CONFIG = GuardConfig(window=4, sigma=6.0)
 
 
 @jax.jit
 def after_one(state, loss, norm):
-    sound = is_sound(CONFIG, state, loss, norm)
-    return sound, update_guard(state, loss, sound)
+    accepted = is_accepted(CONFIG, state, loss, norm)
+    return accepted, update_guard(state, loss, accepted)
 
 
 def follow(losses, state=None, norm=1.0):
     """Returns the decisions about a sequence of losses, and the state of the guard after it."""
     state, verdicts = state or initial_guard(CONFIG), []
     for loss in losses:
-        sound, state = after_one(state, jnp.float32(loss), jnp.float32(norm))
-        verdicts.append(bool(sound))
+        accepted, state = after_one(state, jnp.float32(loss), jnp.float32(norm))
+        verdicts.append(bool(accepted))
     return verdicts, state
 
 
@@ -79,10 +79,14 @@ def test_what_is_not_finite_never_enters_the_window():
 def test_counts_add_up(losses):
     verdicts, state = follow(losses)
     before = [True, *verdicts]
-    learned = [loss for loss, sound, last in zip(losses, verdicts, before) if np.isfinite(loss) and (sound or last)]
+    learned = [
+        loss for loss, accepted, last in zip(losses, verdicts, before) if np.isfinite(loss) and (accepted or last)
+    ]
     assert int(state.accepted) == len(learned)
     assert int(state.skipped) == verdicts.count(False)
-    assert int(state.skipped_in_a_row) == next((n for n, sound in enumerate(reversed(verdicts)) if sound), len(losses))
+    assert int(state.skipped_in_a_row) == next(
+        (n for n, accepted in enumerate(reversed(verdicts)) if accepted), len(losses)
+    )
     assert sorted(state.losses.tolist()) == sorted([*np.float32(learned[-4:]), *[0.0] * (4 - len(learned[-4:]))])
 
 
@@ -91,9 +95,9 @@ def many_steps(window):
     config = GuardConfig(window=window)
 
     def step(state, loss):
-        sound = is_sound(config, state, loss, jnp.float32(1))
-        state = update_guard(state, loss, sound)
-        return state, (sound, state.skipped_in_a_row)
+        accepted = is_accepted(config, state, loss, jnp.float32(1))
+        state = update_guard(state, loss, accepted)
+        return state, (accepted, state.skipped_in_a_row)
 
     return jax.jit(lambda losses: jax.lax.scan(step, initial_guard(config), losses)[1])
 

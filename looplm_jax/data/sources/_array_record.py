@@ -24,6 +24,7 @@ from looplm_jax.data.sources._formats import (
 from looplm_jax.data.sources._spool import SpooledFile
 from looplm_jax.errors import UserError
 
+# Reading ahead costs memory and helps only if the next records are wanted.
 _AT_RANDOM = "readahead_buffer_size:0,max_parallelism:0"
 _IN_ORDER = "readahead_buffer_size:1M,max_parallelism:1"
 _READ_BUFFER = 2**15  # bytes
@@ -51,6 +52,7 @@ class ArrayRecord:
 
     def scan(self, file: DataFile, source: SourceConfig, bad: BadRecordPolicy, span: Span) -> Iterator[FoundDocument]:
         """Yields the documents of a range of records, with one block of records in memory at a time."""
+        # A reader of its own, because those for random access are shared by threads.
         reader = _open(file, _IN_ORDER)
         encoding = _encoding(file, file.version)
 
@@ -133,6 +135,7 @@ def _open(file: DataFile, options: str) -> Any:
     from array_record.python.array_record_module import ArrayRecordReader
 
     reader = ArrayRecordReader(_path(file), options, file_reader_buffer_size=_READ_BUFFER)
+    # The constructor reports no error; the first read does.
     if not reader.ok():
         with _readable(file):
             reader.read([0])  # raises with the reason

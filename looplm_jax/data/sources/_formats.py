@@ -77,6 +77,7 @@ class Format(Protocol):
 
 def ranges(total: int, step: int) -> tuple[Span, ...]:
     """Divides `0..total` into spans of `step`. Returns one span if there is nothing to divide."""
+    # An empty file is one empty span, so that it is still opened and checked.
     starts = range(0, max(total, 1), max(step, 1))
     return tuple(Span(start, min(start + starts.step, total)) for start in starts)
 
@@ -86,6 +87,7 @@ def ranges(total: int, step: int) -> tuple[Span, ...]:
 
 def load_json(line: bytes) -> Any:
     """Returns the value of a line of JSON. Raises BadRecord."""
+    # `utf-8-sig` drops a byte order mark, which some tools write at the start of a file.
     text = decode(line, "line", "utf-8-sig")
     try:
         return json.loads(text)
@@ -134,6 +136,7 @@ def _text(value: Any, what: str) -> str:
     if not isinstance(value, str):
         raise BadRecord(f"{what} is not a string but {type(value).__name__}")
     try:
+        # Strings in Python may hold lone surrogates, which no tokenizer can encode.
         value.encode()
     except UnicodeEncodeError:
         raise BadRecord(f"{what} holds half a surrogate pair, which is not Unicode") from None

@@ -63,6 +63,7 @@ def _lines(stream: IO[bytes], span: Span, limit: int) -> Iterator[tuple[int, byt
         stream.seek(place - 1)
         place += _skip_line(stream) - 1
 
+    # One byte more than the limit shows that a line exceeds it, without reading all of it.
     while place < span.end and (line := stream.readline(limit + 1)):
         yield place, line
         place += len(line)

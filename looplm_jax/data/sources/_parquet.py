@@ -10,6 +10,7 @@ from looplm_jax.data.sources._files import DataFile
 from looplm_jax.data.sources._formats import BadRecord, BadRecordPolicy, FoundDocument, Span, value_document
 from looplm_jax.errors import UserError, suggest
 
+# Random access within a row group is only possible once the group is decoded.
 _ROW_GROUPS_IN_MEMORY = 8
 
 
@@ -113,6 +114,7 @@ def _leaves(table: Any, source: SourceConfig, group: int) -> Iterator[Any]:
 
 def _where(file: DataFile, table: Any, group: int, row: int) -> str:
     """Returns the location of a row for error messages, counted over the whole file."""
+    # Users know rows of the file, not row groups.
     before = sum(table.metadata.row_group(earlier).num_rows for earlier in range(group))
     return f"{file.name}: row {before + row}"
 

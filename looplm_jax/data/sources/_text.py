@@ -51,6 +51,7 @@ class Text:
 
         A section that is not UTF-8 is a bad record as a whole.
         """
+        # Documents are read again by their offsets, which a compressed file does not have.
         file = seekable(file)
         size, limit = file.size, file.limits.record_bytes
         check_encoding(file.read(0, min(2, size)), file.name)
@@ -100,6 +101,8 @@ def _section_start(file: DataFile, size: int, near: int) -> int:
     """
     if near <= 0 or near >= size:
         return min(near, size)
+    # The same bytes decide for the end of a section and for the start of the next, so that sections neither overlap nor
+    # leave a gap, whichever worker reads them.
     window = file.read(near, min(near + _LONGEST_PARAGRAPH, size))
     found = filter(None, (pattern.search(window) for pattern in _ENDS_OF_SECTIONS))
     return near + next((match.end() for match in found), 0)

@@ -42,6 +42,7 @@ class Addition:
         for name, least in (("longest", 2), ("terms", 1), ("digits", 1), ("validation_items", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"addition.{name} must be at least {least}, not {getattr(self, name)}")
+        # A power of two has a single bit.
         if self.longest & (self.longest - 1):
             raise UserError(f"addition.longest must be a power of two, not {self.longest}")
         if self.digits > 9:
@@ -67,6 +68,7 @@ class Addition:
 
         None is held out; the numbers of operands are uniform over `counts`.
         """
+        # The key has the range, so that a block is the same whoever draws it.
         random = generator("addition-problems", seed, start, count)
         terms = random.choice(self.counts, size=count)
         shape = count, self._columns(self.longest)

@@ -121,6 +121,7 @@ class ValidationItems:
 
 def generator(*key: Any) -> np.random.Generator:
     """Returns an independent random generator for each key."""
+    # A hash, so that keys of any length and kind give independent seeds.
     digest = hashlib.blake2b(":".join(map(str, key)).encode(), digest_size=16).digest()
     return np.random.default_rng(int.from_bytes(digest, "big"))
 

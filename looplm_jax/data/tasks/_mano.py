@@ -22,6 +22,7 @@ from looplm_jax.data.tasks._base import Problems, draw_again, first_draw, genera
 from looplm_jax.data.tokenizers._symbols import SymbolTokenizer
 from looplm_jax.errors import UserError
 
+# The order is that of the ids of tokens.
 OPERATORS = ("+", "-", "*")
 
 
@@ -79,6 +80,7 @@ class Mano:
 
     def train_problems(self, seed: int, start: int, count: int) -> Problems:
         """Returns `count` training problems of a seed, with lengths uniform in 1..L and no held-out expression."""
+        # The key has the range, so that a block is the same whoever draws it.
         random = generator("mano-problems", seed, start, count)
         lengths = random.integers(1, self.length + 1, size=count)
 
@@ -187,6 +189,7 @@ def _expression(length: int, choices: _Choices, modulus: int) -> Expression:
 
 def _apply(operator: str, left: int, right: int) -> int:
     """Returns the result of an operator before reduction by the modulus."""
+    # Python's % gives a result in 0..modulus - 1 for negative numbers too.
     if operator == "+":
         return left + right
     return left - right if operator == "-" else left * right
@@ -209,6 +212,7 @@ def draw_expressions(
     Returns:
       Expressions in prefix notation: an operator is its index, operand n is n + 3, and -1 is padding after the end.
     """
+    # More choices are drawn than any problem needs, so that all problems use the same arrays.
     count = len(lengths)
     rows = np.arange(count)
     operators = random.integers(len(OPERATORS), size=(width, count))

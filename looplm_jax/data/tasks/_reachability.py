@@ -102,6 +102,7 @@ class Reachability:
     @property
     def max_tokens(self) -> int:
         """The number of tokens of a problem. A forest has `nodes - trees` edges of four tokens each."""
+        # A question with its answer: `? a b <ans> yes`, or `? b root`.
         return 1 + 4 * (self.nodes - self.trees) + self.questions * (5 if self.asks is Asks.PATH else 3)
 
     @property
@@ -141,6 +142,7 @@ class Reachability:
 
     def _shares(self) -> Float[np.ndarray, "distance"]:
         """Returns the probability of each question length, 1 to `distance`, in training."""
+        # Short paths are a curriculum: long ones are composed of them.
         weights = 1 / np.arange(1.0, self.distance + 1) if self.nearer else np.ones(self.distance)
         return weights / weights.sum()
 
@@ -170,6 +172,7 @@ class Reachability:
 def draw_forest(random: np.random.Generator, *, nodes: int, trees: int, distance: int) -> Forest:
     """Returns a forest whose trees have main paths of `distance` edges, with its edges in random order."""
     names = random.permutation(nodes).tolist()
+
     on_paths = trees * (distance + 1)
     paths = [names[start : start + distance + 1] for start in range(0, on_paths, distance + 1)]
     members = [list(path) for path in paths]
@@ -186,6 +189,7 @@ def draw_forest(random: np.random.Generator, *, nodes: int, trees: int, distance
 
 def draw_question(random: np.random.Generator, forest: Forest, length: int, asks: Asks) -> str:
     """Returns a question over `length` edges with its answer, which is the last symbol."""
+    # A negative question asks about the path of another tree, at the same depth, so that depth does not give it away.
     path, other = (forest.paths[place] for place in random.permutation(len(forest.paths))[:2])
     if asks is Asks.ROOT:
         return f"? n{path[length]} n{path[0]}"

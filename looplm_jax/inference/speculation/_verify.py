@@ -323,8 +323,8 @@ def _accept(rows: SpeculativeRows, drafted: Draft, logits: Float[Array, "N k V"]
 def _before_failure(logits: Float[Array, "N S V"], counts: Int[Array, "N"]) -> tuple[Int[Array, "N"], Bool[Array, "N"]]:
     """Returns how many of `counts` precede the first logits that are not finite, and whether that is fewer."""
     finite = jnp.isfinite(logits).all(axis=-1).astype(jnp.int32)
-    sound = jnp.sum(jnp.cumprod(finite, axis=1), axis=1)
-    return jnp.minimum(counts, sound), sound < counts
+    before = jnp.sum(jnp.cumprod(finite, axis=1), axis=1)
+    return jnp.minimum(counts, before), before < counts
 
 
 def _log_probs(logits: Float[Array, "N S V"], tokens: Int[Array, "N S"]) -> Float[Array, "N S"]:
