@@ -55,7 +55,7 @@ class Geometry:
             )
 
     @property
-    def rows(self) -> int:
+    def sequences(self) -> int:
         """The number of sequences of a batch that this process holds."""
         return self.batch_size // self.process_count
 
@@ -185,7 +185,7 @@ class SubstreamBatches:
     Args:
       open_substream: opens a substream by number; its batches hold `batch_size / substreams` sequences.
       substreams: the number of substreams.
-      rows: indices, within a microbatch, of the sequences of this process, in ascending order.
+      sequences: indices, within a microbatch, of the sequences of this process, in ascending order.
       microbatch_sequences: the number of sequences in a microbatch of the global batch.
       microbatches: the number of microbatches that a batch is accumulated from.
     """
@@ -195,21 +195,21 @@ class SubstreamBatches:
         open_substream: Callable[[int], BatchIterator],
         *,
         substreams: int,
-        rows: Sequence[int],
+        sequences: Sequence[int],
         microbatch_sequences: int,
         microbatches: int = 1,
     ):
         # (substream, index in it) of each sequence of this process, microbatch by microbatch.
         places = [
-            _place(microbatch, row, substreams, microbatch_sequences, microbatches)
+            _place(microbatch, sequence, substreams, microbatch_sequences, microbatches)
             for microbatch in range(microbatches)
-            for row in rows
+            for sequence in sequences
         ]
         needed = sorted({substream for substream, _ in places})
 
         self._chosen = (
             np.array([needed.index(substream) for substream, _ in places]),
-            np.array([row for _, row in places]),
+            np.array([sequence for _, sequence in places]),
         )
         self._substreams = {substream: open_substream(substream) for substream in needed}
 
@@ -246,13 +246,15 @@ class SubstreamBatches:
             substream.close()
 
 
-def _place(microbatch: int, row: int, substreams: int, microbatch_sequences: int, microbatches: int) -> tuple[int, int]:
+def _place(
+    microbatch: int, sequence: int, substreams: int, microbatch_sequences: int, microbatches: int
+) -> tuple[int, int]:
     """Returns the substream of a sequence of a microbatch, and its index among the sequences of that substream."""
     # `width` sequences of each microbatch come from each substream.
     width, rest = divmod(microbatch_sequences, substreams)
     if not rest:
-        return row // width, microbatch * width + row % width
-    return divmod(row * microbatches + microbatch, microbatch_sequences * microbatches // substreams)
+        return sequence // width, microbatch * width + sequence % width
+    return divmod(sequence * microbatches + microbatch, microbatch_sequences * microbatches // substreams)
 
 
 def _substream_states(state: Mapping[str, Any]) -> Mapping[str, Any]:

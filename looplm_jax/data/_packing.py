@@ -114,20 +114,20 @@ def pack_problems(problems: Problems, length: int) -> PackedFeatures:
       Features of shape [R, S], named as Grain names packed features.
     """
     sizes = problems.lengths - 1
-    rows, starts, number, count = _first_fit(sizes.tolist(), length)
+    sequences, starts, number, count = _first_fit(sizes.tolist(), length)
 
     # Indices of all occupied positions, problem by problem: within its problem, in the concatenated tokens, and in the
     # flattened [R * S] output.
     total = int(sizes.sum())
     of_problem = np.arange(total) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     source = np.repeat(np.cumsum(problems.lengths) - problems.lengths, sizes) + of_problem
-    place = np.repeat(rows * length + starts, sizes) + of_problem
+    place = np.repeat(sequences * length + starts, sizes) + of_problem
 
     def spread(values: np.ndarray, kind: type) -> np.ndarray:
         """Scatters values into the flattened output and reshapes it to [R, S]."""
-        row: np.ndarray = np.zeros(count * length, kind)
-        row[place] = values
-        return row.reshape(count, length)
+        flat: np.ndarray = np.zeros(count * length, kind)
+        flat[place] = values
+        return flat.reshape(count, length)
 
     return {
         "tokens": spread(problems.tokens[source], np.int32),
@@ -156,21 +156,21 @@ def _first_fit(
     placed: list[tuple[int, int, int]] = []
 
     for size in sizes:
-        row = next((row for row in open_sequences if used[row] + size <= length), len(used))
+        sequence = next((sequence for sequence in open_sequences if used[sequence] + size <= length), len(used))
 
-        if row == len(used):
+        if sequence == len(used):
             used.append(0)
             held.append(0)
-            open_sequences.append(row)
+            open_sequences.append(sequence)
             if len(open_sequences) > _OPEN_SEQUENCES:
                 open_sequences.pop(0)
 
-        held[row] += 1
-        placed.append((row, used[row], held[row]))
-        used[row] += size
+        held[sequence] += 1
+        placed.append((sequence, used[sequence], held[sequence]))
+        used[sequence] += size
         # Sequences that cannot take even the smallest problem are closed, which keeps the search short.
-        if used[row] + smallest > length:
-            open_sequences.remove(row)
+        if used[sequence] + smallest > length:
+            open_sequences.remove(sequence)
 
-    rows, starts, numbers = np.array(placed).T
-    return rows, starts, numbers, len(used)
+    sequences, starts, numbers = np.array(placed).T
+    return sequences, starts, numbers, len(used)

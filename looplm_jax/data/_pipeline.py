@@ -72,19 +72,19 @@ def train_batches(
 
     def packed() -> Stream:
         # Packing is sequential, so it comes after the parallel reads, and before batching and prefetching.
-        rows = pack(records().to_iter_dataset(READING), sequence_length, shuffle_seed=_derived_seed(seed, "rows"))
-        batches = rows.batch(geometry.rows, drop_remainder=True)
+        sequences = pack(records().to_iter_dataset(READING), sequence_length, shuffle_seed=_derived_seed(seed, "rows"))
+        batches = sequences.batch(geometry.sequences, drop_remainder=True)
         return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=_BATCHES_AHEAD))
 
     # Prepared sources need no packing, and tasks are packed in vectorized blocks; only text goes through Grain's
     # packer.
     if corpus.prepared:
-        return BatchIterator(PreparedBatches(records(), geometry.rows), identity)
+        return BatchIterator(PreparedBatches(records(), geometry.sequences), identity)
     if corpus.tasks:
         # Two sources with the same seed would draw the same problems.
         seeds = [_derived_seed(seed, number) for number in range(len(corpus.tasks))]
         blocks = Blocks(corpus.tasks, seeds, sequence_length)
-        batches = TaskBatches(blocks, geometry.rows, first=process_index, stride=process_count)
+        batches = TaskBatches(blocks, geometry.sequences, first=process_index, stride=process_count)
         # Older states are positions in a stream that packs one problem at a time; `packed` opens that stream.
         return BatchIterator(batches, identity, one_by_one=packed)
     return BatchIterator(packed(), identity)

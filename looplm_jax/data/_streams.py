@@ -51,12 +51,12 @@ class PreparedBatches:
     Its state is the number of batches that were returned.
 
     Args:
-      rows: an endless dataset of sequences, each a dictionary of arrays.
+      sequences: an endless dataset of sequences, each a dictionary of arrays.
       batch_size: sequences in a batch.
     """
 
-    def __init__(self, rows: grain.MapDataset, batch_size: int):
-        self._rows, self._batch_size = rows, batch_size
+    def __init__(self, sequences: grain.MapDataset, batch_size: int):
+        self._sequences, self._batch_size = sequences, batch_size
         self._done = 0
         self._ahead: collections.deque[list[concurrent.futures.Future[Any]]] = collections.deque()
 
@@ -69,10 +69,10 @@ class PreparedBatches:
             self._read_ahead()
 
         # Results are taken before the batch is removed, so a failed read leaves the position unchanged.
-        rows = [future.result() for future in self._ahead[0]]
+        sequences = [future.result() for future in self._ahead[0]]
         self._ahead.popleft()
         self._done += 1
-        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        return {name: np.stack([each[name] for each in sequences]) for name in sequences[0]}
 
     def get_state(self) -> dict[str, Any]:
         """Returns the position after the last returned batch."""
@@ -95,13 +95,13 @@ class PreparedBatches:
         # Sequences are addressed by index, so the position in the stream determines what to read.
         start = (self._done + len(self._ahead)) * self._batch_size
         places = range(start, start + self._batch_size)
-        self._ahead.append([_reading_threads().submit(self._rows.__getitem__, place) for place in places])
+        self._ahead.append([_reading_threads().submit(self._sequences.__getitem__, place) for place in places])
 
 
 @functools.cache
 def _reading_threads() -> concurrent.futures.ThreadPoolExecutor:
     """Returns the thread pool of the process, one for all sources and substreams."""
-    return concurrent.futures.ThreadPoolExecutor(_READING_THREADS, thread_name_prefix="rows")
+    return concurrent.futures.ThreadPoolExecutor(_READING_THREADS, thread_name_prefix="sequences")
 
 
 # Blocks of problems
@@ -176,36 +176,36 @@ class TaskBatches:
 
     def __init__(self, blocks: Blocks, batch_size: int, *, first: int = 0, stride: int = 1):
         self._blocks, self._batch_size, self._stride = blocks, batch_size, stride
-        self._block, self._row = first, 0
+        self._block, self._sequence = first, 0
         self._ahead: collections.OrderedDict[int, concurrent.futures.Future[PackedFeatures]] = collections.OrderedDict()
 
     def __next__(self) -> PackedFeatures:
-        block, row, taken = self._block, self._row, 0
+        block, start, taken = self._block, self._sequence, 0
         pieces = []
 
         # A batch may span several blocks.
         while taken < self._batch_size:
-            rows = self._rows(block)
-            count = len(rows["tokens"])
-            end = min(count, row + self._batch_size - taken)
-            pieces.append({name: values[row:end] for name, values in rows.items()})
-            taken += end - row
-            block, row = (block, end) if end < count else (block + self._stride, 0)
+            packed = self._packed(block)
+            count = len(packed["tokens"])
+            end = min(count, start + self._batch_size - taken)
+            pieces.append({name: values[start:end] for name, values in packed.items()})
+            taken += end - start
+            block, start = (block, end) if end < count else (block + self._stride, 0)
 
         # The position advances only after all blocks are available. Finished blocks are dropped from the cache.
-        self._block, self._row = block, row
+        self._block, self._sequence = block, start
         while next(iter(self._ahead)) != block and len(self._ahead) > 1:
             self._ahead.popitem(last=False)
         return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
     def get_state(self) -> dict[str, int]:
         """Returns the position after the last returned batch."""
-        return {"block": self._block, "row": self._row}
+        return {"block": self._block, "row": self._sequence}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Moves the stream to a saved position."""
         self.close()
-        self._block, self._row = state["block"], state["row"]
+        self._block, self._sequence = state["block"], state["row"]
 
     def close(self) -> None:
         """Cancels the generation of further blocks."""
@@ -213,7 +213,7 @@ class TaskBatches:
             future.cancel()
         self._ahead.clear()
 
-    def _rows(self, block: int) -> PackedFeatures:
+    def _packed(self, block: int) -> PackedFeatures:
         """Returns the sequences of a block, and schedules the blocks that follow it."""
         # Futures are cached by block number; a block that is already scheduled is not submitted again.
         for ahead in range(block, block + (_BLOCKS_AHEAD + 1) * self._stride, self._stride):

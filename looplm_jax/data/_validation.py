@@ -94,18 +94,18 @@ def _sequences(
     """Returns the first held-out sequences, packed, each a dictionary of features."""
     # Packed already.
     if corpus.prepared:
-        return _rows(corpus, most)
+        return _prepared_sequences(corpus, most)
     parts = [as_examples(grain.MapDataset.source(part.validation()), part, tokenizer) for part in corpus.sources]
     # Records of all sources are interleaved, so that the first `most` sequences represent the whole mixture.
     examples = grain.MapDataset.source(_Interleaved(parts))
-    rows = iter(pack(examples.to_iter_dataset(READING), sequence_length, shuffle_seed=_ORDER))
-    sequences = list(itertools.islice(rows, most))
+    packed = iter(pack(examples.to_iter_dataset(READING), sequence_length, shuffle_seed=_ORDER))
+    sequences = list(itertools.islice(packed, most))
     # Stops Grain's reading threads.
-    rows.close()
+    packed.close()
     return sequences
 
 
-def _rows(corpus: Corpus, most: int | None) -> list[Mapping[str, np.ndarray]]:
+def _prepared_sequences(corpus: Corpus, most: int | None) -> list[Mapping[str, np.ndarray]]:
     """Returns the first held-out sequences of prepared sources, interleaved in proportion to their sizes."""
     parts = [part.validation() for part in corpus.prepared]
     return [parts[number][index] for _, number, index in itertools.islice(_evenly(parts), most)]
@@ -144,6 +144,6 @@ def _share(sequences: list[Any], geometry: Geometry) -> Batch[np.ndarray]:
     """Returns this process's sequences of one global batch, padded to the batch size."""
     # All-zero sequences are padding: their segment ids and loss mask are 0.
     padding = {name: np.zeros_like(values) for name, values in sequences[0].items()}
-    rows = sequences + [padding] * (geometry.batch_size - len(sequences))
-    mine = rows[geometry.process_index * geometry.rows :][: geometry.rows]
-    return as_batch({name: np.stack([row[name] for row in mine]) for name in padding})
+    whole = sequences + [padding] * (geometry.batch_size - len(sequences))
+    mine = whole[geometry.process_index * geometry.sequences :][: geometry.sequences]
+    return as_batch({name: np.stack([each[name] for each in mine]) for name in padding})

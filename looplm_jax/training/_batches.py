@@ -127,17 +127,16 @@ def open_reader(setup: Setup, position: Position, warn: Callable[[str], None]) -
             process_count=substreams,
         )
 
-    def open_rows() -> data.SubstreamBatches:
-        rows = process_rows(mesh, microbatch_sequences)
+    def open_stream() -> data.SubstreamBatches:
         return data.SubstreamBatches(
             open_substream,
             substreams=substreams,
-            rows=rows,
+            sequences=process_rows(mesh, microbatch_sequences),
             microbatch_sequences=microbatch_sequences,
             microbatches=stage.accumulation,
         )
 
-    return RetryingReader(open_rows, warn, start=position.data_state)
+    return RetryingReader(open_stream, warn, start=position.data_state)
 
 
 def held_out_batches(setup: Setup, index: int) -> ValidationBatches | None:

@@ -35,7 +35,7 @@ def stream(text_data, tokenizer):
             SubstreamBatches(
                 open_substream,
                 substreams=substreams,
-                rows=rows,
+                sequences=rows,
                 microbatch_sequences=microbatch_sequences,
                 microbatches=microbatches,
             )
@@ -139,7 +139,7 @@ def test_a_batch_holds_the_same_rows_in_any_number_of_parts(substreams):
             SubstreamBatches(
                 lambda substream: NumberedRows(substream, width),  # noqa: B023
                 substreams=substreams,
-                rows=rows,
+                sequences=rows,
                 microbatch_sequences=microbatch_sequences,
                 microbatches=microbatches,
             )

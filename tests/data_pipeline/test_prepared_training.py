@@ -127,7 +127,7 @@ def lanes(stream, process=0, processes=1, lanes=4):
     return SubstreamBatches(
         lambda lane: stream(process_index=lane, process_count=lanes),
         substreams=lanes,
-        rows=rows,
+        sequences=rows,
         microbatch_sequences=ROWS,
     )
 

@@ -214,7 +214,7 @@ def test_lanes_hold_problems_of_their_own_and_batches_are_the_same_for_any_numbe
         def lane(number):
             return stream(corpus, batch_size=8, process_index=number, process_count=2)
 
-        return SubstreamBatches(lane, substreams=2, rows=rows, microbatch_sequences=8)
+        return SubstreamBatches(lane, substreams=2, sequences=rows, microbatch_sequences=8)
 
     whole, shares = process(range(8)), [process(range(4)), process(range(4, 8))]
     batches = take(whole, 30)
