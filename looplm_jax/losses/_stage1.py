@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from looplm_jax.halting._distribution import entropy, log_exit_distribution, mean_exit_loop
 from looplm_jax.halting._priors import kl_divergence
 from looplm_jax.losses._cross_entropy import weighted_token_losses
+from looplm_jax.losses._masking import mean_weights
 
 
 @flax.struct.dataclass
@@ -51,7 +52,7 @@ def stage1(
     """
     log_pdf = log_exit_distribution(gate_logits)
 
-    weights = mean_weights(mask, count, gate_logits)
+    weights = mean_weights(mask, count, gate_logits.shape[1:])
     expected = jnp.sum(jnp.exp(log_pdf) * token_losses * weights)
 
     return _finish(expected, token_losses, log_pdf, weights, beta, log_prior)
@@ -76,18 +77,10 @@ def stage1_from_hidden(
     recomputes the logits. Arguments as in `stage1` and `token_losses`.
     """
     log_pdf = log_exit_distribution(gate_logits)
-    weights = mean_weights(mask, count, gate_logits)
+    weights = mean_weights(mask, count, gate_logits.shape[1:])
     expected, token_losses = weighted_token_losses(hidden, head, targets, jnp.exp(log_pdf) * weights, chunk=chunk)
 
     return _finish(expected, token_losses, log_pdf, weights, beta, log_prior)
-
-
-def mean_weights(
-    mask: Float[Array, "*B"] | None, count: Float[Array, ""] | None, gate_logits: Float[Array, "T *B"]
-) -> Float[Array, "*B"]:
-    """Returns weights that turn a sum over tokens into a mean over unmasked ones; all zero if there are none."""
-    mask = jnp.ones(gate_logits.shape[1:], jnp.float32) if mask is None else mask.astype(jnp.float32)
-    return mask / jnp.maximum(jnp.sum(mask) if count is None else count, 1.0)
 
 
 def _finish(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from looplm_jax.config import GateTarget
-from looplm_jax.losses._stage1 import mean_weights
+from looplm_jax.losses._masking import mean_weights
 
 
 @flax.struct.dataclass
@@ -61,7 +61,7 @@ def stage2(
 
     per_token = -(keep_looping * jax.nn.log_sigmoid(-logits) + (1.0 - keep_looping) * jax.nn.log_sigmoid(logits))
 
-    weights = mean_weights(mask, count, logits)
+    weights = mean_weights(mask, count, logits.shape[1:])
     over_tokens = tuple(range(1, logits.ndim))
     adaptive = jnp.sum(per_token * weights, axis=over_tokens)
     metrics = Stage2Metrics(continue_target=jnp.sum(keep_looping * weights, axis=over_tokens), adaptive_loss=adaptive)
