@@ -91,6 +91,7 @@ class ColorView:
         self._begin()
         self._text.write(Text(with_escapes(result.text[self._shown :]), style="dim"))
         self._console.print()
+        # The rate is missing for very short texts.
         self._console.print(summary(result, rate), style="dim")
 
     def _begin(self) -> None:
@@ -159,6 +160,7 @@ class PlainView:
         """Prints the remaining text, the loops and the summary."""
         self._begin()
         print(self._as_shown(result.text[self._shown :]))
+
         # Numbers of one digit need no separator.
         separator = "" if max(result.exit_loops, default=0) < 10 else " "
         print(f"loops per token: {separator.join(map(str, result.exit_loops))}")
@@ -223,6 +225,7 @@ def legend(max_loops: int) -> Text:
 
 def loop_color(loops: int, max_loops: int) -> str:
     """Returns a color of the palette, which spans 1..`max_loops`."""
+    # With few loops the colors are far apart, with many they are shared.
     place = (loops - 1) / max(1, max_loops - 1)
     return _PALETTE[round(place * (len(_PALETTE) - 1))]
 

@@ -20,6 +20,7 @@ from looplm_jax.inference._conversation import Conversation
 from looplm_jax.loading import load
 from looplm_jax.terminal import print_error
 
+# By default; the cache for all positions of a model may be large.
 _WINDOW = 4096
 _HELP = """\
 /reset           forget what was said
@@ -61,6 +62,7 @@ class ChatSession:
         self._conversation, self._tokenizer = conversation, tokenizer
         self._options, self._max_loops = options, max_loops
         self._console = Console(highlight=False)
+        # A script must notice errors by the exit status, a user reads them.
         self._by_hand = sys.stdin.isatty()
         self._status: int | None = None  # once set, the chat ends with this status
         self._mistakes = False
@@ -84,6 +86,7 @@ class ChatSession:
             try:
                 self._obey(line)
             except UserError as error:
+                # The chat continues: one line that cannot be answered does not end it.
                 self._mistakes = True
                 print_error(str(error))
             if self._status is not None:

@@ -32,6 +32,7 @@ def prepare_corpus(order: PrepareConfig, out: str, workers: int | None) -> int:
 
     try:
         with _TokenizeProgress() as progress:
+            # Tokenizing keeps a core busy, so more workers than cores would only wait.
             workers = workers or os.cpu_count() or 1
             manifest = prepare(order, out, workers=workers, watcher=progress, say=progress.say)
     except _Stopped as stopped:
@@ -48,6 +49,7 @@ def prepare_corpus(order: PrepareConfig, out: str, workers: int | None) -> int:
 
 def verify_corpus(out: str) -> int:
     """Reads every shard again. Returns 2 if one is damaged."""
+    # Unlike the check at the start of a training run, every byte is read.
     corpus = open_prepared(out)
     damage = verify(corpus)
     for line in damage:
@@ -103,6 +105,7 @@ def _next_command(manifest: Manifest, out: str) -> str:
     recipe, plan = named_recipe("text-small"), manifest.plan
     command = ["looplm", "train", "--data", quoted(out)]
 
+    # Only fields that the corpus dictates; the rest of the recipe is the user's choice.
     if any(stage.sequence_length != plan.sequence_length for stage in recipe.stages):
         command += ["--stage.sequence_length", str(plan.sequence_length)]
     if recipe.model.max_positions < plan.sequence_length:
@@ -133,6 +136,7 @@ class _TokenizeProgress(ProgressBar):
         self._started = self._last_line = time.monotonic()
 
         for task in self._bar.task_ids:
+            # One bar at a time: passes follow each other.
             self._bar.remove_task(task)
         self._task = self._bar.add_task(what, total=bytes, completed=done, status="")
 

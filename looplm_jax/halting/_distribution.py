@@ -15,11 +15,13 @@ from jaxtyping import Array, Float, Int
 def at_least_float32(values: Float[Array, "*B"]) -> Float[Array, "*B"]:
     """Returns the values in float32, or in float64 if they are."""
     values = jnp.asarray(values)
+    # Tests compute in float64, which stays.
     return values if jnp.finfo(values.dtype).bits >= 32 else values.astype(jnp.float32)
 
 
 def log_survival(gate_logits: Float[Array, "T *B"]) -> Float[Array, "T *B"]:
     """Returns `log S_t` for t = 1..T: the log-probability of no exit up to loop t, counting the last gate too."""
+    # log(1 - sigmoid(x)) = log sigmoid(-x), without cancellation for large x.
     return jnp.cumsum(jax.nn.log_sigmoid(-at_least_float32(gate_logits)), axis=0)
 
 

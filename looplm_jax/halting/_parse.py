@@ -45,6 +45,7 @@ def parse_exit_policy(text: str) -> ExitPolicy:
     """
     rule, *bounds = text.split(",")
     policy = _rule(text, rule)
+    # Bounds only if they are given: `Bounded` without bounds would be another policy than the rule alone.
     return Bounded(policy, **_bounds(text, bounds)) if bounds else policy
 
 
@@ -56,6 +57,7 @@ def _rule(text: str, part: str) -> ExitPolicy:
         raise UserError(f"unknown exit policy {text!r}; write for example q=0.5{hint}")
 
     policy, example = _RULES[name]
+    # Every rule has exactly one number.
     (field,) = dataclasses.fields(policy)
     return policy(**{field.name: _number(text, value, field.type, f"{name}={example}")})
 
@@ -70,6 +72,7 @@ def _bounds(text: str, parts: Iterable[str]) -> dict[str, int]:
                 "write for example q=0.5,min=2,max=6"
             )
 
+        # A repeated bound is a typing error, and which one was meant is unknown.
         if _BOUNDS[name] in bounds:
             raise UserError(f"exit policy {text!r}: {name} is given twice; keep one")
         bounds[_BOUNDS[name]] = _number(text, value, int, f"{name}=2")
@@ -84,6 +87,7 @@ def _split(part: str) -> tuple[str, str]:
 def _number(text: str, value: str, kind: Any, example: str) -> Any:
     """Returns the number that `value` represents. Raises UserError otherwise."""
     try:
+        # `int` refuses 2.5, and the policies check the range.
         return kind(value)
     except ValueError:
         expected = "a whole number" if kind is int else "a number"

@@ -33,11 +33,13 @@ def log_poisson_lognormal_prior(loops: int, mean: float, sigma: float) -> Float[
       sigma: the standard deviation of the log-rate.
     """
     nodes, weights = _hermite(_HERMITE_NODES)
+    # A log-normal variable has the mean exp(mu + sigma^2 / 2), hence the subtraction.
     log_rate = jnp.log(jnp.float32(mean - 1.0)) - sigma**2 / 2 + sigma * nodes
 
     counts = jnp.arange(loops, dtype=jnp.float32)
     # The log-probability of each count at each node of the quadrature, [T, N].
     log_poisson = counts[:, None] * log_rate - jnp.exp(log_rate) - jax.lax.lgamma(counts + 1.0)[:, None]
+    # The sum over nodes is the integral; the softmax truncates at T.
     return jax.nn.log_softmax(jax.nn.logsumexp(log_poisson, axis=1, b=weights))
 
 
@@ -54,6 +56,7 @@ def log_prior(config: PriorConfig, loops: int) -> Float[Array, "T"]:
 
 def kl_divergence(*, log_pdf: Float[Array, "T *B"], log_prior: Float[Array, "T"]) -> Float[Array, "*B"]:
     """Returns `KL(p || prior) = sum_t p_t (log p_t - log prior_t)` in nats."""
+    # [T] -> [T, 1, ...]
     prior = log_prior.reshape(-1, *[1] * (log_pdf.ndim - 1))
     return jnp.sum(jnp.exp(log_pdf) * (log_pdf - prior), axis=0)
 

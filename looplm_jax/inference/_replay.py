@@ -108,6 +108,7 @@ def states_at_once(model: LoopLM, params: Params, rollouts: Rollouts, *, loops: 
 
     state = apply(embedded, method="initial_state")
     shapes = jax.eval_shape(lambda: apply(state, embedded, context, None, None, True, method="loop_step"))
+
     # Never read: no token has exited before loop 1.
     kept = jax.tree.map(jnp.zeros_like, list(shapes[1:]))
     hidden = jnp.zeros((*rollouts.tokens.shape, model.config.width), state.dtype)
@@ -155,6 +156,7 @@ def states_in_turn(
 
     if rollouts.history is not None:
         cache, _ = jax.lax.scan(turn, cache, rollouts.history)
+
     cache, hidden = _read_prompts(model, loops, params, cache, rollouts.prompts, rollouts.prompt_lengths)
     # The prompt's last token predicts the first new token, at that token's exit loop.
     first = hidden[exits[:, 0] - 1, rows]
@@ -188,6 +190,7 @@ def _read_prompts(
     # [T, L, ...] -> [L, T, ...]: layers are the first axis of a cache.
     core, coda = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), own)
     planes = ModelCache(core=core, prelude=jax.tree.map(lambda x: x[:, None], prelude), coda=coda)
+    # A prompt is read with all planes, and only then reduced to what the strategy keeps.
     kept = share(Cache(planes=planes, lengths=lengths, strategy=CacheStrategy.FULL), cache.strategy)
     return _append(cache, kept), hidden
 
@@ -284,6 +287,7 @@ def _run_token(
         done = jnp.full(rows, number)
         past = _read_at(cache, done, dtype)
         output, core, coda = apply(state, embedded, context, *past, True, method="loop_step")
+        # Loops after the exit are computed, because all rows share a program, but not written.
         own = own.write(ModelCache(core=core, prelude=prelude, coda=coda), done, done < exits)
         hidden = jnp.where((done + 1 == exits)[:, None], output.hidden[:, 0], hidden)
         return (output.state, hidden, own), None

@@ -109,6 +109,7 @@ class Request:
             raise UserError("the prompt is empty; give at least one token")
 
         self._set("stop_ids", token_ids("stop_ids", self.stop_ids))
+
         conditions = self.stop_conditions  # raises for invalid conditions
         self._set("stop_strings", conditions.stop_strings)
         self._set("max_new_tokens", conditions.max_new_tokens)
@@ -154,6 +155,7 @@ class Request:
     @property
     def max_tokens(self) -> int:
         """Returns the maximum number of tokens in total: the prefix cache, the prompt, and all new tokens."""
+        # The last new token is never read, but counted: it may be the first token of the next turn.
         return self.tokens_before + len(self.prompt_ids) + self.max_new_tokens
 
     @property

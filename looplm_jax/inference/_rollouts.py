@@ -105,6 +105,7 @@ class Rollouts:
     @property
     def size(self) -> int:
         """Returns the number of positions that hold any complete row, S."""
+        # Rows are padded in several places; without the padding, none is longer than `room`.
         together = self.prompts.shape[1] + self.tokens.shape[1]
         if self.history is not None:
             turns, _, of_prompt = self.history.prompts.shape
@@ -131,6 +132,7 @@ class Rollouts:
 
     def _joined(self, values: Callable[[Turns], tuple[Array, Array]]) -> Int[Array, "B S"]:
         """Returns values of prompts and tokens in order, without the padding between them."""
+        # The last turn is one like the others, so that all are joined in the same way.
         turns = [self._last_turn()] if self.history is None else [self.history, self._last_turn()]
         joined = jnp.concatenate([_in_order(*values(own)) for own in turns], axis=1)
         padding = jnp.concatenate([_in_order(*_padding(own)) for own in turns], axis=1)
@@ -171,6 +173,7 @@ def _check_loops(results: Sequence[Result], loops: int) -> None:
 
 def _padded(rows: Sequence[Sequence[int]], filler: int, longest: int) -> Int[Array, "B N"]:
     """Returns the rows as one array, padded to one of few sizes."""
+    # At least one column, because an axis of length 0 has no position to gather from.
     size = bucket(max(1, *map(len, rows)), longest)
     padded = np.full((len(rows), size), filler, np.int32)
     for number, row in enumerate(rows):

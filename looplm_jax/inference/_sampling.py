@@ -17,6 +17,7 @@ from looplm_jax.errors import UserError
 from looplm_jax.inference._field_checks import MOST, real_number, whole_number
 from looplm_jax.random_keys import seeded_key
 
+# Numbers that round to 0 or to infinity in float32 are refused, because programs compute in it.
 _LARGEST = float(jnp.finfo(jnp.float32).max)
 _SMALLEST = float(jnp.finfo(jnp.float32).tiny)
 _SIGN_BIT = 31
@@ -178,6 +179,7 @@ def sample(
 
 def token_key(sampling: Sampling | SamplingTable, number: int | Int[Array, ""]) -> PRNGKeyArray:
     """Returns the key of new token `number`, counted from 0, of sample `sample` of request `index` under a seed."""
+    # Folded in one after another, so that neighboring requests have unrelated keys.
     key = seeded_key(sampling.seed)
     for part in (sampling.index, sampling.sample, number):
         key = jax.random.fold_in(key, part)
@@ -222,6 +224,7 @@ def _allowed(
     """
     if seen is not None:
         penalty = table.repetition_penalty[..., None]
+        # Dividing a negative logit would raise it.
         logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
     return _in_vocabulary(logits, table)
 
@@ -237,8 +240,10 @@ def _cut(logits: Float[Array, "*N V"], table: SamplingTable) -> Float[Array, "*N
     # An unreachable weight keeps everything. So does p = 1, which float32 sums could reach before the last token.
     count = jnp.where(table.top_k > 0, table.top_k.astype(jnp.float32), jnp.inf)
     share = jnp.where(table.top_p < 1, jnp.maximum(table.top_p, jnp.finfo(jnp.float32).tiny), jnp.inf)
+    # In this order: the probabilities of `top_p` are those of the tokens that `top_k` kept.
     scaled = _heaviest(scaled, jnp.ones_like, count)
     scaled = _heaviest(scaled, jax.nn.softmax, share)
+    # Relative to the best token, whose log weight is 0; `min_p` = 0 has the logarithm minus infinity.
     return jnp.where(scaled >= jnp.log(table.min_p)[..., None], scaled, -jnp.inf)
 
 

@@ -34,6 +34,7 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """Returns the text that this token completes; empty while a character lacks bytes."""
+        # Tokens whose text is not complete yet, such as the first bytes of a character.
         self._waiting.append(token)
         known, text = self._decoded()
         if text.endswith(_INCOMPLETE):
@@ -55,6 +56,7 @@ def _added_text(known: str, text: str) -> str:
     """Returns what `text` adds to `known`, replacing trailing characters of `known` that were incomplete."""
     if known.endswith(_INCOMPLETE) and not text.startswith(known):
         same = itertools.takewhile(bool, map(operator.eq, known, text))
+        # Incomplete characters at the end of `known` may decode differently now.
         return text[sum(same) :]
     return text[len(known) :]
 
@@ -80,6 +82,7 @@ class StopConditions:
     max_new_tokens: int
 
     def __post_init__(self) -> None:
+        # A string is a sequence of strings, so it would be taken for its characters.
         if isinstance(self.stop_strings, str):
             raise UserError(f"stop_strings must be a list of strings; write [{self.stop_strings!r}]")
         if not isinstance(self.stop_strings, Sequence) or not all(isinstance(own, str) for own in self.stop_strings):
@@ -177,6 +180,7 @@ class StopMatcher:
 
     def _partial_stop(self) -> int:
         """Returns the length of the longest suffix of the text that is a proper prefix of a stop string."""
+        # Only the end of the text matters: an earlier start of a stop string has been followed by something else.
         beginnings = (stop[:size] for stop in self._conditions.stop_strings for size in range(1, len(stop)))
         return max((len(beginning) for beginning in beginnings if self._held.endswith(beginning)), default=0)
 

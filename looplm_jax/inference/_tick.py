@@ -58,6 +58,7 @@ def run_ticks(
     def one(slots: Slots, _: None) -> tuple[Slots, Ticked]:
         return tick(model, params, slots, loops=loops, previews=previews)
 
+    # A scan, so that several ticks are one program, between which the host need not act.
     return jax.lax.scan(one, slots, length=ticks)
 
 
@@ -74,6 +75,7 @@ def tick(model: LoopLM, params: Params, slots: Slots, *, loops: int, previews: b
     seen = cache.emptied(~slots.active)
     past = seen.past(cache.planes.core, done, dtype), seen.past(cache.planes.coda, done, dtype)
 
+    # Every slot runs its own next loop; they differ only in the planes that they read.
     output, core, coda = apply(state, embedded, context, *past, True, method="loop_step")
     # [N, 1, D] -> [N, D]
     hidden = output.hidden[:, 0]
@@ -84,6 +86,7 @@ def tick(model: LoopLM, params: Params, slots: Slots, *, loops: int, previews: b
     cache = cache.write(ModelCache(core=core, prelude=prelude, coda=coda), done, written)
 
     policy = slots.settings.policy
+    # The head is costly, so predictions are computed only if a policy or a preview needs them.
     logits = logits_of(model, params, hidden) if previews or Needs.LOGITS in policy.needs else None
     signals = slots.memory.observe(output.gate_logits[:, 0], hidden, logits)
     # The budget and T limit every policy.
@@ -135,6 +138,7 @@ def choose(
     choice, broken = jax.lax.cond(jnp.any(exited), draw, lambda: jax.tree.map(jnp.zeros_like, shapes))
 
     failed = exited & broken
+    # The limit counts the token that was just chosen.
     at_limit = slots.num_generated + 1 >= settings.limit
     stopped = jnp.any(choice.tokens[:, None] == settings.stop_ids, axis=-1) | at_limit
     return Ticked(
@@ -175,6 +179,7 @@ def bound(model: LoopLM, params: Params) -> Callable[..., Any]:
 
 def logits_of(model: LoopLM, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
     """Returns the float32 logits of states."""
+    # The engine holds the head in this dtype already; for other callers the cast is part of the program.
     head = head_matrix(params, model.config).astype(hidden.dtype)
     # Products in the dtype of the states, sums in float32.
     return jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=jnp.float32)
