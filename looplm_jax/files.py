@@ -32,6 +32,7 @@ _SPECIAL_FILES = {
     stat.S_IFBLK: "a device",
 }
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)  # errors of file systems without locks
+# Characters of an error of a bucket that a message shows.
 _LONGEST = 200
 
 T = TypeVar("T")
@@ -203,6 +204,7 @@ def _lock(handle: int, busy: Callable[[], None]) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         busy()
+        # `busy` returned, so this process waits.
         fcntl.flock(handle, fcntl.LOCK_EX)
     except OSError as error:
         if error.errno not in _NO_LOCKS:
@@ -211,6 +213,7 @@ def _lock(handle: int, busy: Callable[[], None]) -> None:
 
 def _replace(path: Path, content: bytes) -> None:
     """Writes a temporary file and renames it."""
+    # In the same folder, because a rename is atomic only within a file system.
     temporary = path.with_name(path.name + ".new")
     try:
         with temporary.open("wb") as stream:
@@ -284,6 +287,7 @@ def _named_as(out: Path, staging: Path) -> Iterator[None]:
     try:
         yield
     except UserError as error:
+        # The user knows only `out`.
         raise UserError(str(error).replace(str(staging), str(out))) from error
 
 
@@ -292,6 +296,7 @@ def _remove_contents(folder: Path) -> None:
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         else:
+            # Links are removed, not what they lead to.
             entry.unlink()
 
 

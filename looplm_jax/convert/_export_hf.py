@@ -100,6 +100,7 @@ def _widest(params: Any) -> str:
 
 
 def _write_weights(folder: Path, params: Any, dtype: str, max_bytes: int) -> WrittenWeights:
+
     arrays = {path: np.asarray(array) for path, array in flat_arrays(params).items()}
     read = functools.partial(_read, arrays, jnp.dtype(dtype))
     return write_weights(folder, list(torch_layout(params)), read, dtype=dtype, max_bytes=max_bytes)
@@ -108,6 +109,7 @@ def _write_weights(folder: Path, params: Any, dtype: str, max_bytes: int) -> Wri
 def _read(arrays: dict[ArrayPath, np.ndarray], dtype: np.dtype, tensor: TorchTensor) -> np.ndarray:
     """Returns a tensor in PyTorch's layout. The bits are integers, which NumPy transposes faster than its bfloat16."""
     whole = arrays[tensor.path]
+    # One layer at a time is converted, so that the weights are never in memory twice.
     ours = (whole if tensor.layer is None else whole[tensor.layer]).astype(dtype, copy=False)
     if not np.isfinite(ours).all():
         raise UserError(f"tensor {tensor.name} has values that are not finite in {dtype}; take another dtype or step")
@@ -134,6 +136,7 @@ def _write_small_files(folder: Path, source: str, restored: Restored, dtype: str
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
 
+    # Transformers runs these files with `trust_remote_code=True`, without this package.
     code = importlib.resources.files("looplm_jax.convert.torch_model")
     for name in _TORCH_FILES:
         (folder / name).write_bytes((code / name).read_bytes())

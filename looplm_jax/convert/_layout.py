@@ -19,6 +19,7 @@ from looplm_jax.models._looplm import boxed_shapes
 
 Path = tuple[str, ...]
 
+# Arrays below have a leading axis of layers; PyTorch has one tensor for each layer.
 _LAYERS: Path = ("core", "layers")
 _VECTOR = 0  # no contracted axis: a vector or a table, kept as it is
 
@@ -171,6 +172,7 @@ def check_tensor_names(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str
     Raises:
       UserError: a tensor does not match; the message names it.
     """
+    # A wrapper changes all names, so it explains more than the first unknown one.
     refuse_wrappers(found, where)
 
     for name in found:

@@ -22,6 +22,7 @@ from looplm_jax.errors import UserError
 
 _COLUMNS = 16  # columns copied at a time: a transposed copy in blocks that fit the cache takes a third of the time
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# Matches the number of a layer in the name of a tensor.
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 

@@ -28,7 +28,9 @@ def to_torch_state_dict(params: Params) -> dict[str, "torch.Tensor"]:
       UserError: PyTorch is not installed, or the model has a part that the PyTorch model lacks.
     """
     torch = _import_torch()
+
     layout, arrays = list(torch_layout(params)), flat_arrays(params)
+    # Each array is fetched once, not once for each of its layers.
     on_host = {path: np.asarray(array) for path, array in arrays.items()}
 
     state = {}
@@ -79,6 +81,7 @@ def _to_tensor(torch: ModuleType, array: np.ndarray) -> "torch.Tensor":
 
 def _to_numpy(torch: ModuleType, tensor: "torch.Tensor") -> np.ndarray:
     """Returns a NumPy array with the tensor's values; bfloat16 passes through its bits, which NumPy can hold."""
+    # NumPy reads neither tensors that require gradients nor those on other devices.
     tensor = tensor.detach().cpu().contiguous()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.uint16).numpy().view(jax.dtypes.bfloat16)

@@ -88,6 +88,7 @@ def stop_ids(tokenizer: Tokenizer) -> list[int]:
     They are the stop tokens that the model's folder names, the end of a document, and the end of a chat turn if the
     tokenizer has one. Ouro's are 0 and 2, although its published configuration names only 0 (specification, section 1).
     """
+    # A model may be trained to end a text with any of these.
     named = tokenizer.ids.stop if isinstance(tokenizer, FolderTokenizer) else ()
 
     ends = (*named, tokenizer.eos_id, tokenizer.token_id(IM_END))

@@ -73,6 +73,7 @@ def upcycle(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str], *, 
     with staged_folder(out) as staging:
         whole = read_raw(checkpoint)
         chosen = source_layers(order, before.model.num_layers, layers)
+        # The position in the data belongs to the run of the shallower model.
         metadata = dataclasses.replace(whole.metadata, config=to_dict(recipe), data_state={})
         write_raw(staging, dataclasses.replace(whole, arrays=_deepen(whole.arrays, chosen), metadata=metadata))
 
@@ -96,6 +97,7 @@ def source_layers(order: Order, before: int, after: int) -> tuple[int, ...]:
 
 def _deepen(arrays: dict[str, Array], chosen: Sequence[int]) -> dict[str, Array]:
     """Returns the arrays with the layers of the shared stack replaced by the chosen copies."""
+    # The moments of AdamW are copied like their parameters.
     layers = jnp.asarray(chosen, jnp.int32)
     return {name: jnp.take(array, layers, axis=0) if _in_stack(name) else array for name, array in arrays.items()}
 
@@ -107,6 +109,7 @@ def _in_stack(name: str) -> bool:
 
 def _check_layers(checkpoint: str, before: int, after: int) -> None:
     """Raises UserError unless `after` is a larger multiple of `before`."""
+    # A part of a stack would repeat some layers more often than others.
     if after <= before or after % before:
         raise UserError(
             f"the {before} layers of {checkpoint} cannot become {after} by whole copies; choose "

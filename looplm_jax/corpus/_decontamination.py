@@ -23,6 +23,7 @@ _SPARSENESS = 16  # flags per run: at most 1 in 16 is set, so at least 15 of 16 
 _SEED = 0
 
 NGRAM = 13
+# Enough to recognize the text in a report.
 _EXCERPT_WORDS = 30
 
 LONGEST = 20
@@ -54,6 +55,7 @@ class NgramTable:
     @classmethod
     def of(cls, length: int, hashes: UInt64[np.ndarray, "places"], places: Int64[np.ndarray, "places"]) -> "NgramTable":
         """Returns the table of runs with these hashes at these positions."""
+        # Stable, so that the positions of equal runs stay sorted.
         order = np.argsort(hashes, kind="stable")
         unique, first = np.unique(hashes[order], return_index=True)
 
@@ -72,6 +74,7 @@ class NgramTable:
         runs = np.searchsorted(self.hashes, likely)
         runs = runs[self.hashes[np.minimum(runs, len(self.hashes) - 1)] == likely]
 
+        # A run may occur in several items, for example in two copies of a question.
         ranges = [self.places[self.first_places[run] : self.first_places[run + 1]] for run in runs]
         return np.sort(np.concatenate([self.places[:0], *ranges]))
 
@@ -181,6 +184,7 @@ class EvaluationNgrams:
 
     def _common_places(self, text: str) -> Int64[np.ndarray, "places"]:
         """Returns the sorted positions in `texts.words` at which n-grams begin that also occur in the text."""
+        # Unknown words share a value, so a window with one matches nothing: no evaluation text has that value.
         values = self.values[self._numbers(text)]
         hashes = window_hashes(values, tuple(table.length for table in self.tables))
         return np.sort(np.concatenate([np.zeros(0, np.int64), *(t.find(hashes[t.length]) for t in self.tables)]))
@@ -204,6 +208,7 @@ class EvaluationNgrams:
         # All positions are in texts of the same item.
         texts = self._texts_at(places)
         [item] = set(self.texts.items[texts].tolist())
+
         runs = _runs(places, self.texts.windows[texts])
         start, end = max(runs, key=lambda run: run[1] - run[0])
 
@@ -314,6 +319,7 @@ class Findings:
         if overlap is None:
             return
         self.dropped[source] += 1
+        # Every item counts as found, but only the longest match is shown for a document.
         self._found({(match.file, match.line): match.share for match in overlap.matches})
         self._keep_longest([LocatedMatch(source, place, overlap.matches[0])])
 
@@ -347,6 +353,7 @@ class Findings:
 
     def _found(self, shares: Mapping[tuple[str, int], float]) -> None:
         """Keeps the largest fraction of each item."""
+        # The report says how much of an item any single document contains.
         for item, share in shares.items():
             self.shares[item] = max(share, self.shares.get(item, 0.0))
 

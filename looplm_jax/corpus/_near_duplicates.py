@@ -19,6 +19,7 @@ from looplm_jax.corpus._words import words
 from looplm_jax.errors import UserError
 
 _SEED = 1
+# Bounds the memory of a signature: one value for each permutation and n-gram.
 _NGRAMS_AT_ONCE = 4096
 
 _RECALL = 0.95  # fraction of pairs at the threshold that become candidates; candidates are verified, so more is safe
@@ -91,6 +92,7 @@ class NearDuplicates:
         keepers: dict[int, list[int]] = {}
 
         for document, buckets in shared_bands(signatures, self.threshold):
+            # Sorted, so that of equally similar candidates the earliest is chosen.
             candidates = sorted({keeper for bucket in buckets for keeper in keepers.get(bucket, ())})
             alike = self._most_alike(signatures, document, candidates)
             if alike is not None:
@@ -106,6 +108,7 @@ class NearDuplicates:
         """Returns the most similar candidate, or None if none reaches the threshold."""
         if not candidates:
             return None
+        # The fraction of equal minima is an unbiased estimate of the Jaccard similarity (Broder 1997).
         similarity = np.mean(signatures[candidates] == signatures[document], axis=1)
         best = int(np.argmax(similarity))
         return candidates[best] if similarity[best] >= self.threshold else None

@@ -46,6 +46,7 @@ class SignUnit:
             places.append((names.setdefault((placed.source, placed.file), len(names)), *placed.place))
 
         tally.say()
+        # Written in one piece, so that a file is either missing or complete.
         content = io.BytesIO()
         np.savez(
             content,
@@ -80,6 +81,7 @@ def leave_out(folder: PreparedFolder, units: int, settings: NearDuplicates, scra
     with file.open("wb") as stream:
         for unit in range(units):
             signatures = _read(folder, unit)["signatures"]
+            # Unit after unit, so that the memory is that of one unit.
             stream.write(signatures.tobytes())
             numbers.append(numbers[-1] + len(signatures))
 
@@ -94,6 +96,7 @@ def leave_out(folder: PreparedFolder, units: int, settings: NearDuplicates, scra
 def _by_unit(duplicates: Duplicates, numbers: Sequence[int]) -> tuple[frozenset[int], ...]:
     """Returns the dropped documents of each unit, as numbers within the unit."""
     dropped = np.sort(np.fromiter(duplicates.dropped, np.int64, len(duplicates.dropped)))
+    # Both are sorted, so a unit's documents are a contiguous range.
     edges = np.searchsorted(dropped, numbers)
     units = zip(edges, edges[1:], numbers)
     return tuple(frozenset((dropped[start:end] - first).tolist()) for start, end, first in units)
@@ -108,6 +111,7 @@ class _Places:
 
     def place(self, number: int) -> DocumentPlace:
         """Returns the source, the file and the position of a document."""
+        # `right`, because an index equal to a start belongs to that unit.
         unit = int(np.searchsorted(self._numbers, number, side="right")) - 1
         if unit not in self._units:
             self._units[unit] = _document_places(_read(self._folder, unit))

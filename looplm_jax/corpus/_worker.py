@@ -81,6 +81,7 @@ class Counters:
 
     def read(self, placed: LocatedDocument) -> None:
         """Counts a document that was read."""
+        # Bytes of text, whatever the compression of the file.
         size = len(plain_text(placed.document).encode())
         self._documents[placed.source] += 1
         self._bytes[placed.source] += size
@@ -198,6 +199,7 @@ class TokenizeUnit:
     def _write(self, folder: PreparedFolder, part: str, number: int, segments: Iterable[Segment]) -> list[Shard]:
         """Packs segments and writes them as one shard. Returns it, or nothing if there are no segments."""
         length, tokens = self.spec.sequence_length, token_type(self.spec.vocab_size)
+        # The seed is the number of the unit, so the order depends on nothing but the plan.
         rows = pack_segments(shuffled(segments, length, seed=number), length)
         shard = write_shard(rows, tokens, self.scratch, folder, f"{part}-{number:05d}{SHARD}")
         return [] if shard is None else [shard]
@@ -259,6 +261,7 @@ def pack_segments(pieces: Iterable[Segment], length: int) -> Iterator[list[Segme
         place = next((row for row, left in enumerate(room) if left >= piece.positions), len(rows))
 
         if place == len(rows) == _OPEN_SEQUENCES:
+            # The one that is least likely to take another segment.
             fullest = room.index(min(room))
             room.pop(fullest)
             yield rows.pop(fullest)
@@ -275,4 +278,5 @@ def pack_segments(pieces: Iterable[Segment], length: int) -> Iterator[list[Segme
             room.pop(place)
             yield rows.pop(place)
 
+    # What is still open at the end of the unit. Units are independent, so their last sequences are not filled up.
     yield from rows

@@ -78,6 +78,7 @@ def run_jobs(
     # The stack kills all workers when the generator ends, for whatever reason.
     with contextlib.ExitStack() as ending:
         for _ in range(min(workers, len(jobs))):
+            # Started one after another: each begins its first job while the next one starts.
             busy.append(_start(work, ending))
             _send_job(busy[-1], waiting)
 
@@ -100,6 +101,7 @@ def run_jobs(
 def _start(work: Callable[..., Any], ending: contextlib.ExitStack) -> _Worker:
     """Starts a worker, and registers it with `ending` to be killed."""
     ours, theirs = multiprocessing.Pipe()
+    # Not `fork`: the parent may have threads, whose locks a fork would copy in any state.
     process = multiprocessing.get_context("spawn").Process(target=_serve, args=(work, theirs), daemon=True)
     resource_tracker.ensure_running()  # otherwise the first start does it, and unblocks the signals
 
@@ -118,6 +120,7 @@ def _start(work: Callable[..., Any], ending: contextlib.ExitStack) -> _Worker:
 
 def _end(process: SpawnProcess) -> None:
     """Kills a worker and waits for its exit."""
+    # Workers have nothing to save: the files of a unit are published when they are complete.
     process.kill()
     process.join()
 
@@ -157,4 +160,5 @@ def _serve(work: Callable[[Any, Report], Any], pipe: Connection) -> None:
             except BrokenPipeError:
                 raise
             except Exception as error:
+                # Re-raised in the parent, with its type.
                 pipe.send(error)

@@ -99,6 +99,7 @@ def plot_training(rows: Sequence[Mapping[str, Any]], path: Path | io.BytesIO) ->
     drawn, grid = figure(columns=2, rows=max(1, -(-len(panels) // 2)), whole_x=True)
     for axes, panel in zip(grid, panels, strict=False):
         _training_panel(axes, panel, [row for row in training if panel.metric in row])
+    # An odd number of panels leaves one of the axes empty.
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
 
@@ -218,6 +219,7 @@ def figure(
     grid = list(drawn.subplots(rows, columns, squeeze=False).flat)
     for axes in grid:
         axes.grid(True, color="#e4e4e4", linewidth=0.8)
+        # The grid is behind the curves.
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         if whole_x:

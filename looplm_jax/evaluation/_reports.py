@@ -38,6 +38,7 @@ def depth_table(sweep: DepthSweep) -> Table:
 
 def _note(loops: int, sweep: DepthSweep) -> str:
     """Returns the note of a depth: trained, best, both, or none."""
+    # One depth may be both.
     notes = {sweep.best_loops: ["best"]}
     notes.setdefault(sweep.trained_loops, []).insert(0, "trained")
     return ", ".join(notes.get(loops, []))
@@ -160,6 +161,7 @@ def _stage_row(stage: Stage, rows: list[dict[str, Any]]) -> list[str]:
 def _evaluation_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Returns the table of held-out losses, one row per evaluation and one column per loop."""
     losses = [numbers(row.get("loss_per_loop")) for row in rows]
+    # Stages may have different numbers of loops.
     loops = max(map(len, losses))
     return Table(
         title="held-out loss",

@@ -18,6 +18,7 @@ from looplm_jax.errors import UserError
 from looplm_jax.losses import token_losses, token_scores
 from looplm_jax.models._looplm import LoopLM, Params, head_matrix
 
+# Other tokens carry no knowledge of people.
 _KINDS = (Kind.NAME, Kind.VALUE)
 
 
@@ -73,6 +74,7 @@ def commonest_answer(task: Task, items: int) -> float:
     This is the accuracy of always giving that answer.
     """
     problems = [task.validation_example(index) for index in range(min(items, task.validation_items))]
+    # An accuracy near this one shows nothing but the frequency of answers.
     answers = collections.Counter(tuple(problem.tokens[problem.loss_mask].tolist()) for problem in problems)
     return answers.most_common(1)[0][1] / len(problems)
 

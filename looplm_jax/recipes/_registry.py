@@ -14,6 +14,7 @@ from looplm_jax.recipes._ouro import (
 )
 from looplm_jax.recipes._small import demo, demo_one_loop, mano_small, text_small
 
+# Functions, so that only the chosen recipe is created.
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "text-small": text_small,
     "demo": demo,
@@ -57,6 +58,7 @@ def scaled(recipe: Recipe, scale: Scale) -> Recipe:
         model=_tiny_model(recipe.model),
         stages=tuple(map(_tiny_stage, recipe.stages)),
         mesh=MeshConfig(data=1),
+        # A tiny run has few documents, of which the fraction of a large one would hold out none.
         data=dataclasses.replace(recipe.data, validation_fraction=max(recipe.data.validation_fraction, 0.02)),
         checkpoint=CheckpointConfig(every=2, keep=2),
         evaluation=EvaluationConfig(every=0, sequences=_SEQUENCES),
@@ -68,6 +70,7 @@ def _tiny_model(model: ModelConfig) -> ModelConfig:
     """Returns a model with an eighth of the layers and a sixteenth of the width: 1.4B parameters become 0.8M."""
     return dataclasses.replace(
         model,
+        # The embedding would be most of the parameters.
         vocab_size=min(model.vocab_size, 1024),
         width=model.width // 16,
         mlp_width=model.mlp_width // 16,

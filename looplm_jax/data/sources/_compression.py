@@ -11,6 +11,7 @@ from typing import IO, Any
 from looplm_jax.config import ReadLimits
 from looplm_jax.errors import UserError
 
+# Lines are read from this buffer, so that short lines do not each cost a call of the decoder.
 _BUFFER_BYTES = 2**20
 _ALWAYS_ALLOWED = 2**30  # bytes of content that are allowed at any compression ratio
 
@@ -68,6 +69,7 @@ class _Bounded(io.RawIOBase):
 
     def __init__(self, raw: Any, name: str, size: int | None, ratio: int):
         self._raw, self._name, self._ratio = raw, name, ratio
+        # Without a known size there is nothing to compare with.
         self._left = None if size is None else max(_ALWAYS_ALLOWED, size * ratio)
 
     def readable(self) -> bool:
@@ -99,6 +101,7 @@ class _WindowTooLarge(ValueError):
 
 
 _ZSTD_FRAME = b"\x28\xb5\x2f\xfd"
+# RFC 8878, section 3.1.2.
 _SKIPPABLE_FRAME = range(0x184D2A50, 0x184D2A60)
 _RLE_BLOCK, _RESERVED_BLOCK = 1, 3
 
@@ -145,12 +148,14 @@ def _zstd_contents(stream: IO[bytes], window: int) -> Iterator[bytes]:
         if magic != _ZSTD_FRAME[: len(magic)]:
             raise _CorruptZstd("not a Zstandard frame")
 
+        # One for each frame, because an object cannot be used beyond the end of its frame.
         frame = context.decompressobj()
         for piece in _frame_pieces(magic, stream):
             try:
                 content = frame.decompress(piece)
             except zstandard.ZstdError as error:
                 raise _WindowTooLarge if "too much memory" in str(error) else _CorruptZstd(str(error)) from None
+            # An empty content is possible: the decoder may wait for the next block.
             yield content
 
 

@@ -19,6 +19,7 @@ from looplm_jax.errors import UserError
 from looplm_jax.files import check_regular
 
 _BUFFER_BYTES = 2**20
+# Far more than any tokenizer or recipe; a larger file was named by mistake.
 _LARGEST_SMALL_FILE = 2**28
 _VERSIONS = ("md5Hash", "ETag", "etag", "generation", "LastModified", "mtime")  # fsspec fields that identify a version
 _SHARD = re.compile(r"-\d+-of-\d+$")  # a shard number after the suffix
@@ -70,6 +71,7 @@ class DataFile:
 
         try:
             with readable(self.name), self.fs.open(self.path, "rb", cache_type="none") as stream:
+                # A server that ignores the requested range would send the file from its start.
                 stream.seek(1)
                 stream.read(1)
             return True
@@ -167,6 +169,7 @@ def file_system(url: str) -> tuple[Any, str]:
 
 def suffix(path: str) -> str:
     """Returns the lower-case suffix of a name, with its dot."""
+    # Systems that ignore case write suffixes in either case.
     return posixpath.splitext(_plain(path))[1].lower()
 
 
