@@ -105,11 +105,13 @@ class Peer:
         self._connections, self._end_process = dict(connections), end
         self._changed = threading.Condition()
 
+        # `_rounds` numbers the calls of this process. `_votes` is used by process 0 only.
         self._rounds: collections.Counter[str] = collections.Counter()
         self._votes: dict[tuple[str, int], dict[int, Any]] = collections.defaultdict(dict)
         self._results: dict[tuple[str, int], list[Any]] = {}
         self._is_shutting_down = False
 
+        # Receiving in threads notices a lost process even while the main thread waits for a device.
         self._receivers = [
             threading.Thread(target=self._receive, args=(peer,), daemon=True, name=f"process {peer}")
             for peer in connections
@@ -215,6 +217,7 @@ class Peer:
         self._is_shutting_down = True
         others = {peer: connection for peer, connection in self._connections.items() if peer != origin}
 
+        # Only the origin and process 0, which relays, send the message; the others have received it.
         if self.index in (0, origin):
             for connection in others.values():
                 connection.send(["abort", origin, message, status])

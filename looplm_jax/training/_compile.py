@@ -111,6 +111,7 @@ def lower_step(
 
     This machine need not have those devices.
     """
+    # Shapes and shardings are enough to compile, so that programs for absent devices can be planned.
     state = abstract_state(recipe, model, stage, mesh)
     step = make_train_step(recipe, model, stage, first_step=first_step, loops=loops)
     # The new state must have the sharding of the old one, so that donation can reuse its buffers.
@@ -125,6 +126,7 @@ def lower_step(
 
 def abstract_batch(stage: Stage, mesh: Mesh) -> Batch[Array]:
     """Returns shape, dtype and sharding of the batches of a stage."""
+    # The first axis is scanned: one microbatch at a time.
     shape = (stage.accumulation, stage.batch_size // stage.accumulation, stage.sequence_length)
     sharding = batch_sharding(mesh)
     integers: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
@@ -157,5 +159,6 @@ def draw_loops(stage: Stage, key: UInt32[np.ndarray, "2"], step: int) -> int:
     if not stage.min_loops:
         return stage.loops
 
+    # A generator for each step needs no saved state: a resumed run draws the same numbers.
     generator = np.random.default_rng([*key, step])
     return int(generator.integers(stage.min_loops, stage.loops, endpoint=True))

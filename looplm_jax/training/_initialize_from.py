@@ -102,6 +102,7 @@ def _from_checkpoint(recipe: Recipe, model: LoopLM, mesh: Mesh) -> InitCheckpoin
     path = recipe.start.checkpoint
     metadata = read_metadata(path)
     theirs = metadata.recipe().model
+    # The shape is compared before any array is read, because the message of the reader names arrays and not flags.
     check_shape(path, recipe.model, theirs)
 
     wanted = abstract_state(recipe, model, recipe.stages[0], mesh)
@@ -125,6 +126,7 @@ def _from_hf_folder(recipe: Recipe, mesh: Mesh) -> InitCheckpoint:
     if recipe.start.optimizer:
         raise _without_optimizer(path)
 
+    # Parameters are trained in float32, whatever the dtype of the files.
     found = load_hf(path, mesh=mesh, dtype=jnp.float32)
 
     return InitCheckpoint(

@@ -140,6 +140,7 @@ def prepare_run(
 
 def run_fingerprint(setup: Setup) -> dict[str, Any]:
     """Returns the values that must be the same on all processes: documents of every stage, tokenizer and position."""
+    # Processes that read other files, or found other checkpoints, would otherwise compute a mixture of several runs.
     documents = {stage.name: corpus.digest for stage, corpus in zip(setup.recipe.stages, setup.corpora, strict=True)}
     position = [int(setup.position.state.step), setup.position.stage]
     return {"documents": documents, "tokenizer": setup.tokenizer.fingerprint, "position": position}
@@ -250,6 +251,8 @@ def _restore(
         saved = {**to_dict(before), "tokenizer": metadata.tokenizer_fingerprint}
         check_same_run(str(folder.path), saved, wanted)
 
+        # A checkpoint is restored into the mesh and the trained parameters of its own stage, which need not be the
+        # first.
         index = stages.index(metadata.extra["stage"])
         # The saved window of the guard may have another size, so the state is restored in its saved shape first.
         as_saved = dataclasses.replace(recipe, guard=before.guard)
@@ -262,6 +265,7 @@ def _restore(
     stage = stages.index(restored.metadata.extra["stage"])
     console.print(f"resuming from step {restored.step} of stage {stages[stage]}")
 
+    # Some settings may be changed when a run is resumed. They are printed, so that a change by mistake is noticed.
     for note in changed_settings(restored.metadata.saved_recipe(), recipe, stage):
         console.print(note, markup=False)
 
@@ -319,6 +323,7 @@ def run_tokenizer(
             write_atomically(folder.tokenizer, data.train_sentencepiece(texts, recipe.model.vocab_size).serialize())
         tokenizer = data.load_tokenizer(str(folder.tokenizer))
 
+    # An id beyond the embedding would raise no error on a device: it reads NaN.
     data.check_vocab(tokenizer, recipe.model.vocab_size)
     return tokenizer
 
@@ -330,6 +335,7 @@ def _check_own(recipe: Recipe, corpus: Corpus, own: Tokenizer) -> None:
     """
     if corpus.tasks:
         raise UserError(f"{corpus.tasks[0].config.path!r} has a vocabulary of its own; leave data.tokenizer empty")
+    # The fingerprint is a digest of the content, so the same tokenizer is accepted from any path.
     if data.load_tokenizer(recipe.data.tokenizer).fingerprint != own.fingerprint:
         raise UserError(
             f"{corpus.prepared[0].config.path!r} is prepared with another tokenizer than {recipe.data.tokenizer}; "

@@ -79,6 +79,7 @@ def make_train_step(recipe: Recipe, model: LoopLM, stage: Stage, *, first_step: 
 
         (loss, exits), gradients = loss_and_gradients(objective, model, moving, frozen, batch)
 
+        # The norm before clipping is the one that the guard compares and the log shows.
         norm = optax.tree.norm(gradients)
 
         # The schedule is that of the stage, so it counts from the first step of the stage.
@@ -197,10 +198,12 @@ def _last_loss(
     if loops == 1:
         return loss, last
 
+    # Each of them needs a product with the head, over the whole vocabulary.
     def earlier_losses(hidden: Float[Array, "t B S D"], head: Float[Array, "D V"]) -> Float[Array, "t"]:
         losses = token_losses(hidden, head, microbatch.targets, chunk=chunk)
         return stage1(losses, jnp.zeros_like(losses), beta=0.0, mask=microbatch.loss_mask, count=count)[1].loss_per_loop
 
+    # A condition inside the compiled program avoids the work at steps that are not logged, without a second program.
     earlier = jax.lax.cond(
         logged,
         earlier_losses,

@@ -19,6 +19,7 @@ from looplm_jax.terminal import stop_signals
 
 R = TypeVar("R")
 
+# Short for somebody who presses Ctrl-C, and long enough that polling costs nothing.
 _POLL_SECONDS = 0.1
 
 
@@ -92,6 +93,7 @@ class Job(Generic[R]):
         self._function = function
         self._value: list[R] = []
         self._error: BaseException | None = None
+        # A thread inside XLA cannot be interrupted, so the process must be able to exit without it.
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -153,6 +155,7 @@ class StopConsensus:
           Stopped: one of the processes received a signal.
           DataUnavailable: one of them has a `failure`.
         """
+        # One exchange a step serves both purposes, because each costs a round trip.
         answers = self._group.gather("step", [self._request.received, failure])
         # Missing data takes precedence over a signal, so that its reason is reported.
         failures = [(index, why) for index, (_, why) in enumerate(answers) if why is not None]
@@ -168,6 +171,7 @@ class StopConsensus:
 
         After a stop, the devices may be used again only if `function` does not use them.
         """
+        # A single process has nobody to agree with.
         if self._group.count == 1:
             return self._request.run(function)
 

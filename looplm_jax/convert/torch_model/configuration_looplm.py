@@ -104,6 +104,8 @@ class OuroConfig(PretrainedConfig):
         self.initializer_range = initializer_range
         self.rms_norm_eps = rms_norm_eps
         self.use_cache = use_cache
+        # transformers 4.57 has a field of its own for the base; 5 keeps it among the parameters of the rotary
+        # embedding.
         self.rope_theta = (rope_parameters or rope_scaling or {}).get("rope_theta", rope_theta)
         self.attention_dropout = attention_dropout
         self.layer_types = layer_types or ["full_attention"] * num_hidden_layers
@@ -111,11 +113,13 @@ class OuroConfig(PretrainedConfig):
         self.total_ut_steps = total_ut_steps
         self.early_exit_threshold = early_exit_threshold
         self.entropy_weight = entropy_weight
+        # A saved folder names the classes that load it.
         self.auto_map = {**_AUTO_MAP, **(auto_map or {})}
         for name, rope in (("rope_scaling", rope_scaling), ("rope_parameters", rope_parameters)):
             _require_default_rope(name, rope)
         kwargs.update(tie_word_embeddings=tie_word_embeddings, bos_token_id=bos_token_id, eos_token_id=eos_token_id)
         super().__init__(**kwargs)
+        # Checked last, because the constructor of transformers sets fields too.
         self.check()
 
     def check(self) -> None:

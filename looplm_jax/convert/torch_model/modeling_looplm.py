@@ -49,6 +49,7 @@ class OuroRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalizes along the last axis."""
+        # Squares overflow in float16 and lose digits in bfloat16.
         wide = x.float()
         normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * normal.to(x.dtype)
@@ -76,6 +77,7 @@ class OuroAttention(nn.Module):
         if write is not None:
             keys, values = write(keys, values)
 
+        # With is_causal, PyTorch can use its flash kernel, which takes no mask.
         shown = {"is_causal": mask} if isinstance(mask, bool) else {"attn_mask": mask}
         dropout = self.dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(
@@ -207,6 +209,8 @@ class LoopCache:
             kind = type(cache).__name__
             raise ValueError(f"a {kind} cannot hold {loops} loops of {layers} layers; pass a DynamicCache() or nothing")
 
+        # The last plane must be as long as the first, and nothing may follow it: otherwise the planes belong to another
+        # number of loops.
         self.past = cache.get_seq_length()
         if self.past and (cache.get_seq_length(needed - 1) != self.past or cache.get_seq_length(needed)):
             raise ValueError(
@@ -244,6 +248,7 @@ def log_exit_distribution(gate_logits: Tensor) -> Tensor:
 
     Computed in log space, so that saturated gates stay exact and have finite gradients. The last gate is not used.
     """
+    # The last probability is what remains, so that they sum to 1.
     before_last = gate_logits[..., :-1]
     reached = F.pad(F.logsigmoid(-before_last).cumsum(-1), (1, 0))  # log S_{t-1}
     return reached + F.pad(F.logsigmoid(before_last), (0, 1))
@@ -272,6 +277,7 @@ class ExitRule:
         if exit_loop is not None and not 1 <= exit_loop <= loops:
             raise ValueError(f"exit_loop must be in 1..{loops}, not {exit_loop}")
 
+        # A call that chooses the loop itself turns off the threshold of the configuration.
         by_default = 1.0 if exit_loop is not None or weighted else config.early_exit_threshold
         threshold = given(threshold, by_default)
         if not 0 <= threshold <= 1:
@@ -283,6 +289,7 @@ class ExitRule:
         """Returns the tokens that exit after `loop`, if not earlier: `CDF >= q`, computed as `log S <= log(1 - q)`."""
         if loop >= self.latest:
             return torch.ones_like(log_survival, dtype=torch.bool)
+        # A tensor, because math.log1p raises an error for q = 1, where this is -inf.
         reached = torch.log1p(torch.full((), -self.threshold, dtype=torch.float32, device=log_survival.device))
         return log_survival <= reached
 
@@ -321,6 +328,7 @@ class Exits:
         probabilities = log_exit_distribution(gate_logits).exp()
 
         if self.rule.weighted:
+            # Summed in float32, because the states may be narrower.
             mean = torch.einsum("bst,tbsd->bsd", probabilities, torch.stack(self.states).float())
             self.hidden = mean.to(self.hidden.dtype)
 
@@ -480,6 +488,8 @@ class OuroModel(OuroPreTrainedModel):
     ) -> Exits:
         """Runs the loops. Loops that only tokens outside `waited_for`, bool [B, S], would need may be left out."""
         rule = exits.rule
+        # With one new token per sequence, the planes of loops that do not run can be filled with its last keys and
+        # values.
         is_decoding = cache is not None and cache.past > 0 and state.shape[1] == 1 and not self.training
         may_stop = (cache is None or is_decoding) and not (self.training or keep_states or rule.weighted)
 
@@ -628,6 +638,7 @@ class OuroForCausalLM(OuroPreTrainedModel, GenerationMixin):
             beta = given(entropy_weight, self.config.entropy_weight)
             loss = self._stage1_loss(output.hidden_states, output.gate_logits, labels, beta, num_items_in_batch)
 
+        # `slice(-0, None)` keeps everything, which is what 0 means.
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.last_hidden_state[:, kept])
 
@@ -641,9 +652,11 @@ class OuroForCausalLM(OuroPreTrainedModel, GenerationMixin):
     ) -> Tensor:
         """Returns the mean Stage I loss over the targets that are not ignored."""
         targets = labels[:, 1:].to(gate_logits.device)
+        # With gradient checkpointing, logits of one loop at a time are in memory.
         losses = [self.model.recomputed(self._token_losses, state[:, :-1], targets) for state in states]
         per_token = expected_loss(torch.stack(losses, dim=-1), gate_logits[:, :-1], beta)
         counts = targets != -100
+        # With gradient accumulation, Trainer passes the number of targets of all batches of a step.
         items = counts.sum().clamp(min=1) if items is None else torch.as_tensor(items, device=per_token.device)
         return per_token.masked_fill(~counts, 0.0).sum() / items
 

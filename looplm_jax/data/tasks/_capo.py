@@ -179,6 +179,8 @@ class Capo:
 
     def validation_biography(self, index: int) -> Biography:
         """Returns the biography of `validation_example`, with the kind of each token."""
+        # Every person occurs once before anyone occurs twice, so a prefix of the items covers as many people as
+        # possible.
         draw, person = divmod(index, self.people)
         return self._biography(person, generator("capo-validation", draw, person))
 
@@ -212,6 +214,7 @@ class Capo:
         # Names are drawn without replacement as numbers in mixed radix, one digit for each pool.
         parts = np.stack(np.unravel_index(names, tuple(map(len, NAME_POOLS))), axis=1)
 
+        # Facts are independent of names, so two people may share all of their facts but not their name.
         sizes = tuple(map(len, FACT_POOLS.values()))
         facts = generator("capo-facts", self.world).integers(sizes, size=(self.people, len(sizes)))
         return np.concatenate([parts, facts], axis=1)

@@ -230,5 +230,6 @@ TEMPLATES: Mapping[Attribute, tuple[Template, ...]] = MappingProxyType(
 
 def words_of_templates() -> list[str]:
     """Returns all words of all templates, without repetition, in order of first use."""
+    # The order determines the ids, so this is not a set.
     templates = itertools.chain.from_iterable(TEMPLATES.values())
     return list(dict.fromkeys(word for each in templates for word in (each.opening, *each.phrase)))

@@ -14,6 +14,7 @@ IM_END = "<|im_end|>"
 # `<|name|>`, the form of ChatML, GPT, Llama and others, and the same with the full-width bars of DeepSeek.
 _MARKED = re.compile(r"<[|｜][^<>\s]+[|｜]>")
 
+# Names of other forms, such as those of SentencePiece, BERT, Gemma and Mistral.
 _NAMES = frozenset(
     (
         *("<s>", "</s>", "<bos>", "<eos>", "<pad>", "<unk>", "<mask>", "<sep>", "<cls>"),
@@ -69,6 +70,7 @@ class Tokenizer(Protocol):
     @property
     def fingerprint(self) -> str:
         """The SHA-256 digest of `serialize()`, in hexadecimal."""
+        # The content determines it, so a copy of a tokenizer in another folder counts as the same.
         return hashlib.sha256(self.serialize()).hexdigest()
 
 

@@ -22,6 +22,7 @@ class SymbolTokenizer(Tokenizer):
     def __init__(self, symbols: Sequence[str]):
         self._symbols = tuple(symbols)
         self._ids = {symbol: index for index, symbol in enumerate(self._symbols)}
+        # `encode` splits at white space, so a symbol that contains some could never be found.
         if len(self._ids) != len(self._symbols) or not all(s and not any(map(str.isspace, s)) for s in self._symbols):
             raise UserError("symbols of a vocabulary must be different words without spaces")
 
@@ -47,6 +48,7 @@ class SymbolTokenizer(Tokenizer):
           UserError: a symbol is unknown, or is the first symbol and `special` is false.
         """
         ids = [self._id(symbol) for symbol in text.split()]
+        # The start of a document must not be forged by its text.
         if not special and self.bos_id in ids:
             raise only_as_special(self.piece(self.bos_id))
         return ids
