@@ -189,6 +189,7 @@ def to_ouro_config(config: ModelConfig, *, dtype: str) -> dict[str, Any]:
     return {
         "architectures": [ARCHITECTURE],
         "model_type": "ouro",
+        # The classes of the Python files that the export copies into the folder.
         "auto_map": {
             "AutoConfig": "configuration_looplm.OuroConfig",
             "AutoModel": "modeling_looplm.OuroModel",
@@ -203,6 +204,7 @@ def to_ouro_config(config: ModelConfig, *, dtype: str) -> dict[str, Any]:
         "head_dim": config.head_width,
         "max_position_embeddings": config.max_positions,
         "total_ut_steps": config.loops,
+        # No token exits early unless a call asks for it.
         "early_exit_threshold": 1.0,
         "rope_theta": config.rope_theta,
         "rope_scaling": None,
@@ -232,6 +234,7 @@ def _model(values: Mapping[str, Any], model_type: str, norm_placement: NormPlace
             f"config.json: model_type is {_brief(values.get('model_type'))}; only {model_type!r} can be read here"
         )
 
+    # Unknown fields come first: one of them may be a misspelled field, which would otherwise be reported as missing.
     _refuse_unknown(values)
     _refuse_other_values(values)
 
@@ -275,6 +278,7 @@ def _refuse_unknown(values: Mapping[str, Any]) -> None:
                 "take the folder that they were made from"
             )
 
+    # Only names that have an effect are suggested.
     known = {*_WHOLE_NUMBERS, *_NUMBERS, *_ONLY, *_CHECKED}
 
     for name in values:

@@ -286,6 +286,7 @@ def _open_prepared(data: DataConfig) -> tuple[PreparedSource, ...]:
 
     sources = tuple(PreparedSource(source, open_prepared(path)) for source, path in found)
 
+    # Sequences of all sources are mixed in one batch, so all must match.
     for part in sources[1:]:
         _check_alike(sources[0], part)
     check_at_start([part.corpus for part in sources])

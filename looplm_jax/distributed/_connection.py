@@ -17,7 +17,7 @@ from looplm_jax.errors import UserError, at_most
 from looplm_jax.terminal import print_error_unbuffered
 
 _HEARTBEAT_SECONDS = 5.0
-_MAX_IDENTIFICATION = 1000
+_MAX_IDENTIFICATION = 1000  # bytes of the first message
 _MAX_MESSAGE = 2**26  # bytes; far more than any value that processes exchange
 SILENCE_SECONDS = 60.0  # without a heartbeat for this long, the other process is considered lost
 
@@ -52,6 +52,7 @@ class Connection:
 
     def send(self, message: Any) -> None:
         """Sends a JSON value. Does nothing if the connection is lost; the receiving thread detects that."""
+        # The lock keeps the messages of several threads apart.
         with contextlib.suppress(OSError), self._sending:
             self._socket.sendall(json.dumps(message).encode() + b"\n")
 
@@ -176,6 +177,7 @@ class Rendezvous:
             if wait.report_due:
                 print_error_unbuffered(f"process 0: waiting for {_named(missing)} of {self._count}")
 
+        # Nobody continues before everybody has arrived.
         for connection in self._connections.values():
             connection.send(["go"])
         return self._connections
@@ -274,6 +276,7 @@ def reach_coordinator(
     wait = _Wait(timeout)
 
     while True:
+        # Process 0 may start later than this one, so a failed connection is tried again.
         reason = "it closed the connection"
         try:
             connection = Connection(socket.create_connection(address, timeout=_CONNECT_SECONDS))
@@ -281,6 +284,7 @@ def reach_coordinator(
             reason = error.strerror or str(error)
         else:
             connection.send([token.hex(), index, count])
+            # Process 0 answers once all have arrived, or when its own time limit expires.
             match connection.receive(timeout + _CONNECT_SECONDS):
                 case ["go"]:
                     return connection

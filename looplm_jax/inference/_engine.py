@@ -219,6 +219,7 @@ class Engine:
             past=past,
             on_token=on_token,
         )
+        # Waits for room in the queue, because a caller that iterates cannot try again.
         handle = self.submit(request, wait=True)
 
         try:
@@ -326,6 +327,7 @@ class Engine:
     def serving(self) -> Iterator["Engine"]:
         """Steps the engine in a thread while the block runs. Requests that are unfinished at its end are cancelled."""
         stopping = threading.Event()
+        # A daemon, so that the interpreter can exit even if the block is never left.
         thread = threading.Thread(target=self._serve, args=(stopping,), name="looplm-engine", daemon=True)
         thread.start()
         try:
@@ -350,6 +352,7 @@ class Engine:
 
     def _wait_for_work(self, stopping: threading.Event) -> None:
         with self._lock:
+            # Tested under the lock, because a request may have arrived since the last step.
             if not self._scheduler.num_waiting and not stopping.is_set():
                 self._work.wait()
 
@@ -363,6 +366,7 @@ class Engine:
             if self._scheduler.queue_full and not self._stepping:
                 self._scheduler.drop_cancelled()
             added = self._scheduler.enqueue(handle)
+            # Wakes the thread of `serving`, which sleeps while there is no work.
             self._work.notify()
         return added
 

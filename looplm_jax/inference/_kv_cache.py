@@ -284,8 +284,10 @@ def share(full: Cache, strategy: CacheStrategy) -> Cache:
             case CacheStrategy.FULL:
                 return stacked
             case CacheStrategy.LAST:
+                # Planes after an exit repeat the last loop that ran, so the last plane always has that loop.
                 return stacked[:, -1:]
             case CacheStrategy.AVERAGE:
+                # In float32, like the running mean of decoded tokens.
                 return jnp.mean(stacked, axis=1, keepdims=True, dtype=jnp.float32).astype(stacked.dtype)
             case CacheStrategy.FIRST:
                 return stacked[:, :1]
@@ -297,4 +299,5 @@ def share(full: Cache, strategy: CacheStrategy) -> Cache:
 
 def bucket(length: int, longest: int) -> int:
     """Returns the static size for `length` positions: a power of two, at least 64 and at most `longest`."""
+    # Powers of two take at most twice the memory, and the number of programs grows with the logarithm of the length.
     return min(max(_SMALLEST_BUCKET, 1 << (length - 1).bit_length()), longest)

@@ -39,6 +39,7 @@ def tree(root: str) -> Iterator[Entry]:
     while folders or links:
         folder, linked = folders.pop() if folders else links.pop(0)
 
+        # Links may form cycles, so folders are recognized by their real path.
         real = os.path.realpath(folder)
         if real in entered:
             continue
@@ -58,6 +59,7 @@ def glob(pattern: str) -> list[str]:
 
     `**` matches any number of folders, or all files below.
     """
+    # Several `**` can reach the same path.
     return sorted(set(_expanded("/", pattern.strip("/").split("/"))))
 
 
@@ -115,6 +117,7 @@ def _folders(root: str) -> list[str]:
 
 def _inside(folder: str) -> Iterator[tuple[str, bool, bool]]:
     """Yields the entries of a folder by name: path, whether it is a link, and whether it is, or leads to, a folder."""
+    # Sorted, so that the order does not depend on the file system.
     with os.scandir(folder) as entries:
         found = sorted(entries, key=lambda entry: entry.name)
     for entry in found:

@@ -143,6 +143,7 @@ def first_draw(draw: Callable[[int], P], accept: Callable[[P], bool], task: str,
     Raises:
       UserError: no draw is accepted, because the task has too few problems to hold some out.
     """
+    # Bounded, because a task may have no problem on this side of the split.
     for attempt in range(_MOST_DRAWS):
         problem = draw(attempt)
         if accept(problem):
