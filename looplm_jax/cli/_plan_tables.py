@@ -160,6 +160,7 @@ def print_decode(name: str, plan: DecodePlan, out: Console) -> None:
         out.print(f"  a prompt of {request.capacity:,} tokens takes {plan.reading / _GB:.3f} GB more while it is read")
     if plan.moved is not None:
         out.print(_traffic(plan.moved))
+    # The floor is what any program has to move.
     floor = plan.floor
     out.print(
         f"  floor: {floor.total / _GB:.3f} GB (parameters once {floor.parameters / _GB:.3f}, filled cache once "
@@ -217,6 +218,7 @@ def _changes(plan: DecodePlan) -> Iterator[str]:
         yield "keep one plane of the cache for all loops: --cache last"
     if request.slots > 1:
         yield f"fewer requests at one time: --slots {request.slots // 2}"
+    # Never fewer than the longest request needs.
     fewer = max(request.pool.pages // 2, request.pool.pages_per_slot)
     if fewer < request.pool.pages:
         yield f"fewer pages, for which requests may have to wait: --pages {fewer}"

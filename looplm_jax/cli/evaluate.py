@@ -122,6 +122,7 @@ def _batches(loaded: Loaded, data: DataConfig, sequences: int) -> ValidationBatc
 def _measure(loaded: Loaded, batches: ValidationBatches, max_loops: int | None) -> Evaluation:
     """Evaluates the model behind a progress bar."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    # On standard error, so that results can be redirected to a file.
     progress = Progress(*columns, console=Console(stderr=True), transient=True)
     with progress, use_mesh(loaded.mesh):  # TPU kernels need the mesh
         task = progress.add_task(f"evaluating step {loaded.step}", total=len(batches))
@@ -218,6 +219,7 @@ def _prepare_lm_eval() -> None:
         # The user's own settings are kept.
         os.environ.setdefault(name, value)
     require_lm_eval()
+    # Its notes would be mixed with the output of this command.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 

@@ -35,6 +35,7 @@ def _show_steps(path: str, step: int | None, *, as_json: bool) -> int:
     else:
         _print_steps(path, reports)
 
+    # On standard error, so that the JSON stays valid.
     invalid = [report for report in reports if report.problem]
     for report in invalid:
         print_error(f"step {report.step} {report.problem}")
@@ -53,6 +54,7 @@ def _print_steps(path: str, reports: "list[StepReport]") -> None:
         table.add_row(str(report.step), literal(stage), *sizes, kept, state)
     Console(highlight=False).print(table)
 
+    # Reports are ordered from the newest step to the oldest.
     latest = next((report.metadata for report in reports if report.metadata), None)
     if latest is not None:
         model = ", ".join(f"{name}={value}" for name, value in latest.config["model"].items())

@@ -97,6 +97,7 @@ def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
+        # Names of fields are structure, not text of the item.
         for inner in value.values():
             yield from _strings(inner)
     elif isinstance(value, list):
@@ -165,6 +166,7 @@ class TextsBuilder:
             units = words(text)
             window = ngram_length(units, self._n)
             if window:
+                # Equal words have equal numbers, in all files.
                 numbers = [self._vocabulary.setdefault(unit, len(self._vocabulary)) for unit in units]
                 self._texts.append(np.array(numbers, np.int32))
                 self._windows.append(window)

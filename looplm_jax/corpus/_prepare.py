@@ -143,6 +143,7 @@ class _WorkerPool:
 
     def run(self, what: str, work: Callable[..., Any], jobs: Sequence[UnitJob], *, done: frozenset[int]) -> None:
         """Runs the jobs whose numbers are not in `done`."""
+        # Units that an earlier process finished are not done again.
         left = [job for job in jobs if job.number not in done]
         before = self._bytes - sum(job.unit.bytes for job in left)
         self._watcher.begin(what, bytes=self._bytes, done=before)

@@ -177,7 +177,7 @@ class Rendezvous:
             if wait.report_due:
                 print_error_unbuffered(f"process 0: waiting for {_named(missing)} of {self._count}")
 
-        # Nobody continues before everybody has arrived.
+        # No process continues before all have arrived.
         for connection in self._connections.values():
             connection.send(["go"])
         return self._connections

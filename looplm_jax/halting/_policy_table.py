@@ -22,9 +22,9 @@ from looplm_jax.halting.signals import LoopMemory, Needs, Signals
 Kind = type[Any] | Custom  # the class of a policy; each Custom policy is a separate kind
 Head = Callable[[Array], Array]  # states [*B, D] of one loop to logits [*B, V]
 _DTYPES: dict[Any, Any] = {int: jnp.int32, "int": jnp.int32, float: jnp.float32, "float": jnp.float32}
-_MOST_KINDS = 32
+_MOST_KINDS = 32  # every kind of a table is evaluated in every tick
 _NO_KIND = -1
-_NO_CEILING = 2**31 - 1
+_NO_CEILING = 2**31 - 1  # the largest int32
 
 
 @flax.struct.dataclass
@@ -140,6 +140,7 @@ class PolicyTable:
         return _with_row(self, jnp.int32(slot), self.row(policy))
 
 
+# Compiled, because otherwise each array of the table would be updated by a dispatch of its own.
 _with_row = jax.jit(PolicyTable.with_row)
 
 

@@ -52,6 +52,7 @@ class Conversation:
         self._opening, self._closing = _around_an_answer(tokenizer)
         self._stop_ids = tuple(stop_ids(tokenizer))
         self._handle: RequestHandle | None = None
+        # One answer at a time: two would continue the same cache.
         self._answering = threading.Lock()
         self._forget()
 
@@ -149,9 +150,9 @@ class Conversation:
                 yield from handle.ready()
             yield from handle.ready()
             if handle.raised:
-                # After a break or an error as well, the engine has to finish the request before the cache can be kept.
                 raise handle.raised[0]
         finally:
+            # After a break or an error as well, the engine has to finish the request before the cache can be kept.
             handle.cancel()
             while not handle.done:
                 self._engine.step()

@@ -50,6 +50,7 @@ def stage1(
     Returns:
       The loss, and its metrics.
     """
+    # In log space, so that saturated gates have exact probabilities and finite gradients.
     log_pdf = log_exit_distribution(gate_logits)
 
     weights = mean_weights(mask, count, gate_logits.shape[1:])
@@ -100,6 +101,7 @@ def _finish(
         -mean_entropy if log_prior is None else jnp.sum(kl_divergence(log_pdf=log_pdf, log_prior=log_prior) * weights)
     )
 
+    # All axes except that of the loops.
     over_tokens = tuple(range(1, token_losses.ndim))
     metrics = Stage1Metrics(
         loss_per_loop=jnp.sum(token_losses * weights, axis=over_tokens),

@@ -159,7 +159,7 @@ def _locked_file(folder: Path, held: contextlib.ExitStack) -> int:
         ) from None
 
     while True:
-        # Between opening and locking the file, its last owner may remove it. A lock on a removed file keeps nobody out.
+        # Its last owner may remove the file between opening and locking. A lock on a removed file excludes no process.
         handle = held.enter_context(locked(path, busy=busy))
         if _is_same_file(path, handle):
             break

@@ -171,7 +171,7 @@ class StopConsensus:
 
         After a stop, the devices may be used again only if `function` does not use them.
         """
-        # A single process has nobody to agree with.
+        # A single process needs no agreement.
         if self._group.count == 1:
             return self._request.run(function)
 

@@ -68,7 +68,7 @@ class Addition:
 
         None is held out; the numbers of operands are uniform over `counts`.
         """
-        # The key has the range, so that a block is the same whoever draws it.
+        # The key has the range, so that every process draws the same block.
         random = generator("addition-problems", seed, start, count)
         terms = random.choice(self.counts, size=count)
         shape = count, self._columns(self.longest)

@@ -80,7 +80,7 @@ class Mano:
 
     def train_problems(self, seed: int, start: int, count: int) -> Problems:
         """Returns `count` training problems of a seed, with lengths uniform in 1..L and no held-out expression."""
-        # The key has the range, so that a block is the same whoever draws it.
+        # The key has the range, so that every process draws the same block.
         random = generator("mano-problems", seed, start, count)
         lengths = random.integers(1, self.length + 1, size=count)
 

@@ -86,6 +86,7 @@ class Reachability:
                 raise UserError(f"reachability.{name} must be at least {least}, not {getattr(self, name)}")
         if self.asked > self.distance:
             raise UserError(f"reachability.asked={self.asked} is more than distance={self.distance}; lower it")
+        # Every tree has a path of `distance` edges.
         if self.nodes < (least := self.trees * (self.distance + 1)):
             paths = "two paths" if self.trees == 2 else f"{self.trees} paths"
             raise UserError(
@@ -118,6 +119,7 @@ class Reachability:
         """Returns problem `index` of the training stream of a seed. None of its questions is a held-out one."""
 
         def draw(attempt: int) -> _Problem:
+            # Each attempt has a key of its own, so that a rejected problem does not influence others.
             random = generator("reachability-train", seed, index, attempt)
             forest = self._forest(random)
             lengths = 1 + random.choice(self.distance, size=self.questions, p=self._shares())
