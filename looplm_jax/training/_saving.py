@@ -20,7 +20,7 @@ class AsyncSaver:
 
     def save(self, step: int, state: Any, metadata: Metadata, *, permanent: bool) -> None:
         """Saves a step; see `CheckpointStore.save`. A `SaveError` is kept instead of raised."""
-        # At most one save is under way: each holds a copy of the state in the memory of the host.
+        # At most one save is running: each holds a copy of the state in the memory of the host.
         self._wait()
 
         self._refused = None
