@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable, Sequence
 
-_LONGEST = 200
+_LONGEST = 200  # characters of another library's message
 
 
 class UserError(ValueError):
@@ -24,6 +24,7 @@ def suggest(word: str, known: Iterable[str], otherwise: str | None = None, cutof
       otherwise: the result if no word is close; by default a list of the known words.
       cutoff: the minimum similarity as `difflib` measures it, between 0 and 1.
     """
+    # Sorted, so that the message does not depend on the order of a set.
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
     if close:
@@ -45,5 +46,6 @@ def at_most(items: Sequence[str], most: int, separator: str = ", ") -> str:
 
 def brief(error: Exception) -> str:
     """Returns the type and message of another library's error as one line of bounded length."""
+    # Messages of other libraries may have many lines.
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:_LONGEST]}{'…' if len(text) > _LONGEST else ''}"

@@ -29,6 +29,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     try:
         if not path.is_file():
             raise UserError(f"{path} is missing; copy it from where the model comes from")
+        # Checked before reading, because the file may be from anywhere.
         if path.stat().st_size > _LARGEST_FILE:
             raise UserError(f"{path} is larger than {_LARGEST_FILE >> 20} MiB; it is not a {path.name}")
         values = json.loads(path.read_bytes())
@@ -92,11 +93,12 @@ def metrics_row(line: bytes) -> dict[str, Any] | None:
 
 def number(value: Any) -> float:
     """Returns a value of a row as a float, or NaN if it is null or not a number."""
+    # A bool is an int in Python.
     if isinstance(value, bool) or not isinstance(value, int | float):
         return math.nan
     try:
         return float(value)
-    except OverflowError:
+    except OverflowError:  # JSON may have integers beyond all floats
         return math.nan
 
 

@@ -23,7 +23,7 @@ from looplm_jax.training._profiling import ProfiledSteps
 from looplm_jax.training._progress import progress_console
 from looplm_jax.training.run import Outcome, train
 
-_NEWS_SECONDS = 5.0
+_NEWS_SECONDS = 5.0  # in which the loss of another process is noticed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -329,6 +329,7 @@ def read_tokenizer(folder: PreparedFolder, manifest: Manifest) -> Tokenizer:
         tokenizer = deserialize(manifest.plan.tokenizer_kind, folder.read(manifest.tokenizer_file))
     except FileNotFoundError:
         raise UserError(f"{name}: there is no such file; copy the folder again") from None
+    # Another tokenizer would read other text in the same sequences.
     if tokenizer.fingerprint != manifest.plan.tokenizer:
         raise UserError(f"{name} is not the tokenizer of the manifest; copy the folder again")
     return tokenizer

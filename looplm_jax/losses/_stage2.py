@@ -51,6 +51,7 @@ def stage2(
     Returns:
       The loss, and its metrics.
     """
+    # The gains are targets, so no gradient passes through them.
     losses = jax.lax.stop_gradient(token_losses)
     gain = jnp.maximum(0.0, losses[:-1] - losses[1:])
     keep_looping = jax.nn.sigmoid(k * (gain - gamma))

@@ -163,13 +163,7 @@ def train(
             evaluate=evaluate,
         )
         # Step 9.
-        end = _train_stage(run, position)
-
-        while end.stopped_by is None and position.stage + 1 < len(recipe.stages):
-            stage = position.stage + 1
-            state = enter_stage(end.state, recipe, setup.models[stage], stage, setup.meshes[stage])
-            position = Position(state=state, stage=stage, data_state=None)
-            end = _train_stage(run, position)
+        end = _train_stages(run, position)
 
         # The last save must succeed. Earlier refusals are only reported.
         saver.finish()
@@ -210,6 +204,20 @@ def _owned(folder: RunFolder, recipe: Recipe, closing: contextlib.ExitStack) -> 
 
 
 # Stages
+
+
+def _train_stages(run: _Run, position: Position) -> _StageEnd:
+    """Runs the remaining steps of a stage and all later stages, or until the run is stopped."""
+    setup = run.setup
+    end = _train_stage(run, position)
+
+    while end.stopped_by is None and position.stage + 1 < len(setup.recipe.stages):
+        stage = position.stage + 1
+        state = enter_stage(end.state, setup.recipe, setup.models[stage], stage, setup.meshes[stage])
+        position = Position(state=state, stage=stage, data_state=None)
+        end = _train_stage(run, position)
+
+    return end
 
 
 def _train_stage(run: _Run, position: Position) -> _StageEnd:

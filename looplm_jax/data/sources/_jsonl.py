@@ -19,7 +19,7 @@ from looplm_jax.data.sources._formats import (
     too_long,
 )
 
-_BLOCK = 2**20
+_BLOCK = 2**20  # bytes read at a time
 
 
 class JsonLines:
@@ -42,6 +42,7 @@ class JsonLines:
                         raise too_long(limit)
                     document = record_document(load_json(line), source) if line.strip() else ""
                 except BadRecord as problem:
+                    # A function, because counting lines reads the file again, which only a message needs.
                     bad.handle(lambda start=start: f"{file.name}:{_line_number(file, start)}", problem)  # type: ignore[misc]
                     continue
 

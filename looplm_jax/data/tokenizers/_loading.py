@@ -62,6 +62,7 @@ def deserialize(kind: str, content: bytes) -> Tokenizer:
     if kind == SentencePieceTokenizer.kind:
         return SentencePieceTokenizer(content)
     if kind == JsonTokenizer.kind:
+        # The file may be from anywhere, so its growth is bounded before it is used.
         check_expansion(content)
         return JsonTokenizer(content)
     # `FolderTokenizer` checks the expansion itself.

@@ -156,6 +156,7 @@ def sweep_table(runs: Sequence[TaskRun], *, trained_loops: int) -> Table:
     """Returns a table with one row per number and one column per depth, from 1 up."""
     rows = [
         [scores[0].task, scores[0].metric, *(_number(score.value) for score in scores)]
+        # Every run has the same tasks, so their numbers are in the same order.
         for scores in zip(*(run.scores for run in runs), strict=True)
     ]
     depths = [f"{depth} (trained)" if depth == trained_loops else str(depth) for depth in range(1, len(runs) + 1)]
