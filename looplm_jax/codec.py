@@ -58,6 +58,7 @@ def from_dict(kind: type[C], values: Any, where: str = "") -> C:
 
     hints = typing.get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    # Unknown fields come first: a misspelled field is missing as well, and this message suggests its name.
     for name in values:
         if name not in fields:
             raise UserError(f"unknown field {_join(where, str(name))!r}{suggest(str(name), fields)}")

@@ -23,6 +23,7 @@ _BETWEEN_SLICES = 2  # only the first two mesh axes, data and fsdp, may cross sl
 
 def target_platform() -> str:
     """Returns `cpu`, `gpu` or `tpu`."""
+    # The mesh in use decides, because its devices need not be those of this machine.
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is not None:
         return device.platform

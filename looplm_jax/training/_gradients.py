@@ -60,6 +60,7 @@ def when_reduced(compute: ComputeConfig) -> Reduce:
     if compute.reduce is not Reduce.AUTO:
         return compute.reduce
 
+    # A device then accumulates whole gradients, which take more memory than the shards where parameters are sharded.
     return Reduce.STEP if mesh.shape["fsdp"] * mesh.shape["context"] == 1 else Reduce.LOOP
 
 
@@ -143,6 +144,7 @@ def _filled(value: Float[Array, ""], like: Array, dtype: jnp.dtype, axes: PyTree
 def _sum_over_microbatches(function: Callable[[Batch[Array]], PyTree], batch: Batch[Array]) -> PyTree:
     """Returns the sum of `function` over the microbatches of a batch."""
     first = jax.tree.map(lambda x: x[0], batch)
+    # A single microbatch needs neither sums nor a scan.
     if batch.tokens.shape[0] == 1:
         return function(first)
 

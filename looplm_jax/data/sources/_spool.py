@@ -11,7 +11,7 @@ from typing import IO, Any
 from looplm_jax.data.sources._files import DataFile
 from looplm_jax.errors import UserError
 
-_BLOCK = 2**20
+_BLOCK = 2**20  # bytes decompressed at a time
 
 
 class Spool:
