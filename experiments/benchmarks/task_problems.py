@@ -22,10 +22,9 @@ from looplm_jax.data.tokenizers import Tokenizer
 
 _TASKS = {"mano": 256, "addition": 256, "phop": 512, "capo": 512, "reachability": 512, "threehop": 256}
 _ROWS = 32
-# One by one: twice the 4,096 problems among which the stream shuffles.
-_TOKENS_ONE_BY_ONE = 2**17
-# In blocks: at least eight blocks, because the stream generates two in advance.
-_TOKENS_IN_BLOCKS = 2**20
+# A round reads at least twice the 4,096 problems among which the stream of single problems shuffles, and at least eight
+# blocks of the other stream, which generates two in advance.
+_PROBLEMS, _TOKENS = 2 * 4096, 2**20
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -38,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for task, length in _TASKS.items():
         corpus = open_corpus(DataConfig(sources=(SourceConfig(path=task),)))
         before, after = _one_by_one(corpus, length), _in_blocks(corpus, length)
-        costs = [(_cost(before, _TOKENS_ONE_BY_ONE), _cost(after, _TOKENS_IN_BLOCKS)) for _ in range(rounds + 1)][
+        costs = [(_cost(before, tokens=0), _cost(after, tokens=_TOKENS)) for _ in range(rounds + 1)][
             1:
         ]  # the first round fills the buffers
         ratio = statistics.median(old / new for old, new in costs)
@@ -68,10 +67,10 @@ def _tokenizer(corpus: Corpus) -> Tokenizer:
     return corpus.own_tokenizer
 
 
-def _cost(batches: BatchIterator, tokens: int) -> float:
-    """Returns the CPU seconds per problem, over batches of so many tokens in all."""
+def _cost(batches: BatchIterator, *, tokens: int) -> float:
+    """Returns the CPU seconds per problem, over at least `_PROBLEMS` problems and `tokens` tokens."""
     used, problems, read = time.process_time(), 0, 0
-    while read < tokens:
+    while problems < _PROBLEMS or read < tokens:
         segment_ids = next(batches).segment_ids
         read += segment_ids.size
         # Packed rows number their problems from 1, so the maximum is the count.
