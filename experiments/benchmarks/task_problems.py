@@ -37,9 +37,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for task, length in _TASKS.items():
         corpus = open_corpus(DataConfig(sources=(SourceConfig(path=task),)))
         before, after = _one_by_one(corpus, length), _in_blocks(corpus, length)
-        costs = [(_cost(before, tokens=0), _cost(after, tokens=_TOKENS)) for _ in range(rounds + 1)][
-            1:
-        ]  # the first round fills the buffers
+        _cost(before, tokens=0), _cost(after, tokens=_TOKENS)  # fills the buffers
+        costs = [(_cost(before, tokens=0), _cost(after, tokens=_TOKENS)) for _ in range(rounds)]
         ratio = statistics.median(old / new for old, new in costs)
         old, new = (1e6 * statistics.median(each) for each in zip(*costs, strict=True))
 
