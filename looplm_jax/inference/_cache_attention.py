@@ -16,7 +16,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from looplm_jax.inference._cache_layout import load_heads
+from looplm_jax.inference._cache_layout import is_one_row, load_heads
 from looplm_jax.models import _attention as attention
 from looplm_jax.models._blocks import Context, KeyValues
 from looplm_jax.sharding import target_platform
@@ -205,7 +205,8 @@ def _block_at(whole: Float[Array, "L P M c R W"], at: tuple[Any, ...], size: int
     Without the constraint, the compiler brings the whole cache into the layout that suits the products best.
     """
     block = jax.lax.dynamic_slice(whole, (*at, 0, 0), (1, 1, 1, size, *whole.shape[4:]))
-    return with_layout_constraint(block, Layout(tuple(range(block.ndim))))[0, 0, 0]
+    major_to_minor = (0, 1, 2, 4, 3, 5) if is_one_row(whole.shape) else (0, 1, 2, 3, 4, 5)
+    return with_layout_constraint(block, Layout(major_to_minor))[0, 0, 0]
 
 
 def _group(queries: Float[Array, "*B S H Dh"], kv_heads: int) -> Float[Array, "*B K G S Dh"]:

@@ -117,17 +117,24 @@ def load_heads(stored: Float[Array, "*B R W"], heads: tuple[int, ...]) -> Float[
 def at_positions(stored: Float[Array, "*B R W"], *index: Any) -> Any:
     """Returns `stored.at[*index]`, where slices of whole axes come before indices, and neither covers R and W.
 
-    If several devices have one row of heads each, indices replace the slices. XLA brings an array that is updated in
-    windows of several axes into a layout in which these axes are in the tiles, which would copy the whole cache.
+    If a device has one row of heads, indices replace the slices. XLA brings an array that is updated in windows of
+    several axes into a layout in which these axes are in the tiles, which would copy the whole cache.
     """
-    devices = _devices_of_heads()
-    if devices == 1 or stored.shape[-2] > devices:
+    if not is_one_row(stored.shape):
         return stored.at[index]
 
     sliced = sum(isinstance(each, slice) for each in index)
     indices = jnp.broadcast_arrays(*index[sliced:])
     axes = jnp.ix_(*[jnp.arange(size) for size in stored.shape[:sliced]])
     return stored.at[*(axis.reshape(axis.shape + (1,) * indices[0].ndim) for axis in axes), *indices]
+
+
+def is_one_row(stored: tuple[int, ...]) -> bool:
+    """Returns whether each device has one row of heads. `stored` is the shape of a cache, or the last two axes of it.
+
+    The tiles of such a cache have positions and lanes. With several rows they have rows and lanes.
+    """
+    return stored[-2] <= _devices_of_heads()
 
 
 def spread_queries(queries: Float[Array, "*B H Dh"], kv_heads: int, stored: tuple[int, ...]) -> Float[Array, "*B H W"]:

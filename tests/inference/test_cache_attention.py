@@ -158,11 +158,11 @@ def test_the_kernel_takes_whole_lanes_and_blocks():
     assert not fits(100, 128)
 
 
-@pytest.mark.parametrize("rows", [2, 4])
+@pytest.mark.parametrize(("rows", "devices"), [(1, 1), (2, 2), (2, 1), (4, 2)])
 @pytest.mark.parametrize("sliced", [1, 2])
-def test_positions_are_the_same_for_any_number_of_rows_of_heads(rows, sliced, monkeypatch):
-    """On two devices; with one row on each the index has no slices. Page 5 is absent: dropped, or read as zeros."""
-    monkeypatch.setattr(head_lanes, "_devices_of_heads", lambda: 2)
+def test_positions_are_the_same_for_any_number_of_rows_of_heads(rows, devices, sliced, monkeypatch):
+    """With one row on each device the index has no slices. Page 5 is absent: dropped, or read as zeros."""
+    monkeypatch.setattr(head_lanes, "_devices_of_heads", lambda: devices)
     generator = np.random.default_rng(0)
     stored = jnp.asarray(generator.normal(size=(LAYERS, PLANES, 5, 4, rows, 8)))
     planes, pages, offsets = (

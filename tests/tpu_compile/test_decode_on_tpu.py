@@ -25,13 +25,13 @@ from looplm_jax.inference.speculation._verify import SpeculativeRows, draft
 from looplm_jax.models import presets
 from looplm_jax.models._looplm import LoopLM, boxed_shapes
 from looplm_jax.planning import _hlo as hlo
+from looplm_jax.planning._traffic import elements_written
 from looplm_jax.sharding import abstract_arrays, use_mesh
 
 SMALL = ModelConfig(vocab_size=512, width=256, mlp_width=256, num_layers=2, num_heads=8, head_dim=128, loops=2)
 CAPACITY = 16384  # so that the cache is larger than the fast memory, which small arrays are moved to
 AROUND = {"prelude_layers": 1, "coda_layers": 1}
 MOVES_NOTHING = {"tuple", "get-tuple-element", "parameter", "bitcast", "while", "conditional", "constant"}
-IN_PLACE = ("dynamic-update-slice", "scatter")
 
 
 class Chips:
@@ -146,11 +146,15 @@ class Chips:
 
 def arrays_made(compiled):
     """Bytes of each array that an instruction makes rather than updates, with the line that tells which."""
-    for run in hlo.parse(compiled.as_text()).runs():
+    program = hlo.parse(compiled.as_text())
+    for run in program.runs():
         made = run.instruction
-        in_place = any(name in made.name.replace("_", "-") for name in IN_PLACE)
-        if not (run.fused or in_place or made.opcode in MOVES_NOTHING or made.opcode.endswith("-start")):
-            yield max(hlo.array_bytes(made.shape), default=0), f"{made.name} {made.shape}"
+        if run.fused or made.opcode in MOVES_NOTHING or made.opcode.endswith("-start"):
+            continue
+        writes = elements_written(program, run.computation, made)
+        for size, write in zip(hlo.array_bytes(made.shape), writes, strict=True):
+            if write.target is None:
+                yield size, f"{made.name} {made.shape}"
 
 
 def assert_reads_in_place(chips, compiled):
@@ -170,16 +174,17 @@ def test_no_layer_of_a_tick_copies_the_cache():
 
 @pytest.mark.tpu_compile
 @pytest.mark.parametrize("strategy", CacheStrategy)
-@pytest.mark.parametrize("tensor", [1, 4])
-def test_no_cache_is_copied_in_a_tick(strategy, tensor):
-    chips = Chips(config=dataclasses.replace(SMALL, **AROUND), tensor=tensor)
+@pytest.mark.parametrize(("changes", "tensor"), [(AROUND, 1), (AROUND, 4), ({**AROUND, "num_kv_heads": 1}, 1)])
+def test_no_cache_is_copied_in_a_tick(strategy, changes, tensor):
+    chips = Chips(config=dataclasses.replace(SMALL, **changes), tensor=tensor)
     assert_reads_in_place(chips, chips.tick(strategy=strategy))
 
 
 @pytest.mark.tpu_compile
+@pytest.mark.parametrize("changes", [AROUND, {"num_kv_heads": 1}])
 @pytest.mark.parametrize("strategy", [CacheStrategy.LAST, CacheStrategy.AVERAGE])
-def test_a_loop_of_a_chunk_reads_the_only_plane_in_place(strategy):
-    chips = Chips(config=dataclasses.replace(SMALL, **AROUND))
+def test_a_loop_of_a_chunk_reads_the_only_plane_in_place(strategy, changes):
+    chips = Chips(config=dataclasses.replace(SMALL, **changes))
     assert_reads_in_place(chips, chips.loop_of_chunk(strategy))
 
 
@@ -191,10 +196,12 @@ def test_a_loop_of_a_chunk_reads_the_only_plane_in_place(strategy):
         ({"head_dim": 96}, 1),
         ({"head_dim": 32}, 4),
         ({"num_kv_heads": 2}, 2),
+        ({"num_kv_heads": 1}, 1),
+        ({"num_kv_heads": 2, "head_dim": 64}, 1),
     ],
 )
 def test_heads_of_any_width_and_number_are_read_in_place(changes, tensor):
-    """By the kernel in a tick, and block after block in a chunk of a prompt. The last two have one row a device."""
+    """By the kernel in a tick, and block after block in a chunk of a prompt. The last four have one row a device."""
     chips = Chips(config=dataclasses.replace(SMALL, **changes), tensor=tensor)
     tick = chips.tick()
     assert "decode_attention" in tick.as_text()
@@ -203,7 +210,7 @@ def test_heads_of_any_width_and_number_are_read_in_place(changes, tensor):
 
 
 @pytest.mark.tpu_compile
-@pytest.mark.parametrize("changes", [{}, AROUND, {"num_kv_heads": 2}])
+@pytest.mark.parametrize("changes", [{}, AROUND, {"num_kv_heads": 2}, {**AROUND, "num_kv_heads": 1}])
 def test_a_chunk_of_a_prompt_reads_its_row_in_place(changes):
     chips = Chips(config=dataclasses.replace(SMALL, **changes))
     for row in (chips.row(), chips.row_of_pages()):
@@ -211,15 +218,17 @@ def test_a_chunk_of_a_prompt_reads_its_row_in_place(changes):
 
 
 @pytest.mark.tpu_compile
+@pytest.mark.parametrize("changes", [AROUND, {"num_kv_heads": 1}])
 @pytest.mark.parametrize("strategy", [CacheStrategy.FULL, CacheStrategy.AVERAGE])
-def test_prompts_that_are_read_together_are_written_in_place(strategy):
-    chips = Chips(config=dataclasses.replace(SMALL, **AROUND))
+def test_prompts_that_are_read_together_are_written_in_place(strategy, changes):
+    chips = Chips(config=dataclasses.replace(SMALL, **changes))
     assert_reads_in_place(chips, chips.pack(strategy=strategy))
 
 
 @pytest.mark.tpu_compile
-def test_drafts_read_their_rows_in_place():
-    chips = Chips(config=dataclasses.replace(SMALL, **AROUND))
+@pytest.mark.parametrize("changes", [AROUND, {"num_kv_heads": 1}])
+def test_drafts_read_their_rows_in_place(changes):
+    chips = Chips(config=dataclasses.replace(SMALL, **changes))
     assert_reads_in_place(chips, chips.draft())
 
 
@@ -244,8 +253,9 @@ def test_ticks_of_every_size_and_generation_need_no_room_beside_the_cache(topolo
     of_pages = re.compile(rf"[\[,]({positions},{rows},{width}|{positions * rows},{width})\]")
     assert not [line for _, line in arrays_made(compiled) if of_pages.search(line)]
 
-    # The write of the new keys and values waits for the last layer, so those of all layers exist together, as do the
-    # logits. With 32 slots v6e and v5p keep them in HBM. A copy of the keys alone would be 30 times the bound.
+    # The write of the new keys and values waits for the last layer, so those of all layers exist together. So do up to
+    # three arrays of logits: all of them, and what a filter of the sampler reads and returns. With 32 slots v6e and v5p
+    # keep these in HBM. A copy of the keys alone would be larger.
     logits = 4 * slots * chips.model.config.vocab_size
     written = bytes_per_token(chips.model.config, CacheStrategy.LAST, loops=1, dtype=jnp.bfloat16) * slots
-    assert compiled.memory_analysis().temp_size_in_bytes < max(2**24, 2 * (logits + written))
+    assert compiled.memory_analysis().temp_size_in_bytes < written + 3 * logits + 2**21
