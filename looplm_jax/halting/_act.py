@@ -13,7 +13,10 @@ The weights are an exit distribution, so `exit_cdf`, `mean_exit_loop` and the lo
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
+
+from looplm_jax.halting._distribution import at_least_float32
 
 
 class ACT(NamedTuple):
@@ -36,21 +39,22 @@ def act(probabilities: Float[Array, "T *B"], *, epsilon: float = 0.01, forced: b
     Returns:
       The weights `w_t`, the remainders R, and the updates: the number of loops, N.
     """
-    p = probabilities.astype(jnp.promote_types(probabilities.dtype, jnp.float32))
+    p = at_least_float32(probabilities)
     loops = p.shape[0]
 
     halts = jnp.cumsum(p, axis=0) > 1.0 - epsilon
     if forced:
         halts = halts.at[-1].set(True)
     # The loop T + 1 stands for tokens that never halt.
-    halting_loop = jnp.where(jnp.any(halts, axis=0), jnp.argmax(halts, axis=0).astype(jnp.int32) + 1, loops + 1)
+    first = jnp.argmax(halts, axis=0).astype(jnp.int32) + 1
+    halting_loop = jnp.where(jnp.any(halts, axis=0), first, loops + 1)
 
     loop = jnp.arange(1, loops + 1, dtype=jnp.int32).reshape(-1, *[1] * (p.ndim - 1))
-    before = jnp.where(loop < halting_loop, p, 0.0)
+    before = jnp.where(loop < halting_loop[None], p, 0.0)
     remainders = jnp.where(halting_loop <= loops, 1.0 - jnp.sum(before, axis=0), 0.0)
 
     return ACT(
-        weights=jnp.where(loop == halting_loop, remainders, before),
+        weights=jnp.where(loop == halting_loop[None], remainders[None], before),
         remainders=remainders,
         updates=jnp.minimum(halting_loop, loops),
     )
@@ -81,7 +85,8 @@ def weighted_state(weights: Float[Array, "T *B"], states: Float[Array, "T *B D"]
       weights: the weights of `act`, or any exit distribution.
       states: the state after every loop.
     """
-    wide = jnp.promote_types(weights.dtype, states.dtype)
+    weights = at_least_float32(weights)
+    wide = np.promote_types(weights.dtype, states.dtype)
     return jnp.sum(weights[..., None].astype(wide) * states.astype(wide), axis=0).astype(states.dtype)
 
 

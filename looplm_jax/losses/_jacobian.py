@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from looplm_jax.config import JacobianNorm
@@ -36,7 +37,7 @@ def jacobian_penalty(
     Returns:
       The penalty, a scalar over all rows.
     """
-    wide = jnp.promote_types(z.dtype, jnp.float32)
+    wide = np.promote_types(z.dtype, np.float32)
     _, pull = jax.vjp(f, jax.lax.stop_gradient(z))
 
     def product(direction: Array) -> Array:
@@ -73,7 +74,7 @@ def spectral_radius(
       iterations: the number of products with J.
       averaged: the number of last products whose growth is averaged.
     """
-    wide = jnp.promote_types(z.dtype, jnp.float32)
+    wide = np.promote_types(z.dtype, np.float32)
     axes = tuple(range(1, z.ndim))
     _, push = jax.linearize(f, z)
 

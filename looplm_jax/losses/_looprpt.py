@@ -139,11 +139,11 @@ def looprpt(
     policy_loss = -jnp.sum(weights * jnp.mean(advantages * sampled_log_pdf, axis=0))
 
     log_pdf = log_exit_distribution(gate_logits)
-    representation_loss = -jnp.sum(weights * representation_weights(log_pdf, rewards) * log_probs)
+    representation_loss = -jnp.sum(weights[None] * representation_weights(log_pdf, rewards) * log_probs)
     exit_entropy = jnp.sum(weights * entropy(log_pdf=log_pdf))
 
     divergence = capped_k3(noisy.log_probs, teacher.log_probs)
-    kl = jnp.sum(weights * divergence) / num_rollouts
+    kl = jnp.sum(weights[None, None] * divergence) / num_rollouts
 
     loss = (
         policy_weight * policy_loss
@@ -170,7 +170,7 @@ def updated_teacher(teacher: PyTree, student: PyTree, decay: float) -> PyTree:
 
     In bfloat16, a decay of 0.995 would leave the teacher as it is. A decay of 1 freezes it.
     """
-    return jax.tree.map(lambda old, new: old + (1.0 - decay) * (new.astype(old.dtype) - old), teacher, student)
+    return jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new.astype(old.dtype), teacher, student)
 
 
 # Tokens
@@ -229,7 +229,10 @@ def loop_rewards(
     """
     loops = jnp.arange(1, teacher_log_probs.shape[0] + 1, dtype=jnp.int32)[:, None, None]
     baseline = at_loops(teacher_log_probs, reference_loop)
-    price = penalty * (loops - reference_loop).astype(penalty.dtype)
+    price = penalty[None] * (loops - reference_loop[None]).astype(penalty.dtype)
+
+    rollouts = tuple(range(log_probs.ndim - price.ndim))  # the axes *G
+    baseline, price = jnp.expand_dims(baseline[None], rollouts), jnp.expand_dims(price, rollouts)
     return jax.lax.stop_gradient(log_probs) - baseline - price
 
 

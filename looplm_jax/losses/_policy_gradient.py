@@ -166,7 +166,8 @@ def standardize(values: Float[Array, "..."], *, axis: int, eps: float) -> Float[
     """Returns `(x - mean) / (std + eps)` along an axis, with the unbiased deviation; exactly 0 where all are equal."""
     centered = _centered(values, axis)
     degrees = max(values.shape[axis] - 1, 1)
-    deviation = jnp.sqrt(jnp.sum(jnp.square(centered), axis=axis, keepdims=True) / degrees)
+    # A product, because XLA rounds a quotient by a constant as the shape has it, and groups would change one another.
+    deviation = jnp.sqrt(jnp.sum(jnp.square(centered), axis=axis, keepdims=True) * (1.0 / degrees))
 
     return centered / (deviation + eps)
 

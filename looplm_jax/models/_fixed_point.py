@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from looplm_jax.config import Solver, SolverKind
 
@@ -48,7 +49,7 @@ def fixed_point(
       `f` of the state with the smallest residual `|f(z) - z| / |f(z)|` of each row, and the metrics. A row whose first
       evaluation is not finite is returned as it is, with a residual of NaN.
     """
-    wide = jnp.promote_types(z0.dtype, jnp.float32)
+    wide = np.promote_types(z0.dtype, np.float32)
     method = _METHODS[solver.kind]
     rows = z0.shape[0]
 
@@ -229,14 +230,14 @@ def _anderson(memory: _Anderson, loop: Array, state: Array, output: Array) -> tu
     size = memory.outputs.shape[0]
     outputs = memory.outputs.at[loop % size].set(output)
     differences = memory.differences.at[loop % size].set(output - state)
-    filled = (jnp.arange(size) <= loop).astype(output.dtype)
+    filled = (jnp.arange(size, dtype=jnp.int32) <= loop).astype(output.dtype)
 
     gram = _products(differences, differences)  # [B, M, M], zero for empty entries
     mean_square = jnp.trace(gram, axis1=1, axis2=2) / jnp.sum(filled)
     gram = gram / jnp.maximum(mean_square, jnp.finfo(output.dtype).tiny)[:, None, None]
 
     # A ridge of fixed size would stop the convergence once residuals are smaller. Empty entries get a weight of zero.
-    matrix = gram + jnp.diag(_RIDGE * filled + (1.0 - filled))
+    matrix = gram + jnp.diag(_RIDGE * filled + (1.0 - filled))[None]
     weights = jnp.linalg.solve(matrix, jnp.broadcast_to(filled[:, None], (*gram.shape[:2], 1)))[..., 0]
     weights = weights / jnp.sum(weights, axis=1, keepdims=True)
 
@@ -292,11 +293,11 @@ _METHODS = {
 # Algebra of rows. States keep their shape, so that their sharding remains.
 
 
-def _per_row(values: Float[Array, "B"], state: Float[Array, "B *S"]) -> Array:
+def _per_row(values: Shaped[Array, "B"], state: Float[Array, "B *S"]) -> Array:
     return values.reshape(-1, *[1] * (state.ndim - 1))
 
 
-def _where(rows: Array, chosen: Float[Array, "B *S"], other: Float[Array, "B *S"]) -> Float[Array, "B *S"]:
+def _where(rows: Bool[Array, "B"], chosen: Float[Array, "B *S"], other: Float[Array, "B *S"]) -> Float[Array, "B *S"]:
     return jnp.where(_per_row(rows, chosen), chosen, other)
 
 

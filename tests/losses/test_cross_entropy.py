@@ -93,7 +93,7 @@ def test_scores_tell_loss_and_correctness():
     case = random_case()
     scores = token_scores(case.hidden, case.head, case.targets, chunk=4)
     assert_trees_close(scores.loss, naive_losses(case.hidden, case.head, case.targets))
-    np.testing.assert_array_equal(scores.correct, jnp.argmax(case.hidden @ case.head, axis=-1) == case.targets)
+    np.testing.assert_array_equal(scores.correct, jnp.argmax(case.hidden @ case.head, axis=-1) == case.targets[None])
 
 
 @pytest.mark.parametrize("function", [token_losses, lambda *x: weighted_token_losses(*x, jnp.ones((3, 2, 6)))[1]])

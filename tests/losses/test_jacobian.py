@@ -25,7 +25,9 @@ def wide():
 
 def loop(weights):
     golden = {name: jnp.asarray(golden_arrays()[name]) for name in ("mix", "e")}
-    return lambda z: jnp.tanh((golden["mix"] @ z) @ weights["W"] + golden["e"] @ weights["U"] + weights["b"])
+    return lambda z: jnp.tanh(
+        (golden["mix"] @ z) @ weights["W"] + golden["e"] @ weights["U"] + weights["b"][None, None]
+    )
 
 
 def golden_weights():

@@ -27,7 +27,7 @@ def wide():
 
 def loop(weights, z):
     mix = jnp.asarray(golden_arrays()["mix"], z.dtype)
-    return jnp.tanh((mix @ z) @ weights["W"] + weights["e"] @ weights["U"] + weights["b"])
+    return jnp.tanh((mix @ z) @ weights["W"] + weights["e"] @ weights["U"] + weights["b"][None, None])
 
 
 def golden_weights(dtype=np.float64):
@@ -174,7 +174,7 @@ def test_the_fixed_point_satisfies_its_equation(seed, lipschitz, kind):
         params = random_contraction(seed, lipschitz)
         z, metrics = solve[kind](params, jnp.zeros((3, 4)))
         np.testing.assert_allclose(contraction(params, z), z, rtol=0, atol=1e-10)
-    assert (metrics.residual <= 1e-12).all()
+        assert (metrics.residual <= 1e-12).all()
 
 
 @given(seeds, st.floats(0.0, 0.9), st.sampled_from(KINDS))

@@ -1,7 +1,8 @@
 """Adaptive Computation Time and the signals of the Universal Transformer, from an own reading in float64 NumPy.
 
-`python tests/act_golden.py` computes data/act.npz again from the inputs that it holds. Its interpolated outputs without
-a forced last loop, their gradients included, equal a public PyTorch port of the published routine to 2e-15.
+`python tests/halting/act_golden.py` computes data/act.npz again from the inputs that it holds. Its interpolated
+outputs without a forced last loop, their gradients included, equal a public PyTorch port of the published routine to
+2e-15.
 
 `logits`, `p`: halting logits [T, B, S] and their sigmoid. `states` [T, B, S, D], given. The objective is
 `sum(cotangent * output) + tau * ponder_cost`. `forced/` halts every token at loop T, `as_published/` does not.
@@ -14,7 +15,7 @@ import pathlib
 
 import numpy as np
 
-_FILE = pathlib.Path(__file__).parent / "data" / "act.npz"
+_FILE = pathlib.Path(__file__).parent.parent / "data" / "act.npz"
 _INPUTS = ("logits", "states", "cotangent", "epsilon", "tau")
 _TOY_INPUTS = ("toy/W", "toy/U", "toy/gate", "toy/gate_bias", "toy/initial", "toy/mix")
 
