@@ -15,7 +15,7 @@ import dataclasses
 import json
 import string
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from looplm_jax.models._looplm import LoopLM, Params, init_params
 _SYMBOLS = (END_OF_TEXT, IM_START, IM_END, *string.ascii_lowercase, *string.digits)
 
 
+@runtime_checkable
 class ResumableStream(Protocol):
     """A stream of batches whose position can be saved and restored."""
 

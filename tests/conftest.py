@@ -28,8 +28,11 @@ import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
-# Checks arguments and results of every function against the shapes in its signature.
-CHECKED = ("models", "halting", "losses", "sharding", "training", "evaluation")
+# Checks arguments and results of every function against the types and shapes in its signature.
+CHECKED = (
+    *("models", "halting", "losses", "sharding", "training", "evaluation"),
+    *("checkpoints", "distributed", "inference"),
+)
 install_import_hook([f"looplm_jax.{package}" for package in CHECKED], "shape_checks.checked")
 
 # A background job (`nohup`, some CI runners) inherits SIGINT as ignored, and so would every process of a test.
@@ -53,6 +56,17 @@ def small_windows(request):
     with pytest.MonkeyPatch.context() as patch:
         if request.path.stem != WITH_WINDOWS_OF_USERS:
             patch.setattr("looplm_jax.data._packing._SHUFFLED_PIECES", SHUFFLED_PIECES)
+        yield
+
+
+# In these folders, arrays of different ranks are not promoted: neither by the library nor by the tests.
+STRICT_RANKS = ("checkpoints", "distributed", "halting", "inference", "losses", "models", "training")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def strict_ranks(request):
+    """Makes implicit promotion of ranks raise."""
+    with jax.numpy_rank_promotion("raise" if request.path.parent.name in STRICT_RANKS else "allow"):
         yield
 
 

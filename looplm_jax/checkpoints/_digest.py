@@ -154,7 +154,8 @@ def _positions(shape: tuple[int, ...], seed: int, starts: Sequence[Any], xp: Any
     for axis, size in enumerate(shape):
         index = xp.arange(size, dtype=np.uint32).reshape([-1 if i == axis else 1 for i in range(len(shape))])
         index += starts[axis] if axis < len(starts) else np.uint32(0)
-        position += _mix(index ^ _mix(np.array([seed + axis + 1]).astype(np.uint32)))
+        of_axis = np.array([seed + axis + 1]).astype(np.uint32).reshape([1] * len(shape))
+        position += _mix(index ^ _mix(of_axis))
     return position
 
 

@@ -6,7 +6,7 @@ On a terminal, control characters in the text are shown as escapes; a file or a 
 import sys
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -31,6 +31,7 @@ _ENDS = {
 # The interface, and the clock
 
 
+@runtime_checkable
 class View(Protocol):
     """Shows the tokens of one answer."""
 

@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from looplm_jax import json_io
 from looplm_jax.corpus._decontamination import EvaluationNgrams, Findings, load_evaluation_ngrams
@@ -46,6 +46,7 @@ _READS_AT_ONCE = 16
 REPORT = "cleaning"  # .json and .md
 
 
+@runtime_checkable
 class Watcher(Protocol):
     """Receives progress."""
 

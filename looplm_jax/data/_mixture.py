@@ -6,7 +6,7 @@ import glob
 import hashlib
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -30,6 +30,7 @@ _HELD_OUT_ORDER = 0  # seed of the fixed order, shuffled so that the first held-
 # Interfaces
 
 
+@runtime_checkable
 class Records(Protocol):
     """Random access to documents or examples."""
 
@@ -40,6 +41,7 @@ class Records(Protocol):
         """Returns the record at an index."""
 
 
+@runtime_checkable
 class MixtureSource(Protocol):
     """One source of the mixture."""
 

@@ -8,7 +8,7 @@ import concurrent.futures
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -26,6 +26,7 @@ _BLOCKS_AHEAD = 2  # blocks to generate in advance
 _GENERATING_THREADS = 2
 
 
+@runtime_checkable
 class Stream(Protocol):
     """A stream of batches, each a dictionary of arrays named as Grain names packed features."""
 

@@ -177,4 +177,5 @@ def _sums(
     output: Any = model.apply({"params": params}, tokens[:, :-1], loops=loops)
     head = head_matrix(params, model.config)
     losses = token_losses(output.hidden, head, tokens[:, 1:], chunk=model.compute.loss_chunk)
-    return jnp.stack([jnp.sum(losses, axis=(1, 2), where=kinds[:, 1:] == kind) for kind in _KINDS], axis=1)
+    of_kind = [(kinds[:, 1:] == kind)[None] for kind in _KINDS]
+    return jnp.stack([jnp.sum(losses, axis=(1, 2), where=where) for where in of_kind], axis=1)

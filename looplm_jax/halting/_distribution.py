@@ -42,8 +42,8 @@ def log_exit_probability(gate_logits: Float[Array, "T *B"], exit_loops: Int[Arra
     Gates after the exit may have any value, and have gradients of exactly 0.
     """
     loops = jnp.arange(1, gate_logits.shape[0] + 1, dtype=exit_loops.dtype).reshape(-1, *[1] * exit_loops.ndim)
-    earlier = loops < exit_loops
-    exits = (loops == exit_loops) & (loops < gate_logits.shape[0])
+    earlier = loops < exit_loops[None]
+    exits = (loops == exit_loops[None]) & (loops < gate_logits.shape[0])
 
     # Gates that are not read are replaced first: a gradient of 0 times one that is not finite would not be finite.
     logits = jnp.where(earlier | exits, at_least_float32(gate_logits), 0.0)

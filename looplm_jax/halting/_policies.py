@@ -322,7 +322,8 @@ class Margin:
         log_p = _log_probs(signals)
         best = jnp.argmax(log_p, axis=-1, keepdims=True)
         # Without the best token itself, so that two equally probable tokens have a margin of 0.
-        others = jnp.where(jnp.arange(log_p.shape[-1]) == best, -jnp.inf, log_p)
+        tokens = jnp.arange(log_p.shape[-1]).reshape(*[1] * (log_p.ndim - 1), -1)
+        others = jnp.where(tokens == best, -jnp.inf, log_p)
         lead = jnp.exp(jnp.max(log_p, axis=-1)) - jnp.exp(jnp.max(others, axis=-1))
         return lead >= self.margin
 

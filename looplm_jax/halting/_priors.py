@@ -38,9 +38,10 @@ def log_poisson_lognormal_prior(loops: int, mean: float, sigma: float) -> Float[
 
     counts = jnp.arange(loops, dtype=jnp.float32)
     # The log-probability of each count at each node of the quadrature, [T, N].
-    log_poisson = counts[:, None] * log_rate - jnp.exp(log_rate) - jax.lax.lgamma(counts + 1.0)[:, None]
+    counts, log_rate = counts[:, None], log_rate[None]
+    log_poisson = counts * log_rate - jnp.exp(log_rate) - jax.lax.lgamma(counts + 1.0)
     # The sum over nodes is the integral; the softmax truncates at T.
-    return jax.nn.log_softmax(jax.nn.logsumexp(log_poisson, axis=1, b=weights))
+    return jax.nn.log_softmax(jax.nn.logsumexp(log_poisson, axis=1, b=weights[None]))
 
 
 def log_prior(config: PriorConfig, loops: int) -> Float[Array, "T"]:

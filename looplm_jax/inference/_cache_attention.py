@@ -87,7 +87,7 @@ class PastView:
             return load_heads(pages, own.keys.shape)
 
         past = jax.tree.map(row_by_row, self.stacked)
-        filled = jnp.arange(self.capacity) < self.lengths[:, None]
+        filled = jnp.arange(self.capacity)[None] < self.lengths[:, None]
         past_mask = jnp.broadcast_to(filled[:, None], (rows, queries.shape[1], self.capacity))
         return attention.attend(queries, (past.keys, own.keys), (past.values, own.values), (past_mask, mask))
 
@@ -132,7 +132,7 @@ def attend_together(
         past = jax.tree.map(jax.vmap(rows_of_head, in_axes=4, out_axes=1), view.stacked)
         past = jax.tree.map(lambda x: x.astype(view.dtype), jax.lax.optimization_barrier(past))
 
-        seen = new & (positions < view.lengths[:, None])
+        seen = new[None] & (positions[None] < view.lengths[:, None])
         return mix(mixture, grouped, past, jnp.broadcast_to(seen[:, None], (*mask.shape[:2], blocks.size)))
 
     # Over rows, and over heads, which share the mask of their row.
@@ -225,7 +225,7 @@ def _no_keys(grouped: Float[Array, "*B G S Dh"]) -> _Mixture:
 def _mix_in(mixture: _Mixture, queries: Float[Array, "G S Dh"], new: KeyValues, mask: Bool[Array, "S C"]) -> _Mixture:
     """Returns the partial softmax of the queries of one key head with a further block of keys and values, [C, Dh]."""
     scores = jnp.einsum("gsd,cd->gsc", queries, new.keys, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask, scores, jnp.float32(_MASKED))
+    scores = jnp.where(mask[None], scores, jnp.float32(_MASKED))
 
     top = jnp.maximum(mixture.top, jnp.max(scores, axis=-1, keepdims=True))
     # Earlier sums are rescaled to the new maximum, as in flash attention.

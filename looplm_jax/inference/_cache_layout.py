@@ -142,7 +142,7 @@ def spread_queries(queries: Float[Array, "*B H Dh"], kv_heads: int, stored: tupl
     rows, width = stored[-2:]
     if width == queries.shape[-1]:
         return queries
-    own = _own_place(queries.shape[-2], kv_heads, kv_heads // rows)
+    own = _own_place(queries.shape[-2], kv_heads, kv_heads // rows, ndim=queries.ndim + 1)
     spread = jnp.where(own, queries[..., None, :], 0)
     return _pad(spread.reshape(*queries.shape[:-1], -1), width)
 
@@ -154,7 +154,8 @@ def own_mixtures(mixed: Float[Array, "*B H W"], rows: int, heads: tuple[int, ...
         return mixed
     num_heads, side_by_side = mixed.shape[-2], kv_heads // rows
     of_heads = mixed[..., : side_by_side * head_width].reshape(*mixed.shape[:-1], side_by_side, head_width)
-    return jnp.sum(jnp.where(_own_place(num_heads, kv_heads, side_by_side), of_heads, 0), axis=-2)
+    own = _own_place(num_heads, kv_heads, side_by_side, ndim=of_heads.ndim)
+    return jnp.sum(jnp.where(own, of_heads, 0), axis=-2)
 
 
 def _devices_of_heads() -> int:
@@ -162,9 +163,11 @@ def _devices_of_heads() -> int:
     return jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
 
 
-def _own_place(num_heads: int, kv_heads: int, side_by_side: int) -> Bool[Array, "H side_by_side 1"]:
+def _own_place(num_heads: int, kv_heads: int, side_by_side: int, *, ndim: int) -> Bool[Array, "*B H side_by_side 1"]:
+    """Returns where in its row the key head of each query head is, with leading axes of size 1."""
     kv_head = jnp.arange(num_heads) // (num_heads // kv_heads)
-    return (kv_head[:, None] % side_by_side == jnp.arange(side_by_side))[..., None]
+    own = kv_head[:, None] % side_by_side == jnp.arange(side_by_side)[None]
+    return own.reshape(*[1] * (ndim - 3), *own.shape, 1)
 
 
 def _pad(rows: Float[Array, "*B w"], width: int) -> Float[Array, "*B W"]:

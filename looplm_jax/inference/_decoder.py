@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Int
 
@@ -47,6 +48,8 @@ from looplm_jax.sharding import target_platform
 
 # An upper bound for `bucket` where the pages of a slot, not a length, limit a row.
 _LONGEST_ROW = 1 << 24
+
+T = TypeVar("T")
 
 
 class PolicyError(Exception):
@@ -251,12 +254,13 @@ class Decoder:
         """Ends the request of a slot. Its pages are free for programs that are dispatched after this."""
         # Programs run in the order of their dispatch, so a program that still writes these pages runs before their next
         # owner.
-        self._slots = release(self._slots, np.int32(slot))
+        self._slots = release(self._slots, self._on_devices(np.int32(slot)))
         self._pool.release(self._pages.pop(slot))
 
     def set_budget(self, slot: int, loops_per_token: float) -> None:
         """Changes the budget of the request in a slot."""
-        self._slots = set_budget(self._slots, np.int32(slot), np.float32(loops_per_token))
+        numbers = self._on_devices((np.int32(slot), np.float32(loops_per_token)))
+        self._slots = set_budget(self._slots, *numbers)
 
     def copy_row(self, slot: int, tokens: int) -> Cache:
         """Returns a copy of the first `tokens` tokens of a slot, as a cache of one row."""
@@ -264,6 +268,10 @@ class Decoder:
         row = extract_row(self._slots.cache, np.int32(slot), capacity=capacity)
         # A pass that was dispatched before the host saw the end may have added tokens that were never delivered.
         return dataclasses.replace(row, lengths=jnp.full(1, tokens, jnp.int32))
+
+    def _on_devices(self, numbers: T) -> T:
+        """Returns the numbers on all devices of the slots, by an explicit transfer, which a transfer guard allows."""
+        return jax.device_put(numbers, None if self._mesh is None else NamedSharding(self._mesh, PartitionSpec()))
 
     def _num_pages(self, request: Request) -> int:
         return self.config.pool.needed(request.max_tokens)

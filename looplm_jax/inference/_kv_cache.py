@@ -101,7 +101,7 @@ class Cache:
 
         `past` and `past_prelude` return what these tokens see of the cache.
         """
-        positions = self.lengths[:, None] + jnp.arange(tokens)
+        positions = self.lengths[:, None] + jnp.arange(tokens)[None]
         return make_context(config, positions, jnp.ones_like(positions))
 
     def past(
@@ -184,7 +184,7 @@ class Cache:
         """Returns page and offset of the next position of each row; page M, which drops the write, if not `written`."""
         # `lengths` is the number of finished tokens, which is the position of the one that is being decoded.
         pages, offsets = self.places(jnp.arange(self.rows), self.lengths)
-        return jnp.where(written, pages, self.pages), offsets
+        return jnp.where(written, jnp.broadcast_to(pages, written.shape), self.pages), offsets
 
     def _put(
         self,
@@ -199,13 +199,13 @@ class Cache:
 
         planes = jnp.arange(self.depth)[:, None]
         # Idle rows are not written, nor are the planes of loops that the token has left behind.
-        pages, offsets = self._next_places(active & (self.strategy.shares | (planes >= loops_done)))
+        pages, offsets = self._next_places(active[None] & (self.strategy.shares | (planes >= loops_done[None])))
         if self.strategy is CacheStrategy.AVERAGE:
             # The running mean of the loops so far: m_t = m_(t-1) + (x_t - m_(t-1)) / t, in float32.
             old = at_positions(whole, slice(None), 0, pages[0], offsets).get(mode="fill", fill_value=0)
             before = old.astype(jnp.float32)
             share = 1.0 / (loops_done + 1).astype(jnp.float32)
-            new = before + (new.astype(jnp.float32) - before) * share[:, None, None]
+            new = before + (new.astype(jnp.float32) - before) * share[None, :, None, None]
 
         # A token may exit at any loop, so each loop writes its own plane and all later ones ("last exited").
         spread = jnp.broadcast_to(new[:, None], (new.shape[0], self.depth, *new.shape[1:])).astype(whole.dtype)

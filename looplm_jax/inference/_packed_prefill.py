@@ -173,8 +173,8 @@ class _Prompts:
 
 def _visible(owners: Int[Array, "S"], start: int, end: int) -> Bool[Array, "q e"]:
     """Returns which of the first `end` tokens of a pack each token from `start` to `end` attends to."""
-    causal = jnp.arange(start, end)[:, None] >= jnp.arange(end)
-    return causal & (owners[start:end, None] == owners[:end])
+    causal = jnp.arange(start, end)[:, None] >= jnp.arange(end)[None]
+    return causal & (owners[start:end, None] == owners[None, :end])
 
 
 def _mixed(
@@ -185,7 +185,7 @@ def _mixed(
 ) -> Float[Array, "K G q Dh"]:
     """Returns the values mixed by the softmax, in float32, of the scores that `mask` leaves: at least one a query."""
     scores = jnp.einsum("kgqd,ked->kgqe", queries, keys, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask, scores, -jnp.inf)
+    scores = jnp.where(mask[None, None], scores, -jnp.inf)
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     total = jnp.sum(weights, axis=-1, keepdims=True)
     mixed = jnp.einsum("kgqe,ked->kgqd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)

@@ -89,7 +89,7 @@ def prefill_chunk(
 
     # Padding comes after the `count` tokens, and is not written.
     written = append(row, own, jnp.zeros_like(numbers), row.lengths[0] + numbers, (numbers < count) & finite)
-    return constrain((written.advance(count), last))
+    return constrain((written.advance(count[None]), last))
 
 
 def append(

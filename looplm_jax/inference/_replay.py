@@ -100,7 +100,7 @@ def states_at_once(model: LoopLM, params: Params, rollouts: Rollouts, *, loops: 
         # Of `kept`, only the entries of tokens that have exited are visible.
         output, *own = apply(state, embedded, _of_two_ages(context, left), *kept, True, method="loop_step")
         # Tokens that have exited keep the keys and values of their exit loop, [..., K, Dh].
-        kept = jax.tree.map(lambda old, new: jnp.where(left[:, :, None, None], old, new), kept, own)
+        kept = jax.tree.map(lambda old, new: jnp.where(left[None, :, :, None, None], old, new), kept, own)
         # [B, N, D]: the states that would choose each new token at this loop.
         read = jnp.take_along_axis(output.hidden, rollouts.read_positions[..., None], axis=1)
         hidden = jnp.where((rollouts.exit_loops == number)[..., None], read, hidden)
@@ -203,7 +203,7 @@ def _read_at(cache: Cache, loops_done: Int[Array, "B"], dtype: DTypeLike) -> lis
 
 def _append(cache: Cache, new: Cache) -> Cache:
     """Returns the cache with the rows of `new` appended to its own."""
-    rows, places = jnp.arange(cache.rows)[:, None], cache.lengths[:, None] + jnp.arange(new.capacity)
+    rows, places = jnp.arange(cache.rows)[:, None], cache.lengths[:, None] + jnp.arange(new.capacity)[None]
     planes = jax.tree.map(
         lambda whole, own: whole.at[:, :, rows, places].set(own, mode="drop"), cache.planes, new.planes
     )

@@ -6,7 +6,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, Shaped
 
 from looplm_jax.errors import UserError
 from looplm_jax.inference._kv_cache import bucket
@@ -100,7 +100,7 @@ class Rollouts:
     @property
     def mask(self) -> Bool[Array, "B N"]:
         """Returns a mask of the new tokens."""
-        return jnp.arange(self.tokens.shape[1]) < self.lengths[:, None]
+        return jnp.arange(self.tokens.shape[1])[None] < self.lengths[:, None]
 
     @property
     def size(self) -> int:
@@ -117,7 +117,7 @@ class Rollouts:
         """Returns the position whose state each new token was chosen from: that of the token before it."""
         before = self.prompt_lengths if self.history is None else self.prompt_lengths + self.history.total
         # Padding could point beyond the last position.
-        return jnp.minimum(before[:, None] - 1 + jnp.arange(self.tokens.shape[1]), self.size - 1)
+        return jnp.minimum(before[:, None] - 1 + jnp.arange(self.tokens.shape[1])[None], self.size - 1)
 
     def joined(self) -> Int[Array, "B S"]:
         """Returns, for each row, history, prompt and new tokens without padding between them."""
@@ -149,7 +149,7 @@ class Rollouts:
         return jax.tree.map(lambda x: x[None], turn)
 
 
-def _in_order(of_prompts: Int[Array, "H B P"], of_tokens: Int[Array, "H B N"]) -> Int[Array, "B H*(P+N)"]:
+def _in_order(of_prompts: Shaped[Array, "H B P"], of_tokens: Shaped[Array, "H B N"]) -> Shaped[Array, "B H*(P+N)"]:
     """Returns the turns of each row one after another."""
     turns = jnp.concatenate([of_prompts, of_tokens], axis=2)
     # [H, B, P + N] -> [B, H * (P + N)]
@@ -158,8 +158,8 @@ def _in_order(of_prompts: Int[Array, "H B P"], of_tokens: Int[Array, "H B N"]) -
 
 def _padding(turns: Turns) -> tuple[Bool[Array, "H B P"], Bool[Array, "H B N"]]:
     """Returns masks of the padding of prompts and tokens."""
-    prompts = jnp.arange(turns.prompts.shape[2]) >= turns.prompt_lengths[..., None]
-    return prompts, jnp.arange(turns.tokens.shape[2]) >= turns.lengths[..., None]
+    prompts = jnp.arange(turns.prompts.shape[2])[None, None] >= turns.prompt_lengths[..., None]
+    return prompts, jnp.arange(turns.tokens.shape[2])[None, None] >= turns.lengths[..., None]
 
 
 def _check_loops(results: Sequence[Result], loops: int) -> None:

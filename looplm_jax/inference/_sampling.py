@@ -93,7 +93,7 @@ class SamplingTable:
     vocabulary: Int[Array, "*N"]
 
     @classmethod
-    def of(cls, sampling: Sampling, vocabulary: int = MOST) -> "SamplingTable":
+    def of(cls, sampling: "Sampling | SamplingTable", vocabulary: int = MOST) -> "SamplingTable":
         """Returns the numbers of one `Sampling`, without axes; they may be traced."""
         numbers: dict[str, Any] = {field.name: getattr(sampling, field.name) for field in dataclasses.fields(Sampling)}
         return cls(**{name: _column(name, number) for name, number in (numbers | {"vocabulary": vocabulary}).items()})
@@ -169,7 +169,10 @@ def likeliest(logits: Float[Array, "N V"], table: SamplingTable) -> Int[Array, "
 
 
 def sample(
-    logits: Float[Array, "V"], sampling: Sampling, key: PRNGKeyArray, seen: Bool[Array, "V"] | None = None
+    logits: Float[Array, "V"],
+    sampling: Sampling | SamplingTable,
+    key: PRNGKeyArray,
+    seen: Bool[Array, "V"] | None = None,
 ) -> Int[Array, ""]:
     """Draws one token of one row. Pure; the numbers of `sampling` may be traced."""
     row = SamplingTable.of(sampling)
@@ -231,7 +234,7 @@ def _allowed(
 
 def _in_vocabulary(logits: Float[Array, "*N V"], table: SamplingTable) -> Float[Array, "*N V"]:
     """Returns the logits, with minus infinity for ids that may not be chosen."""
-    return jnp.where(jnp.arange(logits.shape[-1]) < table.vocabulary[..., None], logits, -jnp.inf)
+    return jnp.where(_ids(logits) < table.vocabulary[..., None], logits, -jnp.inf)
 
 
 def _cut(logits: Float[Array, "*N V"], table: SamplingTable) -> Float[Array, "*N V"]:
@@ -252,7 +255,7 @@ def _scaled(logits: Float[Array, "*N V"], temperature: Float[Array, "*N 1"]) -> 
     best = jnp.argmax(logits, axis=-1, keepdims=True)
     below = logits - jnp.take_along_axis(logits, best, axis=-1)  # at most 0, so that it cannot overflow to inf
     # Greedy: the log weights of a distribution on one token.
-    one_hot = jnp.where(jnp.arange(logits.shape[-1]) == best, 0.0, -jnp.inf)
+    one_hot = jnp.where(_ids(logits) == best, 0.0, -jnp.inf)
     return jnp.where(temperature > 0, below / temperature, one_hot)
 
 
@@ -276,6 +279,11 @@ def _heaviest(
 
     # Skipped if no row has this filter.
     return jax.lax.cond(jnp.any(jnp.isfinite(wanted)), truncated, lambda: scaled)
+
+
+def _ids(logits: Float[Array, "*N V"]) -> Int[Array, "... V"]:
+    """Returns the ids of a vocabulary along the last axis, with the number of axes of the logits."""
+    return jnp.arange(logits.shape[-1]).reshape(*[1] * (logits.ndim - 1), -1)
 
 
 def _ordered_bits(numbers: Float[Array, "*N"]) -> UInt32[Array, "*N"]:

@@ -54,7 +54,7 @@ def stage1(
     log_pdf = log_exit_distribution(gate_logits)
 
     weights = mean_weights(mask, count, gate_logits.shape[1:])
-    expected = jnp.sum(jnp.exp(log_pdf) * token_losses * weights)
+    expected = jnp.sum(jnp.exp(log_pdf) * token_losses * weights[None])
 
     return _finish(expected, token_losses, log_pdf, weights, beta, log_prior)
 
@@ -79,7 +79,7 @@ def stage1_from_hidden(
     """
     log_pdf = log_exit_distribution(gate_logits)
     weights = mean_weights(mask, count, gate_logits.shape[1:])
-    expected, token_losses = weighted_token_losses(hidden, head, targets, jnp.exp(log_pdf) * weights, chunk=chunk)
+    expected, token_losses = weighted_token_losses(hidden, head, targets, jnp.exp(log_pdf) * weights[None], chunk=chunk)
 
     return _finish(expected, token_losses, log_pdf, weights, beta, log_prior)
 
@@ -104,8 +104,8 @@ def _finish(
     # All axes except that of the loops.
     over_tokens = tuple(range(1, token_losses.ndim))
     metrics = Stage1Metrics(
-        loss_per_loop=jnp.sum(token_losses * weights, axis=over_tokens),
-        exit_pdf=jnp.sum(pdf * weights, axis=over_tokens),
+        loss_per_loop=jnp.sum(token_losses * weights[None], axis=over_tokens),
+        exit_pdf=jnp.sum(pdf * weights[None], axis=over_tokens),
         expected_loss=expected,
         exit_entropy=mean_entropy,
         mean_exit_loop=jnp.sum(mean_exit_loop(pdf) * weights),

@@ -62,7 +62,7 @@ def stage2(
 
     per_token = -(keep_looping * jax.nn.log_sigmoid(-logits) + (1.0 - keep_looping) * jax.nn.log_sigmoid(logits))
 
-    weights = mean_weights(mask, count, logits.shape[1:])
+    weights = mean_weights(mask, count, logits.shape[1:])[None]
     over_tokens = tuple(range(1, logits.ndim))
     adaptive = jnp.sum(per_token * weights, axis=over_tokens)
     metrics = Stage2Metrics(continue_target=jnp.sum(keep_looping * weights, axis=over_tokens), adaptive_loss=adaptive)

@@ -16,7 +16,7 @@ def rotary_angles(
 ) -> tuple[Float[Array, "B S 1 half"], Float[Array, "B S 1 half"]]:
     """Returns cosines and sines of `positions * theta ** (-2 i / Dh)`, in float32."""
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions.astype(jnp.float32)[..., None, None] * frequencies
+    angles = positions.astype(jnp.float32)[..., None, None] * frequencies[None, None, None]
     return jnp.cos(angles), jnp.sin(angles)
 
 

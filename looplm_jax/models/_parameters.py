@@ -97,7 +97,7 @@ class RMSNorm(nn.Module):
         scale = parameter(self, "scale", nn.initializers.ones, ("norm",), (x.shape[-1],))
         wide = x.astype(jnp.float32)
         normal = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return normal.astype(x.dtype) * scale.astype(x.dtype)
+        return normal.astype(x.dtype) * scale.astype(x.dtype)[None, None]
 
 
 class Projection(nn.Module):

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import socket
+import threading
 
 import pytest
 
@@ -12,9 +13,11 @@ from looplm_jax.errors import UserError
 
 
 @pytest.fixture
-def group():
-    """Returns three peers, how each ended, and a function that loses one."""
+def group(monkeypatch):
+    """Returns three peers, and the message and status with which each ended."""
     ended = {}
+    report = threading.excepthook
+    monkeypatch.setattr(threading, "excepthook", lambda args: args.exc_type is SystemExit or report(args))
     pairs = {number: socket.socketpair() for number in (1, 2)}
 
     def ending(index):
@@ -22,6 +25,7 @@ def group():
             ended[index] = (message, status)
             for connection in peers[index]._connections.values() if index else ():
                 connection.close()
+            raise SystemExit(status)  # never returns: ends the thread, which stands for the process
 
         return end
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 
-from inference_models import make_model
+from inference_models import FakeTokenizer, make_model
 
 from looplm_jax.halting import QExit
 from looplm_jax.inference import Engine, EngineConfig, Request
@@ -14,10 +14,8 @@ CONFIG = EngineConfig(slots=3, capacity=128, chunk=16, page_size=32, unroll=Fals
 SOUND = Request(prompt_ids=(1,), max_new_tokens=6, policy=QExit(q=0.5))
 
 
-class Letters:
+class Letters(FakeTokenizer):
     """A tokenizer with one character per token; the first token is special."""
-
-    vocab_size, bos_id, eos_id = 96, 0, 0
 
     def encode(self, text):
         return [ord(character) - 31 for character in text]

@@ -209,6 +209,19 @@ def test_a_budget_of_loops_is_kept_after_every_token(engine):
         assert spent[-1] > budget * 11 - 1
 
 
+def test_running_requests_make_only_explicit_transfers(engine, alone):
+    handles = [engine.submit(request) for request in (REQUESTS[1], REQUESTS[5])]
+    cancelled = engine.submit(REQUESTS[2])
+    engine.step()  # reads the prompts
+    engine.step()
+
+    with jax.transfer_guard("disallow"):
+        cancelled.cancel()
+        results = finish(engine, handles)
+    for result, number in zip(results, (1, 5), strict=True):
+        assert_same(result, alone[number])
+
+
 def test_a_budget_of_time_gives_up_loops(engine, monkeypatch):
     """With a clock by which a tick takes 10 ms, 20 ms are two loops."""
     clock = types.SimpleNamespace(monotonic=itertools.count(0.0, 0.01).__next__)

@@ -3,6 +3,7 @@ import itertools
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from inference_models import FakeTokenizer
 
 from looplm_jax.errors import UserError
 from looplm_jax.inference._stopping import Finish, StopConditions, StopMatcher
@@ -12,7 +13,7 @@ texts = st.text(ALPHABET, max_size=30)
 stops = st.lists(st.text(ALPHABET, min_size=1, max_size=4), max_size=3)
 
 
-class ChunkTokenizer:
+class ChunkTokenizer(FakeTokenizer):
     """Token n is the n-th chunk of bytes; higher ids are special and omitted from the text."""
 
     def __init__(self, chunks):

@@ -2,13 +2,14 @@ import pytest
 from byte_level import smollm2_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from inference_models import FakeTokenizer
 
 from looplm_jax.convert._sentencepiece_json import sentencepiece_json
 from looplm_jax.data.tokenizers import JsonTokenizer, train_sentencepiece
 from looplm_jax.inference._stopping import TextStream
 
 
-class ByteTokenizer:
+class ByteTokenizer(FakeTokenizer):
     """One token per byte; token 256 is special and omitted from the text."""
 
     def decode(self, ids):

@@ -49,7 +49,7 @@ def _layer(layer, h, config, positions, mask):
 
 
 def _norm(x, norm, config):
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + config.norm_eps) * norm["scale"]
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + config.norm_eps) * norm["scale"][None, None]
 
 
 def _attention(params, x, config, positions, mask):
@@ -66,7 +66,7 @@ def _rope(x, positions, config):
     """Computes `x cos + rotate_half(x) sin`, with the angles repeated, as in the PyTorch code."""
     half = config.head_width // 2
     inverse = config.rope_theta ** (-jnp.arange(0, config.head_width, 2, dtype=jnp.float32) / config.head_width)
-    angles = positions[..., None].astype(jnp.float32) * jnp.concatenate([inverse, inverse])
+    angles = positions[..., None].astype(jnp.float32) * jnp.concatenate([inverse, inverse])[None, None, None]
     rotated = jnp.concatenate([-x[..., half:], x[..., :half]], axis=-1)
     return x * jnp.cos(angles) + rotated * jnp.sin(angles)
 
@@ -74,4 +74,4 @@ def _rope(x, positions, config):
 def _mask(positions, segment_ids):
     """A token attends to its own document up to itself; columns of the row, not positions, define the order."""
     place = jnp.arange(positions.shape[1])
-    return (place[:, None] >= place[None, :]) & (segment_ids[:, :, None] == segment_ids[:, None, :])
+    return (place[:, None] >= place[None, :])[None] & (segment_ids[:, :, None] == segment_ids[:, None, :])

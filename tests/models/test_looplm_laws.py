@@ -62,7 +62,7 @@ def test_gradients_equal_those_of_the_reference():
         def score(params):
             hidden, gates = forward(params)
             weights = jnp.arange(1.0, 17.0)  # RMSNorm fixes the norm of a state, so a plain sum of squares is constant
-            return jnp.sum(hidden * weights) / 100 + jnp.sum(gates**2)
+            return jnp.sum(hidden * weights[None, None, None]) / 100 + jnp.sum(gates**2)
 
         return jax.jit(jax.grad(score))(params)
 

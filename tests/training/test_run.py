@@ -31,7 +31,7 @@ from looplm_jax.training import _batches as batches
 from looplm_jax.training import _compile as program
 from looplm_jax.training import _setup as setup
 from looplm_jax.training import run
-from looplm_jax.training._metrics import read_metrics
+from looplm_jax.training._metrics import Reporter, read_metrics
 from looplm_jax.training._run_folder import read_recipe
 from looplm_jax.training._state import abstract_state
 
@@ -336,6 +336,30 @@ def test_a_damaged_line_of_metrics_does_not_keep_a_run_from_resuming(line, finis
     assert f"warning: {copy / 'metrics.jsonl'}:{4 + line.count(10)}: not a line of metrics; left out" in said
     assert [row for row in metrics(copy) if "stage" in row or row["kind"] != "train"] == metrics(finished)
     assert "report.md" in write_run_report(copy, RECIPE)
+
+
+def test_steps_make_only_explicit_transfers(tmp_path, monkeypatch):
+    """From the report of the first step to that of the last but one: reads batches, runs steps, and logs them."""
+    stage, add, guarded = dataclasses.replace(STAGE, min_loops=0), Reporter.add, []
+
+    def add_and_guard(reporter, step, loops, metrics):
+        add(reporter, step, loops, metrics)
+        guarded.append(step < stage.steps)
+        jax.config.update("jax_transfer_guard", "disallow" if guarded[-1] else "allow")
+
+    monkeypatch.setattr(Reporter, "add", add_and_guard)
+    recipe = one_stage(
+        stage,
+        mesh=MeshConfig(data=2),
+        evaluation=dataclasses.replace(RECIPE.evaluation, every=0),
+        checkpoint=dataclasses.replace(RECIPE.checkpoint, every=stage.steps),
+    )
+    try:
+        outcome, _ = train(tmp_path, recipe)
+    finally:
+        jax.config.update("jax_transfer_guard", None)
+    assert outcome.step == len(guarded) == stage.steps
+    assert guarded.count(True) == stage.steps - 1
 
 
 def test_settings_without_effect_are_said(tmp_path, monkeypatch):

@@ -195,7 +195,7 @@ def test_the_last_loss_is_that_after_the_last_loop_and_leaves_the_gate_alone():
     def all_heads_with_the_weight_on_the_last(params):
         hidden = model.apply({"params": params}, given["tokens"], loops=LOOPS, **packed).hidden
         losses = token_losses(hidden, head_matrix(params, model.config), given["targets"])
-        weights = np.array([0.0] * (LOOPS - 1) + [1.0], np.float32)[:, None, None] * given["loss_mask"]
+        weights = np.array([0.0] * (LOOPS - 1) + [1.0], np.float32)[:, None, None] * given["loss_mask"][None]
         return jnp.sum(losses * weights) / jnp.sum(given["loss_mask"], dtype=jnp.float32)
 
     loss, gradients = jax.jit(jax.value_and_grad(all_heads_with_the_weight_on_the_last))(state.params)

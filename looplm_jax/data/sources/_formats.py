@@ -4,7 +4,7 @@ import codecs
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from looplm_jax.config import OnBadRecord, RecordKind, SourceConfig
 from looplm_jax.data._documents import Document, Message
@@ -62,6 +62,7 @@ class FoundDocument:
     document: Document
 
 
+@runtime_checkable
 class Format(Protocol):
     """A way to store documents in a file."""
 

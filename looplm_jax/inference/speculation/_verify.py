@@ -78,7 +78,7 @@ def accept(
     corrected = jax.vmap(jax.random.categorical)(correction_keys[rows, rejected], jnp.log(weights))
 
     # The correction replaces the first rejected draft.
-    tokens = jnp.where(jnp.arange(size) == accepted[:, None], corrected[:, None].astype(jnp.int32), drafts)
+    tokens = jnp.where(jnp.arange(size)[None] == accepted[:, None], corrected[:, None].astype(jnp.int32), drafts)
     return Acceptance(tokens=tokens, counts=jnp.minimum(accepted + 1, size), accepted=accepted)
 
 
@@ -103,7 +103,7 @@ class SpeculativeRows:
     def extend(self, cache: Cache, tokens: Int[Array, "N S"], counts: Int[Array, "N"]) -> "SpeculativeRows":
         """Returns the rows with `counts[n]` of `tokens[n]` appended. `cache` has read all of them except the last."""
         rows = jnp.arange(counts.size)
-        new = jnp.arange(tokens.shape[1]) < counts[:, None]
+        new = jnp.arange(tokens.shape[1])[None] < counts[:, None]
         seen = self.seen_tokens
         if seen is not None:
             # Padding is written to the index V, which is out of bounds, and dropped.
@@ -292,7 +292,7 @@ def _write(cache: Cache, stacked: KeyValues | None, own: KeyValues | None, plane
         plane = jnp.arange(planes.start, planes.stop)[:, None, None]
         row = jnp.arange(cache.rows)[:, None]
         # [N, S]: after the tokens of each row.
-        position = cache.lengths[:, None] + jnp.arange(new.shape[3])
+        position = cache.lengths[:, None] + jnp.arange(new.shape[3])[None]
         stored = store_heads(jnp.swapaxes(new, 0, 1), whole.shape).astype(whole.dtype)
         return at_positions(whole, slice(None), plane, row, position).set(stored, mode="drop")
 
@@ -307,7 +307,7 @@ def _accept(rows: SpeculativeRows, drafted: Draft, logits: Float[Array, "N k V"]
     # Both distributions are filtered alike (temperature, top-k and so on): the test compares what would be sampled.
     sampling = jax.tree.map(lambda number: number[:, None], rows.sampling)
     # [N, k]: the number of each new token, as in ordinary sampling.
-    numbers = rows.num_generated[:, None] + jnp.arange(logits.shape[1])
+    numbers = rows.num_generated[:, None] + jnp.arange(logits.shape[1])[None]
 
     def key(table: SamplingTable, number: Int[Array, ""]) -> Array:
         return jax.random.fold_in(token_key(table, number), 1)  # the token's own key drew the draft
