@@ -31,7 +31,7 @@ from jaxtyping import install_import_hook
 # Checks arguments and results of every function against the types and shapes in its signature.
 CHECKED = (
     *("models", "halting", "losses", "sharding", "training", "evaluation"),
-    *("checkpoints", "distributed", "inference"),
+    *("checkpoints", "distributed"),
 )
 install_import_hook([f"looplm_jax.{package}" for package in CHECKED], "shape_checks.checked")
 
@@ -60,7 +60,7 @@ def small_windows(request):
 
 
 # In these folders, arrays of different ranks are not promoted: neither by the library nor by the tests.
-STRICT_RANKS = ("checkpoints", "distributed", "halting", "inference", "losses", "models", "training")
+STRICT_RANKS = ("checkpoints", "distributed", "halting", "losses", "models", "training")
 
 
 @pytest.fixture(scope="module", autouse=True)

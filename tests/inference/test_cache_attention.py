@@ -131,7 +131,7 @@ def test_heads_stored_in_lanes_are_attended_to_as_heads(heads, kv_heads, width):
     queries, own = normal(ROWS, 1, heads, width), KeyValues(keys=normal(*own), values=normal(*own))
     cached = (LAYERS, PLANES, PAGES, PAGE_SIZE, kv_heads, width)
     stacked = KeyValues(keys=normal(*cached), values=normal(*cached))
-    stored = jax.tree.map(lambda x: store_heads(x, in_lanes(kv_heads, width)), stacked)
+    stored = jax.tree.map(lambda x: store_heads(jnp.asarray(x), in_lanes(kv_heads, width)), stacked)
     assert stored.keys.shape[4:] == {64: (1, 128), 96: (3, 128), 128: (1, 128)}[width]
     expected = gathered(queries, own, view(stacked), np.int32(1))
     for program in (by_kernel, row_by_row, gathered):
