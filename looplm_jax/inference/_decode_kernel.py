@@ -41,7 +41,7 @@ def decode_attention(
     stacked: KeyValues,
     layer: int | Int[Array, ""],
     planes: Int[Array, "N"],
-    table: Int[Array, "N W"],
+    table: Int[Array, "N pages"],
     lengths: Int[Array, "N"],
 ) -> Float[Array, "N H Dh"]:
     """Returns softmax attention of one token per slot to its row and to itself, with scores scaled by `Dh ** -0.5`.
@@ -80,7 +80,7 @@ def _on_one_device(
     values: Float[Array, "L P M c R W"],
     layer: Int[Array, ""],
     planes: Int[Array, "N"],
-    table: Int[Array, "N W"],
+    table: Int[Array, "N pages"],
     lengths: Int[Array, "N"],
 ) -> Float[Array, "N H Dh"]:
     depth, all_pages, page_size, rows, width = keys.shape[1:]
