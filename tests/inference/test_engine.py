@@ -278,7 +278,7 @@ def test_what_is_unfinished_when_serving_ends_is_cancelled(engine, alone):
     assert_same(finish(engine, [engine.submit(REQUESTS[0])])[0], alone[0])
 
 
-@pytest.mark.parametrize("count", [100, pytest.param(4000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [100, pytest.param(2000, marks=pytest.mark.slow)])
 def test_nothing_grows_with_the_number_of_requests(count):
     small = make_engine(queue=50)
     few = Request(prompt_ids=(3,), max_new_tokens=2, policy=FixedLoops(loops=1))
