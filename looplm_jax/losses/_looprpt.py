@@ -32,6 +32,7 @@ from looplm_jax.halting._distribution import (
     log_exit_probability,
     q_exit,
 )
+from looplm_jax.losses._masking import mean_weights
 from looplm_jax.losses._policy_gradient import k3, standardize
 
 _STD_EPS = 1e-8
@@ -124,7 +125,7 @@ def looprpt(
     num_rollouts = noisy.exit_loops.shape[0]
 
     hard = hard_tokens(teacher.entropy, segment_ids, mask, hard_share)
-    weights = hard / jnp.maximum(jnp.sum(hard) if count is None else count.astype(hard.dtype), 1.0)
+    weights = mean_weights(hard, count, hard.shape)
 
     # What each loop is worth, without noise and in the rollouts.
     reference_loop = q_exit(exit_distribution(teacher.gate_logits), exit_threshold)
