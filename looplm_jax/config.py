@@ -152,12 +152,14 @@ class Objective(enum.Enum):
     """The objective that a stage minimizes.
 
     EXPECTED_LOSS: the expected loss over exits (Eq. 4). GATE: the adaptive loss of the gate (Eq. 5-6). LAST_LOSS: the
-    loss after the last loop only, as looped models without a gate are trained; the gate receives no gradient.
+    loss after the last loop only, as looped models without a gate are trained; the gate receives no gradient. LOOPRPT:
+    reinforcement learning on text (arXiv 2603.19714), which rewards exits by how well they predict the next token.
     """
 
     EXPECTED_LOSS = "expected_loss"
     GATE = "gate"
     LAST_LOSS = "last_loss"
+    LOOPRPT = "looprpt"
 
 
 class SolverKind(enum.Enum):
@@ -553,6 +555,47 @@ class PriorConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LoopRPTConfig:
+    """Reinforcement learning on the exits of given text: LoopRPT, arXiv 2603.19714.
+
+    The weights are those of the four terms of the loss in `losses.looprpt`.
+    """
+
+    # Rollouts.
+    rollouts: int = _field("noisy rollouts of a sequence, G; each multiplies the time of a step, not its memory", 8)
+    noise: float = _field("standard deviation of the noise on the state after every loop", 0.1)
+    # What is learned from.
+    hard_share: float = _field("fraction of the tokens of a document, those of the highest entropy, to learn from", 0.2)
+    # Rewards.
+    exit_threshold: float = _field(
+        "cumulative exit probability of the teacher's loop that loops are compared with", 0.5
+    )
+    penalty: float = _field("price of one more loop, nats", 0.02)
+    penalty_scale: float = _field("how much higher the price is for a token that the teacher is certain of", 0.5)
+    # Terms of the loss.
+    policy_weight: float = _field("weight of the policy gradient of exits", 1.0)
+    representation_weight: float = _field("weight of the cross-entropy of every loop, higher for better loops", 1.0)
+    entropy_weight: float = _field("weight of the entropy of the exit distribution", 0.01)
+    kl_weight: float = _field("weight of the divergence of the rollouts from the teacher", 1e-3)
+
+    teacher_decay: float = _field("decay of the teacher, an average of earlier students; 1: frozen", 0.995)
+
+    def __post_init__(self) -> None:
+        _check_kinds(self, "looprpt")
+        _require(
+            self.rollouts >= 2,
+            f"looprpt.rollouts must be at least 2, because rollouts are compared with each other, not {self.rollouts}",
+        )
+        _require(0 < self.hard_share <= 1, f"looprpt.hard_share must be in (0, 1], not {self.hard_share}")
+        for name in ("exit_threshold", "teacher_decay"):
+            _require(0 <= getattr(self, name) <= 1, f"looprpt.{name} must be in [0, 1], not {getattr(self, name)}")
+
+        weights = ("policy_weight", "representation_weight", "entropy_weight", "kl_weight")
+        for name in ("noise", "penalty", "penalty_scale", *weights):
+            _require(getattr(self, name) >= 0, f"looprpt.{name} must not be negative, not {getattr(self, name)}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
     """One stage of training: its objective, its steps, its batches and the parameters that it trains."""
 
@@ -580,6 +623,8 @@ class Stage:
     gate_target: GateTarget = _field("which gain trains the gate", GateTarget.AS_PRINTED)
     gain_slope: float = _field("k in Eq. 6", 50.0)
     gain_threshold: float = _field("gamma in Eq. 6, nats", 0.005)
+    # Reinforcement learning.
+    looprpt: LoopRPTConfig = dataclasses.field(default_factory=LoopRPTConfig)
 
     trainable: tuple[str, ...] = _field("parameter groups to train; empty: all, or the gate if it is the objective", ())
     # Learning rate.
@@ -630,6 +675,12 @@ class Stage:
 
         if self.objective is Objective.GATE:
             _require(self.loops >= 2, f"{where}: the gate has nothing to learn with one loop; set {where}.loops")
+        if self.objective is Objective.LOOPRPT:
+            _require(
+                self.loops >= 2 and self.min_loops != 1,
+                f"{where}: objective=looprpt compares loops with each other and needs at least 2; "
+                f"set {where}.loops or {where}.min_loops",
+            )
 
     @property
     def trained_groups(self) -> tuple[str, ...]:

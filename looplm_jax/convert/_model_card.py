@@ -171,6 +171,8 @@ def _stage_row(stage: Stage, steps: int) -> tuple[Any, ...]:
         )
     elif stage.objective is Objective.LAST_LOSS:
         objective = "loss after the last loop"
+    elif stage.objective is Objective.LOOPRPT:
+        objective = f"LoopRPT (arXiv 2603.19714), {stage.looprpt.rollouts} rollouts"
     else:
         objective = f"expected loss (Eq. 4), beta {stage.beta:g}, {stage.prior.kind.value} prior"
 

@@ -187,6 +187,9 @@ def hard_tokens(
     token is hard, and with a share of 1 all are.
     """
     counted = mask > 0
+    if share == 1.0:
+        return counted.astype(entropy.dtype)
+
     # Every token is compared with every other of its row. The comparison is fused into the sums.
     peers = counted[:, None, :] & (segment_ids[:, None, :] == segment_ids[:, :, None])  # [B, S, peers]
     below = peers & (entropy[:, None, :] < entropy[:, :, None])
@@ -204,7 +207,7 @@ def _rank_cuts(longest: int, share: float) -> np.ndarray:
     sizes = np.arange(longest + 1)
     # The offset corrects products that are a whole number but for rounding.
     cuts = np.floor((1.0 - share) * (sizes - 1) + 1e-4).astype(np.int32)
-    return np.where((sizes <= 1) | (share == 1.0), -1, cuts).astype(np.int32)
+    return np.where(sizes <= 1, -1, cuts).astype(np.int32)
 
 
 # Rewards

@@ -112,6 +112,8 @@ class LoopLM(nn.Module):
         loops: int | None = None,
         positions: Int[Array, "B S"] | None = None,
         segment_ids: Int[Array, "B S"] | None = None,
+        state_noise: float = 0.0,
+        token_numbers: Int[Array, "B S"] | None = None,
     ) -> LoopLMOutput:
         """Returns states and gate logits after each loop.
 
@@ -121,8 +123,20 @@ class LoopLM(nn.Module):
           positions: the position of each token in its document; by default its position in the sequence.
           segment_ids: the document of each token. Tokens see only their own document. By default a sequence is one
             document.
+          state_noise: the standard deviation of Gaussian noise that is added to the state after every loop. It needs
+            the random key `noise`, in `rngs`.
+          token_numbers: a number for each token, from which and the key its noise follows. By default tokens are
+            counted, row by row. With those of a whole batch, its parts have the noise that they have in the batch.
         """
-        output, _ = self.prefill(tokens, loops=loops, positions=positions, segment_ids=segment_ids, return_cache=False)
+        output, _ = self.prefill(
+            tokens,
+            loops=loops,
+            positions=positions,
+            segment_ids=segment_ids,
+            return_cache=False,
+            state_noise=state_noise,
+            token_numbers=token_numbers,
+        )
         return output
 
     def prefill(
@@ -133,6 +147,8 @@ class LoopLM(nn.Module):
         positions: Int[Array, "B S"] | None = None,
         segment_ids: Int[Array, "B S"] | None = None,
         return_cache: bool = True,
+        state_noise: float = 0.0,
+        token_numbers: Int[Array, "B S"] | None = None,
     ) -> tuple[LoopLMOutput, ModelCache | None]:
         """Returns the output of the forward pass, and the keys and values of all layers and loops if `return_cache`.
 
@@ -145,6 +161,9 @@ class LoopLM(nn.Module):
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
+        numbers = token_numbers
+        if numbers is None:
+            numbers = jnp.arange(tokens.size, dtype=jnp.int32).reshape(tokens.shape)
 
         # One kernel for all layers and loops: their shapes are the same.
         kernel = choose_kernel(
@@ -158,7 +177,13 @@ class LoopLM(nn.Module):
         embedded, prelude_cache = self.embed(tokens, context, return_cache=return_cache)
 
         def loop(model: LoopLM, state: Array, _: None) -> tuple[Array, PyTree]:
-            output, core_cache, coda_cache = model.loop_step(state, embedded, context, return_cache=return_cache)
+            noise = None
+            if state_noise:
+                draws = _token_normals(model.make_rng("noise"), numbers, state.shape[-1])
+                noise = (state_noise * draws).astype(state.dtype)
+            output, core_cache, coda_cache = model.loop_step(
+                state, embedded, context, return_cache=return_cache, noise=noise
+            )
             return output.state, (output.hidden, output.gate_logits, core_cache, coda_cache)
 
         # Inside a scan, XLA cannot merge the recomputation with the original, so it needs no barrier (`prevent_cse`).
@@ -170,7 +195,7 @@ class LoopLM(nn.Module):
         scan = nn.scan(
             loop,
             variable_broadcast=shared,
-            split_rngs={"params": False},
+            split_rngs={"params": False, "noise": True},  # every loop has noise of its own
             length=loops,
             # Flax traces the loop twice to check that its parameters are the same in all loops. Only parameters that
             # are created inside it can violate this, so the check is for initialization only.
@@ -221,6 +246,7 @@ class LoopLM(nn.Module):
         core_past: Past | None = None,
         coda_past: Past | None = None,
         return_cache: bool = False,
+        noise: Float[Array, "B S D"] | None = None,
     ) -> tuple[LoopOutput, KeyValues | None, KeyValues | None]:
         """Runs one loop of the shared stack.
 
@@ -233,9 +259,13 @@ class LoopLM(nn.Module):
           core_past: earlier tokens in the layers of the core, or None.
           coda_past: earlier tokens in the layers of the coda, or None.
           return_cache: whether to return keys and values.
+          noise: added to the state after the loop, or None.
         """
         state, core_cache = self.core(self._inject(state, embedded), context, core_past, return_cache)
         state = self.norm(state)
+        # Before the gate, the head and the next loop, all of which read the noisy state.
+        if noise is not None:
+            state = state + noise
 
         # The coda reads the state; the next loop starts from the state before the coda.
         hidden, coda_cache = state, None
@@ -279,6 +309,18 @@ def compute_dtype(compute: ComputeConfig) -> jnp.dtype:
     if compute.dtype is Dtype.AUTO:
         return jnp.dtype(jnp.float32 if target_platform() == "cpu" else jnp.bfloat16)
     return jnp.dtype(compute.dtype.value)
+
+
+def _token_normals(key: PRNGKeyArray, token_numbers: Int[Array, "B S"], width: int) -> Float[Array, "B S D"]:
+    """Returns normal draws in float32 that depend only on the key and the number of each token.
+
+    They are therefore the same on any mesh and for any number of microbatches.
+    """
+
+    def of_token(number: Int[Array, ""]) -> Float[Array, "D"]:
+        return jax.random.normal(jax.random.fold_in(key, number), (width,), jnp.float32)
+
+    return jax.vmap(jax.vmap(of_token))(token_numbers)
 
 
 def gather_stacks(model: LoopLM, params: Params) -> Params:

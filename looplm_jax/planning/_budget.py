@@ -29,7 +29,7 @@ class Memory:
     """The memory of one device during a step, in bytes.
 
     Attributes:
-      parameters: the parameters.
+      parameters: the parameters, and those of the teacher in LoopRPT.
       optimizer: the optimizer state.
       activations: temporaries of the program at their peak.
       other: the batch, the guard, the program itself, and padding of arrays to tiles.
@@ -52,7 +52,7 @@ class Memory:
 
 def state_memory(state: TrainState, capacity: int | None) -> Memory:
     """Returns the memory of the state alone, before anything is compiled."""
-    parameters, optimizer = shard_bytes(state.params), shard_bytes(state.optimizer)
+    parameters, optimizer = shard_bytes((state.params, state.teacher)), shard_bytes(state.optimizer)
     other = shard_bytes(state) - parameters - optimizer
     return Memory(parameters=parameters, optimizer=optimizer, activations=0, other=other, capacity=capacity)
 
@@ -148,7 +148,11 @@ def step_flops(model: ModelConfig, stage: Stage) -> float:
     """Returns the model FLOPs of one step over all devices, by formula and without recomputation."""
     tokens = stage.batch_size * stage.sequence_length
     per_token = train_flops_per_token(
-        model, loops=stage.loops, sequence_length=stage.sequence_length, objective=stage.objective
+        model,
+        loops=stage.loops,
+        sequence_length=stage.sequence_length,
+        objective=stage.objective,
+        rollouts=stage.looprpt.rollouts,
     )
     return float(per_token * tokens)
 
@@ -156,16 +160,26 @@ def step_flops(model: ModelConfig, stage: Stage) -> float:
 def recomputed_flops(model: ModelConfig, stage: Stage, remat: Remat) -> float:
     """Returns the FLOPs of one step that the backward pass recomputes.
 
-    These are a forward pass without its heads and without the results that are saved.
+    These are a forward pass without its heads and without the results that are saved. LoopRPT recomputes it for every
+    rollout too, and before that the whole rollout.
     """
-    if remat in (Remat.NONE, Remat.DOTS) or stage.objective is Objective.GATE:
+    if stage.objective is Objective.GATE:
         return 0.0
 
     forward = forward_flops_per_token(model, loops=stage.loops, sequence_length=stage.sequence_length)
     heads = stage.loops * 2 * model.width * model.vocab_size
     layers = model.prelude_layers + stage.loops * (model.num_layers + model.coda_layers)
-    saved = layers * _saved_flops(model, stage.sequence_length, remat)
-    return float((forward - heads - saved) * stage.batch_size * stage.sequence_length)
+
+    # Of one pass: nothing, or what is not saved.
+    within = 0
+    if remat not in (Remat.NONE, Remat.DOTS):
+        within = forward - heads - layers * _saved_flops(model, stage.sequence_length, remat)
+
+    per_token = within
+    if stage.objective is Objective.LOOPRPT:
+        # The pass without noise and all rollouts recompute logits: the weights of their losses depend on them.
+        per_token = (1 + stage.looprpt.rollouts) * (within + heads) + stage.looprpt.rollouts * (forward - heads)
+    return float(per_token * stage.batch_size * stage.sequence_length)
 
 
 def _saved_flops(model: ModelConfig, sequence_length: int, remat: Remat) -> int:

@@ -144,19 +144,26 @@ def forward_flops_per_token(config: ModelConfig, *, loops: int, sequence_length:
 
 
 def train_flops_per_token(
-    config: ModelConfig, *, loops: int, sequence_length: int, objective: Objective = Objective.EXPECTED_LOSS
+    config: ModelConfig,
+    *,
+    loops: int,
+    sequence_length: int,
+    objective: Objective = Objective.EXPECTED_LOSS,
+    rollouts: int = 0,
 ) -> int:
     """Returns the operations of one token's train step.
 
     The backward pass costs twice the forward pass, or nothing if only the gate is trained. `last_loss` evaluates the
-    head only after the last loop. Recomputation under rematerialization is not counted: these are operations of the
-    model, not of the hardware.
+    head only after the last loop. `looprpt` adds a forward pass of the teacher, and a forward and a backward pass of
+    every rollout. Recomputation under rematerialization is not counted: these are operations of the model, not of the
+    hardware.
 
     Args:
       config: the model.
       loops: the number of loops.
       sequence_length: the number of positions of a sequence.
       objective: the objective of the stage.
+      rollouts: the number of rollouts, G, of `looprpt`.
     """
     forward = forward_flops_per_token(config, loops=loops, sequence_length=sequence_length)
     if objective is Objective.GATE:
@@ -164,6 +171,8 @@ def train_flops_per_token(
     # Earlier loops have no head.
     if objective is Objective.LAST_LOSS:
         forward -= (loops - 1) * 2 * config.width * config.vocab_size
+    if objective is Objective.LOOPRPT:
+        return (1 + 3 + 3 * rollouts) * forward
     # One forward pass, and two products of its size for each matrix: the gradients of inputs and of weights.
     return 3 * forward
 

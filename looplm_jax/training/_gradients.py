@@ -9,26 +9,52 @@ from collections.abc import Callable
 from typing import Any, TypeAlias, cast
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, PyTree, UInt32
 
 from looplm_jax.config import ComputeConfig, Gather, Reduce
-from looplm_jax.data._packing import Batch
-from looplm_jax.losses import Stage1Metrics
+from looplm_jax.losses import LoopRPTMetrics, Stage1Metrics
 from looplm_jax.models._looplm import LoopLM, Params, copy_dtypes, gather_stacks, parameter_axes
 from looplm_jax.sharding import all_gather, all_reduce, on_each_device, reduce_scatter, token_axes
 
-Variables: TypeAlias = dict[str, Params]
-# Sums over some tokens, divided by the number of unmasked tokens of the batch.
-Sums: TypeAlias = tuple[Float[Array, ""], Stage1Metrics]
 
-# A function of variables, a microbatch `[B, S]` and the number of unmasked tokens of the whole batch.
-LossOf: TypeAlias = Callable[[Variables, Batch[Array], Float[Array, ""]], Sums]
+@flax.struct.dataclass
+class ObjectiveMetrics:
+    """The metrics of an objective: losses per loop and statistics of exits, and those that only LoopRPT has."""
+
+    exits: Stage1Metrics
+    looprpt: LoopRPTMetrics | None = None
+
+
+@flax.struct.dataclass
+class Totals:
+    """Values of a whole batch that the loss of each of its microbatches needs.
+
+    Attributes:
+      count: the number of tokens that are learned, by which the sum of their losses is divided.
+      tokens: the number of unmasked tokens. LoopRPT learns only some of them.
+      key: the raw random key of the step, or None if nothing is drawn.
+    """
+
+    count: Float[Array, ""]
+    tokens: Float[Array, ""]
+    key: UInt32[Array, "2"] | None = None
+
+
+Variables: TypeAlias = dict[str, Params]
+# A batch, or a tree of such arrays of tokens: `[A, ..., B, S]`, or without A for a microbatch.
+Examples: TypeAlias = PyTree
+# Sums over some tokens, divided by the counts of the batch.
+Sums: TypeAlias = tuple[Float[Array, ""], ObjectiveMetrics]
+
+# A function of variables, a microbatch and the totals of the batch.
+LossOf: TypeAlias = Callable[[Variables, Examples, Totals], Sums]
 
 
 def loss_and_gradients(
-    loss_of: LossOf, model: LoopLM, moving: Params, frozen: Params, batch: Batch[Array]
+    loss_of: LossOf, model: LoopLM, moving: Params, frozen: Params, batch: Examples, totals: Totals
 ) -> tuple[Sums, Params]:
     """Returns the loss, metrics and gradients of a batch.
 
@@ -38,17 +64,16 @@ def loss_and_gradients(
       moving: the parameters to differentiate, by top-level group.
       frozen: the other parameters.
       batch: the batch.
+      totals: the totals of the batch.
 
     Returns:
-      Loss and metrics as means over unmasked tokens, and the gradients of `moving`.
+      Loss and metrics as means, and the gradients of `moving`.
     """
-    count = jnp.sum(batch.loss_mask, dtype=jnp.float32)
-
     match when_reduced(model.compute):
         case Reduce.LOOP:
-            return _reduced_by_the_compiler(loss_of, model, moving, frozen, batch, count)
+            return _reduced_by_the_compiler(loss_of, model, moving, frozen, batch, totals)
         case when:
-            return _reduced_once(loss_of, model, when, moving, frozen, batch, count)
+            return _reduced_once(loss_of, model, when, moving, frozen, batch, totals)
 
 
 def when_reduced(compute: ComputeConfig) -> Reduce:
@@ -65,14 +90,14 @@ def when_reduced(compute: ComputeConfig) -> Reduce:
 
 
 def _reduced_by_the_compiler(
-    loss_of: LossOf, model: LoopLM, moving: Params, frozen: Params, batch: Batch[Array], count: Float[Array, ""]
+    loss_of: LossOf, model: LoopLM, moving: Params, frozen: Params, batch: Examples, totals: Totals
 ) -> tuple[Sums, Params]:
     """Computes gradients with global arrays; the compiler inserts the reductions."""
     copies = gather_stacks(model, {**frozen, **moving}) if model.compute.gather is Gather.PER_STEP else {}
 
-    def of_microbatch(microbatch: Batch[Array]) -> tuple[Sums, Params]:
+    def of_microbatch(microbatch: Examples) -> tuple[Sums, Params]:
         def loss(moving: Params) -> Sums:
-            return loss_of({"params": {**frozen, **moving}, "gathered": copies}, microbatch, count)
+            return loss_of({"params": {**frozen, **moving}, "gathered": copies}, microbatch, totals)
 
         return jax.value_and_grad(loss, has_aux=True)(moving)
 
@@ -85,8 +110,8 @@ def _reduced_once(
     when: Reduce,
     moving: Params,
     frozen: Params,
-    batch: Batch[Array],
-    count: Float[Array, ""],
+    batch: Examples,
+    totals: Totals,
 ) -> tuple[Sums, Params]:
     """Computes gradients in a local region: each device accumulates its own, and one reduction sums them.
 
@@ -95,26 +120,26 @@ def _reduced_once(
     """
     axes, dtypes = parameter_axes(model.config), copy_dtypes(model)
     moving_axes = {name: axes[name] for name in moving}
-    batch_axes = jax.tree.map(lambda _: (None, "batch", "sequence"), batch)
+    batch_axes = jax.tree.map(lambda leaf: (*[None] * (leaf.ndim - 2), "batch", "sequence"), batch)
 
     # Gradients of a single microbatch have the dtype of the products; sums over microbatches need float32.
     sums_in = jax.tree.map(lambda own: own if when is Reduce.MICROBATCH else jnp.dtype(jnp.float32), dtypes)
 
-    def on_device(params: Params, batch: Batch[Array], count: Array) -> tuple[Sums, Params]:
+    def on_device(params: Params, batch: Examples, totals: Totals) -> tuple[Sums, Params]:
         copies = jax.tree.map(lambda shard, dtype, names: all_gather(shard.astype(dtype), names), params, dtypes, axes)
 
-        def reduced(batch: Batch[Array]) -> tuple[Sums, Params]:
+        def reduced(batch: Examples) -> tuple[Sums, Params]:
             # The barrier makes the zeros depend on the batch. Otherwise they would be one more array of the size of the
             # parameters that is shared by all microbatches and copied.
-            zero, _ = jax.lax.optimization_barrier((jnp.zeros(()), batch.tokens))
+            zero, _ = jax.lax.optimization_barrier((jnp.zeros(()), jax.tree.leaves(batch)[0]))
             zeros = jax.tree.map(functools.partial(_filled, zero), copies, sums_in, axes)
 
             # The pullback adds to these references in place, so there is one array per parameter for all microbatches.
             accumulators = jax.tree.map(jax.new_ref, {name: zeros[name] for name in moving})
 
-            def of_microbatch(microbatch: Batch[Array]) -> Sums:
+            def of_microbatch(microbatch: Examples) -> Sums:
                 def loss(moving: Params) -> Sums:
-                    return loss_of({"params": {**zeros, **moving}, "gathered": copies}, microbatch, count)
+                    return loss_of({"params": {**zeros, **moving}, "gathered": copies}, microbatch, totals)
 
                 value, pull_back, metrics = jax.vjp(loss, {name: zeros[name] for name in moving}, has_aux=True)
                 cast(Any, pull_back).with_refs(accumulators)(jnp.ones_like(value))
@@ -133,7 +158,7 @@ def _reduced_once(
 
         return all_reduce(sums), gradients
 
-    return on_each_device(on_device, (axes, batch_axes, ()), moving_axes)({**frozen, **moving}, batch, count)
+    return on_each_device(on_device, (axes, batch_axes, ()), moving_axes)({**frozen, **moving}, batch, totals)
 
 
 def _filled(value: Float[Array, ""], like: Array, dtype: jnp.dtype, axes: PyTree) -> Array:
@@ -141,15 +166,22 @@ def _filled(value: Float[Array, ""], like: Array, dtype: jnp.dtype, axes: PyTree
     return nn.with_logical_constraint(jnp.broadcast_to(value.astype(dtype), like.shape), axes)
 
 
-def _sum_over_microbatches(function: Callable[[Batch[Array]], PyTree], batch: Batch[Array]) -> PyTree:
+def _sum_over_microbatches(function: Callable[[Examples], PyTree], batch: Examples) -> PyTree:
     """Returns the sum of `function` over the microbatches of a batch."""
     first = jax.tree.map(lambda x: x[0], batch)
     # A single microbatch needs neither sums nor a scan.
-    if batch.tokens.shape[0] == 1:
+    if jax.tree.leaves(batch)[0].shape[0] == 1:
         return function(first)
 
-    def add(total: PyTree, microbatch: Batch[Array]) -> tuple[PyTree, None]:
+    def add(total: PyTree, microbatch: Examples) -> tuple[PyTree, None]:
         return jax.tree.map(jnp.add, total, function(microbatch)), None
 
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function, first))
     return jax.lax.scan(add, zeros, batch)[0]
+
+
+def for_each_microbatch(function: Callable[[Examples], PyTree], batch: Examples) -> PyTree:
+    """Returns the results of `function` for the microbatches of a batch, along a new leading axis."""
+    if jax.tree.leaves(batch)[0].shape[0] == 1:
+        return jax.tree.map(lambda x: x[None], function(jax.tree.map(lambda x: x[0], batch)))
+    return jax.lax.map(function, batch)

@@ -8,7 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 import jax
 import numpy as np
@@ -19,6 +19,7 @@ from looplm_jax.config import Recipe, Stage
 from looplm_jax.distributed import ProcessGroup
 from looplm_jax.errors import UserError
 from looplm_jax.files import AnyPath, check_regular, report_failed_reads
+from looplm_jax.losses import LoopRPTMetrics
 from looplm_jax.training._goodput import (
     ActivityTimer,
     memory_use,
@@ -29,6 +30,8 @@ from looplm_jax.training._goodput import (
 from looplm_jax.training._loggers import EventSink, open_append_only, open_events
 from looplm_jax.training._progress import TrainingProgress
 from looplm_jax.training._step import StepMetrics, is_logged
+
+M = TypeVar("M")
 
 TRAIN, EVALUATION = "train", "evaluation"  # kinds of lines
 
@@ -219,10 +222,13 @@ def as_values(metrics: StepMetrics) -> dict[str, Any]:
     # One transfer for all arrays.
     host = jax.device_get(metrics)
     tokens = int(host.tokens)
+    learned = tokens if host.looprpt is None else int(host.looprpt.hard_tokens)
     loss, exits = host.loss, host.exits
     # A mean over zero tokens is undefined.
+    if learned == 0:
+        loss = _undefined(loss)
     if tokens == 0:
-        loss, exits = jax.tree.map(lambda mean: np.full_like(mean, math.nan), (loss, exits))
+        exits = _undefined(exits)
 
     return {
         "loss": float(loss),
@@ -235,7 +241,29 @@ def as_values(metrics: StepMetrics) -> dict[str, Any]:
         "learning_rate": float(host.learning_rate),
         "tokens": tokens,
         "skipped": int(host.skipped),
+        **({} if host.looprpt is None else _looprpt_values(host.looprpt, tokens)),
     }
+
+
+def _looprpt_values(metrics: LoopRPTMetrics, tokens: int) -> dict[str, float]:
+    """Returns the metrics of LoopRPT as plain numbers. Means over zero hard tokens are NaN."""
+    hard = float(metrics.hard_tokens)
+    means = metrics if hard else _undefined(metrics)
+    return {
+        "reward": float(means.reward),
+        "rollout_exit_loop": float(means.exit_loop),
+        "reference_loop": float(means.reference_loop),
+        "hard_share": hard / tokens if tokens else math.nan,
+        "policy_loss": float(means.policy_loss),
+        "representation_loss": float(means.representation_loss),
+        "rollout_kl": float(means.kl),
+        "hard_exit_entropy": float(means.exit_entropy),
+    }
+
+
+def _undefined(means: M) -> M:
+    """Returns NaN in place of every number."""
+    return jax.tree.map(lambda mean: np.full_like(mean, math.nan), means)
 
 
 def _line(row: Mapping[str, Any]) -> str:
@@ -330,6 +358,7 @@ class Reporter:
             loops=loops,
             sequence_length=self._stage.sequence_length,
             objective=self._stage.objective,
+            rollouts=self._stage.looprpt.rollouts,
         )
 
     def _check_patience(self, skipped_in_a_row: int, step: int) -> None:

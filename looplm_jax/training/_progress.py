@@ -109,8 +109,10 @@ class TrainingProgress(ProgressBar):
 
     def update(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
         """Shows the latest metrics. `step` counts from the start of the run."""
+        # LoopRPT also has a reward, and learns from a share of the tokens.
+        reward = f"reward {values['reward']:.3f}  hard {values['hard_share']:.0%}  " if "reward" in values else ""
         status = (
-            f"loss {values['loss']:.3f}  exits at {values['mean_exit_loop']:.2f} loops  "
+            f"loss {values['loss']:.3f}  {reward}exits at {values['mean_exit_loop']:.2f} loops  "
             f"{values['tokens_per_second']:,.0f} tokens/s"
         )
         self._bar.update(self._task, completed=step, description=with_escapes(stage), status=status)

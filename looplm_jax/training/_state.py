@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, UInt32
 
-from looplm_jax.config import ModelConfig, Recipe, Stage
+from looplm_jax.config import ModelConfig, Objective, Recipe, Stage
 from looplm_jax.errors import UserError, suggest
 from looplm_jax.models._looplm import LoopLM, Params, boxed_params, boxed_shapes
 from looplm_jax.random_keys import from_raw, seeded_key
@@ -33,6 +33,8 @@ class TrainState:
       optimizer: the optimizer state of the trainable parameters of the stage.
       guard: the state of the guard.
       key: the raw random key for random choices during training, such as a random number of loops.
+      teacher: the average of earlier parameters in LoopRPT, in float32, or None. Only those that the stage trains,
+        because the others are the same.
     """
 
     step: Int[Array, ""]
@@ -40,6 +42,7 @@ class TrainState:
     optimizer: optax.OptState
     guard: GuardState
     key: UInt32[Array, "2"]
+    teacher: Params | None = None
 
 
 def split_params(params: Params, trainable: Sequence[str]) -> tuple[Params, Params]:
@@ -73,7 +76,13 @@ def _around(params: Params, recipe: Recipe, stage: Stage) -> TrainState:
         guard=initial_guard(recipe.guard),
         # Key 0 initializes the parameters (see `initial_state`); key 1 is for random choices during training.
         key=jax.random.key_data(jax.random.fold_in(seeded_key(recipe.seed), 1)),
+        teacher=_first_teacher(moving) if stage.objective is Objective.LOOPRPT else None,
     )
+
+
+def _first_teacher(moving: Params) -> Params:
+    """Returns the teacher at the start of a stage: a copy of the parameters, because a step donates both."""
+    return jax.tree.map(lambda x: jnp.copy(x).astype(jnp.float32), moving)
 
 
 # The first state
@@ -133,16 +142,22 @@ def enter_stage(state: TrainState, recipe: Recipe, model: LoopLM, index: int, me
     """Returns the final state of stage `index - 1` as the first state of stage `index`, in the shardings of its mesh.
 
     The optimizer state is kept if both stages train the same parameters, and reset otherwise. The guard clears its
-    losses, because another objective has other losses.
+    losses, because another objective has other losses. A teacher starts as the parameters.
     """
     before, stage = recipe.stages[index - 1], recipe.stages[index]
     placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(recipe, model, stage, mesh))
+    same_parameters = set(before.trained_groups) == set(stage.trained_groups)
 
-    state = dataclasses.replace(state, guard=next_stage_guard(state.guard))
-    if set(before.trained_groups) == set(stage.trained_groups):
-        return jax.device_put(state, placed)
-    # The old optimizer state has another tree structure, so it is left out of the transfer.
-    rest = jax.device_put(dataclasses.replace(state, optimizer=()), dataclasses.replace(placed, optimizer=()))
-    moving, _ = split_params(rest.params, stage.trained_groups)
-    optimizer = jax.jit(adamw(recipe.optimizer).init, out_shardings=placed.optimizer)(moving)
-    return dataclasses.replace(rest, optimizer=optimizer)
+    # What the stage begins anew may have another tree structure, so it is left out of the transfer.
+    anew: dict[str, Any] = {"teacher": None} if same_parameters else {"teacher": None, "optimizer": ()}
+    kept = dataclasses.replace(state, guard=next_stage_guard(state.guard), **anew)
+    state = jax.device_put(kept, dataclasses.replace(placed, **anew))
+
+    moving, _ = split_params(state.params, stage.trained_groups)
+    if not same_parameters:
+        optimizer = jax.jit(adamw(recipe.optimizer).init, out_shardings=placed.optimizer)(moving)
+        state = dataclasses.replace(state, optimizer=optimizer)
+    if placed.teacher is not None:
+        teacher = jax.jit(_first_teacher, out_shardings=placed.teacher)(moving)
+        state = dataclasses.replace(state, teacher=teacher)
+    return state

@@ -1,0 +1,139 @@
+"""The objectives of Stage I, of Stage II and of the last loop, each as a function of a microbatch.
+
+Their losses and metrics are sums over the microbatch, divided by the number of unmasked tokens of the whole batch.
+"""
+
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from looplm_jax.config import PriorKind, Stage
+from looplm_jax.data._packing import Batch
+from looplm_jax.halting._priors import log_prior
+from looplm_jax.losses import Stage1Metrics, stage1, stage1_from_hidden, stage2, token_losses
+from looplm_jax.models._looplm import LoopLM, LoopLMOutput
+from looplm_jax.training._gradients import ObjectiveMetrics, Sums, Totals, Variables
+
+
+def expected_loss(
+    model: LoopLM, stage: Stage, loops: int, variables: Variables, microbatch: Batch[Array], totals: Totals
+) -> Sums:
+    """Returns the Stage I loss (Eq. 4) of a microbatch, and its metrics."""
+    output = apply(model, variables, microbatch, loops)
+    prior = None if stage.prior.kind is PriorKind.UNIFORM else log_prior(stage.prior, loops)
+
+    loss, exits = stage1_from_hidden(
+        output.hidden,
+        head_weights(model, variables),
+        microbatch.targets,
+        output.gate_logits,
+        beta=stage.beta,
+        mask=microbatch.loss_mask,
+        count=totals.count,
+        log_prior=prior,
+        chunk=model.compute.loss_chunk,
+    )
+    return loss, ObjectiveMetrics(exits)
+
+
+def gate_loss(
+    model: LoopLM, stage: Stage, loops: int, variables: Variables, microbatch: Batch[Array], totals: Totals
+) -> Sums:
+    """Returns the Stage II loss (Eq. 6) of a microbatch, and its metrics.
+
+    The losses of the tokens are constants, so the backward pass reaches only the gate.
+    """
+    output = apply(model, variables, microbatch, loops)
+    head = head_weights(model, variables)
+    losses = jax.lax.stop_gradient(
+        token_losses(output.hidden, head, microbatch.targets, chunk=model.compute.loss_chunk)
+    )
+
+    loss, _ = stage2(
+        losses,
+        output.gate_logits,
+        k=stage.gain_slope,
+        gamma=stage.gain_threshold,
+        mask=microbatch.loss_mask,
+        count=totals.count,
+        target=stage.gate_target,
+    )
+    # Stage I without its entropy term, for the metrics only.
+    _, exits = stage1(
+        losses, jax.lax.stop_gradient(output.gate_logits), beta=0.0, mask=microbatch.loss_mask, count=totals.count
+    )
+    return loss, ObjectiveMetrics(exits)
+
+
+def last_loss(
+    model: LoopLM,
+    loops: int,
+    variables: Variables,
+    microbatch: Batch[Array],
+    totals: Totals,
+    logged: bool | Bool[Array, ""],
+) -> Sums:
+    """Returns the loss after the last loop: Eq. 4 for that loop alone. The last gate does not influence it."""
+    output = apply(model, variables, microbatch, loops)
+    head, chunk = head_weights(model, variables), model.compute.loss_chunk
+
+    loss, last = stage1_from_hidden(
+        output.hidden[-1:],
+        head,
+        microbatch.targets,
+        output.gate_logits[-1:],
+        beta=0.0,
+        mask=microbatch.loss_mask,
+        count=totals.count,
+        chunk=chunk,
+    )
+
+    if loops == 1:
+        return loss, ObjectiveMetrics(last)
+
+    # Each of them needs a product with the head, over the whole vocabulary.
+    def earlier_losses(hidden: Float[Array, "t B S D"], head: Float[Array, "D V"]) -> Float[Array, "t"]:
+        losses = token_losses(hidden, head, microbatch.targets, chunk=chunk)
+        return stage1(losses, jnp.zeros_like(losses), beta=0.0, mask=microbatch.loss_mask, count=totals.count)[
+            1
+        ].loss_per_loop
+
+    # A condition inside the compiled program avoids the work at steps that are not logged, without a second program.
+    earlier = jax.lax.cond(
+        logged,
+        earlier_losses,
+        lambda *_: jnp.zeros(loops - 1),
+        *jax.lax.stop_gradient((output.hidden[:-1], head)),
+    )
+    # All tokens exit after the last loop. `last` counts it as loop 1, hence the factor `loops`.
+    exits = Stage1Metrics(
+        loss_per_loop=jnp.concatenate([earlier, last.loss_per_loop]),
+        exit_pdf=jnp.zeros(loops).at[-1].set(last.exit_pdf[0]),
+        expected_loss=loss,
+        exit_entropy=last.exit_entropy,
+        mean_exit_loop=loops * last.mean_exit_loop,
+    )
+    return loss, ObjectiveMetrics(exits)
+
+
+# The model
+
+
+def head_weights(model: LoopLM, variables: Variables) -> Float[Array, "D V"]:
+    """Returns the matrix from hidden states to logits."""
+    return cast(Array, model.apply(variables, method="head_weights"))
+
+
+def apply(model: LoopLM, variables: Variables, microbatch: Batch[Array], loops: int, **noise: Any) -> LoopLMOutput:
+    """Runs the model on a microbatch, with noise on its states if the arguments of `LoopLM` for it are given."""
+    output = model.apply(
+        variables,
+        microbatch.tokens,
+        loops=loops,
+        positions=microbatch.positions,
+        segment_ids=microbatch.segment_ids,
+        **noise,
+    )
+    return cast(LoopLMOutput, output)
