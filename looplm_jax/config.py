@@ -738,10 +738,16 @@ class StartConfig:
 
     checkpoint: str = _field("a run folder, one of its steps, or a Hugging Face folder; empty: initial parameters", "")
     optimizer: bool = _field("also use the optimizer state of that checkpoint", False)
+    model: bool = _field("also use its model, and its number of loops in every stage, instead of the recipe's", False)
+    chat_tokens: bool = _field("add the tokens of the chat format to a tokenizer that lacks them", False)
 
     def __post_init__(self) -> None:
         _check_kinds(self, "start")
         _require(bool(self.checkpoint) or not self.optimizer, "start.optimizer needs start.checkpoint; set both")
+        _require(
+            not (self.optimizer and self.chat_tokens),
+            "start.chat_tokens may add rows to the embedding, of which start.optimizer has no state; set one of them",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ from looplm_jax.recipes._topologies import on_topology, settings_in_use, with_se
 from looplm_jax.sharding import topology_name
 from looplm_jax.terminal import show, with_escapes
 from looplm_jax.training._compile import stage_mesh
+from looplm_jax.training._initialize_from import with_model_of_start
 from looplm_jax.training._progress import progress_console
 from looplm_jax.training._stopping import Stopped, StopRequest
 
@@ -76,6 +77,9 @@ def plan_stages(request: PlanOptions) -> int:
     _check_out(request.out)
     _check_write(request.write)
     target = find_target(request.topology, request.slices)
+    # Without a checkpoint, a recipe that takes its model from one is planned with a model of its own.
+    if request.recipe.start.checkpoint:
+        request = dataclasses.replace(request, recipe=with_model_of_start(request.recipe, given=request.given))
     # A search tries settings of its own, so those that the recipe has for the topology are left out.
     if not request.search:
         request = dataclasses.replace(

@@ -18,6 +18,7 @@ from looplm_jax.models import count_params
 from looplm_jax.recipes._topologies import on_topology, settings_in_use
 from looplm_jax.sharding import require_compilation, require_platform, topology_name
 from looplm_jax.terminal import show
+from looplm_jax.training._initialize_from import with_model_of_start
 from looplm_jax.training._loggers import EventSink, WandbLog
 from looplm_jax.training._profiling import ProfiledSteps
 from looplm_jax.training._progress import progress_console
@@ -68,6 +69,7 @@ def _run_training(recipe: Recipe, out: AnyPath, options: TrainOptions, group: Pr
     require_compilation()
     # Only process 0 reports.
     console = progress_console(quiet=group.index > 0)
+    recipe = with_model_of_start(recipe, out, options.given)
     recipe = on_topology(recipe, topology_name(jax.devices()), options.given)
     console.print(_announcement(recipe, out, group))
     if settings := settings_in_use(recipe):

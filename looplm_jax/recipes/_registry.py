@@ -13,7 +13,7 @@ from looplm_jax.recipes._ouro import (
     ouro_2_6b_thinking_recipe,
 )
 from looplm_jax.recipes._reinforcement import looprpt, looprpt_demo
-from looplm_jax.recipes._small import demo, demo_one_loop, mano_small, text_small
+from looplm_jax.recipes._small import demo, demo_one_loop, mano_small, sft, text_small
 
 # Functions, so that only the chosen recipe is created.
 RECIPES: dict[str, Callable[[], Recipe]] = {
@@ -25,6 +25,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "ouro-2.6b": ouro_2_6b_recipe,
     "ouro-1.4b-thinking": ouro_1_4b_thinking_recipe,
     "ouro-2.6b-thinking": ouro_2_6b_thinking_recipe,
+    "sft": sft,
     "looprpt": looprpt,
     "looprpt-demo": looprpt_demo,
 }

@@ -16,6 +16,7 @@ from looplm_jax.config import (
     Recipe,
     Schedule,
     Stage,
+    StartConfig,
 )
 from looplm_jax.models import presets
 from looplm_jax.recipes._small import demo
@@ -25,7 +26,7 @@ _OPTIMIZER = OptimizerConfig(b2=0.999, weight_decay=0.01)
 
 
 def looprpt() -> Recipe:
-    """LoopRPT (arXiv 2603.19714) for Ouro-1.4B: three epochs of 4,228 problems. Start it from a Hugging Face folder."""
+    """LoopRPT (arXiv 2603.19714) with its published settings: three epochs of 4,228 problems. Start it from Ouro."""
     return Recipe(
         name="looprpt",
         description=looprpt.__doc__ or "",
@@ -35,6 +36,7 @@ def looprpt() -> Recipe:
         mesh=MeshConfig(data=1, fsdp=-1),
         # 200 of the 4,428 problems of Omni-MATH.
         data=DataConfig(validation_fraction=0.045),
+        start=StartConfig(model=True),
         evaluation=EvaluationConfig(every=200, sequences=200),
     )
 
@@ -48,6 +50,7 @@ def looprpt_demo() -> Recipe:
         description=looprpt_demo.__doc__ or "",
         stages=(_stage(steps=300, batch_size=4, sequence_length=128, learning_rate=5e-5, warmup_steps=9),),
         optimizer=_OPTIMIZER,
+        start=StartConfig(model=True),
         checkpoint=CheckpointConfig(every=100, keep=2),
         evaluation=EvaluationConfig(every=100, sequences=256),
     )

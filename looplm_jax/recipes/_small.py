@@ -9,9 +9,11 @@ from looplm_jax.config import (
     ModelConfig,
     Objective,
     Recipe,
+    RecordKind,
     Schedule,
     SourceConfig,
     Stage,
+    StartConfig,
 )
 from looplm_jax.models import presets
 
@@ -84,6 +86,32 @@ def demo() -> Recipe:
 def demo_one_loop() -> Recipe:
     """The layers of `demo` applied once: the same parameters and tokens, no loops."""
     return dataclasses.replace(without_loops(demo()), name="demo-one-loop", description=demo_one_loop.__doc__ or "")
+
+
+def sft() -> Recipe:
+    """Supervised fine-tuning of any model on chats. Start it from a run folder or a Hugging Face folder.
+
+    The model, its number of loops and its tokenizer are those of the checkpoint. Only the answers are learned.
+    """
+    return Recipe(
+        name="sft",
+        description="Supervised fine-tuning on chats; start it from a checkpoint.",
+        model=presets.small(),  # replaced by that of the checkpoint
+        stages=(
+            Stage(
+                name="sft",
+                steps=400,
+                batch_size=8,
+                sequence_length=1024,
+                learning_rate=2e-5,  # the paper's
+                schedule=Schedule.COSINE,
+                warmup_steps=20,
+            ),
+        ),
+        data=DataConfig(sources=(SourceConfig(path="chats.jsonl", kind=RecordKind.CHAT),), validation_fraction=0.05),
+        start=StartConfig(model=True, chat_tokens=True),
+        evaluation=EvaluationConfig(every=100, sequences=64),
+    )
 
 
 def mano_small() -> Recipe:

@@ -118,7 +118,7 @@ def _check_contents(folder: RunFolder, recipe: Recipe) -> None:
             raise UserError(f"{folder.path} is not empty and holds no run; choose another --out")
         return
 
-    saved = _saved_recipe(folder)
+    saved = saved_recipe(folder)
     if saved is None:
         raise UserError(
             f"{folder.config} is missing or damaged, and no checkpoint says what was trained here; choose another --out"
@@ -127,7 +127,7 @@ def _check_contents(folder: RunFolder, recipe: Recipe) -> None:
     check_same_run(str(folder.path), to_dict(saved), to_dict(recipe))
 
 
-def _saved_recipe(folder: RunFolder) -> Recipe | None:
+def saved_recipe(folder: RunFolder) -> Recipe | None:
     """Returns the recipe of a run that has begun, or None.
 
     If `config.json` is missing or damaged, the recipe is read from the checkpoints.

@@ -148,10 +148,10 @@ def enter_stage(state: TrainState, recipe: Recipe, model: LoopLM, index: int, me
     placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(recipe, model, stage, mesh))
     same_parameters = set(before.trained_groups) == set(stage.trained_groups)
 
-    # What the stage begins anew may have another tree structure, so it is left out of the transfer.
-    anew: dict[str, Any] = {"teacher": None} if same_parameters else {"teacher": None, "optimizer": ()}
-    kept = dataclasses.replace(state, guard=next_stage_guard(state.guard), **anew)
-    state = jax.device_put(kept, dataclasses.replace(placed, **anew))
+    # What starts again may have another tree structure, so it is left out of the transfer.
+    empty: dict[str, Any] = {"teacher": None} if same_parameters else {"teacher": None, "optimizer": ()}
+    kept = dataclasses.replace(state, guard=next_stage_guard(state.guard), **empty)
+    state = jax.device_put(kept, dataclasses.replace(placed, **empty))
 
     moving, _ = split_params(state.params, stage.trained_groups)
     if not same_parameters:

@@ -41,6 +41,7 @@ from looplm_jax.sharding import use_mesh
 from looplm_jax.training._batches import RetryingReader, held_out_batches, open_reader
 from looplm_jax.training._compile import StagePrograms, draw_loops, to_device
 from looplm_jax.training._goodput import Activity, ActivityTimer, time_summary, time_warnings
+from looplm_jax.training._initialize_from import with_model_of_start
 from looplm_jax.training._loggers import EventSink
 from looplm_jax.training._metrics import EVALUATION, Log, Reporter, open_log
 from looplm_jax.training._notes import settings_without_effect
@@ -117,6 +118,7 @@ def train(
     """
     console = console or progress_console()
     watch = ActivityTimer()
+    recipe = with_model_of_start(recipe, out)
 
     # Steps 1 and 2 of the order above: refuse the wrong folder, then own it.
     folder = check_run_folder(out, recipe)

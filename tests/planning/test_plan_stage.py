@@ -7,7 +7,7 @@ import jax
 import pytest
 from plan_cases import GATE, STAGE, recipe_with, with_stage
 
-from looplm_jax.config import Gather, MeshConfig, Reduce, Remat
+from looplm_jax.config import Gather, LoopRPTConfig, MeshConfig, Objective, Reduce, Remat
 from looplm_jax.models._looplm import LoopLM
 from looplm_jax.planning._budget import overfull_memory, shard_bytes, state_memory
 from looplm_jax.planning._compiler import OutOfMemory
@@ -116,14 +116,24 @@ def compiled_here(stage, mesh_config):
     return abstract_state(recipe, model, stage, mesh), program
 
 
-@pytest.mark.parametrize(("stage", "mesh"), [(SMALL, CUT), (GATE, None)], ids=["first", "gate"])
+RPT = dataclasses.replace(SMALL, objective=Objective.LOOPRPT, looprpt=LoopRPTConfig(rollouts=2))
+
+
+@pytest.mark.parametrize(
+    ("stage", "mesh"),
+    [
+        pytest.param(SMALL, CUT, id="first"),
+        pytest.param(GATE, None, id="gate"),
+        pytest.param(RPT, CUT, id="looprpt", marks=pytest.mark.slow),
+    ],
+)
 def test_here_the_state_is_donated_whole(stage, mesh):
     """The compiled program updates as many bytes in place as the state has."""
     state, program = compiled_here(stage, mesh)
     assert program.memory_analysis().alias_size_in_bytes == shard_bytes(state)
     held = state_memory(state, None)
     assert held.total == shard_bytes(state)
-    assert held.parameters == shard_bytes(state.params)
+    assert held.parameters == shard_bytes((state.params, state.teacher))
 
 
 def test_the_logits_stay_cut_along_the_vocabulary():

@@ -6,7 +6,16 @@ import jax
 import pytest
 from plan_cases import GATE, MODEL, STAGE, recipe_with, with_stage
 
-from looplm_jax.config import ComputeConfig, Gather, MeshConfig, Reduce, Remat, TopologySettings
+from looplm_jax.config import (
+    ComputeConfig,
+    Gather,
+    LoopRPTConfig,
+    MeshConfig,
+    Objective,
+    Reduce,
+    Remat,
+    TopologySettings,
+)
 from looplm_jax.errors import UserError
 from looplm_jax.planning._budget import Memory, estimate, recomputed_flops, step_flops
 from looplm_jax.planning._compiler import DoesNotCompile, without_network
@@ -94,6 +103,16 @@ def test_what_is_computed_again():
     assert recomputed_flops(MODEL, STAGE, Remat.NONE) == 0
     assert 0.5 * forward < recomputed_flops(MODEL, STAGE, Remat.LAYER) < forward
     assert recomputed_flops(MODEL, GATE, Remat.LAYER) == 0
+
+
+def test_what_looprpt_computes_again():
+    """Without rematerialization: every rollout once, and the logits of the student and of every rollout."""
+    stage = with_stage(objective=Objective.LOOPRPT, looprpt=LoopRPTConfig(rollouts=4))
+    forward = step_flops(MODEL, stage) / (1 + 3 + 3 * 4)
+    heads = stage.loops * 2 * MODEL.width * MODEL.vocab_size * stage.batch_size * stage.sequence_length
+    assert recomputed_flops(MODEL, stage, Remat.NONE) == pytest.approx(4 * forward + heads)
+    again = recomputed_flops(MODEL, STAGE, Remat.LAYER)
+    assert recomputed_flops(MODEL, stage, Remat.LAYER) == pytest.approx(4 * forward + heads + 5 * again)
 
 
 def test_parts_of_a_batch():

@@ -61,3 +61,6 @@ def test_loops_layers_and_training_multiply():
     assert train_flops_per_token(WIDE, loops=4, sequence_length=LENGTH, objective=Objective.GATE) == forward(4)
     last = train_flops_per_token(WIDE, loops=4, sequence_length=LENGTH, objective=Objective.LAST_LOSS)
     assert train - last == 3 * 3 * 2 * WIDE.width * WIDE.vocab_size
+    # One pass of the teacher, three of the student and of each rollout: 28 for 8 rollouts.
+    rollouts = {"objective": Objective.LOOPRPT, "rollouts": 8}
+    assert train_flops_per_token(WIDE, loops=4, sequence_length=LENGTH, **rollouts) == 28 * forward(4)

@@ -69,9 +69,9 @@ def test_the_terms_of_a_batch_without_noise_equal_those_in_numpy():
     devices, recipe, model, _ = compiled()
     stage = dataclasses.replace(RPT, looprpt=dataclasses.replace(CONFIG, noise=0.0))
     state, batch = start(), to_device(random_batch(3), stage, devices)
-    teacher = jax.tree.map(
-        lambda x: x + 0.05 * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), state.params
-    )
+    # In NumPy, which compiles nothing.
+    params = jax.device_get(state.params)
+    teacher = jax.tree.map(lambda x: x + 0.05 * np.cos(np.arange(x.size, dtype=x.dtype)).reshape(x.shape), params)
 
     @jax.jit
     def metrics_of(state, batch):
@@ -108,10 +108,10 @@ def test_exits_are_drawn_from_the_exit_distribution():
 @pytest.mark.parametrize(
     ("mesh", "accumulation"),
     [
-        (ONE, 2),
         (MeshConfig(data=2), 2),  # each device accumulates its own gradients
+        pytest.param(ONE, 2, marks=pytest.mark.slow),
         pytest.param(MeshConfig(data=2, fsdp=2, tensor=2), 1, marks=pytest.mark.slow),
-        pytest.param(MeshConfig(data=1, fsdp=2, context=2, tensor=2), 2, marks=pytest.mark.slow),
+        pytest.param(MeshConfig(data=1, fsdp=2, context=2), 2, marks=pytest.mark.slow),
     ],
 )
 def test_same_results_on_every_mesh_and_with_accumulation(mesh, accumulation):
@@ -176,7 +176,7 @@ def test_a_skipped_step_and_one_without_hard_tokens_leave_the_teacher(broken):
     assert np.isnan(as_values(metrics)["reward"])
 
 
-def test_a_teacher_starts_anew_in_each_stage():
+def test_a_teacher_starts_as_the_parameters_of_each_stage():
     later = dataclasses.replace(RPT, name="later", trainable=("core", "gate"))
     plain = dataclasses.replace(STAGE, name="plain")
     recipe = dataclasses.replace(RECIPE, stages=(RPT, later, plain), optimizer=STEADY)

@@ -348,7 +348,7 @@ def test_recipes_and_runs_from_before_there_was_a_start_go_on(base, tmp_path):
     old = {name: value for name, value in to_dict(BASE).items() if name != "start"}
     assert from_dict(Recipe, old) == BASE
     whole = read_raw(base)
-    assert whole.metadata.config == {**old, "start": {"checkpoint": "", "optimizer": False}}
+    assert whole.metadata.config == {**old, "start": dataclasses.asdict(StartConfig())}
     write_raw(tmp_path / "run", dataclasses.replace(whole, metadata=dataclasses.replace(whole.metadata, config=old)))
     (tmp_path / "run" / "config.json").write_text(json.dumps(old))
     assert train(tmp_path / "run", BASE) == "resuming from step 2 of stage pretrain\n"

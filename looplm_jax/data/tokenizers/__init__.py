@@ -18,7 +18,8 @@ Kinds of tokenizers:
   `SentencePieceTokenizer`, `JsonTokenizer`, `FolderTokenizer` with its `TokenIds`, `SymbolTokenizer`.
 
 The chat format:
-  `END_OF_TEXT`, `IM_START` and `IM_END` are the names of its special tokens.
+  `END_OF_TEXT`, `IM_START` and `IM_END` are the names of its special tokens. `with_chat_tokens` adds those that a
+  tokenizer lacks.
 """
 
 from etils import epy
@@ -31,6 +32,7 @@ with epy.lazy_api_imports(globals()):
 
     # The interface, and the special tokens of the chat format.
     from looplm_jax.data.tokenizers._base import END_OF_TEXT, IM_END, IM_START, Tokenizer, check_vocab
+    from looplm_jax.data.tokenizers._chat_tokens import with_chat_tokens
 
     # Kinds of tokenizers.
     from looplm_jax.data.tokenizers._sentencepiece import SentencePieceTokenizer
@@ -52,4 +54,5 @@ __all__ = [
     "deserialize",
     "load_tokenizer",
     "train_sentencepiece",
+    "with_chat_tokens",
 ]

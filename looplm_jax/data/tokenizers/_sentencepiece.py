@@ -157,6 +157,14 @@ def _retyped(content: bytes, tokens: frozenset[int], kind: _PieceType) -> Any:
     return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
 
 
+def with_control_pieces(content: bytes, names: Sequence[str]) -> bytes:
+    """Returns the model with additional control tokens, which no text becomes, after its last id."""
+    model = model_message().FromString(content)
+    for name in names:
+        model.pieces.add(piece=name.encode(), type=_PieceType.CONTROL)
+    return model.SerializeToString()
+
+
 @functools.cache
 def model_message() -> Any:
     """Returns a message class with the needed fields of `sentencepiece_model.proto`; protobuf preserves the others.
