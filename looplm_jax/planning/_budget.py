@@ -53,6 +53,7 @@ class Memory:
 def state_memory(state: TrainState, capacity: int | None) -> Memory:
     """Returns the memory of the state alone, before anything is compiled."""
     parameters, optimizer = shard_bytes((state.params, state.teacher)), shard_bytes(state.optimizer)
+    # The guard and the counters of steps.
     other = shard_bytes(state) - parameters - optimizer
     return Memory(parameters=parameters, optimizer=optimizer, activations=0, other=other, capacity=capacity)
 
@@ -163,14 +164,16 @@ def recomputed_flops(model: ModelConfig, stage: Stage, remat: Remat) -> float:
     These are a forward pass without its heads and without the results that are saved. LoopRPT recomputes it for every
     rollout too, and before that the whole rollout.
     """
+    # A gate alone has no backward pass through the layers.
     if stage.objective is Objective.GATE:
         return 0.0
 
     forward = forward_flops_per_token(model, loops=stage.loops, sequence_length=stage.sequence_length)
+    # One head per loop, whose logits the loss never stores: it computes their gradients in the forward pass.
     heads = stage.loops * 2 * model.width * model.vocab_size
     layers = model.prelude_layers + stage.loops * (model.num_layers + model.coda_layers)
 
-    # Of one pass: nothing, or what is not saved.
+    # Of one pass: nothing, because these save the results of all products, or what is not saved.
     within = 0
     if remat not in (Remat.NONE, Remat.DOTS):
         within = forward - heads - layers * _saved_flops(model, stage.sequence_length, remat)
@@ -185,6 +188,7 @@ def recomputed_flops(model: ModelConfig, stage: Stage, remat: Remat) -> float:
 def _saved_flops(model: ModelConfig, sequence_length: int, remat: Remat) -> int:
     """Returns the FLOPs of a token in one layer whose results are saved for the backward pass."""
     inner, kv_inner = model.num_heads * model.head_width, model.kv_heads * model.head_width
+    # Attention, whose causal products over S positions cost half of 4 * inner * S, and the last product of the MLP.
     outputs = 2 * inner * (sequence_length + 1) + 2 * model.width * model.mlp_width
     match remat:
         case Remat.SAVE_OUTPUTS:
@@ -212,13 +216,16 @@ def estimate(
         return None
 
     flops = step_flops(model, stage)
+    # Model FLOPs utilization does not count recomputation, but the time of a step does.
     compute = (flops + recomputed_flops(model, stage, remat)) / devices / chip.peak_bf16_flops
 
+    # Exchanges between slices use the network of the data center, which is slower than the links within a slice.
     beyond = sum(each.bytes for each in exchanges if each.between_slices)
     inside = sum(each.bytes for each in exchanges if not each.between_slices)
     links = inside / bandwidth if inside else 0.0
     network = beyond / chip.network_bandwidth if beyond and chip.network_bandwidth else 0.0
     waiting = sum(each.bytes for each in exchanges if not each.asynchronous) / bandwidth
+    # Asynchronous exchanges can overlap with computation, synchronous ones cannot.
     step = max(compute + waiting, links, network)
 
     return Timing(
@@ -278,8 +285,10 @@ def decode_timing(
     if chip is None or bandwidth is None:
         return None
 
+    # A tick is bound by memory: with few slots, each weight is used in few products.
     memory, links = moved / chip.hbm_bandwidth, sent / bandwidth if sent else 0.0
     ticks = 1 / max(memory, links)
+    # A token takes one tick for each of its loops.
     return DecodeTiming(
         memory=memory,
         links=links,

@@ -63,6 +63,7 @@ class DecodeRequest:
         """Raises UserError if the pages do not suffice."""
         pool, filled = self.pool, self.filled
 
+        # A request that fits no empty pool would wait in the queue forever.
         missing = pool.pages_per_slot - pool.pages
         if missing > 0:
             raise UserError(
@@ -75,6 +76,7 @@ class DecodeRequest:
         if not 0 <= filled <= self.capacity:
             raise UserError(f"--filled must be between 0 and --capacity={self.capacity}, not {filled}")
 
+        # All slots are filled at once in the tick that is planned.
         missing = self.slots * pool.needed(filled) - pool.pages
         if missing > 0:
             raise UserError(
@@ -234,6 +236,7 @@ def plan_decode(model: ModelConfig, compute: ComputeConfig, request: DecodeReque
     request.check(model)
     check_heads(model, target)
 
+    # A tick is bound by reading weights, so the weights are divided, not the slots.
     mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=len(target.devices)), target.devices)
     network = LoopLM(model, compute)
     with use_mesh(mesh):
@@ -244,6 +247,7 @@ def plan_decode(model: ModelConfig, compute: ComputeConfig, request: DecodeReque
     program, memory = _compile(network, params, slots, mesh, target)
     seconds = time.perf_counter() - started
 
+    # The floor depends on shapes alone; what is moved and sent is counted in the compiled program.
     floor, moved, sent = decode_floor(params, model, request, devices=mesh.devices.size), None, 0
     if program is not None:
         parsed = parse(program.as_text() or "")
@@ -294,6 +298,7 @@ def decode_floor(params: Params, model: ModelConfig, request: DecodeRequest, *, 
         rows = request.slots * model.width * embedding.dtype.itemsize
         parameters += rows // devices - shard_bytes(embedding)
 
+    # A tick reads one plane, whatever the strategy: a position takes as many bytes as in a cache with one plane.
     position = bytes_per_token(model, CacheStrategy.LAST, loops=1, dtype=embedding.dtype) // devices
     return Floor(
         parameters=parameters,
@@ -346,6 +351,7 @@ def _compile(
             f"a tick for {target.name}",
             "change --slots, --capacity or --page-size, or choose another --topology",
         )
+    # The compiler reports the total that it would need; what is not parameters or cache are temporaries.
     if isinstance(program, OutOfMemory):
         temporaries = max(program.used - memory.total, 0)
         return None, dataclasses.replace(memory, temporaries=temporaries, capacity=program.limit)

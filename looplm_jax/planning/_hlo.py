@@ -142,12 +142,14 @@ class Program:
                 asynchronously=asynchronously or each.opcode.endswith("-start"),
             )
             if each.opcode == "while":
+                # `called` has the body alone; the condition does no work that counts.
                 body = each.called[0]
                 inner = (*loops, _loop_name(each.op_name))
                 yield from self._visit(body, times * (self.trip_count(each) or 1), inner, body, fused=False)
             elif each.opcode in _CALLS_OTHERS:
                 inside = fused or each.opcode == "fusion"
                 started = asynchronously or each.opcode == "async-start"
+                # Not every computation that is named is printed.
                 for called in filter(self.computations.__contains__, each.called):
                     yield from self._visit(called, times, loops, region, fused=inside, asynchronously=started)
 
@@ -159,6 +161,7 @@ class Program:
         known = _TRIP_COUNT.search(loop.rest)
         if known:
             return int(known[1])
+        # With two constants in the condition, either could be the limit.
         condition = _CONDITION.search(loop.rest)
         lines = self.computations[condition[1]].instructions if condition else ()
         limits = [found for each in lines if (found := _CONSTANT.match(f"{each.shape} {each.opcode}({each.rest}"))]
@@ -171,6 +174,7 @@ def parse(text: str) -> Program:
     entry, name = "", ""
     lines: list[str] = []
 
+    # A computation is a header, one line per instruction, and a closing brace in the first column.
     for line in text.splitlines():
         header = _COMPUTATION.match(line)
         if header:
@@ -263,6 +267,7 @@ def _array_shape(dtype: str, dims: str, layout: str) -> ArrayShape:
     return ArrayShape(
         elements=_elements(dims),
         bytes=padded * element_bits(dtype) // 8,
+        # Scalars have no dims. Memory space 0 is the default, and is not printed.
         in_main_memory=bool(dims) and (space is None or space[1] == "0"),
     )
 
@@ -272,6 +277,7 @@ def _padded_elements(dims: list[int], layout: str) -> int:
 
     The last size of a tile is that of the axis that varies fastest.
     """
+    # A layout such as `{1,0:T(8,128)(2,1)}`: the order of the axes, then tiles. The first determines the padding.
     tile = _TILE.search(layout)
     order = [int(axis) for axis in layout.partition(":")[0].split(",") if axis]
     if tile is None or len(order) != len(dims) or not dims:

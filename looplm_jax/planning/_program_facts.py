@@ -1,4 +1,4 @@
-"""What a compiled program does: the exchanges between devices, matrix products, and attention kernels."""
+"""Facts about a compiled program: the exchanges between devices, matrix products, and attention kernels."""
 
 import dataclasses
 import math

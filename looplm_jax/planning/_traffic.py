@@ -131,16 +131,20 @@ class _Count:
             case "get-tuple-element":
                 return _item(values[0], each), nothing
             case "while":
+                # The state of a loop keeps its shapes, so its arrays are taken to keep their kinds, and one iteration
+                # stands for all.
                 _, once = self.computation(self._program.computations[each.called[0]], values)
                 return values[0], once.times(self._program.trip_count(each) or self._trips_of_data(once))
             case "call" | "async-start":
                 return self.computation(self._program.computations[each.called[0]], values)
             case "conditional":
+                # The first operand chooses the branch; each of the others is the argument of one branch.
                 branches = [self._program.computations[name] for name in each.called]
                 done = [self.computation(branch, [value]) for branch, value in zip(branches, values[1:], strict=True)]
                 return max(done, key=lambda pair: pair[1].total)
             case "custom-call":
                 return self._custom_call(each, operands)
+            # The bytes of an asynchronous operation are counted where it starts.
             case opcode if opcode in _SAME_VALUE or opcode.endswith(("-done", "-update")):
                 return values[0], nothing
             case opcode if opcode in _NO_WORK:
@@ -150,11 +154,13 @@ class _Count:
 
     def _trips_of_data(self, once: Traffic) -> int:
         """Returns how often a loop whose length depends on data runs, given the traffic of one iteration."""
+        # The only such loop of a tick walks through the pages of the cache.
         return -(-self._cache.read // once.read[Buffer.CACHE]) if once.read[Buffer.CACHE] else 1
 
     def _work(self, scope: Computation, each: Instruction, operands: Sequence["_Operand"]) -> tuple[_Value, Traffic]:
         """Returns the kind of the result of an instruction that reads and writes memory, and its traffic."""
         made = results(each)
+        # By name, because the target of an update is given by name.
         holds = {operand.name: operand.buffer for operand in operands}
         # An instruction that only moves data of the cache makes a copy of it.
         moves_cache = not self._computes(each) and bool({Buffer.CACHE, Buffer.CACHE_COPY} & set(holds.values()))
@@ -166,6 +172,7 @@ class _Count:
             moved.written[values[-1]] += _share(result, write.elements)
             copies |= moves_cache and write.target is None and result.in_main_memory
 
+        # Reading the cache in order to copy it is part of the cost of the copy, not of attention.
         for position, operand in enumerate(operands):
             wanted = elements_read(self._program, each, position, operand.shape)
             source = Buffer.CACHE_COPY if copies and operand.buffer is Buffer.CACHE else operand.buffer
@@ -185,6 +192,7 @@ class _Count:
             return operands[0].value if operands else Buffer.TEMPORARY, Traffic()
 
         moved, made, aliases = Traffic(), arrays_in_shape(each.shape), _aliases(each)
+        # A result that is an operand updated in place keeps its kind. How much of it is written, its shape cannot show.
         values = [operands[aliases[at]].buffer if at in aliases else Buffer.TEMPORARY for at in range(len(made))]
 
         for at, result in enumerate(made):
@@ -202,6 +210,8 @@ class _Count:
             moved.read[Buffer.CACHE] += self._cache.slots * self._cache.read
             moved.written[Buffer.CACHE] += self._cache.slots * self._cache.written if Buffer.CACHE in values else 0
         elif declared := _DECLARED.search(each.rest):
+            # A kernel may read an operand more than once, or only parts of it. The bytes that it declares are taken for
+            # those of the kind that most bytes of its operands have.
             largest = max(moved.read, key=moved.read.__getitem__, default=Buffer.TEMPORARY)
             moved.read.clear()
             moved.read[largest] = max(int(declared[1]) - moved.written.total(), 0)
@@ -283,8 +293,10 @@ def elements_read(program: Program, user: Instruction, position: int, shape: str
       position: the index of the operand.
       shape: the shape of the operand.
     """
+    # The other operands of a slice are its indices.
     if user.opcode in _SLICES and position == 0:
         return sum(array.elements for array in results(user))
+    # An array that is updated in place is not read, only written.
     if user.opcode in _UPDATES and position < len(results(user)):
         return 0
     if user.opcode == "fusion":
@@ -296,6 +308,7 @@ def elements_read(program: Program, user: Instruction, position: int, shape: str
 
 def elements_written(program: Program, scope: Computation, each: Instruction) -> list[Write]:
     """Returns what an instruction in a computation `scope` writes of each array of its result."""
+    # Targets within a fusion are its parameters, which become operands of the fusion itself.
     if each.opcode == "fusion":
         fused, operands = program.computations[each.called[0]], each.operands
         return [
@@ -305,6 +318,7 @@ def elements_written(program: Program, scope: Computation, each: Instruction) ->
 
     if each.opcode in _UPDATES:
         targets = each.operands[: len(results(each))]
+        # Operands of a dynamic-update-slice: array, update, indices; of a scatter: arrays, indices, updates.
         update = each.operands[1] if each.opcode == "dynamic-update-slice" else each.operands[-1]
         return [Write(elements=elements(scope.shape_of(update)), target=target) for target in targets]
 
@@ -335,12 +349,14 @@ def _parameter(fused: Computation, number: int) -> Instruction:
 def _read_in_fusion(program: Program, fused: Computation, value: Instruction) -> int:
     """Returns how many elements of a value its users in a fusion read."""
     whole = elements(value.shape)
+    # A parameter that is the result is copied as a whole.
     total = whole if value.is_root else 0
 
     for user in fused.instructions:
         for position, name in enumerate(user.operands):
             if name != value.name or user.opcode == "tuple":
                 continue
+            # The compiler computes only the elements that are used, so users of such a value decide what is read.
             passed_on = user.opcode in _ELEMENT_BY_ELEMENT
             total += (
                 _read_in_fusion(program, fused, user)
@@ -348,6 +364,7 @@ def _read_in_fusion(program: Program, fused: Computation, value: Instruction) ->
                 else elements_read(program, user, position, value.shape)
             )
 
+    # Several users may read the same elements, which are fetched once.
     return min(total, whole)
 
 
@@ -363,6 +380,8 @@ def _written_in_fusion(program: Program, fused: Computation, value: Instruction)
             return [Write(elements=0, target=value.name)]
         case "bitcast":
             return _written_in_fusion(program, fused, fused.named(value.operands[0]))
+        # An update of an update: the target is that of the innermost, and all their elements are written. If the
+        # innermost target is a new array, the whole array is written.
         case "fusion" | "dynamic-update-slice" | "scatter":
             found: list[Write] = []
             for write, whole in zip(elements_written(program, fused, value), fresh, strict=True):
