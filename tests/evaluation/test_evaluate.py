@@ -9,8 +9,7 @@ from evaluation_cases import make_batch
 
 from looplm_jax.data import Batch
 from looplm_jax.errors import UserError
-from looplm_jax.evaluation._evaluate import Curve, depth_sweep, evaluate, exit_curve
-from looplm_jax.evaluation._scores import Q_GRID, masked_means, score_tokens
+from looplm_jax.evaluation._evaluate import Q_GRID, Curve, depth_sweep, evaluate, exit_curve, masked_means, score_tokens
 from looplm_jax.halting import exit_distribution, q_exit
 from looplm_jax.losses import token_scores
 from looplm_jax.models._looplm import head_matrix
