@@ -153,15 +153,10 @@ def _connections(place: _Placement) -> tuple[dict[int, Connection], str | None]:
 
     host, port = _bind_address(place)
     with _listener(host, port, place.count) as listener:
-        connections = _accept(listener, token, place.count)
+        connections = Rendezvous(token, place.count).accept(listener)
 
     # The JAX runtime needs brackets around an IPv6 address, and [::] to listen on all addresses.
     return connections, f"[{host or '::'}]:{port}" if not host or ":" in host else f"{host}:{port}"
-
-
-def _accept(listener: socket.socket, token: bytes, count: int) -> dict[int, Connection]:
-    """Returns a connection to each other process."""
-    return Rendezvous(token, count).accept(listener)
 
 
 def _token() -> bytes:

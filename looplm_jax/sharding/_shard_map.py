@@ -135,22 +135,15 @@ def shard_map_over_tokens(function: F, inputs: tuple[Axes, ...], outputs: Axes) 
         if not all(is_divisible(array.shape, spec) for array, spec in zip(arrays, specs, strict=True)):
             return function(*arrays)
 
-        mapped = jax.shard_map(
-            local,
-            in_specs=specs,
-            out_specs=(logical_to_spec(*outputs), PartitionSpec()),
-            axis_names=set(devices),
-            check_vma=False,
-        )
-        return mapped(*arrays)
+        sums, own = on_each_device(local, inputs, outputs)(*arrays)
+        return own, sums
 
     def local(*arrays: Array) -> tuple[PyTree, PyTree]:
         own, sums = function(*arrays)
-        return own, jax.lax.psum(sums, devices)
+        return all_reduce(sums), own
 
     # Read when the function is wrapped, in the mesh and the local region of the caller.
-    devices = token_axes()
-    return whole if devices else function  # type: ignore[return-value]
+    return whole if token_axes() else function  # type: ignore[return-value]
 
 
 # Context parallelism: several devices share a sequence, and each has a contiguous range of its positions.
