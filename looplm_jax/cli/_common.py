@@ -74,7 +74,13 @@ def chosen_recipe(name: str, scale: str) -> Recipe:
         # Imported here, because it loads JAX, which `--help` does not need.
         from looplm_jax.training._run_folder import read_recipe
 
-        return scaled(read_recipe(Path(name)), Scale(scale))
+        path = Path(name)
+        if not path.exists():
+            # A name of a recipe with the suffix of a file is as likely as a misspelled file.
+            known = [*RECIPES, *map(str, path.parent.glob("*.json"))]
+            hint = suggest(name, known, otherwise=f"; name a file, or one of {', '.join(RECIPES)}")
+            raise UserError(f"there is no recipe {name}{hint}")
+        return scaled(read_recipe(path), Scale(scale))
     return scaled(named_recipe(name), Scale(scale))
 
 

@@ -59,6 +59,9 @@ def exit_status(command: Callable[[], int]) -> int:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return _fail(f"no space left on the disk{_at(error)}: free some and run the same command again")
+        # Raised by `tempfile`, which a library may call, without the name of a file.
+        if "temporary directory" in str(error):
+            return _fail(f"{error.strerror}; set TMPDIR to a folder that can be written to")
         # Not an error of a file: a bug, which needs its traceback.
         if error.filename is None:
             raise

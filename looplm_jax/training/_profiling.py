@@ -50,7 +50,11 @@ class Profiler:
             self._running = self.traced = True
             if not isinstance(self._folder, Path):
                 # The trace is written to a local folder and copied to the bucket at its end.
-                self._staging = tempfile.TemporaryDirectory()
+                try:
+                    self._staging = tempfile.TemporaryDirectory()
+                except OSError as error:
+                    self._running, self._refused = False, f"{error.strerror}; set TMPDIR to a writable folder"
+                    return
             jax.profiler.start_trace(self._folder if self._staging is None else self._staging.name)
 
     def after(self, step: int, results: Any) -> None:

@@ -95,7 +95,7 @@ def read_recipe(path: AnyPath) -> Recipe:
     try:
         values = json.loads(read_text(path))
     except FileNotFoundError:
-        raise UserError(f"there is no recipe {path}") from None
+        raise UserError(f"there is no recipe {path}; check the path") from None
     except UserError:
         # A UserError is a ValueError, and has its message already.
         raise

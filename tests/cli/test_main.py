@@ -1,12 +1,13 @@
 import errno
 import subprocess
 import sys
+import tempfile
 
 import jax
 import pytest
 
 from looplm_jax.cli import commands
-from looplm_jax.cli.main import main
+from looplm_jax.cli.main import exit_status, main
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
@@ -51,6 +52,16 @@ def test_mistakes_end_in_one_line(arguments, message, capsys):
     assert main(arguments) == 2
     printed = capsys.readouterr()
     assert (printed.out, printed.err) == ("", f"looplm: {message}\n")
+
+
+def test_without_a_temporary_folder_a_command_ends_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/does/not/exist"])
+    assert exit_status(lambda: int(tempfile.mkdtemp())) == 2
+    assert capsys.readouterr().err == (
+        "looplm: No usable temporary directory found in ['/does/not/exist']; set TMPDIR to a folder that can be "
+        "written to\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,8 @@ def test_heads_follow_the_width_unless_they_are_set(capsys):
 
 MISTAKES = [
     (["--recipe", "text-smal"], "unknown recipe 'text-smal'; did you mean 'text-small'?, or give the path"),
-    (["--recipe", "missing.json"], "there is no recipe missing.json"),
+    (["--recipe", "missing.json"], "there is no recipe missing.json; name a file, or one of text-small, demo, "),
+    (["--recipe", "mano-smal.json"], "there is no recipe mano-smal.json; did you mean 'mano-small'?"),
     (["--recipe"], "argument --recipe: expected one argument; see `looplm train --help`"),
     (["--recipie", "demo"], "unknown flag '--recipie'; did you mean '--recipe'?"),
     (["--x", "red"], "unknown flag '--x'; `looplm train --help` lists them"),

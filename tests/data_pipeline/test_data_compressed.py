@@ -102,6 +102,13 @@ def test_no_room_for_the_content(path, monkeypatch):
     assert stream(path) == DOCUMENTS
 
 
+def test_no_folder_for_the_content(path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/does/not/exist"])
+    with pytest.raises(UserError, match=r"cannot be kept in a temporary folder \(No usable temporary .*\); set TMPDIR"):
+        open_files(SourceConfig(path=str(path)))
+
+
 def test_text_is_decompressed_too(tmp_path):
     text = "A paragraph.\n\n" * 1000
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(text.encode()))

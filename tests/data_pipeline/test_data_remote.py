@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import http.server
+import os
 import threading
 
 import fsspec
@@ -10,7 +11,8 @@ import pytest
 from data_files import WRITERS, every_way, read_all
 
 from looplm_jax.config import SourceConfig
-from looplm_jax.data.sources import find_inputs, open_files
+from looplm_jax.data.sources import DataFile, find_inputs, open_files
+from looplm_jax.data.sources._files import file_system
 from looplm_jax.errors import UserError
 
 DOCUMENTS = ["first\n", "zwei — два", *(f"document {number} " * 20 for number in range(30))]
@@ -90,6 +92,26 @@ def test_a_server_that_gives_no_parts(folder):
                 UserError, match=f"{name}: the server does not support reading parts of files; download it, and"
             ):
                 open_files(SourceConfig(path=f"{url}/{name}"))
+
+
+class Unversioned(WholeFiles):
+    """Serves files without any header that identifies their version."""
+
+    def send_header(self, keyword, value):
+        if keyword != "Last-Modified":
+            super().send_header(keyword, value)
+
+
+@pytest.mark.parametrize("handler", [Files, Unversioned])
+def test_a_digest_shows_that_a_file_of_a_server_has_changed(tmp_path, handler):
+    path = tmp_path / "a.txt"
+    path.write_text("one")
+    with serving(tmp_path, handler) as url:
+        file = DataFile(*file_system(f"{url}/a.txt"))
+        before, again = file.digest(), file.digest()
+        path.write_text("two")
+        os.utime(path, (0, 0))
+        assert before == again != file.digest()
 
 
 @pytest.fixture

@@ -1,4 +1,7 @@
+import tempfile
+
 import pytest
+from etils import epath
 
 from looplm_jax.errors import UserError
 from looplm_jax.training._profiling import ProfiledSteps, Profiler
@@ -23,6 +26,17 @@ def test_the_steps_that_were_asked_for_leave_a_trace(tmp_path):
         profiler.after(step, ())
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
     profiler.close()
+
+
+def test_a_trace_without_a_temporary_folder_is_refused_and_does_not_end_the_run(monkeypatch):
+    """In a bucket, a trace is first written to one."""
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/does/not/exist"])
+    profiler = Profiler(epath.Path("gs://bucket/profile"), ProfiledSteps.parse("1:2"))
+    profiler.before(1)
+    profiler.after(2, ())
+    profiler.close()
+    assert profiler.how_to_open().startswith("no profile: No usable temporary directory found in ")
 
 
 def test_nothing_is_traced_unless_asked_for(tmp_path):

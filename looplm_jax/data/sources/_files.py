@@ -21,7 +21,13 @@ from looplm_jax.files import check_regular
 _BUFFER_BYTES = 2**20
 # Far more than any tokenizer or recipe; a larger file was named by mistake.
 _LARGEST_SMALL_FILE = 2**28
-_VERSIONS = ("md5Hash", "ETag", "etag", "generation", "LastModified", "mtime")  # fsspec fields that identify a version
+# Fields of fsspec's file systems that identify a version of a file. The first that is present is used, so another order
+# would change the digests of prepared corpora.
+_VERSIONS = (
+    *("md5Hash", "ETag", "etag", "generation", "LastModified", "mtime"),
+    *("Content-MD5", "Digest", "Last-Modified"),  # HTTP
+    *("blob_id", "last_modified", "modificationTime"),  # Hugging Face Hub, Azure, WebHDFS
+)
 _SHARD = re.compile(r"-\d+-of-\d+$")  # a shard number after the suffix
 _QUERY = re.compile(r"\?[^/]*$")  # a URL query, which downloaded files often keep in their names
 
@@ -107,16 +113,22 @@ class DataFile:
             return self.fs.cat_file(self.path, start=start, end=end)
 
     def digest(self) -> str:
-        """Returns a digest of a local file's bytes, or of the version that the store reports for a remote file."""
+        """Returns a digest of a local file's bytes, or of the version that the store reports for a remote file.
+
+        Reads the whole file from a store that reports no versions.
+        """
         if not self.is_local:
             with readable(self.name):
                 info = self.fs.info(self.path)
-            # Stores use different fields; the first that is present is used. Without any, changes are not detected.
-            version = next((f"{key}={info[key]}" for key in _VERSIONS if info.get(key)), "")
-            return hashlib.blake2b(version.encode(), digest_size=16).hexdigest()
+            if version := next((f"{key}={info[key]}" for key in _VERSIONS if info.get(key)), ""):
+                return hashlib.blake2b(version.encode(), digest_size=16).hexdigest()
 
-        with readable(self.name), open(self.path, "rb") as stream:
-            return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        digest = hashlib.blake2b(digest_size=16)
+        with readable(self.name), self.fs.open(self.path, "rb") as stream:
+            # Not hashlib.file_digest, which needs more of a stream than every store's file has.
+            while block := stream.read(_BUFFER_BYTES):
+                digest.update(block)
+        return digest.hexdigest()
 
     @contextlib.contextmanager
     def open(self) -> Iterator[IO[bytes]]:

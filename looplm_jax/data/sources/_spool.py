@@ -144,7 +144,8 @@ def _room(name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        folder = tempfile.tempdir or "a temporary folder"
         raise UserError(
-            f"{name}: its content cannot be kept in {tempfile.gettempdir()} ({error.strerror}); set TMPDIR to a folder "
-            "with more room, or prepare the data with `looplm tokenize`, which keeps none"
+            f"{name}: its content cannot be kept in {folder} ({error.strerror}); set TMPDIR to a folder with more "
+            "room, or prepare the data with `looplm tokenize`, which keeps none"
         ) from None
