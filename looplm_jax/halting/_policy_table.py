@@ -13,6 +13,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from looplm_jax.errors import UserError
@@ -110,7 +111,11 @@ class PolicyTable:
         )
 
     def row(self, policy: ExitPolicy) -> "PolicyTable":
-        """Returns one policy as a table without the axis N. Raises ValueError if its kind is not in the table."""
+        """Returns one policy as a table without the axis N, of NumPy numbers, which the caller transfers.
+
+        Raises:
+          ValueError: its kind is not in the table.
+        """
         if not self.accepts(policy):
             raise ValueError(f"no room for policies of the kind {_kind(_unbounded(policy))}; see PolicyTable.with_kind")
 
@@ -120,13 +125,13 @@ class PolicyTable:
         floor = policy.min_loops if isinstance(policy, Bounded) else 1
         ceiling = _NO_CEILING if policy.max_loops is None else policy.max_loops
 
-        return PolicyTable(
-            kinds=self.kinds,
-            kind=jnp.asarray(self.kinds.index(own), jnp.int32),
-            numbers=tuple(_numbers(inner) if kind == own else _zeros(kind, ()) for kind in self.kinds),
-            floor=jnp.asarray(floor, jnp.int32),
-            ceiling=jnp.asarray(ceiling, jnp.int32),
-        )
+        host: dict[str, Any] = {
+            "kind": np.int32(self.kinds.index(own)),
+            "numbers": tuple(_numbers(inner) if kind == own else _no_numbers(kind) for kind in self.kinds),
+            "floor": np.int32(floor),
+            "ceiling": np.int32(ceiling),
+        }
+        return PolicyTable(kinds=self.kinds, **host)
 
     def with_row(self, slot: int | Int[Array, ""], row: "PolicyTable") -> "PolicyTable":
         """Returns a table with the policy of one slot replaced. Pure; slot and row may be tracers."""
@@ -208,9 +213,14 @@ def _policy(kind: Kind, numbers: dict[str, Array]) -> Any:
     return policy
 
 
-def _numbers(policy: ExitPolicy) -> dict[str, Array]:
+def _numbers(policy: ExitPolicy) -> dict[str, np.ndarray]:
     """Returns the fields of a policy as arrays."""
-    return {name: jnp.asarray(getattr(policy, name), dtype) for name, dtype in _dtypes(_kind(policy)).items()}
+    return {name: np.asarray(getattr(policy, name), dtype) for name, dtype in _dtypes(_kind(policy)).items()}
+
+
+def _no_numbers(kind: Kind) -> dict[str, np.ndarray]:
+    """Returns zeros in the place of the fields of another kind's policy."""
+    return {name: np.zeros((), dtype) for name, dtype in _dtypes(kind).items()}
 
 
 def _zeros(kind: Kind, shape: tuple[int, ...]) -> dict[str, Array]:

@@ -2,14 +2,14 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Bool, Int
+from jaxtyping import Array, Bool, Int
 
 from looplm_jax.errors import UserError
 from looplm_jax.halting import ExitPolicy, FixedLoops
@@ -27,7 +27,6 @@ from looplm_jax.inference._prefill import (
     extract_row,
     fill_pages,
     prefill_chunk,
-    row_of_pages,
 )
 from looplm_jax.inference._requests import Request
 from looplm_jax.inference._sampling import SamplingTable
@@ -48,8 +47,6 @@ from looplm_jax.sharding import target_platform
 
 # An upper bound for `bucket` where the pages of a slot, not a length, limit a row.
 _LONGEST_ROW = 1 << 24
-
-T = TypeVar("T")
 
 
 class PolicyError(Exception):
@@ -171,7 +168,7 @@ class Decoder:
         starts = range(0, len(request.prompt_ids), self.config.chunk)
 
         if task.last is None:
-            task.last = init_sharded(lambda: no_last_token(self.model, self.loops), self._mesh)
+            task.last = no_last_token(self.model, self.loops)
 
         # Runs are numbered loop by loop: run r is loop r // chunks of chunk r % chunks.
         for _ in range(self.loops):
@@ -181,7 +178,7 @@ class Decoder:
                 row, chunk = begin_chunk(self.model, self._params, row, *self._chunk(request, starts[index]))
                 task.chunks.append(chunk)
             row, task.chunks[index], task.last = run_loop(
-                self.model, self._params, row, task.chunks[index], task.last, np.int32(loop)
+                self.model, self._params, row, task.chunks[index], task.last, self._on_devices(np.int32(loop))
             )
             self._set_planes(row)
             task.runs += 1
@@ -202,22 +199,15 @@ class Decoder:
         """Puts a prompt that has been read into a slot. Returns its first token, in the form of a tick."""
         assert task.last is not None
         request = task.request
-        place = Place(
-            slot=np.int32(slot),
-            pages=self._padded(task.pages),
-            length=np.int32(request.tokens_before + len(request.prompt_ids)),
+        length = np.int32(request.tokens_before + len(request.prompt_ids))
+        # One transfer of all numbers, instead of one for each.
+        slot_number, pages, length, settings, seen = self._on_devices(
+            (np.int32(slot), self._padded(task.pages), length, self._settings(request), self._seen(request))
         )
+        place = Place(slot=slot_number, pages=pages, length=length)
 
         with use_mesh_or_none(self._mesh):
-            self._slots, first = admit(
-                self.model,
-                self._params,
-                self._slots,
-                task.last,
-                place,
-                self._settings(request),
-                self._seen(request),
-            )
+            self._slots, first = admit(self.model, self._params, self._slots, task.last, place, settings, seen)
 
         # The slot owns the pages now.
         self._pages[slot], task.pages = task.pages, ()
@@ -229,8 +219,9 @@ class Decoder:
 
     def admit_pack(self, tasks: Mapping[int, PrefillTask]) -> Ticked:
         """Runs prompts that fit one chunk together, and puts each into its slot. Returns their first tokens."""
+        pack = self._on_devices(self._pack(tasks))
         with use_mesh_or_none(self._mesh):
-            self._slots, first = admit_pack(self.model, self._params, self._slots, self._pack(tasks), loops=self.loops)
+            self._slots, first = admit_pack(self.model, self._params, self._slots, pack, loops=self.loops)
         for slot, task in tasks.items():
             self._pages[slot], task.pages = task.pages, ()
         return first
@@ -265,12 +256,13 @@ class Decoder:
     def copy_row(self, slot: int, tokens: int) -> Cache:
         """Returns a copy of the first `tokens` tokens of a slot, as a cache of one row."""
         capacity = bucket(tokens, self.config.capacity)
-        row = extract_row(self._slots.cache, np.int32(slot), capacity=capacity)
+        slot_number, lengths = self._on_devices((np.int32(slot), np.full(1, tokens, np.int32)))
+        row = extract_row(self._slots.cache, slot_number, capacity=capacity)
         # A pass that was dispatched before the host saw the end may have added tokens that were never delivered.
-        return dataclasses.replace(row, lengths=jnp.full(1, tokens, jnp.int32))
+        return dataclasses.replace(row, lengths=lengths)
 
-    def _on_devices(self, numbers: T) -> T:
-        """Returns the numbers on all devices of the slots, by an explicit transfer, which a transfer guard allows."""
+    def _on_devices(self, numbers: Any) -> Any:
+        """Returns NumPy numbers on all devices of the slots, by an explicit transfer, which a transfer guard allows."""
         return jax.device_put(numbers, None if self._mesh is None else NamedSharding(self._mesh, PartitionSpec()))
 
     def _num_pages(self, request: Request) -> int:
@@ -284,13 +276,14 @@ class Decoder:
         row[: len(pages)] = pages
         return row
 
-    def _chunk(self, request: Request, start: int) -> tuple[Int[np.ndarray, "S"], np.int32]:
+    def _chunk(self, request: Request, start: int) -> tuple[Int[Array, "S"], Int[Array, ""]]:
         """Returns a chunk of a prompt, padded to its bucket, and the number of its tokens."""
         chunk = request.prompt_ids[start : start + self.config.chunk]
         # Padding repeats the last token: its value has no effect, but must be in the vocabulary.
         tokens = np.full(bucket(len(chunk), self.config.chunk), chunk[-1], np.int32)
         tokens[: len(chunk)] = chunk
-        return tokens, np.int32(len(chunk))
+        tokens_and_count: tuple[Array, Array] = self._on_devices((tokens, np.int32(len(chunk))))
+        return tokens_and_count
 
     def _row(self, task: PrefillTask, start: int) -> Cache:
         """Returns the pages of a request as a row that is filled up to token `start` of its prompt."""
@@ -299,7 +292,9 @@ class Decoder:
         # The pages that the last, padded chunk touches, rounded up to a bucket, so that rows have few different shapes.
         wanted = request.tokens_before + whole * chunk + (bucket(rest, chunk) if rest else 0)
         pages = self._padded(task.pages)[: self.config.pool.needed(bucket(wanted, _LONGEST_ROW))]
-        return row_of_pages(self._slots.cache, pages, request.tokens_before + start)
+        lengths = np.full(1, request.tokens_before + start, np.int32)
+        table, lengths = self._on_devices((pages[None], lengths))
+        return dataclasses.replace(self._slots.cache, lengths=lengths, table=table)
 
     def _pack(self, tasks: Mapping[int, PrefillTask]) -> Pack:
         """Returns the prompts of tasks, by slot, as one pack."""
@@ -334,15 +329,19 @@ class Decoder:
         self._slots = self._slots.replace(cache=dataclasses.replace(self._slots.cache, planes=cache.planes))
 
     def _settings(self, request: Request) -> SlotSettings:
+        """Returns the settings of a request as NumPy numbers."""
         # A static number of ids, filled with one that no token has, so that requests with any number share a program.
         stop_ids = np.full(MOST_STOP_IDS, NO_TOKEN, np.int32)
         stop_ids[: len(request.stop_ids)] = request.stop_ids
+        host: dict[str, Any] = {
+            "limit": np.int32(request.max_new_tokens),
+            "budget": np.float32(request.loops_per_token),
+            "stop_ids": stop_ids,
+        }
         return SlotSettings(
             policy=self._slots.settings.policy.row(self._policy(request)),
             sampling=SamplingTable.of(request.sampling, self._usable),
-            limit=jnp.int32(request.max_new_tokens),
-            budget=jnp.float32(request.loops_per_token),
-            stop_ids=jnp.asarray(stop_ids),
+            **host,
         )
 
     def _policy(self, request: Request) -> ExitPolicy:
@@ -362,7 +361,7 @@ class Decoder:
             self._tracks_seen = True
             # Slots that are running have no penalty, so it does not matter which tokens they have seen.
             shape = (self.config.slots, self.model.config.vocab_size)
-            self._slots = self._slots.replace(seen_tokens=jnp.zeros(shape, bool))
+            self._slots = self._slots.replace(seen_tokens=self._on_devices(np.zeros(shape, bool)))
 
     def _make_slots(self) -> Slots:
         config = self.config

@@ -125,10 +125,12 @@ def write_kept(row: Cache, chunk: Chunk, last: LastToken) -> Cache:
     return constrain(_write(_write(row, "core", core, chunk.count, finite), "coda", coda, chunk.count, finite))
 
 
+# Compiled, so that the zeros are made on the devices instead of transferred to them.
+@functools.partial(jax.jit, static_argnames=("model", "loops"))
 def no_last_token(model: LoopLM, loops: int) -> LastToken:
     """Returns the states of the last token before the first chunk."""
     hidden = jnp.zeros((loops, model.config.width), compute_dtype(model.compute))
-    return LastToken(hidden=hidden, gate_logits=jnp.zeros(loops, jnp.float32))
+    return constrain(LastToken(hidden=hidden, gate_logits=jnp.zeros(loops, jnp.float32)))
 
 
 def bytes_per_prompt_token(config: ModelConfig, strategy: CacheStrategy, dtype: DTypeLike, *, devices: int = 1) -> int:

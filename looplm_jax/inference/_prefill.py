@@ -13,7 +13,6 @@ from collections.abc import Callable
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
@@ -37,14 +36,9 @@ class LastToken:
 class Place:
     """The slot of a request, its pages, padded to those of the longest row, and the number of its tokens in them."""
 
-    slot: Int[ArrayLike, ""]
-    pages: Int[ArrayLike, "W"]
-    length: Int[ArrayLike, ""]
-
-
-def row_of_pages(cache: Cache, pages: Int[np.ndarray, "w"], length: int) -> Cache:
-    """Returns some pages of a cache as a cache of one row, of which `length` positions are filled."""
-    return dataclasses.replace(cache, lengths=jnp.full(1, length, jnp.int32), table=jnp.asarray(pages[None]))
+    slot: Int[Array, ""]
+    pages: Int[Array, "W"]
+    length: Int[Array, ""]
 
 
 @functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("row",))

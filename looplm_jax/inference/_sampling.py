@@ -11,6 +11,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, UInt32
 
 from looplm_jax.errors import UserError
@@ -94,19 +95,19 @@ class SamplingTable:
 
     @classmethod
     def of(cls, sampling: "Sampling | SamplingTable", vocabulary: int = MOST) -> "SamplingTable":
-        """Returns the numbers of one `Sampling`, without axes; they may be traced."""
+        """Returns the numbers of one `Sampling`, without axes: traced, or NumPy numbers, which the caller transfers."""
         numbers: dict[str, Any] = {field.name: getattr(sampling, field.name) for field in dataclasses.fields(Sampling)}
         return cls(**{name: _column(name, number) for name, number in (numbers | {"vocabulary": vocabulary}).items()})
 
     @classmethod
     def of_all(cls, samplings: Sequence[Sampling], vocabulary: int = MOST) -> "SamplingTable":
-        """Returns one row for each of several `Sampling`s."""
+        """Returns one row for each of several `Sampling`s, on the device."""
         columns = {
             field.name: [getattr(sampling, field.name) for sampling in samplings]
             for field in dataclasses.fields(Sampling)
         }
         columns["vocabulary"] = [vocabulary] * len(samplings)
-        return cls(**{name: _column(name, numbers) for name, numbers in columns.items()})
+        return jax.device_put(cls(**{name: _column(name, numbers) for name, numbers in columns.items()}))
 
     @classmethod
     def empty(cls, slots: int) -> "SamplingTable":
@@ -119,10 +120,11 @@ class SamplingTable:
         return _replace_row(self, slot, SamplingTable.of(sampling))
 
 
-def _column(name: str, numbers: Any) -> Array:
-    """Returns numbers as an array of the field's dtype."""
+def _column(name: str, numbers: Any) -> Any:
+    """Returns numbers as an array of the field's dtype. Numbers of the host stay on the host."""
     floats = {field.name for field in dataclasses.fields(Sampling) if field.type is float}
-    return jnp.asarray(numbers, jnp.float32 if name in floats else jnp.int32)
+    asarray = jnp.asarray if isinstance(numbers, jax.Array) else np.asarray
+    return asarray(numbers, np.float32 if name in floats else np.int32)
 
 
 @jax.jit
@@ -177,7 +179,7 @@ def sample(
     """Draws one token of one row. Pure; the numbers of `sampling` may be traced."""
     row = SamplingTable.of(sampling)
     allowed = _allowed(logits, row, seen)[None]
-    return _draw(allowed, jax.tree.map(lambda number: number[None], row), key[None])[0]
+    return _draw(allowed, jax.tree.map(lambda number: jnp.asarray(number)[None], row), key[None])[0]
 
 
 def token_key(sampling: Sampling | SamplingTable, number: int | Int[Array, ""]) -> PRNGKeyArray:

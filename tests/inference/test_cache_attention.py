@@ -145,7 +145,7 @@ def test_stored_heads_fill_whole_lanes_and_divide_over_devices(heads_of_device, 
     assert stored_width % LANES == 0
     assert rows % devices == heads % rows == 0
     assert stored_width - heads // rows * width < LANES
-    array = np.arange(2 * heads * width, dtype=np.float32).reshape(2, heads, width)
+    array = jnp.asarray(np.arange(2 * heads * width, dtype=np.float32).reshape(2, heads, width))
     stored = store_heads(array, (rows, stored_width))
     assert stored.shape == (2, rows, stored_width)
     np.testing.assert_array_equal(load_heads(stored, (heads, width)), array)

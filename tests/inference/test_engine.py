@@ -209,17 +209,24 @@ def test_a_budget_of_loops_is_kept_after_every_token(engine):
         assert spent[-1] > budget * 11 - 1
 
 
-def test_running_requests_make_only_explicit_transfers(engine, alone):
-    handles = [engine.submit(request) for request in (REQUESTS[1], REQUESTS[5])]
-    cancelled = engine.submit(REQUESTS[2])
-    engine.step()  # reads the prompts
-    engine.step()
+def test_requests_make_only_explicit_transfers(engine, alone):
+    """Once their programs are compiled: short and long prompts, and one that continues a prefix cache."""
 
-    with jax.transfer_guard("disallow"):
+    def serve():
+        cancelled = engine.submit(REQUESTS[2])
+        handles = [engine.submit(request) for request in REQUESTS]
+        kept = engine.submit(dataclasses.replace(REQUESTS[0], keep_cache=True))
+        engine.step()
         cancelled.cancel()
-        results = finish(engine, handles)
-    for result, number in zip(results, (1, 5), strict=True):
-        assert_same(result, alone[number])
+        *results, first = finish(engine, [*handles, kept])
+        more = dataclasses.replace(REQUESTS[1], prompt_ids=first.tokens[-1:], past=first.cache)
+        return *results, *finish(engine, [engine.submit(more)])
+
+    *_, continued = serve()
+    with jax.transfer_guard("disallow"):
+        results = serve()
+    for result, expected in zip(results, [*alone, continued], strict=True):
+        assert_same(result, expected)
 
 
 def test_a_budget_of_time_gives_up_loops(engine, monkeypatch):

@@ -73,7 +73,7 @@ def test_a_position_keeps_what_its_strategy_says(strategy):
             done[row] += 1
             if done[row] == exits[row][place[row]]:
                 place[row], done[row] = place[row] + 1, 0
-        cache = cache.advance(place - np.asarray(cache.lengths))
+        cache = cache.advance(jnp.asarray(place) - cache.lengths)
     assert [[len(loops) for loops in row] for row in kept] == exits
     for row, token in np.ndindex(ROWS, 3):
         for plane in range(cache.depth):

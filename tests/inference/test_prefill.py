@@ -97,6 +97,15 @@ def test_a_prompt_read_loop_by_loop_is_the_prompt_as_a_whole(model_and_params, s
     check()
 
 
+def test_a_prompt_read_loop_by_loop_makes_only_explicit_transfers():
+    average = decoder(CacheStrategy.AVERAGE)
+    task, held = read(average, range(10))
+    with jax.transfer_guard("disallow"):
+        again, held_again = read(average, range(10))
+    np.testing.assert_array_equal(again.last.hidden, task.last.hidden)
+    jax.tree.map(np.testing.assert_array_equal, held_again, held)
+
+
 @pytest.mark.parametrize("strategy", [each for each in CacheStrategy if each.shares])
 def test_bytes_of_a_prompt_that_is_being_read_are_those_of_the_formula(model_and_params, strategy):
     model, params = model_and_params
@@ -127,8 +136,8 @@ def filled(model, strategy, rows, capacity):
         lambda: empty_cache(model.config, strategy, rows=rows, capacity=capacity, loops=LOOPS, dtype=jnp.float32)
     )
     generator = np.random.default_rng(0)
-    cache = jax.tree.map(lambda leaf: generator.normal(size=leaf.shape).astype(leaf.dtype), shapes)
-    return cache.advance(np.arange(1, rows + 1, dtype=np.int32) - cache.lengths)
+    cache = jax.tree.map(lambda leaf: jnp.asarray(generator.normal(size=leaf.shape).astype(leaf.dtype)), shapes)
+    return cache.advance(jnp.arange(1, rows + 1) - cache.lengths)
 
 
 @pytest.mark.parametrize("capacity", [4, 16])

@@ -1,11 +1,11 @@
 """What the compiled tick does, and what it leaves out."""
 
+import dataclasses
 import functools
 import re
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from inference_models import make_model
 from jax.extend.core import jaxprs_in_params
@@ -15,7 +15,7 @@ from looplm_jax.halting._policy_table import PolicyTable
 from looplm_jax.inference._cache_layout import PoolSize
 from looplm_jax.inference._kv_cache import CacheStrategy, empty_cache
 from looplm_jax.inference._loopwise_prefill import begin_chunk, run_loop
-from looplm_jax.inference._prefill import LastToken, Place, admit, prefill_chunk, row_of_pages
+from looplm_jax.inference._prefill import LastToken, Place, admit, prefill_chunk
 from looplm_jax.inference._slots import empty_slots
 from looplm_jax.inference._tick import run_ticks, tick
 from looplm_jax.models._blocks import unroll_layers
@@ -84,20 +84,24 @@ def test_a_prompt_is_put_into_a_slot_in_place(strategy, changes):
 @pytest.mark.parametrize("in_pages", [slow(False), True])
 def test_a_chunk_is_added_to_a_row_in_place(in_pages):
     model, params = unrolled_model({"prelude_layers": 1, "coda_layers": 1})
-    pages = np.arange(POOL.pages_per_slot, dtype=np.int32)
-    row = row_of_pages(shape_of_slots(model).cache, pages, 0) if in_pages else shape_of_row(model)
+    row = shape_of_row_of_pages(model) if in_pages else shape_of_row(model)
     lowered = prefill_chunk.lower(model, params, row, jax.ShapeDtypeStruct((16,), jnp.int32), index())
     assert_in_place(lowered, row.planes)
 
 
 def test_a_loop_of_a_chunk_is_added_to_the_only_plane_in_place():
     model, params = unrolled_model(AVERAGE[1])
-    pages = np.arange(POOL.pages_per_slot, dtype=np.int32)
-    row = row_of_pages(shape_of_slots(model, CacheStrategy.AVERAGE).cache, pages, 0)
+    row = shape_of_row_of_pages(model, CacheStrategy.AVERAGE)
     tokens = jax.ShapeDtypeStruct((16,), jnp.int32)
     _, chunk = jax.eval_shape(functools.partial(begin_chunk, model), params, row, tokens, index())
     lowered = run_loop.lower(model, params, row, chunk, last_token(model), index())
     assert_in_place(lowered, row.planes)
+
+
+def shape_of_row_of_pages(model, strategy=CacheStrategy.FULL):
+    pages = jax.ShapeDtypeStruct((1, POOL.pages_per_slot), jnp.int32)
+    length = jax.ShapeDtypeStruct((1,), jnp.int32)
+    return dataclasses.replace(shape_of_slots(model, strategy).cache, lengths=length, table=pages)
 
 
 def shape_of_row(model):

@@ -17,7 +17,7 @@ from looplm_jax.inference._engine_config import EngineConfig
 from looplm_jax.inference._kv_cache import CacheStrategy, bytes_per_token, empty_cache
 from looplm_jax.inference._loopwise_prefill import begin_chunk, run_loop
 from looplm_jax.inference._packed_prefill import admit_pack, make_pack
-from looplm_jax.inference._prefill import LastToken, prefill_chunk, row_of_pages
+from looplm_jax.inference._prefill import LastToken, prefill_chunk
 from looplm_jax.inference._sampling import SamplingTable
 from looplm_jax.inference._slots import empty_slots
 from looplm_jax.inference._tick import run_ticks
@@ -75,7 +75,8 @@ class Chips:
 
     def row_of_pages(self, strategy=CacheStrategy.FULL):
         cache = self.slots(strategy=strategy).cache
-        return row_of_pages(cache, np.arange(cache.table.shape[1], dtype=np.int32), 0)
+        pages = np.arange(cache.table.shape[1], dtype=np.int32)[None]
+        return dataclasses.replace(cache, lengths=np.zeros(1, np.int32), table=pages)
 
     def chunk(self, row, *, tokens=128):
         numbers = jax.ShapeDtypeStruct((tokens,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
