@@ -83,12 +83,14 @@ def write_run_report(folder: AnyPath, recipe: Recipe) -> list[str]:
     lines = [f"# {recipe.name}", "", f"{count_params(recipe.model):,} parameters. {recipe.description}{started}", ""]
     lines += ["## Stages", "", _stage_table(recipe, rows).markdown()]
 
-    figure = _figure(rows)
-    if figure is None:
-        lines += ["Figures need matplotlib: `pip install 'looplm_jax[plot]'`.", ""]
+    figure = io.BytesIO()
+    try:
+        plot_training(rows, figure)
+    except UserError as error:
+        lines += [f"There is no figure: {error}.", ""]
     else:
         # Before the report, which links to it.
-        write_atomically(folder / "training.png", figure)
+        write_atomically(folder / "training.png", figure.getvalue())
         lines += ["![training](training.png)", ""]
         written.append("training.png")
 
@@ -123,16 +125,6 @@ def evaluate_command(folder: AnyPath) -> str:
     """Returns the command that evaluates a run. For a run in a bucket, its output goes to a local folder."""
     out = f" --out {quoted(f'{folder.name}-evaluation')}" if in_bucket(folder) else ""
     return f"looplm evaluate {quoted(folder)}{out}"
-
-
-def _figure(rows: Sequence[Mapping[str, Any]]) -> bytes | None:
-    """Returns the figure as PNG, or None if matplotlib is not installed."""
-    figure = io.BytesIO()
-    try:
-        plot_training(rows, figure)
-    except UserError:
-        return None
-    return figure.getvalue()
 
 
 def _stage_table(recipe: Recipe, rows: list[dict[str, Any]]) -> Table:

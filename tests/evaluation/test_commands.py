@@ -6,7 +6,9 @@ from evaluation_cases import TASK
 
 from looplm_jax.cli import evaluate
 from looplm_jax.cli.main import main
+from looplm_jax.evaluation._reports import write_run_report
 from looplm_jax.loading import load
+from looplm_jax.recipes import named_recipe
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +42,13 @@ def test_evaluate_without_matplotlib_writes_the_numbers(tmp_path, capsys, monkey
     assert main(["evaluate", str(tmp_path), *arguments, "--out", str(tmp_path / "here")]) == 0
     assert "pip install 'looplm_jax[plot]'" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "here").iterdir()] == ["evaluation.json"]
+
+
+def test_the_report_of_a_run_without_matplotlib_says_how_to_get_a_figure(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert write_run_report(tmp_path, named_recipe("mano-small")) == ["report.md"]
+    wanted = "There is no figure: figures need matplotlib; pip install 'looplm_jax[plot]'."
+    assert wanted in (tmp_path / "report.md").read_text().splitlines()
 
 
 @pytest.mark.parametrize(
