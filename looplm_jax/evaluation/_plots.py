@@ -78,13 +78,14 @@ class _Panel:
 _PANELS = (
     _Panel(metric="loss_per_loop", label="loss (nats/token)"),
     _Panel(metric="mean_exit_loop", label="mean exit loop"),
+    _Panel(metric="reward", label="reward"),
     _Panel(metric="gradient_norm", label="gradient norm", log=True),
     _Panel(metric="learning_rate", label="learning rate"),
 )
 
 
 def plot_training(rows: Sequence[Mapping[str, Any]], path: Path | io.BytesIO) -> None:
-    """Plots the loss of every loop, mean exit loop, gradient norm and learning rate against steps.
+    """Plots the loss of every loop, mean exit loop, reward, gradient norm and learning rate against steps.
 
     The rows are those of `metrics.jsonl`. Rows of a kind other than `train` are ignored, and metrics that no row has
     are left out.

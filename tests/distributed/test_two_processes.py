@@ -63,6 +63,18 @@ def test_two_processes_train_as_one(alone, compiled, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_processes_draw_the_same_rollouts_as_one(compiled, tmp_path):
+    recipe = write_recipe(tmp_path / "recipe.json", steps=3)
+    flags = ("--stage.objective", "looprpt", "--stage.looprpt.rollouts", "2", "--stage.looprpt.hard_share", "0.5")
+    runs = [tmp_path / "one", tmp_path / "two"]
+    for count, run in enumerate(runs, start=1):
+        arguments = ("--recipe", recipe, "--out", run, *flags)
+        with Processes(tmp_path / f"of-{count}", [[]] * count, *arguments, compiled=compiled) as some:
+            assert some.finish() == [0] * count, some.everything()
+    assert_same_losses(*runs)
+
+
+@pytest.mark.slow
 def test_two_processes_train_as_one_in_a_bucket(alone, compiled, bucket, tmp_path):  # noqa: F811
     """Two other processes then resume from their checkpoint."""
     recipe, run = write_recipe(tmp_path / "recipe.json"), any_path(f"{bucket}/run")
