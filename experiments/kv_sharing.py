@@ -183,7 +183,7 @@ def _told_scores(
         lengths=jnp.full(rows, tokens.shape[1]),
     )
 
-    hidden = states_in_turn(model, params, rollouts, strategy=strategy, loops=loops)
+    hidden, _ = states_in_turn(model, params, rollouts, strategy=strategy, loops=loops)
     scored = token_scores(hidden[None], head_matrix(params, model.config), tokens, chunk=model.compute.loss_chunk)
     return jnp.stack([scored.loss[0], scored.correct[0].astype(jnp.float32)])[..., wanted - read :]
 

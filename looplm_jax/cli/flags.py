@@ -22,6 +22,7 @@ exit rules, each optionally with bounds on loops, as in kl=1e-3,min=2,max=6:
   stable=2       the likeliest token was that of the loop before, this many times in a row
   confidence=0.9 the likeliest token reached this probability
   margin=0.5     its probability exceeds that of the next one by this
+  sampled        the loop is drawn from the exit distribution of the gate
 """
 
 

@@ -37,9 +37,9 @@ Adaptive Computation Time: `act`, from halting probabilities to an `ACT`; `ponde
 Priors, as log-probabilities over 1..T: `log_prior` for a configuration; `log_uniform_prior`, `log_geometric_prior`,
 `log_poisson_lognormal_prior`; and `kl_divergence` from one.
 
-Policies: `FixedLoops`, `QExit`; `HiddenDifference`, `RelativeHiddenDifference`, `KLDivergence`, `EntropyChange`,
-`ArgmaxStable`, `Confidence`, `Margin`; bounds around any policy, `Bounded`; and a policy from a function, `Custom`.
-`exit_loops` applies a policy to the outputs of all loops.
+Policies: `FixedLoops`, `QExit`, `SampledExit`; `HiddenDifference`, `RelativeHiddenDifference`, `KLDivergence`,
+`EntropyChange`, `ArgmaxStable`, `Confidence`, `Margin`; bounds around any policy, `Bounded`; and a policy from a
+function, `Custom`. `exit_loops` applies a policy to the outputs of all loops.
 
 An own policy implements `ExitPolicy`; it declares what it reads with `looplm_jax.halting.signals.Needs`.
 """
@@ -79,6 +79,7 @@ with epy.lazy_api_imports(globals()):
         Margin,
         QExit,
         RelativeHiddenDifference,
+        SampledExit,
     )
 
     # A policy applied to the outputs of all loops.
@@ -107,6 +108,7 @@ __all__ = [
     "Margin",
     "QExit",
     "RelativeHiddenDifference",
+    "SampledExit",
     "act",
     "entropy",
     "exit_cdf",

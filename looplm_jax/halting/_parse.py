@@ -17,6 +17,7 @@ from looplm_jax.halting._policies import (
     Margin,
     QExit,
     RelativeHiddenDifference,
+    SampledExit,
 )
 
 # The policy of each name, which has a single numeric field, and an example of its value.
@@ -31,6 +32,8 @@ _RULES: dict[str, tuple[type[Any], str]] = {
     "confidence": (Confidence, "0.9"),
     "margin": (Margin, "0.5"),
 }
+# The policies of names without a number.
+_PLAIN_RULES: dict[str, type[Any]] = {"sampled": SampledExit}
 _BOUNDS = {"min": "min_loops", "max": "max_loops"}
 
 
@@ -38,7 +41,7 @@ def parse_exit_policy(text: str) -> ExitPolicy:
     """Returns the exit policy for a rule and its number, followed by optional bounds on loops.
 
     Examples: `q=0.5`, `loops=4`, `kl=1e-3,min=2,max=6`. The rules are loops, q, hidden, relative, kl, entropy, stable,
-    confidence and margin.
+    confidence and margin; and `sampled`, which has no number.
 
     Raises:
       UserError: the text has another form, or the policy does not allow its number.
@@ -52,8 +55,12 @@ def parse_exit_policy(text: str) -> ExitPolicy:
 def _rule(text: str, part: str) -> ExitPolicy:
     """Returns the policy for a rule such as `q=0.5`."""
     name, value = _split(part)
+    if name in _PLAIN_RULES:
+        if "=" in part:
+            raise UserError(f"exit policy {text!r}: {name} takes no number; write {name}")
+        return _PLAIN_RULES[name]()
     if name not in _RULES:
-        hint = "; the rule comes before min and max" if name in _BOUNDS else suggest(name, _RULES)
+        hint = "; the rule comes before min and max" if name in _BOUNDS else suggest(name, (*_RULES, *_PLAIN_RULES))
         raise UserError(f"unknown exit policy {text!r}; write for example q=0.5{hint}")
 
     policy, example = _RULES[name]

@@ -100,6 +100,23 @@ class QExit:
         return signals.log_survival <= jnp.log1p(-jnp.asarray(self.q, jnp.float32))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampledExit:
+    """Draws the exit loop of each token from its exit distribution: `P(exit at t) = p_t`.
+
+    This is Q-exit with a random q: a number u, uniform in [0, 1), for each token. The engine draws it with a key of its
+    own, which follows from `Sampling.seed`, `index`, `sample` and the number of the token; `exit_loops` takes it as an
+    argument. `log_exit_probability` is the log-probability of a drawn exit.
+    """
+
+    needs: ClassVar[Needs] = Needs.GATE | Needs.DRAW
+    max_loops: ClassVar[None] = None
+
+    def exits(self, signals: Signals) -> Bool[Array, "*B"]:
+        """Returns True for tokens whose survival is at most `1 - u`."""
+        return signals.log_survival <= jnp.log1p(-required(signals.draw, "random numbers"))
+
+
 @dataclasses.dataclass(frozen=True)
 class Bounded:
     """A policy with bounds on the number of loops, which take precedence over the policy.

@@ -157,6 +157,7 @@ def exit_loops(
     hidden: Float[Array, "T *B D"],
     gate_logits: Float[Array, "T *B"],
     logits: Head | Float[Array, "T *B V"],
+    draws: Float[Array, "*B"] | None = None,
 ) -> Int[Array, "*B"]:
     """Returns the loop at which each token exits, in 1..T. Tokens that have not exited earlier exit at T.
 
@@ -166,7 +167,13 @@ def exit_loops(
       gate_logits: the exit gates of every loop.
       logits: the predictions of every loop, or a head that computes those of one loop, `[*B, D]` to `[*B, V]`. The head
         is called only for policies that read predictions, and for one loop at a time.
+      draws: a number per token, uniform in [0, 1), for policies that are random.
+
+    Raises:
+      UserError: the policy is random, and there are no draws.
     """
+    if Needs.DRAW in policy.needs and draws is None:
+        raise UserError("this exit policy is random: choose another one, or give exit_loops a draw for each token")
 
     def predict(loop: Int[Array, ""]) -> Float[Array, "*B V"] | None:
         if Needs.LOGITS not in policy.needs:
@@ -175,7 +182,7 @@ def exit_loops(
 
     def after_loop(memory: LoopMemory, loop: Int[Array, ""]) -> tuple[LoopMemory, Array]:
         # One loop after another, as in a tick of the engine.
-        signals = memory.observe(gate_logits[loop], hidden[loop], predict(loop))
+        signals = memory.observe(gate_logits[loop], hidden[loop], predict(loop), draws)
         return signals.memory(), policy.exits(signals)
 
     loops = jnp.arange(hidden.shape[0])

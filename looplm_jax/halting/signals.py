@@ -15,6 +15,7 @@ class Needs(enum.Flag):
     HIDDEN = 2  # states of this loop and the previous one
     LOGITS = 4  # predictions of this loop
     PREVIOUS_LOGITS = 8 | LOGITS  # and of the previous loop: an array [B, V] is kept between loops
+    DRAW = 16  # a random number per token, the same at all of its loops
 
 
 @flax.struct.dataclass
@@ -35,6 +36,7 @@ class Signals:
     unchanged: Int[Array, "*B"] | None = (
         None  # consecutive loops, up to this one, with the prediction of the previous loop
     )
+    draw: Float[Array, "*B"] | None = None  # uniform in [0, 1)
 
     def memory(self) -> "LoopMemory":
         """Returns what the next loop needs."""
@@ -91,6 +93,7 @@ class LoopMemory:
         gate_logits: Float[Array, "*B"],
         hidden: Float[Array, "*B D"] | None = None,
         logits: Float[Array, "*B V"] | None = None,
+        draw: Float[Array, "*B"] | None = None,
     ) -> Signals:
         """Returns the signals after one more loop, without states and predictions that this memory does not need."""
         loop, gate_logits = self.loop + 1, gate_logits.astype(jnp.float32)
@@ -113,4 +116,5 @@ class LoopMemory:
             previous_logits=self.logits,
             prediction=prediction,
             unchanged=unchanged,
+            draw=draw,
         )

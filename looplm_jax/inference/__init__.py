@@ -25,8 +25,9 @@ The cache: `CacheStrategy` chooses the loops of a token that it keeps, and `byte
 Self-speculation: `speculate` drafts with few loops and verifies with all; its `SpeculativeResult`; a `Screening` of
 drafts may stop a row, or `Reroute` it.
 
-Log-probabilities of generated tokens for training: `replay` for a result; `replay_log_probs`, a differentiable
-function of the parameters, for a batch of `Rollouts`.
+Log-probabilities of generated tokens for training: `replay` for a result; `replay_scores`, a differentiable function of
+the parameters, for a batch of `Rollouts`. Its `Scores` are those of tokens and of their exits, and `rollout_gap` is
+their distance from those of the engine; `replay_log_probs` returns those of the tokens alone.
 """
 
 from etils import epy
@@ -43,7 +44,7 @@ with epy.lazy_api_imports(globals()):
     from looplm_jax.inference._kv_cache import CacheStrategy, bytes_per_token
 
     # Log-probabilities of generated tokens.
-    from looplm_jax.inference._replay import replay, replay_log_probs
+    from looplm_jax.inference._replay import Scores, replay, replay_log_probs, replay_scores, rollout_gap
 
     # Requests and results.
     from looplm_jax.inference._requests import CachedTurn, NewToken, PrefixCache, Request, Result
@@ -72,11 +73,14 @@ __all__ = [
     "Result",
     "Rollouts",
     "Sampling",
+    "Scores",
     "Screening",
     "SpeculativeResult",
     "bytes_per_token",
     "generate",
     "replay",
     "replay_log_probs",
+    "replay_scores",
+    "rollout_gap",
     "speculate",
 ]

@@ -16,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from looplm_jax.halting._distribution import log_exit_probability
 from looplm_jax.halting._policy_table import exit_loops
 from looplm_jax.inference._cache_layout import constrain
 from looplm_jax.inference._kv_cache import Cache, CacheStrategy, share
 from looplm_jax.inference._prefill import LastToken, append
 from looplm_jax.inference._slots import Slots, SlotSettings, fresh_memory
-from looplm_jax.inference._tick import Ticked, bound, choose, logits_of, receive
+from looplm_jax.inference._tick import Ticked, bound, choose, draws_of, logits_of, receive
 from looplm_jax.models._blocks import Context, KeyValues, make_context
 from looplm_jax.models._looplm import LoopLM, ModelCache, Params
 
@@ -116,9 +117,14 @@ def admit_pack(model: LoopLM, params: Params, slots: Slots, pack: Pack, *, loops
     ).replace(cache=cache)
 
     head = functools.partial(logits_of, model, params)
-    exits = exit_loops(started.settings.policy, last.hidden, last.gate_logits, head)
+    policy = started.settings.policy
+    exits = exit_loops(policy, last.hidden, last.gate_logits, head, draws_of(started, policy))
     hidden = last.hidden[exits - 1, jnp.arange(new.size)]
-    first = dataclasses.replace(choose(model, params, started, hidden, None, new), exit_loops=exits)
+    first = dataclasses.replace(
+        choose(model, params, started, hidden, None, new),
+        exit_loops=exits,
+        exit_log_probs=log_exit_probability(last.gate_logits, exits),
+    )
     return constrain((receive(started, first), first))
 
 

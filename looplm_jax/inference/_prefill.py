@@ -16,11 +16,12 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from looplm_jax.halting._distribution import log_exit_probability
 from looplm_jax.halting._policy_table import exit_loops
 from looplm_jax.inference._cache_layout import at_positions, constrain, store_heads
 from looplm_jax.inference._kv_cache import Cache
 from looplm_jax.inference._slots import Slots, SlotSettings, fresh_memory
-from looplm_jax.inference._tick import Ticked, bound, choose, logits_of, receive
+from looplm_jax.inference._tick import Ticked, bound, choose, draws_of, logits_of, receive
 from looplm_jax.models._looplm import LoopLM, ModelCache, Params, compute_dtype
 
 
@@ -160,14 +161,6 @@ def admit(
     Returns:
       The slots, and the first token, repeated in the entries of all slots.
     """
-    # The exit of the first token is chosen afterwards, from the outputs of all loops, which the prompt ran anyway.
-    exits = exit_loops(
-        settings.policy,
-        last.hidden[:, None],
-        last.gate_logits[:, None],
-        functools.partial(logits_of, model, params),
-    )
-
     # A single slot, so that the functions of a tick choose and receive the token.
     one = Slots(
         cache=slots.cache,
@@ -182,8 +175,18 @@ def admit(
         seen_tokens=None if prompt_seen is None else prompt_seen[None],
     )
 
+    # The exit of the first token is chosen afterwards, from the outputs of all loops, which the prompt ran anyway.
+    exits = exit_loops(
+        settings.policy,
+        last.hidden[:, None],
+        last.gate_logits[:, None],
+        functools.partial(logits_of, model, params),
+        draws_of(one, settings.policy),
+    )
+
     first = choose(model, params, one, last.hidden[exits[0] - 1][None], None, one.active)
-    first = dataclasses.replace(first, exit_loops=exits)
+    exit_log_probs = log_exit_probability(last.gate_logits[:, None], exits)
+    first = dataclasses.replace(first, exit_loops=exits, exit_log_probs=exit_log_probs)
     one = receive(one, first)
 
     # The cache is shared by all slots: only the length and the pages of this one change.

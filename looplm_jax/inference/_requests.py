@@ -70,13 +70,15 @@ class PrefixCache:
 class NewToken:
     """A token, the loop whose logits it was chosen from, and its log-probability there at temperature 1, in nats.
 
-    `text` is the text that became final with it; `previews` are the most probable tokens after each of its loops, if
+    `exit_log_prob` is the log-probability of the loop in the exit distribution of the gate, whatever the policy. `text`
+    is the text that became final with the token; `previews` are the most probable tokens after each of its loops, if
     requested.
     """
 
     token: int
     exit_loop: int
     log_prob: float
+    exit_log_prob: float = math.nan  # unknown in speculation, which runs all loops
     text: str = ""
     previews: tuple[int, ...] = ()
 
@@ -182,6 +184,7 @@ class Result:
     error: str = ""
     # The settings of the request; with them, it is answered in the same way.
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    exit_log_probs: tuple[float, ...] = ()  # of the exit loops in the exit distribution, nats
     history: tuple[CachedTurn, ...] = ()  # the turns that the request continued
     cache: PrefixCache | None = dataclasses.field(default=None, repr=False)  # if kept; all tokens but the last
 

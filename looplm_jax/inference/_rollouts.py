@@ -67,13 +67,15 @@ class Rollouts:
     room: int | None = flax.struct.field(pytree_node=False, default=None)  # tokens of the longest row, if less than all
 
     @classmethod
-    def of(cls, results: Sequence[Result], *, loops: int, longest: int) -> "Rollouts":
+    def of(cls, results: Sequence[Result], *, loops: int, longest: int, tight: bool = False) -> "Rollouts":
         """Returns the tokens of results, and of the turns that these continued, padded to one of few sizes.
 
         Args:
           results: at least one.
           loops: the maximum number of loops per token in the engine that produced them.
           longest: the number of positions of the model.
+          tight: whether to pad prompts and new tokens by at most an eighth, for training, where every position costs
+            a forward and a backward pass. There are then more sizes, and programs: eight per power of two.
 
         Raises:
           UserError: there is no result, or a result has more loops than `loops`.
@@ -82,19 +84,20 @@ class Rollouts:
             raise UserError("there is nothing to replay; give at least one result")
         _check_loops(results, loops)
 
+        size = tight_bucket if tight else bucket
         prompts = [result.prompt_ids for result in results]
         tokens = [result.tokens for result in results]
         histories = [result.history for result in results]
         totals = [sum(map(len, own.history)) + len(own.prompt_ids) + len(own.tokens) for own in results]
 
         return cls(
-            prompts=_padded(prompts, 0, longest),
+            prompts=_padded(prompts, 0, longest, size),
             prompt_lengths=_lengths(prompts),
-            tokens=_padded(tokens, 0, longest),
-            exit_loops=_padded([result.exit_loops for result in results], 1, longest),
+            tokens=_padded(tokens, 0, longest, size),
+            exit_loops=_padded([result.exit_loops for result in results], 1, longest, size),
             lengths=_lengths(tokens),
             history=Turns.of(histories, longest) if any(histories) else None,
-            room=bucket(max(totals), longest),
+            room=size(max(totals), longest),
         )
 
     @property
@@ -171,10 +174,19 @@ def _check_loops(results: Sequence[Result], loops: int) -> None:
         raise UserError(f"a token was chosen at loop {most}, beyond loops={loops}; use the loops of its engine")
 
 
-def _padded(rows: Sequence[Sequence[int]], filler: int, longest: int) -> Int[Array, "B N"]:
+def tight_bucket(length: int, longest: int) -> int:
+    """Returns the static size for `length` positions: at most an eighth more, and at most `longest`."""
+    # Multiples of an eighth of the power of two below; lengths up to 16 are exact.
+    step = 1 << max(0, length.bit_length() - 4)
+    return min(-(-length // step) * step, longest)
+
+
+def _padded(
+    rows: Sequence[Sequence[int]], filler: int, longest: int, bucketed: Callable[[int, int], int] = bucket
+) -> Int[Array, "B N"]:
     """Returns the rows as one array, padded to one of few sizes."""
     # At least one column, because an axis of length 0 has no position to gather from.
-    size = bucket(max(1, *map(len, rows)), longest)
+    size = bucketed(max(1, *map(len, rows)), longest)
     padded = np.full((len(rows), size), filler, np.int32)
     for number, row in enumerate(rows):
         padded[number, : len(row)] = row

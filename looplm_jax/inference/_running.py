@@ -201,7 +201,7 @@ class RunningRequest:
         self._previews.append(token)
         self.handle.propose(token)
 
-    def push(self, token: int, exit_loop: int, log_prob: float) -> Finish | None:
+    def push(self, token: int, exit_loop: int, log_prob: float, exit_log_prob: float) -> Finish | None:
         """Delivers one more token. Returns the reason if it ends the request.
 
         Raises:
@@ -213,7 +213,14 @@ class RunningRequest:
             raise RequestError("the tokenizer", error) from error
 
         previews, self._previews = tuple(self._previews), []
-        new = NewToken(token=token, exit_loop=exit_loop, log_prob=log_prob, text=text, previews=previews)
+        new = NewToken(
+            token=token,
+            exit_loop=exit_loop,
+            log_prob=log_prob,
+            exit_log_prob=exit_log_prob,
+            text=text,
+            previews=previews,
+        )
         self._new_tokens.append(new)
         self._text.append(text)
         self.handle.deliver(new)
@@ -253,6 +260,7 @@ class RunningRequest:
                 tokens=tuple(new.token for new in self._new_tokens),
                 exit_loops=tuple(new.exit_loop for new in self._new_tokens),
                 log_probs=tuple(new.log_prob for new in self._new_tokens),
+                exit_log_probs=tuple(new.exit_log_prob for new in self._new_tokens),
                 text="".join(self._text),
                 finish=finish,
                 error=error,

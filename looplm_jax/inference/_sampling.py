@@ -22,6 +22,8 @@ from looplm_jax.random_keys import seeded_key
 _LARGEST = float(jnp.finfo(jnp.float32).max)
 _SMALLEST = float(jnp.finfo(jnp.float32).tiny)
 _SIGN_BIT = 31
+# Folded into the key of a token for its exit; `speculation` folds in 1.
+_EXIT_KEY = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -189,6 +191,18 @@ def token_key(sampling: Sampling | SamplingTable, number: int | Int[Array, ""]) 
     for part in (sampling.index, sampling.sample, number):
         key = jax.random.fold_in(key, part)
     return key
+
+
+def exit_draws(table: "SamplingTable", counts: Int[Array, "N"]) -> Float[Array, "N"]:
+    """Returns a number per row, uniform in [0, 1), that decides the exit loop of new token `counts` if that is random.
+
+    It depends on what the key of the token depends on, under a key of its own.
+    """
+
+    def draw(row: "SamplingTable", number: Int[Array, ""]) -> Float[Array, ""]:
+        return jax.random.uniform(jax.random.fold_in(token_key(row, number), _EXIT_KEY))
+
+    return jax.vmap(draw)(table, counts)
 
 
 def probabilities(

@@ -334,7 +334,9 @@ class Scheduler:
         """Delivers a token, and ends its request or updates its budget."""
         self._stats.tokens += 1
         try:
-            finish = owner.push(int(result.tokens), int(result.exit_loops), float(result.log_probs))
+            finish = owner.push(
+                int(result.tokens), int(result.exit_loops), float(result.log_probs), float(result.exit_log_probs)
+            )
         except RequestError as error:
             self._end(slot, owner, Finish.FAILED, str(error))
             return

@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from looplm_jax.halting._policy_table import PolicyTable
 from looplm_jax.halting.signals import Needs
 from looplm_jax.inference._cache_layout import constrain
-from looplm_jax.inference._sampling import Choice, likeliest, sample_rows
+from looplm_jax.inference._sampling import Choice, exit_draws, likeliest, sample_rows
 from looplm_jax.inference._slots import Slots
 from looplm_jax.models._blocks import Context, KeyValues
 from looplm_jax.models._looplm import LoopLM, ModelCache, Params, compute_dtype, head_matrix
@@ -32,6 +33,7 @@ class Ticked:
     tokens: Int[Array, "*N"]
     log_probs: Float[Array, "*N"]  # of the token, at temperature 1, nats
     exit_loops: Int[Array, "*N"]  # the loop whose logits it was chosen from
+    exit_log_probs: Float[Array, "*N"]  # of that loop in the exit distribution, nats
     failed: Bool[Array, "*N"]  # logits were not finite: the request ends without this token
     finished: Bool[Array, "*N"]  # nothing follows: a stop token, the last requested one, or a failure
     previews: Int[Array, "*N"] | None = None  # most probable token after this loop, also without an exit
@@ -88,7 +90,10 @@ def tick(model: LoopLM, params: Params, slots: Slots, *, loops: int, previews: b
     policy = slots.settings.policy
     # The head is costly, so predictions are computed only if a policy or a preview needs them.
     logits = logits_of(model, params, hidden) if previews or Needs.LOGITS in policy.needs else None
-    signals = slots.memory.observe(output.gate_logits[:, 0], hidden, logits)
+    draws = draws_of(slots, policy)
+    signals = slots.memory.observe(output.gate_logits[:, 0], hidden, logits, draws)
+    # log lambda of this loop. A token at the last loop leaves whatever the gate is.
+    gate_open = jax.nn.log_sigmoid(signals.gate_logits)
     # The budget and T limit every policy.
     exited = slots.active & (policy.exits(signals) | (signals.loop >= jnp.minimum(loops, slots.max_loops)))
 
@@ -96,6 +101,7 @@ def tick(model: LoopLM, params: Params, slots: Slots, *, loops: int, previews: b
         choose(model, params, slots, hidden, logits, exited),
         active=slots.active,
         exit_loops=signals.loop,
+        exit_log_probs=slots.memory.log_survival + jnp.where(signals.loop < loops, gate_open, 0.0),
         previews=likeliest(logits, slots.settings.sampling) if previews and logits is not None else None,
     )
 
@@ -112,6 +118,14 @@ def tick(model: LoopLM, params: Params, slots: Slots, *, loops: int, previews: b
 
 
 # Choosing tokens
+
+
+def draws_of(slots: Slots, policy: PolicyTable) -> Float[Array, "N"] | None:
+    """Returns the random numbers that decide the exits of the running tokens, or None if no policy is random."""
+    if Needs.DRAW not in policy.needs:
+        return None
+    # The token that is chosen at the exit has the next number.
+    return exit_draws(slots.settings.sampling, slots.num_generated)
 
 
 def choose(
@@ -147,6 +161,7 @@ def choose(
         tokens=choice.tokens,
         log_probs=choice.log_probs,
         exit_loops=jnp.zeros_like(choice.tokens),
+        exit_log_probs=jnp.zeros_like(choice.log_probs),
         failed=failed,
         finished=failed | (exited & stopped),
     )

@@ -14,6 +14,7 @@ from looplm_jax.halting import (
     Margin,
     QExit,
     RelativeHiddenDifference,
+    SampledExit,
     parse_exit_policy,
 )
 
@@ -32,6 +33,8 @@ from looplm_jax.halting import (
         ("stable=2", ArgmaxStable(times=2)),
         ("confidence=0.9", Confidence(probability=0.9)),
         ("margin=0.5", Margin(margin=0.5)),
+        ("sampled", SampledExit()),
+        ("sampled,max=3", Bounded(SampledExit(), max_loops=3)),
         ("q=0.5,min=2,max=6", Bounded(QExit(q=0.5), min_loops=2, max_loops=6)),
         ("q=0.5,max=6,min=2", Bounded(QExit(q=0.5), min_loops=2, max_loops=6)),
         (" kl = 1e-3 , min = 2 ", Bounded(KLDivergence(threshold=1e-3), min_loops=2)),
@@ -43,12 +46,13 @@ def test_policies_are_read_as_typed(text, policy):
 
 
 ONLY_BOUNDS = "only min and max may follow the rule"
-KNOWN = "confidence, entropy, hidden, kl, loops, margin, q, relative, stable"
+KNOWN = "confidence, entropy, hidden, kl, loops, margin, q, relative, sampled, stable"
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("sampled=1", "exit policy 'sampled=1': sampled takes no number; write sampled"),
         ("loops=0", "loops must be at least 1, not 0"),
         ("loops=2.5", "exit policy 'loops=2.5': '2.5' is not a whole number; write for example loops=4"),
         ("loops", "exit policy 'loops': '' is not a whole number; write for example loops=4"),

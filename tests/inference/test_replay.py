@@ -12,7 +12,7 @@ from plain_decoder import decode
 
 from looplm_jax.config import Injection
 from looplm_jax.errors import UserError
-from looplm_jax.halting import QExit
+from looplm_jax.halting import QExit, log_exit_probability
 from looplm_jax.inference import CacheStrategy, Engine, EngineConfig, Finish, Request, Result
 from looplm_jax.inference._replay import replay, replay_log_probs, states_at_once, states_in_turn
 from looplm_jax.inference._rollouts import Rollouts
@@ -147,6 +147,10 @@ def test_gradients_of_replay_are_slopes(strategy):
         assert (values[0] - values[1]) / 2e-3 == pytest.approx(slope, rel=0.02, abs=0.02)
 
 
+def exits_of(gate_logits, rollouts):
+    return log_exit_probability(gate_logits, rollouts.exit_loops)
+
+
 def normalized(direction):
     length = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(direction)))
     return jax.tree.map(lambda leaf: leaf / length, direction)
@@ -174,7 +178,10 @@ def test_in_turn_and_at_once_are_the_same_function():
 
     def value_and_gradient(states):
         def total(params):
-            return jnp.vdot(weights, states(model, params, rollouts, loops=LOOPS))
+            hidden, gate_logits = states(model, params, rollouts, loops=LOOPS)
+            # [1, B, N, D] at once, [B, N, D] in turn.
+            hidden = hidden.reshape(weights.shape)
+            return jnp.vdot(weights, hidden) + jnp.vdot(weights[..., 0], exits_of(gate_logits, rollouts))
 
         return jax.device_get(jax.jit(jax.value_and_grad(total))(params))
 
