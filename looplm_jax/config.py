@@ -7,81 +7,23 @@ help text of each field is printed by `looplm train --help`.
 import dataclasses
 import enum
 import re
-import sys
-import typing
 from collections.abc import Iterable
-from typing import Any
 
+from looplm_jax._config_fields import check_kinds as _check_kinds
+from looplm_jax._config_fields import field as _field
+from looplm_jax._config_fields import help_text as help_text
+from looplm_jax._config_fields import require as _require
+from looplm_jax._config_model import Injection as Injection
+from looplm_jax._config_model import ModelConfig as ModelConfig
+from looplm_jax._config_model import NormPlacement as NormPlacement
 from looplm_jax.errors import UserError
 
-# The key of the help text in the metadata of a field.
-_HELP = "help"
-# Larger integers do not fit the 64 bits of JSON readers and of NumPy.
-_TOO_LARGE = 2**63
 _MOST_STEPS = 2**31 - 1  # the step counter of a checkpoint has 32 bits
 # For example v5e:16x16, 2 x v5p:4x8x8, cpu:8.
 _TOPOLOGY = re.compile(r"(?:[1-9]\d* x )?[a-z][a-z0-9-]*:[1-9]\d*(?:x[1-9]\d*)*")
 
 
-# Fields and their validation
-
-
-def _field(help_text: str, default: Any = dataclasses.MISSING) -> Any:
-    """Returns a dataclass field with a help text."""
-    metadata = {_HELP: help_text}
-    if default is dataclasses.MISSING:
-        return dataclasses.field(metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-def _require(condition: bool, message: str) -> None:
-    """Raises UserError with `message` unless the condition holds."""
-    if not condition:
-        raise UserError(message)
-
-
-def _check_kinds(config: Any, where: str) -> None:
-    """Raises UserError if a value does not have the type of its field, or is NaN or infinite.
-
-    Values from Python code are checked too, not only decoded ones.
-    """
-    for field in dataclasses.fields(config):
-        value, name = getattr(config, field.name), f"{where}.{field.name}" if where else field.name
-
-        if field.type is int:
-            _require(_is_number(value, int), f"{name} must be a whole number, not {value!r}")
-            _require(abs(value) < _TOO_LARGE, f"{name} must be below 2**63, not {value}")
-        elif field.type is float:
-            _require(_is_number(value, int | float), f"{name} must be a number, not {value!r}")
-            _require(abs(value) <= sys.float_info.max, f"{name} must be a finite number, not {value}")
-        elif isinstance(field.type, type) and not typing.get_origin(field.type):
-            _require(isinstance(value, field.type), f"{name} must be of type {field.type.__name__}, not {value!r}")
-        else:
-            # All other annotations are those of tuples.
-            _require(isinstance(value, tuple), f"{name} must be a tuple, not {value!r}")
-
-
-def _is_number(value: Any, kind: Any) -> bool:
-    # A boolean is an int in Python.
-    return isinstance(value, kind) and not isinstance(value, bool)
-
-
 # Choices
-
-
-class NormPlacement(enum.Enum):
-    """The placement of norms in a layer: before each branch, or before and after it (Ouro)."""
-
-    SANDWICH = "sandwich"
-    PRE = "pre"
-
-
-class Injection(enum.Enum):
-    """Injection of the embedded input `e` into every loop: none (Ouro), `h + e`, or `W [h; e]` (Huginn)."""
-
-    NONE = "none"
-    ADD = "add"
-    LINEAR = "linear"
 
 
 class Dtype(enum.Enum):
@@ -254,70 +196,7 @@ class OnBadRecord(enum.Enum):
     SKIP = "skip"
 
 
-# Model and computation
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The architecture of a looped language model: a prelude, a core stack applied `loops` times, and a coda."""
-
-    # Sizes of the stack.
-    vocab_size: int = _field("tokens in the vocabulary, V")
-    width: int = _field("model width, D")
-    mlp_width: int = _field("feed-forward width, F")
-    num_layers: int = _field("layers in the shared stack, L")
-    num_heads: int = _field("query heads, H")
-    num_kv_heads: int = _field("key/value heads, K; 0 means as many as query heads", 0)
-    head_dim: int = _field("width of a head, Dh; 0 means width / num_heads", 0)
-    # Loops, and what comes around them.
-    loops: int = _field("loops that the model is trained for, T; a call may run more or fewer", 4)
-    prelude_layers: int = _field("layers before the loops, applied once", 0)
-    coda_layers: int = _field("layers between every loop's state and its head", 0)
-    injection: Injection = _field("how the embedded input enters every loop", Injection.NONE)
-    # Details of a layer. The defaults are Ouro's.
-    norm_placement: NormPlacement = _field("norms of a layer", NormPlacement.SANDWICH)
-    tied_head: bool = _field("use the embedding as the head", False)
-    rope_theta: float = _field("base of the rotary embedding", 1e6)
-    norm_eps: float = _field("epsilon of RMSNorm", 1e-6)
-    max_positions: int = _field("longest sequence the model accepts", 65536)
-    init_std: float = _field("standard deviation of the initial matrices", 0.02)
-
-    def __post_init__(self) -> None:
-        _check_kinds(self, "model")
-
-        # Sizes.
-        for name in ("vocab_size", "width", "mlp_width", "num_layers", "num_heads", "max_positions"):
-            _require(getattr(self, name) >= 1, f"model.{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("num_kv_heads", "head_dim", "prelude_layers", "coda_layers"):
-            _require(getattr(self, name) >= 0, f"model.{name} must not be negative, not {getattr(self, name)}")
-        _require(self.loops >= 1, f"model.loops must be at least 1, not {self.loops}")
-
-        for name in ("rope_theta", "norm_eps", "init_std"):
-            _require(getattr(self, name) > 0, f"model.{name} must be positive, not {getattr(self, name)}")
-        _require(
-            self.head_dim > 0 or self.width % self.num_heads == 0,
-            f"model.num_heads={self.num_heads} does not divide model.width={self.width}; "
-            "change one of them, or set model.head_dim",
-        )
-
-        # The rotary embedding rotates pairs of entries.
-        _require(self.head_width % 2 == 0, f"model.head_dim must be even for rotary embedding, not {self.head_width}")
-        # Grouped-query attention: as many query heads for each key/value head.
-        _require(
-            self.num_heads % self.kv_heads == 0,
-            f"model.num_kv_heads={self.kv_heads} does not divide model.num_heads={self.num_heads}",
-        )
-
-    @property
-    def kv_heads(self) -> int:
-        """The number of key/value heads, K."""
-        # 0 stands for a default that depends on other fields.
-        return self.num_kv_heads or self.num_heads
-
-    @property
-    def head_width(self) -> int:
-        """The width of a head, Dh."""
-        return self.head_dim or self.width // self.num_heads
+# Computation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -831,8 +710,3 @@ class Recipe:
     def total_steps(self) -> int:
         """The number of optimizer steps of all stages together."""
         return sum(stage.steps for stage in self.stages)
-
-
-def help_text(field: dataclasses.Field) -> str:
-    """Returns the help text of a field."""
-    return field.metadata.get(_HELP, "")
