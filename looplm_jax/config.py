@@ -13,9 +13,16 @@ from looplm_jax._config_fields import check_kinds as _check_kinds
 from looplm_jax._config_fields import field as _field
 from looplm_jax._config_fields import help_text as help_text
 from looplm_jax._config_fields import require as _require
+from looplm_jax._config_model import GatePlacement as GatePlacement
+from looplm_jax._config_model import Initializer as Initializer
+from looplm_jax._config_model import InitialState as InitialState
 from looplm_jax._config_model import Injection as Injection
 from looplm_jax._config_model import ModelConfig as ModelConfig
 from looplm_jax._config_model import NormPlacement as NormPlacement
+from looplm_jax._config_model import PositionSignal as PositionSignal
+from looplm_jax._config_model import Residual as Residual
+from looplm_jax._config_model import StateNorm as StateNorm
+from looplm_jax._config_model import TimeSignal as TimeSignal
 from looplm_jax.errors import UserError
 
 _MOST_STEPS = 2**31 - 1  # the step counter of a checkpoint has 32 bits
@@ -673,6 +680,27 @@ class Recipe:
                 f"stages.{stage.name}.sequence_length={stage.sequence_length} is beyond "
                 f"model.max_positions={self.model.max_positions}",
             )
+            self._check_model(stage)
+
+    def _check_model(self, stage: Stage) -> None:
+        """Raises UserError for a stage that the model cannot run."""
+        where = f"stages.{stage.name}"
+        gated = stage.objective is not Objective.LAST_LOSS
+        _require(
+            self.model.gate is not GatePlacement.NONE or not gated,
+            f"{where}.objective={stage.objective.value} needs an exit gate; "
+            f"set {where}.objective=last_loss, or model.gate=after",
+        )
+        _require(
+            self.model.initial_state is not InitialState.NOISE or stage.objective is not Objective.LOOPRPT,
+            f"{where}.objective=looprpt has noise of its own (looprpt.noise) and does not start from "
+            "model.initial_state=noise; set model.initial_state=zero",
+        )
+        _require(
+            self.model.time_signal is not TimeSignal.LEARNED or stage.loops <= self.model.time_rows,
+            f"{where}.loops={stage.loops} is beyond the {self.model.time_rows} rows of model.time_signal=learned; "
+            f"set model.max_loops={stage.loops}",
+        )
 
     def model_of(self, stage: Stage) -> ModelConfig:
         """Returns the model in a stage, with the rotary base that this stage or an earlier one has set."""

@@ -9,17 +9,24 @@ from looplm_jax.config import (
     ComputeConfig,
     DataConfig,
     EvaluationConfig,
+    GatePlacement,
     GuardConfig,
+    InitialState,
+    Injection,
     MeshConfig,
     ModelConfig,
+    NormPlacement,
     Objective,
     OptimizerConfig,
+    PositionSignal,
     PriorConfig,
     ReadLimits,
     Recipe,
+    Residual,
     Schedule,
     SourceConfig,
     Stage,
+    TimeSignal,
     help_text,
 )
 from looplm_jax.errors import UserError, suggest
@@ -140,6 +147,76 @@ WRONG = [
     (ModelConfig, {"rope_theta": 0.0}, "model.rope_theta must be positive, not 0.0"),
     (ModelConfig, {"init_std": -0.1}, "model.init_std must be positive, not -0.1"),
     (ModelConfig, {"vocab_size": 2**63}, f"model.vocab_size must be below 2**63, not {2**63}"),
+    *(
+        (ModelConfig, {name: 0.0}, f"model.{name} must be positive, not 0.0")
+        for name in ("embedding_scale", "second_norm_init")
+    ),
+    *((ModelConfig, {name: -1}, f"model.{name} must not be negative, not -1") for name in ("max_loops", "state_std")),
+    (
+        ModelConfig,
+        {"injection_norm": True},
+        "model.injection_norm needs an injected input; set model.injection, or model.injection_norm=false",
+    ),
+    (
+        ModelConfig,
+        {"initial_state": InitialState.NOISE},
+        "model.initial_state=noise without an injection hides the tokens from all loops; set model.injection",
+    ),
+    (
+        ModelConfig,
+        {"initial_state": InitialState.ZERO, "injection": Injection.QUERY},
+        "model.initial_state=zero is not read with model.injection=query, whose first loop reads the input alone; "
+        "set model.initial_state=embedded",
+    ),
+    (
+        ModelConfig,
+        {"shared_readout_norm": True},
+        "model.shared_readout_norm needs a coda; set model.coda_layers, or model.shared_readout_norm=false",
+    ),
+    (
+        ModelConfig,
+        {"width": 13, "head_dim": 2, "time_signal": TimeSignal.SINUSOID},
+        "model.width must be even for sinusoids, not 13",
+    ),
+    (
+        ModelConfig,
+        {"prelude_layers": 1, "position_signal": PositionSignal.SINUSOID},
+        "model.position_signal=sinusoid does not reach the prelude; "
+        "set model.prelude_layers=0, or model.position_signal=rotary",
+    ),
+    (ModelConfig, {"max_loops": 4}, "model.max_loops=4 needs model.time_signal=learned, not none"),
+    (
+        ModelConfig,
+        {"max_loops": 3, "time_signal": TimeSignal.LEARNED},
+        "model.max_loops=3 is less than model.loops=4",
+    ),
+    (
+        ModelConfig,
+        {"second_norm_init": 0.1, "norm_placement": NormPlacement.OUTER},
+        "model.second_norm_init=0.1 needs model.norm_placement=sandwich, not outer",
+    ),
+    (
+        ModelConfig,
+        {"residual": Residual.DEEP_LOOP},
+        "model.residual=deep_loop needs model.norm_placement=outer, not sandwich",
+    ),
+    *(
+        (
+            Recipe,
+            {"model": make(ModelConfig, max_positions=16, gate=GatePlacement.NONE), "stages": (stage,)},
+            f"stages.main.objective={stage.objective.value} needs an exit gate; "
+            "set stages.main.objective=last_loss, or model.gate=after",
+        )
+        for stage in (make(Stage), make(Stage, objective=Objective.GATE))
+    ),
+    (
+        Recipe,
+        {
+            "model": make(ModelConfig, max_positions=16, loops=2, time_signal=TimeSignal.LEARNED),
+            "stages": (make(Stage, loops=3),),
+        },
+        "stages.main.loops=3 is beyond the 2 rows of model.time_signal=learned; set model.max_loops=3",
+    ),
     (OptimizerConfig, {"clip_norm": 10**400}, f"optimizer.clip_norm must be a finite number, not {10**400}"),
     (ReadLimits, {"record_bytes": 0}, "data.limits.record_bytes must be at least 1, not 0"),
     (ReadLimits, {"window_bytes": 2.5}, "data.limits.window_bytes must be a whole number, not 2.5"),

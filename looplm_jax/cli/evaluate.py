@@ -248,7 +248,7 @@ def _sweep(
 
     chosen = choose_tasks(names, include_path=options.include_path)
     # Twice the trained depth, as on held-out documents, shows whether more loops still help.
-    loops = options.max_loops or 2 * loaded.model.config.loops
+    loops = options.max_loops or loaded.model.config.deeper_loops
     adapter = EveryDepth(loaded, settings, loops=loops, on_requests=_counter(status))
     runs = sweep_tasks(adapter, chosen, loops=loops, limit=options.limit, num_fewshot=options.num_fewshot)
 

@@ -477,7 +477,7 @@ def _add_from_dense(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument(
         "--norms",
-        choices=[placement.value for placement in NormPlacement],
+        choices=[NormPlacement.PRE.value, NormPlacement.SANDWICH.value],
         default=NormPlacement.PRE.value,
         help="pre: loop 1 is the dense model; sandwich: as in Ouro, which training must win back (default: pre)",
     )

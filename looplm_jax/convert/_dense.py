@@ -118,7 +118,7 @@ def load_dense(
       UserError: anything that `load_hf` refuses, and a model with biases (Qwen 2), a sliding window (Mistral before
         0.2) or a scaled rotary embedding (Llama 3.1); the message names the field.
     """
-    _check_second_norm(second_norm, norm_placement)
+    _check_norms(second_norm, norm_placement)
 
     folder = Path(path)
     # Before the check that every tensor has a place in the model.
@@ -188,7 +188,7 @@ def _is_in_llama(tensor: TorchTensor) -> bool:
 
 
 def _refuse_biases(weights: WeightFolder, values: Mapping[str, Any]) -> None:
-    """Raises UserError if the model has biases, which a LoopLM cannot hold."""
+    """Raises UserError if the model has biases, which would be lost."""
     biases = [name for name in weights.tensors if name.endswith(".bias")]
     # Configurations of Qwen 2 do not mention their biases.
     if biases or values.get("model_type") == "qwen2":
@@ -204,7 +204,9 @@ def _without_derived(weights: WeightFolder) -> WeightFolder:
     return WeightFolder(path=weights.path, tensors=kept)
 
 
-def _check_second_norm(value: float, norm_placement: NormPlacement) -> None:
+def _check_norms(value: float, norm_placement: NormPlacement) -> None:
+    if norm_placement not in (NormPlacement.PRE, NormPlacement.SANDWICH):
+        raise UserError(f"norm placement {norm_placement.value} is not that of a dense model; use pre or sandwich")
     if not 0 < value < math.inf:
         raise UserError(f"second_norm must be a positive number, not {value}")
     if value != 1 and norm_placement is NormPlacement.PRE:

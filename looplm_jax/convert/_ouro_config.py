@@ -3,10 +3,11 @@
 Fields that looplm_jax does not support are refused by name.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from looplm_jax.config import Injection, ModelConfig, NormPlacement
+from looplm_jax.config import ModelConfig, NormPlacement
 from looplm_jax.errors import UserError, suggest
 
 ARCHITECTURE = "OuroForCausalLM"
@@ -60,7 +61,7 @@ _WITHOUT_EFFECT = {
     "use_flash_attn",
 }
 # Fields of transformers' PretrainedConfig, which any config may hold: bookkeeping, outputs, defaults of `generate`.
-_OF_TRANSFORMERS = {
+OF_TRANSFORMERS = {
     "attn_implementation",
     "bad_words_ids",
     "begin_suppress_tokens",
@@ -114,7 +115,7 @@ _OF_TRANSFORMERS = {
     "unk_token_id",
     "use_bfloat16",
 }
-_BOOKKEEPING = ("_", "unsloth_", "transformers.js_")  # prefixes of fields that libraries write for their own use
+BOOKKEEPING = ("_", "unsloth_", "transformers.js_")  # prefixes of fields that libraries write for their own use
 _CHECKED = {
     "model_type",
     "tie_word_embeddings",
@@ -126,6 +127,14 @@ _CHECKED = {
     "sliding_window",
 }
 _QUANTIZED = ("quantization_config", "compression_config")
+# Fields of ModelConfig that `config.json` holds, or that only determine initial values.
+_EXPRESSED = {
+    *_WHOLE_NUMBERS.values(),
+    *_NUMBERS.values(),
+    "tied_head",
+    "initializer",
+    "second_norm_init",
+}
 _MISSPELLED = 0.85  # the similarity (difflib) above which one name counts as a misspelling of another
 
 
@@ -140,14 +149,14 @@ def from_ouro_config(values: Mapping[str, Any]) -> ModelConfig:
     """
     if values.get("early_exit_step") is not None:
         raise UserError(
-            f"config.json: early_exit_step={_brief(values['early_exit_step'])} is not kept in a model; "
+            f"config.json: early_exit_step={brief(values['early_exit_step'])} is not kept in a model; "
             "remove it and choose the loop when generating, with --exit loops=..."
         )
 
     # 1 means that no token exits early, as in our models.
     if values.get("early_exit_threshold", 1) != 1:
         raise UserError(
-            f"config.json: early_exit_threshold={_brief(values['early_exit_threshold'])} is not kept in a model; "
+            f"config.json: early_exit_threshold={brief(values['early_exit_threshold'])} is not kept in a model; "
             "set it to 1.0 and choose the exit when generating, with --exit q=..."
         )
 
@@ -172,19 +181,12 @@ def to_ouro_config(config: ModelConfig, *, dtype: str) -> dict[str, Any]:
     Raises:
       UserError: the model has an option that Hugging Face's Ouro cannot express; the message names it.
     """
-    unsupported = {
-        "prelude_layers": config.prelude_layers == 0,
-        "coda_layers": config.coda_layers == 0,
-        "injection": config.injection is Injection.NONE,
-        "norm_placement": config.norm_placement is NormPlacement.SANDWICH,
-    }
-
-    for name, fits in unsupported.items():
-        if not fits:
-            value = getattr(config, name)
-            raise UserError(
-                f"Hugging Face's Ouro cannot express model.{name}={getattr(value, 'value', value)}; keep our format"
-            )
+    for field in dataclasses.fields(ModelConfig):
+        value = getattr(config, field.name)
+        # The defaults are Ouro's.
+        if field.name not in _EXPRESSED and value != field.default:
+            shown = getattr(value, "value", value)
+            raise UserError(f"Hugging Face's Ouro cannot express model.{field.name}={shown}; keep our format")
 
     return {
         "architectures": [ARCHITECTURE],
@@ -231,7 +233,7 @@ def _model(values: Mapping[str, Any], model_type: str, norm_placement: NormPlace
 
     if values.get("model_type") != model_type:
         raise UserError(
-            f"config.json: model_type is {_brief(values.get('model_type'))}; only {model_type!r} can be read here"
+            f"config.json: model_type is {brief(values.get('model_type'))}; only {model_type!r} can be read here"
         )
 
     # Unknown fields come first: one of them may be a misspelled field, which would otherwise be reported as missing.
@@ -244,12 +246,12 @@ def _model(values: Mapping[str, Any], model_type: str, norm_placement: NormPlace
         value = values.get(theirs)
         if value is None and theirs in _MAY_BE_LEFT_OUT:
             continue
-        fields[ours] = _number(theirs, value, whole=theirs in _WHOLE_NUMBERS)
+        fields[ours] = read_number(theirs, value, whole=theirs in _WHOLE_NUMBERS)
 
     _refuse_other_layers(values, fields["num_layers"])
     tied = values.get("tie_word_embeddings", False)
     if not isinstance(tied, bool):
-        raise UserError(f"config.json: tie_word_embeddings must be true or false, not {_brief(tied)}")
+        raise UserError(f"config.json: tie_word_embeddings must be true or false, not {brief(tied)}")
 
     try:
         return ModelConfig(**fields, tied_head=tied, norm_placement=norm_placement)
@@ -257,7 +259,7 @@ def _model(values: Mapping[str, Any], model_type: str, norm_placement: NormPlace
         raise UserError(f"config.json: {error}") from None
 
 
-def _number(name: str, value: Any, *, whole: bool) -> int | float:
+def read_number(name: str, value: Any, *, whole: bool) -> int | float:
     """Returns a positive number. Raises UserError if the field is missing or has another type."""
     if value is None:
         raise UserError(f"config.json: field {name} is missing")
@@ -265,7 +267,7 @@ def _number(name: str, value: Any, *, whole: bool) -> int | float:
     kinds = (int,) if whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value <= _LARGEST:  # a NaN is not above 0
         wanted = "a whole number" if whole else "a number"
-        raise UserError(f"config.json: {name} must be {wanted} from above 0 to {_LARGEST}, not {_brief(value)}")
+        raise UserError(f"config.json: {name} must be {wanted} from above 0 to {_LARGEST}, not {brief(value)}")
     return value if whole else float(value)
 
 
@@ -274,7 +276,7 @@ def _refuse_unknown(values: Mapping[str, Any]) -> None:
     for name in _QUANTIZED:
         if name in values:
             raise UserError(
-                f"config.json: {name}={_brief(values[name])}: quantized weights cannot be read; "
+                f"config.json: {name}={brief(values[name])}: quantized weights cannot be read; "
                 "take the folder that they were made from"
             )
 
@@ -282,26 +284,26 @@ def _refuse_unknown(values: Mapping[str, Any]) -> None:
     known = {*_WHOLE_NUMBERS, *_NUMBERS, *_ONLY, *_CHECKED}
 
     for name in values:
-        if name not in known | _WITHOUT_EFFECT | _OF_TRANSFORMERS and not name.startswith(_BOOKKEEPING):
+        if name not in known | _WITHOUT_EFFECT | OF_TRANSFORMERS and not name.startswith(BOOKKEEPING):
             otherwise = "; remove it if the model is the same without"
             hint = suggest(name, known, otherwise=otherwise, cutoff=_MISSPELLED)
-            raise UserError(f"config.json: field {_brief(name)} is not supported{hint}")
+            raise UserError(f"config.json: field {brief(name)} is not supported{hint}")
 
 
 def _refuse_other_values(values: Mapping[str, Any]) -> None:
     """Raises UserError for values that would change what the model computes."""
     for name, allowed in _ONLY.items():
         if name in values and values[name] not in allowed:
-            raise UserError(f"config.json: {name}={_brief(values[name])} is not supported, only {allowed[0]!r}")
+            raise UserError(f"config.json: {name}={brief(values[name])} is not supported, only {allowed[0]!r}")
 
     # Configurations may state a window and disable it; a missing flag counts as enabled.
     window = values.get("sliding_window")
     if window is not None and values.get("use_sliding_window") is not False:
-        raise UserError(f"config.json: sliding_window={_brief(window)} is not supported, only None")
+        raise UserError(f"config.json: sliding_window={brief(window)} is not supported, only None")
 
     for name in ("rope_scaling", "rope_parameters"):
         if name in values and not _is_default_rope(values[name]):
-            raise UserError(f"config.json: {name}={_brief(values[name])} is not supported, only the default type")
+            raise UserError(f"config.json: {name}={brief(values[name])} is not supported, only the default type")
 
 
 def _is_default_rope(rope: Any) -> bool:
@@ -347,6 +349,6 @@ def _rope_theta(values: Mapping[str, Any]) -> Any:
     return values.get("rope_theta")
 
 
-def _brief(value: Any) -> str:
+def brief(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}…"

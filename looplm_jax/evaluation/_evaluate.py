@@ -63,7 +63,7 @@ def scorer(
 
     Exits are scored up to the trained depth.
     """
-    loops = 2 * model.config.loops if loops is None else loops
+    loops = model.config.deeper_loops if loops is None else loops
     # The gate is trained for these loops only.
     exit_loops = min(model.config.loops, loops)
     grid = jnp.asarray(q_grid, jnp.float32)

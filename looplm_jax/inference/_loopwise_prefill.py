@@ -90,7 +90,7 @@ def run_loop(
     dtype, plane = compute_dtype(model.compute), jnp.zeros(1, jnp.int32)
     context = row.context(model.config, chunk.state.shape[1])
     past = row.past(row.planes.core, plane, dtype), row.past(row.planes.coda, plane, dtype)
-    output, *own = apply(chunk.state, chunk.embedded, context, *past, True, method="loop_step")
+    output, *own = apply(chunk.state, chunk.embedded, context, loop, *past, True, method="loop_step")
 
     # `last` is not finite if an earlier chunk has failed.
     hidden = output.hidden[0, count - 1]

@@ -135,12 +135,12 @@ def _run(model: LoopLM, params: Params, pack: Pack, loops: int) -> tuple[LastTok
     prompts = _Prompts(owners=pack.owners)
     embedded, prelude = apply(pack.tokens[None], context, prompts, True, method="embed")
 
-    def loop(state: Float[Array, "1 S D"], _: None) -> tuple[Array, PyTree]:
-        output, core, coda = apply(state, embedded, context, prompts, prompts, True, method="loop_step")
+    def loop(state: Float[Array, "1 S D"], done: Int[Array, ""]) -> tuple[Array, PyTree]:
+        output, core, coda = apply(state, embedded, context, done, prompts, prompts, True, method="loop_step")
         last = LastToken(hidden=output.hidden[0, pack.ends], gate_logits=output.gate_logits[0, pack.ends])
         return output.state, (last, core, coda)
 
-    _, (last, *own) = jax.lax.scan(loop, apply(embedded, method="initial_state"), length=loops)
+    _, (last, *own) = jax.lax.scan(loop, apply(embedded, method="initial_state"), jnp.arange(loops))
     core, coda = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), own)
     return last, ModelCache(core=core, prelude=jax.tree.map(lambda x: x[:, None], prelude), coda=coda)
 

@@ -68,7 +68,7 @@ def prefill_chunk(
 
     def loop(state: Float[Array, "1 S D"], plane: Int[Array, ""]) -> tuple[Array, PyTree]:
         past = row.past(row.planes.core, plane[None], dtype), row.past(row.planes.coda, plane[None], dtype)
-        output, core, coda = apply(state, embedded, context, *past, True, method="loop_step")
+        output, core, coda = apply(state, embedded, context, plane, *past, True, method="loop_step")
         last = LastToken(hidden=output.hidden[0, count - 1], gate_logits=output.gate_logits[0, count - 1])
         return output.state, (last, core, coda)
 

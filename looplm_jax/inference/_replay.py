@@ -28,7 +28,7 @@ from looplm_jax.inference._rollouts import Rollouts, Turns
 from looplm_jax.inference._tick import bound
 from looplm_jax.losses._cross_entropy import token_losses
 from looplm_jax.models._blocks import Context, make_context
-from looplm_jax.models._looplm import LoopLM, ModelCache, Params, compute_dtype, head_matrix
+from looplm_jax.models._looplm import LoopLM, ModelCache, Params, check_loops, compute_dtype, head_matrix
 
 
 def replay(
@@ -52,6 +52,7 @@ def replay(
       UserError: a token was chosen at a loop beyond `loops`.
     """
     loops = model.config.loops if loops is None else loops
+    check_loops(model.config, loops)
 
     rollouts = Rollouts.of([result], loops=loops, longest=model.config.max_positions)
     log_probs = replay_log_probs(model, params, rollouts, strategy=strategy, loops=loops)
@@ -182,7 +183,7 @@ def states_at_once(
         state, kept, hidden = carry
         left = depths < number
         # Of `kept`, only the entries of tokens that have exited are visible.
-        output, *own = apply(state, embedded, _of_two_ages(context, left), *kept, True, method="loop_step")
+        output, *own = apply(state, embedded, _of_two_ages(context, left), number - 1, *kept, True, method="loop_step")
         # Tokens that have exited keep the keys and values of their exit loop, [..., K, Dh].
         kept = jax.tree.map(lambda old, new: jnp.where(left[None, :, :, None, None], old, new), kept, own)
         # [B, N, D]: the states that would choose each new token at this loop.
@@ -193,7 +194,7 @@ def states_at_once(
         return (output.state, kept, hidden), (gate_logits, read if per_loop else None)
 
     state = apply(embedded, method="initial_state")
-    shapes = jax.eval_shape(lambda: apply(state, embedded, context, None, None, True, method="loop_step"))
+    shapes = jax.eval_shape(lambda: apply(state, embedded, context, 0, None, None, True, method="loop_step"))
 
     # Never read: no token has exited before loop 1.
     kept = jax.tree.map(jnp.zeros_like, list(shapes[1:]))
@@ -270,7 +271,7 @@ def _read_prompts(
     def loop(state: Float[Array, "B P D"], done: Int[Array, ""]) -> tuple[Array, PyTree]:
         planes = jnp.broadcast_to(done, rows.shape)
         past = _read_at(cache, planes, dtype)
-        output, core, coda = apply(state, embedded, context, *past, True, method="loop_step")
+        output, core, coda = apply(state, embedded, context, done, *past, True, method="loop_step")
         # The last token of a prompt, whose position differs between rows.
         last = output.hidden[rows, lengths - 1], output.gate_logits[rows, lengths - 1]
         return output.state, (*last, core, coda)
@@ -381,7 +382,7 @@ def _run_token(
         state, hidden, own = carry
         done = jnp.full(rows, number)
         past = _read_at(cache, done, dtype)
-        output, core, coda = apply(state, embedded, context, *past, True, method="loop_step")
+        output, core, coda = apply(state, embedded, context, done, *past, True, method="loop_step")
         # Loops after the exit are computed, because all rows share a program, but not written.
         own = own.write(ModelCache(core=core, prelude=prelude, coda=coda), done, done < exits)
         hidden = jnp.where((done + 1 == exits)[:, None], output.hidden[:, 0], hidden)

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from looplm_jax.config import ModelConfig
+from looplm_jax.config import GatePlacement, ModelConfig
 from looplm_jax.data.tokenizers import Tokenizer
 from looplm_jax.errors import UserError
 from looplm_jax.halting import Bounded, ExitPolicy
+from looplm_jax.halting.signals import Needs
 from looplm_jax.inference._cache_layout import stored_heads, use_mesh_or_none
 from looplm_jax.inference._engine_config import EngineConfig
 from looplm_jax.inference._field_checks import real_number, whole_number
@@ -120,6 +121,7 @@ def check_request(
     if request.policy is not None:
         _check_numbers(request.policy)
     _check_policy(request.policy, loops)
+    check_gate(request.policy, model)
 
     if len(request.stop_ids) > MOST_STOP_IDS:
         raise UserError(f"at most {MOST_STOP_IDS} stop_ids, not {len(request.stop_ids)}; use stop_strings for more")
@@ -177,6 +179,15 @@ def _check_policy(policy: ExitPolicy | None, loops: int) -> None:
         raise UserError(
             f"a floor of {floor} loops is above the {loops} of this engine; "
             f"lower it, or use EngineConfig(loops={floor})"
+        )
+
+
+def check_gate(policy: ExitPolicy | None, model: ModelConfig) -> None:
+    """Raises UserError for a policy that reads the gate of a model without one."""
+    if policy is not None and model.gate is GatePlacement.NONE and Needs.GATE in policy.needs:
+        raise UserError(
+            f"{type(policy).__name__} reads the exit gate, and the model has none (model.gate=none); "
+            "use fixed loops, or a policy that reads states or predictions"
         )
 
 

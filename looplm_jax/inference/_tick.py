@@ -78,7 +78,7 @@ def tick(model: LoopLM, params: Params, slots: Slots, *, loops: int, previews: b
     past = seen.past(cache.planes.core, done, dtype), seen.past(cache.planes.coda, done, dtype)
 
     # Every slot runs its own next loop; they differ only in the planes that they read.
-    output, core, coda = apply(state, embedded, context, *past, True, method="loop_step")
+    output, core, coda = apply(state, embedded, context, done, *past, True, method="loop_step")
     # [N, 1, D] -> [N, D]
     hidden = output.hidden[:, 0]
 

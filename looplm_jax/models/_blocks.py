@@ -3,6 +3,7 @@
 The stack is an `nn.scan` over layers, so the size of the program does not depend on the number of layers.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,10 +14,19 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from looplm_jax.config import AttentionKernel, ModelConfig, NormPlacement, Remat
+from looplm_jax.config import (
+    AttentionKernel,
+    Initializer,
+    ModelConfig,
+    NormPlacement,
+    PositionSignal,
+    Remat,
+    Residual,
+)
 from looplm_jax.models import _attention as attention
 from looplm_jax.models._attention_kernels import OUTPUT, self_attention
-from looplm_jax.models._parameters import GATHERED, Projection, RMSNorm
+from looplm_jax.models._parameters import GATHERED, Projection, RMSNorm, matrix_initializer
+from looplm_jax.models._signals import sinusoids
 from looplm_jax.sharding import target_platform, whole_sequences
 
 # Names of the activations of a layer that may be saved for the backward pass.
@@ -62,11 +72,12 @@ class Past(Protocol):
 
 @flax.struct.dataclass
 class Context:
-    """Values that every layer of every loop shares: rotary angles and visibility of the current tokens.
+    """Values that every layer of every loop shares: positions and visibility of the current tokens.
 
     Attributes:
-      cos: the cosines of the rotary angles.
-      sin: the sines of the rotary angles.
+      cos: the cosines of the rotary angles; None without rotary embedding.
+      sin: the sines of the rotary angles; None without rotary embedding.
+      position_signal: what is added to the input of every loop; None with rotary embedding.
       positions: the position of each token in its document.
       segment_ids: the document of each token.
       mask: which of the current tokens see each other, or None if `kernel` derives it from positions and segment ids.
@@ -74,8 +85,9 @@ class Context:
       kernel: the attention kernel, or None for masks.
     """
 
-    cos: Float[Array, "B S 1 half"]
-    sin: Float[Array, "B S 1 half"]
+    cos: Float[Array, "B S 1 half"] | None
+    sin: Float[Array, "B S 1 half"] | None
+    position_signal: Float[Array, "B S D"] | None
     positions: Int[Array, "B S"]
     segment_ids: Int[Array, "B S"]
     mask: Bool[Array, "B S S"] | None
@@ -96,7 +108,12 @@ def make_context(
 
     With a `kernel`, the mask of the current tokens is not created. That is for calls without a cache.
     """
-    cos, sin = attention.rotary_angles(positions, config.head_width, config.rope_theta)
+    cos = sin = position_signal = None
+    match config.position_signal:
+        case PositionSignal.ROTARY:
+            cos, sin = attention.rotary_angles(positions, config.head_width, config.rope_theta)
+        case PositionSignal.SINUSOID:
+            position_signal = sinusoids(positions, config.width)
     mask = None if kernel else attention.visible(positions, segment_ids, positions, segment_ids)
 
     past_mask = None
@@ -109,6 +126,7 @@ def make_context(
     return Context(
         cos=cos,
         sin=sin,
+        position_signal=position_signal,
         positions=positions,
         segment_ids=segment_ids,
         mask=mask,
@@ -121,9 +139,15 @@ def make_context(
 
 
 class Attention(nn.Module):
-    """Causal grouped-query self-attention. It also returns its keys and values, for a cache."""
+    """Causal grouped-query self-attention. It also returns its keys and values, for a cache.
+
+    Attributes:
+      config: the architecture.
+      looped: whether the layer is one of the shared stack.
+    """
 
     config: ModelConfig
+    looped: bool = False
 
     @nn.compact
     def __call__(
@@ -132,6 +156,7 @@ class Attention(nn.Module):
         context: Context,
         past: Past | None = None,
         layer: int | Int[Array, ""] | None = None,
+        asking: Float[Array, "B S D"] | None = None,
     ) -> tuple[Float[Array, "B S D"], KeyValues]:
         """Returns the output, and the keys and values of this call.
 
@@ -140,24 +165,30 @@ class Attention(nn.Module):
           context: the values that all layers share.
           past: earlier tokens, or None.
           layer: the index of this layer in `past`.
+          asking: the input of the queries, if it is not `x`.
         """
-        config, std = self.config, self.config.init_std
+        config = self.config
         kv_shape = (config.kv_heads, config.head_width)
-
         query_shape = (config.num_heads, config.head_width)
 
-        queries = Projection(query_shape, ("embed", "heads", "head_dim"), std, name="query")(x)
-        keys = Projection(kv_shape, ("embed", "kv_heads", "head_dim"), std, name="key")(x)
-        values = Projection(kv_shape, ("embed", "kv_heads", "head_dim"), std, name="value")(x)
+        def project(name: str, shape: tuple[int, int], heads: str, x: Array, use_bias: bool) -> Array:
+            initializer = _initializer(config, name, self.looped)
+            return Projection(shape, ("embed", heads, "head_dim"), initializer, use_bias=use_bias, name=name)(x)
 
-        queries = attention.rotate(queries, context.cos, context.sin)
-        keys = attention.rotate(keys, context.cos, context.sin)
+        queries = project("query", query_shape, "heads", x if asking is None else asking, config.qk_bias)
+        keys = project("key", kv_shape, "kv_heads", x, config.qk_bias)
+        values = project("value", kv_shape, "kv_heads", x, False)
+
+        if context.cos is not None and context.sin is not None:
+            queries = attention.rotate(queries, context.cos, context.sin)
+            keys = attention.rotate(keys, context.cos, context.sin)
         # Names for the policies of rematerialization.
         queries, keys, values = (checkpoint_name(x, _QUERIES_KEYS_VALUES) for x in (queries, keys, values))
 
         own = KeyValues(keys=keys, values=values)
         mixed = _mix(queries, own, context, past, layer)
-        out = Projection((config.width,), ("heads", "head_dim", "embed"), std, contracted=2, name="out")(mixed)
+        initializer = _initializer(config, "out", self.looped)
+        out = Projection((config.width,), ("heads", "head_dim", "embed"), initializer, contracted=2, name="out")(mixed)
         return out, own
 
 
@@ -183,48 +214,116 @@ def _mix(
 
 
 class SwiGLU(nn.Module):
-    """The feed-forward layer `down(silu(gate(x)) * up(x))`."""
+    """The feed-forward layer `down(silu(gate(x)) * up(x))`.
+
+    Attributes:
+      config: the architecture.
+      looped: whether the layer is one of the shared stack.
+    """
 
     config: ModelConfig
+    looped: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """Applies the layer."""
-        config, std = self.config, self.config.init_std
-        gate = Projection((config.mlp_width,), ("embed", "mlp"), std, name="gate")(x)
-        up = Projection((config.mlp_width,), ("embed", "mlp"), std, name="up")(x)
-        out = Projection((config.width,), ("mlp", "embed"), std, name="down")(nn.silu(gate) * up)
+        config = self.config
+
+        def project(name: str, width: int, axes: tuple[str, str], x: Array) -> Array:
+            return Projection((width,), axes, _initializer(config, name, self.looped), name=name)(x)
+
+        gate = project("gate", config.mlp_width, ("embed", "mlp"), x)
+        up = project("up", config.mlp_width, ("embed", "mlp"), x)
+        out = project("down", config.width, ("mlp", "embed"), nn.silu(gate) * up)
         return checkpoint_name(out, _MLP_OUTPUT)
 
 
-class Block(nn.Module):
-    """One layer: attention and SwiGLU as residual branches, with a norm before each.
+def _initializer(config: ModelConfig, name: str, looped: bool) -> nn.initializers.Initializer:
+    """Returns the initializer of the matrix `name` of a layer.
 
-    In a sandwich, there is also a norm after each branch.
+    Huginn divides what adds to the state by a square root of the depth (arXiv 2502.05171); DeepLoop multiplies all but
+    queries and keys of the looped layers (arXiv 2607.13491).
+    """
+    factor = 1.0
+    if config.initializer is Initializer.SCALED_BY_DEPTH and name in ("out", "up", "down"):
+        factor /= math.sqrt(2 * config.unrolled_depth)
+    if config.residual is Residual.DEEP_LOOP and looped and name not in ("query", "key"):
+        factor /= math.sqrt(8 * config.loops * config.num_layers)
+    return matrix_initializer(config, factor)
+
+
+@flax.struct.dataclass
+class Queries:
+    """The source of the queries of all layers of a loop, if it is not their own input (injection `query`).
+
+    Attributes:
+      state: the state after the previous loop.
+      first: where loop 1 runs, which has no earlier state: there, queries come from the input of each layer.
+    """
+
+    state: Float[Array, "B S D"]
+    first: Bool[Array, "B 1 1"]
+
+    def of(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        """Returns the source of the queries of a layer with the input `x`."""
+        return jnp.where(self.first, x, self.state)
+
+
+class Block(nn.Module):
+    """One layer: attention and SwiGLU as residual branches, with the norms of `config.norm_placement`.
+
+    Attributes:
+      config: the architecture.
+      return_cache: whether to return keys and values.
+      looped: whether the layer is one of the shared stack, whose sums have the weights of `config.residual`.
     """
 
     config: ModelConfig
     return_cache: bool = False
+    looped: bool = False
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B S D"], layer: int | Int[Array, ""] | None, past: Past | None, context: Context
+        self,
+        x: Float[Array, "B S D"],
+        layer: int | Int[Array, ""] | None,
+        past: Past | None,
+        context: Context,
+        queries: Queries | None = None,
     ) -> tuple[Float[Array, "B S D"], KeyValues | None]:
         """Returns the output, and keys and values if `return_cache`. `layer` is the index of this layer in `past`."""
         x = checkpoint_name(x, _LAYER_INPUT)
 
-        mixed, own = Attention(self.config, name="attention")(self._norm("attention_norm", x), context, past, layer)
-        x = x + self._post_norm("attention_post_norm", mixed)
-        x = x + self._post_norm("mlp_post_norm", SwiGLU(self.config, name="mlp")(self._norm("mlp_norm", x)))
+        # The norm is the same module for both, so it has one weight.
+        norm = self._before("attention_norm")
+        asking = None if queries is None else norm(queries.of(x))
+        attend = Attention(self.config, self.looped, name="attention")
+        mixed, own = attend(norm(x), context, past, layer, asking)
+        x = self._sum("attention_post_norm", x, mixed)
+
+        transform = SwiGLU(self.config, self.looped, name="mlp")
+        x = self._sum("mlp_post_norm", x, transform(self._before("mlp_norm")(x)))
 
         x = nn.with_logical_constraint(x, ("batch", "sequence", "embed_activation"))
         return x, own if self.return_cache else None
 
-    def _norm(self, name: str, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        return RMSNorm(self.config.norm_eps, name=name)(x)
+    def _before(self, name: str) -> Callable[[Float[Array, "B S D"]], Float[Array, "B S D"]]:
+        """Returns the norm before a branch."""
+        if self.config.norm_placement is NormPlacement.POST:
+            return lambda x: x
+        return RMSNorm(self.config.norm_eps, name=name)
 
-    def _post_norm(self, name: str, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        return self._norm(name, x) if self.config.norm_placement is NormPlacement.SANDWICH else x
+    def _sum(self, name: str, x: Float[Array, "B S D"], branch: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        """Returns the sum of the state and a branch, with the norm after it."""
+        placement, eps = self.config.norm_placement, self.config.norm_eps
+        if placement is NormPlacement.SANDWICH:
+            branch = RMSNorm(eps, self.config.second_norm_init, name=name)(branch)
+
+        skip, weight = self.config.residual_weights if self.looped else (1.0, 1.0)
+        total = (x if skip == 1 else skip * x) + (branch if weight == 1 else weight * branch)
+
+        outside = placement in (NormPlacement.POST, NormPlacement.OUTER)
+        return RMSNorm(eps, name=name)(total) if outside else total
 
 
 class Stack(nn.Module):
@@ -232,27 +331,40 @@ class Stack(nn.Module):
 
     Their parameters are stacked along a leading layer axis, unless the stack is `unrolled`. Then each layer has
     separate arrays (`unroll_layers`), which a decoder on a CPU reads without copying them first.
+
+    Attributes:
+      config: the architecture.
+      length: the number of layers.
+      remat: what the backward pass recomputes.
+      unrolled: whether each layer has separate arrays.
+      looped: whether this is the shared stack.
     """
 
     config: ModelConfig
     length: int
     remat: Remat = Remat.NONE
     unrolled: bool = False
+    looped: bool = False
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B S D"], context: Context, past: Past | None = None, return_cache: bool = False
+        self,
+        x: Float[Array, "B S D"],
+        context: Context,
+        past: Past | None = None,
+        return_cache: bool = False,
+        queries: Queries | None = None,
     ) -> tuple[Float[Array, "B S D"], KeyValues | None]:
         """Applies all layers. The returned keys and values have a leading layer axis."""
         if self.unrolled:
-            return self._one_by_one(x, context, past, return_cache)
+            return self._one_by_one(x, context, past, return_cache, queries)
 
         layers = nn.scan(
             _rematted(self.remat),
             variable_axes={"params": 0, GATHERED: 0},
             split_rngs={"params": True},
-            # The index of the layer is scanned; context and past are shared by all layers.
-            in_axes=(0, nn.broadcast, nn.broadcast),
+            # The index of the layer is scanned; all layers share the rest.
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=self.length,
             metadata_params={nn.PARTITION_NAME: "layers"},
             check_constancy_invariants=False,  # layers share nothing, and the check would trace them twice
@@ -260,20 +372,25 @@ class Stack(nn.Module):
 
         # Only `past` needs the index of the layer.
         numbers = None if past is None else jnp.arange(self.length)
-        return layers(self.config, return_cache, name="layers")(x, numbers, past, context)
+        return layers(self.config, return_cache, self.looped, name="layers")(x, numbers, past, context, queries)
 
     def _one_by_one(
-        self, x: Float[Array, "B S D"], context: Context, past: Past | None, return_cache: bool
+        self,
+        x: Float[Array, "B S D"],
+        context: Context,
+        past: Past | None,
+        return_cache: bool,
+        queries: Queries | None,
     ) -> tuple[Float[Array, "B S D"], KeyValues | None]:
         """Applies the layers of an unrolled stack. Does not create parameters."""
-        block = Block(self.config, return_cache, parent=None)
+        block = Block(self.config, return_cache, self.looped, parent=None)
 
         # All layers share this function, so that one of them is traced and lowered, and not all.
         @jax.jit
         def layer(
             params: Any, x: Float[Array, "B S D"], number: Int[Array, ""], past: Past | None, context: Context
         ) -> tuple[Float[Array, "B S D"], KeyValues | None]:
-            applied: Any = block.apply({"params": params}, x, number, past, context)
+            applied: Any = block.apply({"params": params}, x, number, past, context, queries)
             output, own = applied
             return output, own
 

@@ -5,32 +5,52 @@
 
 (Paper, section 3.1.) The final norm is inside the loop: its output feeds the head, the gate and the next loop. A
 prelude runs once before the loops. A coda runs between the state of every loop and its head and gate; the next loop
-does not see its output.
+does not see its output. With all options of `ModelConfig`, a loop is
+
+    x = stack(inject(h, e) + signal[t]);  h = x or N(x);  hidden[t] = N(coda(N(x)))
+
+where `e` is the embedded input after the prelude. `LoopLM.loop_step` is the only place where a loop is written.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, UInt32
 
-from looplm_jax.config import ComputeConfig, Dtype, Injection, ModelConfig, Remat
+from looplm_jax.config import (
+    ComputeConfig,
+    Dtype,
+    GatePlacement,
+    Initializer,
+    InitialState,
+    Injection,
+    ModelConfig,
+    Remat,
+    StateNorm,
+    TimeSignal,
+)
 from looplm_jax.errors import UserError
 from looplm_jax.models._attention_kernels import choose_kernel
-from looplm_jax.models._blocks import Context, KeyValues, Past, Stack, make_context
-from looplm_jax.models._parameters import GATHERED, RMSNorm, gather, parameter
+from looplm_jax.models._blocks import Context, KeyValues, Past, Queries, Stack, make_context
+from looplm_jax.models._injection import DIAGONAL, DiagonalInjection, starts_as_add, truncated_noise
+from looplm_jax.models._parameters import GATHERED, RMSNorm, gather, matrix_initializer, parameter
+from looplm_jax.models._signals import sinusoids
 from looplm_jax.sharding import target_platform, whole_length
 
 # Top-level groups of parameters.
 _STACKS = ("prelude", "core", "coda")
-UNCAST = ("gate",)  # groups that are never cast to the dtype of the matrix products: they determine probabilities
+# Groups that are never cast to the dtype of the matrix products: probabilities, and decays close to 1, depend on them.
+UNCAST = ("gate", DIAGONAL)
 # Used only in matrix products, and therefore gathered in their dtype.
 _IN_PRODUCTS = (*_STACKS, "injection")
+# The gate logit of a model without a gate: the probability of an exit before the last loop is zero.
+_NEVER = -1e4
 Params = dict[str, Any]  # nested, by the names of modules; leaves are arrays
 
 
@@ -84,26 +104,40 @@ class LoopLM(nn.Module):
     def setup(self) -> None:
         """Declares the parameters."""
         config, remat = self.config, self.compute.remat
-        normal = nn.initializers.normal(config.init_std)
+        matrix = matrix_initializer(config)
 
-        self.embedding = parameter(self, "embedding", normal, ("vocab", "embed"), (config.vocab_size, config.width))
+        self.embedding = parameter(self, "embedding", matrix, ("vocab", "embed"), (config.vocab_size, config.width))
         if config.prelude_layers:
             self.prelude = Stack(config, config.prelude_layers, remat, self.unrolled)
 
-        self.core = Stack(config, config.num_layers, remat, self.unrolled)
+        self.core = Stack(config, config.num_layers, remat, self.unrolled, looped=True)
         self.norm = RMSNorm(config.norm_eps)
+
+        # The input of a loop.
         if config.injection is Injection.LINEAR:
+            drawn = config.initializer is Initializer.SCALED_BY_DEPTH
             shape = (2 * config.width, config.width)
-            self.injection = parameter(self, "injection", _starts_as_add, ("embed_in", "embed"), shape)
+            initializer = matrix if drawn else starts_as_add
+            self.injection = parameter(self, "injection", initializer, ("embed_in", "embed"), shape)
+        if config.injection is Injection.DIAGONAL:
+            self.diagonal_injection = DiagonalInjection()
+        if config.injection_norm:
+            self.injection_norm = RMSNorm(config.norm_eps)
+        if config.time_signal is TimeSignal.LEARNED:
+            # Rows of the published size, D^-1/2, which `_signal` multiplies by D^1/2.
+            rows = nn.initializers.normal(config.width**-0.5)
+            self.time_table = parameter(self, "time_table", rows, ("norm", "embed"), (config.time_rows, config.width))
 
         if config.coda_layers:
             self.coda = Stack(config, config.coda_layers, remat, self.unrolled)
-            self.coda_norm = RMSNorm(config.norm_eps)
+            if not config.shared_readout_norm:
+                self.coda_norm = RMSNorm(config.norm_eps)
 
         # The gate and the head read the state after the coda, if there is one.
-        self.gate = ExitGate(config.init_std)
+        if config.gate is not GatePlacement.NONE:
+            self.gate = ExitGate(config.init_std)
         if not config.tied_head:
-            self.head = parameter(self, "head", normal, ("embed", "vocab"), (config.width, config.vocab_size))
+            self.head = parameter(self, "head", matrix, ("embed", "vocab"), (config.width, config.vocab_size))
 
     def __call__(
         self,
@@ -112,6 +146,7 @@ class LoopLM(nn.Module):
         loops: int | None = None,
         positions: Int[Array, "B S"] | None = None,
         segment_ids: Int[Array, "B S"] | None = None,
+        noise_seeds: UInt32[Array, "B S"] | None = None,
         state_noise: float = 0.0,
         token_numbers: Int[Array, "B S"] | None = None,
     ) -> LoopLMOutput:
@@ -123,6 +158,8 @@ class LoopLM(nn.Module):
           positions: the position of each token in its document; by default its position in the sequence.
           segment_ids: the document of each token. Tokens see only their own document. By default a sequence is one
             document.
+          noise_seeds: the seed of the noise from which the state of each token starts, if it starts from noise; by
+            default it starts at zero.
           state_noise: the standard deviation of Gaussian noise that is added to the state after every loop. It needs
             the random key `noise`, in `rngs`.
           token_numbers: a number for each token, from which and the key its noise follows. By default tokens are
@@ -133,6 +170,7 @@ class LoopLM(nn.Module):
             loops=loops,
             positions=positions,
             segment_ids=segment_ids,
+            noise_seeds=noise_seeds,
             return_cache=False,
             state_noise=state_noise,
             token_numbers=token_numbers,
@@ -146,6 +184,7 @@ class LoopLM(nn.Module):
         loops: int | None = None,
         positions: Int[Array, "B S"] | None = None,
         segment_ids: Int[Array, "B S"] | None = None,
+        noise_seeds: UInt32[Array, "B S"] | None = None,
         return_cache: bool = True,
         state_noise: float = 0.0,
         token_numbers: Int[Array, "B S"] | None = None,
@@ -176,13 +215,13 @@ class LoopLM(nn.Module):
 
         embedded, prelude_cache = self.embed(tokens, context, return_cache=return_cache)
 
-        def loop(model: LoopLM, state: Array, _: None) -> tuple[Array, PyTree]:
+        def loop(model: LoopLM, state: Array, done: Int[Array, ""]) -> tuple[Array, PyTree]:
             noise = None
             if state_noise:
                 draws = _token_normals(model.make_rng("noise"), numbers, state.shape[-1])
                 noise = (state_noise * draws).astype(state.dtype)
             output, core_cache, coda_cache = model.loop_step(
-                state, embedded, context, return_cache=return_cache, noise=noise
+                state, embedded, context, done, return_cache=return_cache, noise=noise
             )
             return output.state, (output.hidden, output.gate_logits, core_cache, coda_cache)
 
@@ -202,7 +241,8 @@ class LoopLM(nn.Module):
             check_constancy_invariants=self.is_initializing(),
         )
 
-        _, (hidden, gate_logits, core_cache, coda_cache) = scan(self, self.initial_state(embedded), None)
+        start = self.initial_state(embedded, noise_seeds)
+        _, (hidden, gate_logits, core_cache, coda_cache) = scan(self, start, jnp.arange(loops, dtype=jnp.int32))
 
         cache = ModelCache(core=core_cache, prelude=prelude_cache, coda=coda_cache) if return_cache else None
         return LoopLMOutput(hidden=hidden, gate_logits=gate_logits), cache
@@ -223,6 +263,8 @@ class LoopLM(nn.Module):
         table = nn.with_logical_constraint(self.embedding, ("vocab", "embed_activation"))
 
         x = jnp.take(table, tokens, axis=0).astype(compute_dtype(self.compute))
+        if self.config.embedding_scale != 1:
+            x = self.config.embedding_scale * x
         x = nn.with_logical_constraint(x, ("batch", "sequence", "embed_activation"))
 
         if not self.config.prelude_layers:
@@ -233,16 +275,23 @@ class LoopLM(nn.Module):
         """Returns the matrix from hidden states to logits, or the gathered copy that was passed with it."""
         return self.embedding.T if self.config.tied_head else self.head
 
-    def initial_state(self, embedded: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        """Returns the state before loop 1: the embedded input, or zero if injection adds it in every loop."""
+    def initial_state(
+        self, embedded: Float[Array, "B S D"], noise_seeds: UInt32[Array, "B S"] | None = None
+    ) -> Float[Array, "B S D"]:
+        """Returns the state before loop 1. Noise without seeds is zero, its mean."""
+        config = self.config
+        if config.initial_state is InitialState.NOISE and noise_seeds is not None:
+            return truncated_noise(noise_seeds, config.width, config.state_std, embedded.dtype)
+
         # With injection, loop 1 already receives the input from it.
-        return embedded if self.config.injection is Injection.NONE else jnp.zeros_like(embedded)
+        return embedded if config.injection is Injection.NONE else jnp.zeros_like(embedded)
 
     def loop_step(
         self,
         state: Float[Array, "B S D"],
         embedded: Float[Array, "B S D"],
         context: Context,
+        done: Int[ArrayLike, "*B"],
         core_past: Past | None = None,
         coda_past: Past | None = None,
         return_cache: bool = False,
@@ -256,28 +305,52 @@ class LoopLM(nn.Module):
           state: the state after the previous loop.
           embedded: the embedded input, for injection.
           context: the values that all layers share.
+          done: the loops that ran before this one, of all sequences or of each.
           core_past: earlier tokens in the layers of the core, or None.
           coda_past: earlier tokens in the layers of the coda, or None.
           return_cache: whether to return keys and values.
           noise: added to the state after the loop, or None.
         """
-        state, core_cache = self.core(self._inject(state, embedded), context, core_past, return_cache)
-        state = self.norm(state)
+        config = self.config
+        done = jnp.asarray(done, jnp.int32)
+
+        entering = self._inject(state, embedded)
+        for signal in self._signals(context, done, state):
+            entering = entering + signal.astype(state.dtype)
+
+        queries = None
+        if config.injection is Injection.QUERY:
+            queries = Queries(state=state, first=jnp.broadcast_to(done == 0, state.shape[:1])[:, None, None])
+        left, core_cache = self.core(entering, context, core_past, return_cache, queries)
+
+        every_loop = config.state_norm is StateNorm.EVERY_LOOP
+        state = self.norm(left) if every_loop else left
         # Before the gate, the head and the next loop, all of which read the noisy state.
         if noise is not None:
             state = state + noise
+        normal = state if every_loop else self.norm(state)
 
         # The coda reads the state; the next loop starts from the state before the coda.
-        hidden, coda_cache = state, None
-        if self.config.coda_layers:
-            hidden, coda_cache = self.coda(state, context, coda_past, return_cache)
-            hidden = self.coda_norm(hidden)
+        hidden, coda_cache = normal, None
+        if config.coda_layers:
+            hidden, coda_cache = self.coda(normal, context, coda_past, return_cache)
+            hidden = self.norm(hidden) if config.shared_readout_norm else self.coda_norm(hidden)
 
-        output = LoopOutput(state=state, hidden=hidden, gate_logits=self.gate(hidden))
-        return output, core_cache, coda_cache
+        match config.gate:
+            case GatePlacement.AFTER:
+                gate_logits = self.gate(hidden)
+            case GatePlacement.BEFORE:
+                gate_logits = self.gate(entering)
+            case GatePlacement.NONE:
+                gate_logits = jnp.full(hidden.shape[:-1], _NEVER, jnp.float32)
+
+        return LoopOutput(state=state, hidden=hidden, gate_logits=gate_logits), core_cache, coda_cache
 
     def _inject(self, state: Float[Array, "B S D"], embedded: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        """Returns the input of the core: the state, combined with the embedded input."""
+        """Returns the state, combined with the embedded input."""
+        if self.config.injection_norm:
+            embedded = self.injection_norm(embedded)
+
         match self.config.injection:
             case Injection.NONE:
                 return state
@@ -285,6 +358,25 @@ class LoopLM(nn.Module):
                 return state + embedded
             case Injection.LINEAR:
                 return jnp.concatenate([state, embedded], axis=-1) @ self.injection.astype(state.dtype)
+            case Injection.DIAGONAL:
+                return self.diagonal_injection(state, embedded)
+            case Injection.QUERY:
+                return embedded  # the state enters as the source of queries
+
+    def _signals(
+        self, context: Context, done: Int[Array, "*B"], state: Float[Array, "B S D"]
+    ) -> Iterator[Float[Array, "B _ D"]]:
+        """Yields what is added to the input of a loop: positions, and the number of the loop."""
+        config = self.config
+        if context.position_signal is not None:
+            yield context.position_signal
+
+        numbers = jnp.broadcast_to(done, state.shape[:1])[:, None]
+        match config.time_signal:
+            case TimeSignal.SINUSOID:
+                yield sinusoids(numbers, config.width)
+            case TimeSignal.LEARNED:
+                yield config.width**0.5 * jnp.take(self.time_table, numbers, axis=0)
 
 
 class ExitGate(nn.Module):
@@ -390,19 +482,21 @@ def count_params(config: ModelConfig) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(boxed_shapes(config)))
 
 
-def _starts_as_add(key: PRNGKeyArray, shape: tuple[int, int], dtype: DTypeLike) -> Array:
-    """Initializes linear injection as the sum of state and input: two stacked identity matrices."""
-    del key
-    # Training starts from the simpler injection and may move away from it.
-    identity = jnp.eye(shape[1], dtype=dtype)
-    return jnp.concatenate([identity, identity])
-
-
 def _check_call(config: ModelConfig, tokens: Int[Array, "B S"], loops: int) -> None:
     """Raises UserError if the number of loops or the length is invalid."""
-    if loops < 1:
-        raise UserError(f"loops must be at least 1, not {loops}")
+    check_loops(config, loops)
     # Inside a local region, an array has only the positions of one device.
     length = whole_length(tokens.shape[1])
     if length > config.max_positions:
         raise UserError(f"{length} tokens are beyond model.max_positions={config.max_positions}")
+
+
+def check_loops(config: ModelConfig, loops: int) -> None:
+    """Raises UserError for a number of loops that the model cannot run."""
+    if loops < 1:
+        raise UserError(f"loops must be at least 1, not {loops}")
+    if config.time_signal is TimeSignal.LEARNED and loops > config.time_rows:
+        raise UserError(
+            f"loops={loops} is beyond the {config.time_rows} rows of the model's learned time signal; "
+            f"run at most {config.time_rows} loops"
+        )

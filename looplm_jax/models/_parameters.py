@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from looplm_jax.config import Initializer, ModelConfig
 from looplm_jax.sharding import target_platform
 
 GATHERED = "gathered"  # the collection of the copies
@@ -87,41 +88,64 @@ def parameter(
 
 
 class RMSNorm(nn.Module):
-    """Computes `x * rsqrt(mean(x^2) + eps)` in float32, casts back and multiplies by a weight (not by 1 + weight)."""
+    """Computes `x * rsqrt(mean(x^2) + eps)` in float32, casts back and multiplies by a weight (not by 1 + weight).
+
+    Attributes:
+      eps: the epsilon.
+      initial: the initial weight.
+    """
 
     eps: float
+    initial: float = 1.0
 
     @nn.compact
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """Normalizes along the last axis."""
-        scale = parameter(self, "scale", nn.initializers.ones, ("norm",), (x.shape[-1],))
+        scale = parameter(self, "scale", nn.initializers.constant(self.initial), ("norm",), (x.shape[-1],))
         wide = x.astype(jnp.float32)
         normal = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
         return normal.astype(x.dtype) * scale.astype(x.dtype)[None, None]
 
 
+def matrix_initializer(config: ModelConfig, factor: float = 1.0) -> nn.initializers.Initializer:
+    """Returns the initializer of the matrices of a model, with its standard deviation multiplied by `factor`."""
+    std = factor * config.init_std
+    match config.initializer:
+        case Initializer.NORMAL:
+            return nn.initializers.normal(std)
+        case Initializer.SCALED_BY_DEPTH:
+            return nn.initializers.truncated_normal(std, lower=-3.0, upper=3.0)
+
+
 class Projection(nn.Module):
-    """A linear map without bias from the trailing axes of its input to `features`, in the dtype of the input.
+    """A linear map from the trailing axes of its input to `features`, in the dtype of the input.
 
     Attributes:
       features: the trailing axes of the output.
       axes: the logical names of the axes of the kernel.
-      init_std: the standard deviation of the initial kernel.
+      initializer: the initializer of the kernel.
       contracted: the number of trailing axes of the input that are contracted.
+      use_bias: whether a bias is added, which starts at zero.
     """
 
     features: tuple[int, ...]
     axes: tuple[str, ...]
-    init_std: float
+    initializer: nn.initializers.Initializer
     contracted: int = 1
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "B S ..."]) -> Float[Array, "B S ..."]:
         """Contracts the trailing axes of `x` with the kernel."""
         shape = (*x.shape[-self.contracted :], *self.features)
-        kernel = parameter(self, "kernel", nn.initializers.normal(self.init_std), self.axes, shape)
+        kernel = parameter(self, "kernel", self.initializer, self.axes, shape)
         product = _cpu_product if target_platform() == "cpu" else _product
-        return product(x, kernel.astype(x.dtype), self.contracted)
+        out = product(x, kernel.astype(x.dtype), self.contracted)
+        if not self.use_bias:
+            return out
+
+        bias = parameter(self, "bias", nn.initializers.zeros, self.axes[self.contracted :], self.features)
+        return out + bias.astype(x.dtype)[None, None]
 
 
 def _product(x: Array, kernel: Array, contracted: int) -> Array:

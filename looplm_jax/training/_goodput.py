@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from looplm_jax.config import ModelConfig, Objective
+from looplm_jax.config import GatePlacement, Injection, ModelConfig, Objective
 from looplm_jax.json_io import number
 from looplm_jax.sharding._hardware import known_chip
 
@@ -135,9 +135,11 @@ def forward_flops_per_token(config: ModelConfig, *, loops: int, sequence_length:
     attention = inner * (sequence_length + 1)  # multiply-adds of scores and mixing, each over (S + 1) / 2 keys
     layer = 2 * projections + 2 * attention
 
-    injection = 2 * 2 * config.width**2 if config.injection.value == "linear" else 0
+    matrices = {Injection.LINEAR: 2, Injection.DIAGONAL: 1}.get(config.injection, 0)
+    injection = 2 * matrices * config.width**2
     # The head and the exit gate.
-    readout = 2 * config.width * config.vocab_size + 2 * config.width
+    gate = 0 if config.gate is GatePlacement.NONE else 2 * config.width
+    readout = 2 * config.width * config.vocab_size + gate
 
     per_loop = (config.num_layers + config.coda_layers) * layer + injection + readout
     return config.prelude_layers * layer + loops * per_loop

@@ -29,7 +29,11 @@ from looplm_jax.sharding import abstract_arrays, check_divides, use_mesh
 from looplm_jax.training._run_folder import RunFolder, saved_recipe
 from looplm_jax.training._state import TrainState, abstract_state, state_around
 
-_NO_SHAPE = ("loops", "rope_theta", "norm_eps", "max_positions", "init_std")  # do not change the shapes of parameters
+# Do not change the shapes of parameters.
+_NO_SHAPE = (
+    *("loops", "rope_theta", "norm_eps", "max_positions", "embedding_scale", "residual", "state_norm"),
+    *("initial_state", "state_std", "initializer", "init_std", "second_norm_init"),
+)
 # The subtree of the train state in a checkpoint.
 _OPTIMIZER = "optimizer"
 _VOCABULARY_SHARDS = 128  # a vocabulary that these divide stays divisible when it grows

@@ -3,11 +3,12 @@
 Their losses and metrics are sums over the microbatch, divided by the number of unmasked tokens of the whole batch.
 """
 
+import dataclasses
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
 
 from looplm_jax.config import PriorKind, Stage
 from looplm_jax.data._packing import Batch
@@ -121,6 +122,22 @@ def last_loss(
 # The model
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class NoisyBatch(Batch[Array]):
+    """A batch with seeds of the noise from which the states of its tokens start."""
+
+    noise_seeds: UInt32[Array, "*A B S"]
+
+
+def with_noise(batch: Batch[Array], key: PRNGKeyArray, step: Int[Array, ""]) -> NoisyBatch:
+    """Returns the batch with a seed for the first state of each token, which differs from step to step."""
+    # One global array, so that the seeds are the same on any mesh.
+    seeds = jax.random.bits(jax.random.fold_in(key, step), batch.tokens.shape)
+    fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    return NoisyBatch(**fields, noise_seeds=seeds)
+
+
 def head_weights(model: LoopLM, variables: Variables) -> Float[Array, "D V"]:
     """Returns the matrix from hidden states to logits."""
     return cast(Array, model.apply(variables, method="head_weights"))
@@ -128,6 +145,8 @@ def head_weights(model: LoopLM, variables: Variables) -> Float[Array, "D V"]:
 
 def apply(model: LoopLM, variables: Variables, microbatch: Batch[Array], loops: int, **noise: Any) -> LoopLMOutput:
     """Runs the model on a microbatch, with noise on its states if the arguments of `LoopLM` for it are given."""
+    if isinstance(microbatch, NoisyBatch):
+        noise = {**noise, "noise_seeds": microbatch.noise_seeds}
     output = model.apply(
         variables,
         microbatch.tokens,

@@ -7,7 +7,11 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from looplm_jax.config import OptimizerConfig, Schedule, Stage
 
-_NOT_DECAYED = ("scale", "bias")
+_NOT_DECAYED = (
+    *("scale", "bias"),
+    # Diagonal injection, as in Parcae, and the table of a learned time signal.
+    *("log_decay", "step_bias", "input_map", "time_table"),
+)
 
 
 def adamw(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -35,7 +39,7 @@ def direction(
 def decayed(params: PyTree) -> PyTree:
     """Returns a tree of booleans: True for each parameter with weight decay.
 
-    Scales of norms and biases, identified by their names, have none.
+    Scales of norms, biases, diagonal injections and time signals, identified by their names, have none.
     """
     return jax.tree_util.tree_map_with_path(lambda path, _: _leaf_name(path) not in _NOT_DECAYED, params)
 

@@ -9,16 +9,19 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from looplm_jax.config import Objective, Recipe, Stage
+from looplm_jax.config import InitialState, Objective, Recipe, Stage
 from looplm_jax.data._packing import Batch
 from looplm_jax.losses import LoopRPTMetrics, Stage1Metrics, updated_teacher
 from looplm_jax.models._looplm import LoopLM
+from looplm_jax.random_keys import from_raw
 from looplm_jax.training._gradients import Examples, Sums, Totals, Variables, loss_and_gradients
 from looplm_jax.training._guard import is_accepted, update_guard
 from looplm_jax.training._looprpt import looprpt_loss, scored_batch
-from looplm_jax.training._objectives import expected_loss, gate_loss, last_loss
+from looplm_jax.training._objectives import expected_loss, gate_loss, last_loss, with_noise
 from looplm_jax.training._optimizer import direction, learning_rate
 from looplm_jax.training._state import TrainState, split_params
+
+_NOISE = 0x6E6F6973  # distinguishes the random numbers of first states from other choices of the run
 
 
 @flax.struct.dataclass
@@ -73,6 +76,8 @@ def make_train_step(recipe: Recipe, model: LoopLM, stage: Stage, *, first_step: 
         totals = Totals(count=num_tokens, tokens=num_tokens)
         if stage.objective is Objective.LOOPRPT:
             examples, totals = scored_batch(model, stage, loops, state, batch)
+        elif model.config.initial_state is InitialState.NOISE:
+            examples = with_noise(batch, jax.random.fold_in(from_raw(state.key), _NOISE), state.step)
 
         def objective(variables: Variables, microbatch: Examples, totals: Totals) -> Sums:
             match stage.objective:

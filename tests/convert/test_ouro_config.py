@@ -2,7 +2,16 @@ import dataclasses
 
 import pytest
 
-from looplm_jax.config import Injection, ModelConfig, NormPlacement
+from looplm_jax.config import (
+    GatePlacement,
+    Injection,
+    ModelConfig,
+    NormPlacement,
+    PositionSignal,
+    Residual,
+    StateNorm,
+    TimeSignal,
+)
 from looplm_jax.convert._ouro_config import from_llama_config, from_ouro_config, to_ouro_config
 from looplm_jax.errors import UserError
 from looplm_jax.models.presets import ouro_1_4b, ouro_2_6b
@@ -185,6 +194,13 @@ def test_a_llama_has_the_shape_of_a_looped_model():
         ({"coda_layers": 2}, "cannot express model.coda_layers=2"),
         ({"injection": Injection.ADD}, "cannot express model.injection=add"),
         ({"norm_placement": NormPlacement.PRE}, "cannot express model.norm_placement=pre"),
+        ({"qk_bias": True}, "cannot express model.qk_bias=True"),
+        ({"embedding_scale": 2.0}, "cannot express model.embedding_scale=2.0"),
+        ({"residual": Residual.PER_LOOP}, "cannot express model.residual=per_loop"),
+        ({"state_norm": StateNorm.READOUT}, "cannot express model.state_norm=readout"),
+        ({"time_signal": TimeSignal.SINUSOID}, "cannot express model.time_signal=sinusoid"),
+        ({"position_signal": PositionSignal.SINUSOID}, "cannot express model.position_signal=sinusoid"),
+        ({"gate": GatePlacement.NONE}, "cannot express model.gate=none"),
     ],
 )
 def test_what_hugging_face_cannot_express_is_refused(changes, message):

@@ -49,7 +49,7 @@ def _run_token(model, params, token, cache, strategy, q):
         past += [jax.tree.map(np.zeros_like, past[0])] * (ROOM - len(cache))
         stacked = jax.tree.map(lambda *leaves: np.stack(leaves, axis=2), *past)
         state, own, predicted, gate = jax.device_get(
-            _one_loop(model, params, np.int32(token), np.int32(len(cache)), state, np.bool_(not gates), stacked)
+            _one_loop(model, params, np.int32(token), np.int32(len(cache)), state, np.int32(len(gates)), stacked)
         )
         entries.append(jax.tree.map(lambda x: x[:, :, 0], own))
         logits.append(predicted)
@@ -58,14 +58,14 @@ def _run_token(model, params, token, cache, strategy, q):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _one_loop(model, params, token, position, state, is_first, past):
+def _one_loop(model, params, token, position, state, done, past):
     apply = functools.partial(model.apply, {"params": params})
     places = jnp.arange(ROOM)[None]
     one = jnp.ones((1, 1), jnp.int32)
     context = make_context(model.config, position[None, None], one, places, (places < position).astype(jnp.int32))
     embedded, prelude = apply(token[None, None], context, past.prelude, True, method="embed")
-    state = jnp.where(is_first, apply(embedded, method="initial_state"), state)
-    output, core, coda = apply(state, embedded, context, past.core, past.coda, True, method="loop_step")
+    state = jnp.where(done == 0, apply(embedded, method="initial_state"), state)
+    output, core, coda = apply(state, embedded, context, done, past.core, past.coda, True, method="loop_step")
     own = ModelCache(core=core, prelude=prelude, coda=coda)
     return output.state, own, output.hidden[0, 0] @ head_matrix(params, model.config), output.gate_logits[0, 0]
 

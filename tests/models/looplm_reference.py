@@ -5,56 +5,141 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from looplm_jax.config import Injection, ModelConfig, NormPlacement
+from looplm_jax.config import (
+    GatePlacement,
+    Injection,
+    ModelConfig,
+    NormPlacement,
+    PositionSignal,
+    Residual,
+    StateNorm,
+    TimeSignal,
+)
 
 
 def reference_forward(params, config: ModelConfig, loops, tokens, positions, segment_ids):
     """Returns hidden states [T, B, S, D] and gate logits [T, B, S]."""
     shared = config, positions, _mask(positions, segment_ids)
-    embedded = params["embedding"][tokens]
+    embedded = config.embedding_scale * params["embedding"][tokens]
     if config.prelude_layers:
         embedded = _stack(params["prelude"], config.prelude_layers, embedded, *shared)
+
     h = embedded if config.injection is Injection.NONE else jnp.zeros_like(embedded)
     states, gates = [], []
-    for _ in range(loops):
-        if config.injection is Injection.ADD:
-            h = h + embedded
-        if config.injection is Injection.LINEAR:
-            h = jnp.concatenate([h, embedded], axis=-1) @ params["injection"]
-        h = _norm(_stack(params["core"], config.num_layers, h, *shared), params["norm"], config)
-        seen = h
+    for loop in range(loops):
+        x = _injected(params, h, embedded, config) + _signals(params, loop, positions, config)
+        asking = h if config.injection is Injection.QUERY and loop > 0 else None
+        gates.append(_gate(params, x, config))
+        x = _stack(params["core"], config.num_layers, x, *shared, looped=True, asking=asking)
+        seen = _norm(x, params["norm"], config)
+        h = seen if config.state_norm is StateNorm.EVERY_LOOP else x
         if config.coda_layers:
-            seen = _stack(params["coda"], config.coda_layers, h, *shared)
-            seen = _norm(seen, params["coda_norm"], config)
+            seen = _stack(params["coda"], config.coda_layers, seen, *shared)
+            seen = _norm(seen, params["norm" if config.shared_readout_norm else "coda_norm"], config)
         states.append(seen)
-        gates.append(seen @ params["gate"]["kernel"] + params["gate"]["bias"][0])
+        if config.gate is not GatePlacement.BEFORE:
+            gates[-1] = _gate(params, seen, config)
     return jnp.stack(states), jnp.stack(gates)
 
 
-def _stack(params, length, h, config, positions, mask):
+def _gate(params, x, config):
+    if config.gate is GatePlacement.NONE:
+        return jnp.full(x.shape[:-1], -1e4)
+    return x @ params["gate"]["kernel"] + params["gate"]["bias"][0]
+
+
+def _injected(params, h, embedded, config):
+    e = _norm(embedded, params["injection_norm"], config) if config.injection_norm else embedded
+    match config.injection:
+        case Injection.NONE:
+            return h
+        case Injection.ADD:
+            return h + e
+        case Injection.LINEAR:
+            return jnp.concatenate([h, e], axis=-1) @ params["injection"]
+        case Injection.DIAGONAL:
+            a, b, matrix = (params["diagonal_injection"][name] for name in ("log_decay", "step_bias", "input_map"))
+            step = jnp.log1p(jnp.exp(b))
+            return jnp.exp(-step * jnp.exp(a))[None, None] * h + step[None, None] * (e @ matrix)
+        case Injection.QUERY:
+            return e
+
+
+def _signals(params, loop, positions, config):
+    signal = jnp.zeros((1, 1, config.width))
+    if config.position_signal is PositionSignal.SINUSOID:
+        signal = signal + _sinusoids(positions, config.width)
+    if config.time_signal is TimeSignal.SINUSOID:
+        signal = signal + _sinusoids(jnp.full((1, 1), loop), config.width)
+    if config.time_signal is TimeSignal.LEARNED:
+        signal = signal + config.width**0.5 * params["time_table"][loop][None, None]
+    return signal
+
+
+def _sinusoids(numbers, width):
+    columns = []
+    for j in range(width // 2):
+        angle = (numbers + 1).astype(jnp.float32) / 1e4 ** (2 * j / width)
+        columns += [jnp.sin(angle), jnp.cos(angle)]
+    return jnp.stack(columns, axis=-1)
+
+
+def _stack(params, length, h, config, positions, mask, looped=False, asking=None):
     for index in range(length):
         layer = jax.tree.map(lambda leaf, index=index: leaf[index], params["layers"])
-        h = _layer(layer, h, config, positions, mask)
+        h = _layer(layer, h, h if asking is None else asking, config, positions, mask, looped)
     return h
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _layer(layer, h, config, positions, mask):
-    sandwich = config.norm_placement is NormPlacement.SANDWICH
-    branch = _attention(layer["attention"], _norm(h, layer["attention_norm"], config), config, positions, mask)
-    h = h + (_norm(branch, layer["attention_post_norm"], config) if sandwich else branch)
-    x, mlp = _norm(h, layer["mlp_norm"], config), layer["mlp"]
+@functools.partial(jax.jit, static_argnames=("config", "looped"))
+def _layer(layer, h, asking, config, positions, mask, looped):
+    before, after = _norms(config.norm_placement)
+    skip, weight = _residual_weights(config) if looped else (1.0, 1.0)
+
+    def norm(x, name):
+        return _norm(x, layer[name], config) if name in layer else x
+
+    assert ("attention_norm" in layer) == before
+    assert ("attention_post_norm" in layer) == (after != "none")
+
+    def total(h, branch, name):
+        if after == "branch":
+            return skip * h + weight * norm(branch, name)
+        return norm(skip * h + weight * branch, name)
+
+    inputs = norm(asking, "attention_norm"), norm(h, "attention_norm")
+    h = total(h, _attention(layer["attention"], *inputs, config, positions, mask), "attention_post_norm")
+    x, mlp = norm(h, "mlp_norm"), layer["mlp"]
     branch = (jax.nn.silu(x @ mlp["gate"]["kernel"]) * (x @ mlp["up"]["kernel"])) @ mlp["down"]["kernel"]
-    return h + (_norm(branch, layer["mlp_post_norm"], config) if sandwich else branch)
+    return total(h, branch, "mlp_post_norm")
+
+
+def _norms(placement):
+    """Returns whether a norm is before each branch, and what a norm after it applies to."""
+    return {
+        NormPlacement.SANDWICH: (True, "branch"),
+        NormPlacement.PRE: (True, "none"),
+        NormPlacement.POST: (False, "sum"),
+        NormPlacement.OUTER: (True, "sum"),
+    }[placement]
+
+
+def _residual_weights(config):
+    layers = config.loops * config.num_layers
+    return {
+        Residual.PLAIN: (1.0, 1.0),
+        Residual.PER_LOOP: (1.0, 1 / (config.loops * config.num_layers**0.5)),
+        Residual.DEEP_LOOP: ((2 * layers) ** 0.5, 1.0),
+    }[config.residual]
 
 
 def _norm(x, norm, config):
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + config.norm_eps) * norm["scale"][None, None]
 
 
-def _attention(params, x, config, positions, mask):
-    kernels = {name: params[name]["kernel"] for name in ("query", "key", "value")}
-    query, key, value = (jnp.einsum("bsd,dhe->bhse", x, kernel) for kernel in kernels.values())
+def _attention(params, asking, x, config, positions, mask):
+    sources = {"query": asking, "key": x, "value": x}
+    query, key, value = (_projected(params[name], source) for name, source in sources.items())
     key, value = (jnp.repeat(part, config.num_heads // config.kv_heads, axis=1) for part in (key, value))
     query, key = (_rope(part, positions[:, None], config) for part in (query, key))
     scores = query @ jnp.swapaxes(key, 2, 3) * config.head_width**-0.5
@@ -62,8 +147,15 @@ def _attention(params, x, config, positions, mask):
     return jnp.einsum("bhse,hed->bsd", weights @ value, params["out"]["kernel"])
 
 
+def _projected(params, x):
+    heads = jnp.einsum("bsd,dhe->bhse", x, params["kernel"])
+    return heads + params["bias"][None, :, None] if "bias" in params else heads
+
+
 def _rope(x, positions, config):
     """Computes `x cos + rotate_half(x) sin`, with the angles repeated, as in the PyTorch code."""
+    if config.position_signal is not PositionSignal.ROTARY:
+        return x
     half = config.head_width // 2
     inverse = config.rope_theta ** (-jnp.arange(0, config.head_width, 2, dtype=jnp.float32) / config.head_width)
     angles = positions[..., None].astype(jnp.float32) * jnp.concatenate([inverse, inverse])[None, None, None]

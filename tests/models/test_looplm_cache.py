@@ -35,7 +35,7 @@ def test_decoding_the_last_token_equals_the_full_forward(option):
     state = model.initial_state(embedded)
     for loop in range(BASE.loops):
         core, coda = jax.tree.map(lambda leaf, loop=loop: leaf[loop], (cache.core, cache.coda))
-        output = step(state, embedded, context, core, coda)
+        output = step(state, embedded, context, loop, core, coda)
         np.testing.assert_allclose(output.hidden[:, 0], full.hidden[loop, :, -1], rtol=2e-5, atol=2e-5)
         np.testing.assert_allclose(output.gate_logits[:, 0], full.gate_logits[loop, :, -1], rtol=2e-5, atol=2e-5)
         state = output.state

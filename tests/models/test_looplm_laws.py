@@ -78,7 +78,7 @@ def test_scan_equals_one_loop_step_after_another(option):
     output = compiled_forward(option)(random_tokens(), plain_positions(), one_segment())
     state = model.initial_state(embedded)
     for loop in range(BASE.loops):
-        result = step(state, embedded, context)
+        result = step(state, embedded, context, loop)
         assert_close(output.hidden[loop], result.hidden)
         assert_close(output.gate_logits[loop], result.gate_logits)
         state = result.state

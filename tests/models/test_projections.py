@@ -20,7 +20,7 @@ def test_gradients_are_those_of_a_tensor_product(inputs, features, contracted, d
         jnp.asarray(generator.normal(size=shape), jnp.float32)
         for shape in ((*inputs[-contracted:], *features), (2, 5, *features))
     )
-    projection = Projection(features, ("a",) * kernel.ndim, init_std=1.0, contracted=contracted)
+    projection = Projection(features, ("a",) * kernel.ndim, jax.nn.initializers.normal(1.0), contracted=contracted)
 
     def ours(x, kernel):
         return jnp.sum(jnp.sin(projection.apply({"params": {"kernel": kernel}}, x).astype(jnp.float32)) * target)

@@ -32,7 +32,7 @@ def test_noise_reaches_the_head_the_gate_and_the_next_loop():
     @jax.jit
     def next_loop(state):
         context = make_context(model.config, plain_positions(), one_segment())
-        return model.apply({"params": params}, state, state, context, method="loop_step")[0].hidden
+        return model.apply({"params": params}, state, state, context, 0, method="loop_step")[0].hidden
 
     first, second = noisy.hidden[0] - plain.hidden[0], noisy.hidden[1] - next_loop(noisy.hidden[0])
     for noise in (first, second):

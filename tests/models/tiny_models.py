@@ -8,7 +8,18 @@ import jax
 import jax.numpy as jnp
 
 from looplm_jax import testing
-from looplm_jax.config import ComputeConfig, Injection, ModelConfig, NormPlacement
+from looplm_jax.config import (
+    ComputeConfig,
+    GatePlacement,
+    InitialState,
+    Injection,
+    ModelConfig,
+    NormPlacement,
+    PositionSignal,
+    Residual,
+    StateNorm,
+    TimeSignal,
+)
 from looplm_jax.models._looplm import LoopLM, Params
 
 LENGTH = 6
@@ -21,10 +32,41 @@ OPTIONS = {
     "prelude_add": {"prelude_layers": 1, "injection": Injection.ADD},
     "prelude_linear_coda": {"prelude_layers": 2, "injection": Injection.LINEAR, "coda_layers": 1, "num_kv_heads": 2},
     "coda_pre_norm_tied": {"coda_layers": 2, "norm_placement": NormPlacement.PRE, "tied_head": True},
+    "huginn": {
+        "prelude_layers": 1,
+        "coda_layers": 1,
+        "injection": Injection.LINEAR,
+        "initial_state": InitialState.NOISE,
+        "norm_placement": NormPlacement.OUTER,
+        "state_norm": StateNorm.READOUT,
+        "shared_readout_norm": True,
+        "qk_bias": True,
+        "embedding_scale": 4.0,
+        "tied_head": True,
+        "gate": GatePlacement.NONE,
+    },
+    "universal_transformer": {
+        "norm_placement": NormPlacement.POST,
+        "state_norm": StateNorm.READOUT,
+        "time_signal": TimeSignal.LEARNED,
+        "max_loops": 7,
+        "position_signal": PositionSignal.SINUSOID,
+        "gate": GatePlacement.BEFORE,
+    },
+    "parcae": {
+        "injection": Injection.DIAGONAL,
+        "injection_norm": True,
+        "norm_placement": NormPlacement.PRE,
+        "residual": Residual.PER_LOOP,
+        "state_norm": StateNorm.READOUT,
+        "time_signal": TimeSignal.SINUSOID,
+    },
+    "query": {"injection": Injection.QUERY, "injection_norm": True, "norm_placement": NormPlacement.PRE},
+    "deep_loop": {"norm_placement": NormPlacement.OUTER, "residual": Residual.DEEP_LOOP, "prelude_layers": 1},
 }
 
 # The models of the default suite, which are compiled: no optional part or every part, with both norm placements.
-IN_SHORT = ("ouro", "prelude_linear_coda", "coda_pre_norm_tied")
+IN_SHORT = ("ouro", "prelude_linear_coda", "coda_pre_norm_tied", "huginn", "universal_transformer", "parcae", "query")
 
 
 def tiny_config(option: str) -> ModelConfig:

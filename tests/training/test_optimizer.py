@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from training_cases import MODEL, STAGE
 
-from looplm_jax.config import Injection, OptimizerConfig, Schedule
+from looplm_jax.config import Injection, OptimizerConfig, Schedule, TimeSignal
 from looplm_jax.models._looplm import LoopLM, boxed_params, init_params
 from looplm_jax.training._optimizer import adamw, decayed, direction, learning_rate
 
@@ -135,3 +135,11 @@ def test_norms_and_biases_are_not_decayed_and_all_else_is(make):
     assert undecayed == {name for name in kept if name.endswith(("scale", "bias"))}
     assert {"embedding", "head", "injection", "gate.kernel"} <= set(kept) - undecayed
     assert {"gate.bias", "norm.scale"} <= undecayed
+
+
+def test_diagonal_injection_and_the_time_table_are_not_decayed():
+    config = dataclasses.replace(MODEL, injection=Injection.DIAGONAL, time_signal=TimeSignal.LEARNED, qk_bias=True)
+    mask = decayed(jax.eval_shape(lambda: init_params(LoopLM(config), jax.random.key(0))))
+    spared = {*mask["diagonal_injection"].values(), mask["time_table"]}
+    biases = {mask["core"]["layers"]["attention"][name]["bias"] for name in ("query", "key")}
+    assert (spared, biases, mask["embedding"]) == ({False}, {False}, True)

@@ -8,7 +8,18 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 from training_cases import GATE, MODEL, RECIPE, STAGE, assert_identical, one_stage, random_batch
 
-from looplm_jax.config import Dtype, GateTarget, Objective, OptimizerConfig, PriorConfig, PriorKind
+from looplm_jax.config import (
+    Dtype,
+    GatePlacement,
+    GateTarget,
+    InitialState,
+    Injection,
+    Objective,
+    OptimizerConfig,
+    PriorConfig,
+    PriorKind,
+    Schedule,
+)
 from looplm_jax.losses import token_losses
 from looplm_jax.models._looplm import LoopLM, head_matrix
 from looplm_jax.sharding import make_mesh, use_mesh
@@ -266,6 +277,29 @@ def test_each_prior_makes_a_program(kind):
     with use_mesh(MESH):
         _, metrics = jax.eval_shape(train_step, state, abstract_batch(stage, MESH))
     assert metrics.exits.exit_pdf.shape == (3,)
+
+
+def test_states_start_from_new_noise_in_every_step():
+    model = dataclasses.replace(
+        MODEL, injection=Injection.ADD, initial_state=InitialState.NOISE, gate=GatePlacement.NONE
+    )
+    # Without a learning rate to speak of, only the noise differs between steps.
+    stage = dataclasses.replace(STAGE, objective=Objective.LAST_LOSS, learning_rate=1e-30, schedule=Schedule.CONSTANT)
+
+    def losses(model):
+        recipe = one_stage(stage, model=model)
+        network = LoopLM(model, recipe.compute)
+        programs = StagePrograms(recipe, network, stage, MESH, first_step=0)
+        programs.compile(1)
+        state, found = initial_state(recipe, network, stage, MESH), []
+        for _ in range(2):
+            state, metrics = programs.run(1, state, to_device(random_batch(0), stage, MESH))
+            found.append(float(metrics.loss))
+        return found
+
+    first, second = losses(model)
+    silent = losses(dataclasses.replace(model, state_std=0.0))
+    assert len({first, second, *silent}) == 3
 
 
 def test_random_loops_are_uniform_and_follow_from_key_and_step():

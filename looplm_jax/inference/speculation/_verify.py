@@ -272,7 +272,7 @@ def _run_loops(
     def loop(carry: tuple[Array, Array], done: Int[Array, ""]) -> tuple[tuple[Array, Array], ModelCache]:
         planes = jnp.broadcast_to(done, cache.rows)
         past = cache.past(cache.planes.core, planes, dtype), cache.past(cache.planes.coda, planes, dtype)
-        output, core, coda = apply(carry[0], embedded, context, *past, True, method="loop_step")
+        output, core, coda = apply(carry[0], embedded, context, done, *past, True, method="loop_step")
         return (output.state, output.hidden), ModelCache(core=core, coda=coda)
 
     # `hidden` starts with any array of its shape; the first loop replaces it.
