@@ -431,7 +431,7 @@ def configure_convert(parser: argparse.ArgumentParser) -> None:
         description = f"{text[0].upper()}{text[1:]}."
         return directions.add_parser(name, help=text, description=description, allow_abbrev=False)
 
-    _add_from_hf(direction("from-hf", "a Hugging Face Ouro folder becomes a checkpoint"))
+    _add_from_hf(direction("from-hf", "a Hugging Face folder of an Ouro or a Huginn becomes a checkpoint"))
     _add_to_hf(direction("to-hf", "a checkpoint becomes a Hugging Face folder"))
     _add_upcycle(direction("upcycle", "a checkpoint with every layer copied"))
     _add_from_dense(direction("from-dense", "a Llama-layout model becomes the start of a loop"))

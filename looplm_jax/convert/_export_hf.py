@@ -13,6 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from looplm_jax.checkpoints import Restored, read_metadata, restore_params
+from looplm_jax.config import ModelConfig
+from looplm_jax.convert._huginn_config import is_huginn, to_huginn_config
+from looplm_jax.convert._huginn_layout import by_tensor, huginn_layout, rotary_table, rotary_tensor
 from looplm_jax.convert._layout import Path as ArrayPath
 from looplm_jax.convert._layout import TorchTensor, array_shapes, flat_arrays, torch_layout
 from looplm_jax.convert._model_card import model_card, training_record
@@ -71,13 +74,13 @@ def convert_to_hf(
 
     source = os.fspath(checkpoint)
     model = read_metadata(source, step).recipe().model
-    to_ouro_config(model, dtype="float32")  # raises for unsupported options before the weights are read
+    _config_json(model, "float32")  # raises for unsupported options before the weights are read
 
     with staged_folder(out) as folder:
         restored = restore_params(source, array_shapes(model), step=step)
         dtype = dtype or _widest(restored.state)
         left_out = _write_small_files(folder, source, restored, dtype)  # first, because a tokenizer may be refused
-        weights = _write_weights(folder, restored.state, dtype, max_shard_bytes)
+        weights = _write_weights(folder, model, restored.state, dtype, max_shard_bytes)
         files = tuple(sorted(path.name for path in folder.iterdir()))
 
     return Exported(
@@ -99,11 +102,25 @@ def _widest(params: Any) -> str:
     return stored.pop() if len(stored) == 1 else "float32"
 
 
-def _write_weights(folder: Path, params: Any, dtype: str, max_bytes: int) -> WrittenWeights:
-
+def _write_weights(folder: Path, model: ModelConfig, params: Any, dtype: str, max_bytes: int) -> WrittenWeights:
     arrays = {path: np.asarray(array) for path, array in flat_arrays(params).items()}
     read = functools.partial(_read, arrays, jnp.dtype(dtype))
-    return write_weights(folder, list(torch_layout(params)), read, dtype=dtype, max_bytes=max_bytes)
+    if not is_huginn(model):
+        return write_weights(folder, list(torch_layout(params)), read, dtype=dtype, max_bytes=max_bytes)
+
+    # A tensor holds several of our arrays.
+    slices = by_tensor(huginn_layout(model))
+    # Huginn's code reads its table of rotary angles from the files.
+    table = rotary_tensor(model)
+
+    def read_whole(tensor: TorchTensor) -> np.ndarray:
+        if tensor is table:
+            own = np.dtype(jnp.dtype(dtype))
+            return rotary_table(model).astype(own).view(f"u{own.itemsize}")
+        return np.concatenate([read(part) for part in slices[tensor.name]])
+
+    wholes = [table, *(parts[0] for parts in slices.values())]
+    return write_weights(folder, wholes, read_whole, dtype=dtype, max_bytes=max_bytes)
 
 
 def _read(arrays: dict[ArrayPath, np.ndarray], dtype: np.dtype, tensor: TorchTensor) -> np.ndarray:
@@ -129,16 +146,17 @@ def _write_small_files(folder: Path, source: str, restored: Restored, dtype: str
         # The token ids of the original folder win.
         special |= kept_json(tokenizer, "config.json")
 
-    _write_json(folder / "config.json", {**to_ouro_config(recipe.model, dtype=dtype), **special})
+    _write_json(folder / "config.json", {**_config_json(recipe.model, dtype), **special})
     _write_json(folder / "generation_config.json", _generation_config(tokenizer))
     for name, content in tokenizer_files(tokenizer, max_positions=recipe.model.max_positions).items():
         # Some names contain a folder.
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
 
-    # Transformers runs these files with `trust_remote_code=True`, without this package.
+    # Transformers runs these files with `trust_remote_code=True`, without this package. Huginn's own code reads its
+    # folders.
     code = importlib.resources.files("looplm_jax.convert.torch_model")
-    for name in _TORCH_FILES:
+    for name in () if is_huginn(recipe.model) else _TORCH_FILES:
         (folder / name).write_bytes((code / name).read_bytes())
 
     card = model_card(training_record(source, restored), dtype=dtype)
@@ -146,6 +164,11 @@ def _write_small_files(folder: Path, source: str, restored: Restored, dtype: str
         card = card.replace("---\n", f"---\n{tokenizer.files.get('README.md', '')}", 1)  # the license of the weights
     (folder / "README.md").write_text(card, encoding="utf-8")
     return code_left_out(tokenizer)
+
+
+def _config_json(model: ModelConfig, dtype: str) -> dict[str, Any]:
+    """Returns the fields of `config.json`. Raises UserError for an option that the published code cannot express."""
+    return (to_huginn_config if is_huginn(model) else to_ouro_config)(model, dtype=dtype)
 
 
 def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:

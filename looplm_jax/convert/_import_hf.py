@@ -1,4 +1,4 @@
-"""Reads a Hugging Face Ouro folder, as parameters or into a checkpoint."""
+"""Reads a Hugging Face folder of an Ouro or a Huginn, as parameters or into a checkpoint."""
 
 import dataclasses
 import math
@@ -16,9 +16,11 @@ from looplm_jax.checkpoints import Metadata
 from looplm_jax.checkpoints._arrays import flatten
 from looplm_jax.checkpoints._raw import RawStep, write_raw
 from looplm_jax.codec import to_dict
-from looplm_jax.config import MeshConfig, ModelConfig, Recipe, Stage
+from looplm_jax.config import GatePlacement, MeshConfig, ModelConfig, Objective, Recipe, Stage
+from looplm_jax.convert._huginn_config import MODEL_TYPE, from_huginn_config, is_huginn
+from looplm_jax.convert._huginn_layout import match_huginn_tensors
 from looplm_jax.convert._layout import Path as ArrayPath
-from looplm_jax.convert._layout import flat_arrays, unflat_arrays
+from looplm_jax.convert._layout import TorchTensor, flat_arrays, unflat_arrays
 from looplm_jax.convert._ouro_config import from_ouro_config
 from looplm_jax.convert._placement import match_tensors, place_tensors
 from looplm_jax.convert._safetensors_io import WeightFolder, has_weights
@@ -86,10 +88,10 @@ def load_hf(
     dtype: DTypeLike | None = None,
     uncast: Sequence[str] = (),
 ) -> HfModel:
-    """Returns the model of a Hugging Face Ouro folder. Each tensor is read directly onto the devices that hold it.
+    """Returns the model of a Hugging Face folder of an Ouro or a Huginn.
 
-    Every tensor is matched with the model before the first one is read. `looplm_jax.load` also reads checkpoints, and
-    casts to the dtype that the devices compute in.
+    Each tensor is read directly onto the devices that hold it. Every tensor is matched with the model before the first
+    one is read. `looplm_jax.load` also reads checkpoints, and casts to the dtype that the devices compute in.
 
     Args:
       path: a folder with config.json, safetensors and tokenizer.json.
@@ -108,7 +110,9 @@ def load_hf(
     # Nothing large is read before everything is known to fit: first the headers of the files, then the configuration.
     mesh = make_mesh(MeshConfig(), first_device()) if mesh is None else mesh
     check_divides(mesh, config)
-    layout = match_tensors(weights, config)
+    layout: Sequence[TorchTensor] = (
+        match_huginn_tensors(weights, config) if is_huginn(config) else match_tensors(weights, config)
+    )
     tokenizer, notes = read_hf_tokenizer(folder, config.vocab_size)
 
     targets = parameter_targets(config, mesh, dtype or weights.common_dtype(tensor.name for tensor in layout))
@@ -124,7 +128,7 @@ def load_hf(
 def convert_from_hf(
     folder: str | os.PathLike[str], out: str | os.PathLike[str], *, dtype: DTypeLike | None = None
 ) -> Converted:
-    """Writes the model of a Hugging Face Ouro folder as the checkpoint `<out>/checkpoints/0`.
+    """Writes the model of a Hugging Face folder as the checkpoint `<out>/checkpoints/0`.
 
     Args:
       folder: a folder with config.json, safetensors and tokenizer.json.
@@ -147,13 +151,14 @@ def convert_from_hf(
 
 
 def read_hf_config(folder: Path) -> ModelConfig:
-    """Returns the model that the `config.json` of an Ouro folder describes.
+    """Returns the model that the `config.json` of an Ouro or a Huginn describes.
 
     Raises:
       UserError: the file is missing or is not a JSON object, or a field is not supported; the message names it.
     """
     try:
-        return from_ouro_config(read_json_object(folder / CONFIG))
+        values = read_json_object(folder / CONFIG)
+        return from_huginn_config(values) if values.get("model_type") == MODEL_TYPE else from_ouro_config(values)
     except UserError as error:
         raise with_folder(folder, error) from None
 
@@ -212,7 +217,11 @@ def with_folder(folder: Path, error: UserError) -> UserError:
 def converted_recipe(origin: Path, model: ModelConfig) -> Recipe:
     """Returns a recipe for a model whose own recipe is unknown: named after its folder, with a single stage."""
     length = min(_SEQUENCE, model.max_positions)
-    stage = Stage(name=_STAGE, steps=1, batch_size=_BATCH, sequence_length=length, loops=model.loops)
+    # Without a gate, only the last loop has a loss.
+    objective = Objective.LAST_LOSS if model.gate is GatePlacement.NONE else Objective.EXPECTED_LOSS
+    stage = Stage(
+        name=_STAGE, objective=objective, steps=1, batch_size=_BATCH, sequence_length=length, loops=model.loops
+    )
     name = origin.resolve().name
     return Recipe(name=name, description="converted from a Hugging Face folder", model=model, stages=(stage,))
 

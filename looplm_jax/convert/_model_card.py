@@ -14,6 +14,7 @@ from etils import epath
 from looplm_jax.checkpoints import Restored
 from looplm_jax.checkpoints._restore import find_steps
 from looplm_jax.config import ModelConfig, Objective, Recipe, Stage
+from looplm_jax.convert._huginn_config import is_huginn
 from looplm_jax.json_io import metrics_row, numbers
 from looplm_jax.models._looplm import count_params
 from looplm_jax.terminal import markdown_table
@@ -24,12 +25,20 @@ _HEAD = """\
 library_name: transformers
 pipeline_tag: text-generation
 tags:
-- ouro
+- {family}
 - looped
 - looplm_jax
 - custom_code
 ---
 """
+_ABOUT = (
+    "A looped language model (Ouro, arXiv 2510.25741): one stack of layers is applied several times with the same "
+    "weights, every loop can predict the next token, and a gate says after which loop to stop.\n"
+)
+_ABOUT_HUGINN = (
+    "A looped language model (Huginn, arXiv 2502.05171): after a prelude, one stack of layers is applied several times "
+    "with the same weights, and a coda reads the result.\n"
+)
 _USE = """\
 ## Use
 
@@ -59,6 +68,15 @@ state = to_torch_state_dict(looplm_jax.load(FOLDER).params)
 ```
 
 And in JAX: `looplm_jax.load(FOLDER)`, or `looplm convert from-hf FOLDER OUT` for a checkpoint that can be trained on.
+"""
+
+_USE_HUGINN = """\
+## Use
+
+In JAX: `looplm_jax.load(FOLDER)`, or `looplm convert from-hf FOLDER OUT` for a checkpoint that can be trained on.
+
+Tensors and fields of `config.json` have the names of Huginn's published code (`RavenForCausalLM`, arXiv 2502.05171),
+which is not part of this folder.
 """
 
 _LARGEST_EXPONENT = 700.0  # the largest exponent of a perplexity; math.exp overflows above about 709
@@ -93,15 +111,16 @@ def training_record(checkpoint: str, restored: Restored) -> TrainingRecord:
 def model_card(record: TrainingRecord, *, dtype: str) -> str:
     """Returns the text of `README.md` for weights in `dtype`."""
     recipe = record.recipe
+    huginn = is_huginn(recipe.model)
     parts = [
         f"# {_line(recipe.name)}\n\n{_line(recipe.description)}".rstrip() + "\n",
         _shape(recipe.model, dtype),
         _training(record),
         _evaluation(record),
         _versions(),
-        _USE.format(loops=recipe.model.loops),
+        _USE_HUGINN if huginn else _USE.format(loops=recipe.model.loops),
     ]
-    return _HEAD + "\n" + "\n".join(part for part in parts if part)
+    return _HEAD.format(family="huginn" if huginn else "ouro") + "\n" + "\n".join(part for part in parts if part)
 
 
 # Sections
@@ -119,10 +138,7 @@ def _shape(model: ModelConfig, dtype: str) -> str:
         ("longest sequence", f"{model.max_positions:,} (rotary base {model.rope_theta:g})"),
     ]
 
-    about = (
-        "A looped language model (Ouro, arXiv 2510.25741): one stack of layers is applied several times with the same "
-        "weights, every loop can predict the next token, and a gate says after which loop to stop.\n"
-    )
+    about = _ABOUT_HUGINN if is_huginn(model) else _ABOUT
     return f"{about}\n{markdown_table(('', ''), rows)}"
 
 

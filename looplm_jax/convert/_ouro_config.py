@@ -47,7 +47,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "pruned_heads": ({},),
 }
 # Fields that do not affect the computation, or that the tokenizer and the weights state more reliably.
-_WITHOUT_EFFECT = {
+WITHOUT_EFFECT = {
     "architectures",
     "auto_map",
     "chunk_size",
@@ -135,7 +135,7 @@ _EXPRESSED = {
     "initializer",
     "second_norm_init",
 }
-_MISSPELLED = 0.85  # the similarity (difflib) above which one name counts as a misspelling of another
+MISSPELLED = 0.85  # the similarity (difflib) above which one name counts as a misspelling of another
 
 
 # Reading
@@ -284,9 +284,9 @@ def _refuse_unknown(values: Mapping[str, Any]) -> None:
     known = {*_WHOLE_NUMBERS, *_NUMBERS, *_ONLY, *_CHECKED}
 
     for name in values:
-        if name not in known | _WITHOUT_EFFECT | OF_TRANSFORMERS and not name.startswith(BOOKKEEPING):
+        if name not in known | WITHOUT_EFFECT | OF_TRANSFORMERS and not name.startswith(BOOKKEEPING):
             otherwise = "; remove it if the model is the same without"
-            hint = suggest(name, known, otherwise=otherwise, cutoff=_MISSPELLED)
+            hint = suggest(name, known, otherwise=otherwise, cutoff=MISSPELLED)
             raise UserError(f"config.json: field {brief(name)} is not supported{hint}")
 
 

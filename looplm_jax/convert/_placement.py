@@ -53,7 +53,7 @@ def match_tensors(
 
     check_tensor_names(found, {tensor.name: tensor for tensor in layout}, str(weights.path))
     if has_head:
-        _check_tied(weights)
+        check_tied(weights, _HEAD, _EMBEDDING, "tie_word_embeddings")
 
     return layout
 
@@ -91,14 +91,16 @@ def _check_sizes(weights: WeightFolder, config: ModelConfig) -> None:
             )
 
 
-def _check_tied(weights: WeightFolder) -> None:
+def check_tied(weights: WeightFolder, head_name: str, embedding_name: str, field: str) -> None:
     """Raises UserError unless the head of a tied model equals the embedding bit for bit. Some files store both."""
-    head, embedding = weights.tensors[_HEAD], weights.tensors[_EMBEDDING]
+    head, embedding = weights.tensors[head_name], weights.tensors[embedding_name]
     same = (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
     # Compared as bytes: NaNs would never be equal.
-    if not same or not np.array_equal(weights.read(_HEAD).view(np.uint8), weights.read(_EMBEDDING).view(np.uint8)):
+    if not same or not np.array_equal(
+        weights.read(head_name).view(np.uint8), weights.read(embedding_name).view(np.uint8)
+    ):
         raise UserError(
-            f"{weights.path}: {_HEAD} differs from {_EMBEDDING}, but config.json says tie_word_embeddings=true; "
+            f"{weights.path}: {head_name} differs from {embedding_name}, but config.json says {field}=true; "
             "set it to false to keep both"
         )
 
