@@ -6,9 +6,9 @@ Models of k layers looped T times learn to add (`looplm_jax.data.tasks.Addition`
 numbers; each test uses one n, including 24, which training never contains.
 
 Published, and used at `paper`: three digits, n up to 32, width 256, 8 heads, feed-forward width 1024, 200,000 steps of
-1,024 problems, learning rate 5e-3, supervision of the last loop only, the best of three seeds. Our choices: AdamW
-instead of Adafactor, at three learning rates; problems packed to 136 tokens (430 rows hold about 1,024 problems); and
-RoPE.
+1,024 problems, Adafactor at learning rate 5e-3, supervision of the last loop only, the best of three seeds. Our
+choices: problems packed to 136 tokens (430 rows hold about 1,024 problems); RoPE; a warm-up and a cosine. The other
+scales use AdamW.
 
 `cpu`: two digits, n up to 4, one layer of width 64. A cell takes about 16 minutes with three loops and 7 without, with
 three cells running on two cores. At n = 4, accuracy is 94.2 % with loops and 64.1 % without, over three seeds
@@ -42,9 +42,9 @@ _PRINTED_SIZE = {"width": 256, "heads": 8, "mlp_width": 1024, "sequence_length":
 _PAPER = TaskGrid(
     problems={"n32": _problem(32, 3, (8, 16, 24, 32), 200_000)},
     shapes=_SHAPES,
-    rates=(5e-4, 1e-3, 2e-3),
+    rates=(5e-3,),
     seeds=3,
-    settings={**_PRINTED_SIZE, "batch_size": 430, "warmup_steps": 1000},
+    settings={**_PRINTED_SIZE, "batch_size": 430, "warmup_steps": 1000, "optimizer": "adafactor"},
 )
 _GPU = TaskGrid(
     problems={"n32": _problem(32, 3, (8, 16, 24, 32), 12_000)},

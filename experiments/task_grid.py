@@ -25,6 +25,7 @@ from looplm_jax.config import (
     ModelConfig,
     Objective,
     OptimizerConfig,
+    OptimizerKind,
     Recipe,
     Schedule,
     SourceConfig,
@@ -62,6 +63,7 @@ class TaskRun:
     mlp_width: int = 0  # 0: 8/3 of the width, rounded to a multiple of 16
     beta: float = 0.1
     last_loop_only: bool = False  # use the loss after the last loop alone instead of Eq. 4
+    optimizer: str | None = None  # a kind of optimizer; None, as in earlier records: AdamW with the next two
     b2: float = 0.98
     weight_decay: float = 0.1
     warmup_steps: int = 0
@@ -109,7 +111,7 @@ class TaskRun:
                 ),
             ),
             mesh=MeshConfig(data=1),
-            optimizer=OptimizerConfig(b2=self.b2, eps=1e-6, weight_decay=self.weight_decay),
+            optimizer=self._optimizer(),
             data=DataConfig(sources=(SourceConfig(path=self.task),), seed=self.seed),
             guard=_NO_SPIKES,
             # Ten saves per run, and about a hundred logged steps.
@@ -117,6 +119,12 @@ class TaskRun:
             evaluation=EvaluationConfig(sequences=1),
             log_every=max(self.steps // 100, 1),
         )
+
+    def _optimizer(self) -> OptimizerConfig:
+        """Returns the optimizer. Adafactor is the one that was published: without weight decay."""
+        if self.optimizer is not None:
+            return OptimizerConfig(kind=OptimizerKind(self.optimizer), weight_decay=0.0)
+        return OptimizerConfig(b2=self.b2, eps=1e-6, weight_decay=self.weight_decay)
 
 
 def run_task(run: TaskRun, folder: Path, console: Console) -> dict[str, Any]:

@@ -189,6 +189,19 @@ class Schedule(enum.Enum):
     WARMUP_STABLE_DECAY = "warmup_stable_decay"
 
 
+class OptimizerKind(enum.Enum):
+    """The optimizer.
+
+    ADAMW: AdamW. ADAFACTOR: Adafactor, whose learning rate is relative to the size of each parameter, and which keeps
+    only means over rows and columns of squared gradients. MUON: Muon for the matrices of the shared stack, at the scale
+    of AdamW's updates, and AdamW for all other parameters.
+    """
+
+    ADAMW = "adamw"
+    ADAFACTOR = "adafactor"
+    MUON = "muon"
+
+
 class RecordKind(enum.Enum):
     """The kind of the records of a source: text, or chats, of which only the assistant's turns are learned."""
 
@@ -324,21 +337,44 @@ class TopologySettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """The AdamW optimizer. Norms and biases have no weight decay."""
+    """The optimizer. Norms and biases have no weight decay."""
 
-    b1: float = _field("decay of the mean of gradients", 0.9)
-    b2: float = _field("decay of the mean of squared gradients", 0.95)
-    eps: float = _field("added to the root of the second moment", 1e-8)
+    kind: OptimizerKind = _field("what turns gradients into updates", OptimizerKind.ADAMW)
+    # AdamW, also beside Muon.
+    b1: float = _field("adamw and muon: decay of AdamW's mean of gradients", 0.9)
+    b2: float = _field("adamw and muon: decay of AdamW's mean of squared gradients", 0.95)
+    eps: float = _field("adamw and muon: added to the root of AdamW's second moment", 1e-8)
+    # The others.
+    momentum: float = _field("muon: decay of its mean of gradients", 0.95)
+    decay_exponent: float = _field("adafactor: its mean of squared gradients decays by 1 - t^-decay_exponent", 0.8)
+    # All.
     weight_decay: float = _field("decay of matrices, multiplied by the learning rate", 0.1)
     clip_norm: float = _field("largest global norm of the gradient", 1.0)
 
     def __post_init__(self) -> None:
         _check_kinds(self, "optimizer")
-        for name in ("b1", "b2"):
+        for name in ("b1", "b2", "momentum"):
             _require(0 <= getattr(self, name) < 1, f"optimizer.{name} must be in [0, 1), not {getattr(self, name)}")
+        _require(0 < self.decay_exponent <= 1, f"optimizer.decay_exponent must be in (0, 1], not {self.decay_exponent}")
         for name in ("eps", "clip_norm"):
             _require(getattr(self, name) > 0, f"optimizer.{name} must be positive, not {getattr(self, name)}")
         _require(self.weight_decay >= 0, f"optimizer.weight_decay must not be negative, not {self.weight_decay}")
+
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in _WITHOUT_EFFECT[self.kind]:
+            _require(
+                getattr(self, name) == defaults[name],
+                f"optimizer.{name}={getattr(self, name)} has no effect with optimizer.kind={self.kind.value}; "
+                f"leave it at {defaults[name]}, or choose another kind",
+            )
+
+
+# The fields that an optimizer does not read.
+_WITHOUT_EFFECT = {
+    OptimizerKind.ADAMW: ("momentum", "decay_exponent"),
+    OptimizerKind.ADAFACTOR: ("b1", "b2", "eps", "momentum"),
+    OptimizerKind.MUON: ("decay_exponent",),
+}
 
 
 # Data

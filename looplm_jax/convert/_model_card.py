@@ -13,7 +13,7 @@ from etils import epath
 
 from looplm_jax.checkpoints import Restored
 from looplm_jax.checkpoints._restore import find_steps
-from looplm_jax.config import ModelConfig, Objective, Recipe, Stage
+from looplm_jax.config import ModelConfig, Objective, OptimizerConfig, OptimizerKind, Recipe, Stage
 from looplm_jax.convert._huginn_config import is_huginn
 from looplm_jax.json_io import metrics_row, numbers
 from looplm_jax.models._looplm import count_params
@@ -156,13 +156,24 @@ def _training(record: TrainingRecord) -> str:
     columns = ("stage", "steps", "batch", "sequence length", "tokens", "loops", "objective", "learning rate")
     rows = [_stage_row(stage, steps) for stage, steps in zip(recipe.stages, done, strict=True) if steps]
 
-    optimizer = recipe.optimizer
-    adamw = (
-        f"AdamW, b1 {optimizer.b1:g}, b2 {optimizer.b2:g}, weight decay {optimizer.weight_decay:g}, "
-        f"gradients clipped to a global norm of {optimizer.clip_norm:g}; seed {recipe.seed}.\n"
+    optimizer = (
+        f"{_optimizer(recipe.optimizer)}, weight decay {recipe.optimizer.weight_decay:g}, "
+        f"gradients clipped to a global norm of {recipe.optimizer.clip_norm:g}; seed {recipe.seed}.\n"
     )
 
-    return "\n".join([*parts, markdown_table(columns, rows), adamw, _data(recipe)])
+    return "\n".join([*parts, markdown_table(columns, rows), optimizer, _data(recipe)])
+
+
+def _optimizer(optimizer: OptimizerConfig) -> str:
+    """Returns the optimizer and what is specific to it."""
+    adamw = f"AdamW, b1 {optimizer.b1:g}, b2 {optimizer.b2:g}"
+    match optimizer.kind:
+        case OptimizerKind.ADAMW:
+            return adamw
+        case OptimizerKind.ADAFACTOR:
+            return f"Adafactor, decay exponent {optimizer.decay_exponent:g}"
+        case OptimizerKind.MUON:
+            return f"Muon for the matrices of the shared stack, momentum {optimizer.momentum:g}; for the rest {adamw}"
 
 
 def _steps_done(stages: Sequence[Stage], step: int) -> list[int]:

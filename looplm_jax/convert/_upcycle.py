@@ -97,7 +97,7 @@ def source_layers(order: Order, before: int, after: int) -> tuple[int, ...]:
 
 def _deepen(arrays: dict[str, Array], chosen: Sequence[int]) -> dict[str, Array]:
     """Returns the arrays with the layers of the shared stack replaced by the chosen copies."""
-    # The moments of AdamW are copied like their parameters.
+    # The moments of every optimizer are copied like their parameters: layers are their first axis too.
     layers = jnp.asarray(chosen, jnp.int32)
     return {name: jnp.take(array, layers, axis=0) if _in_stack(name) else array for name, array in arrays.items()}
 

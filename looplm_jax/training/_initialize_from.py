@@ -114,11 +114,19 @@ def _from_checkpoint(recipe: Recipe, model: LoopLM, mesh: Mesh) -> InitCheckpoin
     """Reads a checkpoint of this package."""
     path = recipe.start.checkpoint
     metadata = read_metadata(path)
-    theirs = metadata.recipe().model
+    trained = metadata.recipe()
+    theirs = trained.model
     # The shape is compared before any array is read, because the message of the reader names arrays and not flags.
     ours = _as_stored(recipe, theirs)
     check_shape(path, ours, theirs)
     check_divides(mesh, ours)
+
+    kind, own = trained.optimizer.kind, recipe.optimizer.kind
+    if recipe.start.optimizer and kind is not own:
+        raise UserError(
+            f"{path} holds the optimizer state of {kind.value}, not of {own.value}; "
+            f"type --optimizer.kind {kind.value}, or set start.optimizer to false"
+        )
 
     wanted = abstract_state(recipe, LoopLM(ours, model.compute), recipe.stages[0], mesh)
     restored = restore_params(path, wanted.params, dtype=jnp.float32)

@@ -20,7 +20,7 @@ from looplm_jax.models._looplm import LoopLM, Params, boxed_params, boxed_shapes
 from looplm_jax.random_keys import from_raw, seeded_key
 from looplm_jax.sharding import abstract_arrays, use_mesh
 from looplm_jax.training._guard import GuardState, initial_guard, next_stage_guard
-from looplm_jax.training._optimizer import adamw
+from looplm_jax.training._optimizer import axes_of, make_optimizer
 
 
 @flax.struct.dataclass
@@ -72,7 +72,7 @@ def _around(params: Params, recipe: Recipe, stage: Stage) -> TrainState:
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        optimizer=adamw(recipe.optimizer).init(moving),
+        optimizer=make_optimizer(recipe.optimizer, axes_of(recipe.model, moving)).init(moving),
         guard=initial_guard(recipe.guard),
         # Key 0 initializes the parameters (see `initial_state`); key 1 is for random choices during training.
         key=jax.random.key_data(jax.random.fold_in(seeded_key(recipe.seed), 1)),
@@ -155,7 +155,8 @@ def enter_stage(state: TrainState, recipe: Recipe, model: LoopLM, index: int, me
 
     moving, _ = split_params(state.params, stage.trained_groups)
     if not same_parameters:
-        optimizer = jax.jit(adamw(recipe.optimizer).init, out_shardings=placed.optimizer)(moving)
+        init = make_optimizer(recipe.optimizer, axes_of(recipe.model, moving)).init
+        optimizer = jax.jit(init, out_shardings=placed.optimizer)(moving)
         state = dataclasses.replace(state, optimizer=optimizer)
     if placed.teacher is not None:
         teacher = jax.jit(_first_teacher, out_shardings=placed.teacher)(moving)

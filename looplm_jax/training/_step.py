@@ -18,7 +18,7 @@ from looplm_jax.training._gradients import Examples, Sums, Totals, Variables, lo
 from looplm_jax.training._guard import is_accepted, update_guard
 from looplm_jax.training._looprpt import looprpt_loss, scored_batch
 from looplm_jax.training._objectives import expected_loss, gate_loss, last_loss, with_noise
-from looplm_jax.training._optimizer import direction, learning_rate
+from looplm_jax.training._optimizer import axes_of, direction, learning_rate
 from looplm_jax.training._state import TrainState, split_params
 
 _NOISE = 0x6E6F6973  # distinguishes the random numbers of first states from other choices of the run
@@ -97,7 +97,8 @@ def make_train_step(recipe: Recipe, model: LoopLM, stage: Stage, *, first_step: 
 
         # The schedule is that of the stage, so it counts from the first step of the stage.
         rate = learning_rate(stage, state.step - first_step)
-        updates, optimizer_state = direction(recipe.optimizer, gradients, state.optimizer, moving)
+        axes = axes_of(model.config, moving)
+        updates, optimizer_state = direction(recipe.optimizer, axes, gradients, state.optimizer, moving)
         updated = jax.tree.map(lambda weight, update: weight - rate * update, moving, updates)
 
         # Without a token to learn from the loss is 0 and meaningless: the step changes nothing, including the guard.

@@ -36,7 +36,7 @@ from looplm_jax.data import open_corpus
 from looplm_jax.errors import UserError
 from looplm_jax.models._blocks import Stack, make_context
 from looplm_jax.models._looplm import LoopLM, count_params, init_params
-from looplm_jax.training._optimizer import adamw
+from looplm_jax.training._optimizer import axes_of, make_optimizer
 from looplm_jax.training.run import train
 
 LAYERS, STEP = 2, 7
@@ -65,7 +65,7 @@ def state() -> dict[str, jax.Array]:
     """Returns random arrays of a train state by name: parameters, their optimizer state, and more."""
     random = np.random.default_rng(0)
     params = jax.eval_shape(lambda: init_params(LoopLM(RECIPE.model), jax.random.key(0)))
-    optimizer = jax.eval_shape(adamw(RECIPE.optimizer).init, params)
+    optimizer = jax.eval_shape(make_optimizer(RECIPE.optimizer, axes_of(RECIPE.model, params)).init, params)
     guard = {"losses": jax.ShapeDtypeStruct((4,), jnp.float32), "skipped": jax.ShapeDtypeStruct((), jnp.int32)}
     shapes = flatten({"params": params, "optimizer": optimizer, "guard": guard})
     return {name: jnp.asarray(0.3 * random.standard_normal(x.shape), x.dtype) for name, x in shapes.items()}

@@ -7,8 +7,9 @@ import pytest
 from experiments.__main__ import main
 from experiments.frame import Record, Scale
 from experiments.registry import EXPERIMENTS
-from experiments.task_grid import shape_table
+from experiments.task_grid import TaskRun, shape_table
 from experiments.three_hop import THREE_HOP
+from looplm_jax.config import OptimizerConfig, OptimizerKind
 from looplm_jax.data.tasks import make_task
 
 
@@ -44,6 +45,13 @@ def test_every_grid_is_of_tasks_that_exist_and_rows_that_hold_their_problems(nam
             for spec in cell.settings["tests"].values():
                 assert make_task(spec).tokenizer.serialize() == train.tokenizer.serialize()
             assert train.max_tokens <= cell.settings["sequence_length"]
+
+
+@pytest.mark.parametrize(("name", "rate"), [("addition", 5e-3), ("p-hop", 1e-3)])
+def test_the_published_runs_use_the_published_optimizer(name, rate):
+    recipes = [TaskRun(**cell.settings).recipe() for cell in EXPERIMENTS[name].cells(Scale.PAPER)]
+    assert {recipe.optimizer for recipe in recipes} == {OptimizerConfig(kind=OptimizerKind.ADAFACTOR, weight_decay=0.0)}
+    assert {recipe.stages[0].learning_rate for recipe in recipes} == {rate}
 
 
 def record(shape, accuracy, questions=100, commonest=0.25):

@@ -22,6 +22,8 @@ from looplm_jax.config import (
     DataConfig,
     MeshConfig,
     ModelConfig,
+    OptimizerConfig,
+    OptimizerKind,
     Recipe,
     Schedule,
     SourceConfig,
@@ -56,10 +58,11 @@ def train(folder, recipe):
     return said.getvalue()
 
 
-def started(checkpoint, *, optimizer=False, **changes):
+def started(checkpoint, *, optimizer=False, optimizer_config=BASE.optimizer, **changes):
     """Returns the recipe of another run, which starts from a checkpoint."""
     start = StartConfig(checkpoint=str(checkpoint), optimizer=optimizer)
-    return dataclasses.replace(BASE, **{"name": "started", "seed": 5, "start": start, **changes})
+    given = {"name": "started", "seed": 5, "start": start, "optimizer": optimizer_config}
+    return dataclasses.replace(BASE, **given, **changes)
 
 
 def first_state(recipe):
@@ -194,6 +197,17 @@ def test_a_checkpoint_without_optimizer_is_refused_where_its_state_is_asked_for(
     with pytest.raises(UserError) as caught:
         train(tmp_path / "run", started(tmp_path / "bare", optimizer=True))
     assert str(caught.value) == f"{tmp_path}/bare holds no optimizer state; set start.optimizer to false"
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_state_of_another_optimizer_is_refused(base, tmp_path):
+    muon = OptimizerConfig(kind=OptimizerKind.MUON)
+    with pytest.raises(UserError) as caught:
+        train(tmp_path / "run", started(base, optimizer=True, optimizer_config=muon))
+    assert str(caught.value) == (
+        f"{base} holds the optimizer state of adamw, not of muon; type --optimizer.kind adamw, or set start.optimizer "
+        "to false"
+    )
     assert not (tmp_path / "run").exists()
 
 
