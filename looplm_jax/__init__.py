@@ -18,7 +18,7 @@ for invalid input; its message is one line that says how to fix it.
 The subpackages, each with examples in its own docstring:
 
 * The method: `models`, `halting` (exit distributions, priors, exit policies) and `losses`, as functions of arrays.
-* Runs: `data`, `training`, `checkpoints`, `recipes`, `evaluation`, `planning`.
+* Runs: `data`, `training`, `rl`, `checkpoints`, `recipes`, `evaluation`, `planning`.
 * Use: `inference`, `convert`, and `cli`, the command `looplm`.
 * Devices and processes: `sharding`, `distributed`.
 * `config` has every setting with its help text, and `testing` has small models and laws for tests.
@@ -46,6 +46,7 @@ with epy.lazy_api_imports(globals()):
         models,
         planning,
         recipes,
+        rl,
         sharding,
         testing,
         training,
@@ -95,6 +96,7 @@ __all__ = [
     "models",
     "planning",
     "recipes",
+    "rl",
     "sharding",
     "testing",
     "train",

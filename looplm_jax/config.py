@@ -157,6 +157,18 @@ class Aggregation(enum.Enum):
     CONSTANT = "constant"
 
 
+class Reward(enum.Enum):
+    """The judge of an answer, which compares it with the right one.
+
+    EXACT: the same text, but for white space around it. NUMBER: the same last number. BOXED: the same content in the
+    last `\\boxed{...}`.
+    """
+
+    EXACT = "exact"
+    NUMBER = "number"
+    BOXED = "boxed"
+
+
 class LoopWeights(enum.Enum):
     """The weights of the loops of a token in RLTT.
 
@@ -203,10 +215,15 @@ class OptimizerKind(enum.Enum):
 
 
 class RecordKind(enum.Enum):
-    """The kind of the records of a source: text, or chats, of which only the assistant's turns are learned."""
+    """The kind of the records of a source.
+
+    TEXT: texts. CHAT: chats, of which only the assistant's turns are learned. PROBLEM: prompts with an answer, which is
+    learned, or which judges the answers of the model.
+    """
 
     TEXT = "text"
     CHAT = "chat"
+    PROBLEM = "problem"
 
 
 class OnBadRecord(enum.Enum):
@@ -394,17 +411,29 @@ class SourceConfig:
     kind: RecordKind = _field("kind of the records", RecordKind.TEXT)
     text_key: str = _field("field or column with the text", "text")
     messages_key: str = _field("field or column with the messages of a chat", "messages")
+    prompt_key: str = _field("field with the prompt of a problem, a text or the messages of a chat", "prompt")
+    answer_key: str = _field("field with the answer of a problem", "answer")
+    template: str = _field("text of a problem, around its {prompt}", "{prompt}")
     special_tokens: bool = _field("encode the names of special tokens, such as <|im_end|>, as these tokens", False)
 
     def __post_init__(self) -> None:
         _check_kinds(self, "source")
         _require(bool(self.path), "a data source needs a path")
         _require(self.weight > 0, f"the weight of source {self.path!r} must be positive, not {self.weight}")
+        _require(
+            "{prompt}" in self.template, f"the template of a source must contain {{prompt}}, not {self.template!r}"
+        )
 
     @property
     def key(self) -> str:
-        """The field or column that is read."""
-        return self.messages_key if self.kind is RecordKind.CHAT else self.text_key
+        """The field or column that is read; of a problem, that of the prompt."""
+        match self.kind:
+            case RecordKind.TEXT:
+                return self.text_key
+            case RecordKind.CHAT:
+                return self.messages_key
+            case RecordKind.PROBLEM:
+                return self.prompt_key
 
 
 def sources_like(paths: Iterable[str], known: Iterable[SourceConfig]) -> tuple[SourceConfig, ...]:

@@ -10,9 +10,9 @@ import types
 import pytest
 
 import looplm_jax
-from looplm_jax import checkpoints, distributed, planning, recipes, sharding, testing, training
+from looplm_jax import checkpoints, distributed, planning, recipes, rl, sharding, testing, training
 
-WITH_EXAMPLES = [looplm_jax, checkpoints, distributed, planning, recipes, sharding, testing, training]
+WITH_EXAMPLES = [looplm_jax, checkpoints, distributed, planning, recipes, rl, sharding, testing, training]
 SUBPACKAGES = sorted(module.name for module in pkgutil.iter_modules(looplm_jax.__path__) if module.ispkg)
 
 
@@ -40,7 +40,7 @@ def test_every_name_of_a_face_exists(name):
 
 @pytest.mark.parametrize(
     "module",
-    [looplm_jax, checkpoints, distributed, planning, recipes, sharding, testing, training],
+    WITH_EXAMPLES,
     ids=lambda m: m.__name__,
 )
 def test_examples_of_docstrings(module):

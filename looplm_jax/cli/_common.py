@@ -24,7 +24,7 @@ T = TypeVar("T")
 # Arguments that name a file or a folder.
 _PATHS = (
     *("checkpoint", "data", "decontaminate", "folder", "include_path", "json", "out", "prompt_file", "recipe", "root"),
-    *("sources", "tokenizer", "write"),
+    *("buckets", "sources", "tokenizer", "write"),
 )
 
 

@@ -19,13 +19,12 @@ from looplm_jax.terminal import print_error
 _PLAN_FLAGS = ("search", "limit", "write", "slices", "stage")
 _DECODE_PLAN_FLAGS = ("slots", "capacity", "page_size", "pages", "filled", "cache", "loops_mean")
 
-# Likewise for the two kinds of evaluation.
-_HELD_OUT_FLAGS = ("sequences", "data", "validation_fraction")
-_TASK_FLAGS = (
-    *("exit", "loops", "depth_sweep", "limit", "num_fewshot", "include_path", "batch_size", "max_length"),
-    *("add_bos_token", "special_tokens"),
-)
-_COUNTS = ("max_loops", "sequences", "limit", "batch_size")
+# Likewise for the kinds of evaluation.
+_HELD_OUT_FLAGS = ("sequences", "data", "validation_fraction", "buckets")
+_EXIT_FLAGS = ("exit", "loops", "depth_sweep", "limit")  # of tasks and of problems
+_TASK_FLAGS = ("num_fewshot", "include_path", "batch_size", "max_length", "add_bos_token", "special_tokens")
+_PROBLEM_FLAGS = ("reward", "max_new_tokens", "prompt_key", "answer_key", "template")
+_COUNTS = ("max_loops", "sequences", "limit", "batch_size", "max_new_tokens")
 
 
 # looplm tokenize
@@ -260,11 +259,13 @@ def _refuse_without_effect(arguments: argparse.Namespace) -> None:
 
 
 def run_evaluate(arguments: argparse.Namespace) -> int:
-    """Measure loss and accuracy at every depth, and loss against mean loops; or run tasks of lm-evaluation-harness.
+    """Measure loss and accuracy at every depth, and loss against mean loops; or run tasks, or answer problems.
 
         looplm evaluate runs/text-small
+        looplm evaluate runs/text-small --buckets runs/base
         looplm evaluate runs/text-small --tasks arc_easy,wikitext --exit q=0.5
         looplm evaluate runs/text-small --tasks looplm_smoke --depth-sweep
+        looplm evaluate runs/math --problems test.jsonl --reward boxed --exit sampled
 
     Reads the held-out documents of the checkpoint's own data, or of other files. Tasks download their own data, except
     looplm_smoke, whose data is included; they need pip install 'looplm_jax[eval]'.
@@ -276,16 +277,28 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
     if arguments.num_fewshot is not None and arguments.num_fewshot < 0:
         raise UserError(f"--num-fewshot must not be negative, not {arguments.num_fewshot}")
 
+    # Checked before the import of the evaluation, which takes seconds.
+    if arguments.problems is None:
+        _refuse(arguments, _PROBLEM_FLAGS, "is for problems: give --problems too")
+    elif arguments.tasks is not None:
+        raise UserError("--tasks and --problems are two evaluations; leave one out")
     if arguments.tasks is None:
-        # Checked before the import of the evaluation, which takes seconds.
         _refuse(arguments, _TASK_FLAGS, "is for tasks: give --tasks too")
+    if arguments.tasks is None and arguments.problems is None:
+        _refuse(arguments, _EXIT_FLAGS, "is for tasks: give --tasks too")
         from looplm_jax.cli.evaluate import HeldOutOptions, evaluate_held_out_documents
 
         return evaluate_held_out_documents(from_flags(HeldOutOptions, arguments))
 
-    _refuse(arguments, _HELD_OUT_FLAGS, "is for held-out documents: leave it or --tasks out")
+    kind = "--tasks" if arguments.problems is None else "--problems"
+    _refuse(arguments, _HELD_OUT_FLAGS, f"is for held-out documents: leave it or {kind} out")
     if arguments.max_loops is not None and not arguments.depth_sweep:
         raise UserError("--max-loops is for --depth-sweep here; use --loops for a fixed number of loops")
+    if arguments.problems is not None:
+        from looplm_jax.cli.problems import ProblemOptions, evaluate_problems
+
+        return evaluate_problems(from_flags(ProblemOptions, arguments))
+
     from looplm_jax.cli.evaluate import TaskOptions, evaluate_tasks
 
     return evaluate_tasks(from_flags(TaskOptions, arguments))

@@ -17,6 +17,7 @@ from looplm_jax import codec, json_io
 from looplm_jax.config import DataConfig, sources_like
 from looplm_jax.data import ValidationBatches, validation_batches
 from looplm_jax.errors import UserError
+from looplm_jax.evaluation._buckets import bucket_scores, bucket_table
 from looplm_jax.evaluation._evaluate import Evaluation, evaluate
 from looplm_jax.evaluation._plots import plot_depths, plot_exits
 from looplm_jax.evaluation._reports import depth_table, exit_table
@@ -31,7 +32,7 @@ _QUIET = {"TQDM_DISABLE": "1", "DISABLE_MULTIPROC": "1"}  # no progress bars, an
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Options:
+class EvaluationOptions:
     """The options of every evaluation, as the flags give them."""
 
     checkpoint: str
@@ -41,7 +42,7 @@ class _Options:
     max_loops: int | None
 
 
-def _load(options: _Options) -> tuple[Loaded, Path]:
+def load_evaluated(options: EvaluationOptions) -> tuple[Loaded, Path]:
     """Returns the model and the folder for its results. Prints the warnings of the checkpoint."""
     loaded = load(options.checkpoint, step=options.step, dtype=options.dtype)
     for warning in loaded.warnings:
@@ -63,21 +64,24 @@ def _default_out(checkpoint: str, step: int) -> Path:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HeldOutOptions(_Options):
+class HeldOutOptions(EvaluationOptions):
     """The options of an evaluation on held-out documents."""
 
     sequences: int | None
     data: str | None
     validation_fraction: float | None
+    buckets: str | None
 
 
 def evaluate_held_out_documents(options: HeldOutOptions) -> int:
     """Measures the loss at every depth and against mean loops. Returns the exit status."""
     require_compilation()
-    loaded, out = _load(options)
+    loaded, out = load_evaluated(options)
     # What the model was trained on last.
     data = _data(loaded.recipe.data_of(loaded.recipe.stages[-1]), options)
     batches = _batches(loaded, data, options.sequences or loaded.recipe.evaluation.sequences)
+    if options.buckets is not None:
+        return _evaluate_buckets(loaded, batches, options, out)
 
     evaluation = _measure(loaded, batches, options.max_loops)
 
@@ -93,6 +97,34 @@ def evaluate_held_out_documents(options: HeldOutOptions) -> int:
 
     best = evaluation.depths.best_loops
     show(f"next: looplm generate {quoted(options.checkpoint)} --prompt 'Once' --exit loops={best}")
+    return 0
+
+
+def _evaluate_buckets(loaded: Loaded, batches: ValidationBatches, options: HeldOutOptions, out: Path) -> int:
+    """Measures the accuracy on easy, medium and hard tokens of a base model. Returns the exit status."""
+    assert options.buckets is not None
+    base = load(options.buckets, step=None, dtype=options.dtype)
+    if base.need_tokenizer().fingerprint != loaded.need_tokenizer().fingerprint:
+        raise UserError(f"{options.buckets} has another tokenizer than {options.checkpoint}; give the model it is from")
+
+    with _progress() as progress, use_mesh(loaded.mesh):
+        task = progress.add_task(f"evaluating step {loaded.step}", total=len(batches))
+        scores = bucket_scores(
+            loaded.model,
+            loaded.params,
+            base.model,
+            base.params,
+            batches,
+            on_batch=lambda: progress.advance(task),
+        )
+
+    Console(highlight=False).print(
+        bucket_table(scores, title=f"held-out tokens by the entropy of {options.buckets}").rich()
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    content = {"step": loaded.step, "base": options.buckets, "buckets": [dataclasses.asdict(own) for own in scores]}
+    (out / "buckets.json").write_text(json_io.dumps(content, indent=2) + "\n", encoding="utf-8")
+    show(f"wrote {out / 'buckets.json'}")
     return 0
 
 
@@ -121,10 +153,7 @@ def _batches(loaded: Loaded, data: DataConfig, sequences: int) -> ValidationBatc
 
 def _measure(loaded: Loaded, batches: ValidationBatches, max_loops: int | None) -> Evaluation:
     """Evaluates the model behind a progress bar."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    # On standard error, so that results can be redirected to a file.
-    progress = Progress(*columns, console=Console(stderr=True), transient=True)
-    with progress, use_mesh(loaded.mesh):  # TPU kernels need the mesh
+    with _progress() as progress, use_mesh(loaded.mesh):  # TPU kernels need the mesh
         task = progress.add_task(f"evaluating step {loaded.step}", total=len(batches))
         return evaluate(
             loaded.model,
@@ -133,6 +162,12 @@ def _measure(loaded: Loaded, batches: ValidationBatches, max_loops: int | None) 
             max_loops=max_loops,
             on_batch=lambda: progress.advance(task),
         )
+
+
+def _progress() -> Progress:
+    """Returns a progress bar on standard error, so that results can be redirected to a file."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)
 
 
 def _write(out: Path, evaluation: Evaluation, about: dict[str, Any]) -> list[str]:
@@ -155,7 +190,7 @@ def _write(out: Path, evaluation: Evaluation, about: dict[str, Any]) -> list[str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TaskOptions(_Options):
+class TaskOptions(EvaluationOptions):
     """The options of an evaluation on tasks of lm-evaluation-harness."""
 
     tasks: str
@@ -179,7 +214,7 @@ def evaluate_tasks(options: TaskOptions) -> int:
     names = _task_names(options)
     _prepare_lm_eval()
 
-    loaded, out = _load(options)
+    loaded, out = load_evaluated(options)
     with Console(stderr=True).status("finding the tasks") as status:
         run = _sweep if options.depth_sweep else _evaluate
         table, found = run(loaded, settings, names, options, status)

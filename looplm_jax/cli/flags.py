@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from looplm_jax.codec import leaves
-from looplm_jax.config import DataConfig, NormPlacement, OnBadRecord, ReadLimits
+from looplm_jax.config import DataConfig, NormPlacement, OnBadRecord, ReadLimits, Reward, SourceConfig
 from looplm_jax.recipes import RECIPES, Scale, named_recipe
 
 # Copies of choices that are defined in modules which import JAX.
@@ -240,6 +240,7 @@ def configure_evaluate(parser: argparse.ArgumentParser) -> None:
     _add_dtype(parser)
     _add_held_out_data(parser.add_argument_group("held-out documents"))
     _add_tasks(parser.add_argument_group("tasks of lm-evaluation-harness"))
+    _add_problems(parser.add_argument_group("problems"))
     parser.epilog = _EXIT_RULES
 
 
@@ -250,6 +251,28 @@ def _add_held_out_data(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--validation-fraction", type=float, metavar="F", help="share of documents held out (default: the recipe's)"
     )
+    group.add_argument(
+        "--buckets",
+        metavar="BASE",
+        help="accuracy on easy, medium and hard tokens, by the entropy of this model's predictions after one loop",
+    )
+
+
+def _add_problems(group: argparse._ArgumentGroup) -> None:
+    """Adds the arguments about problems."""
+    group.add_argument(
+        "--problems",
+        metavar="PATH",
+        help="answer the problems of .jsonl files, or those that a task holds out, such as addition:terms=4,digits=2",
+    )
+    group.add_argument(
+        "--reward", choices=[reward.value for reward in Reward], help="judge of an answer (default: exact)"
+    )
+    group.add_argument("--max-new-tokens", type=int, metavar="N", help="of an answer (default: 128)")
+    keys = SourceConfig(path="-")
+    group.add_argument("--prompt-key", metavar="NAME", help=f"field with the prompt (default: {keys.prompt_key})")
+    group.add_argument("--answer-key", metavar="NAME", help=f"field with the answer (default: {keys.answer_key})")
+    group.add_argument("--template", metavar="TEXT", help=f"text around the prompt (default: {keys.template})")
 
 
 def _add_tasks(group: argparse._ArgumentGroup) -> None:

@@ -16,7 +16,7 @@ Batches:
   `substream_count` divide a global batch over processes.
 
 Corpora and examples:
-  `Corpus`, `open_corpus`, `training_texts`, `collect_stdlib`; `Example`, `Message`, `tokens_and_mask`.
+  `Corpus`, `open_corpus`, `training_texts`, `collect_stdlib`; `Example`, `Message`, `Problem`, `tokens_and_mask`.
 
 Tokenizers, from `looplm_jax.data.tokenizers`:
   `Tokenizer`, `load_tokenizer`, `deserialize`, `check_vocab`, `train_sentencepiece`.
@@ -40,7 +40,7 @@ with epy.lazy_api_imports(globals()):
     from looplm_jax.data._stdlib_corpus import collect_stdlib
 
     # Chats and examples.
-    from looplm_jax.data._documents import Message
+    from looplm_jax.data._documents import Message, Problem
     from looplm_jax.data._examples import Example, tokens_and_mask
 
     # Tokenizers.
@@ -54,6 +54,7 @@ __all__ = [
     "Corpus",
     "Example",
     "Message",
+    "Problem",
     "SubstreamBatches",
     "Tokenizer",
     "ValidationBatches",

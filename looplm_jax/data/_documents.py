@@ -21,8 +21,16 @@ class Message:
     content: str
 
 
-Document = str | tuple[Message, ...]
-"""A text or a chat."""
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A prompt, as text or as the messages of a chat, and its answer."""
+
+    prompt: str | tuple[Message, ...]
+    answer: str
+
+
+Document = str | tuple[Message, ...] | Problem
+"""A text, a chat or a problem."""
 
 
 def plain_text(document: Document) -> str:
@@ -30,6 +38,8 @@ def plain_text(document: Document) -> str:
 
     The messages of a chat are joined without their roles, which is enough to compare documents or to train a tokenizer.
     """
+    if isinstance(document, Problem):
+        return f"{plain_text(document.prompt)}{document.answer}"
     return document if isinstance(document, str) else "\n\n".join(message.content for message in document)
 
 
@@ -48,7 +58,9 @@ class Split:
 
 
 def document_key(document: Document) -> int:
-    """Returns a uniformly distributed 64-bit hash of a text, or of the roles and contents of a chat."""
+    """Returns a uniformly distributed 64-bit hash of a text, of the roles and contents of a chat, or of a problem."""
+    if isinstance(document, Problem):
+        document = json.dumps([f"{document_key(document.prompt)}", document.answer])
     text = document if isinstance(document, str) else _canonical_json(document)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=_KEY_BYTES).digest(), "big")
 

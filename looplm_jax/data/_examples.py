@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from looplm_jax.data._documents import Document, Message
+from looplm_jax.data._documents import Document, Message, Problem
 from looplm_jax.data.tokenizers._base import IM_END, IM_START, Tokenizer
 from looplm_jax.errors import UserError
 
@@ -33,7 +33,7 @@ class Example:
 
 
 def to_example(record: Document | Example, tokenizer: Tokenizer, *, special: bool = False) -> Example:
-    """Tokenizes a text or a chat. A task's record is already an example and is returned unchanged.
+    """Tokenizes a text, a chat or a problem. A task's record is already an example and is returned unchanged.
 
     With `special`, names of special tokens in the text are parsed as these tokens.
     """
@@ -41,6 +41,8 @@ def to_example(record: Document | Example, tokenizer: Tokenizer, *, special: boo
         return record
     if isinstance(record, str):
         return document_example(record, tokenizer, special=special)
+    if isinstance(record, Problem):
+        return problem_example(record, tokenizer, special=special)
     return tokens_and_mask(record, tokenizer, special=special)
 
 
@@ -66,6 +68,39 @@ def chunks(example: Example, length: int) -> list[dict[str, np.ndarray]]:
     starts = range(0, len(example.tokens) - 1, length)
     pieces = ({name: values[start : start + length] for name, values in features.items()} for start in starts)
     return [piece for piece in pieces if piece["loss_mask"].any()]
+
+
+# Problems
+
+
+def problem_example(problem: Problem, tokenizer: Tokenizer, *, special: bool = False) -> Example:
+    """Returns prompt, answer and end mark as an example, in which the answer and the mark are targets.
+
+    The text of prompt and answer is encoded as one piece, so a token in which both meet is a target. An answer to
+    messages is a turn of the assistant.
+    """
+    if isinstance(problem.prompt, str):
+        given = [tokenizer.bos_id, *tokenizer.encode(problem.prompt, special=special)]
+        whole = document_example(problem.prompt + problem.answer, tokenizer, special=special)
+        return Example(whole.tokens, np.arange(len(whole.tokens)) >= _shared(given, whole.tokens.tolist()))
+
+    opening = prompt_tokens(problem.prompt, tokenizer, special=special)
+    chat = (*problem.prompt, Message(ASSISTANT, problem.answer))
+    whole = tokens_and_mask(chat, tokenizer, special=special)
+    # Earlier turns of the assistant are part of the prompt.
+    answer = np.arange(len(whole.tokens)) >= _shared(opening, whole.tokens.tolist())
+    return Example(whole.tokens, whole.loss_mask & answer)
+
+
+def prompt_tokens(prompt: str | tuple[Message, ...], tokenizer: Tokenizer, *, special: bool = False) -> tuple[int, ...]:
+    """Returns the tokens that an answer follows: those of a text after bos, or of a chat and the start of a turn."""
+    if isinstance(prompt, str):
+        return (tokenizer.bos_id, *tokenizer.encode(prompt, special=special))
+
+    # `<|im_start|>` and the role; the rest closes the turn.
+    turn = tokens_and_mask([Message(ASSISTANT, "")], tokenizer).tokens.tolist()
+    opening = turn[: 1 + len(tokenizer.encode(f"{ASSISTANT}\n"))]
+    return (*tokens_and_mask(prompt, tokenizer, special=special).tokens.tolist(), *opening)
 
 
 # Chats

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import grain
 import grain.experimental
@@ -100,6 +100,7 @@ def mixture(
     process_count: int = 1,
     *,
     tokenizer: Tokenizer | None = None,
+    convert: Callable[[grain.MapDataset, MixtureSource], grain.MapDataset] | None = None,
 ) -> grain.MapDataset:
     """Returns an endless dataset of training records, mixed by weight.
 
@@ -112,6 +113,7 @@ def mixture(
       process_index: this process.
       process_count: processes that divide each source.
       tokenizer: converts documents to examples if given; prepared sequences are returned as they are.
+      convert: converts the records of each source if given.
     """
     streams = [
         # Every `process_count`-th record, so that all processes finish an epoch of a source together.
@@ -121,6 +123,9 @@ def mixture(
 
     if tokenizer is not None and not corpus.prepared:
         streams = [as_examples(stream, part, tokenizer) for stream, part in zip(streams, corpus.sources, strict=True)]
+
+    if convert is not None:
+        streams = [convert(stream, part) for stream, part in zip(streams, corpus.sources, strict=True)]
 
     return grain.MapDataset.mix(streams, weights=[part.config.weight for part in corpus.sources])
 

@@ -18,6 +18,9 @@ Text: `evaluate` returns an `Evaluation`, which holds a `DepthSweep` and an `Exi
 return one of them. Their points are a `Curve` of loss and accuracy against loops. `evaluate_held_out` returns the
 numbers that a training run records.
 
+Easy, medium and hard tokens, by the entropy of a base model: `bucket_scores` returns a `BucketScore` for each, and
+`bucket_table` their table.
+
 Synthetic tasks: `task_accuracy` returns exact-match accuracy after each loop, and `commonest_answer` the accuracy of a
 constant answer. `knowledge_loss` and `bits_per_parameter` measure the knowledge of a model of biographies, and
 `most_bits_per_parameter` bounds it.
@@ -37,6 +40,9 @@ with epy.lazy_api_imports(globals()):
     from looplm_jax.evaluation._evaluate import Evaluation, evaluate, evaluate_held_out
     from looplm_jax.evaluation._evaluate import Curve, DepthSweep, ExitCurve, depth_sweep, exit_curve
 
+    # Easy, medium and hard tokens.
+    from looplm_jax.evaluation._buckets import BucketScore, bucket_scores, bucket_table
+
     # Synthetic tasks.
     from looplm_jax.evaluation._synthetic_tasks import commonest_answer, task_accuracy
     from looplm_jax.evaluation._synthetic_tasks import KnowledgeLoss, bits_per_parameter, knowledge_loss
@@ -48,6 +54,7 @@ with epy.lazy_api_imports(globals()):
     from looplm_jax.evaluation._plots import figure, plot_depths, plot_exits, plot_training, save_figure
 
 __all__ = [
+    "BucketScore",
     "Curve",
     "DepthSweep",
     "Evaluation",
@@ -55,6 +62,8 @@ __all__ = [
     "KnowledgeLoss",
     "Table",
     "bits_per_parameter",
+    "bucket_scores",
+    "bucket_table",
     "commonest_answer",
     "depth_sweep",
     "depth_table",

@@ -68,3 +68,47 @@ def test_mistakes_end_in_one_line(arguments, message, capsys, tmp_path, monkeypa
     *_, last = printed.err.splitlines()
     assert message in last
     assert list(tmp_path.iterdir()) == []
+
+
+def test_buckets_are_printed_and_written(tmp_path, capsys):
+    assert main(["evaluate", str(tmp_path), "--sequences", "4", "--buckets", "base", "--out", str(tmp_path / "o")]) == 0
+    assert "mean loops" in capsys.readouterr().out
+    values = json.loads((tmp_path / "o" / "buckets.json").read_text())
+    assert [own["name"] for own in values["buckets"]] == ["easy", "medium", "hard"]
+    assert values["base"] == "base"
+
+
+def test_problems_are_answered_at_every_depth(tmp_path, capsys):
+    arguments = ["evaluate", str(tmp_path), "--problems", TASK, "--limit", "3", "--max-new-tokens", "2"]
+    for rule in (["--depth-sweep", "--max-loops", "3"], ["--exit", "sampled"]):
+        assert main([*arguments, *rule, "--out", str(tmp_path / "o")]) == 0
+    printed = capsys.readouterr().out
+    assert "mean loops" in printed
+    values = json.loads((tmp_path / "o" / "problems.json").read_text())
+    assert list(values["scores"]) == ["loops=1", "loops=2", "loops=3"]
+    assert [own["mean_loops"] for own in values["scores"].values()] == [1, 2, 3]
+    answers = values["answers"]["loops=2"]
+    assert len(answers) == values["scores"]["loops=2"]["problems"] == 3
+    assert all(own["answer"] and own["reward"] in (0, 1) for own in answers)
+    sampled = json.loads((tmp_path / "o" / "problems-2.json").read_text())
+    assert list(sampled["scores"]) == ["sampled"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--reward", "exact"], "--reward is for problems: give --problems too"),
+        (["--problems", "x", "--tasks", "y"], "--tasks and --problems are two evaluations; leave one out"),
+        (["--problems", "x", "--sequences", "4"], "--sequences is for held-out documents: leave it or --problems out"),
+        (["--problems", "x", "--batch-size", "4"], "--batch-size is for tasks: give --tasks too"),
+        (["--problems", "x", "--max-loops", "4"], "--max-loops is for --depth-sweep here"),
+        (["--problems", "missing.jsonl"], "missing.jsonl"),
+        (["--problems", TASK, "--max-new-tokens", "5000"], "problem 1: the prompt has"),
+    ],
+)
+def test_mistakes_about_problems_end_in_one_line(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["evaluate", "run", *arguments]) == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert message in last
+    assert list(tmp_path.iterdir()) == []

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from looplm_jax.config import OnBadRecord, RecordKind, SourceConfig
-from looplm_jax.data._documents import Document, Message
+from looplm_jax.data._documents import Document, Message, Problem
 from looplm_jax.errors import UserError, suggest
 
 ROLES = ("assistant", "developer", "system", "tool", "user")
@@ -124,12 +124,31 @@ def record_document(record: Any, source: SourceConfig) -> Document:
         raise BadRecord(f"not a JSON object but {type(record).__name__}")
     if source.key not in record:
         raise BadRecord(f"the record has no field {source.key!r}{suggest(source.key, record)}")
-    return value_document(record[source.key], source)
+    return _problem(record, source) if source.kind is RecordKind.PROBLEM else value_document(record[source.key], source)
 
 
 def value_document(value: Any, source: SourceConfig) -> Document:
     """Returns the document in the source's field or column. An empty text is falsy and is skipped. Raises BadRecord."""
     return _chat(value, source.messages_key) if source.kind is RecordKind.CHAT else _text(value, "the text")
+
+
+def _problem(record: Mapping[str, Any], source: SourceConfig) -> Problem:
+    """Returns the problem in a record. Raises BadRecord if it is malformed, or has no answer."""
+    prompt = record[source.key]
+    if isinstance(prompt, str):
+        prompt = source.template.replace("{prompt}", _text(prompt, "the prompt"))
+    else:
+        prompt = _messages(prompt, source.key)
+
+    answer = record.get(source.answer_key)
+    if answer is None:
+        raise BadRecord(f"the problem has no answer {source.answer_key!r}{suggest(source.answer_key, record)}")
+    # Results of arithmetic are often numbers.
+    answer = str(answer) if isinstance(answer, int | float) else _text(answer, "the answer")
+    if not answer.strip():
+        raise BadRecord("the answer of the problem is empty")
+
+    return Problem(prompt, answer)
 
 
 def _text(value: Any, what: str) -> str:
@@ -144,14 +163,18 @@ def _text(value: Any, what: str) -> str:
     return value
 
 
-def _chat(value: Any, key: str) -> tuple[Message, ...]:
-    """Returns the messages of a chat. Raises BadRecord if it is malformed, or has no content of the assistant."""
+def _messages(value: Any, key: str) -> tuple[Message, ...]:
+    """Returns a list of messages. Raises BadRecord if it is malformed."""
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise BadRecord(f"{key!r} is not a list of messages but {type(value).__name__}")
     if not value:
         raise BadRecord(f"{key!r} holds no message")
+    return tuple(_message(message, number) for number, message in enumerate(value))
 
-    chat = tuple(_message(message, number) for number, message in enumerate(value))
+
+def _chat(value: Any, key: str) -> tuple[Message, ...]:
+    """Returns the messages of a chat. Raises BadRecord if it is malformed, or has no content of the assistant."""
+    chat = _messages(value, key)
     if not any(message.role == _TEACHER and message.content for message in chat):
         raise BadRecord("the assistant says nothing in this chat, so there is nothing to learn from it")
     return chat

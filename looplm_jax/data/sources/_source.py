@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64, UInt64
 
-from looplm_jax.config import OnBadRecord, ReadLimits, SourceConfig
+from looplm_jax.config import OnBadRecord, ReadLimits, RecordKind, SourceConfig
 from looplm_jax.data._documents import Document, document_key
 from looplm_jax.data.sources import _huggingface as huggingface
 from looplm_jax.data.sources._array_record import ArrayRecord
@@ -64,7 +64,10 @@ def find_inputs(path: str, source: SourceConfig | None = None, limits: ReadLimit
     Raises:
       UserError: nothing is found, or a file cannot be read as data (see `find_files`).
     """
+    problems = source is not None and source.kind is RecordKind.PROBLEM
     if path.startswith(huggingface.PREFIX):
+        if problems:
+            raise _no_problems(path)
         return Inputs((huggingface.Dataset(path),))
 
     with readable(path):
@@ -72,10 +75,21 @@ def find_inputs(path: str, source: SourceConfig | None = None, limits: ReadLimit
         # A saved dataset is a folder of Arrow files, which must not be searched for data files.
         saved = not fs.isfile(inner) and fs.isdir(inner) and huggingface.is_saved_dataset(fs, inner)
     if saved:
+        if problems:
+            raise _no_problems(path)
         return Inputs((huggingface.Dataset(path),))
 
     found = find_files(path, source, limits)
+    # A problem has two fields, and the other formats read a single column.
+    other = next((file for file in found.files if not isinstance(format_of(file), JsonLines)), None)
+    if problems and other is not None:
+        raise _no_problems(other.name)
     return Inputs(tuple(map(_checked, found.files)), found.left_out)
+
+
+def _no_problems(name: str) -> UserError:
+    """Returns the error for data in which problems cannot be read."""
+    return UserError(f"{name} holds no problems; give .jsonl files, with a prompt and an answer in each line")
 
 
 def summarize(inputs: Iterable[Inputs]) -> str:
