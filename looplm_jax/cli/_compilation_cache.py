@@ -12,7 +12,7 @@ import stat
 import sys
 import time
 import warnings
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def keep_compiled_programs(environment: MutableMapping[str, str] = os.environ) -
     # JAX reads these variables when it is imported. A folder chosen by the user is used as it is.
     if "jax" in sys.modules or _FOLDER in environment:
         return
-    if environment.get("JAX_ENABLE_COMPILATION_CACHE", "1").lower() in ("0", "false"):
+    if _off(environment):
         return
 
     folder = _default_folder(environment)
@@ -64,6 +64,17 @@ def keep_compiled_programs(environment: MutableMapping[str, str] = os.environ) -
     warnings.showwarning = _without_the_cache(folder, warnings.showwarning)
     # Every damaged entry has to reach showwarning, whatever other filters are set.
     warnings.filterwarnings("always", message=_PROBLEM.pattern)
+
+
+def traced_programs(environment: Mapping[str, str] = os.environ) -> Path | None:
+    """Returns the folder for traced programs, beside the compiled ones, or None if those are not kept on a disk."""
+    folder = environment.get(_FOLDER, "")
+    return None if _off(environment) or "://" in folder or not folder else Path(folder) / "traced"
+
+
+def _off(environment: Mapping[str, str]) -> bool:
+    """Returns whether the user disabled JAX's cache."""
+    return environment.get("JAX_ENABLE_COMPILATION_CACHE", "1").lower() in ("0", "false")
 
 
 def _default_folder(environment: MutableMapping[str, str]) -> Path | None:

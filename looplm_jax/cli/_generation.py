@@ -8,6 +8,7 @@ import jax
 from rich.console import Console
 from rich.status import Status
 
+from looplm_jax.cli._compilation_cache import traced_programs
 from looplm_jax.errors import UserError
 from looplm_jax.halting import parse_exit_policy
 from looplm_jax.inference import CacheStrategy, Engine, EngineConfig, Sampling
@@ -97,4 +98,5 @@ def make_engine(loaded: Loaded, options: GenerationOptions, *, window: int, slot
         chunk=min(_LONGEST_CHUNK, window),
         **changes,
     )
-    return Engine(loaded.model, loaded.params, loaded.need_tokenizer(), config=config)
+    programs = traced_programs()
+    return Engine(loaded.model, loaded.params, loaded.need_tokenizer(), config=config, programs=programs)

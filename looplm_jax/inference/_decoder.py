@@ -1,7 +1,7 @@
 """The state of an engine on the devices: parameters and slots, and the programs that change them."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, PyTree
 
 from looplm_jax.errors import UserError
 from looplm_jax.halting import ExitPolicy, FixedLoops
@@ -30,6 +30,7 @@ from looplm_jax.inference._prefill import (
 )
 from looplm_jax.inference._requests import Request
 from looplm_jax.inference._sampling import SamplingTable
+from looplm_jax.inference._saved_programs import SavedPrograms
 from looplm_jax.inference._slots import (
     MOST_STOP_IDS,
     NO_TOKEN,
@@ -92,6 +93,7 @@ class Decoder:
         mesh: Mesh | None = None,
         *,
         usable: int | None = None,
+        programs: SavedPrograms | None = None,
     ):
         # On a CPU, a scan over layers copies the weights of each layer before it multiplies by them.
         unrolled = jax.default_backend() == "cpu" if config.unroll is None else config.unroll
@@ -101,6 +103,7 @@ class Decoder:
         check_loops(model.config, self.loops)
         self._usable = model.config.vocab_size if usable is None else usable
         self._mesh = mesh
+        self._programs = programs
         with use_mesh_or_none(mesh):
             products = compute_dtype(model.compute)
             # Elsewhere the cast happens once, here, instead of in every tick, which would read the float32 weights each
@@ -222,7 +225,7 @@ class Decoder:
         """Runs prompts that fit one chunk together, and puts each into its slot. Returns their first tokens."""
         pack = self._on_devices(self._pack(tasks))
         with use_mesh_or_none(self._mesh):
-            self._slots, first = admit_pack(self.model, self._params, self._slots, pack, loops=self.loops)
+            self._slots, first = self._run(admit_pack, pack, result=_results(previews=False), loops=self.loops)
         for slot, task in tasks.items():
             self._pages[slot], task.pages = task.pages, ()
         return first
@@ -237,10 +240,23 @@ class Decoder:
         """Runs `config.ticks` passes of the stack. Returns their results, with leading axes of ticks and slots."""
         config = self.config
         with use_mesh_or_none(self._mesh):
-            self._slots, ticked = run_ticks(
-                self.model, self._params, self._slots, loops=self.loops, ticks=config.ticks, previews=config.previews
+            self._slots, ticked = self._run(
+                run_ticks,
+                result=_results(previews=config.previews),
+                loops=self.loops,
+                ticks=config.ticks,
+                previews=config.previews,
             )
         return ticked
+
+    def _run(
+        self, program: Callable[..., tuple[Slots, Ticked]], *arguments: PyTree, result: Ticked, **static: Any
+    ) -> tuple[Slots, Ticked]:
+        """Returns the slots, which are donated, and the results of a program. `result` has their structure."""
+        inputs = (self.model, self._params, self._slots, *arguments)
+        if self._programs is None:
+            return program(*inputs, **static)
+        return self._programs.run(program, *inputs, result=result, **static)
 
     def release(self, slot: int) -> None:
         """Ends the request of a slot. Its pages are free for programs that are dispatched after this."""
@@ -380,3 +396,9 @@ class Decoder:
 
         with use_mesh_or_none(self._mesh):
             return init_sharded(make, self._mesh)
+
+
+def _results(*, previews: bool) -> Ticked:
+    """Returns the structure of the results of a program, with fields of no meaning."""
+    fields = {field.name: 0 for field in dataclasses.fields(Ticked)}
+    return Ticked(**{**fields, "previews": 0 if previews else None})  # type: ignore[arg-type]

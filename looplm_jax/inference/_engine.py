@@ -5,6 +5,7 @@ import contextlib
 import math
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
 
 from jax.sharding import Mesh
 
@@ -20,6 +21,7 @@ from looplm_jax.inference._request_checks import Prompt, check_request, make_req
 from looplm_jax.inference._requests import NewToken, PrefixCache, Request, Result
 from looplm_jax.inference._running import RequestHandle
 from looplm_jax.inference._sampling import Sampling
+from looplm_jax.inference._saved_programs import SavedPrograms
 from looplm_jax.inference._scheduler import Scheduler
 from looplm_jax.inference._stopping import Finish
 from looplm_jax.models._looplm import LoopLM, Params
@@ -70,6 +72,7 @@ class Engine:
         *,
         config: EngineConfig | None = None,
         mesh: Mesh | None = None,
+        programs: Path | None = None,
     ):
         """Allocates the cache, and compiles nothing yet.
 
@@ -79,13 +82,17 @@ class Engine:
           tokenizer: needed for prompts that are text, for the text of results, and for stop strings.
           config: the size of the engine.
           mesh: the devices among which weights, and heads of the cache, are sharded; None for one device.
+          programs: a folder that keeps traced programs, which another process then need not trace; None keeps none.
+            Only its owner may be able to write to it, because its programs are executed. It has no effect on a mesh.
         """
         self.config = (config or EngineConfig()).fitted(model.config.max_positions)
         self.stats = EngineStats()
         self._tokenizer = tokenizer
         self._model_config = model.config
         self._mesh = mesh
-        self._decoder = Decoder(model, params, self.config, mesh, usable=usable_ids(model.config, tokenizer))
+        saved = None if programs is None or mesh is not None else SavedPrograms(programs)
+        usable = usable_ids(model.config, tokenizer)
+        self._decoder = Decoder(model, params, self.config, mesh, usable=usable, programs=saved)
         self._scheduler = Scheduler(self._decoder, tokenizer, self.config, self.stats)
         self._stepping = False
         # Reentrant, because `on_token` runs during a step and may submit further requests.

@@ -33,8 +33,8 @@ def small_model():
     return LoopLM(config, model.compute), params
 
 
-def make_engine(**changes):
-    return Engine(*small_model(), Letters(), config=dataclasses.replace(CONFIG, **changes))
+def make_engine(programs=None, **changes):
+    return Engine(*small_model(), Letters(), config=dataclasses.replace(CONFIG, **changes), programs=programs)
 
 
 def finish(engine, handles):

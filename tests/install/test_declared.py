@@ -12,7 +12,7 @@ MODULES = {"orbax-checkpoint": "orbax", "protobuf": "google"}
 # Never imported by this library: fsspec needs them for gs:// and http://
 PLUGINS = {"gcsfs", "aiohttp"}
 # JAX needs it to bound its compilation cache
-OF_JAX = {"filelock"}
+OF_JAX = {"filelock", "flatbuffers"}
 # A dependency of lm_eval, imported only with lm_eval
 THEIRS = {"tqdm"}
 
