@@ -22,8 +22,8 @@ demo: $(VENV)/ready  ## the main job on two CPU cores: corpus, tokenizer, Stage 
 PYTEST := -m pytest tests --durations=20 --dist loadfile --no-loadscope-reorder --numprocesses
 DEFAULT := not slow and not tpu_compile
 
-test: $(VENV)/ready-dev  ## the default test suite
-	$(RUN) $(PYTEST) 2 -m "$(DEFAULT)"
+test: $(VENV)/ready-dev  ## the default test suite; a third process has work while two wait
+	$(RUN) $(PYTEST) 3 -m "$(DEFAULT)"
 
 coverage: $(VENV)/ready-dev  ## the same, counting the lines that it runs, which takes longer
 	$(RUN) $(PYTEST) 2 -m "$(DEFAULT)" --cov --cov-report=term:skip-covered

@@ -40,7 +40,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "allow")
 
-settings.register_profile("looplm", deadline=None, max_examples=25, derandomize=True)
+settings.register_profile("looplm", deadline=None, max_examples=20, derandomize=True)
 settings.load_profile("looplm")
 
 

@@ -31,7 +31,7 @@ def in_one_prompt(engine, messages, **options):
     return result
 
 
-@pytest.mark.parametrize("system", [None, "word3 word1"])
+@pytest.mark.parametrize("system", [pytest.param(None, marks=pytest.mark.slow), "word3 word1"])
 def test_answers_are_those_of_one_prompt_with_all_turns(engine, system):
     generator, finishes = np.random.default_rng(0), set()
     for seed in range(3):

@@ -72,7 +72,14 @@ def read(decoder, prompt):
     return task, held
 
 
-@pytest.mark.parametrize("strategy", [each for each in CacheStrategy if each.shares])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        each if each is CacheStrategy.LAST else pytest.param(each, marks=pytest.mark.slow)
+        for each in CacheStrategy
+        if each.shares
+    ],
+)
 def test_a_prompt_read_loop_by_loop_is_the_prompt_as_a_whole(model_and_params, strategy):
     """The cache keeps one plane of it, though its tokens see all loops of one another."""
     model, params = model_and_params

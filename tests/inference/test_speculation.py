@@ -255,6 +255,7 @@ def test_every_part_of_the_model_takes_part(whole_model, plain):
         assert result.tokens == tuple(np.argmax(logits, axis=-1))
 
 
+@pytest.mark.slow
 def test_repetition_penalty_counts_the_drafts_before(whole_model, plain):
     result, logits = plain[3], replayed(*whole_model, plain, 16)[3]
     assert result.tokens != tuple(np.argmax(logits, axis=-1))

@@ -85,7 +85,7 @@ def test_a_query_that_sees_nothing_stays_finite():
     assert np.isfinite(gradient).all()
 
 
-@pytest.mark.parametrize(("length", "kv_heads"), [(64, 2), (130, 4), (257, 1)])
+@pytest.mark.parametrize(("length", "kv_heads"), [(64, 2), (130, 4), pytest.param(257, 1, marks=pytest.mark.slow)])
 def test_blocks_of_queries_give_the_same_values_and_gradients(length, kv_heads):
     """Documents end within blocks."""
     queries, keys, values = (

@@ -96,7 +96,7 @@ def test_triton_keeps_documents_apart_wherever_they_are_cut(cuts, names):
     [
         pytest.param(AttentionKernel.XLA, ROWS_AND_HEADS, 2, marks=pytest.mark.slow),
         (AttentionKernel.SPLASH, ROWS_AND_HEADS, 2),
-        (AttentionKernel.XLA, SEQUENCES, 2),
+        pytest.param(AttentionKernel.XLA, SEQUENCES, 2, marks=pytest.mark.slow),
         pytest.param(AttentionKernel.SPLASH, SEQUENCES, 2, marks=pytest.mark.slow),
         (AttentionKernel.TRITON, SEQUENCES, 2),
         pytest.param(AttentionKernel.XLA, SEQUENCES_AND_HEADS, 8, marks=pytest.mark.slow),

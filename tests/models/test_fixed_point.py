@@ -270,7 +270,9 @@ def test_arrays_that_the_function_closes_over_receive_gradients():
         np.testing.assert_allclose(ours[name], expected[name], atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [SolverKind.BROYDEN, *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[:2])]
+)
 def test_vmap_and_jit_agree_with_one_call_each(kind):
     solver = Solver(kind=kind, tolerance=1e-6)
     many = [jax.tree.map(lambda x: x.astype(jnp.float32), random_contraction(seed, 0.6)) for seed in range(3)]

@@ -35,7 +35,7 @@ def theirs(pair, ids, mask, **options):
 
 @pytest.mark.parametrize(
     "case",
-    [case if case in ("multi_head_T1", "grouped_T4") else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
+    [case if case == "grouped_T4" else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
 )
 def test_greedy_tokens_are_identical_alone_and_left_padded(case):
     pair = twins(case)

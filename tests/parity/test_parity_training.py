@@ -49,7 +49,7 @@ def our_value_and_gradients(case):
 
 @pytest.mark.parametrize(
     "case",
-    [case if case.endswith(("T1", "T4_tied", "T4")) else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
+    [case if case.endswith(("T1", "T4_tied")) else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
 )
 def test_loss_and_gradients_of_eq_4(case):
     pair = twins(case)
