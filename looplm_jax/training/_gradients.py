@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree, UInt32
 
-from looplm_jax.config import ComputeConfig, Gather, Reduce
+from looplm_jax.config import ComputeConfig, Gather, Injection, Reduce
 from looplm_jax.losses import LoopRPTMetrics, Stage1Metrics
 from looplm_jax.models._looplm import LoopLM, Params, copy_dtypes, gather_stacks, parameter_axes
 from looplm_jax.sharding import all_gather, all_reduce, on_each_device, reduce_scatter, token_axes
@@ -142,7 +142,13 @@ def _reduced_once(
                     return loss_of({"params": {**zeros, **moving}, "gathered": copies}, microbatch, totals)
 
                 value, pull_back, metrics = jax.vjp(loss, {name: zeros[name] for name in moving}, has_aux=True)
-                cast(Any, pull_back).with_refs(accumulators)(jnp.ones_like(value))
+                if model.config.injection is Injection.NONE:
+                    cast(Any, pull_back).with_refs(accumulators)(jnp.ones_like(value))
+                else:
+                    # JAX (0.10) confuses the references of a scan that reads a differentiated value, here the
+                    # injected input, beside its parameters. A second copy of the gradients is the price.
+                    (own,) = pull_back(jnp.ones_like(value))
+                    jax.tree.map(_add_in_place, accumulators, own)
                 return value, metrics
 
             sums = _sum_over_microbatches(of_microbatch, batch)
@@ -164,6 +170,10 @@ def _reduced_once(
 def _filled(value: Float[Array, ""], like: Array, dtype: jnp.dtype, axes: PyTree) -> Array:
     """Returns an array like `like` that is filled with a traced value, in another dtype."""
     return nn.with_logical_constraint(jnp.broadcast_to(value.astype(dtype), like.shape), axes)
+
+
+def _add_in_place(reference: Any, gradient: Array) -> None:
+    reference[...] += gradient
 
 
 def _sum_over_microbatches(function: Callable[[Examples], PyTree], batch: Examples) -> PyTree:

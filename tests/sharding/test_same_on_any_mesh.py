@@ -7,7 +7,17 @@ import jax
 import numpy as np
 import pytest
 
-from looplm_jax.config import ComputeConfig, MeshConfig, ModelConfig, Recipe, Remat, Stage
+from looplm_jax.config import (
+    ComputeConfig,
+    InitialState,
+    Injection,
+    MeshConfig,
+    ModelConfig,
+    Recipe,
+    Remat,
+    Stage,
+    TimeSignal,
+)
 from looplm_jax.data import Batch
 from looplm_jax.errors import UserError
 from looplm_jax.models._looplm import LoopLM
@@ -44,18 +54,19 @@ def random_batch(rng: np.random.Generator, *, rows: int, length: int) -> Batch:
 
 
 @functools.cache
-def initial(mesh_config: MeshConfig) -> TrainState:
-    return jax.device_get(initial_state(RECIPE, LoopLM(MODEL, COMPUTE), STAGE, make_mesh(mesh_config)))
+def initial(mesh_config: MeshConfig, config: ModelConfig = MODEL) -> TrainState:
+    recipe = dataclasses.replace(RECIPE, model=config)
+    return jax.device_get(initial_state(recipe, LoopLM(config, COMPUTE), STAGE, make_mesh(mesh_config)))
 
 
 @functools.cache
-def run(mesh_config: MeshConfig, accumulation: int):
+def run(mesh_config: MeshConfig, accumulation: int, config: ModelConfig = MODEL):
     """Returns the losses and the last state of three steps."""
-    mesh, model = make_mesh(mesh_config), LoopLM(MODEL, COMPUTE)
+    mesh, model = make_mesh(mesh_config), LoopLM(config, COMPUTE)
     stage = dataclasses.replace(STAGE, accumulation=accumulation)
-    recipe = dataclasses.replace(RECIPE, stages=(stage,))
+    recipe = dataclasses.replace(RECIPE, model=config, stages=(stage,))
     wanted = abstract_state(recipe, model, stage, mesh)
-    state = jax.device_put(initial(ONE), jax.tree.map(lambda leaf: leaf.sharding, wanted))
+    state = jax.device_put(initial(ONE, config), jax.tree.map(lambda leaf: leaf.sharding, wanted))
     programs = StagePrograms(recipe, model, stage, mesh, first_step=0)
     programs.compile(stage.loops)
     losses = []
@@ -80,6 +91,22 @@ def test_same_losses_and_parameters_on_every_mesh(name, capfd):
         jax.tree.leaves_with_path(state.params), jax.tree.leaves(reference.params), strict=True
     ):
         np.testing.assert_allclose(leaf, wanted, atol=2e-4, err_msg=jax.tree_util.keystr(path))
+
+
+# Where gradients are reduced by the compiler, and in a local region of each device.
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["1x2x2x2", "8x1x1"])
+def test_states_start_from_the_same_noise_on_every_mesh(name):
+    config = dataclasses.replace(
+        MODEL,
+        injection=Injection.DIAGONAL,
+        initial_state=InitialState.NOISE,
+        time_signal=TimeSignal.LEARNED,
+        qk_bias=True,
+    )
+    reference, _ = run(ONE, 1, config)
+    losses, _ = run(MESHES[name], 2, config)
+    np.testing.assert_allclose(losses, reference, rtol=1e-5)
 
 
 def test_a_run_begins_with_the_same_parameters_on_every_mesh():
