@@ -139,7 +139,7 @@ def test_rotary_frequencies_of_old_files_are_passed_over(tmp_path):
     assert_loop_one_is(dense, load_dense(tmp_path, mesh=one_device()))
 
 
-@pytest.mark.parametrize("placement", NormPlacement)
+@pytest.mark.parametrize("placement", [NormPlacement.SANDWICH, NormPlacement.PRE])
 def test_what_a_dense_model_lacks_starts_at_its_initial_value(folder, placement):
     loaded = load_dense(folder, mesh=one_device(), loops=3, norm_placement=placement, seed=5)
     assert loaded.config.loops == 3
@@ -155,7 +155,10 @@ def test_what_a_dense_model_lacks_starts_at_its_initial_value(folder, placement)
 
 def test_sandwich_changes_loop_one_and_keeps_every_dense_weight(folder):
     tokens = jnp.asarray(tokens_of(), jnp.int32)
-    sandwich, pre = (load_dense(folder, mesh=one_device(), norm_placement=placement) for placement in NormPlacement)
+    sandwich, pre = (
+        load_dense(folder, mesh=one_device(), norm_placement=placement)
+        for placement in (NormPlacement.SANDWICH, NormPlacement.PRE)
+    )
     states = [forward(LoopLM(model.config), model.params, tokens).hidden[0] for model in (pre, sandwich)]
     assert np.abs(states[0] - states[1]).max() > 0.1
     theirs = flat_arrays(sandwich.params)
