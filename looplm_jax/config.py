@@ -8,6 +8,7 @@ import dataclasses
 import enum
 import re
 from collections.abc import Iterable
+from typing import Any
 
 from looplm_jax._config_fields import check_kinds as _check_kinds
 from looplm_jax._config_fields import field as _field
@@ -28,6 +29,25 @@ from looplm_jax.errors import UserError
 _MOST_STEPS = 2**31 - 1  # the step counter of a checkpoint has 32 bits
 # For example v5e:16x16, 2 x v5p:4x8x8, cpu:8.
 _TOPOLOGY = re.compile(r"(?:[1-9]\d* x )?[a-z][a-z0-9-]*:[1-9]\d*(?:x[1-9]\d*)*")
+
+
+# Validation
+
+
+def _refuse_without_effect(config: Any, where: str, names: tuple[str, ...]) -> None:
+    """Raises UserError if one of the fields, which the kind of `config` does not read, differs from its default."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for name in names:
+        value, default = getattr(config, name), defaults[name]
+        _require(
+            value == default,
+            f"{where}.{name}={_shown(value)} has no effect with {where}.kind={config.kind.value}; "
+            f"leave it at {_shown(default)}, or choose another kind",
+        )
+
+
+def _shown(value: Any) -> Any:
+    return value.value if isinstance(value, enum.Enum) else value
 
 
 # Choices
@@ -109,6 +129,39 @@ class Objective(enum.Enum):
     GATE = "gate"
     LAST_LOSS = "last_loss"
     LOOPRPT = "looprpt"
+
+
+class DepthKind(enum.Enum):
+    """The number of loops of a step.
+
+    FIXED: the loops of the stage. UNIFORM: drawn uniformly from min..max. POISSON: 1 plus a Poisson variable.
+    POISSON_LOG_NORMAL: the same with a log-normal rate (Huginn). LOG_NORMAL: a log-normal variable, rounded. GROWING:
+    from min at the first step to max, one more every `every` steps.
+    """
+
+    FIXED = "fixed"
+    UNIFORM = "uniform"
+    POISSON = "poisson"
+    POISSON_LOG_NORMAL = "poisson_log_normal"
+    LOG_NORMAL = "log_normal"
+    GROWING = "growing"
+
+
+class DepthPer(enum.Enum):
+    """The sequences that share a drawn number of loops: all sequences of a step, or only each with itself."""
+
+    STEP = "step"
+    SEQUENCE = "sequence"
+
+
+class ReadOut(enum.Enum):
+    """The loops after which coda, gate and head run in training: every loop, or only the last one.
+
+    With `last`, one compiled program serves all numbers of loops.
+    """
+
+    EVERY_LOOP = "every_loop"
+    LAST = "last"
 
 
 class SolverKind(enum.Enum):
@@ -376,18 +429,10 @@ class OptimizerConfig:
         for name in ("eps", "clip_norm"):
             _require(getattr(self, name) > 0, f"optimizer.{name} must be positive, not {getattr(self, name)}")
         _require(self.weight_decay >= 0, f"optimizer.weight_decay must not be negative, not {self.weight_decay}")
-
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        for name in _WITHOUT_EFFECT[self.kind]:
-            _require(
-                getattr(self, name) == defaults[name],
-                f"optimizer.{name}={getattr(self, name)} has no effect with optimizer.kind={self.kind.value}; "
-                f"leave it at {defaults[name]}, or choose another kind",
-            )
+        _refuse_without_effect(self, "optimizer", _OPTIMIZER_WITHOUT_EFFECT[self.kind])
 
 
-# The fields that an optimizer does not read.
-_WITHOUT_EFFECT = {
+_OPTIMIZER_WITHOUT_EFFECT = {
     OptimizerKind.ADAMW: ("momentum", "decay_exponent"),
     OptimizerKind.ADAFACTOR: ("b1", "b2", "eps", "momentum"),
     OptimizerKind.MUON: ("decay_exponent",),
@@ -547,6 +592,39 @@ class LoopRPTConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DepthConfig:
+    """The distribution or the schedule of the number of loops of a stage."""
+
+    kind: DepthKind = _field("how the number of loops of a step is found", DepthKind.FIXED)
+    mean: float = _field("poisson, poisson_log_normal and log_normal: mean, before the limits apply", 4.0)
+    sigma: float = _field("poisson_log_normal and log_normal: standard deviation of the logarithm", 0.5)
+    every: int = _field("growing: steps until the next loop is added", 1000)
+    # Limits.
+    min: int = _field("fewest loops", 1)
+    max: int = _field("most loops; 0: the loops of the stage", 0)
+    per: DepthPer = _field("sequences that share a drawn number: those of a step, or each its own", DepthPer.STEP)
+
+    def __post_init__(self) -> None:
+        _check_kinds(self, "depth")
+        _require(self.mean > 1, f"depth.mean must exceed 1 loop, not {self.mean}")
+        _require(self.sigma > 0, f"depth.sigma must be positive, not {self.sigma}")
+        for name in ("every", "min"):
+            _require(getattr(self, name) >= 1, f"depth.{name} must be at least 1, not {getattr(self, name)}")
+        _require(self.max >= 0, f"depth.max must not be negative, not {self.max}")
+        _refuse_without_effect(self, "depth", _DEPTH_WITHOUT_EFFECT[self.kind])
+
+
+_DEPTH_WITHOUT_EFFECT = {
+    DepthKind.FIXED: ("mean", "sigma", "every", "min", "max", "per"),
+    DepthKind.UNIFORM: ("mean", "sigma", "every"),
+    DepthKind.POISSON: ("sigma", "every"),
+    DepthKind.POISSON_LOG_NORMAL: ("every",),
+    DepthKind.LOG_NORMAL: ("every",),
+    DepthKind.GROWING: ("mean", "sigma", "per"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
     """One stage of training: its objective, its steps, its batches and the parameters that it trains."""
 
@@ -563,7 +641,10 @@ class Stage:
     settings: tuple[TopologySettings, ...] = _field("how the stage is computed on certain topologies", ())
     # Loops.
     loops: int = _field("loops, T", 4)
-    min_loops: int = _field("if not 0, each step draws its loops uniformly from min_loops..loops", 0)
+    min_loops: int = _field("if not 0: depth.kind=uniform with this depth.min", 0)
+    depth: DepthConfig = dataclasses.field(default_factory=DepthConfig)
+    read_out: ReadOut = _field("loops after which coda, gate and head run", ReadOut.EVERY_LOOP)
+    backprop_loops: int = _field("last loops with gradients (truncated backpropagation); 0: all", 0)
     # What changes with the stage: longer sequences need a larger base, and may need other data.
     rope_theta: float = _field("base of the rotary embedding from this stage on; 0: as before", 0.0)
     sources: tuple[SourceConfig, ...] = _field("the mixture of this stage; empty: data.sources", ())
@@ -600,6 +681,7 @@ class Stage:
         _require(
             0 <= self.min_loops <= self.loops, f"{where}.min_loops must be in 0..{self.loops}, not {self.min_loops}"
         )
+        self._check_depth(where)
         topologies = [each.topology for each in self.settings]
         _require(len(set(topologies)) == len(topologies), f"{where}.settings name a topology twice: {topologies}")
 
@@ -628,10 +710,82 @@ class Stage:
             _require(self.loops >= 2, f"{where}: the gate has nothing to learn with one loop; set {where}.loops")
         if self.objective is Objective.LOOPRPT:
             _require(
-                self.loops >= 2 and self.min_loops != 1,
+                (self.loops if self.drawn.kind is DepthKind.FIXED else self.drawn.min) >= 2,
                 f"{where}: objective=looprpt compares loops with each other and needs at least 2; "
-                f"set {where}.loops or {where}.min_loops",
+                f"set {where}.loops or {where}.min_loops or {where}.depth.min",
             )
+
+    def _check_depth(self, where: str) -> None:
+        """Raises UserError for depths, truncation or a read-out that do not fit each other."""
+        depth, last = self.depth, self.read_out is ReadOut.LAST
+        _require(
+            depth.kind is DepthKind.FIXED or not self.min_loops,
+            f"{where}.min_loops={self.min_loops} and {where}.depth both say how loops are drawn; remove min_loops",
+        )
+        _require(
+            depth.kind is DepthKind.FIXED or depth.min <= self.deepest,
+            f"{where}.depth.min={depth.min} is above its largest number of loops, {self.deepest}; "
+            f"lower it, or raise {where}.loops or {where}.depth.max",
+        )
+
+        _require(
+            not last or self.objective is Objective.LAST_LOSS,
+            f"{where}.read_out=last has no losses of earlier loops, which objective={self.objective.value} needs; "
+            "set objective=last_loss, or read_out=every_loop",
+        )
+        _require(
+            last or depth.per is DepthPer.STEP,
+            f"{where}.depth.per=sequence needs {where}.read_out=last: losses of every loop need equal depths",
+        )
+        _require(
+            last or not self.backprop_loops,
+            f"{where}.backprop_loops={self.backprop_loops} needs {where}.read_out=last: "
+            "losses of earlier loops would have no gradients",
+        )
+        _require(
+            0 <= self.backprop_loops <= self.deepest,
+            f"{where}.backprop_loops must be in 0..{self.deepest}, the largest number of loops, "
+            f"not {self.backprop_loops}",
+        )
+
+    @property
+    def drawn(self) -> DepthConfig:
+        """How the number of loops is found, with its largest number filled in."""
+        if self.min_loops:
+            return DepthConfig(kind=DepthKind.UNIFORM, min=self.min_loops, max=self.loops)
+        if self.depth.kind is DepthKind.FIXED:
+            return self.depth
+        return dataclasses.replace(self.depth, max=self.depth.max or self.loops)
+
+    @property
+    def deepest(self) -> int:
+        """The largest number of loops of a step."""
+        return self.drawn.max or self.loops
+
+    @property
+    def loops_text(self) -> str:
+        """The number of loops in words, such as `4`, `1 to 4` or `1 to 64 (poisson, mean 8)`."""
+        drawn = self.drawn
+        span = f"{drawn.min} to {drawn.max}"
+        match drawn.kind:
+            case DepthKind.FIXED:
+                return str(self.loops)
+            case DepthKind.UNIFORM:
+                return span
+            case DepthKind.GROWING:
+                return f"{span} (one more every {drawn.every} steps)"
+        return f"{span} ({drawn.kind.value}, mean {drawn.mean:g})"
+
+    @property
+    def mean_loops(self) -> float:
+        """The mean number of loops of a step, or the largest of a growing one; the limits shift it a little."""
+        drawn = self.drawn
+        match drawn.kind:
+            case DepthKind.FIXED | DepthKind.GROWING:
+                return self.deepest
+            case DepthKind.UNIFORM:
+                return (drawn.min + drawn.max) / 2
+        return min(max(drawn.mean, drawn.min), drawn.max)
 
     @property
     def trained_groups(self) -> tuple[str, ...]:
@@ -762,9 +916,9 @@ class Recipe:
             "model.initial_state=noise; set model.initial_state=zero",
         )
         _require(
-            self.model.time_signal is not TimeSignal.LEARNED or stage.loops <= self.model.time_rows,
-            f"{where}.loops={stage.loops} is beyond the {self.model.time_rows} rows of model.time_signal=learned; "
-            f"set model.max_loops={stage.loops}",
+            self.model.time_signal is not TimeSignal.LEARNED or stage.deepest <= self.model.time_rows,
+            f"{where}.loops={stage.deepest} is beyond the {self.model.time_rows} rows of model.time_signal=learned; "
+            f"set model.max_loops={stage.deepest}",
         )
 
     def model_of(self, stage: Stage) -> ModelConfig:

@@ -117,7 +117,7 @@ def _mirrors(recipe: Recipe, out: AnyPath, options: TrainOptions, group: Process
 def _announcement(recipe: Recipe, out: AnyPath, group: ProcessGroup) -> str:
     """Returns the line that describes the run before it starts."""
     tokens = sum(stage.steps * stage.batch_size * stage.sequence_length for stage in recipe.stages)
-    stages = ", ".join(f"{stage.name} ({stage.steps} steps, {stage.loops} loops)" for stage in recipe.stages)
+    stages = ", ".join(f"{stage.name} ({stage.steps} steps, {stage.loops_text} loops)" for stage in recipe.stages)
     many = f"{group.count} processes; " if group.count > 1 else ""
     what = f"{recipe.name}: {count_params(recipe.model):,} parameters, {tokens:,} tokens; {stages}"
     return f"{what}; {many}writing to {out}"

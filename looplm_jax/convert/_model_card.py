@@ -190,7 +190,6 @@ def _stage_row(stage: Stage, steps: int) -> tuple[Any, ...]:
     """Returns the row of one stage in the table of stages."""
     of_all = "" if steps == stage.steps else f" of {stage.steps:,}"
     tokens = steps * stage.batch_size * stage.sequence_length
-    loops = f"{stage.min_loops} to {stage.loops}" if stage.min_loops else stage.loops
 
     if stage.objective is Objective.GATE:
         objective = (
@@ -210,7 +209,7 @@ def _stage_row(stage: Stage, steps: int) -> tuple[Any, ...]:
         stage.batch_size,
         stage.sequence_length,
         f"{tokens:,}",
-        loops,
+        stage.loops_text,
         objective,
         rate,
     )

@@ -47,6 +47,14 @@ class Batch(Generic[ArrayT]):
     loss_mask: Float[ArrayT, "*A B S"]  # 1 where the target counts
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class DepthBatch(Batch[ArrayT]):
+    """A batch for training in which each sequence has its own number of loops."""
+
+    depths: Int[ArrayT, "*A B S"]  # the same at all positions of a sequence
+
+
 class _Chunks(grain.experimental.FlatMapTransform):
     """A Grain transform that splits an example into chunks that fit into a sequence."""
 

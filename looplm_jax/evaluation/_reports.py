@@ -137,7 +137,7 @@ def _stage_row(stage: Stage, rows: list[dict[str, Any]]) -> list[str]:
     """Returns the row of one stage; the last cells are empty if no step was logged."""
     own = [row for row in rows if row["kind"] == "train" and row.get("stage") == stage.name]
     tokens = stage.steps * stage.batch_size * stage.sequence_length
-    about = [stage.name, stage.objective.value, str(stage.loops), str(stage.steps), f"{tokens:,}"]
+    about = [stage.name, stage.objective.value, stage.loops_text, str(stage.steps), f"{tokens:,}"]
     if not own:
         return [*about, "", "", "", ""]
 

@@ -12,7 +12,8 @@
     (2, 8, 97)
 
 The model: `LoopLM`, a Flax module for a `ModelConfig` and a `ComputeConfig` of `looplm_jax.config`; its output,
-`LoopLMOutput`. `looplm_jax.losses` trains it, `looplm_jax.halting` stops its loops, `looplm_jax.inference` generates.
+`LoopLMOutput`; and `last_loop`, which runs each sequence its own number of loops with gradients through the last ones.
+`looplm_jax.losses` trains it, `looplm_jax.halting` stops its loops, `looplm_jax.inference` generates.
 
 Parameters, `Params`, are nested dictionaries of arrays: `init_params`, `head_matrix`, `count_params`; `parameter_axes`
 has the logical names of their axes, for sharding.
@@ -40,9 +41,9 @@ from etils import epy
 
 with epy.lazy_api_imports(globals()):
     # Fixed points, and gradients through them.
+    # The model, its parameters, and its last loop.
+    from looplm_jax.models._drawn_depth import last_loop
     from looplm_jax.models._fixed_point import SolverMetrics, fixed_point, implicit, phantom
-
-    # The model, and its parameters.
     from looplm_jax.models._looplm import (
         LoopLM,
         LoopLMOutput,
@@ -63,6 +64,7 @@ __all__ = [
     "head_matrix",
     "implicit",
     "init_params",
+    "last_loop",
     "parameter_axes",
     "phantom",
 ]

@@ -195,25 +195,12 @@ class LoopLM(nn.Module):
         """
         loops = self.config.loops if loops is None else loops
         _check_call(self.config, tokens, loops)
-
-        if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        if segment_ids is None:
-            segment_ids = jnp.ones_like(tokens)
         numbers = token_numbers
         if numbers is None:
             numbers = jnp.arange(tokens.size, dtype=jnp.int32).reshape(tokens.shape)
-
-        # One kernel for all layers and loops: their shapes are the same.
-        kernel = choose_kernel(
-            self.compute,
-            length=whole_length(tokens.shape[1]),
-            head_width=self.config.head_width,
-            dtype=compute_dtype(self.compute),
+        context, embedded, prelude_cache = self.begin(
+            tokens, positions=positions, segment_ids=segment_ids, return_cache=return_cache
         )
-        context = make_context(self.config, positions, segment_ids, kernel=kernel)
-
-        embedded, prelude_cache = self.embed(tokens, context, return_cache=return_cache)
 
         def loop(model: LoopLM, state: Array, done: Int[Array, ""]) -> tuple[Array, PyTree]:
             noise = None
@@ -246,6 +233,35 @@ class LoopLM(nn.Module):
 
         cache = ModelCache(core=core_cache, prelude=prelude_cache, coda=coda_cache) if return_cache else None
         return LoopLMOutput(hidden=hidden, gate_logits=gate_logits), cache
+
+    def begin(
+        self,
+        tokens: Int[Array, "B S"],
+        *,
+        positions: Int[Array, "B S"] | None = None,
+        segment_ids: Int[Array, "B S"] | None = None,
+        return_cache: bool = False,
+    ) -> tuple[Context, Float[Array, "B S D"], KeyValues | None]:
+        """Returns what all loops share: the context and the embedded input; and the prelude's cache if `return_cache`.
+
+        Arguments as in `__call__`.
+        """
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        if segment_ids is None:
+            segment_ids = jnp.ones_like(tokens)
+
+        # One kernel for all layers and loops: their shapes are the same.
+        kernel = choose_kernel(
+            self.compute,
+            length=whole_length(tokens.shape[1]),
+            head_width=self.config.head_width,
+            dtype=compute_dtype(self.compute),
+        )
+        context = make_context(self.config, positions, segment_ids, kernel=kernel)
+
+        embedded, prelude_cache = self.embed(tokens, context, return_cache=return_cache)
+        return context, embedded, prelude_cache
 
     def embed(
         self,

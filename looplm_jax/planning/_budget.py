@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
-from looplm_jax.config import ModelConfig, Objective, Remat, Stage
+from looplm_jax.config import ModelConfig, Objective, ReadOut, Remat, Stage
 from looplm_jax.planning._compiler import OutOfMemory
 from looplm_jax.planning._program_facts import Collective
 from looplm_jax.planning._targets import Target
@@ -150,9 +150,11 @@ def step_flops(model: ModelConfig, stage: Stage) -> float:
     tokens = stage.batch_size * stage.sequence_length
     per_token = train_flops_per_token(
         model,
-        loops=stage.loops,
+        loops=stage.mean_loops,
         sequence_length=stage.sequence_length,
         objective=stage.objective,
+        read_out=stage.read_out,
+        backprop_loops=stage.backprop_loops,
         rollouts=stage.looprpt.rollouts,
     )
     return float(per_token * tokens)
@@ -168,17 +170,22 @@ def recomputed_flops(model: ModelConfig, stage: Stage, remat: Remat) -> float:
     if stage.objective is Objective.GATE:
         return 0.0
 
-    forward = forward_flops_per_token(model, loops=stage.loops, sequence_length=stage.sequence_length)
-    # One head per loop, whose logits the loss never stores: it computes their gradients in the forward pass.
-    heads = stage.loops * 2 * model.width * model.vocab_size
-    layers = model.prelude_layers + stage.loops * (model.num_layers + model.coda_layers)
+    # Loops without gradients are not recomputed.
+    loops = min(stage.backprop_loops or stage.mean_loops, stage.mean_loops)
+    readouts = 1 if stage.read_out is ReadOut.LAST else loops
+    forward = forward_flops_per_token(
+        model, loops=loops, sequence_length=stage.sequence_length, read_out=stage.read_out
+    )
+    # One head per read-out, whose logits the loss never stores: it computes their gradients in the forward pass.
+    heads = readouts * 2 * model.width * model.vocab_size
+    layers = model.prelude_layers + loops * model.num_layers + readouts * model.coda_layers
 
     # Of one pass: nothing, because these save the results of all products, or what is not saved.
-    within = 0
+    within: float = 0
     if remat not in (Remat.NONE, Remat.DOTS):
         within = forward - heads - layers * _saved_flops(model, stage.sequence_length, remat)
 
-    per_token = within
+    per_token: float = within
     if stage.objective is Objective.LOOPRPT:
         # The pass without noise and all rollouts recompute logits: the weights of their losses depend on them.
         per_token = (1 + stage.looprpt.rollouts) * (within + heads) + stage.looprpt.rollouts * (forward - heads)

@@ -184,7 +184,8 @@ def can_fit(candidate: Candidate, target: Target, state_bytes: int) -> bool:
 
     token_shards = mesh.data * mesh.fsdp * mesh.context
     tokens = stage.batch_size * stage.sequence_length // stage.accumulation // token_shards
-    return needed + tokens * _BYTES * stage.loops * _saved_elements(candidate) <= target.capacity
+    saved_loops = stage.backprop_loops or stage.deepest
+    return needed + tokens * _BYTES * saved_loops * _saved_elements(candidate) <= target.capacity
 
 
 def pareto(trials: Sequence[Trial]) -> tuple[Trial, ...]:
@@ -270,7 +271,7 @@ def _weight(model: ModelConfig, stage: Stage, settings: TopologySettings) -> tup
 
 def _times_sent(compute: ComputeConfig, stage: Stage) -> int:
     """Returns how often a step all-gathers the weights and sums the gradients."""
-    passes = stage.loops * stage.accumulation
+    passes = stage.deepest * stage.accumulation
 
     match compute.reduce:
         case Reduce.STEP:

@@ -120,7 +120,7 @@ def _compile(
     first = sum(earlier.steps for earlier in recipe.stages[: recipe.stages.index(stage)])
 
     program = compile_program(
-        lambda: lower_step(recipe, model, stage, mesh, first_step=first, loops=stage.loops),
+        lambda: lower_step(recipe, model, stage, mesh, first_step=first, loops=stage.deepest),
         f"stage {stage.name} for {target.name}",
         _to_compile(model.compute),
     )

@@ -5,6 +5,7 @@ import dataclasses
 from looplm_jax.config import (
     CheckpointConfig,
     DataConfig,
+    DepthConfig,
     EvaluationConfig,
     ModelConfig,
     Objective,
@@ -152,7 +153,7 @@ def without_loops(recipe: Recipe) -> Recipe:
     """Returns the recipe with one loop: the same parameters and data, and only the pre-training stages."""
     # Without loops there is no gate to train.
     stages = tuple(
-        dataclasses.replace(stage, loops=1, min_loops=0)
+        dataclasses.replace(stage, loops=1, min_loops=0, depth=DepthConfig(), backprop_loops=0)
         for stage in recipe.stages
         if stage.objective is not Objective.GATE
     )

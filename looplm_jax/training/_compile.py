@@ -9,10 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, UInt32
+from jaxtyping import Array, Int
 
-from looplm_jax.config import CheckpointConfig, DataConfig, EvaluationConfig, GuardConfig, Recipe, Stage, StartConfig
-from looplm_jax.data._packing import Batch
+from looplm_jax.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    GuardConfig,
+    ReadOut,
+    Recipe,
+    Stage,
+    StartConfig,
+)
+from looplm_jax.data._packing import Batch, DepthBatch
 from looplm_jax.models._looplm import LoopLM
 from looplm_jax.sharding import (
     batch_sharding,
@@ -21,6 +30,7 @@ from looplm_jax.sharding import (
     check_sequence,
     make_mesh,
     place_rows,
+    process_rows,
     use_mesh,
 )
 from looplm_jax.training._state import TrainState, abstract_state
@@ -46,13 +56,21 @@ def stage_mesh(recipe: Recipe, stage: Stage, devices: Sequence[jax.Device] | Non
 class StagePrograms:
     """The compiled train steps of a stage, one for each number of loops.
 
-    There is only one unless the number of loops is drawn at random.
+    There is only one if the number of loops is fixed, or if only the last loop is read out: then it is an input of the
+    program.
     """
 
     def __init__(self, recipe: Recipe, model: LoopLM, stage: Stage, mesh: Mesh, *, first_step: int):
         self._recipe, self._model, self._stage, self._mesh = recipe, model, stage, mesh
         self._first_step = first_step
         self._programs: dict[int, Any] = {}
+
+    def loops_of(self, depths: Int[np.ndarray, "B"]) -> int:
+        """Returns the number of loops for which the program of a step with these depths is compiled.
+
+        It is the largest of the stage if one program serves all.
+        """
+        return self._stage.deepest if self._stage.read_out is ReadOut.LAST else int(depths[0])
 
     def compiled(self, loops: int) -> bool:
         """Whether the program for this number of loops is compiled."""
@@ -131,12 +149,25 @@ def abstract_batch(stage: Stage, mesh: Mesh) -> Batch[Array]:
     sharding = batch_sharding(mesh)
     integers: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
     mask: Any = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
-    return Batch(tokens=integers, targets=integers, segment_ids=integers, positions=integers, loss_mask=mask)
+    plain = Batch(tokens=integers, targets=integers, segment_ids=integers, positions=integers, loss_mask=mask)
+    return _with_depths(plain, integers) if stage.read_out is ReadOut.LAST else plain
 
 
-def to_device(batch: Batch[np.ndarray], stage: Stage, mesh: Mesh) -> Batch[Array]:
-    """Returns the global batch on the devices, of which `batch` has the sequences of this process."""
+def to_device(
+    batch: Batch[np.ndarray], stage: Stage, mesh: Mesh, depths: Int[np.ndarray, "B"] | None = None
+) -> Batch[Array]:
+    """Returns the global batch on the devices, of which `batch` has the sequences of this process.
+
+    Args:
+      batch: the sequences of this process.
+      stage: the stage.
+      mesh: the mesh.
+      depths: the number of loops of every sequence of the global batch, for programs that read out the last loop only;
+        by default the loops of the stage.
+    """
     rows = stage.batch_size // stage.accumulation
+    if stage.read_out is ReadOut.LAST:
+        batch = _with_depths(batch, _own_depths(batch, stage, mesh, depths))
 
     def put(own: np.ndarray) -> Array:
         # [A * b, S] -> [A, b, S], where b is the number of sequences of this process in a microbatch.
@@ -145,20 +176,16 @@ def to_device(batch: Batch[np.ndarray], stage: Stage, mesh: Mesh) -> Batch[Array
     return jax.tree.map(put, batch)
 
 
-def draw_loops(stage: Stage, key: UInt32[np.ndarray, "2"], step: int) -> int:
-    """Returns the number of loops of one step: that of the stage, or one drawn uniformly from `min_loops..loops`.
+def _with_depths(batch: Batch[Any], depths: Any) -> DepthBatch[Any]:
+    return DepthBatch(**{field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}, depths=depths)
 
-    It depends only on `key` and `step`, so it is the same on every process. It is drawn on the host, because fetching
-    it from a device would wait for the running step.
 
-    Args:
-      stage: the stage.
-      key: the raw random key of the run.
-      step: the number of the step.
-    """
-    if not stage.min_loops:
-        return stage.loops
-
-    # A generator for each step needs no saved state: a resumed run draws the same numbers.
-    generator = np.random.default_rng([*key, step])
-    return int(generator.integers(stage.min_loops, stage.loops, endpoint=True))
+def _own_depths(
+    batch: Batch[np.ndarray], stage: Stage, mesh: Mesh, depths: Int[np.ndarray, "B"] | None
+) -> Int[np.ndarray, "b S"]:
+    """Returns the number of loops at every position of the sequences of this process."""
+    every = np.full(stage.batch_size, stage.deepest, np.int32) if depths is None else depths
+    # Rows of microbatches, of which this process holds some.
+    microbatches = every.reshape(stage.accumulation, -1)
+    own = microbatches[:, list(process_rows(mesh, microbatches.shape[1]))].reshape(-1)
+    return np.broadcast_to(own[:, None], batch.tokens.shape)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from looplm_jax.config import GatePlacement, Injection, ModelConfig, Objective
+from looplm_jax.config import GatePlacement, Injection, ModelConfig, Objective, ReadOut
 from looplm_jax.json_io import number
 from looplm_jax.sharding._hardware import known_chip
 
@@ -118,7 +118,9 @@ def time_warnings(seconds: Mapping[Activity, float]) -> list[str]:
 # Model FLOPs
 
 
-def forward_flops_per_token(config: ModelConfig, *, loops: int, sequence_length: int) -> int:
+def forward_flops_per_token(
+    config: ModelConfig, *, loops: int | float, sequence_length: int, read_out: ReadOut = ReadOut.EVERY_LOOP
+) -> int:
     """Returns the operations of one token's forward pass through all loops, including the head of each loop.
 
     Each multiply-add of a matrix product counts as two operations. Attention counts the causal half, `(S + 1) / 2` keys
@@ -126,8 +128,9 @@ def forward_flops_per_token(config: ModelConfig, *, loops: int, sequence_length:
 
     Args:
       config: the model.
-      loops: the number of loops.
+      loops: the number of loops, or its mean.
       sequence_length: the number of positions of a sequence.
+      read_out: the loops after which coda, head and gate run.
     """
     inner, kv_inner = config.num_heads * config.head_width, config.kv_heads * config.head_width
     # Multiply-adds per token: query and output, keys and values; then the three matrices of the feed-forward layer.
@@ -141,16 +144,20 @@ def forward_flops_per_token(config: ModelConfig, *, loops: int, sequence_length:
     gate = 0 if config.gate is GatePlacement.NONE else 2 * config.width
     readout = 2 * config.width * config.vocab_size + gate
 
-    per_loop = (config.num_layers + config.coda_layers) * layer + injection + readout
-    return config.prelude_layers * layer + loops * per_loop
+    per_readout = config.coda_layers * layer + readout
+    per_loop = config.num_layers * layer + injection
+    readouts = 1 if read_out is ReadOut.LAST else loops
+    return round(config.prelude_layers * layer + loops * per_loop + readouts * per_readout)
 
 
 def train_flops_per_token(
     config: ModelConfig,
     *,
-    loops: int,
+    loops: int | float,
     sequence_length: int,
     objective: Objective = Objective.EXPECTED_LOSS,
+    read_out: ReadOut = ReadOut.EVERY_LOOP,
+    backprop_loops: int = 0,
     rollouts: int = 0,
 ) -> int:
     """Returns the operations of one token's train step.
@@ -162,17 +169,26 @@ def train_flops_per_token(
 
     Args:
       config: the model.
-      loops: the number of loops.
+      loops: the number of loops, or its mean.
       sequence_length: the number of positions of a sequence.
       objective: the objective of the stage.
+      read_out: the loops after which coda, head and gate run.
+      backprop_loops: the number of last loops with a backward pass; 0 for all.
       rollouts: the number of rollouts, G, of `looprpt`.
     """
+    if read_out is ReadOut.LAST:
+        forward, trained = (
+            forward_flops_per_token(config, loops=count, sequence_length=sequence_length, read_out=read_out)
+            for count in (loops, min(backprop_loops or loops, loops))
+        )
+        return forward + 2 * trained
+
     forward = forward_flops_per_token(config, loops=loops, sequence_length=sequence_length)
     if objective is Objective.GATE:
         return forward
     # Earlier loops have no head.
     if objective is Objective.LAST_LOSS:
-        forward -= (loops - 1) * 2 * config.width * config.vocab_size
+        forward -= round((loops - 1) * 2 * config.width * config.vocab_size)
     if objective is Objective.LOOPRPT:
         return (1 + 3 + 3 * rollouts) * forward
     # One forward pass, and two products of its size for each matrix: the gradients of inputs and of weights.

@@ -302,7 +302,7 @@ class Reporter:
         self._recipe, self._stage = recipe, stage
         self._log, self._progress, self._watch = log, progress, watch
         self._peak = peak_flops(mesh)
-        self._pending: tuple[int, int, StepMetrics] | None = None
+        self._pending: tuple[int, int | float, StepMetrics] | None = None
         self.restart_clock()
 
     @property
@@ -311,8 +311,10 @@ class Reporter:
         # `is_ready` does not block.
         return self._pending is not None and not cast(Any, self._pending[2].loss).is_ready()
 
-    def add(self, step: int, loops: int, metrics: StepMetrics) -> None:
+    def add(self, step: int, loops: int | float, metrics: StepMetrics) -> None:
         """Reports the previous step and keeps `metrics` for the next call.
+
+        `loops` is the number of loops of the step, or its mean over sequences.
 
         Raises:
           UserError: the guard skipped too many consecutive steps, or the disk refuses the log.
@@ -331,7 +333,7 @@ class Reporter:
         """Excludes the time until now from the rate, because it was not spent training."""
         self._clock, self._clock_tokens = time.monotonic(), 0
 
-    def _report(self, step: int, loops: int, metrics: StepMetrics) -> None:
+    def _report(self, step: int, loops: int | float, metrics: StepMetrics) -> None:
         """Writes the metrics of a step to the log and the progress bar."""
         values = as_values(metrics)
         # Masked tokens are not counted: they are computed, but nothing is learned from them.
@@ -351,13 +353,15 @@ class Reporter:
         self._progress.update(self._stage.name, step, values)
         self._check_patience(int(metrics.skipped_in_a_row), step)
 
-    def _flops_per_token(self, loops: int) -> int:
+    def _flops_per_token(self, loops: int | float) -> int:
         """Returns the model FLOPs of one token in a train step."""
         return train_flops_per_token(
             self._recipe.model,
             loops=loops,
             sequence_length=self._stage.sequence_length,
             objective=self._stage.objective,
+            read_out=self._stage.read_out,
+            backprop_loops=self._stage.backprop_loops,
             rollouts=self._stage.looprpt.rollouts,
         )
 

@@ -11,9 +11,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
 
 from looplm_jax.config import PriorKind, Stage
-from looplm_jax.data._packing import Batch
+from looplm_jax.data._packing import Batch, DepthBatch
 from looplm_jax.halting._priors import log_prior
 from looplm_jax.losses import Stage1Metrics, stage1, stage1_from_hidden, stage2, token_losses
+from looplm_jax.losses._masking import mean_weights
+from looplm_jax.models._drawn_depth import last_loop
 from looplm_jax.models._looplm import LoopLM, LoopLMOutput
 from looplm_jax.training._gradients import ObjectiveMetrics, Sums, Totals, Variables
 
@@ -70,6 +72,7 @@ def gate_loss(
 
 def last_loss(
     model: LoopLM,
+    stage: Stage,
     loops: int,
     variables: Variables,
     microbatch: Batch[Array],
@@ -77,6 +80,9 @@ def last_loss(
     logged: bool | Bool[Array, ""],
 ) -> Sums:
     """Returns the loss after the last loop: Eq. 4 for that loop alone. The last gate does not influence it."""
+    if isinstance(microbatch, DepthBatch):
+        return _last_loss_of_depths(model, stage, variables, microbatch, totals)
+
     output = apply(model, variables, microbatch, loops)
     head, chunk = head_weights(model, variables), model.compute.loss_chunk
 
@@ -119,6 +125,37 @@ def last_loss(
     return loss, ObjectiveMetrics(exits)
 
 
+def _last_loss_of_depths(
+    model: LoopLM, stage: Stage, variables: Variables, microbatch: DepthBatch[Array], totals: Totals
+) -> Sums:
+    """Returns the loss after the last loop of each sequence, which has its own number of loops."""
+    output = last_loop(
+        model,
+        variables,
+        microbatch.tokens,
+        microbatch.depths[:, 0],
+        most=stage.deepest,
+        backprop_loops=stage.backprop_loops,
+        positions=microbatch.positions,
+        segment_ids=microbatch.segment_ids,
+        noise_seeds=microbatch.noise_seeds if isinstance(microbatch, NoisyBatch) else None,
+    )
+    loss, last = stage1_from_hidden(
+        output.hidden[None],
+        head_weights(model, variables),
+        microbatch.targets,
+        output.gate_logits[None],
+        beta=0.0,
+        mask=microbatch.loss_mask,
+        count=totals.count,
+        chunk=model.compute.loss_chunk,
+    )
+    # There is one exit, which `last` counts as loop 1.
+    weights = mean_weights(microbatch.loss_mask, totals.count, microbatch.depths.shape)
+    mean_depth = jnp.sum(weights * microbatch.depths.astype(jnp.float32))
+    return loss, ObjectiveMetrics(dataclasses.replace(last, mean_exit_loop=mean_depth))
+
+
 # The model
 
 
@@ -130,12 +167,18 @@ class NoisyBatch(Batch[Array]):
     noise_seeds: UInt32[Array, "*A B S"]
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class NoisyDepthBatch(NoisyBatch, DepthBatch[Array]):
+    """The same for sequences with their own numbers of loops."""
+
+
 def with_noise(batch: Batch[Array], key: PRNGKeyArray, step: Int[Array, ""]) -> NoisyBatch:
     """Returns the batch with a seed for the first state of each token, which differs from step to step."""
     # One global array, so that the seeds are the same on any mesh.
     seeds = jax.random.bits(jax.random.fold_in(key, step), batch.tokens.shape)
     fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-    return NoisyBatch(**fields, noise_seeds=seeds)
+    return (NoisyDepthBatch if isinstance(batch, DepthBatch) else NoisyBatch)(**fields, noise_seeds=seeds)
 
 
 def head_weights(model: LoopLM, variables: Variables) -> Float[Array, "D V"]:

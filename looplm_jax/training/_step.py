@@ -29,7 +29,7 @@ class StepMetrics:
     """The metrics of a step; means over the unmasked tokens of the batch.
 
     With the objective `last_loss`, the losses of earlier loops are computed only at steps that are logged, and are 0 at
-    others.
+    others. With `read_out=last` there are none: the only loss is that of the last loop of each sequence.
 
     Attributes:
       loss: the loss that is trained.
@@ -63,7 +63,7 @@ def make_train_step(recipe: Recipe, model: LoopLM, stage: Stage, *, first_step: 
       model: the model.
       stage: the stage.
       first_step: the number of steps of the run before the stage.
-      loops: the number of loops.
+      loops: the number of loops; not used if the batch has the number of each sequence (`read_out=last`).
     """
 
     def train_step(state: TrainState, batch: Batch[Array]) -> tuple[TrainState, StepMetrics]:
@@ -86,7 +86,7 @@ def make_train_step(recipe: Recipe, model: LoopLM, stage: Stage, *, first_step: 
                 case Objective.GATE:
                     return gate_loss(model, stage, loops, variables, microbatch, totals)
                 case Objective.LAST_LOSS:
-                    return last_loss(model, loops, variables, microbatch, totals, logged)
+                    return last_loss(model, stage, loops, variables, microbatch, totals, logged)
                 case Objective.LOOPRPT:
                     return looprpt_loss(model, stage, loops, variables, microbatch, totals)
 

@@ -27,7 +27,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Int
 from rich.console import Console
 
 from looplm_jax.checkpoints import CheckpointStore, Metadata, SaveError
@@ -39,8 +41,10 @@ from looplm_jax.errors import UserError
 from looplm_jax.models._looplm import LoopLM, Params
 from looplm_jax.sharding import use_mesh
 from looplm_jax.training._batches import RetryingReader, held_out_batches, open_reader
-from looplm_jax.training._compile import StagePrograms, draw_loops, to_device
+from looplm_jax.training._compile import StagePrograms, to_device
+from looplm_jax.training._depth import draw_depths, grows
 from looplm_jax.training._goodput import Activity, ActivityTimer, time_summary, time_warnings
+from looplm_jax.training._guard import next_stage_guard
 from looplm_jax.training._initialize_from import with_model_of_start
 from looplm_jax.training._loggers import EventSink
 from looplm_jax.training._metrics import EVALUATION, Log, Reporter, open_log
@@ -269,7 +273,15 @@ def _train_stage(run: _Run, position: Position) -> _StageEnd:
                 run.stop.check(failure)
                 _report_save_error(run, stage, done)
 
-                loops = draw_loops(stage, key, done)
+                depths = draw_depths(stage, key, done, first)
+                if grows(stage, done, first):
+                    # Losses of fewer loops say nothing about spikes of more.
+                    placed = jax.tree.map(lambda leaf: leaf.sharding, state.guard)
+                    cleared = jax.device_put(next_stage_guard(state.guard), placed)
+                    state = dataclasses.replace(state, guard=cleared)
+                    run.progress.say(f"stage {stage.name} has {depths[0]} loops from step {done + 1} on")
+
+                loops = programs.loops_of(depths)
                 if not programs.compiled(loops):
                     run.progress.say(f"compiling stage {stage.name} for {loops} loops")
                     # In a thread, because a large program compiles for minutes, and a stop signal must not wait for
@@ -282,9 +294,9 @@ def _train_stage(run: _Run, position: Position) -> _StageEnd:
                 # Dispatched without waiting: the devices compute while the host reports the previous step and reads the
                 # next batch.
                 run.profiler.before(done + 1)
-                state, metrics = programs.run(loops, state, to_device(reader.next(), stage, mesh))
+                state, metrics = programs.run(loops, state, to_device(reader.next(), stage, mesh, depths))
                 done += 1
-                reporter.add(done, loops, metrics)
+                reporter.add(done, _logged_loops(depths), metrics)
 
                 run.profiler.after(done, metrics)
                 run.watch.charge(Activity.STEP)
@@ -300,6 +312,11 @@ def _train_stage(run: _Run, position: Position) -> _StageEnd:
             raise UserError(
                 f"{unavailable}; step {done} is saved; fix that, and the same command resumes from there"
             ) from None
+
+
+def _logged_loops(depths: Int[np.ndarray, "B"]) -> int | float:
+    """Returns the number of loops of a step, or the mean over its sequences if they differ."""
+    return int(depths[0]) if (depths == depths[0]).all() else float(depths.mean())
 
 
 # Evaluation and saving

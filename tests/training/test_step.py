@@ -23,7 +23,8 @@ from looplm_jax.config import (
 from looplm_jax.losses import token_losses
 from looplm_jax.models._looplm import LoopLM, head_matrix
 from looplm_jax.sharding import make_mesh, use_mesh
-from looplm_jax.training._compile import StagePrograms, abstract_batch, draw_loops, to_device
+from looplm_jax.training._compile import StagePrograms, abstract_batch, to_device
+from looplm_jax.training._depth import draw_depths
 from looplm_jax.training._metrics import as_values
 from looplm_jax.training._state import abstract_state, enter_stage, initial_state, split_params
 from looplm_jax.training._step import make_train_step
@@ -305,14 +306,14 @@ def test_states_start_from_new_noise_in_every_step():
 def test_random_loops_are_uniform_and_follow_from_key_and_step():
     stage = dataclasses.replace(STAGE, min_loops=2, loops=5)
     keys = [np.array([0, seed], np.uint32) for seed in range(2)]
-    drawn = [[draw_loops(stage, key, step) for step in range(4000)] for key in keys]
-    assert drawn[0] == [draw_loops(stage, keys[0], step) for step in range(4000)]
+    drawn = [[draw_depths(stage, key, step, 0)[0] for step in range(4000)] for key in keys]
+    assert drawn[0] == [draw_depths(stage, keys[0], step, 0)[0] for step in range(4000)]
     assert drawn[0] != drawn[1]
     counts = np.bincount(drawn[0])
     assert (counts[:2] == 0).all()
     assert ((counts[2:] > 900) & (counts[2:] < 1100)).all()
     fixed = dataclasses.replace(stage, min_loops=0)
-    assert {draw_loops(fixed, keys[0], step) for step in range(9)} == {5}
+    assert {int(draw_depths(fixed, keys[0], step, 0)[0]) for step in range(9)} == {5}
 
 
 def test_the_next_stage_keeps_the_optimizer_where_the_same_parameters_move():
