@@ -1,4 +1,4 @@
-"""The type checker that the import hook in conftest.py applies to every function of the library."""
+"""The type checkers that the import hooks in conftest.py apply to every function of the library."""
 
 from collections.abc import Callable
 
@@ -11,3 +11,10 @@ _checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
 def checked(function: Callable) -> Callable:
     """Applies beartype, except to constructors: JAX rebuilds pytrees with placeholders instead of arrays."""
     return function if function.__name__ == "__init__" else _checked(function)
+
+
+def shapes_checked(function: Callable) -> Callable:
+    """Applies beartype to arguments and results whose annotations are shapes of arrays, and to no others."""
+    shapes = {name: hint for name, hint in function.__annotations__.items() if "jaxtyping." in repr(hint)}
+    function.__annotations__ = shapes
+    return checked(function) if shapes else function

@@ -7,6 +7,7 @@ Nothing else differs. A model with norm placement `pre` has the tensor names of 
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -117,13 +118,13 @@ def torch_layout(params: PyTree) -> Iterator[TorchTensor]:
             )
 
 
-def flat_arrays(params: PyTree) -> dict[Path, jax.Array]:
-    """Returns the leaves of a parameter tree, keyed by path."""
+def flat_arrays(params: PyTree) -> dict[Path, Any]:
+    """Returns the leaves of a parameter tree, which may be abstract, keyed by path."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return {tuple(str(getattr(key, "key", key)) for key in path): leaf for path, leaf in leaves}
 
 
-def unflat_arrays(arrays: Mapping[Path, jax.Array]) -> PyTree:
+def unflat_arrays(arrays: Mapping[Path, Any]) -> PyTree:
     """Returns the parameter tree of leaves keyed by path: the inverse of `flat_arrays`."""
     tree: dict = {}
     for path, leaf in arrays.items():

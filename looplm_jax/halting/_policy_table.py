@@ -226,7 +226,7 @@ def _numbers(policy: ExitPolicy) -> dict[str, np.ndarray]:
 
 
 def _no_numbers(kind: Kind) -> dict[str, np.ndarray]:
-    """Returns zeros in the place of the fields of another kind's policy."""
+    """Returns zeros for the fields of a kind that one policy does not have."""
     return {name: np.zeros((), dtype) for name, dtype in _dtypes(kind).items()}
 
 

@@ -185,7 +185,7 @@ def by_hand(single: LoopLM, original, chosen, tokens):
         return state
 
     def normalise(name, state):
-        scale = original[name]["scale"]
+        scale = original[name]["scale"][None, None]
         return state * jax.lax.rsqrt(jnp.mean(state**2, axis=-1, keepdims=True) + config.norm_eps) * scale
 
     state = layers("prelude", original["embedding"][tokens], range(LAYERS))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
-from jaxtyping import Bool, Int, Int32
+from jaxtyping import Bool, Int32, Integer
 
 from looplm_jax.data._documents import is_validation
 from looplm_jax.data._examples import Example
@@ -27,7 +27,7 @@ class Problems:
 
     tokens: Int32[np.ndarray, "P"]
     loss_mask: Bool[np.ndarray, "P"]
-    lengths: Int[np.ndarray, "N"]
+    lengths: Integer[np.ndarray, "N"]
 
     @classmethod
     def of(cls, examples: Iterable[Example]) -> "Problems":
@@ -41,7 +41,7 @@ class Problems:
 
     @classmethod
     def of_columns(
-        cls, tokens: Int[np.ndarray, "N W"], loss_mask: Bool[np.ndarray, "N W"], used: Bool[np.ndarray, "N W"]
+        cls, tokens: Integer[np.ndarray, "N W"], loss_mask: Bool[np.ndarray, "N W"], used: Bool[np.ndarray, "N W"]
     ) -> "Problems":
         """Returns N problems that were drawn as rows of W columns.
 
@@ -50,7 +50,7 @@ class Problems:
         return cls(tokens[used].astype(np.int32), loss_mask[used], used.sum(axis=1))
 
     @classmethod
-    def joined(cls, parts: Sequence["Problems"], order: Int[np.ndarray, "N"]) -> "Problems":
+    def joined(cls, parts: Sequence["Problems"], order: Integer[np.ndarray, "N"]) -> "Problems":
         """Returns the problems of several batches in the given order, a permutation of all their indices."""
         tokens, mask, lengths = (
             np.concatenate([getattr(part, field.name) for part in parts]) for field in dataclasses.fields(cls)
@@ -153,10 +153,10 @@ def first_draw(draw: Callable[[int], P], accept: Callable[[P], bool], task: str,
 
 
 def draw_again(
-    drawn: Int[np.ndarray, "N W"],
-    draw: Callable[[Int[np.ndarray, "n"]], Int[np.ndarray, "n W"]],
-    written: Callable[[Int[np.ndarray, "W"]], str],
-    suspects: Int[np.ndarray, "n"],
+    drawn: Integer[np.ndarray, "N W"],
+    draw: Callable[[Integer[np.ndarray, "n"]], Integer[np.ndarray, "n W"]],
+    written: Callable[[Integer[np.ndarray, "W"]], str],
+    suspects: Integer[np.ndarray, "n"],
     task: str,
     remedy: str,
 ) -> None:

@@ -24,7 +24,7 @@ import functools
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Integer
 
 from looplm_jax.data._examples import Example
 from looplm_jax.data.tasks._base import Problems, draw_again, first_draw, generator, is_held_out
@@ -114,10 +114,10 @@ class PHop:
         """Returns held-out problem `index`, with `hops` hops."""
         return self._problem("phop-validation", 0, index, self.hops, held_out=True)
 
-    def _answered(self, random: np.random.Generator, count: int, hops: int) -> Int[np.ndarray, "N length+1"]:
+    def _answered(self, random: np.random.Generator, count: int, hops: int) -> Integer[np.ndarray, "N row"]:
         """Returns the token ids of `count` sequences, none of which is held out, each followed by its answer."""
 
-        def draw(places: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n length+1"]:
+        def draw(places: Integer[np.ndarray, "n"]) -> Integer[np.ndarray, "n row"]:
             if self.sequences is Sequences.CHAIN:
                 return 1 + draw_chains(random, len(places), hops=hops, length=self.length, alphabet=self.alphabet)
             sequences = random.integers(self.alphabet, size=(len(places), self.length))
@@ -159,7 +159,7 @@ def _said(hops: int) -> str:
     return f"<hops_{hops}>"
 
 
-def _written(sequence: Int[np.ndarray, "length"]) -> str:
+def _written(sequence: Integer[np.ndarray, "length"]) -> str:
     """Returns a sequence as numbers separated by spaces, which is hashed for the validation split."""
     if sequence.max() > 9:
         return " ".join(map(str, sequence.tolist()))
@@ -214,7 +214,7 @@ def draw_chain(random: np.random.Generator, *, hops: int, length: int, alphabet:
 # Many sequences at once
 
 
-def find_all(sequences: Int[np.ndarray, "N length"], hops: int) -> Int[np.ndarray, "N"]:
+def find_all(sequences: Integer[np.ndarray, "N length"], hops: int) -> Integer[np.ndarray, "N"]:
     """Returns `find(sequence, length, hops)` for each of N sequences."""
     count, length = sequences.shape
     rows, places = np.arange(count), np.full(count, length)
@@ -232,7 +232,7 @@ def find_all(sequences: Int[np.ndarray, "N length"], hops: int) -> Int[np.ndarra
 
 def draw_chains(
     random: np.random.Generator, count: int, *, hops: int, length: int, alphabet: int
-) -> Int[np.ndarray, "count length+1"]:
+) -> Integer[np.ndarray, "{count} {length}+1"]:
     """Returns `count` sequences with the distribution of `draw_chain`, each followed by its answer, vectorized."""
     # The smallest integer type that holds the sum of two symbols.
     kind = np.min_scalar_type(2 * alphabet)
