@@ -72,7 +72,7 @@ class InitialState(enum.Enum):
 
 
 class TimeSignal(enum.Enum):
-    """What the shared stack receives about the number of the loop, added to its input.
+    """The signal of the number of the loop, added to the input of the shared stack.
 
     NONE: nothing. SINUSOID: sines and cosines of the number (Universal Transformer, arXiv 1807.03819). LEARNED: a row
     of a table with `max_loops` rows.
@@ -84,14 +84,14 @@ class TimeSignal(enum.Enum):
 
 
 class PositionSignal(enum.Enum):
-    """How attention learns the order of tokens: by rotary embedding, or by sinusoids added to every loop's input."""
+    """The signal of the order of tokens: rotary embedding in attention, or sinusoids added to every loop's input."""
 
     ROTARY = "rotary"
     SINUSOID = "sinusoid"
 
 
 class GatePlacement(enum.Enum):
-    """What the exit gate reads: the state after the loop (Ouro), or the input of the loop (ACT). NONE: no gate."""
+    """The state that the exit gate reads: after the loop (Ouro), or the input of the loop (ACT). NONE: no gate."""
 
     AFTER = "after"
     BEFORE = "before"

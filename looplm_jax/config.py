@@ -750,7 +750,7 @@ class Stage:
 
     @property
     def drawn(self) -> DepthConfig:
-        """How the number of loops is found, with its largest number filled in."""
+        """The distribution of the number of loops, with its largest number filled in."""
         if self.min_loops:
             return DepthConfig(kind=DepthKind.UNIFORM, min=self.min_loops, max=self.loops)
         if self.depth.kind is DepthKind.FIXED:

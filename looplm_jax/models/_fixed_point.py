@@ -29,7 +29,7 @@ _RIDGE = 1e-4  # of Anderson acceleration, relative to the mean squared residual
 
 @flax.struct.dataclass
 class SolverMetrics:
-    """How well each row was solved: its relative residual, and the evaluations of `f` until it stopped."""
+    """The relative residual of each row, and the evaluations of `f` until it stopped."""
 
     residual: Float[Array, "B"]
     evaluations: Int[Array, "B"]

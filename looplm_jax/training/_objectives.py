@@ -170,7 +170,7 @@ class NoisyBatch(Batch[Array]):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class NoisyDepthBatch(NoisyBatch, DepthBatch[Array]):
-    """The same for sequences with their own numbers of loops."""
+    """A noisy batch of sequences with their own numbers of loops."""
 
 
 def with_noise(batch: Batch[Array], key: PRNGKeyArray, step: Int[Array, ""]) -> NoisyBatch:

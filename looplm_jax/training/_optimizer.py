@@ -1,7 +1,7 @@
 """The optimizers, and the learning-rate schedule of a stage.
 
 AdamW updates all parameters, or Adafactor does, or Muon updates the matrices of the shared stack and AdamW the rest. A
-stacked parameter is one matrix for each layer, whose axes are told apart by their logical names.
+stacked parameter is one matrix for each layer, whose axes are distinguished by their logical names.
 """
 
 import math
