@@ -127,6 +127,16 @@ _RUNS: Mapping[Scale, UpcyclingRun] = MappingProxyType({Scale.SMOKE: _SMOKE, Sca
 _SEEDS: Mapping[Scale, int] = MappingProxyType({Scale.SMOKE: 1, Scale.CPU: 2})
 
 
+def _settings(run: UpcyclingRun) -> dict[str, Any]:
+    """Returns a run as plain values, without fields of the model that have their default.
+
+    Records therefore stay those of the grid when the configuration of models gets a new field.
+    """
+    settings, defaults = to_dict(run), {field.name: field.default for field in dataclasses.fields(ModelConfig)}
+    kept = {name for name, default in defaults.items() if getattr(run.model, name) != default}
+    return {**settings, "model": {name: value for name, value in settings["model"].items() if name in kept}}
+
+
 class Upcycling:
     """The upcycling experiment."""
 
@@ -141,7 +151,7 @@ class Upcycling:
             for seed in range(_SEEDS[scale])
             for variant in VARIANTS
         ]
-        return tuple(Cell(name=f"{run.variant.name}-seed{run.seed}", settings=to_dict(run)) for run in runs)
+        return tuple(Cell(name=f"{run.variant.name}-seed{run.seed}", settings=_settings(run)) for run in runs)
 
     def run(self, cell: Cell, folder: Path, console: Console) -> Mapping[str, Any]:
         """Trains the base, unless it is trained, upcycles it, trains it further, and returns its held-out losses."""

@@ -12,6 +12,7 @@ import signal
 import tempfile
 import tracemalloc
 
+import shape_checks
 from quick_looplm import SHUFFLED_PIECES
 from xla_flags import quick_to_compile
 
@@ -36,6 +37,7 @@ import looplm_jax
 # sockets and the end of a process, and it has no arrays.
 SHAPES_CHECKED = {"convert", "corpus", "data", "inference"}
 PACKAGES = {module.name for module in pkgutil.iter_modules(looplm_jax.__path__) if module.ispkg} - {"distributed"}
+shape_checks.install()
 install_import_hook([f"looplm_jax.{name}" for name in PACKAGES - SHAPES_CHECKED], "shape_checks.checked")
 install_import_hook([f"looplm_jax.{name}" for name in SHAPES_CHECKED], "shape_checks.shapes_checked")
 

@@ -16,7 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from looplm_jax.codec import differences, leaves
+from looplm_jax.codec import Leaf, differences, leaves
+from looplm_jax.config import SourceConfig
 from looplm_jax.data._mixture import Corpus
 from looplm_jax.data._packing import Batch, as_batch
 from looplm_jax.data._streams import Stream
@@ -25,7 +26,9 @@ from looplm_jax.errors import UserError
 from looplm_jax.resume import may_differ
 
 PROBLEMS = "problems"  # identity key: how task problems are drawn; states saved before it existed mean one at a time
-_SPECIAL_TOKENS = ".special_tokens"  # newer than many saved states, so it is part of the identity only if set
+# Fields of sources that are newer than many saved states, so each is part of the identity only if it is set.
+_NEWER = ("special_tokens", "prompt_key", "answer_key", "template")
+_SOURCE_DEFAULTS = {field.name: field.default for field in dataclasses.fields(SourceConfig)}
 
 # Tokens of a step per substream. Smaller substreams would save little work and keep more open sequences.
 _SUBSTREAM_TOKENS = 2**17
@@ -142,7 +145,7 @@ def stream_identity(corpus: Corpus, tokenizer: Tokenizer, geometry: Geometry, se
         f"data.{leaf.path}": getattr(leaf.value, "value", leaf.value)
         for leaf in leaves(corpus.config)
         if not may_differ(f"data.{leaf.path}")
-        if leaf.value or not leaf.path.endswith(_SPECIAL_TOKENS)
+        if not _is_newer_default(leaf)
     }
 
     return {
@@ -154,6 +157,12 @@ def stream_identity(corpus: Corpus, tokenizer: Tokenizer, geometry: Geometry, se
         **dataclasses.asdict(geometry),
         **({PROBLEMS: "blocks"} if corpus.tasks else {}),
     }
+
+
+def _is_newer_default(leaf: Leaf) -> bool:
+    """Whether a field is newer than many saved states, and has its default."""
+    name = leaf.path.rpartition(".")[2]
+    return name in _NEWER and leaf.value == _SOURCE_DEFAULTS[name]
 
 
 # Substreams

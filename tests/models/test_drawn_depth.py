@@ -66,7 +66,9 @@ def assert_same(actual, wanted):
         np.testing.assert_allclose(leaf, other, rtol=1e-4, atol=1e-4, err_msg=jax.tree_util.keystr(path))
 
 
-@pytest.mark.parametrize(("changes", "remat"), [(PLAIN, Remat.NONE), (WITH_INJECTION, Remat.LOOP)])
+@pytest.mark.parametrize(
+    ("changes", "remat"), [pytest.param(PLAIN, Remat.NONE, marks=pytest.mark.slow), (WITH_INJECTION, Remat.LOOP)]
+)
 def test_truncated_gradients_are_those_of_loops_written_out(changes, remat):
     model, params, tokens, weights = setup(changes, remat)
     depths = (1, 3)  # with two loops of gradients: the first starts after the truncated part

@@ -122,13 +122,13 @@ def pipeline(corpora, tmp_path_factory):
     stopped, to_device = [], run.to_device
     stops = {2 * 4 + 2, 5 * 4}  # in `pretrain-3`, and after `long-context`
 
-    def stop_there(batch, stage, mesh):
+    def stop_there(*arguments):
         import signal
 
         if len(stopped) + 1 in stops and stopped.count(len(stopped) + 1) == 0:
             signal.raise_signal(signal.SIGTERM)
         stopped.append(len(stopped) + 1)
-        return to_device(batch, stage, mesh)
+        return to_device(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "to_device", stop_there)

@@ -164,6 +164,7 @@ def test_a_run_with_drawn_depths_is_one_program_and_resumes_exactly(traces, tmp_
     assert all(len(row["loss_per_loop"]) == 1 for row in rows)
 
 
+@pytest.mark.slow
 def test_a_growing_depth_compiles_each_depth_once_clears_the_guard_and_resumes_exactly(traces, tmp_path):
     stage = with_depth(stage=STEADY, loops=3, kind=DepthKind.GROWING, min=1, every=2)
     recipe = one_stage(stage, evaluation=RECIPE.evaluation)
@@ -174,9 +175,8 @@ def test_a_growing_depth_compiles_each_depth_once_clears_the_guard_and_resumes_e
     assert int(read_raw(tmp_path / "run").arrays["guard.accepted"]) == 2
 
 
-@pytest.mark.parametrize(
-    "mesh_config", [MeshConfig(data=2), pytest.param(MeshConfig(data=1, fsdp=2, tensor=2), marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh_config", [MeshConfig(data=2), MeshConfig(data=1, fsdp=2, tensor=2)])
 def test_steps_with_a_depth_for_each_sequence_are_the_same_on_any_mesh(mesh_config):
     """Two devices reduce their own gradients, with their own numbers of iterations; else the compiler decides."""
     stage = dataclasses.replace(

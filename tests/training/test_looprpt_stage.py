@@ -108,7 +108,7 @@ def test_exits_are_drawn_from_the_exit_distribution():
 @pytest.mark.parametrize(
     ("mesh", "accumulation"),
     [
-        (MeshConfig(data=2), 2),  # each device accumulates its own gradients
+        pytest.param(MeshConfig(data=2), 2, marks=pytest.mark.slow),  # each device accumulates its own gradients
         pytest.param(ONE, 2, marks=pytest.mark.slow),
         pytest.param(MeshConfig(data=2, fsdp=2, tensor=2), 1, marks=pytest.mark.slow),
         pytest.param(MeshConfig(data=1, fsdp=2, context=2), 2, marks=pytest.mark.slow),

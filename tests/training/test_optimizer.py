@@ -277,7 +277,8 @@ def three_steps(kind, mesh_config):
     return losses, state
 
 
-@pytest.mark.parametrize("kind", [OptimizerKind.ADAFACTOR, pytest.param(OptimizerKind.MUON, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", OTHERS)
 def test_three_steps_are_the_same_on_any_mesh_and_the_state_is_sharded(kind):
     losses, state = three_steps(kind, MeshConfig(data=1))
     losses_on_mesh, on_mesh = three_steps(kind, MeshConfig(data=1, fsdp=2, tensor=2))
@@ -289,7 +290,7 @@ def test_three_steps_are_the_same_on_any_mesh_and_the_state_is_sharded(kind):
     assert shard_bytes(on_mesh.optimizer) < 0.7 * shard_bytes(state.optimizer)
 
 
-@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("kind", [OptimizerKind.MUON, pytest.param(OptimizerKind.ADAFACTOR, marks=pytest.mark.slow)])
 def test_a_resumed_run_is_bit_identical_and_each_program_is_traced_once(kind, tmp_path, monkeypatch):
     traces, make = [], program.make_train_step
 

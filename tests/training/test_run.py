@@ -397,10 +397,10 @@ def poisoned_from(step, monkeypatch):
     """Returns batches whose loss mask is NaN from a step on."""
     to_device, count = run.to_device, iter(range(1000))
 
-    def poison(batch, stage, mesh):
+    def poison(batch, *where):
         if next(count) >= step:
             batch = dataclasses.replace(batch, loss_mask=np.full_like(batch.loss_mask, np.nan))
-        return to_device(batch, stage, mesh)
+        return to_device(batch, *where)
 
     monkeypatch.setattr(run, "to_device", poison)
 
@@ -423,9 +423,9 @@ def test_a_run_gives_up_after_too_many_skipped_steps_in_a_row(tmp_path, monkeypa
 def test_skipped_steps_are_counted_and_do_not_stop_a_run(tmp_path, monkeypatch):
     to_device, count = run.to_device, iter(range(1000))
 
-    def poison_some(batch, stage, mesh):
+    def poison_some(batch, *where):
         mask = np.nan if next(count) in (1, 4) else 1.0
-        return to_device(dataclasses.replace(batch, loss_mask=np.full_like(batch.loss_mask, mask)), stage, mesh)
+        return to_device(dataclasses.replace(batch, loss_mask=np.full_like(batch.loss_mask, mask)), *where)
 
     monkeypatch.setattr(run, "to_device", poison_some)
     outcome, _ = train(tmp_path / "run")
