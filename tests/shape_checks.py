@@ -44,10 +44,14 @@ def _jaxtyped(original: Callable, function: Any = None, *, typechecker: Callable
         return functools.partial(_jaxtyped, original, typechecker=typechecker)
     if isinstance(function, type):
         return function
-    if any(map(_is_shape, function.__annotations__.values())):
+    hints = function.__annotations__.values()
+    if any(map(_is_shape, hints)):
         return original(function, typechecker=typechecker)
-    # Beartype takes longer to create the check of a local function than the function is used.
-    return function if "<locals>" in function.__qualname__ else typechecker(function)
+
+    # Beartype takes longer to create the check of a local function than the function is used, and cannot resolve names
+    # that are imported for type checkers only.
+    unchecked = "<locals>" in function.__qualname__ or any(isinstance(hint, str) for hint in hints)
+    return function if unchecked else typechecker(function)
 
 
 def _is_shape(hint: Any) -> bool:
