@@ -123,12 +123,14 @@ class Objective(enum.Enum):
     EXPECTED_LOSS: the expected loss over exits (Eq. 4). GATE: the adaptive loss of the gate (Eq. 5-6). LAST_LOSS: the
     loss after the last loop only, as looped models without a gate are trained; the gate receives no gradient. LOOPRPT:
     reinforcement learning on text (arXiv 2603.19714), which rewards exits by how well they predict the next token.
+    POLICY_GRADIENT: reinforcement learning on answers that the model generates to problems.
     """
 
     EXPECTED_LOSS = "expected_loss"
     GATE = "gate"
     LAST_LOSS = "last_loss"
     LOOPRPT = "looprpt"
+    POLICY_GRADIENT = "policy_gradient"
 
 
 class DepthKind(enum.Enum):
@@ -208,6 +210,18 @@ class Aggregation(enum.Enum):
     SEQUENCE = "sequence"
     TOKEN = "token"
     CONSTANT = "constant"
+
+
+class Credit(enum.Enum):
+    """The action of a token whose probability a policy gradient changes.
+
+    ACTION: the token and its exit loop. TOKEN: the token at its exit loop; the gate learns nothing. TRAJECTORY: the
+    token at all loops, by their weights (RLTT, arXiv 2602.10520).
+    """
+
+    ACTION = "action"
+    TOKEN = "token"
+    TRAJECTORY = "trajectory"
 
 
 class Reward(enum.Enum):
@@ -625,6 +639,48 @@ _DEPTH_WITHOUT_EFFECT = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+    """Reinforcement learning on generated answers: GRPO over tokens or over tokens and exits, and RLTT.
+
+    Tokens are drawn at temperature 1 from the whole distribution, because the drawn distribution is the one that is
+    updated.
+    """
+
+    # Rollouts.
+    credit: Credit = _field("what is rewarded", Credit.ACTION)
+    exits: str = _field("exit rule of rollouts; sampled with credit=action, loops=T with credit=trajectory", "sampled")
+    answers: int = _field("answers to each prompt, G; a step has batch_size prompts", 8)
+    max_new_tokens: int = _field("longest answer, in tokens", 64)
+    slots: int = _field("answers that are generated at the same time", 64)
+    # Rewards.
+    reward: Reward = _field("judge of an answer", Reward.EXACT)
+    loop_cost: float = _field("subtracted from the reward of an answer, times the share of its loops that it ran", 0.0)
+    advantage: Advantage = _field("how rewards of the answers to a prompt are compared", Advantage.STD)
+    # The loss.
+    aggregation: Aggregation = _field("mean over tokens and answers", Aggregation.SEQUENCE)
+    loop_weights: LoopWeights = _field("weights of loops with credit=trajectory", LoopWeights.EXIT_PDF)
+    clip_low: float = _field("how far the ratio of probabilities may fall below 1", 0.2)
+    clip_high: float = _field("how far the ratio of probabilities may rise above 1", 0.2)
+    kl_weight: float = _field("weight of the divergence from the parameters at the start of the stage", 0.0)
+    updates: int = _field("updates of the parameters with the answers of a step", 1)
+    gap_tolerance: float = _field(
+        "largest difference in nats between log-probabilities of rollout and replay; bfloat16 needs about 0.3", 1e-2
+    )
+
+    def __post_init__(self) -> None:
+        _check_kinds(self, "policy")
+        _require(
+            self.answers >= 2,
+            f"policy.answers must be at least 2, because answers are compared with each other, not {self.answers}",
+        )
+        for name in ("max_new_tokens", "slots", "updates"):
+            _require(getattr(self, name) >= 1, f"policy.{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("loop_cost", "clip_low", "clip_high", "kl_weight"):
+            _require(getattr(self, name) >= 0, f"policy.{name} must not be negative, not {getattr(self, name)}")
+        _require(self.gap_tolerance > 0, f"policy.gap_tolerance must be positive, not {self.gap_tolerance}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
     """One stage of training: its objective, its steps, its batches and the parameters that it trains."""
 
@@ -657,6 +713,7 @@ class Stage:
     gain_threshold: float = _field("gamma in Eq. 6, nats", 0.005)
     # Reinforcement learning.
     looprpt: LoopRPTConfig = dataclasses.field(default_factory=LoopRPTConfig)
+    policy: PolicyConfig = dataclasses.field(default_factory=PolicyConfig)
 
     trainable: tuple[str, ...] = _field("parameter groups to train; empty: all, or the gate if it is the objective", ())
     # Learning rate.
@@ -714,6 +771,40 @@ class Stage:
                 f"{where}: objective=looprpt compares loops with each other and needs at least 2; "
                 f"set {where}.loops or {where}.min_loops or {where}.depth.min",
             )
+        if self.objective is Objective.POLICY_GRADIENT:
+            self._check_policy(where)
+
+    def _check_policy(self, where: str) -> None:
+        """Raises UserError for settings of a policy gradient that do not fit each other."""
+        policy = self.policy
+        _require(
+            policy.credit is not Credit.ACTION or policy.exits == "sampled",
+            f"{where}.policy.credit=action rewards exits that are drawn, so policy.exits must be sampled, "
+            f"not {policy.exits!r}",
+        )
+        _require(
+            policy.credit is not Credit.TRAJECTORY or policy.exits == f"loops={self.loops}",
+            f"{where}.policy.credit=trajectory rewards all loops, so policy.exits must be loops={self.loops}, "
+            f"not {policy.exits!r}",
+        )
+        _require(
+            policy.credit is not Credit.ACTION or self.loops >= 2,
+            f"{where}: there is one exit with one loop; set {where}.loops or policy.credit=token",
+        )
+        _require(
+            self.drawn.kind is DepthKind.FIXED,
+            f"{where}.min_loops and {where}.depth have no meaning for objective=policy_gradient, whose exits are those "
+            f"of {where}.policy.exits; remove them",
+        )
+        _require(
+            policy.credit is not Credit.TOKEN or set(self.trainable) != {"gate"},
+            f"{where}.trainable=gate learns nothing from policy.credit=token; use credit=action",
+        )
+        _require(
+            policy.max_new_tokens < self.sequence_length,
+            f"{where}.policy.max_new_tokens={policy.max_new_tokens} leaves no room for a prompt in "
+            f"{where}.sequence_length={self.sequence_length}",
+        )
 
     def _check_depth(self, where: str) -> None:
         """Raises UserError for depths, truncation or a read-out that do not fit each other."""

@@ -10,7 +10,16 @@ from pathlib import Path
 
 from looplm_jax import codec
 from looplm_jax.cli._common import chosen_recipe, from_flags, recipe_or_checkpoint, with_overrides
-from looplm_jax.config import DataConfig, OnBadRecord, ReadLimits, Recipe, RecordKind, SourceConfig, sources_like
+from looplm_jax.config import (
+    DataConfig,
+    Objective,
+    OnBadRecord,
+    ReadLimits,
+    Recipe,
+    RecordKind,
+    SourceConfig,
+    sources_like,
+)
 from looplm_jax.errors import UserError
 from looplm_jax.files import any_path, read_text
 from looplm_jax.terminal import print_error
@@ -163,6 +172,8 @@ def _train_data(recipe: Recipe, arguments: argparse.Namespace) -> DataConfig:
         known = (source for stage in recipe.stages for source in recipe.data_of(stage).sources)
         sources = sources_like(arguments.data, known)
         changes["sources"] = tuple(map(_as_chats, sources)) if arguments.chat else sources
+        if any(stage.objective is Objective.POLICY_GRADIENT for stage in recipe.stages):
+            changes["sources"] = tuple(dataclasses.replace(source, kind=RecordKind.PROBLEM) for source in sources)
 
     if arguments.tokenizer:
         changes["tokenizer"] = arguments.tokenizer

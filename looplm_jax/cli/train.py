@@ -16,6 +16,7 @@ from looplm_jax.evaluation._reports import evaluate_command, write_run_report
 from looplm_jax.files import AnyPath
 from looplm_jax.models import count_params
 from looplm_jax.recipes._topologies import on_topology, settings_in_use
+from looplm_jax.rl import rollout_collector
 from looplm_jax.sharding import require_compilation, require_platform, topology_name
 from looplm_jax.terminal import show
 from looplm_jax.training._initialize_from import with_model_of_start
@@ -80,6 +81,7 @@ def _run_training(recipe: Recipe, out: AnyPath, options: TrainOptions, group: Pr
             recipe,
             out,
             evaluate=evaluate_held_out,
+            collect=rollout_collector(),
             console=console,
             group=group,
             # One process is enough for a trace.

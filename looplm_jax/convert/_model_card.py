@@ -199,6 +199,8 @@ def _stage_row(stage: Stage, steps: int) -> tuple[Any, ...]:
         objective = "loss after the last loop"
     elif stage.objective is Objective.LOOPRPT:
         objective = f"LoopRPT (arXiv 2603.19714), {stage.looprpt.rollouts} rollouts"
+    elif stage.objective is Objective.POLICY_GRADIENT:
+        objective = f"policy gradient, credit {stage.policy.credit.value}, {stage.policy.answers} answers per prompt"
     else:
         objective = f"expected loss (Eq. 4), beta {stage.beta:g}, {stage.prior.kind.value} prior"
 

@@ -79,6 +79,7 @@ _PANELS = (
     _Panel(metric="loss_per_loop", label="loss (nats/token)"),
     _Panel(metric="mean_exit_loop", label="mean exit loop"),
     _Panel(metric="reward", label="reward"),
+    _Panel(metric="share_right", label="share of right answers"),
     _Panel(metric="gradient_norm", label="gradient norm", log=True),
     _Panel(metric="learning_rate", label="learning rate"),
 )

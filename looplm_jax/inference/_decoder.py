@@ -105,13 +105,18 @@ class Decoder:
         self._mesh = mesh
         self._programs = programs
         with use_mesh_or_none(mesh):
-            products = compute_dtype(model.compute)
+            self._dtype = jnp.dtype(config.cache_dtype or compute_dtype(model.compute))
+        self.use(params)
+        self.start_over()
+
+    def use(self, params: Params) -> None:
+        """Uses these parameters from the next program on. Programs compile again only for other shapes."""
+        with use_mesh_or_none(self._mesh):
             # Elsewhere the cast happens once, here, instead of in every tick, which would read the float32 weights each
             # time.
+            products = compute_dtype(self.model.compute)
             held = params if target_platform() == "cpu" else in_dtype_of_products(params, products)
-        self._params = unroll_layers(held) if unrolled else held
-        self._dtype = jnp.dtype(config.cache_dtype or products)
-        self.start_over()
+        self._params = unroll_layers(held) if self.model.unrolled else held
 
     def start_over(self) -> None:
         """Empties all slots. Their requests, and prompts that are being prefilled, are lost."""

@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from looplm_jax.data.tokenizers import Tokenizer
@@ -90,6 +92,7 @@ class Engine:
         self._tokenizer = tokenizer
         self._model_config = model.config
         self._mesh = mesh
+        self._shapes = jax.tree.map(jnp.shape, params)
         saved = None if programs is None or mesh is not None else SavedPrograms(programs)
         usable = usable_ids(model.config, tokenizer)
         self._decoder = Decoder(model, params, self.config, mesh, usable=usable, programs=saved)
@@ -98,6 +101,22 @@ class Engine:
         # Reentrant, because `on_token` runs during a step and may submit further requests.
         self._lock = threading.RLock()
         self._work = threading.Condition(self._lock)
+
+    def use(self, params: Params) -> None:
+        """Replaces the parameters, for example after a step of training. Nothing compiles again.
+
+        Prefix caches of earlier results belong to the earlier parameters.
+
+        Raises:
+          UserError: requests are running or waiting, or an array has another shape.
+        """
+        with self._lock:
+            if self._scheduler.busy:
+                raise UserError("requests are running with the present parameters; wait for their results first")
+            shapes = jax.tree.map(jnp.shape, params)
+            if shapes != self._shapes:
+                raise UserError("these parameters are those of another model; create an engine for it")
+            self._decoder.use(params)
 
     @property
     def cache_bytes(self) -> int:

@@ -147,7 +147,8 @@ class Timing:
 
 def step_flops(model: ModelConfig, stage: Stage) -> float:
     """Returns the model FLOPs of one step over all devices, by formula and without recomputation."""
-    tokens = stage.batch_size * stage.sequence_length
+    policy = stage.policy if stage.objective is Objective.POLICY_GRADIENT else None
+    tokens = stage.batch_size * stage.sequence_length * (1 if policy is None else policy.answers * policy.updates)
     per_token = train_flops_per_token(
         model,
         loops=stage.mean_loops,

@@ -4,7 +4,16 @@ import dataclasses
 import enum
 from collections.abc import Callable
 
-from looplm_jax.config import CheckpointConfig, EvaluationConfig, MeshConfig, ModelConfig, Recipe, Stage
+from looplm_jax.config import (
+    CheckpointConfig,
+    EvaluationConfig,
+    MeshConfig,
+    ModelConfig,
+    Objective,
+    PolicyConfig,
+    Recipe,
+    Stage,
+)
 from looplm_jax.errors import UserError, suggest
 from looplm_jax.recipes._ouro import (
     ouro_1_4b_recipe,
@@ -12,6 +21,7 @@ from looplm_jax.recipes._ouro import (
     ouro_2_6b_recipe,
     ouro_2_6b_thinking_recipe,
 )
+from looplm_jax.recipes._policy_gradient import grpo, grpo_depth, rltt
 from looplm_jax.recipes._reinforcement import looprpt, looprpt_demo
 from looplm_jax.recipes._small import demo, demo_one_loop, mano_small, sft, text_small
 
@@ -28,10 +38,13 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "sft": sft,
     "looprpt": looprpt,
     "looprpt-demo": looprpt_demo,
+    "grpo": grpo,
+    "grpo-depth": grpo_depth,
+    "rltt": rltt,
 }
 
 _MAX_LENGTH, _MIN_LENGTH = 256, 64  # tokens of a tiny sequence
-_STEPS, _SEQUENCES = 4, 4
+_STEPS, _SEQUENCES, _NEW_TOKENS = 4, 4, 16
 
 
 def named_recipe(name: str) -> Recipe:
@@ -98,4 +111,12 @@ def _tiny_stage(stage: Stage) -> Stage:
         sequence_length=max(stage.sequence_length // 256, _MIN_LENGTH),
         warmup_steps=warmup,
         decay_steps=min(stage.decay_steps, _STEPS - warmup),
+        policy=_tiny_policy(stage),
     )
+
+
+def _tiny_policy(stage: Stage) -> PolicyConfig:
+    """Returns the settings of a policy gradient with short answers; those of other stages have no effect, and stay."""
+    if stage.objective is not Objective.POLICY_GRADIENT:
+        return stage.policy
+    return dataclasses.replace(stage.policy, max_new_tokens=min(stage.policy.max_new_tokens, _NEW_TOKENS))

@@ -18,6 +18,8 @@ Rewards: `exact`, `number` and `boxed` compare a text with the right answer; `RE
 `RewardFunction` of your own takes the prompt, the text and the answer.
 
 Answers: `answer_problems` returns each `Answer` of a model, and `ProblemScore.of` their score.
+
+Training: `train(recipe, out, collect=rollout_collector())` runs stages with the objective `policy_gradient`.
 """
 
 from etils import epy
@@ -33,6 +35,9 @@ with epy.lazy_api_imports(globals()):
     # Answers of a model.
     from looplm_jax.rl._evaluate import Answer, ProblemScore, answer_problems
 
+    # Training.
+    from looplm_jax.rl._collect import rollout_collector
+
 __all__ = [
     "REWARDS",
     "Answer",
@@ -44,6 +49,7 @@ __all__ = [
     "exact",
     "held_out_questions",
     "number",
+    "rollout_collector",
     "to_question",
     "training_questions",
 ]

@@ -74,6 +74,7 @@ def answer_problems(
     samples: int = 1,
     policy: ExitPolicy | None = None,
     sampling: Sampling = _GREEDY,
+    first: int = 1,
 ) -> list[Answer]:
     """Returns the answers of a model to problems, those to one problem one after the other.
 
@@ -86,14 +87,15 @@ def answer_problems(
       samples: answers to each problem.
       policy: the exits; None for the trained depth.
       sampling: greedy by default.
+      first: the number of the first problem, for messages.
 
     Raises:
       UserError: there is no problem, a prompt is too long for the engine, a request failed, or the reward raised or
-        returned something else than a finite number. Problems are counted from 1.
+        returned something else than a finite number. The message has the number of the problem.
     """
     if not questions:
         raise UserError("there are no problems to answer; give at least one")
-    for number, question in enumerate(questions, 1):
+    for number, question in enumerate(questions, first):
         if len(question.prompt_ids) + max_new_tokens > engine.window:
             raise UserError(
                 f"problem {number}: the prompt has {len(question.prompt_ids)} tokens, which with {max_new_tokens} new "
@@ -111,7 +113,7 @@ def answer_problems(
 
     answers = []
     for index, result in enumerate(results):
-        number, question = index // samples + 1, questions[index // samples]
+        number, question = index // samples + first, questions[index // samples]
         if result.finish is Finish.FAILED:
             raise UserError(f"problem {number}: {result.error}")
         text = answer_text(result, tokenizer)

@@ -16,6 +16,7 @@ from looplm_jax.config import (
     DataConfig,
     EvaluationConfig,
     GuardConfig,
+    Objective,
     ReadOut,
     Recipe,
     Stage,
@@ -33,8 +34,13 @@ from looplm_jax.sharding import (
     process_rows,
     use_mesh,
 )
+from looplm_jax.training._policy import RolloutBatch, abstract_rollouts
 from looplm_jax.training._state import TrainState, abstract_state
 from looplm_jax.training._step import StepMetrics, make_train_step
+
+Columns = tuple[int, int] | None
+"""The numbers of columns of prompts and of new tokens of rollouts, or None for other batches."""
+
 
 # Programs
 
@@ -57,13 +63,13 @@ class StagePrograms:
     """The compiled train steps of a stage, one for each number of loops.
 
     There is only one if the number of loops is fixed, or if only the last loop is read out: then it is an input of the
-    program.
+    program. Rollouts have a program for each of few numbers of columns (`RolloutBatch.columns`).
     """
 
     def __init__(self, recipe: Recipe, model: LoopLM, stage: Stage, mesh: Mesh, *, first_step: int):
         self._recipe, self._model, self._stage, self._mesh = recipe, model, stage, mesh
         self._first_step = first_step
-        self._programs: dict[int, Any] = {}
+        self._programs: dict[tuple[int, Columns], Any] = {}
 
     def loops_of(self, depths: Int[np.ndarray, "B"]) -> int:
         """Returns the number of loops for which the program of a step with these depths is compiled.
@@ -72,22 +78,26 @@ class StagePrograms:
         """
         return self._stage.deepest if self._stage.read_out is ReadOut.LAST else int(depths[0])
 
-    def compiled(self, loops: int) -> bool:
-        """Whether the program for this number of loops is compiled."""
-        return loops in self._programs
+    def compiled(self, loops: int, columns: Columns = None) -> bool:
+        """Whether the program for this number of loops, and of columns of rollouts, is compiled."""
+        return (loops, columns) in self._programs
 
-    def compile(self, loops: int) -> None:
-        """Traces and compiles the program for this number of loops."""
+    def compile(self, loops: int, columns: Columns = None) -> None:
+        """Traces and compiles the program for this number of loops, and of columns of rollouts."""
         computed = _what_a_step_computes(self._recipe)
-        self._programs[loops] = compiled_step(computed, self._model, self._stage, self._mesh, self._first_step, loops)
+        self._programs[loops, columns] = compiled_step(
+            computed, self._model, self._stage, self._mesh, self._first_step, loops, columns
+        )
 
-    def run(self, loops: int, state: TrainState, batch: Batch[Array]) -> tuple[TrainState, StepMetrics]:
+    def run(
+        self, loops: int, state: TrainState, batch: Batch[Array] | RolloutBatch, columns: Columns = None
+    ) -> tuple[TrainState, StepMetrics]:
         """Runs one step. The buffers of `state` are donated."""
-        return self._programs[loops](state, batch)
+        return self._programs[loops, columns](state, batch)
 
     def text(self, loops: int) -> str:
         """Returns the compiled program as text."""
-        return self._programs[loops].as_text()
+        return self._programs[loops, None].as_text()
 
 
 def _what_a_step_computes(recipe: Recipe) -> Recipe:
@@ -112,22 +122,36 @@ def _what_a_step_computes(recipe: Recipe) -> Recipe:
 
 @functools.lru_cache(maxsize=8)
 def compiled_step(
-    recipe: Recipe, model: LoopLM, stage: Stage, mesh: Mesh, first_step: int, loops: int
+    recipe: Recipe,
+    model: LoopLM,
+    stage: Stage,
+    mesh: Mesh,
+    first_step: int,
+    loops: int,
+    columns: Columns = None,
 ) -> jax.stages.Compiled:
     """Returns the compiled train step of a stage, from a cache.
 
     Runs in one process whose recipes differ only in seed or data, such as the cells of an experiment, and resumed runs
     share a program.
     """
-    return lower_step(recipe, model, stage, mesh, first_step=first_step, loops=loops).compile()
+    lowered = lower_step(recipe, model, stage, mesh, first_step=first_step, loops=loops, columns=columns)
+    return lowered.compile()
 
 
 def lower_step(
-    recipe: Recipe, model: LoopLM, stage: Stage, mesh: Mesh, *, first_step: int, loops: int
+    recipe: Recipe,
+    model: LoopLM,
+    stage: Stage,
+    mesh: Mesh,
+    *,
+    first_step: int,
+    loops: int,
+    columns: Columns = None,
 ) -> jax.stages.Lowered:
     """Returns the train step of a stage, lowered for the devices of `mesh`. Its state is donated.
 
-    This machine need not have those devices.
+    This machine need not have those devices. Rollouts have the given numbers of columns, by default the largest ones.
     """
     # Shapes and shardings are enough to compile, so that programs for absent devices can be planned.
     state = abstract_state(recipe, model, stage, mesh)
@@ -136,6 +160,8 @@ def lower_step(
     placed = jax.tree.map(lambda leaf: leaf.sharding, state)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(placed, NamedSharding(mesh, PartitionSpec())))
     with use_mesh(mesh):
+        if stage.objective is Objective.POLICY_GRADIENT:
+            return jitted.lower(state, _abstract_rollouts(stage, mesh, columns))
         return jitted.lower(state, abstract_batch(stage, mesh))
 
 
@@ -151,6 +177,25 @@ def abstract_batch(stage: Stage, mesh: Mesh) -> Batch[Array]:
     mask: Any = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
     plain = Batch(tokens=integers, targets=integers, segment_ids=integers, positions=integers, loss_mask=mask)
     return _with_depths(plain, integers) if stage.read_out is ReadOut.LAST else plain
+
+
+def _abstract_rollouts(stage: Stage, mesh: Mesh, columns: Columns) -> RolloutBatch:
+    """Returns shape, dtype and sharding of the rollouts of a stage."""
+
+    def placed(leaf: jax.ShapeDtypeStruct) -> Any:
+        # Rows are sharded, their columns are not.
+        spec = PartitionSpec(*batch_sharding(mesh).spec[:2])
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(placed, abstract_rollouts(stage, columns))
+
+
+def rollouts_to_device(batch: RolloutBatch, stage: Stage, mesh: Mesh) -> RolloutBatch:
+    """Returns the rollouts of a step on the devices, `[R, ...]` as microbatches `[A, R / A, ...]`."""
+    placed = _abstract_rollouts(stage, mesh, batch.columns)
+    return jax.tree.map(
+        lambda own, like: jax.device_put(np.asarray(own).reshape(like.shape), like.sharding), batch, placed
+    )
 
 
 def to_device(

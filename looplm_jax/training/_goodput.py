@@ -30,6 +30,7 @@ class Activity(enum.Enum):
     SAVE = "save"
     RESTORE = "restore"
     INPUT = "input"
+    ROLLOUTS = "rollouts"
     EVALUATION = "evaluation"
     OTHER = "other"
 

@@ -22,10 +22,28 @@ from looplm_jax.sharding import all_gather, all_reduce, on_each_device, reduce_s
 
 @flax.struct.dataclass
 class ObjectiveMetrics:
-    """The metrics of an objective: losses per loop and statistics of exits, and those that only LoopRPT has."""
+    """The metrics of an objective: losses per loop and statistics of exits, and those of reinforcement learning."""
 
-    exits: Stage1Metrics
+    exits: Stage1Metrics | None
     looprpt: LoopRPTMetrics | None = None
+    policy: "PolicyMetrics | None" = None
+
+
+@flax.struct.dataclass
+class PolicyMetrics:
+    """The metrics of a policy gradient.
+
+    Attributes:
+      loss: the aggregated term of the rewards.
+      kl: that of the divergence.
+      clipped: the fraction of clipped tokens.
+      gaps: the largest difference between log-probabilities of rollout and replay in each of R rows, nats.
+    """
+
+    loss: Float[Array, ""]
+    kl: Float[Array, ""]
+    clipped: Float[Array, ""]
+    gaps: Float[Array, "R"]
 
 
 @flax.struct.dataclass

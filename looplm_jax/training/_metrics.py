@@ -19,7 +19,7 @@ from looplm_jax.config import Recipe, Stage
 from looplm_jax.distributed import ProcessGroup
 from looplm_jax.errors import UserError
 from looplm_jax.files import AnyPath, check_regular, report_failed_reads
-from looplm_jax.losses import LoopRPTMetrics
+from looplm_jax.losses import LoopRPTMetrics, Stage1Metrics
 from looplm_jax.training._goodput import (
     ActivityTimer,
     memory_use,
@@ -27,6 +27,7 @@ from looplm_jax.training._goodput import (
     peak_flops,
     train_flops_per_token,
 )
+from looplm_jax.training._gradients import PolicyMetrics
 from looplm_jax.training._loggers import EventSink, open_append_only, open_events
 from looplm_jax.training._progress import TrainingProgress
 from looplm_jax.training._step import StepMetrics, is_logged
@@ -232,16 +233,34 @@ def as_values(metrics: StepMetrics) -> dict[str, Any]:
 
     return {
         "loss": float(loss),
-        "expected_loss": float(exits.expected_loss),
-        "loss_per_loop": _floats(exits.loss_per_loop),
-        "exit_pdf": _floats(exits.exit_pdf),
-        "mean_exit_loop": float(exits.mean_exit_loop),
-        "exit_entropy": float(exits.exit_entropy),
+        **({} if exits is None else _exit_values(exits)),
         "gradient_norm": float(host.gradient_norm),
         "learning_rate": float(host.learning_rate),
         "tokens": tokens,
         "skipped": int(host.skipped),
         **({} if host.looprpt is None else _looprpt_values(host.looprpt, tokens)),
+        **({} if host.policy is None else _policy_values(host.policy)),
+    }
+
+
+def _exit_values(exits: Stage1Metrics) -> dict[str, Any]:
+    """Returns the losses per loop and the statistics of exits as plain numbers and lists."""
+    return {
+        "expected_loss": float(exits.expected_loss),
+        "loss_per_loop": _floats(exits.loss_per_loop),
+        "exit_pdf": _floats(exits.exit_pdf),
+        "mean_exit_loop": float(exits.mean_exit_loop),
+        "exit_entropy": float(exits.exit_entropy),
+    }
+
+
+def _policy_values(metrics: PolicyMetrics) -> dict[str, float]:
+    """Returns the metrics of a policy gradient as plain numbers."""
+    return {
+        "policy_loss": float(metrics.loss),
+        "kl": float(metrics.kl),
+        "clipped": float(metrics.clipped),
+        "rollout_gap": float(np.max(metrics.gaps)),
     }
 
 
@@ -283,7 +302,7 @@ def _scalars(kind: str, values: Mapping[str, Any]) -> dict[str, float]:
     return scalars
 
 
-def _floats(values: np.ndarray) -> list[float]:
+def _floats(values: Any) -> list[float]:
     return [float(value) for value in values]
 
 
@@ -302,7 +321,7 @@ class Reporter:
         self._recipe, self._stage = recipe, stage
         self._log, self._progress, self._watch = log, progress, watch
         self._peak = peak_flops(mesh)
-        self._pending: tuple[int, int | float, StepMetrics] | None = None
+        self._pending: tuple[int, int | float, StepMetrics, Mapping[str, float]] | None = None
         self.restart_clock()
 
     @property
@@ -311,16 +330,19 @@ class Reporter:
         # `is_ready` does not block.
         return self._pending is not None and not cast(Any, self._pending[2].loss).is_ready()
 
-    def add(self, step: int, loops: int | float, metrics: StepMetrics) -> None:
-        """Reports the previous step and keeps `metrics` for the next call.
+    def add(
+        self, step: int, loops: int | float, metrics: StepMetrics, measured: Mapping[str, float] | None = None
+    ) -> None:
+        """Reports the previous step and keeps `metrics`, and what the host has `measured`, for the next call.
 
         `loops` is the number of loops of the step, or its mean over sequences.
 
         Raises:
-          UserError: the guard skipped too many consecutive steps, or the disk refuses the log.
+          UserError: the guard skipped too many consecutive steps, the disk refuses the log, or a replay does not
+            reproduce its rollouts.
         """
         self.flush()
-        self._pending = (step, loops, metrics)
+        self._pending = (step, loops, metrics, measured or {})
 
     def flush(self) -> None:
         """Reports the pending step. Raises the errors of `add`."""
@@ -333,9 +355,9 @@ class Reporter:
         """Excludes the time until now from the rate, because it was not spent training."""
         self._clock, self._clock_tokens = time.monotonic(), 0
 
-    def _report(self, step: int, loops: int | float, metrics: StepMetrics) -> None:
+    def _report(self, step: int, loops: int | float, metrics: StepMetrics, measured: Mapping[str, float]) -> None:
         """Writes the metrics of a step to the log and the progress bar."""
-        values = as_values(metrics)
+        values = {**as_values(metrics), **measured}
         # Masked tokens are not counted: they are computed, but nothing is learned from them.
         self._clock_tokens += values["tokens"]
         # The rate is over all steps since the clock was restarted.
@@ -352,6 +374,17 @@ class Reporter:
         # The guard comes last, so that the metrics of the step that ends the run are written.
         self._progress.update(self._stage.name, step, values)
         self._check_patience(int(metrics.skipped_in_a_row), step)
+        if "rollout_gap" in values:
+            self._check_gap(values["rollout_gap"], step)
+
+    def _check_gap(self, gap: float, step: int) -> None:
+        """Raises UserError if the replay of a step does not reproduce its rollouts, which are then another policy's."""
+        tolerance = self._stage.policy.gap_tolerance
+        if not gap <= tolerance:
+            raise UserError(
+                f"step {step}: log-probabilities of rollout and replay differ by {gap:.2g} nats, more than "
+                f"stages.{self._stage.name}.policy.gap_tolerance={tolerance:g}; compute in float32, or allow more"
+            )
 
     def _flops_per_token(self, loops: int | float) -> int:
         """Returns the model FLOPs of one token in a train step."""

@@ -60,6 +60,8 @@ def _of_objective(stage: Stage) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("beta", "prior"), because
     if stage.objective is not Objective.LOOPRPT:
         yield ("looprpt",), because
+    if stage.objective is not Objective.POLICY_GRADIENT:
+        yield ("policy",), because
 
 
 def _never_decays(stage: Stage) -> str:

@@ -109,17 +109,24 @@ class TrainingProgress(ProgressBar):
 
     def update(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
         """Shows the latest metrics. `step` counts from the start of the run."""
-        # LoopRPT also has a reward, and learns from a share of the tokens.
-        reward = f"reward {values['reward']:.3f}  hard {values['hard_share']:.0%}  " if "reward" in values else ""
-        status = (
-            f"loss {values['loss']:.3f}  {reward}exits at {values['mean_exit_loop']:.2f} loops  "
-            f"{values['tokens_per_second']:,.0f} tokens/s"
-        )
+        status = f"{_learned(values)}  {values['tokens_per_second']:,.0f} tokens/s"
         self._bar.update(self._task, completed=step, description=with_escapes(stage), status=status)
 
         seconds = time.monotonic() - self._started
         left = time_left(seconds, done=max(step - self._first, 1), rest=self._total - step)
         self._say_at_intervals(f"{stage}  step {step}/{self._total}  {status}  {left} left", now=step == self._total)
+
+
+def _learned(values: Mapping[str, Any]) -> str:
+    """Returns what the objective of a step learned, in words."""
+    if "rollout_gap" in values:
+        return (
+            f"reward {values['reward']:.2f}  answers right {values['share_right']:.2f}  "
+            f"loops {values['mean_exit_loop']:.2f}  gap {values['rollout_gap']:.0e}"
+        )
+    # LoopRPT also has a reward, and learns from a share of the tokens.
+    reward = f"reward {values['reward']:.3f}  hard {values['hard_share']:.0%}  " if "reward" in values else ""
+    return f"loss {values['loss']:.3f}  {reward}exits at {values['mean_exit_loop']:.2f} loops"
 
 
 def time_left(seconds: float, *, done: int, rest: int) -> str:

@@ -33,8 +33,8 @@ class TrainState:
       optimizer: the optimizer state of the trainable parameters of the stage.
       guard: the state of the guard.
       key: the raw random key for random choices during training, such as a random number of loops.
-      teacher: the average of earlier parameters in LoopRPT, in float32, or None. Only those that the stage trains,
-        because the others are the same.
+      teacher: the average of earlier parameters in LoopRPT, or the parameters at the start of a stage that a policy
+        gradient may not leave, in float32; or None. Only those that the stage trains, because the others are the same.
     """
 
     step: Int[Array, ""]
@@ -76,8 +76,14 @@ def _around(params: Params, recipe: Recipe, stage: Stage) -> TrainState:
         guard=initial_guard(recipe.guard),
         # Key 0 initializes the parameters (see `initial_state`); key 1 is for random choices during training.
         key=jax.random.key_data(jax.random.fold_in(seeded_key(recipe.seed), 1)),
-        teacher=_first_teacher(moving) if stage.objective is Objective.LOOPRPT else None,
+        teacher=_first_teacher(moving) if _has_teacher(stage) else None,
     )
+
+
+def _has_teacher(stage: Stage) -> bool:
+    """Whether the state of a stage has a second copy of the parameters."""
+    anchored = stage.objective is Objective.POLICY_GRADIENT and stage.policy.kl_weight > 0
+    return anchored or stage.objective is Objective.LOOPRPT
 
 
 def _first_teacher(moving: Params) -> Params:

@@ -34,15 +34,16 @@ from rich.console import Console
 
 from looplm_jax.checkpoints import CheckpointStore, Metadata, SaveError
 from looplm_jax.codec import to_dict
-from looplm_jax.config import Recipe, Stage
+from looplm_jax.config import Objective, Recipe, Stage
 from looplm_jax.data import ValidationBatches
 from looplm_jax.distributed import SINGLE_PROCESS, ProcessGroup, check_same
 from looplm_jax.errors import UserError
 from looplm_jax.models._looplm import LoopLM, Params
 from looplm_jax.sharding import use_mesh
-from looplm_jax.training._batches import RetryingReader, held_out_batches, open_reader
+from looplm_jax.training._batches import held_out_batches, open_reader
 from looplm_jax.training._compile import StagePrograms, to_device
 from looplm_jax.training._depth import draw_depths, grows
+from looplm_jax.training._feeds import Feed, OpenCollector, RolloutFeed, TextFeed
 from looplm_jax.training._goodput import Activity, ActivityTimer, time_summary, time_warnings
 from looplm_jax.training._guard import next_stage_guard
 from looplm_jax.training._initialize_from import with_model_of_start
@@ -52,6 +53,7 @@ from looplm_jax.training._notes import settings_without_effect
 from looplm_jax.training._ownership import NotOwner, Ownership, own
 from looplm_jax.training._profiling import ProfiledSteps, Profiler
 from looplm_jax.training._progress import TrainingProgress, progress_console
+from looplm_jax.training._rollout_log import RolloutLog
 from looplm_jax.training._run_folder import RunFolder, check_run_folder
 from looplm_jax.training._saving import AsyncSaver
 from looplm_jax.training._setup import Position, Setup, prepare_run, run_fingerprint
@@ -84,6 +86,8 @@ class _Run:
     watch: ActivityTimer
     profiler: Profiler
     evaluate: Evaluate | None
+    collect: OpenCollector | None
+    rollout_log: RolloutLog | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,6 +103,7 @@ def train(
     out: str | os.PathLike[str],
     *,
     evaluate: Evaluate | None = None,
+    collect: OpenCollector | None = None,
     console: Console | None = None,
     group: ProcessGroup = SINGLE_PROCESS,
     profile: ProfiledSteps | None = None,
@@ -110,6 +115,7 @@ def train(
       recipe: the configuration of the run.
       out: a new or empty folder, or one that contains this same run.
       evaluate: measures the parameters on held-out batches. Its results are added to the metrics.
+      collect: generates the answers of stages with the objective `policy_gradient`, such as `rl.rollout_collector()`.
       console: the console for progress; by default standard error.
       group: the processes of the run, all of which must call this. Only process 0 prints and writes metrics.
       profile: steps to trace into the folder.
@@ -120,6 +126,7 @@ def train(
         removed during the run; shapes do not fit the devices; a process was started differently; a source disappeared;
         the last save was refused; or too many consecutive steps were skipped. Earlier checkpoints are intact.
     """
+    _check_rollouts(recipe, collect, group)
     console = console or progress_console()
     watch = ActivityTimer()
     recipe = with_model_of_start(recipe, out)
@@ -167,6 +174,8 @@ def train(
             watch=watch,
             profiler=profiler,
             evaluate=evaluate,
+            collect=collect,
+            rollout_log=_open_rollout_log(recipe, folder, step, closing),
         )
         # Step 9.
         end = _train_stages(run, position)
@@ -183,6 +192,22 @@ def train(
 
     skipped = int(end.state.guard.skipped)
     return Outcome(folder=folder, step=int(end.state.step), skipped=skipped, stopped_by=end.stopped_by)
+
+
+def _check_rollouts(recipe: Recipe, collect: OpenCollector | None, group: ProcessGroup) -> None:
+    """Raises UserError if a stage needs rollouts, which nothing collects, or which several processes would."""
+    stages = [stage.name for stage in recipe.stages if stage.objective is Objective.POLICY_GRADIENT]
+    if stages and collect is None:
+        raise UserError(f"stage {stages[0]} learns from rollouts; pass collect=looplm_jax.rl.rollout_collector()")
+    if stages and group.count > 1:
+        raise UserError(f"stage {stages[0]} generates its answers in one process; start a single one on one host")
+
+
+def _open_rollout_log(recipe: Recipe, folder: RunFolder, step: int, closing: contextlib.ExitStack) -> RolloutLog | None:
+    """Returns the log of rollouts at a step, or None if no stage has any."""
+    if all(stage.objective is not Objective.POLICY_GRADIENT for stage in recipe.stages):
+        return None
+    return closing.enter_context(contextlib.closing(RolloutLog(folder.path, step=step)))
 
 
 def _closed(store: CheckpointStore, console: Console) -> Callable[..., None]:
@@ -246,7 +271,7 @@ def _train_stage(run: _Run, position: Position) -> _StageEnd:
     programs = StagePrograms(recipe, model, stage, mesh, first_step=first)
     reporter = Reporter(recipe, stage, mesh, run.log, run.progress, run.watch)
 
-    with contextlib.closing(open_reader(run.setup, position, run.progress.warn)) as reader:
+    with contextlib.closing(_open_feed(run, position, reporter)) as feed:
         try:
             while True:
                 # Evaluation and save come before the next step, so a run that was stopped during an evaluation repeats
@@ -257,7 +282,7 @@ def _train_stage(run: _Run, position: Position) -> _StageEnd:
                     reporter.restart_clock()
                 if first < done and _is_due(done, recipe.checkpoint.every, last):
                     reporter.flush()
-                    _save(run, stage, state, done, reader, permanent=done == last)
+                    _save(run, stage, state, done, feed, permanent=done == last)
 
                 if done == last:
                     # After the save, so that the next stage resumes from a checkpoint of this one.
@@ -268,7 +293,7 @@ def _train_stage(run: _Run, position: Position) -> _StageEnd:
 
                 # The next batch is read while the devices compute the previous step. A failure is not raised here but
                 # agreed on, so that all processes stop at the same step.
-                failure = reader.read_ahead()
+                failure = feed.read_ahead()
                 run.watch.charge(Activity.STEP if reporter.waiting else Activity.INPUT)
                 run.stop.check(failure)
                 _report_save_error(run, stage, done)
@@ -281,12 +306,13 @@ def _train_stage(run: _Run, position: Position) -> _StageEnd:
                     state = dataclasses.replace(state, guard=cleared)
                     run.progress.say(f"stage {stage.name} has {depths[0]} loops from step {done + 1} on")
 
-                loops = programs.loops_of(depths)
-                if not programs.compiled(loops):
+                feed.prepare(state.params, done)
+                loops, columns = programs.loops_of(depths), feed.columns
+                if not programs.compiled(loops, columns):
                     run.progress.say(f"compiling stage {stage.name} for {loops} loops")
                     # In a thread, because a large program compiles for minutes, and a stop signal must not wait for
                     # that.
-                    run.stop.run(functools.partial(programs.compile, loops))
+                    run.stop.run(functools.partial(programs.compile, loops, columns))
                     run.watch.charge(Activity.COMPILE)
                     # Tokens per second are those of training alone.
                     reporter.restart_clock()
@@ -294,19 +320,20 @@ def _train_stage(run: _Run, position: Position) -> _StageEnd:
                 # Dispatched without waiting: the devices compute while the host reports the previous step and reads the
                 # next batch.
                 run.profiler.before(done + 1)
-                state, metrics = programs.run(loops, state, to_device(reader.next(), stage, mesh, depths))
+                state, metrics = programs.run(loops, state, feed.next(depths), columns)
                 done += 1
-                reporter.add(done, _logged_loops(depths), metrics)
+                feed.taken(done)
+                reporter.add(done, _logged_loops(depths), metrics, feed.measured)
 
                 run.profiler.after(done, metrics)
                 run.watch.charge(Activity.STEP)
         except Stopped as stopped:
             reporter.flush()
-            _save(run, stage, state, done, reader, permanent=done == last)
+            _save(run, stage, state, done, feed, permanent=done == last)
             return _StageEnd(state=state, stopped_by=stopped.signal)
         except DataUnavailable as unavailable:
             reporter.flush()
-            _save(run, stage, state, done, reader, permanent=done == last)
+            _save(run, stage, state, done, feed, permanent=done == last)
             # The message says that the step is saved, so the asynchronous save has to end first.
             run.saver.finish()
             raise UserError(
@@ -317,6 +344,26 @@ def _train_stage(run: _Run, position: Position) -> _StageEnd:
 def _logged_loops(depths: Int[np.ndarray, "B"]) -> int | float:
     """Returns the number of loops of a step, or the mean over its sequences if they differ."""
     return int(depths[0]) if (depths == depths[0]).all() else float(depths.mean())
+
+
+def _open_feed(run: _Run, position: Position, reporter: Reporter) -> Feed:
+    """Opens the batches of a stage: text, or rollouts of the parameters."""
+    stage, mesh = run.setup.recipe.stages[position.stage], run.setup.meshes[position.stage]
+    if stage.objective is not Objective.POLICY_GRADIENT:
+        reader = open_reader(run.setup, position, run.progress.warn)
+        return TextFeed(reader, lambda batch, depths: to_device(batch, stage, mesh, depths))
+
+    assert run.collect is not None
+    assert run.rollout_log is not None
+    return RolloutFeed(
+        run.collect(run.setup, position.stage),
+        stage,
+        mesh,
+        reporter=reporter,
+        stop=run.stop,
+        watch=run.watch,
+        log=run.rollout_log,
+    )
 
 
 # Evaluation and saving
@@ -340,14 +387,14 @@ def _evaluate(
     run.watch.charge(Activity.EVALUATION)
 
 
-def _save(run: _Run, stage: Stage, state: TrainState, step: int, reader: RetryingReader, *, permanent: bool) -> None:
+def _save(run: _Run, stage: Stage, state: TrainState, step: int, feed: Feed, *, permanent: bool) -> None:
     """Saves a step with its metadata, and the metrics up to it."""
     metadata = Metadata(
         config=to_dict(run.setup.recipe),
         tokenizer_kind=run.setup.tokenizer.kind,
         tokenizer=run.setup.tokenizer.serialize(),
         tokenizer_fingerprint=run.setup.tokenizer.fingerprint,
-        data_state=reader.state(),
+        data_state=feed.state(),
         extra={"stage": stage.name},
     )
 
@@ -356,6 +403,7 @@ def _save(run: _Run, stage: Stage, state: TrainState, step: int, reader: Retryin
     run.ownership.check()
     # The metrics up to this step must be stored before the checkpoint from which a run may resume.
     run.log.flush()
+    feed.flush()
     run.saver.save(step, state, metadata, permanent=permanent)
     run.watch.charge(Activity.SAVE)
 

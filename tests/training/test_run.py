@@ -342,8 +342,8 @@ def test_steps_make_only_explicit_transfers(tmp_path, monkeypatch):
     """From the report of the first step to that of the last but one: reads batches, runs steps, and logs them."""
     stage, add, guarded = dataclasses.replace(STAGE, min_loops=0), Reporter.add, []
 
-    def add_and_guard(reporter, step, loops, metrics):
-        add(reporter, step, loops, metrics)
+    def add_and_guard(reporter, step, *metrics):
+        add(reporter, step, *metrics)
         guarded.append(step < stage.steps)
         jax.config.update("jax_transfer_guard", "disallow" if guarded[-1] else "allow")
 
