@@ -147,7 +147,7 @@ def test_a_spike_changes_nothing_and_the_next_good_step_ends_the_row():
 
 def test_the_state_is_donated():
     state = start(STAGE)
-    program = compiled(STAGE)._programs[LOOPS]
+    program = compiled(STAGE)._programs[LOOPS, None]
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     assert program.memory_analysis().alias_size_in_bytes >= 0.95 * held
     compiled(STAGE).run(LOOPS, state, to_device(random_batch(0), STAGE, MESH))
