@@ -34,7 +34,7 @@ def install() -> None:
     """Makes the import hook of jaxtyping decorate only functions with shapes in their signatures.
 
     It would decorate every function, which costs every call of a small function, and every creation of a local one,
-    much more time than the function itself takes. Functions without shapes are checked by beartype alone.
+    much more time than the function itself takes.
     """
     jaxtyping.jaxtyped = functools.partial(_jaxtyped, jaxtyping.jaxtyped)
 
@@ -42,16 +42,8 @@ def install() -> None:
 def _jaxtyped(original: Callable, function: Any = None, *, typechecker: Callable) -> Any:
     if function is None:
         return functools.partial(_jaxtyped, original, typechecker=typechecker)
-    if isinstance(function, type):
-        return function
-    hints = function.__annotations__.values()
-    if any(map(_is_shape, hints)):
-        return original(function, typechecker=typechecker)
-
-    # Beartype takes longer to create the check of a local function than the function is used, and cannot resolve names
-    # that are imported for type checkers only.
-    unchecked = "<locals>" in function.__qualname__ or any(isinstance(hint, str) for hint in hints)
-    return function if unchecked else typechecker(function)
+    shaped = not isinstance(function, type) and any(map(_is_shape, function.__annotations__.values()))
+    return original(function, typechecker=typechecker) if shaped else function
 
 
 def _is_shape(hint: Any) -> bool:
