@@ -17,7 +17,10 @@ exit rules, each optionally with bounds on loops, as in kl=1e-3,min=2,max=6:
   q=0.5          the gate: the first loop where the probability of having left reaches q
   hidden=0.03    the state changed by less than this
   relative=0.03  likewise, as a share of its size
-  kl=1e-3        the prediction changed by less than this, in nats
+  state=0.03     likewise, before the coda (Huginn)
+  cosine=1e-3    the direction of that state changed by less than this, as 1 - cosine
+  kl=1e-3        the prediction changed by less than this, in nats; Huginn: kl=5e-4,reverse,from_uniform
+  minp_kl=1e-5   likewise, without improbable tokens; Huginn: minp_kl=1e-5,from_uniform
   entropy=1e-3   its entropy changed by less than this, in nats
   stable=2       the likeliest token was that of the loop before, this many times in a row
   confidence=0.9 the likeliest token reached this probability

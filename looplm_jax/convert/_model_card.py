@@ -64,7 +64,8 @@ The weights as a plain PyTorch state dict, without transformers:
 import looplm_jax
 from looplm_jax.convert import to_torch_state_dict
 
-state = to_torch_state_dict(looplm_jax.load(FOLDER).params)
+loaded = looplm_jax.load(FOLDER)
+state = to_torch_state_dict(loaded.params, loaded.model.config)
 ```
 
 And in JAX: `looplm_jax.load(FOLDER)`, or `looplm convert from-hf FOLDER OUT` for a checkpoint that can be trained on.

@@ -4,7 +4,7 @@ Fields that looplm_jax does not support are refused by name.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from looplm_jax.config import ModelConfig, NormPlacement
@@ -181,13 +181,7 @@ def to_ouro_config(config: ModelConfig, *, dtype: str) -> dict[str, Any]:
     Raises:
       UserError: the model has an option that Hugging Face's Ouro cannot express; the message names it.
     """
-    for field in dataclasses.fields(ModelConfig):
-        value = getattr(config, field.name)
-        # The defaults are Ouro's.
-        if field.name not in _EXPRESSED and value != field.default:
-            shown = getattr(value, "value", value)
-            raise UserError(f"Hugging Face's Ouro cannot express model.{field.name}={shown}; keep our format")
-
+    check_is_ouro(config)
     return {
         "architectures": [ARCHITECTURE],
         "model_type": "ouro",
@@ -222,6 +216,19 @@ def to_ouro_config(config: ModelConfig, *, dtype: str) -> dict[str, Any]:
         "torch_dtype": dtype,
         "use_cache": True,
     }
+
+
+def check_is_ouro(config: ModelConfig, *, except_for: Collection[str] = ()) -> None:
+    """Raises UserError if a field of the model has a value that Hugging Face's Ouro cannot express; names the field.
+
+    Options without parameters, such as the weights of residual sums, have no tensor whose absence would show.
+    """
+    for field in dataclasses.fields(ModelConfig):
+        value = getattr(config, field.name)
+        # The defaults are Ouro's.
+        if field.name not in {*_EXPRESSED, *except_for} and value != field.default:
+            shown = getattr(value, "value", value)
+            raise UserError(f"Hugging Face's Ouro cannot express model.{field.name}={shown}; keep our format")
 
 
 # Fields and their checks

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from looplm_jax.config import ModelConfig
+from looplm_jax.config import ModelConfig, NormPlacement
 from looplm_jax.convert._layout import array_shapes, check_tensor_names, flat_arrays, torch_layout, unflat_arrays
+from looplm_jax.convert._ouro_config import check_is_ouro
 from looplm_jax.errors import UserError
 from looplm_jax.models._looplm import Params
 
@@ -19,15 +20,17 @@ if TYPE_CHECKING:
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def to_torch_state_dict(params: Params) -> dict[str, "torch.Tensor"]:
+def to_torch_state_dict(params: Params, config: ModelConfig) -> dict[str, "torch.Tensor"]:
     """Returns the tensors of a PyTorch Ouro model, on the CPU, in the dtype of `params`.
 
-    A model with a tied head has its embedding under both names, as in the state dict of the PyTorch module.
+    With `norm_placement=pre`, the tensors are those of a Llama and an exit gate. A model with a tied head has its
+    embedding under both names, as in the state dict of the PyTorch module.
 
     Raises:
-      UserError: PyTorch is not installed, or the model has a part that the PyTorch model lacks.
+      UserError: PyTorch is not installed, or the model has an option that the PyTorch model lacks, which is named.
     """
     torch = _import_torch()
+    _check_options(config)
 
     layout, arrays = list(torch_layout(params)), flat_arrays(params)
     # Each array is fetched once, not once for each of its layers.
@@ -45,9 +48,11 @@ def from_torch_state_dict(state: Mapping[str, "torch.Tensor"], config: ModelConf
     """Returns the parameters of a model of shape `config` from the tensors of a PyTorch Ouro model, in their own dtype.
 
     Raises:
-      UserError: a tensor is missing, unexpected or of another shape; the message names it.
+      UserError: a tensor is missing, unexpected or of another shape, or the model has an option that the PyTorch model
+        lacks; the message names it.
     """
     torch = _import_torch()
+    _check_options(config)
     shapes = array_shapes(config)
     wanted = {tensor.name: tensor for tensor in torch_layout(shapes)}
 
@@ -68,6 +73,12 @@ def from_torch_state_dict(state: Mapping[str, "torch.Tensor"], config: ModelConf
         for path, leaf in flat_arrays(shapes).items()
     }
     return unflat_arrays(arrays)
+
+
+def _check_options(config: ModelConfig) -> None:
+    """Raises UserError for an option of the model that the PyTorch model lacks."""
+    # The norms of `pre` are a subset of Ouro's, with the names that they have in a Llama.
+    check_is_ouro(config, except_for=["norm_placement"] if config.norm_placement is NormPlacement.PRE else [])
 
 
 def _to_tensor(torch: ModuleType, array: np.ndarray) -> "torch.Tensor":

@@ -37,9 +37,10 @@ Adaptive Computation Time: `act`, from halting probabilities to an `ACT`; `ponde
 Priors, as log-probabilities over 1..T: `log_prior` for a configuration; `log_uniform_prior`, `log_geometric_prior`,
 `log_poisson_lognormal_prior`; and `kl_divergence` from one.
 
-Policies: `FixedLoops`, `QExit`, `SampledExit`; `HiddenDifference`, `RelativeHiddenDifference`, `KLDivergence`,
-`EntropyChange`, `ArgmaxStable`, `Confidence`, `Margin`; bounds around any policy, `Bounded`; and a policy from a
-function, `Custom`. `exit_loops` applies a policy to the outputs of all loops.
+Policies: `FixedLoops`, `QExit`, `SampledExit`; `HiddenDifference`, `RelativeHiddenDifference`,
+`RelativeStateDifference`, `CosineChange`; `KLDivergence`, `MinPDivergence`, `EntropyChange`, `ArgmaxStable`,
+`Confidence`, `Margin`; bounds around any policy, `Bounded`; and a policy from a function, `Custom`. `exit_loops`
+applies a policy to the outputs of all loops.
 
 An own policy implements `ExitPolicy`; it declares what it reads with `looplm_jax.halting.signals.Needs`.
 """
@@ -70,6 +71,7 @@ with epy.lazy_api_imports(globals()):
         ArgmaxStable,
         Bounded,
         Confidence,
+        CosineChange,
         Custom,
         EntropyChange,
         ExitPolicy,
@@ -77,8 +79,10 @@ with epy.lazy_api_imports(globals()):
         HiddenDifference,
         KLDivergence,
         Margin,
+        MinPDivergence,
         QExit,
         RelativeHiddenDifference,
+        RelativeStateDifference,
         SampledExit,
     )
 
@@ -99,6 +103,7 @@ __all__ = [
     "ArgmaxStable",
     "Bounded",
     "Confidence",
+    "CosineChange",
     "Custom",
     "EntropyChange",
     "ExitPolicy",
@@ -106,8 +111,10 @@ __all__ = [
     "HiddenDifference",
     "KLDivergence",
     "Margin",
+    "MinPDivergence",
     "QExit",
     "RelativeHiddenDifference",
+    "RelativeStateDifference",
     "SampledExit",
     "act",
     "entropy",

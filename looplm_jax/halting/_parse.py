@@ -9,24 +9,31 @@ from looplm_jax.halting._policies import (
     ArgmaxStable,
     Bounded,
     Confidence,
+    CosineChange,
     EntropyChange,
     ExitPolicy,
     FixedLoops,
     HiddenDifference,
     KLDivergence,
     Margin,
+    MinPDivergence,
     QExit,
     RelativeHiddenDifference,
+    RelativeStateDifference,
     SampledExit,
 )
 
-# The policy of each name, which has a single numeric field, and an example of its value.
+# The policy of each name, which has one numeric field, and an example of its value. Fields of the type bool are
+# options, which follow as words.
 _RULES: dict[str, tuple[type[Any], str]] = {
     "loops": (FixedLoops, "4"),
     "q": (QExit, "0.5"),
     "hidden": (HiddenDifference, "0.03"),
     "relative": (RelativeHiddenDifference, "0.03"),
     "kl": (KLDivergence, "1e-3"),
+    "minp_kl": (MinPDivergence, "1e-5"),
+    "state": (RelativeStateDifference, "0.03"),
+    "cosine": (CosineChange, "1e-3"),
     "entropy": (EntropyChange, "1e-3"),
     "stable": (ArgmaxStable, "2"),
     "confidence": (Confidence, "0.9"),
@@ -38,16 +45,21 @@ _BOUNDS = {"min": "min_loops", "max": "max_loops"}
 
 
 def parse_exit_policy(text: str) -> ExitPolicy:
-    """Returns the exit policy for a rule and its number, followed by optional bounds on loops.
+    """Returns the exit policy for a rule and its number, followed by options of the rule and bounds on loops.
 
-    Examples: `q=0.5`, `loops=4`, `kl=1e-3,min=2,max=6`. The rules are loops, q, hidden, relative, kl, entropy, stable,
-    confidence and margin; and `sampled`, which has no number.
+    Examples: `q=0.5`, `loops=4`, `kl=1e-3,min=2,max=6`, `kl=5e-4,reverse,from_uniform`. The rules are loops, q, hidden,
+    relative, state, cosine, kl, minp_kl, entropy, stable, confidence and margin; and `sampled`, which has no number.
 
     Raises:
       UserError: the text has another form, or the policy does not allow its number.
     """
-    rule, *bounds = text.split(",")
-    policy = _rule(text, rule)
+    rule, *rest = text.split(",")
+    policy: Any = _rule(text, rule)  # a dataclass
+
+    options = {part.strip() for part in rest} & _options(policy)
+    bounds = [part for part in rest if part.strip() not in options]
+    if options:
+        policy = dataclasses.replace(policy, **dict.fromkeys(options, True))
     # Bounds only if they are given: `Bounded` without bounds would be another policy than the rule alone.
     return Bounded(policy, **_bounds(text, bounds)) if bounds else policy
 
@@ -65,8 +77,13 @@ def _rule(text: str, part: str) -> ExitPolicy:
 
     policy, example = _RULES[name]
     # Every rule has exactly one number.
-    (field,) = dataclasses.fields(policy)
+    (field,) = (field for field in dataclasses.fields(policy) if field.type is not bool)
     return policy(**{field.name: _number(text, value, field.type, f"{name}={example}")})
+
+
+def _options(policy: Any) -> set[str]:
+    """Returns the names of the options that a policy has besides its number."""
+    return {field.name for field in dataclasses.fields(policy) if field.type is bool}
 
 
 def _bounds(text: str, parts: Iterable[str]) -> dict[str, int]:

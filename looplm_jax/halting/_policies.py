@@ -1,11 +1,12 @@
 """Exit policies: small frozen objects that decide, per token, at which loop to exit.
 
-A user-defined policy is a frozen dataclass of `int` and `float` fields with the members of `ExitPolicy`. Policies that
-read states or predictions compute in float32 and log space. No token exits at loop 1 by a policy that compares with the
-previous loop.
+A user-defined policy is a frozen dataclass of `int`, `float` and `bool` fields with the members of `ExitPolicy`.
+Policies that read states or predictions compute in float32 and log space. No token exits at loop 1 by a policy that
+compares with the previous loop, unless the policy says with what loop 1 is compared.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Hashable
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -19,6 +20,8 @@ from looplm_jax.halting.signals import Needs, Signals
 
 # Numbers of loops are 32-bit integers in programs.
 _MOST_LOOPS = 2**31 - 1
+# The share of the largest probability below which `MinPDivergence` replaces those of other tokens.
+_MIN_P = 0.1
 
 
 # Policies that read the number of the loop or the gate, and wrappers
@@ -28,7 +31,7 @@ _MOST_LOOPS = 2**31 - 1
 class ExitPolicy(Protocol):
     """Decides after each loop which tokens exit. Every token exits at the last loop, whatever the policy.
 
-    An own policy is a frozen dataclass of `int` and `float` fields with these members. Engines compile once per class
+    An own policy is a frozen dataclass of numeric fields with these members. Engines compile once per class
     of policy; other values of its fields compile nothing. For a single function, use `Custom`.
 
         @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -262,16 +265,91 @@ class RelativeHiddenDifference(_ChangeBelow):
         return _norm(hidden - _previous_hidden(signals)) / jnp.maximum(_norm(hidden), jnp.finfo(jnp.float32).tiny)
 
 
-class KLDivergence(_ChangeBelow):
-    """Exits when `KL(p_t || p_{t-1}) < threshold`, in nats, between consecutive predictions (Huginn: 5e-4 to 1e-3)."""
+class RelativeStateDifference(_ChangeBelow):
+    """Exits when `||s_t - s_{t-1}||_2 / ||s_t||_2 < threshold`, of the states before the coda (Huginn: 0.03).
 
-    needs = Needs.PREVIOUS_LOGITS
+    Without a coda and with a norm in every loop, that is `RelativeHiddenDifference`.
+    """
+
+    needs = Needs.STATE
 
     def change(self, signals: Signals) -> Float[Array, "*B"]:
-        """Returns `KL(p_t || p_{t-1})`."""
+        """Returns `||s_t - s_{t-1}||_2 / ||s_t||_2`."""
+        state, previous = _states(signals)
+        # The maximum avoids a division by zero.
+        return _norm(state - previous) / jnp.maximum(_norm(state), jnp.finfo(jnp.float32).tiny)
+
+
+class CosineChange(_ChangeBelow):
+    """Exits when `1 - cos(s_t, s_{t-1}) < threshold`, of the states before the coda (Huginn: 1e-3)."""
+
+    needs = Needs.STATE
+
+    def change(self, signals: Signals) -> Float[Array, "*B"]:
+        """Returns `1 - cos(s_t, s_{t-1})`."""
+        directions = [
+            state / jnp.maximum(_norm(state), jnp.finfo(jnp.float32).tiny)[..., None] for state in _states(signals)
+        ]
+        # Equals half the squared distance of the unit vectors, which does not cancel where the cosine is close to 1.
+        return 0.5 * jnp.sum(jnp.square(directions[0] - directions[1]), axis=-1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _DivergenceBelow(_ChangeBelow):
+    """Exits when a divergence from the previous prediction is below a threshold."""
+
+    from_uniform: bool = False
+    needs: ClassVar[Needs] = Needs.PREVIOUS_LOGITS
+
+    def exits(self, signals: Signals) -> Bool[Array, "*B"]:
+        """Returns True for tokens whose divergence is below the threshold; at loop 1 only with `from_uniform`."""
+        return ((signals.loop > 1) | self.from_uniform) & (self.change(signals) < self.threshold)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KLDivergence(_DivergenceBelow):
+    """Exits when `KL(p_t || p_{t-1}) < threshold`, in nats, between consecutive predictions.
+
+    Huginn's published code has `reverse=True, from_uniform=True`, and thresholds from 5e-4 to 1e-3.
+
+    Attributes:
+      threshold: the divergence below which a token exits.
+      reverse: whether the divergence is `KL(p_{t-1} || p_t)`.
+      from_uniform: whether loop 1 compares with the uniform distribution; otherwise no token exits at loop 1.
+    """
+
+    reverse: bool = False
+
+    def change(self, signals: Signals) -> Float[Array, "*B"]:
+        """Returns `KL(p_t || p_{t-1})`, or its reverse."""
         log_p, log_previous = _log_probs(signals), _previous_log_probs(signals)
+        reverse = jnp.asarray(self.reverse)
+        # A number for each token needs an axis for the vocabulary.
+        reverse = reverse[..., None] if reverse.ndim else reverse
+        log_p, log_previous = (
+            jnp.where(reverse, log_previous, log_p),
+            jnp.where(reverse, log_p, log_previous),
+        )
         # KL(p || q) = sum_v p_v (log p_v - log q_v).
         return _expectation(log_p, log_p - log_previous)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MinPDivergence(_DivergenceBelow):
+    """Exits when `KL(q_{t-1} || q_t) < threshold`, in nats, of predictions without their tails (Huginn: 1e-5).
+
+    In q, tokens with less than 0.1 of the largest probability have probability 1/V, before q is normalized. Huginn's
+    published code has `from_uniform=True`.
+
+    Attributes:
+      threshold: the divergence below which a token exits.
+      from_uniform: whether loop 1 compares with the uniform distribution; otherwise no token exits at loop 1.
+    """
+
+    def change(self, signals: Signals) -> Float[Array, "*B"]:
+        """Returns `KL(q_{t-1} || q_t)`."""
+        log_q, log_previous = _without_tail(_log_probs(signals)), _without_tail(_previous_log_probs(signals))
+        return _expectation(log_previous, log_previous - log_q)
 
 
 class EntropyChange(_ChangeBelow):
@@ -356,12 +434,27 @@ def _previous_hidden(signals: Signals) -> Float[Array, "*B D"]:
     return required(signals.previous_hidden, "hidden states").astype(jnp.float32)
 
 
+def _states(signals: Signals) -> tuple[Float[Array, "*B D"], Float[Array, "*B D"]]:
+    """Returns the states before the coda after this loop and after the previous one."""
+    name = "states before the coda"
+    return (
+        required(signals.state, name).astype(jnp.float32),
+        required(signals.previous_state, name).astype(jnp.float32),
+    )
+
+
 def _log_probs(signals: Signals) -> Float[Array, "*B V"]:
     return jax.nn.log_softmax(required(signals.logits, "logits").astype(jnp.float32))
 
 
 def _previous_log_probs(signals: Signals) -> Float[Array, "*B V"]:
     return jax.nn.log_softmax(required(signals.previous_logits, "logits").astype(jnp.float32))
+
+
+def _without_tail(log_p: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
+    """Returns log-probabilities with those below `_MIN_P` of the largest set to 1/V, normalized."""
+    floor = jnp.max(log_p, axis=-1, keepdims=True) + math.log(_MIN_P)
+    return jax.nn.log_softmax(jnp.where(log_p < floor, -math.log(log_p.shape[-1]), log_p))
 
 
 def _norm(vector: Float[Array, "*B D"]) -> Float[Array, "*B"]:

@@ -22,7 +22,11 @@ from looplm_jax.halting.signals import LoopMemory, Needs, Signals
 
 Kind = type[Any] | Custom  # the class of a policy; each Custom policy is a separate kind
 Head = Callable[[Array], Array]  # states [*B, D] of one loop to logits [*B, V]
-_DTYPES: dict[Any, Any] = {int: jnp.int32, "int": jnp.int32, float: jnp.float32, "float": jnp.float32}
+_DTYPES: dict[Any, Any] = {
+    **{int: jnp.int32, "int": jnp.int32},
+    **{float: jnp.float32, "float": jnp.float32},
+    **{bool: jnp.bool_, "bool": jnp.bool_},
+}
 _MOST_KINDS = 32  # every kind of a table is evaluated in every tick
 _NO_KIND = -1
 _NO_CEILING = 2**31 - 1  # the largest int32
@@ -158,22 +162,27 @@ def exit_loops(
     gate_logits: Float[Array, "T *B"],
     logits: Head | Float[Array, "T *B V"],
     draws: Float[Array, "*B"] | None = None,
+    states: Float[Array, "T *B D"] | None = None,
 ) -> Int[Array, "*B"]:
     """Returns the loop at which each token exits, in 1..T. Tokens that have not exited earlier exit at T.
 
     Args:
       policy: a policy for all tokens, or a table with one per token.
-      hidden: the states of every loop.
+      hidden: the states of every loop, as the head reads them.
       gate_logits: the exit gates of every loop.
       logits: the predictions of every loop, or a head that computes those of one loop, `[*B, D]` to `[*B, V]`. The head
         is called only for policies that read predictions, and for one loop at a time.
       draws: a number per token, uniform in [0, 1), for policies that are random.
+      states: the states of every loop before coda and readout norm, for policies that read them.
 
     Raises:
-      UserError: the policy is random, and there are no draws.
+      UserError: the policy is random, and there are no draws; or it reads states before the coda, which are missing.
     """
     if Needs.DRAW in policy.needs and draws is None:
         raise UserError("this exit policy is random: choose another one, or give exit_loops a draw for each token")
+
+    if Needs.STATE in policy.needs and states is None:
+        raise UserError("this exit policy reads states before the coda: choose another one, or give exit_loops states")
 
     def predict(loop: Int[Array, ""]) -> Float[Array, "*B V"] | None:
         if Needs.LOGITS not in policy.needs:
@@ -182,7 +191,9 @@ def exit_loops(
 
     def after_loop(memory: LoopMemory, loop: Int[Array, ""]) -> tuple[LoopMemory, Array]:
         # One loop after another, as in a tick of the engine.
-        signals = memory.observe(gate_logits[loop], hidden[loop], predict(loop), draws)
+        signals = memory.observe(
+            gate_logits[loop], hidden[loop], predict(loop), draws, None if states is None else states[loop]
+        )
         return signals.memory(), policy.exits(signals)
 
     loops = jnp.arange(hidden.shape[0])
@@ -242,6 +253,7 @@ def _dtypes(kind: Kind) -> dict[str, Any]:
     fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else None
     if fields is None or any(field.type not in _DTYPES for field in fields):
         raise UserError(
-            f"exit policy {kind.__name__} must be a frozen dataclass of int and float fields; or wrap it in Custom"
+            f"exit policy {kind.__name__} must be a frozen dataclass of int, float and bool fields; "
+            "or wrap it in Custom"
         )
     return {field.name: _DTYPES[field.type] for field in fields}

@@ -12,17 +12,18 @@ class Needs(enum.Flag):
     """The signals that a policy reads in addition to the number of the loop. `Needs(0)` is none."""
 
     GATE = 1  # gate logits and log survival
-    HIDDEN = 2  # states of this loop and the previous one
+    HIDDEN = 2  # what the head reads after this loop and after the previous one
     LOGITS = 4  # predictions of this loop
     PREVIOUS_LOGITS = 8 | LOGITS  # and of the previous loop: an array [B, V] is kept between loops
     DRAW = 16  # a random number per token, the same at all of its loops
+    STATE = 32  # states before coda and readout norm, of this loop and the previous one
 
 
 @flax.struct.dataclass
 class Signals:
     """The signals after one loop. Those that no policy of the program needs are None.
 
-    At loop 1, `previous_*` have arbitrary values of the right shape, and `unchanged` is 0.
+    At loop 1, `previous_*` are zeros, which as logits are the uniform distribution, and `unchanged` is 0.
     """
 
     loop: Int[Array, "*B"]  # 1-based
@@ -37,6 +38,8 @@ class Signals:
         None  # consecutive loops, up to this one, with the prediction of the previous loop
     )
     draw: Float[Array, "*B"] | None = None  # uniform in [0, 1)
+    state: Float[Array, "*B D"] | None = None  # from which the next loop starts
+    previous_state: Float[Array, "*B D"] | None = None
 
     def memory(self) -> "LoopMemory":
         """Returns what the next loop needs."""
@@ -47,6 +50,7 @@ class Signals:
             logits=None if self.previous_logits is None else self.logits,
             prediction=self.prediction,
             unchanged=self.unchanged,
+            state=self.state,
         )
 
 
@@ -63,6 +67,7 @@ class LoopMemory:
     logits: Float[Array, "*B V"] | None
     prediction: Int[Array, "*B"] | None
     unchanged: Int[Array, "*B"] | None
+    state: Float[Array, "*B D"] | None
 
     @classmethod
     def before_loops(
@@ -72,7 +77,7 @@ class LoopMemory:
 
         Args:
           needs: the signals that will be read. Others are not kept.
-          hidden: shape and dtype of the states of one loop, `[*B, D]`.
+          hidden: shape and dtype of the states of one loop, before and after the coda, `[*B, D]`.
           logits: shape and dtype of the predictions of one loop, `[*B, V]`.
         """
         rows = hidden.shape[:-1]
@@ -86,6 +91,7 @@ class LoopMemory:
             logits=None if compared is None else jnp.zeros(compared.shape, jnp.float32),
             prediction=None if predictions is None else jnp.zeros(rows, jnp.int32),
             unchanged=None if predictions is None else jnp.zeros(rows, jnp.int32),
+            state=jnp.zeros(hidden.shape, hidden.dtype) if Needs.STATE in needs else None,
         )
 
     def observe(
@@ -94,6 +100,7 @@ class LoopMemory:
         hidden: Float[Array, "*B D"] | None = None,
         logits: Float[Array, "*B V"] | None = None,
         draw: Float[Array, "*B"] | None = None,
+        state: Float[Array, "*B D"] | None = None,
     ) -> Signals:
         """Returns the signals after one more loop, without states and predictions that this memory does not need."""
         loop, gate_logits = self.loop + 1, gate_logits.astype(jnp.float32)
@@ -117,4 +124,6 @@ class LoopMemory:
             prediction=prediction,
             unchanged=unchanged,
             draw=draw,
+            state=None if self.state is None else state,
+            previous_state=self.state,
         )

@@ -106,6 +106,7 @@ def run_loop(
 
     last = LastToken(
         hidden=last.hidden.at[loop].set(jnp.where(finite, hidden, jnp.nan)),
+        state=last.state.at[loop].set(output.state[0, count - 1]),
         gate_logits=last.gate_logits.at[loop].set(output.gate_logits[0, count - 1]),
     )
     return constrain((row, dataclasses.replace(chunk, state=output.state, kept=kept), last))
@@ -130,7 +131,7 @@ def write_kept(row: Cache, chunk: Chunk, last: LastToken) -> Cache:
 def no_last_token(model: LoopLM, loops: int) -> LastToken:
     """Returns the states of the last token before the first chunk."""
     hidden = jnp.zeros((loops, model.config.width), compute_dtype(model.compute))
-    return constrain(LastToken(hidden=hidden, gate_logits=jnp.zeros(loops, jnp.float32)))
+    return constrain(LastToken(hidden=hidden, state=hidden, gate_logits=jnp.zeros(loops, jnp.float32)))
 
 
 def bytes_per_prompt_token(config: ModelConfig, strategy: CacheStrategy, dtype: DTypeLike, *, devices: int = 1) -> int:

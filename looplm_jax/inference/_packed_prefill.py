@@ -118,7 +118,7 @@ def admit_pack(model: LoopLM, params: Params, slots: Slots, pack: Pack, *, loops
 
     head = functools.partial(logits_of, model, params)
     policy = started.settings.policy
-    exits = exit_loops(policy, last.hidden, last.gate_logits, head, draws_of(started, policy))
+    exits = exit_loops(policy, last.hidden, last.gate_logits, head, draws_of(started, policy), last.state)
     hidden = last.hidden[exits - 1, jnp.arange(new.size)]
     first = dataclasses.replace(
         choose(model, params, started, hidden, None, new),
@@ -137,7 +137,11 @@ def _run(model: LoopLM, params: Params, pack: Pack, loops: int) -> tuple[LastTok
 
     def loop(state: Float[Array, "1 S D"], done: Int[Array, ""]) -> tuple[Array, PyTree]:
         output, core, coda = apply(state, embedded, context, done, prompts, prompts, True, method="loop_step")
-        last = LastToken(hidden=output.hidden[0, pack.ends], gate_logits=output.gate_logits[0, pack.ends])
+        last = LastToken(
+            hidden=output.hidden[0, pack.ends],
+            state=output.state[0, pack.ends],
+            gate_logits=output.gate_logits[0, pack.ends],
+        )
         return output.state, (last, core, coda)
 
     _, (last, *own) = jax.lax.scan(loop, apply(embedded, method="initial_state"), jnp.arange(loops))

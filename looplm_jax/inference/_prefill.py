@@ -30,6 +30,7 @@ class LastToken:
     """The outputs of all loops at the last token of a chunk."""
 
     hidden: Float[Array, "T D"]
+    state: Float[Array, "T D"]  # before the coda
     gate_logits: Float[Array, "T"]
 
 
@@ -69,7 +70,11 @@ def prefill_chunk(
     def loop(state: Float[Array, "1 S D"], plane: Int[Array, ""]) -> tuple[Array, PyTree]:
         past = row.past(row.planes.core, plane[None], dtype), row.past(row.planes.coda, plane[None], dtype)
         output, core, coda = apply(state, embedded, context, plane, *past, True, method="loop_step")
-        last = LastToken(hidden=output.hidden[0, count - 1], gate_logits=output.gate_logits[0, count - 1])
+        last = LastToken(
+            hidden=output.hidden[0, count - 1],
+            state=output.state[0, count - 1],
+            gate_logits=output.gate_logits[0, count - 1],
+        )
         return output.state, (last, core, coda)
 
     start = apply(embedded, method="initial_state")
@@ -182,6 +187,7 @@ def admit(
         last.gate_logits[:, None],
         functools.partial(logits_of, model, params),
         draws_of(one, settings.policy),
+        last.state[:, None],
     )
 
     first = choose(model, params, one, last.hidden[exits[0] - 1][None], None, one.active)

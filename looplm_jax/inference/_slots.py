@@ -159,5 +159,5 @@ def _ask(model: LoopLM, policy: ExitPolicy, table: PolicyTable, rows: int) -> Bo
     """Evaluates a policy on placeholder values."""
     config, dtype = model.config, compute_dtype(model.compute)
     hidden, logits = jnp.zeros((rows, config.width), dtype), jnp.zeros((rows, config.vocab_size))
-    signals = fresh_memory(model, table, rows).observe(jnp.zeros(rows), hidden, logits, jnp.zeros(rows))
+    signals = fresh_memory(model, table, rows).observe(jnp.zeros(rows), hidden, logits, jnp.zeros(rows), hidden)
     return policy.exits(signals)

@@ -91,7 +91,7 @@ def tick(model: LoopLM, params: Params, slots: Slots, *, loops: int, previews: b
     # The head is costly, so predictions are computed only if a policy or a preview needs them.
     logits = logits_of(model, params, hidden) if previews or Needs.LOGITS in policy.needs else None
     draws = draws_of(slots, policy)
-    signals = slots.memory.observe(output.gate_logits[:, 0], hidden, logits, draws)
+    signals = slots.memory.observe(output.gate_logits[:, 0], hidden, logits, draws, output.state[:, 0])
     # log lambda of this loop. A token at the last loop leaves whatever the gate is.
     gate_open = jax.nn.log_sigmoid(signals.gate_logits)
     # The budget and T limit every policy.

@@ -56,10 +56,14 @@ Params = dict[str, Any]  # nested, by the names of modules; leaves are arrays
 
 @flax.struct.dataclass
 class LoopLMOutput:
-    """The states and gate logits of every loop. Logits are `hidden[t] @ head_matrix(...)`."""
+    """The states and gate logits of every loop. Logits are `hidden[t] @ head_matrix(...)`.
+
+    `state` has the states from which the next loops start, before coda and readout norm, if they were asked for.
+    """
 
     hidden: Float[Array, "T B S D"]
     gate_logits: Float[Array, "T B S"]
+    state: Float[Array, "T B S D"] | None = None
 
 
 @flax.struct.dataclass
@@ -149,6 +153,7 @@ class LoopLM(nn.Module):
         noise_seeds: UInt32[Array, "B S"] | None = None,
         state_noise: float = 0.0,
         token_numbers: Int[Array, "B S"] | None = None,
+        return_state: bool = False,
     ) -> LoopLMOutput:
         """Returns states and gate logits after each loop.
 
@@ -164,6 +169,7 @@ class LoopLM(nn.Module):
             the random key `noise`, in `rngs`.
           token_numbers: a number for each token, from which and the key its noise follows. By default tokens are
             counted, row by row. With those of a whole batch, its parts have the noise that they have in the batch.
+          return_state: whether to return the states before coda and readout norm too.
         """
         output, _ = self.prefill(
             tokens,
@@ -174,6 +180,7 @@ class LoopLM(nn.Module):
             return_cache=False,
             state_noise=state_noise,
             token_numbers=token_numbers,
+            return_state=return_state,
         )
         return output
 
@@ -188,6 +195,7 @@ class LoopLM(nn.Module):
         return_cache: bool = True,
         state_noise: float = 0.0,
         token_numbers: Int[Array, "B S"] | None = None,
+        return_state: bool = False,
     ) -> tuple[LoopLMOutput, ModelCache | None]:
         """Returns the output of the forward pass, and the keys and values of all layers and loops if `return_cache`.
 
@@ -210,7 +218,8 @@ class LoopLM(nn.Module):
             output, core_cache, coda_cache = model.loop_step(
                 state, embedded, context, done, return_cache=return_cache, noise=noise
             )
-            return output.state, (output.hidden, output.gate_logits, core_cache, coda_cache)
+            kept = output.state if return_state else None
+            return output.state, (output.hidden, output.gate_logits, kept, core_cache, coda_cache)
 
         # Inside a scan, XLA cannot merge the recomputation with the original, so it needs no barrier (`prevent_cse`).
         if self.compute.remat is Remat.LOOP:
@@ -229,10 +238,10 @@ class LoopLM(nn.Module):
         )
 
         start = self.initial_state(embedded, noise_seeds)
-        _, (hidden, gate_logits, core_cache, coda_cache) = scan(self, start, jnp.arange(loops, dtype=jnp.int32))
+        _, (hidden, gate_logits, states, core_cache, coda_cache) = scan(self, start, jnp.arange(loops, dtype=jnp.int32))
 
         cache = ModelCache(core=core_cache, prelude=prelude_cache, coda=coda_cache) if return_cache else None
-        return LoopLMOutput(hidden=hidden, gate_logits=gate_logits), cache
+        return LoopLMOutput(hidden=hidden, gate_logits=gate_logits, state=states), cache
 
     def begin(
         self,

@@ -1,10 +1,14 @@
+import jax
 import numpy as np
 import pytest
 from evaluation_cases import make_loaded
 from harness_cases import forward, log_probs_of
 
+from looplm_jax.config import GatePlacement, ModelConfig
+from looplm_jax.errors import UserError
 from looplm_jax.evaluation.harness._scoring import Likelihood, Window, WindowScorer, score_windows
-from looplm_jax.halting import Bounded, Confidence, FixedLoops, QExit
+from looplm_jax.halting import Bounded, Confidence, FixedLoops, QExit, RelativeStateDifference
+from looplm_jax.models._looplm import LoopLM, init_params
 
 LOOPS = 4
 LONGEST = 64
@@ -111,3 +115,37 @@ def test_a_bucket_is_compiled_once(loaded, pairs, at_every_loop):
 def test_nothing_to_score_is_certain(loaded):
     assert scorer(loaded)([Window.of([1, 2], [], LONGEST)]) == [Likelihood.of_nothing(LOOPS)]
     assert scorer(loaded)([]) == []
+
+
+def tiny(**options):
+    config = ModelConfig(vocab_size=13, width=8, mlp_width=8, num_layers=1, num_heads=2, loops=LOOPS, **options)
+    return LoopLM(config)
+
+
+def test_a_policy_that_reads_the_gate_of_a_model_without_one_is_refused():
+    with pytest.raises(UserError) as error:
+        WindowScorer(
+            model=tiny(gate=GatePlacement.NONE), params={}, loops=LOOPS, policy=QExit(q=Q), rows=1, longest=LONGEST
+        )
+    assert str(error.value) == (
+        "QExit reads the exit gate, and the model has none (model.gate=none); "
+        "use fixed loops, or a policy that reads states or predictions"
+    )
+
+
+def test_a_policy_reads_the_states_before_the_coda():
+    model = tiny(coda_layers=1)
+    params = init_params(model, jax.random.key(0))
+    tokens = np.arange(8, dtype=np.int32)[None] % 13
+    output = model.apply({"params": params}, tokens, loops=LOOPS, return_state=True)
+    sizes = np.linalg.norm(output.state, axis=-1)[1:]
+    changes = np.linalg.norm(np.diff(output.state, axis=0), axis=-1) / sizes
+    # Different positions exit at different loops.
+    policy = RelativeStateDifference(threshold=float(np.median(changes)))
+    leaves = np.concatenate([np.zeros((1, 1, 8), bool), changes < policy.threshold])
+    leaves[-1] = True
+
+    positions = np.arange(8, dtype=np.int32)[None]
+    scores = score_windows(model, params, tokens, positions, tokens, loops=LOOPS, policy=policy)
+    np.testing.assert_array_equal(scores.loops[0], np.argmax(leaves, axis=0) + 1)
+    assert len(np.unique(scores.loops)) > 1

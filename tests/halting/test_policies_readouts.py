@@ -27,21 +27,32 @@ from looplm_jax.halting import (
     ArgmaxStable,
     Bounded,
     Confidence,
+    CosineChange,
     Custom,
     EntropyChange,
     FixedLoops,
     HiddenDifference,
     KLDivergence,
     Margin,
+    MinPDivergence,
     QExit,
     RelativeHiddenDifference,
+    RelativeStateDifference,
     exit_distribution,
     exit_loops,
     q_exit,
 )
 from looplm_jax.halting.signals import LoopMemory, Needs
 
-CHANGES = [HiddenDifference, RelativeHiddenDifference, KLDivergence, EntropyChange]
+CHANGES = [
+    HiddenDifference,
+    RelativeHiddenDifference,
+    RelativeStateDifference,
+    CosineChange,
+    KLDivergence,
+    MinPDivergence,
+    EntropyChange,
+]
 
 
 def first(leaves):
@@ -123,7 +134,10 @@ def test_every_token_leaves_within_its_bounds(trajectory, policy, one, other):
 @given(trajectories(), st.sampled_from(CHANGES), small)
 def test_identical_states_in_a_row_leave_at_once(trajectory, kind, threshold):
     still = Trajectory(
-        *(np.broadcast_to(x[:1], x.shape) for x in (trajectory.hidden, trajectory.gates, trajectory.logits))
+        *(
+            np.broadcast_to(x[:1], x.shape)
+            for x in (trajectory.hidden, trajectory.gates, trajectory.logits, trajectory.states)
+        )
     )
     assert (still.exits(row(kind(threshold=threshold))) == 2).all()
     assert (still.exits(row(ArgmaxStable(times=3))) == 4).all()
@@ -134,15 +148,18 @@ def test_states_of_nothing_but_zeros_leave_at_once():
         np.zeros((LOOPS, ROWS, 3), np.float32),
         np.zeros((LOOPS, ROWS), np.float32),
         np.zeros((LOOPS, ROWS, VOCABULARY), np.float32),
+        np.zeros((LOOPS, ROWS, 3), np.float32),
     )
-    assert (zeros.exits(row(RelativeHiddenDifference(threshold=1e-6))) == 2).all()
+    for kind in (RelativeHiddenDifference, RelativeStateDifference, CosineChange):
+        assert (zeros.exits(row(kind(threshold=1e-6))) == 2).all()
 
 
 def test_tokens_that_cannot_be_do_not_disturb_divergence_and_entropy():
     logits = np.zeros((LOOPS, ROWS, VOCABULARY), np.float32)
     logits[..., 0] = -np.inf
     logits[2:, :, 1] = 0.5
-    trajectory = Trajectory(np.zeros((LOOPS, ROWS, 3), np.float32), np.zeros((LOOPS, ROWS), np.float32), logits)
+    still = np.zeros((LOOPS, ROWS, 3), np.float32)
+    trajectory = Trajectory(still, np.zeros((LOOPS, ROWS), np.float32), logits, still)
     for kind in (KLDivergence, EntropyChange):
         assert (trajectory.exits(row(kind(threshold=1e-4))) == 2).all()
     logits[1, :, 0] = 0.0  # possible at one loop only: an infinite divergence, and two changes of entropy
@@ -169,14 +186,14 @@ def test_no_prediction_is_made_for_policies_that_read_none(policy):
 def test_a_head_and_its_predictions_say_the_same(trajectory, policy):
     head = np.arange(18, dtype=np.float32).reshape(3, 6) % 5
     logits = jnp.einsum("tbd,dv->tbv", trajectory.hidden, head)
-    by_head = exit_loops_with_head(row(policy), trajectory.hidden, trajectory.gates, head)
-    by_logits = Trajectory(trajectory.hidden, trajectory.gates, logits).exits(row(policy))
+    by_head = exit_loops_with_head(row(policy), trajectory.hidden, trajectory.gates, head, trajectory.states)
+    by_logits = dataclasses.replace(trajectory, logits=logits).exits(row(policy))
     np.testing.assert_array_equal(by_head, by_logits)
 
 
 @jax.jit
-def exit_loops_with_head(policy, hidden, gates, head):
-    return exit_loops(policy, hidden, gates, lambda state: state @ head)
+def exit_loops_with_head(policy, hidden, gates, head, states):
+    return exit_loops(policy, hidden, gates, lambda state: state @ head, states=states)
 
 
 @pytest.mark.parametrize(
@@ -184,6 +201,7 @@ def exit_loops_with_head(policy, hidden, gates, head):
     [
         (Needs.GATE, set()),
         (Needs.HIDDEN, {"hidden", "previous_hidden"}),
+        (Needs.STATE, {"state", "previous_state"}),
         (Needs.LOGITS, {"logits", "prediction", "unchanged"}),
         (Needs.PREVIOUS_LOGITS, {"logits", "previous_logits", "prediction", "unchanged"}),
     ],
@@ -191,8 +209,17 @@ def exit_loops_with_head(policy, hidden, gates, head):
 def test_only_what_is_needed_is_kept(needs, kept):
     hidden, logits = jnp.zeros((2, 3)), jnp.zeros((2, 6), jnp.bfloat16)
     memory = LoopMemory.before_loops(needs, jax.eval_shape(lambda: hidden), jax.eval_shape(lambda: logits))
-    signals = memory.observe(jnp.zeros(2), hidden, logits)
-    optional = {"hidden", "previous_hidden", "logits", "previous_logits", "prediction", "unchanged"}
+    signals = memory.observe(jnp.zeros(2), hidden, logits, state=hidden)
+    optional = {
+        "state",
+        "previous_state",
+        "hidden",
+        "previous_hidden",
+        "logits",
+        "previous_logits",
+        "prediction",
+        "unchanged",
+    }
     assert {name for name in optional if getattr(signals, name) is not None} == kept
     assert jax.tree.structure(signals.memory()) == jax.tree.structure(memory)
     assert [leaf.dtype for leaf in jax.tree.leaves(signals.memory())] == [
@@ -205,10 +232,11 @@ def test_any_batch_axes_do():
     hidden, gates = (jnp.asarray(random.normal(size=shape), jnp.float32) for shape in ((LOOPS, 2, 3, 4), (LOOPS, 2, 3)))
     flat_hidden, flat_gates = hidden.reshape(LOOPS, 6, 4), gates.reshape(LOOPS, 6)
     for kind in KINDS:
-        (field,) = dataclasses.fields(kind)
+        # The options of a rule, such as the direction of a divergence, keep their defaults.
+        (field,) = (field for field in dataclasses.fields(kind) if field.type is not bool)
         policy = row(kind(**{field.name: 1 if field.type is int else 0.5}))
-        exits = jitted_exit_loops(policy, hidden, gates, hidden)
-        flat = jitted_exit_loops(policy, flat_hidden, flat_gates, flat_hidden)
+        exits = jitted_exit_loops(policy, hidden, gates, hidden, states=hidden)
+        flat = jitted_exit_loops(policy, flat_hidden, flat_gates, flat_hidden, states=flat_hidden)
         np.testing.assert_array_equal(exits.reshape(-1), flat)
 
 

@@ -75,6 +75,8 @@ def signals_at(loop, trajectory):
         log_survival=jnp.sum(jax.nn.log_sigmoid(-jnp.asarray(trajectory.gates[:loop])), axis=0),
         hidden=jnp.asarray(trajectory.hidden[loop - 1]),
         previous_hidden=jnp.asarray(trajectory.hidden[loop - 2]),
+        state=jnp.asarray(trajectory.states[loop - 1]),
+        previous_state=jnp.asarray(trajectory.states[loop - 2]),
         logits=jnp.asarray(trajectory.logits[loop - 1]),
         previous_logits=jnp.asarray(trajectory.logits[loop - 2]),
         unchanged=jnp.ones(ROWS, jnp.int32),
@@ -183,7 +185,7 @@ class ByName:
 
 
 def test_a_class_that_is_not_made_of_numbers_is_refused():
-    message = "exit policy ByName must be a frozen dataclass of int and float fields; or wrap it in Custom"
+    message = "exit policy ByName must be a frozen dataclass of int, float and bool fields; or wrap it in Custom"
     with pytest.raises(UserError) as error:
         PolicyTable.empty(2).with_kind(ByName(name="x"))
     assert str(error.value) == message

@@ -7,13 +7,16 @@ from looplm_jax.halting import (
     ArgmaxStable,
     Bounded,
     Confidence,
+    CosineChange,
     EntropyChange,
     FixedLoops,
     HiddenDifference,
     KLDivergence,
     Margin,
+    MinPDivergence,
     QExit,
     RelativeHiddenDifference,
+    RelativeStateDifference,
     SampledExit,
     parse_exit_policy,
 )
@@ -29,6 +32,14 @@ from looplm_jax.halting import (
         ("hidden=0.03", HiddenDifference(threshold=0.03)),
         ("relative=0.03", RelativeHiddenDifference(threshold=0.03)),
         ("kl=1e-3", KLDivergence(threshold=1e-3)),
+        ("kl=1e-3,reverse", KLDivergence(threshold=1e-3, reverse=True)),
+        (
+            "kl=5e-4, from_uniform,max=6,reverse",
+            Bounded(KLDivergence(threshold=5e-4, reverse=True, from_uniform=True), max_loops=6),
+        ),
+        ("minp_kl=1e-5,from_uniform", MinPDivergence(threshold=1e-5, from_uniform=True)),
+        ("state=0.03", RelativeStateDifference(threshold=0.03)),
+        ("cosine=1e-3", CosineChange(threshold=1e-3)),
         ("entropy=1e-3", EntropyChange(threshold=1e-3)),
         ("stable=2", ArgmaxStable(times=2)),
         ("confidence=0.9", Confidence(probability=0.9)),
@@ -46,7 +57,7 @@ def test_policies_are_read_as_typed(text, policy):
 
 
 ONLY_BOUNDS = "only min and max may follow the rule"
-KNOWN = "confidence, entropy, hidden, kl, loops, margin, q, relative, sampled, stable"
+KNOWN = "confidence, cosine, entropy, hidden, kl, loops, margin, minp_kl, q, relative, sampled, stable, state"
 
 
 @pytest.mark.parametrize(
@@ -63,6 +74,10 @@ KNOWN = "confidence, entropy, hidden, kl, loops, margin, q, relative, sampled, s
         ("kl=0", "the threshold of KLDivergence must be positive, not 0.0"),
         ("stable=0", "times must be at least 1, not 0"),
         ("confidence=2", "probability must be in [0, 1], not 2.0"),
+        (
+            "minp_kl=1e-5,reverse",
+            f"exit policy 'minp_kl=1e-5,reverse': {ONLY_BOUNDS}, not 'reverse'; write for example q=0.5,min=2,max=6",
+        ),
         ("margin=x", "exit policy 'margin=x': 'x' is not a number; write for example margin=0.5"),
         ("loop=4", "unknown exit policy 'loop=4'; write for example q=0.5; did you mean 'loops'?"),
         ("", f"unknown exit policy ''; write for example q=0.5; known: {KNOWN}"),

@@ -11,13 +11,16 @@ from hypothesis import strategies as st
 from looplm_jax.halting import (
     ArgmaxStable,
     Confidence,
+    CosineChange,
     EntropyChange,
     FixedLoops,
     HiddenDifference,
     KLDivergence,
     Margin,
+    MinPDivergence,
     QExit,
     RelativeHiddenDifference,
+    RelativeStateDifference,
     exit_loops,
 )
 from looplm_jax.halting._policy_table import PolicyTable
@@ -29,7 +32,10 @@ KINDS = (
     QExit,
     HiddenDifference,
     RelativeHiddenDifference,
+    RelativeStateDifference,
+    CosineChange,
     KLDivergence,
+    MinPDivergence,
     EntropyChange,
     ArgmaxStable,
     Confidence,
@@ -40,14 +46,15 @@ jitted_exit_loops = jax.jit(exit_loops)
 
 @dataclasses.dataclass(frozen=True)
 class Trajectory:
-    """Hidden states `[T, B, D]`, gates `[T, B]` and logits `[T, B, V]`; each row converges at its own rate."""
+    """States `[T, B, D]`, gates `[T, B]` and logits `[T, B, V]`; each row converges at its own rate."""
 
     hidden: np.ndarray
     gates: np.ndarray
     logits: np.ndarray
+    states: np.ndarray
 
     def exits(self, table):
-        return np.asarray(jitted_exit_loops(table, self.hidden, self.gates, self.logits))
+        return np.asarray(jitted_exit_loops(table, self.hidden, self.gates, self.logits, states=self.states))
 
 
 @st.composite
@@ -62,7 +69,7 @@ def trajectories(draw):
         return (end + noise * rate ** np.arange(LOOPS)[:, None, None]).astype(np.float32)
 
     gates = random.choice([-80.0, 80.0, -3.0, -1.0, 0.0, 1.0], (LOOPS, ROWS)).astype(np.float32)
-    return Trajectory(hidden=converging(WIDTH), gates=gates, logits=converging(VOCABULARY))
+    return Trajectory(hidden=converging(WIDTH), gates=gates, logits=converging(VOCABULARY), states=converging(WIDTH))
 
 
 def exits_step_by_step(policy, trajectory):
@@ -70,8 +77,9 @@ def exits_step_by_step(policy, trajectory):
     shapes = (jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in (trajectory.hidden, trajectory.logits))
     memory = LoopMemory.before_loops(policy.needs, *shapes)
     leaves = []
-    for state, gate, logits in zip(trajectory.hidden, trajectory.gates, trajectory.logits):
-        signals = memory.observe(jnp.asarray(gate), jnp.asarray(state), jnp.asarray(logits))
+    for state, gate, logits, before in zip(trajectory.hidden, trajectory.gates, trajectory.logits, trajectory.states):
+        given = (jnp.asarray(signal) for signal in (gate, state, logits))
+        signals = memory.observe(*given, state=jnp.asarray(before))
         leaves.append(np.asarray(policy.exits(signals)))
         memory = signals.memory()
     leaves[-1] = np.ones(ROWS, bool)
@@ -85,8 +93,16 @@ policies = st.one_of(
     fraction.map(lambda q: QExit(q=q)),
     *(
         small.map(lambda threshold, kind=kind: kind(threshold=threshold))
-        for kind in (HiddenDifference, RelativeHiddenDifference, KLDivergence, EntropyChange)
+        for kind in (
+            HiddenDifference,
+            RelativeHiddenDifference,
+            RelativeStateDifference,
+            CosineChange,
+            MinPDivergence,
+            EntropyChange,
+        )
     ),
+    st.builds(KLDivergence, threshold=small, reverse=st.booleans(), from_uniform=st.booleans()),
     st.integers(1, LOOPS).map(lambda times: ArgmaxStable(times=times)),
     fraction.map(lambda probability: Confidence(probability=probability)),
     fraction.map(lambda margin: Margin(margin=margin)),
@@ -105,7 +121,7 @@ def row(policy):
 
 def evidence(trajectory, policy):
     """Returns the value that the policy compares with its number at each loop, `[T, B]`, in float64."""
-    hidden, logits = (x.astype(np.float64) for x in (trajectory.hidden, trajectory.logits))
+    hidden, logits, states = (x.astype(np.float64) for x in (trajectory.hidden, trajectory.logits, trajectory.states))
     log_p = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
     p = np.exp(log_p)
     match policy:
@@ -113,8 +129,17 @@ def evidence(trajectory, policy):
             return _since_before(np.linalg.norm(np.diff(hidden, axis=0), axis=-1))
         case RelativeHiddenDifference():
             return _since_before(np.linalg.norm(np.diff(hidden, axis=0), axis=-1) / np.linalg.norm(hidden[1:], axis=-1))
+        case RelativeStateDifference():
+            return _since_before(np.linalg.norm(np.diff(states, axis=0), axis=-1) / np.linalg.norm(states[1:], axis=-1))
+        case CosineChange():
+            lengths = np.linalg.norm(states, axis=-1)
+            return _since_before(1 - np.sum(states[1:] * states[:-1], axis=-1) / (lengths[1:] * lengths[:-1]))
         case KLDivergence():
             return _since_before(np.sum(p[1:] * np.diff(log_p, axis=0), axis=-1))
+        case MinPDivergence():
+            q = np.where(p < 0.1 * p.max(axis=-1, keepdims=True), 1 / VOCABULARY, p)
+            q = q / q.sum(axis=-1, keepdims=True)
+            return _since_before(np.sum(q[:-1] * -np.diff(np.log(q), axis=0), axis=-1))
         case EntropyChange():
             return _since_before(np.abs(np.diff(-np.sum(p * log_p, axis=-1), axis=0)))
         case Confidence():

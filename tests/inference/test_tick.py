@@ -113,6 +113,7 @@ def shape_of_row(model):
 def last_token(model):
     return LastToken(
         hidden=jax.ShapeDtypeStruct((LOOPS, model.config.width), jnp.float32),
+        state=jax.ShapeDtypeStruct((LOOPS, model.config.width), jnp.float32),
         gate_logits=jax.ShapeDtypeStruct((LOOPS,), jnp.float32),
     )
 

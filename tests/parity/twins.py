@@ -66,5 +66,5 @@ def torch_twin(config: ModelConfig, params: Params, dtype: Dtype = Dtype.FLOAT32
     for name in ("architectures", "auto_map", "torch_dtype"):
         del published[name]
     twin = OuroForCausalLM(OuroConfig(**published)).to(getattr(torch, dtype.value)).eval()
-    twin.load_state_dict(to_torch_state_dict(params), strict=True)
+    twin.load_state_dict(to_torch_state_dict(params, config), strict=True)
     return twin

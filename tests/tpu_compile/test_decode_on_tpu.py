@@ -90,6 +90,7 @@ class Chips:
             _, chunk = jax.eval_shape(functools.partial(begin_chunk, self.model), self.params, row, numbers, number)
         last = LastToken(
             hidden=jax.ShapeDtypeStruct((config.loops, config.width), jnp.bfloat16),
+            state=jax.ShapeDtypeStruct((config.loops, config.width), jnp.bfloat16),
             gate_logits=jax.ShapeDtypeStruct((config.loops,), jnp.float32),
         )
         chunk = jax.tree.map(

@@ -13,7 +13,9 @@ from jaxtyping import Array, Float, Int
 
 from looplm_jax.errors import UserError
 from looplm_jax.halting import ExitPolicy, exit_loops
+from looplm_jax.halting.signals import Needs
 from looplm_jax.inference._kv_cache import bucket
+from looplm_jax.inference._request_checks import check_gate
 from looplm_jax.losses import token_scores
 from looplm_jax.losses._cross_entropy import TokenScores
 from looplm_jax.models._looplm import LoopLM, LoopLMOutput, Params, head_matrix
@@ -115,7 +117,11 @@ class WindowScores:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WindowScorer:
-    """Scores any number of windows. Neither their order nor `rows` affects the results."""
+    """Scores any number of windows. Neither their order nor `rows` affects the results.
+
+    Raises:
+      UserError: the policy reads the gate of a model without one.
+    """
 
     model: LoopLM
     params: Params
@@ -124,6 +130,9 @@ class WindowScorer:
     rows: int  # windows per batch
     longest: int  # number of tokens that the model reads
     on_windows: Callable[[int], None] | None = None  # called with the number of windows of each batch
+
+    def __post_init__(self) -> None:
+        check_gate(self.policy, self.model.config)
 
     def __call__(self, windows: Sequence[Window]) -> list[Likelihood]:
         """Returns the likelihood of each window, summed in float64."""
@@ -155,10 +164,14 @@ def score_windows(
 
     All tokens run all loops, as the tokens of a prompt do; a policy decides at which loop a prediction is read.
     """
-    output = model.apply({"params": params}, tokens, loops=loops)
+    reads_state = policy is not None and Needs.STATE in policy.needs
+    output = model.apply({"params": params}, tokens, loops=loops, return_state=reads_state)
     assert isinstance(output, LoopLMOutput)
     # [T, B, S, D] -> [T, B, P, D]
-    hidden = jnp.take_along_axis(output.hidden, read_positions[None, :, :, None], axis=2)
+    hidden, states = jax.tree.map(
+        lambda of_loops: jnp.take_along_axis(of_loops, read_positions[None, :, :, None], axis=2),
+        (output.hidden, output.state),
+    )
     head = head_matrix(params, model.config)
 
     if policy is None:
@@ -167,7 +180,7 @@ def score_windows(
     else:
         gate_logits = jnp.take_along_axis(output.gate_logits, read_positions[None], axis=2)
         # [1, B, P]: one readout per token.
-        exits = _exit_loops(policy, hidden, gate_logits, head)[None]
+        exits = _exit_loops(policy, hidden, states, gate_logits, head)[None]
         # Loops count from 1.
         hidden = jnp.take_along_axis(hidden, exits[..., None] - 1, axis=0)
 
@@ -177,6 +190,7 @@ def score_windows(
 def _exit_loops(
     policy: ExitPolicy,
     hidden: Float[Array, "T B P D"],
+    states: Float[Array, "T B P D"] | None,
     gate_logits: Float[Array, "T B P"],
     head: Float[Array, "D V"],
 ) -> Int[Array, "B P"]:
@@ -188,8 +202,11 @@ def _exit_loops(
     def predict(states: Float[Array, "P D"]) -> Float[Array, "P V"]:
         return jnp.einsum("pd,dv->pv", states, head.astype(states.dtype), preferred_element_type=jnp.float32)
 
-    by_row = jnp.swapaxes(hidden, 0, 1), jnp.swapaxes(gate_logits, 0, 1)
-    return jax.lax.map(lambda row: exit_loops(policy, row[0], row[1], predict), by_row)
+    def of_row(row: tuple[Array, Array, Array | None]) -> Int[Array, "P"]:
+        hidden, gate_logits, states = row
+        return exit_loops(policy, hidden, gate_logits, predict, states=states)
+
+    return jax.lax.map(of_row, jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (hidden, gate_logits, states)))
 
 
 def _likelihood(batch: WindowScores, row: int, scored: int) -> Likelihood:
