@@ -82,7 +82,7 @@ def _rule(text: str, part: str) -> ExitPolicy:
 
 
 def _options(policy: Any) -> set[str]:
-    """Returns the names of the options that a policy has besides its number."""
+    """Returns the names of the options of a policy in addition to its number."""
     return {field.name for field in dataclasses.fields(policy) if field.type is bool}
 
 

@@ -1,4 +1,5 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from evaluation_cases import make_loaded
@@ -137,7 +138,7 @@ def test_a_policy_reads_the_states_before_the_coda():
     model = tiny(coda_layers=1)
     params = init_params(model, jax.random.key(0))
     tokens = np.arange(8, dtype=np.int32)[None] % 13
-    output = model.apply({"params": params}, tokens, loops=LOOPS, return_state=True)
+    output = model.apply({"params": params}, jnp.asarray(tokens), loops=LOOPS, return_state=True)
     sizes = np.linalg.norm(output.state, axis=-1)[1:]
     changes = np.linalg.norm(np.diff(output.state, axis=0), axis=-1) / sizes
     # Different positions exit at different loops.
