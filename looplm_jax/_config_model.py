@@ -135,6 +135,7 @@ class ModelConfig:
     state_norm: StateNorm = _field("when the state is normalized", StateNorm.EVERY_LOOP)
     shared_readout_norm: bool = _field("the norm after the coda has the weights of the norm of the state", False)
     gate: GatePlacement = _field("what the exit gate reads", GatePlacement.AFTER)
+    gate_bias: float = _field("initial bias of the exit gate; negative: later exits", 0.0)
     # What a loop receives beside the state.
     time_signal: TimeSignal = _field("what a loop receives about its number", TimeSignal.NONE)
     max_loops: int = _field("time_signal=learned: most loops of a call; 0 means as many as loops", 0)
@@ -225,6 +226,10 @@ class ModelConfig:
         _require(
             self.max_loops == 0 or self.max_loops >= self.loops,
             f"model.max_loops={self.max_loops} is less than model.loops={self.loops}",
+        )
+        _require(
+            self.gate_bias == 0 or self.gate is not GatePlacement.NONE,
+            f"model.gate_bias={self.gate_bias} needs a gate; set model.gate=after, or model.gate_bias=0",
         )
 
     def _check_layer(self) -> None:

@@ -121,14 +121,17 @@ class Objective(enum.Enum):
     """The objective that a stage minimizes.
 
     EXPECTED_LOSS: the expected loss over exits (Eq. 4). GATE: the adaptive loss of the gate (Eq. 5-6). LAST_LOSS: the
-    loss after the last loop only, as looped models without a gate are trained; the gate receives no gradient. LOOPRPT:
-    reinforcement learning on text (arXiv 2603.19714), which rewards exits by how well they predict the next token.
-    POLICY_GRADIENT: reinforcement learning on answers that the model generates to problems.
+    loss after the last loop only, as looped models without a gate are trained; the gate receives no gradient. PONDER:
+    the loss of the states of all loops, mixed by Adaptive Computation Time, and the cost of the loops (Universal
+    Transformer, arXiv 1807.03819). LOOPRPT: reinforcement learning on text (arXiv 2603.19714), which rewards exits by
+    how well they predict the next token. POLICY_GRADIENT: reinforcement learning on answers that
+    the model generates to problems.
     """
 
     EXPECTED_LOSS = "expected_loss"
     GATE = "gate"
     LAST_LOSS = "last_loss"
+    PONDER = "ponder"
     LOOPRPT = "looprpt"
     POLICY_GRADIENT = "policy_gradient"
 
@@ -711,6 +714,9 @@ class Stage:
     gate_target: GateTarget = _field("which gain trains the gate", GateTarget.AS_PRINTED)
     gain_slope: float = _field("k in Eq. 6", 50.0)
     gain_threshold: float = _field("gamma in Eq. 6, nats", 0.005)
+    # Adaptive Computation Time.
+    ponder_weight: float = _field("ponder: weight of the mean of loops and remainder", 0.01)
+    act_epsilon: float = _field("ponder: a token halts once its probabilities sum to more than 1 minus this", 0.01)
     # Reinforcement learning.
     looprpt: LoopRPTConfig = dataclasses.field(default_factory=LoopRPTConfig)
     policy: PolicyConfig = dataclasses.field(default_factory=PolicyConfig)
@@ -743,10 +749,13 @@ class Stage:
         _require(len(set(topologies)) == len(topologies), f"{where}.settings name a topology twice: {topologies}")
 
         # Numbers of which 0 means that the feature is not used.
-        for name in ("context", "rope_theta", "beta", "warmup_steps", "decay_steps", "final_learning_rate"):
+        for name in (
+            "context", "rope_theta", "beta", "ponder_weight", "warmup_steps", "decay_steps", "final_learning_rate"
+        ):  # fmt: skip
             _require(getattr(self, name) >= 0, f"{where}.{name} must not be negative, not {getattr(self, name)}")
         for name in ("learning_rate", "gain_slope"):
             _require(getattr(self, name) > 0, f"{where}.{name} must be positive, not {getattr(self, name)}")
+        _require(0 < self.act_epsilon < 1, f"{where}.act_epsilon must be in (0, 1), not {self.act_epsilon}")
         # A constant schedule does not read the final rate; `looplm train` prints a note about it.
         _require(
             self.schedule is Schedule.CONSTANT or self.final_learning_rate <= self.learning_rate,
@@ -765,6 +774,8 @@ class Stage:
 
         if self.objective is Objective.GATE:
             _require(self.loops >= 2, f"{where}: the gate has nothing to learn with one loop; set {where}.loops")
+        if self.objective is Objective.PONDER:
+            self._check_ponder(where)
         if self.objective is Objective.LOOPRPT:
             _require(
                 (self.loops if self.drawn.kind is DepthKind.FIXED else self.drawn.min) >= 2,
@@ -806,6 +817,20 @@ class Stage:
             f"{where}.sequence_length={self.sequence_length}",
         )
 
+    def _check_ponder(self, where: str) -> None:
+        """Raises UserError for fields without a meaning for Adaptive Computation Time."""
+        _require(self.loops >= 2, f"{where}: objective=ponder mixes loops and needs at least 2; set {where}.loops")
+        _require(
+            self.drawn.kind is DepthKind.FIXED,
+            f"{where}.objective=ponder finds the number of loops of each token; "
+            f"set {where}.depth.kind=fixed and {where}.min_loops=0",
+        )
+        _require(
+            self.read_out is ReadOut.EVERY_LOOP,
+            f"{where}.objective=ponder reads the mixed state, not that of the last loop; "
+            f"set {where}.read_out=every_loop",
+        )
+
     def _check_depth(self, where: str) -> None:
         """Raises UserError for depths, truncation or a read-out that do not fit each other."""
         depth, last = self.depth, self.read_out is ReadOut.LAST
@@ -820,7 +845,7 @@ class Stage:
         )
 
         _require(
-            not last or self.objective is Objective.LAST_LOSS,
+            not last or self.objective in (Objective.LAST_LOSS, Objective.PONDER),
             f"{where}.read_out=last has no losses of earlier loops, which objective={self.objective.value} needs; "
             "set objective=last_loss, or read_out=every_loop",
         )

@@ -198,6 +198,8 @@ def _stage_row(stage: Stage, steps: int) -> tuple[Any, ...]:
         )
     elif stage.objective is Objective.LAST_LOSS:
         objective = "loss after the last loop"
+    elif stage.objective is Objective.PONDER:
+        objective = f"loss of the mixed state (ACT), ponder weight {stage.ponder_weight:g}"
     elif stage.objective is Objective.LOOPRPT:
         objective = f"LoopRPT (arXiv 2603.19714), {stage.looprpt.rollouts} rollouts"
     elif stage.objective is Objective.POLICY_GRADIENT:

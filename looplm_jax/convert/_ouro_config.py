@@ -134,6 +134,7 @@ _EXPRESSED = {
     "tied_head",
     "initializer",
     "second_norm_init",
+    "gate_bias",
 }
 MISSPELLED = 0.85  # the similarity (difflib) above which one name counts as a misspelling of another
 

@@ -12,7 +12,8 @@
     (2, 8, 97)
 
 The model: `LoopLM`, a Flax module for a `ModelConfig` and a `ComputeConfig` of `looplm_jax.config`; its output,
-`LoopLMOutput`; and `last_loop`, which runs each sequence its own number of loops with gradients through the last ones.
+`LoopLMOutput`; `last_loop`, which runs each sequence its own number of loops with gradients through the last ones; and
+`mixed_loops`, which halts each token by itself and mixes its states (ACT), with its output `MixedOutput`.
 `looplm_jax.losses` trains it, `looplm_jax.halting` stops its loops, `looplm_jax.inference` generates.
 
 Parameters, `Params`, are nested dictionaries of arrays: `init_params`, `head_matrix`, `count_params`; `parameter_axes`
@@ -41,7 +42,7 @@ from etils import epy
 
 with epy.lazy_api_imports(globals()):
     # Fixed points, and gradients through them.
-    # The model, its parameters, and its last loop.
+    # The model, its parameters, and its loops in training.
     from looplm_jax.models._drawn_depth import last_loop
     from looplm_jax.models._fixed_point import SolverMetrics, fixed_point, implicit, phantom
     from looplm_jax.models._looplm import (
@@ -53,10 +54,12 @@ with epy.lazy_api_imports(globals()):
         init_params,
         parameter_axes,
     )
+    from looplm_jax.models._mixed_loops import MixedOutput, mixed_loops
 
 __all__ = [
     "LoopLM",
     "LoopLMOutput",
+    "MixedOutput",
     "Params",
     "SolverMetrics",
     "count_params",
@@ -65,6 +68,7 @@ __all__ = [
     "implicit",
     "init_params",
     "last_loop",
+    "mixed_loops",
     "parameter_axes",
     "phantom",
 ]

@@ -139,7 +139,7 @@ class LoopLM(nn.Module):
 
         # The gate and the head read the state after the coda, if there is one.
         if config.gate is not GatePlacement.NONE:
-            self.gate = ExitGate(config.init_std)
+            self.gate = ExitGate(config.init_std, config.gate_bias)
         if not config.tied_head:
             self.head = parameter(self, "head", matrix, ("embed", "vocab"), (config.width, config.vocab_size))
 
@@ -348,18 +348,11 @@ class LoopLM(nn.Module):
             queries = Queries(state=state, first=jnp.broadcast_to(done == 0, state.shape[:1])[:, None, None])
         left, core_cache = self.core(entering, context, core_past, return_cache, queries)
 
-        every_loop = config.state_norm is StateNorm.EVERY_LOOP
-        state = self.norm(left) if every_loop else left
+        state = self.norm(left) if config.state_norm is StateNorm.EVERY_LOOP else left
         # Before the gate, the head and the next loop, all of which read the noisy state.
         if noise is not None:
             state = state + noise
-        normal = state if every_loop else self.norm(state)
-
-        # The coda reads the state; the next loop starts from the state before the coda.
-        hidden, coda_cache = normal, None
-        if config.coda_layers:
-            hidden, coda_cache = self.coda(normal, context, coda_past, return_cache)
-            hidden = self.norm(hidden) if config.shared_readout_norm else self.coda_norm(hidden)
+        hidden, coda_cache = self.read_out(state, context, coda_past, return_cache)
 
         match config.gate:
             case GatePlacement.AFTER:
@@ -370,6 +363,26 @@ class LoopLM(nn.Module):
                 gate_logits = jnp.full(hidden.shape[:-1], _NEVER, jnp.float32)
 
         return LoopOutput(state=state, hidden=hidden, gate_logits=gate_logits), core_cache, coda_cache
+
+    def read_out(
+        self,
+        state: Float[Array, "B S D"],
+        context: Context,
+        coda_past: Past | None = None,
+        return_cache: bool = False,
+    ) -> tuple[Float[Array, "B S D"], KeyValues | None]:
+        """Returns what the head reads of the state after a loop, and the cache of the coda if `return_cache`.
+
+        Arguments as in `loop_step`.
+        """
+        config = self.config
+        normal = state if config.state_norm is StateNorm.EVERY_LOOP else self.norm(state)
+        if not config.coda_layers:
+            return normal, None
+
+        # The next loop starts from the state before the coda.
+        hidden, coda_cache = self.coda(normal, context, coda_past, return_cache)
+        return self.norm(hidden) if config.shared_readout_norm else self.coda_norm(hidden), coda_cache
 
     def _inject(self, state: Float[Array, "B S D"], embedded: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """Returns the state, combined with the embedded input."""
@@ -408,13 +421,14 @@ class ExitGate(nn.Module):
     """The exit gate `h @ w + b`: one scalar per token, in float32 because probabilities are computed from it."""
 
     init_std: float
+    initial_bias: float = 0.0
 
     @nn.compact
     def __call__(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B"]:
         """Returns the gate logit of every token."""
         normal = nn.initializers.normal(self.init_std)
         weight = parameter(self, "kernel", normal, ("embed_in",), (hidden.shape[-1],))
-        bias = parameter(self, "bias", nn.initializers.zeros, ("norm",), (1,))
+        bias = parameter(self, "bias", nn.initializers.constant(self.initial_bias), ("norm",), (1,))
         return hidden.astype(jnp.float32) @ weight.astype(jnp.float32) + bias[0].astype(jnp.float32)
 
 

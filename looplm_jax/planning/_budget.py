@@ -173,10 +173,9 @@ def recomputed_flops(model: ModelConfig, stage: Stage, remat: Remat) -> float:
 
     # Loops without gradients are not recomputed.
     loops = min(stage.backprop_loops or stage.mean_loops, stage.mean_loops)
-    readouts = 1 if stage.read_out is ReadOut.LAST else loops
-    forward = forward_flops_per_token(
-        model, loops=loops, sequence_length=stage.sequence_length, read_out=stage.read_out
-    )
+    read_out = ReadOut.LAST if stage.objective is Objective.PONDER else stage.read_out
+    readouts = 1 if read_out is ReadOut.LAST else loops
+    forward = forward_flops_per_token(model, loops=loops, sequence_length=stage.sequence_length, read_out=read_out)
     # One head per read-out, whose logits the loss never stores: it computes their gradients in the forward pass.
     heads = readouts * 2 * model.width * model.vocab_size
     layers = model.prelude_layers + loops * model.num_layers + readouts * model.coda_layers

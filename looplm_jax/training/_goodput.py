@@ -164,9 +164,9 @@ def train_flops_per_token(
     """Returns the operations of one token's train step.
 
     The backward pass costs twice the forward pass, or nothing if only the gate is trained. `last_loss` evaluates the
-    head only after the last loop. `looprpt` adds a forward pass of the teacher, and a forward and a backward pass of
-    every rollout. Recomputation under rematerialization is not counted: these are operations of the model, not of the
-    hardware.
+    head only after the last loop, and `ponder` coda and head only once. `looprpt` adds a forward pass of the teacher,
+    and a forward and a backward pass of every rollout. Recomputation under rematerialization is not counted: these are
+    operations of the model, not of the hardware.
 
     Args:
       config: the model.
@@ -184,7 +184,9 @@ def train_flops_per_token(
         )
         return forward + 2 * trained
 
-    forward = forward_flops_per_token(config, loops=loops, sequence_length=sequence_length)
+    if objective is Objective.PONDER:
+        read_out = ReadOut.LAST
+    forward = forward_flops_per_token(config, loops=loops, sequence_length=sequence_length, read_out=read_out)
     if objective is Objective.GATE:
         return forward
     # Earlier loops have no head.

@@ -22,11 +22,15 @@ from looplm_jax.sharding import all_gather, all_reduce, on_each_device, reduce_s
 
 @flax.struct.dataclass
 class ObjectiveMetrics:
-    """The metrics of an objective: losses per loop and statistics of exits, and those of reinforcement learning."""
+    """The metrics of an objective: losses per loop and statistics of exits, and those of reinforcement learning.
+
+    `means` has the others, by their names in `metrics.jsonl`.
+    """
 
     exits: Stage1Metrics | None
     looprpt: LoopRPTMetrics | None = None
     policy: "PolicyMetrics | None" = None
+    means: dict[str, Float[Array, ""]] = flax.struct.field(default_factory=dict)
 
 
 @flax.struct.dataclass

@@ -32,7 +32,7 @@ from looplm_jax.training._state import TrainState, abstract_state, state_around
 # Do not change the shapes of parameters.
 _NO_SHAPE = (
     *("loops", "rope_theta", "norm_eps", "max_positions", "embedding_scale", "residual", "state_norm"),
-    *("initial_state", "state_std", "initializer", "init_std", "second_norm_init"),
+    *("initial_state", "state_std", "initializer", "init_std", "second_norm_init", "gate_bias"),
 )
 # The subtree of the train state in a checkpoint.
 _OPTIMIZER = "optimizer"

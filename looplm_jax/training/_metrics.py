@@ -224,12 +224,12 @@ def as_values(metrics: StepMetrics) -> dict[str, Any]:
     host = jax.device_get(metrics)
     tokens = int(host.tokens)
     learned = tokens if host.looprpt is None else int(host.looprpt.hard_tokens)
-    loss, exits = host.loss, host.exits
+    loss, exits, means = host.loss, host.exits, host.means
     # A mean over zero tokens is undefined.
     if learned == 0:
         loss = _undefined(loss)
     if tokens == 0:
-        exits = _undefined(exits)
+        exits, means = _undefined((exits, means))
 
     return {
         "loss": float(loss),
@@ -238,6 +238,7 @@ def as_values(metrics: StepMetrics) -> dict[str, Any]:
         "learning_rate": float(host.learning_rate),
         "tokens": tokens,
         "skipped": int(host.skipped),
+        **{name: float(mean) for name, mean in means.items()},
         **({} if host.looprpt is None else _looprpt_values(host.looprpt, tokens)),
         **({} if host.policy is None else _policy_values(host.policy)),
     }

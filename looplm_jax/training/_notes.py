@@ -58,6 +58,8 @@ def _of_objective(stage: Stage) -> Iterator[tuple[tuple[str, ...], str]]:
         yield _GATE_FIELDS, because
     if stage.objective is not Objective.EXPECTED_LOSS:
         yield ("beta", "prior"), because
+    if stage.objective is not Objective.PONDER:
+        yield ("ponder_weight", "act_epsilon"), because
     if stage.objective is not Objective.LOOPRPT:
         yield ("looprpt",), because
     if stage.objective is not Objective.POLICY_GRADIENT:

@@ -1,4 +1,4 @@
-"""The objectives of Stage I, of Stage II and of the last loop, each as a function of a microbatch.
+"""The objectives of Stage I, of Stage II, of the last loop and of ACT, each as a function of a microbatch.
 
 Their losses and metrics are sums over the microbatch, divided by the number of unmasked tokens of the whole batch.
 """
@@ -12,11 +12,20 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
 
 from looplm_jax.config import PriorKind, Stage
 from looplm_jax.data._packing import Batch, DepthBatch
+from looplm_jax.halting import mean_exit_loop
 from looplm_jax.halting._priors import log_prior
-from looplm_jax.losses import Stage1Metrics, stage1, stage1_from_hidden, stage2, token_losses
+from looplm_jax.losses import (
+    Stage1Metrics,
+    stage1,
+    stage1_from_hidden,
+    stage2,
+    token_losses,
+    weighted_token_losses,
+)
 from looplm_jax.losses._masking import mean_weights
 from looplm_jax.models._drawn_depth import last_loop
 from looplm_jax.models._looplm import LoopLM, LoopLMOutput
+from looplm_jax.models._mixed_loops import mixed_loops
 from looplm_jax.training._gradients import ObjectiveMetrics, Sums, Totals, Variables
 
 
@@ -138,7 +147,7 @@ def _last_loss_of_depths(
         backprop_loops=stage.backprop_loops,
         positions=microbatch.positions,
         segment_ids=microbatch.segment_ids,
-        noise_seeds=microbatch.noise_seeds if isinstance(microbatch, NoisyBatch) else None,
+        noise_seeds=_noise_seeds(microbatch),
     )
     loss, last = stage1_from_hidden(
         output.hidden[None],
@@ -154,6 +163,47 @@ def _last_loss_of_depths(
     weights = mean_weights(microbatch.loss_mask, totals.count, microbatch.depths.shape)
     mean_depth = jnp.sum(weights * microbatch.depths.astype(jnp.float32))
     return loss, ObjectiveMetrics(dataclasses.replace(last, mean_exit_loop=mean_depth))
+
+
+def ponder_loss(
+    model: LoopLM, stage: Stage, loops: int, variables: Variables, microbatch: Batch[Array], totals: Totals
+) -> Sums:
+    """Returns the loss of the mixed states of a microbatch plus the cost of their loops (ACT), and its metrics.
+
+    There is one loss, that of the mix. The exit distribution is that of the halting weights.
+    """
+    output = mixed_loops(
+        model,
+        variables,
+        microbatch.tokens,
+        loops=loops,
+        epsilon=stage.act_epsilon,
+        positions=microbatch.positions,
+        segment_ids=microbatch.segment_ids,
+        noise_seeds=_noise_seeds(microbatch),
+    )
+    of_tokens = mean_weights(microbatch.loss_mask, totals.count, microbatch.tokens.shape)
+    loss, _ = weighted_token_losses(
+        output.hidden[None],
+        head_weights(model, variables),
+        microbatch.targets,
+        of_tokens[None],
+        chunk=model.compute.loss_chunk,
+    )
+    # The number of loops has no gradient. That of the remainder makes earlier halting cheaper.
+    loops_run = jnp.sum(of_tokens * output.updates.astype(jnp.float32))
+    ponder = loops_run + jnp.sum(of_tokens * output.remainders)
+
+    weights = jax.lax.stop_gradient(output.weights)
+    exits = Stage1Metrics(
+        loss_per_loop=loss[None],
+        exit_pdf=jnp.sum(weights * of_tokens[None], axis=(1, 2)),
+        expected_loss=loss,
+        exit_entropy=jnp.sum(of_tokens * jnp.sum(jax.scipy.special.entr(weights), axis=0)),
+        mean_exit_loop=jnp.sum(of_tokens * mean_exit_loop(weights)),
+    )
+    means = {"ponder_cost": ponder, "loops_run": loops_run}
+    return loss + stage.ponder_weight * ponder, ObjectiveMetrics(exits, means=means)
 
 
 # The model
@@ -179,6 +229,11 @@ def with_noise(batch: Batch[Array], key: PRNGKeyArray, step: Int[Array, ""]) -> 
     seeds = jax.random.bits(jax.random.fold_in(key, step), batch.tokens.shape)
     fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
     return (NoisyDepthBatch if isinstance(batch, DepthBatch) else NoisyBatch)(**fields, noise_seeds=seeds)
+
+
+def _noise_seeds(microbatch: Batch[Array]) -> UInt32[Array, "B S"] | None:
+    """Returns the seeds of the noise of a microbatch, or None if its states do not start from noise."""
+    return microbatch.noise_seeds if isinstance(microbatch, NoisyBatch) else None
 
 
 def head_weights(model: LoopLM, variables: Variables) -> Float[Array, "D V"]:

@@ -14,10 +14,10 @@ from looplm_jax.config import InitialState, Objective, Recipe, Stage
 from looplm_jax.losses import LoopRPTMetrics, Stage1Metrics, updated_teacher
 from looplm_jax.models._looplm import LoopLM
 from looplm_jax.random_keys import from_raw
-from looplm_jax.training._gradients import Examples, PolicyMetrics, Sums, Totals, Variables, loss_and_gradients
+from looplm_jax.training._gradients import Examples, LossOf, PolicyMetrics, Sums, Totals, Variables, loss_and_gradients
 from looplm_jax.training._guard import is_accepted, update_guard
 from looplm_jax.training._looprpt import looprpt_loss, scored_batch
-from looplm_jax.training._objectives import expected_loss, gate_loss, last_loss, with_noise
+from looplm_jax.training._objectives import expected_loss, gate_loss, last_loss, ponder_loss, with_noise
 from looplm_jax.training._optimizer import axes_of, direction, learning_rate
 from looplm_jax.training._policy import policy_loss, prepared_rollouts, replaying
 from looplm_jax.training._state import TrainState, split_params
@@ -37,6 +37,7 @@ class StepMetrics:
       exits: losses per loop and statistics of the exit distribution; None for a policy gradient.
       looprpt: the metrics that only the objective `looprpt` has, means over hard tokens; else None.
       policy: the metrics that only the objective `policy_gradient` has; else None.
+      means: further means, by their names in `metrics.jsonl`: those of the objective `ponder`.
       gradient_norm: the global norm of the gradients before clipping.
       learning_rate: the learning rate.
       tokens: the number of unmasked tokens.
@@ -53,6 +54,7 @@ class StepMetrics:
     skipped_in_a_row: Int[Array, ""]
     looprpt: LoopRPTMetrics | None = None
     policy: PolicyMetrics | None = None
+    means: dict[str, Float[Array, ""]] = flax.struct.field(default_factory=dict)
 
 
 TrainStep = Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]
@@ -125,20 +127,8 @@ def _updated(
     if stage.objective is Objective.POLICY_GRADIENT:
         model = replaying(model)
 
-    def objective(variables: Variables, microbatch: Examples, totals: Totals) -> Sums:
-        match stage.objective:
-            case Objective.EXPECTED_LOSS:
-                return expected_loss(model, stage, loops, variables, microbatch, totals)
-            case Objective.GATE:
-                return gate_loss(model, stage, loops, variables, microbatch, totals)
-            case Objective.LAST_LOSS:
-                return last_loss(model, stage, loops, variables, microbatch, totals, logged)
-            case Objective.LOOPRPT:
-                return looprpt_loss(model, stage, loops, variables, microbatch, totals)
-            case Objective.POLICY_GRADIENT:
-                return policy_loss(model, stage, loops, variables, microbatch, totals)
-
-    (loss, measured), gradients = loss_and_gradients(objective, model, moving, frozen, examples, totals)
+    loss_of = _objective(model, stage, loops, logged)
+    (loss, measured), gradients = loss_and_gradients(loss_of, model, moving, frozen, examples, totals)
 
     # The norm before clipping is the one that the guard compares and the log shows.
     norm = optax.tree.norm(gradients)
@@ -173,12 +163,34 @@ def _updated(
         exits=measured.exits,
         looprpt=measured.looprpt,
         policy=measured.policy,
+        means=measured.means,
         gradient_norm=norm,
         learning_rate=rate,
         tokens=totals.tokens.astype(jnp.int32),
         skipped=guard.skipped,
         skipped_in_a_row=guard.skipped_in_a_row,
     )
+
+
+def _objective(model: LoopLM, stage: Stage, loops: int, logged: bool | Bool[Array, ""]) -> LossOf:
+    """Returns the objective of the stage as a function of a microbatch."""
+
+    def loss_of(variables: Variables, microbatch: Examples, totals: Totals) -> Sums:
+        match stage.objective:
+            case Objective.EXPECTED_LOSS:
+                return expected_loss(model, stage, loops, variables, microbatch, totals)
+            case Objective.GATE:
+                return gate_loss(model, stage, loops, variables, microbatch, totals)
+            case Objective.LAST_LOSS:
+                return last_loss(model, stage, loops, variables, microbatch, totals, logged)
+            case Objective.PONDER:
+                return ponder_loss(model, stage, loops, variables, microbatch, totals)
+            case Objective.LOOPRPT:
+                return looprpt_loss(model, stage, loops, variables, microbatch, totals)
+            case Objective.POLICY_GRADIENT:
+                return policy_loss(model, stage, loops, variables, microbatch, totals)
+
+    return loss_of
 
 
 def is_logged(recipe: Recipe, step: int | Int[Array, ""]) -> bool | Bool[Array, ""]:
