@@ -13,10 +13,9 @@ import time
 from collections.abc import Callable, Sequence
 
 import jax
-import numpy as np
 
+from experiments.benchmarks.batches import random_batch
 from looplm_jax.config import MeshConfig, Objective, Recipe, Stage
-from looplm_jax.data import Batch
 from looplm_jax.models import LoopLM, presets
 from looplm_jax.sharding import make_mesh
 from looplm_jax.training._compile import StagePrograms, to_device
@@ -62,7 +61,7 @@ def _step(objective: Objective, *, log_every: int) -> Callable[[], float]:
     programs = StagePrograms(recipe, model, stage, mesh, first_step=0)
     programs.compile(_LOOPS)
     state = initial_state(recipe, model, stage, mesh)
-    batch = to_device(_batch(recipe.model.vocab_size), stage, mesh)
+    batch = to_device(random_batch(recipe.model.vocab_size, sequences=_BATCH, length=_LENGTH), stage, mesh)
 
     def step() -> float:
         nonlocal state
@@ -72,20 +71,6 @@ def _step(objective: Objective, *, log_every: int) -> Callable[[], float]:
         return time.perf_counter() - started
 
     return step
-
-
-def _batch(vocab_size: int) -> Batch:
-    """Returns sequences of random tokens, one document each."""
-    tokens = np.random.default_rng(0).integers(0, vocab_size, (_BATCH, _LENGTH + 1), dtype=np.int32)
-    ones = np.ones((_BATCH, _LENGTH), np.int32)
-    positions = np.broadcast_to(np.arange(_LENGTH, dtype=np.int32), ones.shape)
-    return Batch(
-        tokens=tokens[:, :-1],
-        targets=tokens[:, 1:],
-        segment_ids=ones,
-        positions=positions,
-        loss_mask=ones.astype(np.float32),
-    )
 
 
 if __name__ == "__main__":

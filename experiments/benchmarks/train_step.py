@@ -23,11 +23,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
-import numpy as np
 
+from experiments.benchmarks.batches import random_batch
 from experiments.benchmarks.ceiling import peak_memory
 from looplm_jax.config import ComputeConfig, Dtype, MeshConfig, ModelConfig, Recipe, Remat, Stage
-from looplm_jax.data import Batch
 from looplm_jax.models import LoopLM
 from looplm_jax.sharding import make_mesh
 from looplm_jax.training._compile import StagePrograms, to_device
@@ -132,7 +131,8 @@ def _our_step(config: ModelConfig, remat: Remat) -> Step:
     start = time.perf_counter()
     programs.compile(LOOPS)
     print(f"compiled our step in {time.perf_counter() - start:.1f} s", flush=True)
-    batch, state = _batch(config), initial_state(recipe, model, stage, mesh)
+    batch = random_batch(config.vocab_size, sequences=BATCH, length=LENGTH)
+    state = initial_state(recipe, model, stage, mesh)
 
     def step() -> float:
         nonlocal state
@@ -151,21 +151,9 @@ def _twin_step(config: ModelConfig, *, compiled: bool) -> Step:
     trainer = TorchTrainer(model, LOOPS, _BETA, _LEARNING_RATE)
     if compiled:
         model.compile()
-    batch = _batch(config)
+    batch = random_batch(config.vocab_size, sequences=BATCH, length=LENGTH)
     tokens, targets = (torch.tensor(part, dtype=torch.int64) for part in (batch.tokens, batch.targets))
     return lambda: trainer.step(tokens, targets)
-
-
-def _batch(config: ModelConfig) -> Batch:
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (BATCH, LENGTH + 1), dtype=np.int32)
-    size = (BATCH, LENGTH)
-    return Batch(
-        tokens=tokens[:, :-1],
-        targets=tokens[:, 1:],
-        segment_ids=np.ones(size, np.int32),
-        positions=np.broadcast_to(np.arange(LENGTH, dtype=np.int32), size),
-        loss_mask=np.ones(size, np.float32),
-    )
 
 
 # Results

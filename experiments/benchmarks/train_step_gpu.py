@@ -27,8 +27,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from experiments.benchmarks.batches import random_batch
 from looplm_jax.config import ComputeConfig, Dtype, MeshConfig, ModelConfig, Recipe, Remat, Stage
 from looplm_jax.data import Batch
 from looplm_jax.models import presets
@@ -156,23 +155,10 @@ def _together(name: str, turns: Sequence[Side]) -> Side:
 def _side(name: str, arguments: argparse.Namespace) -> Side:
     """Measures one side in this process."""
     shape = _shape(arguments)
-    batch = random_batch(shape, arguments.batch)
+    batch = random_batch(shape.model.vocab_size, sequences=arguments.batch, length=shape.length)
     if name.startswith("looplm_jax"):
         return _ours(name, Remat(name.split()[-1]), shape, batch, arguments.steps)
     return _twin(name, "recomputing" in name, shape, batch, arguments.steps)
-
-
-def random_batch(shape: Shape, sequences: int) -> Batch:
-    """Returns sequences of random tokens, one document each."""
-    tokens = np.random.default_rng(0).integers(0, shape.model.vocab_size, (sequences, shape.length + 1), dtype=np.int32)
-    size = (sequences, shape.length)
-    return Batch(
-        tokens=tokens[:, :-1],
-        targets=tokens[:, 1:],
-        segment_ids=np.ones(size, np.int32),
-        positions=np.broadcast_to(np.arange(shape.length, dtype=np.int32), size),
-        loss_mask=np.ones(size, np.float32),
-    )
 
 
 def _ours(name: str, remat: Remat, shape: Shape, batch: Batch, steps: int) -> Side:
