@@ -23,10 +23,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments.benchmarks.batches import random_batch
 from looplm_jax.checkpoints import CheckpointStore, Metadata
 from looplm_jax.codec import to_dict
 from looplm_jax.config import ComputeConfig, Dtype, MeshConfig, ModelConfig, Recipe, Stage
-from looplm_jax.data import Batch
 from looplm_jax.distributed import SINGLE_PROCESS
 from looplm_jax.models import LoopLM
 from looplm_jax.sharding import make_mesh
@@ -102,7 +102,7 @@ class Trainer:
         self._programs = StagePrograms(self.recipe, model, stage, mesh, first_step=0)
         self._programs.compile(_LOOPS)
 
-        self._batch = to_device(_batch(config), stage, mesh)
+        self._batch = to_device(random_batch(config.vocab_size, sequences=1, length=_LENGTH), stage, mesh)
         self.abstract = abstract_state(self.recipe, model, stage, mesh)
         self.state = initial_state(self.recipe, model, stage, mesh)
         self.done = 0
@@ -253,18 +253,6 @@ def _model(state_bytes: int) -> ModelConfig:
         vocab_size=_VOCABULARY, width=width, mlp_width=width * 8 // 3, num_layers=4, num_heads=width // 64,
         max_positions=_LENGTH,
     )  # fmt: skip
-
-
-def _batch(config: ModelConfig) -> Batch:
-    """Returns one sequence of random tokens."""
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (1, _LENGTH + 1), dtype=np.int32)
-    return Batch(
-        tokens=tokens[:, :-1],
-        targets=tokens[:, 1:],
-        segment_ids=np.ones((1, _LENGTH), np.int32),
-        positions=np.arange(_LENGTH, dtype=np.int32)[None],
-        loss_mask=np.ones((1, _LENGTH), np.float32),
-    )
 
 
 def _until_committed(trainer: Trainer, store: CheckpointStore, step: int) -> Iterator[float]:
