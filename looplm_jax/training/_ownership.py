@@ -28,6 +28,7 @@ STALE_SECONDS = 60.0
 
 _RETRY = 75  # exit status EX_TEMPFAIL of sysexits.h, "try again", to which supervisors react
 
+_CONTENT_BYTES = 384  # of `owner.json`, more than any owner needs
 _LARGEST = 65536  # bytes of `owner.json` that are read
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -303,7 +304,8 @@ def _is_same_file(path: Path, handle: int) -> bool:
 
 
 def _content(owner: Owner) -> bytes:
-    return (json.dumps(dataclasses.asdict(owner)) + "\n").encode()
+    # Of one length, because a reader during a write must not find the end of a longer heartbeat behind a shorter one.
+    return f"{json.dumps(dataclasses.asdict(owner)):<{_CONTENT_BYTES - 1}}\n".encode()
 
 
 def _parse(content: bytes) -> Owner | None:

@@ -3,8 +3,10 @@
 import contextlib
 import json
 import os
+import random
 import re
 import shutil
+import string
 import subprocess
 import sys
 
@@ -56,10 +58,12 @@ def test_the_recipe_of_a_run_that_goes_on(recipe_file, trained, tmp_path, refuse
 
 
 def test_the_tokenizer(tmp_path, refused):
-    (tmp_path / "book.txt").write_text("\n\n".join(f"Sentence {n} of a book." * 9 for n in range(400)))
+    letters = random.Random(0)
+    words = ("".join(letters.choices(string.ascii_lowercase, k=6)) for _ in range(4000))
+    (tmp_path / "book.txt").write_text("\n\n".join(f"{word} is a word of a book." * 9 for word in words))
     run = tmp_path / "run"
-    arguments = ["--data", tmp_path / "book.txt", "--data.validation_fraction", "0.3", "--model.vocab_size", "300"]
-    with files_of_at_most(5000):
+    arguments = ["--data", tmp_path / "book.txt", "--data.validation_fraction", "0.3", "--model.vocab_size", "900"]
+    with files_of_at_most(10_000):  # more than the configuration has
         line = refused(*arguments, "--out", run)
     assert line.startswith(f"{run}/tokenizer.model cannot be written (File too large); fix that")
     assert [path.name for path in run.iterdir()] == ["config.json"]
