@@ -1,6 +1,7 @@
 """Fields of configurations: their help texts, and checks of their values."""
 
 import dataclasses
+import enum
 import sys
 import typing
 from typing import Any
@@ -49,6 +50,22 @@ def check_kinds(config: Any, where: str) -> None:
 def _is_number(value: Any, kind: Any) -> bool:
     # A boolean is an int in Python.
     return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def refuse_without_effect(config: Any, where: str, names: tuple[str, ...]) -> None:
+    """Raises UserError if one of the fields, which the kind of `config` does not read, differs from its default."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for name in names:
+        value, default = getattr(config, name), defaults[name]
+        require(
+            value == default,
+            f"{where}.{name}={_shown(value)} has no effect with {where}.kind={config.kind.value}; "
+            f"leave it at {_shown(default)}, or choose another kind",
+        )
+
+
+def _shown(value: Any) -> Any:
+    return value.value if isinstance(value, enum.Enum) else value
 
 
 def help_text(field: dataclasses.Field) -> str:
