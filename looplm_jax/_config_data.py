@@ -61,15 +61,20 @@ class SourceConfig:
         )
 
     @property
-    def key(self) -> str:
-        """The field or column that is read; of a problem, that of the prompt."""
+    def key_setting(self) -> str:
+        """The name of the setting that names the field or column to read; of a problem, that of the prompt."""
         match self.kind:
             case RecordKind.TEXT:
-                return self.text_key
+                return "text_key"
             case RecordKind.CHAT:
-                return self.messages_key
+                return "messages_key"
             case RecordKind.PROBLEM:
-                return self.prompt_key
+                return "prompt_key"
+
+    @property
+    def key(self) -> str:
+        """The field or column that is read; of a problem, that of the prompt."""
+        return getattr(self, self.key_setting)
 
 
 def sources_like(paths: Iterable[str], known: Iterable[SourceConfig]) -> tuple[SourceConfig, ...]:

@@ -91,7 +91,7 @@ def metrics_row(line: bytes) -> dict[str, Any] | None:
     return row if is_step else None
 
 
-def number(value: Any) -> float:
+def as_float(value: Any) -> float:
     """Returns a value of a row as a float, or NaN if it is null or not a number."""
     # A bool is an int in Python.
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -104,7 +104,7 @@ def number(value: Any) -> float:
 
 def numbers(value: Any) -> list[float]:
     """Returns a list of a row as floats, with NaN for entries that are not numbers. A single number becomes a list."""
-    return [number(entry) for entry in value] if isinstance(value, list) else [number(value)]
+    return [as_float(entry) for entry in value] if isinstance(value, list) else [as_float(value)]
 
 
 def with_nan(value: Any) -> Any:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from looplm_jax.json_io import dumps, metrics_row, number, numbers, with_nan
+from looplm_jax.json_io import as_float, dumps, metrics_row, numbers, with_nan
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -71,4 +71,4 @@ def test_values_of_rows_as_numbers():
     assert numbers([1, 2.5]) == [1.0, 2.5]
     assert numbers(3) == [3.0]
     assert all(map(math.isnan, numbers([None, "x", True, 10**400])))
-    assert math.isnan(number(None))
+    assert math.isnan(as_float(None))

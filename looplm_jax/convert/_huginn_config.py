@@ -13,8 +13,8 @@ from looplm_jax.convert._ouro_config import (
     MISSPELLED,
     OF_TRANSFORMERS,
     WITHOUT_EFFECT,
-    brief,
     read_number,
+    shown,
 )
 from looplm_jax.errors import UserError, suggest
 from looplm_jax.models.presets import huginn
@@ -75,10 +75,10 @@ def from_huginn_config(values: Mapping[str, Any]) -> ModelConfig:
     for name in values:
         if name not in known | _OF_TRAINING | WITHOUT_EFFECT | OF_TRANSFORMERS and not name.startswith(BOOKKEEPING):
             hint = suggest(name, known, otherwise="; remove it if the model is the same without", cutoff=MISSPELLED)
-            raise UserError(f"config.json: field {brief(name)} is not supported{hint}")
+            raise UserError(f"config.json: field {shown(name)} is not supported{hint}")
     for name, only in _ONLY.items():
         if values.get(name, only) != only:
-            raise UserError(f"config.json: {name}={brief(values[name])} is not supported, only {only!r}")
+            raise UserError(f"config.json: {name}={shown(values[name])} is not supported, only {only!r}")
 
     sizes: dict[str, Any] = {ours: read_number(name, values.get(name), whole=True) for name, ours in _SIZES.items()}
     try:
@@ -92,7 +92,7 @@ def from_huginn_config(values: Mapping[str, Any]) -> ModelConfig:
 
     for name, value in _derived(config).items():
         if values.get(name, value) != value:
-            raise UserError(f"config.json: {name}={brief(values[name])} contradicts other fields, which give {value}")
+            raise UserError(f"config.json: {name}={shown(values[name])} contradicts other fields, which give {value}")
     return config
 
 

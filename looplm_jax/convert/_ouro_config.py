@@ -150,14 +150,14 @@ def from_ouro_config(values: Mapping[str, Any]) -> ModelConfig:
     """
     if values.get("early_exit_step") is not None:
         raise UserError(
-            f"config.json: early_exit_step={brief(values['early_exit_step'])} is not kept in a model; "
+            f"config.json: early_exit_step={shown(values['early_exit_step'])} is not kept in a model; "
             "remove it and choose the loop when generating, with --exit loops=..."
         )
 
     # 1 means that no token exits early, as in our models.
     if values.get("early_exit_threshold", 1) != 1:
         raise UserError(
-            f"config.json: early_exit_threshold={brief(values['early_exit_threshold'])} is not kept in a model; "
+            f"config.json: early_exit_threshold={shown(values['early_exit_threshold'])} is not kept in a model; "
             "set it to 1.0 and choose the exit when generating, with --exit q=..."
         )
 
@@ -228,8 +228,8 @@ def check_is_ouro(config: ModelConfig, *, except_for: Collection[str] = ()) -> N
         value = getattr(config, field.name)
         # The defaults are Ouro's.
         if field.name not in {*_EXPRESSED, *except_for} and value != field.default:
-            shown = getattr(value, "value", value)
-            raise UserError(f"Hugging Face's Ouro cannot express model.{field.name}={shown}; keep our format")
+            chosen = getattr(value, "value", value)
+            raise UserError(f"Hugging Face's Ouro cannot express model.{field.name}={chosen}; keep our format")
 
 
 # Fields and their checks
@@ -241,7 +241,7 @@ def _model(values: Mapping[str, Any], model_type: str, norm_placement: NormPlace
 
     if values.get("model_type") != model_type:
         raise UserError(
-            f"config.json: model_type is {brief(values.get('model_type'))}; only {model_type!r} can be read here"
+            f"config.json: model_type is {shown(values.get('model_type'))}; only {model_type!r} can be read here"
         )
 
     # Unknown fields come first: one of them may be a misspelled field, which would otherwise be reported as missing.
@@ -259,7 +259,7 @@ def _model(values: Mapping[str, Any], model_type: str, norm_placement: NormPlace
     _refuse_other_layers(values, fields["num_layers"])
     tied = values.get("tie_word_embeddings", False)
     if not isinstance(tied, bool):
-        raise UserError(f"config.json: tie_word_embeddings must be true or false, not {brief(tied)}")
+        raise UserError(f"config.json: tie_word_embeddings must be true or false, not {shown(tied)}")
 
     try:
         return ModelConfig(**fields, tied_head=tied, norm_placement=norm_placement)
@@ -275,7 +275,7 @@ def read_number(name: str, value: Any, *, whole: bool) -> int | float:
     kinds = (int,) if whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value <= _LARGEST:  # a NaN is not above 0
         wanted = "a whole number" if whole else "a number"
-        raise UserError(f"config.json: {name} must be {wanted} from above 0 to {_LARGEST}, not {brief(value)}")
+        raise UserError(f"config.json: {name} must be {wanted} from above 0 to {_LARGEST}, not {shown(value)}")
     return value if whole else float(value)
 
 
@@ -284,7 +284,7 @@ def _refuse_unknown(values: Mapping[str, Any]) -> None:
     for name in _QUANTIZED:
         if name in values:
             raise UserError(
-                f"config.json: {name}={brief(values[name])}: quantized weights cannot be read; "
+                f"config.json: {name}={shown(values[name])}: quantized weights cannot be read; "
                 "take the folder that they were made from"
             )
 
@@ -295,23 +295,23 @@ def _refuse_unknown(values: Mapping[str, Any]) -> None:
         if name not in known | WITHOUT_EFFECT | OF_TRANSFORMERS and not name.startswith(BOOKKEEPING):
             otherwise = "; remove it if the model is the same without"
             hint = suggest(name, known, otherwise=otherwise, cutoff=MISSPELLED)
-            raise UserError(f"config.json: field {brief(name)} is not supported{hint}")
+            raise UserError(f"config.json: field {shown(name)} is not supported{hint}")
 
 
 def _refuse_other_values(values: Mapping[str, Any]) -> None:
     """Raises UserError for values that would change what the model computes."""
     for name, allowed in _ONLY.items():
         if name in values and values[name] not in allowed:
-            raise UserError(f"config.json: {name}={brief(values[name])} is not supported, only {allowed[0]!r}")
+            raise UserError(f"config.json: {name}={shown(values[name])} is not supported, only {allowed[0]!r}")
 
     # Configurations may state a window and disable it; a missing flag counts as enabled.
     window = values.get("sliding_window")
     if window is not None and values.get("use_sliding_window") is not False:
-        raise UserError(f"config.json: sliding_window={brief(window)} is not supported, only None")
+        raise UserError(f"config.json: sliding_window={shown(window)} is not supported, only None")
 
     for name in ("rope_scaling", "rope_parameters"):
         if name in values and not _is_default_rope(values[name]):
-            raise UserError(f"config.json: {name}={brief(values[name])} is not supported, only the default type")
+            raise UserError(f"config.json: {name}={shown(values[name])} is not supported, only the default type")
 
 
 def _is_default_rope(rope: Any) -> bool:
@@ -357,6 +357,7 @@ def _rope_theta(values: Mapping[str, Any]) -> Any:
     return values.get("rope_theta")
 
 
-def brief(value: Any) -> str:
+def shown(value: Any) -> str:
+    """Returns a value of a file as text of bounded length, for a message."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}…"

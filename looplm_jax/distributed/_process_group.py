@@ -4,9 +4,14 @@ Process 0 is the coordinator: it has a connection to each other process and rela
 
 The device runtime has a coordination service too, but that has no public interface for processes, notices the loss of
 any but process 0 only after a minute and a half without heartbeats, and then aborts the others with a stack trace. A
-TCP connection breaks immediately. If process 0 is killed, both notice at once; the runtime symbolizes its stack trace
-before it aborts, so the connections are faster. In the rare case that they are not, the process ends with SIGABRT, and
-whatever supervises it starts it again, as after any other failure (`tpu_setup/host/supervise.sh`).
+TCP connection breaks immediately.
+
+If process 0 is killed, both notice at once, and race. The runtime writes a stack trace before it aborts, which takes a
+tenth of a second or two, so a connection usually wins. On a machine that is so busy that the thread of the connection
+does not run in that time, the process ends with SIGABRT instead. This cannot be prevented from here: a thread of the
+runtime aborts without asking Python, and the callback that it could call instead (`missed_heartbeat_callback`) is not
+public and ends with std::bad_cast in jaxlib 0.10.2, because the status has no Python type. Whatever supervises the
+process starts it again, as after any other failure (`tpu_setup/host/supervise.sh`).
 """
 
 import collections

@@ -49,7 +49,7 @@ class PerExit:
 
 
 @flax.struct.dataclass
-class Scores:
+class LoopScores:
     """All scores of a batch."""
 
     depths: PerDepth
@@ -58,7 +58,7 @@ class Scores:
 
 def scorer(
     model: LoopLM, params: Params, *, loops: int | None = None, q_grid: Sequence[float] = Q_GRID
-) -> Callable[[Batch], Scores]:
+) -> Callable[[Batch], LoopScores]:
     """Returns a function that scores batches at loops 1..`loops` (default: twice the trained depth).
 
     Exits are scored up to the trained depth.
@@ -68,7 +68,7 @@ def scorer(
     exit_loops = min(model.config.loops, loops)
     grid = jnp.asarray(q_grid, jnp.float32)
 
-    def score(batch: Batch) -> Scores:
+    def score(batch: Batch) -> LoopScores:
         return score_tokens(model, params, batch, grid, loops=loops, exit_loops=exit_loops)
 
     return score
@@ -83,7 +83,7 @@ def score_tokens(
     *,
     loops: int,
     exit_loops: int,
-) -> Scores:
+) -> LoopScores:
     """Scores one batch. Compiles once for all batches of a shape, and for all grids of a length."""
     output: Any = model.apply(
         {"params": params}, batch.tokens, loops=loops, positions=batch.positions, segment_ids=batch.segment_ids
@@ -92,7 +92,7 @@ def score_tokens(
 
     scored = token_scores(output.hidden, head, batch.targets, chunk=model.compute.loss_chunk)
     depths = PerDepth(loss=scored.loss, correct=scored.correct)
-    return Scores(depths=depths, exits=score_exits(depths, output.gate_logits[:exit_loops], q_grid))
+    return LoopScores(depths=depths, exits=score_exits(depths, output.gate_logits[:exit_loops], q_grid))
 
 
 def score_exits(depths: PerDepth, gate_logits: Float[Array, "E *BS"], q_grid: Float[Array, "Q"]) -> PerExit:
@@ -295,7 +295,7 @@ def exit_curve(
     return _summarize_exits(means.values, q_grid, means.tokens)
 
 
-def _summarize_exits(means: Scores, q_grid: Sequence[float], tokens: int) -> ExitCurve:
+def _summarize_exits(means: LoopScores, q_grid: Sequence[float], tokens: int) -> ExitCurve:
     """Returns the curves for means over tokens. Fixed depths end where the exit distribution ends."""
     exits, depths = means.exits, means.depths
     fixed = np.arange(1, len(exits.pdf) + 1)

@@ -10,7 +10,7 @@ from looplm_jax.errors import UserError
 from looplm_jax.evaluation._evaluate import DepthSweep, ExitCurve
 from looplm_jax.evaluation._plots import plot_training
 from looplm_jax.files import AnyPath, in_bucket, quoted, write_atomically
-from looplm_jax.json_io import number, numbers
+from looplm_jax.json_io import as_float, numbers
 from looplm_jax.models._looplm import count_params
 from looplm_jax.terminal import Table
 from looplm_jax.training._goodput import time_summary, time_warnings, total_seconds
@@ -143,9 +143,9 @@ def _stage_row(stage: Stage, rows: list[dict[str, Any]]) -> list[str]:
 
     # The median rate is robust against a few slow steps.
     last = own[-1]
-    # `number` reads a missing rate as NaN.
-    rates = sorted(filter(math.isfinite, (number(row.get("tokens_per_second")) for row in own)))
-    loss, exit_loop, skipped = (number(last.get(name)) for name in ("loss", "mean_exit_loop", "skipped"))
+    # `as_float` reads a missing rate as NaN.
+    rates = sorted(filter(math.isfinite, (as_float(row.get("tokens_per_second")) for row in own)))
+    loss, exit_loop, skipped = (as_float(last.get(name)) for name in ("loss", "mean_exit_loop", "skipped"))
     rate = rates[len(rates) // 2] if rates else math.nan
     return [*about, f"{loss:.4f}", f"{exit_loop:.2f}", f"{rate:,.0f}", f"{skipped:.0f}"]
 

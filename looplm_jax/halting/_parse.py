@@ -72,8 +72,11 @@ def _rule(text: str, part: str) -> ExitPolicy:
             raise UserError(f"exit policy {text!r}: {name} takes no number; write {name}")
         return _PLAIN_RULES[name]()
     if name not in _RULES:
-        hint = "; the rule comes before min and max" if name in _BOUNDS else suggest(name, (*_RULES, *_PLAIN_RULES))
-        raise UserError(f"unknown exit policy {text!r}; write for example q=0.5{hint}")
+        known = sorted((*_RULES, *_PLAIN_RULES))
+        hint = suggest(name, known, otherwise=f"; write for example q=0.5, with one of {', '.join(known)}")
+        # A bound is no rule of its own.
+        hint = "; the rule comes before min and max, as in q=0.5,min=2" if name in _BOUNDS else hint
+        raise UserError(f"unknown exit policy {text!r}{hint}")
 
     policy, example = _RULES[name]
     # Every rule has exactly one number.

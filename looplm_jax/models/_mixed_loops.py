@@ -50,7 +50,7 @@ def mixed_loops(
       noise_seeds: the seed of the noise from which the state of each token starts, as for `LoopLM`.
 
     Raises:
-      UserError: the model cannot run so many loops.
+      UserError: the model cannot run that many loops.
     """
     check_loops(model.config, loops)
     context, embedded, _ = cast(

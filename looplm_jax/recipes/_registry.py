@@ -50,7 +50,8 @@ _STEPS, _SEQUENCES, _NEW_TOKENS = 4, 4, 16
 def named_recipe(name: str) -> Recipe:
     """Returns the recipe of a name. Raises UserError, with similar names, if there is none."""
     if name not in RECIPES:
-        raise UserError(f"unknown recipe {name!r}{suggest(name, RECIPES)}, or give the path of a .json file")
+        otherwise = f"; give the path of a .json file, or one of {', '.join(sorted(RECIPES))}"
+        raise UserError(f"unknown recipe {name!r}{suggest(name, RECIPES, otherwise)}")
     return RECIPES[name]()
 
 

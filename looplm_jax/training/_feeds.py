@@ -1,4 +1,4 @@
-"""What a stage is trained on, step by step: batches of text, or answers that are generated with the parameters."""
+"""The batches of a stage, step by step: text, or answers that are generated with the parameters."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeAlias, runtime_checkable

@@ -14,7 +14,7 @@ import jax
 from jax.sharding import Mesh
 
 from looplm_jax.config import GatePlacement, Injection, ModelConfig, Objective, ReadOut
-from looplm_jax.json_io import number
+from looplm_jax.json_io import as_float
 from looplm_jax.sharding._hardware import known_chip
 
 _PREFIX = "seconds_in_"
@@ -82,7 +82,7 @@ def total_seconds(rows: Sequence[Mapping[str, Any]]) -> dict[Activity, float]:
 
     # Lines of older versions lack some fields, which are then not a number.
     def total(name: str) -> float:
-        return sum(filter(math.isfinite, (number(row.get(name)) for row in rows)))
+        return sum(filter(math.isfinite, (as_float(row.get(name)) for row in rows)))
 
     return {activity: total(f"{_PREFIX}{activity.value}") for activity in Activity}
 

@@ -118,7 +118,7 @@ def prepared_rollouts(
 
     def of_all(params: Params) -> Float[Array, "A B N"]:
         return for_each_microbatch(
-            lambda own: log_policy(stage, replay(model, stage, loops, params, own.rollouts)), batch
+            lambda own: log_policy(stage, rollout_scores(model, stage, loops, params, own.rollouts)), batch
         )
 
     if config.updates > 1 and config.credit is not Credit.TRAJECTORY:
@@ -136,7 +136,7 @@ def policy_loss(
 ) -> Sums:
     """Returns the loss of a microbatch, and its metrics."""
     config, rollouts = stage.policy, microbatch.rollouts
-    scores = replay(model, stage, loops, variables["params"], rollouts)
+    scores = rollout_scores(model, stage, loops, variables["params"], rollouts)
     mask, rows = rollouts.mask.astype(jnp.float32), stage.batch_size * config.answers
     common: dict[str, Any] = {
         "max_new_tokens": config.max_new_tokens,
@@ -171,7 +171,7 @@ def policy_loss(
     return loss, ObjectiveMetrics(None, policy=jax.lax.stop_gradient(metrics))
 
 
-def replay(model: LoopLM, stage: Stage, loops: int, params: Params, rollouts: Rollouts) -> Scores:
+def rollout_scores(model: LoopLM, stage: Stage, loops: int, params: Params, rollouts: Rollouts) -> Scores:
     """Returns the scores of the tokens by these parameters."""
     every_loop = stage.policy.credit is Credit.TRAJECTORY
     return replay_scores(model, params, rollouts, loops=loops, per_loop=every_loop)

@@ -168,3 +168,9 @@ def enter_stage(state: TrainState, recipe: Recipe, model: LoopLM, index: int, me
         teacher = jax.jit(_first_teacher, out_shardings=placed.teacher)(moving)
         state = dataclasses.replace(state, teacher=teacher)
     return state
+
+
+def with_empty_guard(state: TrainState) -> TrainState:
+    """Returns the state without the losses in the window of its guard, on the same devices."""
+    placed = jax.tree.map(lambda leaf: leaf.sharding, state.guard)
+    return dataclasses.replace(state, guard=jax.device_put(next_stage_guard(state.guard), placed))

@@ -45,7 +45,6 @@ from looplm_jax.training._compile import StagePrograms, to_device
 from looplm_jax.training._depth import draw_depths, grows
 from looplm_jax.training._feeds import Feed, OpenCollector, RolloutFeed, TextFeed
 from looplm_jax.training._goodput import Activity, ActivityTimer, time_summary, time_warnings
-from looplm_jax.training._guard import next_stage_guard
 from looplm_jax.training._initialize_from import with_model_of_start
 from looplm_jax.training._loggers import EventSink
 from looplm_jax.training._metrics import EVALUATION, Log, Reporter, open_log
@@ -57,7 +56,7 @@ from looplm_jax.training._rollout_log import RolloutLog
 from looplm_jax.training._run_folder import RunFolder, check_run_folder
 from looplm_jax.training._saving import AsyncSaver
 from looplm_jax.training._setup import Position, Setup, prepare_run, run_fingerprint
-from looplm_jax.training._state import TrainState, enter_stage
+from looplm_jax.training._state import TrainState, enter_stage, with_empty_guard
 from looplm_jax.training._stopping import DataUnavailable, StopConsensus, Stopped, StopRequest
 
 Evaluate = Callable[[LoopLM, Params, ValidationBatches], Mapping[str, Any]]
@@ -272,6 +271,12 @@ def _train_stage(run: _Run, position: Position) -> _StageEnd:
     reporter = Reporter(recipe, stage, mesh, run.log, run.progress, run.watch)
 
     with contextlib.closing(_open_feed(run, position, reporter)) as feed:
+
+        def save() -> None:
+            """Saves the current step, after the metrics that lead to it."""
+            reporter.flush()
+            _save(run, stage, state, done, feed, permanent=done == last)
+
         try:
             while True:
                 # Evaluation and save come before the next step, so a run that was stopped during an evaluation repeats
@@ -281,8 +286,7 @@ def _train_stage(run: _Run, position: Position) -> _StageEnd:
                     _evaluate(run, mesh, model, state, done, held_out)
                     reporter.restart_clock()
                 if first < done and _is_due(done, recipe.checkpoint.every, last):
-                    reporter.flush()
-                    _save(run, stage, state, done, feed, permanent=done == last)
+                    save()
 
                 if done == last:
                     # After the save, so that the next stage resumes from a checkpoint of this one.
@@ -301,9 +305,7 @@ def _train_stage(run: _Run, position: Position) -> _StageEnd:
                 depths = draw_depths(stage, key, done, first)
                 if grows(stage, done, first):
                     # Losses of fewer loops say nothing about spikes of more.
-                    placed = jax.tree.map(lambda leaf: leaf.sharding, state.guard)
-                    cleared = jax.device_put(next_stage_guard(state.guard), placed)
-                    state = dataclasses.replace(state, guard=cleared)
+                    state = with_empty_guard(state)
                     run.progress.say(f"stage {stage.name} has {depths[0]} loops from step {done + 1} on")
 
                 feed.prepare(state.params, done)
@@ -328,12 +330,10 @@ def _train_stage(run: _Run, position: Position) -> _StageEnd:
                 run.profiler.after(done, metrics)
                 run.watch.charge(Activity.STEP)
         except Stopped as stopped:
-            reporter.flush()
-            _save(run, stage, state, done, feed, permanent=done == last)
+            save()
             return _StageEnd(state=state, stopped_by=stopped.signal)
         except DataUnavailable as unavailable:
-            reporter.flush()
-            _save(run, stage, state, done, feed, permanent=done == last)
+            save()
             # The message says that the step is saved, so the asynchronous save has to end first.
             run.saver.finish()
             raise UserError(

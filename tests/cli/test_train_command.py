@@ -84,7 +84,8 @@ def test_heads_follow_the_width_unless_they_are_set(capsys):
 
 
 MISTAKES = [
-    (["--recipe", "text-smal"], "unknown recipe 'text-smal'; did you mean 'text-small'?, or give the path"),
+    (["--recipe", "text-smal"], "unknown recipe 'text-smal'; did you mean 'text-small'?"),
+    (["--recipe", "mine"], "unknown recipe 'mine'; give the path of a .json file, or one of "),
     (["--recipe", "missing.json"], "there is no recipe missing.json; name a file, or one of text-small, demo, "),
     (["--recipe", "mano-smal.json"], "there is no recipe mano-smal.json; did you mean 'mano-small'?"),
     (["--recipe"], "argument --recipe: expected one argument; see `looplm train --help`"),

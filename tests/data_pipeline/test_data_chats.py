@@ -83,10 +83,12 @@ def test_malformed_chats_stop_or_are_skipped(tmp_path, record, message):
 def test_the_column_of_a_chat(tmp_path):
     WRITERS["a.parquet"](tmp_path / "a.parquet", [as_chat("loop?", "state")])
     source = SourceConfig(path=str(tmp_path / "a.parquet"), kind=CHAT, messages_key="turns")
-    with pytest.raises(UserError, match="there is no column 'turns'; known: messages; set messages_key to one"):
+    with pytest.raises(UserError, match="there is no column messages_key='turns'; known: messages"):
         open_files(source)
-    with pytest.raises(UserError, match="there is no column 'text'; known: messages; set text_key to one"):
+    with pytest.raises(UserError, match="there is no column text_key='text'; known: messages"):
         open_files(dataclasses.replace(source, kind=RecordKind.TEXT))
+    with pytest.raises(UserError, match="there is no column prompt_key='prompt'; known: messages"):
+        open_files(dataclasses.replace(source, kind=RecordKind.PROBLEM))
 
 
 def test_the_key_is_that_of_roles_and_contents(tmp_path):

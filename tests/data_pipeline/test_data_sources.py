@@ -145,8 +145,8 @@ def test_parquet_row_groups(tmp_path):
     assert source.skipped == 1
     assert pickle.loads(pickle.dumps(source))[17] == "text 17"
     fails(r"a.parquet: row 26: the text is not a string but NoneType", tmp_path / "a.parquet", text_key="body")
-    fails(r"no column 'boddy'; did you mean 'body'\?", tmp_path / "a.parquet", text_key="boddy")
-    fails(r"no column 'text'; known: body", tmp_path / "a.parquet")
+    fails(r"no column text_key='boddy'; did you mean 'body'\?$", tmp_path / "a.parquet", text_key="boddy")
+    fails(r"no column text_key='text'; known: body", tmp_path / "a.parquet")
 
 
 def test_memory_file_system():

@@ -5,7 +5,7 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
-from looplm_jax.config import RecordKind, SourceConfig
+from looplm_jax.config import SourceConfig
 from looplm_jax.data._documents import Document
 from looplm_jax.data.sources._files import DataFile, file_system
 from looplm_jax.data.sources._formats import BadRecord, BadRecordPolicy, FoundDocument, Span, ranges, value_document
@@ -108,9 +108,8 @@ def _column(file: Dataset, source: SourceConfig) -> Any:
     """Returns the dataset reduced to the column that the source reads. Raises UserError if there is no such column."""
     dataset = _load(file.path)
     if source.key not in dataset.column_names:
-        setting = "messages_key" if source.kind is RecordKind.CHAT else "text_key"
-        hint = suggest(source.key, dataset.column_names)
-        raise UserError(f"{file.name}: there is no column {source.key!r}{hint}; set {setting} to one")
+        wanted = f"{source.key_setting}={source.key!r}"
+        raise UserError(f"{file.name}: there is no column {wanted}{suggest(source.key, dataset.column_names)}")
     # The other columns, such as images, would be decoded with every row.
     return dataset.select_columns([source.key])
 

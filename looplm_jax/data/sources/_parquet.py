@@ -4,7 +4,7 @@ import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from looplm_jax.config import RecordKind, SourceConfig
+from looplm_jax.config import SourceConfig
 from looplm_jax.data._documents import Document
 from looplm_jax.data.sources._files import DataFile
 from looplm_jax.data.sources._formats import BadRecord, BadRecordPolicy, FoundDocument, Span, value_document
@@ -130,10 +130,8 @@ def _open_column(stream: Any, file: DataFile, source: SourceConfig, span: Span) 
     table = _open(stream, file)
     names = table.schema_arrow.names
     if source.key not in names:
-        setting = "messages_key" if source.kind is RecordKind.CHAT else "text_key"
-        raise UserError(
-            f"{file.name}: there is no column {source.key!r}{suggest(source.key, names)}; set {setting} to one"
-        )
+        wanted = f"{source.key_setting}={source.key!r}"
+        raise UserError(f"{file.name}: there is no column {wanted}{suggest(source.key, names)}")
 
     # Dictionary-encoded columns are opened as such, so that repeated values are not expanded in memory.
     groups = range(span.start, min(span.end, table.num_row_groups))
