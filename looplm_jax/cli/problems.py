@@ -20,8 +20,8 @@ from looplm_jax.rl import REWARDS, Answer, ProblemScore, Question, answer_proble
 from looplm_jax.sharding import require_compilation
 from looplm_jax.terminal import Table, show
 
-_SLOTS = 16
-_NEW_TOKENS = 128
+_SLOTS = 16  # answers that are generated at the same time
+_NEW_TOKENS = 128  # of the longest answer, unless the flag says otherwise
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,11 +48,12 @@ def evaluate_problems(options: ProblemOptions) -> int:
     questions = _questions(loaded, options)
 
     trained = loaded.model.config.loops
+    # A policy is named by the flag that selects it.
     policies: dict[str, ExitPolicy] = {
         options.exit or f"loops={options.loops or trained}": rule or FixedLoops(loops=trained)
     }
     if options.depth_sweep:
-        deepest = options.max_loops or 2 * trained
+        deepest = options.max_loops or loaded.model.config.deeper_loops
         policies = {f"loops={loops}": FixedLoops(loops=loops) for loops in range(1, deepest + 1)}
 
     answers = _answers(loaded, questions, policies, options)
@@ -72,6 +73,7 @@ def _questions(loaded: Loaded, options: ProblemOptions) -> list[Question]:
     given = {name: getattr(options, name) for name in ("prompt_key", "answer_key", "template")}
     source = dataclasses.replace(source, **{name: value for name, value in given.items() if value is not None})
 
+    # A task has any number of problems, so only those within the limit are read.
     found = itertools.islice(held_out_questions(source, loaded.need_tokenizer()), options.limit)
     questions = list(found)
     if not questions:
@@ -84,7 +86,9 @@ def _answers(
 ) -> dict[str, list[Answer]]:
     """Returns the answers under each policy."""
     longest = max(len(question.prompt_ids) for question in questions)
+    # A model with few positions has the room that the longest prompt leaves.
     new = options.max_new_tokens or min(_NEW_TOKENS, max(1, loaded.model.config.max_positions - longest))
+    # One engine serves all policies, so its cache has room for the deepest.
     loops = max(loaded.model.config.loops, *(policy.max_loops or 0 for policy in policies.values()))
     config = EngineConfig(slots=min(_SLOTS, len(questions)), capacity=longest + new, loops=loops)
     engine = Engine(loaded.model, loaded.params, loaded.need_tokenizer(), config=config)
@@ -135,6 +139,7 @@ def _write(out: Path, about: dict[str, Any], scores: dict[str, ProblemScore], an
             for name, several in answers.items()
         },
     }
+    # Results of another checkpoint or another policy may have been written here.
     paths = (out / f"problems{f'-{number}' if number > 1 else ''}.json" for number in itertools.count(1))
     path = next(path for path in paths if not path.exists())
     path.write_text(json_io.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -95,6 +95,7 @@ def bucket_scores(
     if total is None:
         raise UserError("there is no held-out batch to score; give more data")
 
+    # The means of a bucket without tokens are 0 / 0.
     with np.errstate(invalid="ignore"):
         accuracy, adaptive, loops = (x / total.tokens for x in (total.correct, total.adaptive, total.loops))
     return tuple(
@@ -158,6 +159,7 @@ def _sums(model: LoopLM, params: Params, batch: Batch, entropies: Float[Array, "
     bounds = jnp.array(list(ENTROPY_BOUNDS.values()), jnp.float32)
     # [K, B, S]: the tokens of each bucket.
     inside = (entropies[None] > bounds[:, :1, None]) & (entropies[None] <= bounds[:, 1:, None])
+    # A masked token has the weight 0 in every bucket.
     weights = inside.astype(jnp.float32) * batch.loss_mask.astype(jnp.float32)[None]
 
     def per_bucket(values: Shaped[Array, "A B S"]) -> Float[Array, "A K"]:

@@ -16,12 +16,12 @@ Losses of a stage: `stage1` takes the cross-entropy of every token at every loop
 the way and needs less memory and time, `stage2` takes it as a constant. Each returns the loss and its metrics,
 `Stage1Metrics` or `Stage2Metrics`.
 
-Reinforcement learning on given text: `looprpt`, of `TeacherScores` and `NoisyRollouts`; its `hard_tokens`; and
-`updated_teacher` after a step.
+Reinforcement learning on given text: `looprpt`, of `TeacherScores` and `NoisyRollouts`, with `LoopRPTMetrics`; its
+`hard_tokens`; and `updated_teacher` after a step.
 
 Reinforcement learning on answers: `policy_gradient` of the tokens that were generated, and of their exits if these were
 drawn; `rltt` of all loops, with `loop_weights`. Advantages come from `group_advantages`, the divergence from `k3`, and
-`aggregate` turns terms of tokens into a loss:
+`aggregate` turns terms of tokens into a loss. Their metrics are `PolicyGradientMetrics` and `RLTTMetrics`.
 
     >>> from looplm_jax.losses import group_advantages, policy_gradient
     >>> rewards = jax.numpy.array([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]])  # [P, G]: two prompts, four answers

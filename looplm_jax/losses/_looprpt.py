@@ -134,15 +134,19 @@ def looprpt(
     sampled_rewards = at_loops(
         loop_rewards(noisy.log_probs, teacher.log_probs, reference_loop, charge), noisy.exit_loops
     )
+    # Rollouts of the same token are compared, so the difficulty of the token cancels.
     advantages = standardize(sampled_rewards, axis=0, eps=_STD_EPS)
 
+    # L_PG reaches the gates of the rollouts only: rewards and advantages are constants.
     sampled_log_pdf = jax.vmap(log_exit_probability)(noisy.gate_logits, noisy.exit_loops)
     policy_loss = -jnp.sum(weights * jnp.mean(advantages * sampled_log_pdf, axis=0))
 
+    # L_rep and L_ent are those of the student without noise.
     log_pdf = log_exit_distribution(gate_logits)
     representation_loss = -jnp.sum(weights[None] * representation_weights(log_pdf, rewards) * log_probs)
     exit_entropy = jnp.sum(weights * entropy(log_pdf=log_pdf))
 
+    # L_KL compares every loop of every rollout with the same loop of the teacher.
     divergence = capped_k3(noisy.log_probs, teacher.log_probs)
     kl = jnp.sum(weights[None, None] * divergence) / num_rollouts
 

@@ -179,6 +179,7 @@ class Attention(nn.Module):
         keys = project("key", kv_shape, "kv_heads", x, config.qk_bias)
         values = project("value", kv_shape, "kv_heads", x, False)
 
+        # After the projection, so that keys are cached as queries read them.
         if context.cos is not None and context.sin is not None:
             queries = attention.rotate(queries, context.cos, context.sin)
             keys = attention.rotate(keys, context.cos, context.sin)
@@ -205,6 +206,7 @@ def _mix(
     assert context.mask is not None
 
     if past is None or layer is None:
+        # A CPU saves the products with masked keys. An accelerator prefers one large product.
         if target_platform() == "cpu":
             mixed = attention.attend_in_blocks(queries, own.keys, own.values, context.mask)
         else:
@@ -304,6 +306,7 @@ class Block(nn.Module):
         transform = SwiGLU(self.config, self.looped, name="mlp")
         x = self._sum("mlp_post_norm", x, transform(self._before("mlp_norm")(x)))
 
+        # Without it, XLA would choose a sharding of the state for each layer.
         x = nn.with_logical_constraint(x, ("batch", "sequence", "embed_activation"))
         return x, own if self.return_cache else None
 
@@ -320,6 +323,7 @@ class Block(nn.Module):
             branch = RMSNorm(eps, self.config.second_norm_init, name=name)(branch)
 
         skip, weight = self.config.residual_weights if self.looped else (1.0, 1.0)
+        # Weights of 1 are no products, so that plain residuals compile as if there were no weights.
         total = (x if skip == 1 else skip * x) + (branch if weight == 1 else weight * branch)
 
         outside = placement in (NormPlacement.POST, NormPlacement.OUTER)

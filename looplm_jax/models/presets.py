@@ -107,9 +107,9 @@ def huginn(
         norm_placement=NormPlacement.OUTER,
         qk_bias=True,
         tied_head=True,
-        embedding_scale=math.sqrt(width),
+        embedding_scale=math.sqrt(width),  # as in the Transformer (arXiv 1706.03762)
         initializer=Initializer.SCALED_BY_DEPTH,
-        init_std=math.sqrt(2 / (5 * width)),
+        init_std=math.sqrt(2 / (5 * width)),  # arXiv 1910.05895
     )
 
 

@@ -127,6 +127,7 @@ def search(recipe: Recipe, stage: Stage, target: Target, compile_plan: Compile, 
             trials.append(Trial(candidate=each, plan=compile_plan(each, number, len(chosen))))
         except DoesNotCompile as error:
             failures.append(Failure(candidate=each, error=str(error)))
+    # Those that fit, then the fastest, then the smallest.
     trials.sort(key=lambda trial: (not trial.plan.fits, _time(trial), trial.plan.memory.total))
 
     return SearchResult(
@@ -151,6 +152,7 @@ def candidates(recipe: Recipe, stage: Stage, target: Target) -> Iterator[Candida
             stages = tuple(changed if each is stage else each for each in recipe.stages)
             tried = dataclasses.replace(recipe, stages=stages, topology=topology)
 
+            # Raises for heads, widths or sequences that the axes do not divide.
             try:
                 stage_mesh(tried, changed, target.devices)
             except UserError:
@@ -179,9 +181,11 @@ def can_fit(candidate: Candidate, target: Target, state_bytes: int) -> bool:
     needed = state_bytes
 
     if compute.gather is Gather.PER_STEP:
+        # The gathered copy in bfloat16, and the gradient if it is not sharded either.
         copies = _BYTES + _GRADIENT_BYTES[compute.reduce]
         needed += copies * stack_parameters(candidate.recipe.model) // mesh.tensor
 
+    # Only what certainly exists at the same time is counted, so that nothing that fits is excluded.
     token_shards = mesh.data * mesh.fsdp * mesh.context
     tokens = stage.batch_size * stage.sequence_length // stage.accumulation // token_shards
     saved_loops = stage.backprop_loops or stage.deepest
@@ -244,6 +248,7 @@ def _time(trial: Trial) -> float:
 
 def _meshes(devices: int) -> Iterator[MeshConfig]:
     """Yields the meshes of a number of devices."""
+    # All devices that remain shard the parameters.
     for copies, tensor, context in itertools.product(_AXIS_SIZES, _AXIS_SIZES, _AXIS_SIZES):
         others = copies * tensor * context
         if devices % others == 0:
@@ -279,6 +284,7 @@ def _times_sent(compute: ComputeConfig, stage: Stage) -> int:
         case Reduce.MICROBATCH:
             return 1 + stage.accumulation
 
+    # Gradients are summed in every pass. Weights are gathered once, or in every forward and backward pass.
     return passes + (1 if compute.gather is Gather.PER_STEP else 2 * passes)
 
 

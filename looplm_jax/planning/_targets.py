@@ -15,6 +15,7 @@ from looplm_jax.sharding._mesh import require_platform
 
 HERE = "here"
 _EXAMPLES = {"v4": "v4:4x4x4", "v5e": "v5e:16x16", "v5p": "v5p:4x8x8", "v6e": "v6e:16x16", "tpu7x": "tpu7x:4x4x4"}
+# The two cores of such a chip are one device to JAX.
 _ONE_DEVICE_A_CHIP = {"v4": "megacore"}
 _TOPOLOGY = re.compile(r"([a-z0-9]+):(\d+(?:x\d+)*)")
 
@@ -43,6 +44,7 @@ class Target:
         if self.chip is not None:
             return self.chip.hbm_bytes
 
+        # Slices are described by the compiler and not attached, so they have no statistics.
         statistics = None if self.shape else self.devices[0].memory_stats()
         return statistics.get("bytes_limit") if statistics else None
 
@@ -100,6 +102,7 @@ def _parse(topology: str) -> tuple[str, tuple[int, ...]]:
     wanted = len(_EXAMPLES[family].partition(":")[2].split("x"))
     if len(shape) != wanted:
         raise UserError(f"a slice of {family} has {wanted} dimensions, unlike {topology}; such as {_EXAMPLES[family]}")
+    # A pod of these chips has no links beyond 16x16.
     if wanted == 2 and math.prod(shape) > 256:
         raise UserError(f"a slice of {family} has at most 16x16 chips, unlike {topology}; use --slices for more")
     return family, shape

@@ -95,6 +95,7 @@ def answer_problems(
     """
     if not questions:
         raise UserError("there are no problems to answer; give at least one")
+    # Checked before anything is generated, so that one long prompt among many costs no time.
     for number, question in enumerate(questions, first):
         if len(question.prompt_ids) + max_new_tokens > engine.window:
             raise UserError(
@@ -102,6 +103,7 @@ def answer_problems(
                 f"ones exceed a window of {engine.window}; leave it out, or ask for fewer new tokens"
             )
 
+    # One call, so that all answers share the slots of the engine.
     results = engine.generate(
         [question.prompt_ids for question in questions],
         max_new_tokens=max_new_tokens,
@@ -113,6 +115,7 @@ def answer_problems(
 
     answers = []
     for index, result in enumerate(results):
+        # The samples of a prompt follow each other.
         number, question = index // samples + first, questions[index // samples]
         if result.finish is Finish.FAILED:
             raise UserError(f"problem {number}: {result.error}")

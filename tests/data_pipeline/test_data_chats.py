@@ -87,8 +87,6 @@ def test_the_column_of_a_chat(tmp_path):
         open_files(source)
     with pytest.raises(UserError, match="there is no column text_key='text'; known: messages"):
         open_files(dataclasses.replace(source, kind=RecordKind.TEXT))
-    with pytest.raises(UserError, match="there is no column prompt_key='prompt'; known: messages"):
-        open_files(dataclasses.replace(source, kind=RecordKind.PROBLEM))
 
 
 def test_the_key_is_that_of_roles_and_contents(tmp_path):
