@@ -298,6 +298,11 @@ class Recipe:
             "model.initial_state=noise; set model.initial_state=zero",
         )
         _require(
+            self.model.initial_state is not InitialState.NOISE or stage.objective is not Objective.POLICY_GRADIENT,
+            f"{where}.objective=policy_gradient replays its answers, and no replay reproduces random first states; "
+            "set model.initial_state=zero",
+        )
+        _require(
             self.model.time_signal is not TimeSignal.LEARNED or stage.deepest <= self.model.time_rows,
             f"{where}.loops={stage.deepest} is beyond the {self.model.time_rows} rows of model.time_signal=learned; "
             f"set model.max_loops={stage.deepest}",

@@ -2,7 +2,7 @@
 
     python -m experiments.benchmarks.looprpt_step
 
-Width 256, feed-forward width 704, 4 layers, 4 loops, 8,192 tokens in the vocabulary, 2 sequences of 128. By count of
+Width 256, feed-forward width 704, 4 layers, 4 loops, 8,192 tokens in the vocabulary, a sequence of 128. By count of
 forward passes, a Stage I step takes three: one forward, two backward. A LoopRPT step takes one for the teacher, three
 for the student, and four for each rollout, because the backward pass computes it again. Memory is the peak of temporary
 arrays according to the compiler. The ratios of time are medians over the rounds.
@@ -23,7 +23,7 @@ from looplm_jax.sharding import make_mesh
 from looplm_jax.training._compile import compiled_step, to_device
 from looplm_jax.training._state import initial_state
 
-_BATCH, _LENGTH, _LOOPS, _NEVER = 2, 128, 4, 10**6
+_BATCH, _LENGTH, _LOOPS, _NEVER = 1, 128, 4, 10**6
 _ROLLOUTS = (2, 4, 8)
 
 

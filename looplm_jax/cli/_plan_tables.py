@@ -73,6 +73,7 @@ def _memory(plan: StagePlan) -> str:
         "optimizer": memory.optimizer,
         "activations": memory.activations,
         "other": memory.other,
+        **({"engine": memory.engine} if memory.engine else {}),
     }
     host = f"; {memory.host / _GIB:.2f} GiB in the host's memory" if memory.host else ""
     return memory_text(kinds, total=memory.total, capacity=memory.capacity) + host

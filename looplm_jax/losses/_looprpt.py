@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
+from looplm_jax.errors import UserError
 from looplm_jax.halting._distribution import (
     at_least_float32,
     entropy,
@@ -120,7 +121,11 @@ def looprpt(
 
     Returns:
       The loss, and its metrics.
+
+    Raises:
+      UserError: the scores of the teacher or of the rollouts are of another batch or number of loops.
     """
+    _check_same_shape(log_probs, teacher, noisy)
     log_probs, teacher, noisy = at_least_float32(log_probs), _wide(jax.lax.stop_gradient(teacher)), _wide(noisy)
     num_rollouts = noisy.exit_loops.shape[0]
 
@@ -264,6 +269,20 @@ def capped_k3(
     """Returns `min(k3, 10)`. A token that the noise made worse by more than about 2.6 nats is not pulled back."""
     teacher = jnp.broadcast_to(teacher_log_probs, log_probs.shape)
     return jnp.minimum(k3(log_probs, teacher), _LARGEST_K3)
+
+
+def _check_same_shape(log_probs: Float[Array, "T B S"], teacher: TeacherScores, noisy: NoisyRollouts) -> None:
+    """Raises UserError if scores have other shapes than those of the student, which would be broadcast."""
+    for name, shape in (
+        ("teacher", teacher.log_probs.shape),
+        ("teacher", teacher.gate_logits.shape),
+        ("noisy rollouts", noisy.log_probs.shape[1:]),
+    ):
+        if shape != log_probs.shape:
+            raise UserError(
+                f"scores of the {name} have the shape {shape}, and those of the student {log_probs.shape}; "
+                "score the same batch with the same number of loops"
+            )
 
 
 def _wide(scores: PyTree) -> PyTree:

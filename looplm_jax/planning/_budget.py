@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
-from looplm_jax.config import ModelConfig, Objective, ReadOut, Remat, Stage
+from looplm_jax.config import Credit, ModelConfig, Objective, ReadOut, Remat, Stage
 from looplm_jax.planning._compiler import OutOfMemory
 from looplm_jax.planning._program_facts import Collective
 from looplm_jax.planning._targets import Target
@@ -29,10 +29,11 @@ class Memory:
     """The memory of one device during a step, in bytes.
 
     Attributes:
-      parameters: the parameters, and those of the teacher in LoopRPT.
+      parameters: the parameters, and those of the teacher in reinforcement learning.
       optimizer: the optimizer state.
       activations: temporaries of the program at their peak.
       other: the batch, the guard, the program itself, and padding of arrays to tiles.
+      engine: the engine that generates the answers of a policy gradient: its cache, and its copy of the parameters.
       host: arrays that are offloaded to the memory of the host.
       capacity: the memory of the device, or None if it is not known.
     """
@@ -41,13 +42,14 @@ class Memory:
     optimizer: int
     activations: int
     other: int
+    engine: int = 0
     host: int = 0
     capacity: int | None = None
 
     @property
     def total(self) -> int:
         """The peak memory of the device."""
-        return self.parameters + self.optimizer + self.activations + self.other
+        return self.parameters + self.optimizer + self.activations + self.other + self.engine
 
 
 def state_memory(state: TrainState, capacity: int | None) -> Memory:
@@ -146,9 +148,10 @@ class Timing:
 
 
 def step_flops(model: ModelConfig, stage: Stage) -> float:
-    """Returns the model FLOPs of one step over all devices, by formula and without recomputation."""
-    policy = stage.policy if stage.objective is Objective.POLICY_GRADIENT else None
-    tokens = stage.batch_size * stage.sequence_length * (1 if policy is None else policy.answers * policy.updates)
+    """Returns the model FLOPs of one step over all devices, by formula and without recomputation.
+
+    Those of a policy gradient are of the update alone, without the generation of its answers.
+    """
     per_token = train_flops_per_token(
         model,
         loops=stage.mean_loops,
@@ -158,7 +161,20 @@ def step_flops(model: ModelConfig, stage: Stage) -> float:
         backprop_loops=stage.backprop_loops,
         rollouts=stage.looprpt.rollouts,
     )
-    return float(per_token * tokens)
+    if stage.objective is not Objective.POLICY_GRADIENT:
+        return float(per_token * step_tokens(stage))
+
+    # The replay, forward and backward in every update, and forward alone by the parameters that the loss compares with.
+    policy, forward = stage.policy, per_token / 3
+    of_rollout = policy.updates > 1 and policy.credit is not Credit.TRAJECTORY
+    passes = 3 * policy.updates + of_rollout + (policy.kl_weight > 0)
+    return float(passes * forward * step_tokens(stage))
+
+
+def step_tokens(stage: Stage) -> int:
+    """Returns the positions of the sequences of a step. Those of a policy gradient are the longest answers."""
+    answers = stage.policy.answers if stage.objective is Objective.POLICY_GRADIENT else 1
+    return stage.batch_size * answers * stage.sequence_length
 
 
 def recomputed_flops(model: ModelConfig, stage: Stage, remat: Remat) -> float:
@@ -189,7 +205,10 @@ def recomputed_flops(model: ModelConfig, stage: Stage, remat: Remat) -> float:
     if stage.objective is Objective.LOOPRPT:
         # The pass without noise and all rollouts recompute logits: the weights of their losses depend on them.
         per_token = (1 + stage.looprpt.rollouts) * (within + heads) + stage.looprpt.rollouts * (forward - heads)
-    return float(per_token * stage.batch_size * stage.sequence_length)
+    if stage.objective is Objective.POLICY_GRADIENT:
+        # The loss of the replay recomputes logits.
+        per_token = stage.policy.updates * (within + heads)
+    return float(per_token * step_tokens(stage))
 
 
 def _saved_flops(model: ModelConfig, sequence_length: int, remat: Remat) -> int:
@@ -242,7 +261,7 @@ def estimate(
         links=links,
         network=network,
         waiting=waiting,
-        tokens_per_second=stage.batch_size * stage.sequence_length / step,
+        tokens_per_second=step_tokens(stage) / step,
         days=stage.steps * step / _SECONDS_A_DAY,
         model_flops_utilization=flops / devices / chip.peak_bf16_flops / step,
     )

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from looplm_jax.config import ComputeConfig, MeshConfig, ModelConfig
 from looplm_jax.errors import UserError
 from looplm_jax.halting._policy_table import PolicyTable
-from looplm_jax.inference import CacheStrategy
+from looplm_jax.inference import CacheStrategy, EngineConfig
 from looplm_jax.inference._cache_layout import PoolSize, shardings
 from looplm_jax.inference._kv_cache import bytes_per_token
 from looplm_jax.inference._loopwise_prefill import bytes_per_prompt_token
@@ -241,7 +241,7 @@ def plan_decode(model: ModelConfig, compute: ComputeConfig, request: DecodeReque
     network = LoopLM(model, compute)
     with use_mesh(mesh):
         dtype = compute_dtype(compute)
-    params, slots = abstract_params(model, dtype, mesh), _abstract_slots(network, request, dtype, mesh)
+    params, slots = abstract_params(model, dtype, mesh), abstract_slots(network, request, dtype, mesh)
 
     started = time.perf_counter()
     program, memory = _compile(network, params, slots, mesh, target)
@@ -314,7 +314,7 @@ def _cache_use(slots: Slots, request: DecodeRequest, *, devices: int) -> CacheUs
     return CacheUse(slots=request.slots, read=request.positions * position, written=position)
 
 
-def _abstract_slots(model: LoopLM, request: DecodeRequest, dtype: jnp.dtype, mesh: Mesh) -> Slots:
+def abstract_slots(model: LoopLM, request: DecodeRequest | EngineConfig, dtype: jnp.dtype, mesh: Mesh) -> Slots:
     """Returns shapes and shardings of the slots."""
 
     def make() -> Slots:

@@ -1,6 +1,7 @@
 """Plans a stage: compiles it as `looplm train` would, and reads from the program what it needs and does."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterator, Sequence
 
@@ -8,15 +9,26 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from looplm_jax.config import ComputeConfig, Gather, Recipe, Reduce, Remat, Stage
+from looplm_jax.config import ComputeConfig, Gather, Objective, Recipe, Reduce, Remat, Stage
 from looplm_jax.models._looplm import LoopLM, compute_dtype
-from looplm_jax.planning._budget import Memory, Timing, compiled_memory, donated_arrays, estimate, overfull_memory
+from looplm_jax.planning._budget import (
+    Memory,
+    Timing,
+    compiled_memory,
+    donated_arrays,
+    estimate,
+    overfull_memory,
+    shard_bytes,
+)
 from looplm_jax.planning._compiler import OutOfMemory, compile_program
+from looplm_jax.planning._decode_plan import abstract_params, abstract_slots
 from looplm_jax.planning._hlo import parse
 from looplm_jax.planning._program_facts import Collective, Matmuls, attention_kernel, collectives, custom_calls, matmuls
 from looplm_jax.planning._targets import Target
 from looplm_jax.sharding import use_mesh
 from looplm_jax.training._compile import lower_step, stage_mesh
+from looplm_jax.training._local_params import local_mesh
+from looplm_jax.training._policy import engine_config
 from looplm_jax.training._state import TrainState, abstract_state
 
 _LARGE_STATE = 0.5  # fraction of the memory above which the state should be sharded over more devices
@@ -90,6 +102,7 @@ def plan_stage(recipe: Recipe, stage: Stage, target: Target) -> StagePlan:
 
     started = time.perf_counter()
     program, memory = _compile(recipe, model, stage, mesh, state, target)
+    memory = dataclasses.replace(memory, engine=engine_bytes(model, stage, mesh))
     seconds = time.perf_counter() - started
 
     inside = None if program is None else _program_facts(program.as_text() or "", model, mesh, state)
@@ -127,6 +140,25 @@ def _compile(
     if isinstance(program, OutOfMemory):
         return None, overfull_memory(state, program)
     return program, compiled_memory(state, program.memory_analysis(), target.capacity)
+
+
+def engine_bytes(model: LoopLM, stage: Stage, mesh: Mesh) -> int:
+    """Returns the bytes on each device of the engine that generates the answers of a stage; 0 if it generates none.
+
+    The engine exists during the update too. Every process has one on its own devices.
+    """
+    if stage.objective is not Objective.POLICY_GRADIENT:
+        return 0
+
+    own = local_mesh(mesh)
+    prompts = math.ceil(stage.batch_size * own.size / mesh.size)
+    network = LoopLM(dataclasses.replace(model.config, loops=stage.loops), model.compute)
+    with use_mesh(mesh):
+        dtype = jnp.dtype(compute_dtype(model.compute))
+    held = shard_bytes(abstract_slots(network, engine_config(stage, prompts), dtype, own).cache.planes)
+    if own is not mesh or dtype != jnp.float32:
+        held += shard_bytes(abstract_params(model.config, dtype, own))
+    return held
 
 
 def _program_facts(text: str, model: LoopLM, mesh: Mesh, state: TrainState) -> ProgramFacts:

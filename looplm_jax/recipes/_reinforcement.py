@@ -14,7 +14,9 @@ from looplm_jax.config import (
     Objective,
     OptimizerConfig,
     Recipe,
+    RecordKind,
     Schedule,
+    SourceConfig,
     Stage,
     StartConfig,
 )
@@ -34,8 +36,19 @@ def looprpt() -> Recipe:
         stages=(_stage(steps=1585, batch_size=8, sequence_length=4096, learning_rate=5e-6, warmup_steps=48),),
         optimizer=_OPTIMIZER,
         mesh=MeshConfig(data=1, fsdp=-1),
-        # 200 of the 4,428 problems of Omni-MATH.
-        data=DataConfig(validation_fraction=0.045),
+        # Omni-MATH, of whose 4,428 problems 200 are held out. The solutions are learned.
+        data=DataConfig(
+            sources=(
+                SourceConfig(
+                    path="omni_math.jsonl",
+                    kind=RecordKind.PROBLEM,
+                    prompt_key="problem",
+                    answer_key="solution",
+                    template="Problem: {prompt}\nSolution: ",
+                ),
+            ),
+            validation_fraction=0.045,
+        ),
         start=StartConfig(model=True),
         evaluation=EvaluationConfig(every=200, sequences=200),
     )

@@ -191,11 +191,18 @@ def _abstract_rollouts(stage: Stage, mesh: Mesh, columns: Columns) -> RolloutBat
 
 
 def rollouts_to_device(batch: RolloutBatch, stage: Stage, mesh: Mesh) -> RolloutBatch:
-    """Returns the rollouts of a step on the devices, `[R, ...]` as microbatches `[A, R / A, ...]`."""
-    placed = _abstract_rollouts(stage, mesh, batch.columns)
-    return jax.tree.map(
-        lambda own, like: jax.device_put(np.asarray(own).reshape(like.shape), like.sharding), batch, placed
-    )
+    """Returns the rollouts of a step on the devices, `[R, ...]` as microbatches `[A, R / A, ...]`.
+
+    Every process has all rollouts, and places those of its devices.
+    """
+
+    def put(own: np.ndarray, like: jax.ShapeDtypeStruct) -> Array:
+        whole = np.asarray(own).reshape(like.shape)
+        indices = like.sharding.addressable_devices_indices_map(like.shape)
+        shards = jax.device_put([whole[index] for index in indices.values()], list(indices))
+        return jax.make_array_from_single_device_arrays(like.shape, like.sharding, shards)
+
+    return jax.tree.map(put, batch, _abstract_rollouts(stage, mesh, batch.columns))
 
 
 def to_device(

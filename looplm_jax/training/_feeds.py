@@ -1,18 +1,20 @@
 """The batches of a stage, step by step: text, or answers that are generated with the parameters."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from looplm_jax.config import Stage
+from looplm_jax.config import ModelConfig, Stage
 from looplm_jax.data._packing import Batch
+from looplm_jax.distributed import ProcessGroup
 from looplm_jax.models._looplm import Params
 from looplm_jax.training._batches import RetryingReader
 from looplm_jax.training._compile import Columns, rollouts_to_device
 from looplm_jax.training._goodput import Activity, ActivityTimer
+from looplm_jax.training._local_params import local_params
 from looplm_jax.training._metrics import Reporter
 from looplm_jax.training._policy import CollectedRollouts, RolloutBatch
 from looplm_jax.training._rollout_log import RolloutLog
@@ -21,11 +23,25 @@ from looplm_jax.training._stopping import StopConsensus
 
 Depths: TypeAlias = Int[np.ndarray, "B"]
 
-Collector = Callable[[Params, int], CollectedRollouts]
-"""Returns the rollouts of a step, from the parameters before it and the number of steps before it."""
 
-OpenCollector = Callable[[Setup, int], Collector]
-"""Returns the collector of a stage, given its index."""
+@runtime_checkable
+class Collector(Protocol):
+    """Generates the answers of a stage. Each process answers a share of the problems of a step."""
+
+    def generate(self, params: Params, step: int) -> list[Any]:
+        """Returns this process's answers of a step, one JSON value for each of its problems.
+
+        Args:
+          params: the parameters before the step, on the devices of this process.
+          step: the number of steps of the run before it.
+        """
+
+    def collect(self, answers: Sequence[Any], step: int) -> CollectedRollouts:
+        """Returns the rollouts of a step from the answers of all processes, in the order of the problems."""
+
+
+OpenCollector = Callable[[Setup, int, ProcessGroup], Collector]
+"""Returns the collector of a stage, given its index and the processes of the run."""
 
 
 @runtime_checkable
@@ -99,31 +115,38 @@ class TextFeed:
 class RolloutFeed:
     """Answers of the model to problems. They follow from the parameters and the step, so there is no position to save.
 
+    Every process generates a share of the answers with a copy of the parameters on its own devices, and then receives
+    those of the others.
+
     Args:
       collector: generates the answers of a step.
       stage: the stage.
-      mesh: its devices.
+      model: the model.
+      mesh: the devices of the stage.
+      group: the processes of the run.
       reporter: reports the previous step first, so that nothing is generated with parameters that are refused.
       stop: stops the generation when a signal arrives.
       watch: accounts for the time.
-      log: keeps some of the answers.
+      log: keeps some of the answers; None in processes that do not write.
     """
 
     def __init__(
         self,
         collector: Collector,
         stage: Stage,
+        model: ModelConfig,
         mesh: Mesh,
         *,
+        group: ProcessGroup,
         reporter: Reporter,
         stop: StopConsensus,
         watch: ActivityTimer,
-        log: RolloutLog,
+        log: RolloutLog | None,
     ):
         self.columns: Columns = None
         self.measured: Mapping[str, float] = {}
-        self._collector, self._stage, self._mesh = collector, stage, mesh
-        self._reporter, self._stop, self._watch, self._log = reporter, stop, watch, log
+        self._collector, self._stage, self._model, self._mesh = collector, stage, model, mesh
+        self._group, self._reporter, self._stop, self._watch, self._log = group, reporter, stop, watch, log
         self._rollouts: CollectedRollouts | None = None
 
     def read_ahead(self) -> str | None:
@@ -134,10 +157,23 @@ class RolloutFeed:
         """Generates the answers of a step."""
         self._reporter.flush()
         self._watch.charge(Activity.STEP)
+        # Before the thread starts, because it all-gathers.
+        own = local_params(params, self._model, self._mesh)
         # In a thread, so that a stop signal does not wait for the longest answer.
-        self._rollouts = self._stop.run(lambda: self._collector(params, step))
+        answers = self._stop.run(lambda: self._collector.generate(own, step))
+        self._rollouts = self._collector.collect(self._of_all_processes(answers), step)
         self._watch.charge(Activity.ROLLOUTS)
         self.columns, self.measured = self._rollouts.batch.columns, self._rollouts.metrics
+
+    def _of_all_processes(self, answers: Sequence[Any]) -> list[Any]:
+        """Returns the answers to the problems of process 0, then those of process 1, and so on.
+
+        They are exchanged problem by problem, so that no message is large.
+        """
+        most = max(self._group.gather("problems", len(answers)))
+        padded = [*answers, *[None] * (most - len(answers))]
+        rounds = [self._group.gather("answers", answer) for answer in padded]
+        return [answer for process in zip(*rounds, strict=True) for answer in process if answer is not None]
 
     def next(self, depths: Depths) -> RolloutBatch:
         """Returns the answers on the devices. Each of their tokens has the exit at which it was generated."""
@@ -148,11 +184,13 @@ class RolloutFeed:
     def taken(self, step: int) -> None:
         """Logs some of the answers."""
         assert self._rollouts is not None
-        self._log.write(step, self._rollouts.lines)
+        if self._log is not None:
+            self._log.write(step, self._rollouts.lines)
 
     def flush(self) -> None:
         """Stores the logged answers."""
-        self._log.flush()
+        if self._log is not None:
+            self._log.flush()
 
     def state(self) -> dict[str, Any]:
         """Returns an empty position."""

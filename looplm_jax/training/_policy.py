@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from looplm_jax.config import Credit, Gather, Reduce, Stage
+from looplm_jax.inference import EngineConfig
 from looplm_jax.inference._replay import Scores, replay_scores
 from looplm_jax.inference._rollouts import Rollouts
 from looplm_jax.losses import loop_weights, policy_gradient, rltt
@@ -64,6 +65,24 @@ class CollectedRollouts:
     batch: RolloutBatch
     metrics: Mapping[str, float]
     lines: Sequence[Mapping[str, Any]]
+
+
+# The engine
+
+_PAGE = 128
+_CHUNK = 256
+
+
+def engine_config(stage: Stage, prompts: int) -> EngineConfig:
+    """Returns the size of the engine that answers a number of prompts in each step."""
+    length = stage.sequence_length
+    return EngineConfig(
+        slots=min(stage.policy.slots, prompts * stage.policy.answers),
+        capacity=length,
+        page_size=min(_PAGE, length),
+        chunk=min(_CHUNK, length),
+        loops=stage.loops,
+    )
 
 
 # Batches

@@ -38,6 +38,7 @@ from looplm_jax.config import Objective, Recipe, Stage
 from looplm_jax.data import ValidationBatches
 from looplm_jax.distributed import SINGLE_PROCESS, ProcessGroup, check_same
 from looplm_jax.errors import UserError
+from looplm_jax.halting import parse_exit_policy
 from looplm_jax.models._looplm import LoopLM, Params
 from looplm_jax.sharding import use_mesh
 from looplm_jax.training._batches import held_out_batches, open_reader
@@ -74,9 +75,10 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Run:
-    """The objects that all stages of a run share."""
+    """The objects that all stages of a run share. `rollout_log` is None in processes that do not write."""
 
     setup: Setup
+    group: ProcessGroup
     ownership: Ownership
     log: Log
     progress: TrainingProgress
@@ -165,6 +167,7 @@ def train(
 
         run = _Run(
             setup=setup,
+            group=group,
             ownership=ownership,
             log=log,
             progress=progress,
@@ -174,7 +177,7 @@ def train(
             profiler=profiler,
             evaluate=evaluate,
             collect=collect,
-            rollout_log=_open_rollout_log(recipe, folder, step, closing),
+            rollout_log=_open_rollout_log(recipe, folder, step, closing) if group.index == 0 else None,
         )
         # Step 9.
         end = _train_stages(run, position)
@@ -194,12 +197,15 @@ def train(
 
 
 def _check_rollouts(recipe: Recipe, collect: OpenCollector | None, group: ProcessGroup) -> None:
-    """Raises UserError if a stage needs rollouts, which nothing collects, or which several processes would."""
-    stages = [stage.name for stage in recipe.stages if stage.objective is Objective.POLICY_GRADIENT]
-    if stages and collect is None:
-        raise UserError(f"stage {stages[0]} learns from rollouts; pass collect=looplm_jax.rl.rollout_collector()")
-    if stages and group.count > 1:
-        raise UserError(f"stage {stages[0]} generates its answers in one process; start a single one on one host")
+    """Raises UserError if a stage needs rollouts, which nothing collects, has an unknown exit policy, or several processes."""
+    for stage in recipe.stages:
+        if stage.objective is not Objective.POLICY_GRADIENT:
+            continue
+        if collect is None:
+            raise UserError(f"stage {stage.name} learns from rollouts; pass collect=looplm_jax.rl.rollout_collector()")
+        parse_exit_policy(stage.policy.exits)
+        if group.count > 1:
+            raise UserError(f"stage {stage.name} generates its answers in one process; start a single one on one host")
 
 
 def _open_rollout_log(recipe: Recipe, folder: RunFolder, step: int, closing: contextlib.ExitStack) -> RolloutLog | None:
@@ -354,11 +360,12 @@ def _open_feed(run: _Run, position: Position, reporter: Reporter) -> Feed:
         return TextFeed(reader, lambda batch, depths: to_device(batch, stage, mesh, depths))
 
     assert run.collect is not None
-    assert run.rollout_log is not None
     return RolloutFeed(
-        run.collect(run.setup, position.stage),
+        run.collect(run.setup, position.stage, run.group),
         stage,
+        run.setup.models[position.stage].config,
         mesh,
+        group=run.group,
         reporter=reporter,
         stop=run.stop,
         watch=run.watch,

@@ -5,6 +5,7 @@ replayed at once, so sums over the policy are exact.
 """
 
 import functools
+import heapq
 import itertools
 
 import jax
@@ -156,11 +157,18 @@ def test_scores_at_every_loop():
 # The engine
 
 
+SLOTS = 32
+
+
+def small_engine():
+    config = EngineConfig(slots=SLOTS, capacity=64, chunk=64, page_size=16, queue=2048)
+    return Engine(*small_model(), config=config)
+
+
 @functools.cache
 def sampled():
     """Returns the results of 512 requests with sampled exits, and of others that ran beside them."""
-    model, params = small_model()
-    engine = Engine(model, params, config=EngineConfig(slots=32, capacity=64, chunk=64, page_size=16, queue=2048))
+    engine = small_engine()
     requests = engine.requests(
         [PROMPT] * 512, max_new_tokens=NEW, policy=SampledExit(), sampling=Sampling(temperature=1.0, seed=5)
     )
@@ -224,6 +232,19 @@ def test_a_draw_belongs_to_a_token_of_a_request():
     np.testing.assert_array_equal(exits, rollouts.exit_loops)
     with pytest.raises(UserError, match="this exit policy is random: choose another one"):
         exit_loops(SampledExit(), hidden, gate_logits, lambda states: states)
+
+
+def test_all_slots_are_busy_while_answers_are_generated():
+    """The engine needs at most 1 / 0.95 of the ticks of slots that are never idle between two answers."""
+    engine = small_engine()
+    drawn = Sampling(temperature=1.0, seed=5)
+    found = engine.generate([PROMPT] * 16, samples=8, max_new_tokens=48, policy=SampledExit(), sampling=drawn)
+    # The first token is read from the prompt. Each later one takes a tick for each of its loops.
+    ends = [0] * SLOTS
+    for own in found:
+        heapq.heappush(ends, heapq.heappop(ends) + sum(own.exit_loops[1:]))
+    print(f"{max(ends) / engine.stats.ticks:.3f} of {engine.stats.ticks} ticks are necessary")
+    assert max(ends) >= 0.95 * engine.stats.ticks
 
 
 def test_sizes_of_rollouts_are_tight():

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from looprpt_reference import hard_tokens as counted_hard_tokens
 from loss_goldens import LOOPRPT, TEACHER_DECAY, golden
 
+from looplm_jax.errors import UserError
 from looplm_jax.halting import entropy, exit_distribution, log_exit_distribution, log_exit_probability, q_exit
 from looplm_jax.losses import NoisyRollouts, TeacherScores, hard_tokens, looprpt, updated_teacher
 from looplm_jax.losses import _looprpt as terms
@@ -268,3 +269,12 @@ def test_a_frozen_teacher_stays_bit_for_bit_and_keeps_its_dtype():
     student = {"w": jnp.ones(9, jnp.bfloat16)}
     np.testing.assert_array_equal(updated_teacher(teacher, student, 1.0)["w"], teacher["w"])
     np.testing.assert_array_equal(updated_teacher(teacher, student, 0.0)["w"], student["w"].astype(jnp.float32))
+
+
+@pytest.mark.parametrize("name", ["teacher_log_probs", "teacher_gates", "noisy_log_probs"])
+def test_scores_of_another_number_of_loops_are_refused(name):
+    arrays = inputs()
+    loop = -3  # of [T, B, S] and of [G, T, B, S]
+    arrays[name] = jnp.take(arrays[name], jnp.array([0]), axis=loop)
+    with pytest.raises(UserError, match=r"score the same batch with the same number of loops"):
+        loss_and_gradients(arrays, **SETTINGS)

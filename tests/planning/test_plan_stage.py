@@ -5,14 +5,14 @@ import functools
 
 import jax
 import pytest
-from plan_cases import GATE, STAGE, recipe_with, with_stage
+from plan_cases import GATE, MODEL, STAGE, recipe_with, with_stage
 
-from looplm_jax.config import Gather, LoopRPTConfig, MeshConfig, Objective, Reduce, Remat
+from looplm_jax.config import Gather, LoopRPTConfig, MeshConfig, Objective, PolicyConfig, Reduce, Remat
 from looplm_jax.models._looplm import LoopLM
-from looplm_jax.planning._budget import overfull_memory, shard_bytes, state_memory
+from looplm_jax.planning._budget import Memory, overfull_memory, shard_bytes, state_memory
 from looplm_jax.planning._compiler import OutOfMemory
 from looplm_jax.planning._search import stack_parameters
-from looplm_jax.planning._stage_plan import plan_stage
+from looplm_jax.planning._stage_plan import engine_bytes, plan_stage
 from looplm_jax.planning._targets import find_target
 from looplm_jax.training._compile import lower_step, stage_mesh
 from looplm_jax.training._state import abstract_state
@@ -116,6 +116,11 @@ def compiled_here(stage, mesh_config):
     return abstract_state(recipe, model, stage, mesh), program
 
 
+ANSWERS = dataclasses.replace(
+    SMALL,
+    objective=Objective.POLICY_GRADIENT,
+    policy=PolicyConfig(answers=2, max_new_tokens=8, slots=4, kl_weight=0.1),
+)
 RPT = dataclasses.replace(SMALL, objective=Objective.LOOPRPT, looprpt=LoopRPTConfig(rollouts=2))
 
 
@@ -125,6 +130,7 @@ RPT = dataclasses.replace(SMALL, objective=Objective.LOOPRPT, looprpt=LoopRPTCon
         pytest.param(SMALL, CUT, id="first"),
         pytest.param(GATE, None, id="gate"),
         pytest.param(RPT, CUT, id="looprpt", marks=pytest.mark.slow),
+        pytest.param(ANSWERS, CUT, id="answers", marks=pytest.mark.slow),
     ],
 )
 def test_here_the_state_is_donated_whole(stage, mesh):
@@ -134,6 +140,19 @@ def test_here_the_state_is_donated_whole(stage, mesh):
     held = state_memory(state, None)
     assert held.total == shard_bytes(state)
     assert held.parameters == shard_bytes((state.params, state.teacher))
+
+
+def test_the_engine_of_answers_is_counted():
+    """Its cache has keys and values of every loop, layer and position of each slot, here of 32 positions."""
+    model = LoopLM(MODEL)
+    mesh = stage_mesh(recipe_with(ANSWERS, mesh=CUT), ANSWERS, find_target("here").devices)
+    positions = ANSWERS.policy.slots * ANSWERS.sequence_length
+    cache = positions * ANSWERS.loops * MODEL.num_layers * 2 * MODEL.width * 4
+    # Two devices divide the heads. Beside the pages of the slots there is at most one.
+    assert cache / 2 <= engine_bytes(model, ANSWERS, mesh) <= cache / 2 * (ANSWERS.policy.slots + 1) / 4
+    assert engine_bytes(model, SMALL, mesh) == 0
+    held = Memory(parameters=1, optimizer=2, activations=3, other=4)
+    assert dataclasses.replace(held, engine=5).total == held.total + 5
 
 
 def test_the_logits_stay_cut_along_the_vocabulary():

@@ -12,6 +12,7 @@ from looplm_jax.config import (
     LoopRPTConfig,
     MeshConfig,
     Objective,
+    PolicyConfig,
     Reduce,
     Remat,
     TopologySettings,
@@ -113,6 +114,20 @@ def test_what_looprpt_computes_again():
     assert recomputed_flops(MODEL, stage, Remat.NONE) == pytest.approx(4 * forward + heads)
     again = recomputed_flops(MODEL, STAGE, Remat.LAYER)
     assert recomputed_flops(MODEL, stage, Remat.LAYER) == pytest.approx(4 * forward + heads + 5 * again)
+
+
+def test_what_an_update_from_answers_computes():
+    """Every update replays all answers, forward and backward; what it compares with is replayed forward, once."""
+    stage = with_stage(objective=Objective.POLICY_GRADIENT, policy=PolicyConfig(answers=8))
+    policy = stage.policy
+    once = step_flops(MODEL, stage)
+    assert once == pytest.approx(8 * step_flops(MODEL, STAGE))
+    compared = dataclasses.replace(stage, policy=dataclasses.replace(policy, kl_weight=0.1))
+    assert step_flops(MODEL, compared) == pytest.approx(4 / 3 * once)
+    several = dataclasses.replace(stage, policy=dataclasses.replace(policy, updates=2))
+    assert step_flops(MODEL, several) == pytest.approx(7 / 3 * once)
+    timing = estimate(MODEL, stage, Remat.NONE, target(V5E, (16, 16)), [], devices=4)
+    assert timing.tokens_per_second == pytest.approx(8 * stage.batch_size * stage.sequence_length / timing.step)
 
 
 def test_parts_of_a_batch():

@@ -21,6 +21,8 @@ from looplm_jax.config import (
     Credit,
     DataConfig,
     EvaluationConfig,
+    InitialState,
+    Injection,
     MeshConfig,
     ModelConfig,
     Objective,
@@ -31,17 +33,22 @@ from looplm_jax.config import (
     SourceConfig,
     Stage,
 )
+from looplm_jax.distributed import SINGLE_PROCESS
+from looplm_jax.distributed._process_group import SingleProcess
 from looplm_jax.errors import UserError
 from looplm_jax.inference import Rollouts
 from looplm_jax.losses import group_advantages
 from looplm_jax.models._looplm import LoopLM
 from looplm_jax.rl import rollout_collector
+from looplm_jax.rl._collect import StageCollector
 from looplm_jax.sharding import make_mesh
 from looplm_jax.training import read_metrics, run
 from looplm_jax.training._compile import StagePrograms, rollouts_to_device
 from looplm_jax.training._metrics import as_values
 from looplm_jax.training._policy import RolloutBatch
 from looplm_jax.training._rollout_log import RolloutLog
+from looplm_jax.training._run_folder import check_run_folder
+from looplm_jax.training._setup import prepare_run
 from looplm_jax.training._state import abstract_state, initial_state
 
 LOOPS, PROMPTS, ANSWERS, NEW = 2, 2, 4, 3
@@ -144,6 +151,18 @@ def test_a_run_that_lost_its_last_steps_makes_the_same_rollouts_again(finished, 
     assert (again / "rollouts.jsonl").read_bytes() == (folder / "rollouts.jsonl").read_bytes()
 
 
+@pytest.mark.slow
+def test_a_run_on_eight_devices_makes_the_same_rollouts(finished, tmp_path):
+    folder, _ = finished
+    recipe = recipe_with(mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+    train(tmp_path / "run", recipe)
+    assert (tmp_path / "run" / "rollouts.jsonl").read_bytes() == (folder / "rollouts.jsonl").read_bytes()
+    one, eight = ([row for row in read_metrics(own) if row["kind"] == "train"] for own in (folder, tmp_path / "run"))
+    for ours, theirs in zip(one, eight, strict=True):
+        for name in ("reward", "mean_exit_loop", "policy_loss", "gradient_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5)
+
+
 def test_a_line_of_rollouts_that_was_cut_is_dropped(tmp_path):
     (tmp_path / "rollouts.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"broken\n{"step": 1')
     log = RolloutLog(tmp_path, step=1)
@@ -186,6 +205,64 @@ def test_a_collector_is_needed(tmp_path):
     with pytest.raises(UserError, match=r"^stage policy learns from rollouts; pass collect="):
         run.train(RECIPE, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_exits_of_no_meaning_are_refused_before_anything_is_written(tmp_path):
+    recipe = recipe_with(dataclasses.replace(ACTION, credit=Credit.TOKEN, exits="nonsense"))
+    with pytest.raises(UserError, match=r"^unknown exit policy 'nonsense'"):
+        train(tmp_path / "run", recipe)
+    assert not (tmp_path / "run").exists()
+
+
+def test_random_first_states_are_refused():
+    model = dataclasses.replace(RECIPE.model, injection=Injection.ADD, initial_state=InitialState.NOISE)
+    with pytest.raises(UserError, match=r"objective=policy_gradient replays its answers, and no replay reproduces"):
+        dataclasses.replace(RECIPE, model=model)
+
+
+# Collectors
+
+
+class Group(SingleProcess):
+    """One of several processes, without the others."""
+
+    def __init__(self, index, count):
+        self.index, self.count = index, count
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory):
+    folder = check_run_folder(tmp_path_factory.mktemp("collect") / "run", RECIPE)
+    return prepare_run(RECIPE, folder, Console(file=io.StringIO()))
+
+
+def drawn(answers):
+    """Returns what a process generated, without numbers that depend on which answers shared a batch."""
+    return [[(answer["tokens"], answer["exit_loops"], answer["reward"]) for answer in own] for own in answers]
+
+
+def test_processes_answer_what_one_would(setup):
+    """Here the first of three processes has no problem to answer."""
+    params, step = setup.position.state.params, 1
+    whole = StageCollector(setup, 0, SINGLE_PROCESS, even_digits).generate(params, step)
+    shares = [StageCollector(setup, 0, Group(index, 3), even_digits).generate(params, step) for index in range(3)]
+    assert [len(share) for share in shares] == [0, 1, 1]
+    assert drawn(whole) == [answers for share in shares for answers in drawn(share)]
+    # As the processes exchange them.
+    assert json.loads(json.dumps(whole)) == [[{**own, **as_lists(own)} for own in answers] for answers in whole]
+
+
+def as_lists(answer):
+    return {name: list(value) for name, value in answer.items() if isinstance(value, tuple)}
+
+
+def test_answers_are_padded_to_the_longest_of_their_step(setup):
+    """Not to 64 positions: a replay costs a forward and a backward pass of each."""
+    collector = StageCollector(setup, 0, SINGLE_PROCESS, even_digits)
+    batch = collector.collect(collector.generate(setup.position.state.params, 0), 0).batch
+    rollouts = batch.rollouts
+    assert batch.columns == (rollouts.prompt_lengths.max(), rollouts.lengths.max()) == (5, NEW)
+    np.testing.assert_array_equal(batch.log_probs < 0, rollouts.mask)
 
 
 # Steps
