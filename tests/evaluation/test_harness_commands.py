@@ -47,6 +47,7 @@ def evaluate(folder, tmp_path, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_both_commands_run_the_tasks_alike(evaluate, folder, tmp_path, monkeypatch):
     values, printed = evaluate("--tasks", "looplm_smoke", "--loops", "2")
     assert {"looplm_smoke_choice", "looplm_smoke_text", "looplm_smoke_continue"} <= set(values["results"])

@@ -88,6 +88,7 @@ def test_a_prediction_is_unchanged_as_often_as_published():
         np.testing.assert_array_equal(exits_of(ArgmaxStable(times=times)), first(values >= times))
 
 
+@pytest.mark.slow
 def test_the_engine_exits_where_the_published_generator_does():
     criteria = list(RULES)
     found = {name: {key: golden()[f"adaptive/{name}/latest-m4/{key}"] for key in ("ids", "steps")} for name in criteria}

@@ -107,6 +107,7 @@ def test_keys_and_values_spread_over_a_mesh_change_no_answer(alone):
         assert_same(result, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_parameters_spread_as_in_training_change_no_answer(alone):
     """Over data, width and heads at once; rows need not divide over them."""
     model, params = small_model()
@@ -123,6 +124,7 @@ def test_parameters_spread_as_in_training_change_no_answer(alone):
     assert [program._cache_size() for program in programs] == [size + 1 for size in before]  # nothing moves about
 
 
+@pytest.mark.slow
 def test_a_bfloat16_cache_is_half_the_size_and_nearly_as_good(engine, alone):
     half = make_engine(cache_dtype=jax.numpy.bfloat16)
     assert half.cache_bytes * 2 == engine.cache_bytes

@@ -50,7 +50,7 @@ def full_forward(model, params, tokens):
 
 @pytest.mark.parametrize(
     "options",
-    [pytest.param(PARCAE, marks=pytest.mark.slow), UNIVERSAL, QUERY],
+    [pytest.param(PARCAE, marks=pytest.mark.slow), UNIVERSAL, pytest.param(QUERY, marks=pytest.mark.slow)],
     ids=["parcae", "universal_transformer", "query"],
 )
 def test_cached_decoding_equals_the_full_forward(options):
@@ -64,7 +64,7 @@ def test_cached_decoding_equals_the_full_forward(options):
     assert drafted.tokens == made.tokens
 
 
-@pytest.mark.parametrize("strategy", [CacheStrategy.FULL, CacheStrategy.LAST])
+@pytest.mark.parametrize("strategy", [pytest.param(CacheStrategy.FULL, marks=pytest.mark.slow), CacheStrategy.LAST])
 def test_replay_recomputes_exits_of_a_gate_before_the_loop(strategy):
     model, params = make_model(num_layers=1, loops=LOOPS, **UNIVERSAL)
     engine = Engine(model, params, config=EngineConfig(slots=1, capacity=16, cache=strategy))

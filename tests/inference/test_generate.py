@@ -36,7 +36,12 @@ def _forward(model, params, tokens, loops):
 
 
 @pytest.mark.parametrize(
-    "shape", ["grouped-query", pytest.param("multi-head, injection", marks=pytest.mark.slow), "prelude, coda, tied"]
+    "shape",
+    [
+        pytest.param("grouped-query", marks=pytest.mark.slow),
+        pytest.param("multi-head, injection", marks=pytest.mark.slow),
+        "prelude, coda, tied",
+    ],
 )
 def test_full_cache_equals_full_forward(shape):
     model, params = make_model(**SHAPES[shape])

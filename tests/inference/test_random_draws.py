@@ -71,6 +71,7 @@ def test_samples_that_cannot_be(engine, samples):
         engine.generate([PROMPT], samples=samples, max_new_tokens=5)
 
 
+@pytest.mark.slow
 def test_rows_of_speculation_draw_with_keys_of_their_own():
     results = speculate(*small_model(), [PROMPT] * 4, draft_loops=1, drafts=2, max_new_tokens=12, sampling=DRAWN)
     assert len({result.tokens for result in results}) == 4

@@ -157,6 +157,7 @@ def count(pairs, size):
     return observed
 
 
+@pytest.mark.slow
 def test_drawn_tokens_are_distributed_as_those_of_fixed_loops():
     """The joint first two tokens after one prompt, for 8192 seeds; the second comes from the first or second round."""
     model, params = make_model(vocab_size=6, num_layers=1, loops=3, max_positions=6)
@@ -265,6 +266,7 @@ def test_repetition_penalty_counts_the_drafts_before(whole_model, plain):
         assert token == np.argmax(logits[place])
 
 
+@pytest.mark.slow
 def test_stop_tokens_end_a_row(whole_model, plain):
     stop = plain[2].tokens[3]
     for before, result in zip(plain, continued(*whole_model, stop_ids=[stop]), strict=True):

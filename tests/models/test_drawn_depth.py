@@ -67,7 +67,7 @@ def assert_same(actual, wanted):
 
 
 @pytest.mark.parametrize(
-    ("changes", "remat"), [pytest.param(PLAIN, Remat.NONE, marks=pytest.mark.slow), (WITH_INJECTION, Remat.LOOP)]
+    ("changes", "remat"), [(PLAIN, Remat.NONE), pytest.param(WITH_INJECTION, Remat.LOOP, marks=pytest.mark.slow)]
 )
 def test_truncated_gradients_are_those_of_loops_written_out(changes, remat):
     model, params, tokens, weights = setup(changes, remat)
@@ -94,6 +94,7 @@ def test_one_program_serves_all_depths_and_agrees_with_the_model_at_each():
     assert len(traces) == 1
 
 
+@pytest.mark.slow
 def test_the_backward_pass_keeps_only_the_last_loops():
     """Compiled temporaries do not grow with the largest depth if gradients are truncated."""
     model, params, tokens, weights = setup(PLAIN)

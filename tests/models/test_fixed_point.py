@@ -220,6 +220,7 @@ def test_the_implicit_gradient_is_that_of_200_unrolled_loops(seed, lipschitz, ki
         np.testing.assert_allclose(ours[name], expected[name], rtol=1e-7, atol=1e-10)
 
 
+@pytest.mark.slow
 @settings(max_examples=5)
 @given(seeds)
 def test_the_phantom_gradient_approaches_the_implicit_one(seed):

@@ -61,7 +61,7 @@ def test_states_and_logits_at_every_depth():
         assert_close(logits[loops - 1], golden[f"logits_r{loops}"])
 
 
-@pytest.mark.parametrize(("constant", "kept"), [(0, 8), (5, 3)])
+@pytest.mark.parametrize(("constant", "kept"), [pytest.param(0, 8, marks=pytest.mark.slow), (5, 3)])
 def test_loss_and_gradients_of_the_last_loops(constant, kept):
     golden, labels = huginn_arrays(), huginn_arrays()["labels"]
     counted = labels >= 0
@@ -92,6 +92,7 @@ def test_loss_and_gradients_of_the_last_loops(constant, kept):
         np.testing.assert_allclose(ours, golden_gradient, rtol=0, atol=1e-4 * np.abs(golden_gradient).max())
 
 
+@pytest.mark.slow
 def test_engine_decodes_as_the_published_generator_from_a_zero_state():
     ids = [int(token) for token in huginn_arrays()["decode/full/ids"]]
     engine = Engine(MODEL, huginn_params(), config=EngineConfig(slots=1, capacity=16))

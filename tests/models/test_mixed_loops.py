@@ -52,7 +52,10 @@ def written_out(model, params, tokens, updates):
 
 @pytest.mark.parametrize(
     ("changes", "remat", "bias"),
-    [(UNIVERSAL_TRANSFORMER, Remat.LOOP, -2.0), (AFTER_WITH_CODA, Remat.NONE, -0.7)],
+    [
+        (UNIVERSAL_TRANSFORMER, Remat.LOOP, -2.0),
+        pytest.param(AFTER_WITH_CODA, Remat.NONE, -0.7, marks=pytest.mark.slow),
+    ],
 )
 def test_values_and_gradients_are_those_of_loops_written_out(changes, remat, bias):
     model, params = tiny_model(tiny_config(**changes), compute=ComputeConfig(remat=remat))

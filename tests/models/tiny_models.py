@@ -66,7 +66,7 @@ OPTIONS = {
 }
 
 # The models of the default suite, which are compiled: no optional part or every part, with both norm placements.
-IN_SHORT = ("ouro", "prelude_linear_coda", "coda_pre_norm_tied", "huginn", "universal_transformer", "parcae", "query")
+IN_SHORT = ("ouro", "prelude_linear_coda", "coda_pre_norm_tied", "huginn", "universal_transformer", "query")
 
 
 def tiny_config(option: str) -> ModelConfig:

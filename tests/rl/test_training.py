@@ -171,6 +171,7 @@ def test_a_line_of_rollouts_that_was_cut_is_dropped(tmp_path):
     assert (tmp_path / "rollouts.jsonl").read_text() == '{"step": 1}\n{"step": 2, "text": "a"}\n'
 
 
+@pytest.mark.slow
 def test_rewards_rise(tmp_path):
     """Of a reward that every token can earn, within 25 steps."""
     recipe = recipe_with(steps=25, batch_size=8, learning_rate=3e-2, checkpoint=CheckpointConfig(every=30))
@@ -351,6 +352,7 @@ def test_all_loops_of_a_token_learn():
     jax.tree.map(np.testing.assert_array_equal, after.teacher, before.params)
 
 
+@pytest.mark.slow
 def test_several_updates_of_a_step():
     """The first is that of a single one. The next ones move the parameters on, and the ratio from 1."""
     before, after, metrics = plain_step()

@@ -109,6 +109,7 @@ def test_states_start_from_the_same_noise_on_every_mesh(name):
     np.testing.assert_allclose(losses, reference, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_the_same_parameters_on_every_mesh():
     sharded = initial(MESHES["2x2x2"])
     for leaf, wanted in zip(jax.tree.leaves(sharded), jax.tree.leaves(initial(ONE)), strict=True):

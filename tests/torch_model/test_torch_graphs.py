@@ -96,6 +96,7 @@ def assert_same_cache(ours, theirs):
         torch.testing.assert_close(our_layer.values, their_layer.values)
 
 
+@pytest.mark.slow
 def test_one_whole_graph_of_the_loss(model):
     graph = compiled(model, dynamic=True)
     for length in LENGTHS:

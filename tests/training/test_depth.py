@@ -152,6 +152,7 @@ def assert_resumes(recipe, folder, step):
     return [row for row in rows if row["kind"] == "train"]
 
 
+@pytest.mark.slow
 def test_a_run_with_drawn_depths_is_one_program_and_resumes_exactly(traces, tmp_path):
     stage = with_depth(loops=30, kind=DepthKind.POISSON_LOG_NORMAL, mean=5.0, backprop_loops=3)
     rows = assert_resumes(one_stage(stage), tmp_path / "run", 4)

@@ -78,6 +78,7 @@ def recipe_of(base, chats, **changes):
     return dataclasses.replace(recipe, **settings | changes)
 
 
+@pytest.mark.slow
 def test_a_model_without_chat_tokens_learns_to_chat(base, chats, tmp_path):
     size, said = load(base).model.config.vocab_size, io.StringIO()
     recipe, console = recipe_of(base, chats), Console(file=said, soft_wrap=True)

@@ -124,6 +124,7 @@ def test_same_results_on_every_mesh_and_with_accumulation(mesh, accumulation):
         np.testing.assert_allclose(ours, theirs, atol=3e-4)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_with_the_same_rollouts_and_teacher_bit_for_bit(tmp_path):
     stage = dataclasses.replace(RPT, steps=4, warmup_steps=0)
     recipe = one_stage(stage)

@@ -280,6 +280,7 @@ def test_each_prior_makes_a_program(kind):
     assert metrics.exits.exit_pdf.shape == (3,)
 
 
+@pytest.mark.slow
 def test_states_start_from_new_noise_in_every_step():
     model = dataclasses.replace(
         MODEL, injection=Injection.ADD, initial_state=InitialState.NOISE, gate=GatePlacement.NONE
