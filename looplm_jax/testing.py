@@ -25,6 +25,8 @@ from looplm_jax.config import ComputeConfig, ModelConfig
 from looplm_jax.data.tokenizers import END_OF_TEXT, IM_END, IM_START, SymbolTokenizer
 from looplm_jax.models._looplm import LoopLM, Params, init_params
 
+__all__ = ["ResumableStream", "assert_resumes_exactly", "tiny_config", "tiny_model", "tiny_tokenizer"]
+
 _SYMBOLS = (END_OF_TEXT, IM_START, IM_END, *string.ascii_lowercase, *string.digits)
 
 

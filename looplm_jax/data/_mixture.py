@@ -279,7 +279,7 @@ def _open_prepared(data: DataConfig) -> tuple[PreparedSource, ...]:
     if not found:
         return ()
 
-    others = [source.path for source in data.sources if source not in [source for source, _ in found]]
+    others = [source.path for source in data.sources if source not in dict(found)]
     if others:
         raise UserError(
             f"{found[0][0].path!r} is prepared and {others[0]!r} is not; a mixture is all prepared or none: "

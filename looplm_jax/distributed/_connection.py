@@ -185,12 +185,11 @@ class Rendezvous:
     def _missing(self) -> list[int]:
         """Returns the indices of the processes that are not connected; empty once the rendezvous is complete."""
         with self._arriving:
-            closed = (
-                []
-                if self._complete
-                else [index for index, connection in self._connections.items() if connection.is_closed]
-            )
-            for index in closed:
+            if self._complete:
+                return []
+
+            # A process that has left may be started again, and then arrives again.
+            for index in [index for index, connection in self._connections.items() if connection.is_closed]:
                 self._connections.pop(index).close()
             return [index for index in range(1, self._count) if index not in self._connections]
 
