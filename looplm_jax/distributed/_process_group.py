@@ -25,7 +25,8 @@ from looplm_jax.distributed._connection import SILENCE_SECONDS, Connection
 from looplm_jax.errors import UserError, at_most
 from looplm_jax.terminal import print_error_unbuffered
 
-LOST = 75  # exit status after the loss of another process: EX_TEMPFAIL of sysexits.h, "try again"
+LOST = 75
+"""The exit status after the loss of another process: EX_TEMPFAIL of sysexits.h, "try again"."""
 
 _SHUTDOWN = "shutdown"
 _LAST_SECONDS = 5.0
@@ -81,6 +82,7 @@ class SingleProcess:
 
 
 SINGLE_PROCESS = SingleProcess()
+"""The group of a run with a single process, the default of `train`."""
 
 
 def end_process(message: str, status: int) -> NoReturn:

@@ -51,7 +51,9 @@ UNCAST = ("gate", DIAGONAL)
 _IN_PRODUCTS = (*_STACKS, "injection")
 # The gate logit of a model without a gate: the probability of an exit before the last loop is zero.
 _NEVER = -1e4
-Params = dict[str, Any]  # nested, by the names of modules; leaves are arrays
+
+Params = dict[str, Any]
+"""The parameters of a model: nested dictionaries by the names of modules, with arrays as leaves."""
 
 
 @flax.struct.dataclass

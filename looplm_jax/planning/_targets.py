@@ -14,6 +14,8 @@ from looplm_jax.sharding._hardware import Chip, known_chip
 from looplm_jax.sharding._mesh import require_platform
 
 HERE = "here"
+"""The topology of the attached devices."""
+
 _EXAMPLES = {"v4": "v4:4x4x4", "v5e": "v5e:16x16", "v5p": "v5p:4x8x8", "v6e": "v6e:16x16", "tpu7x": "tpu7x:4x4x4"}
 # The two cores of such a chip are one device to JAX.
 _ONE_DEVICE_A_CHIP = {"v4": "megacore"}

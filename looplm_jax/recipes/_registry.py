@@ -42,6 +42,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "grpo-depth": grpo_depth,
     "rltt": rltt,
 }
+"""The recipes by name, as functions that create them."""
 
 _MAX_LENGTH, _MIN_LENGTH = 256, 64  # tokens of a tiny sequence
 _STEPS, _SEQUENCES, _NEW_TOKENS = 4, 4, 16

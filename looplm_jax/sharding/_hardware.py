@@ -134,6 +134,7 @@ CHIPS = (
         ici_bandwidth=900 * _GB / 2,
     ),
 )
+"""The known chips, with the figures of their makers."""
 
 
 def known_chip(device_kind: str) -> Chip | None:

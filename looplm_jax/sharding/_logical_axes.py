@@ -15,9 +15,6 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
-# Maps each logical axis of a parameter or an activation to axes of the mesh. Parameters are sharded over `fsdp` and
-# `context` along the model width, and over `tensor` along heads, feed-forward width and vocabulary. Activations are
-# sharded along batch and sequence; their width is not sharded.
 LOGICAL_AXIS_RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("batch", ("data", "fsdp")),
     ("sequence", ("context",)),
@@ -32,6 +29,11 @@ LOGICAL_AXIS_RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("embed_in", ()),
     ("embed_activation", ()),
 )
+"""The mesh axes of each logical axis of a parameter or an activation.
+
+Parameters are sharded over `fsdp` and `context` along the model width, and over `tensor` along heads, feed-forward
+width and vocabulary. Activations are sharded along batch and sequence; their width is not sharded.
+"""
 
 
 Axes = PartitionSpec | Sequence[str | None]  # logical axes of an array; None for an axis that is not sharded

@@ -34,7 +34,11 @@ from looplm_jax.training._step import StepMetrics, is_logged
 
 M = TypeVar("M")
 
-TRAIN, EVALUATION = "train", "evaluation"  # kinds of lines
+TRAIN = "train"
+"""The kind of the lines of `metrics.jsonl` about steps."""
+
+EVALUATION = "evaluation"
+"""The kind of the lines of `metrics.jsonl` about evaluations during training."""
 
 
 # Writing
