@@ -48,7 +48,7 @@ class RolloutBatch:
 
     @property
     def columns(self) -> tuple[int, int]:
-        """Returns the numbers of columns of prompts and of new tokens, for which a step is compiled."""
+        """The numbers of columns of prompts and of new tokens, for which a step is compiled."""
         return self.rollouts.prompts.shape[-1], self.rollouts.tokens.shape[-1]
 
 

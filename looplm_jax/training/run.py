@@ -197,7 +197,7 @@ def train(
 
 
 def _check_rollouts(recipe: Recipe, collect: OpenCollector | None, group: ProcessGroup) -> None:
-    """Raises UserError if a stage needs rollouts, which nothing collects, has an unknown exit policy, or several processes."""
+    """Raises UserError if a stage of rollouts has no collector, an unknown exit policy, or several processes."""
     for stage in recipe.stages:
         if stage.objective is not Objective.POLICY_GRADIENT:
             continue
