@@ -4,8 +4,9 @@
     python -m experiments.benchmarks.products --width 512 --layers 8
 
 Each product runs alone at the shape, the layout and the dtype (float32) that the step of `train_step` uses. The two
-libraries take turns. The last lines multiply the median time of each product by the number of times that one step
-computes it: a step cannot be faster than the sum, whatever else it does.
+libraries take turns. Times are CPU times of all threads, which other work on the machine changes less than the time
+that passes. The last lines multiply the median time of each product by the number of times that one step computes it:
+a step cannot use less CPU time than the sum, whatever else it does.
 """
 
 import argparse
@@ -46,7 +47,7 @@ class Product:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Median seconds of one call of a product in each library."""
+    """Median CPU time of one call of a product in each library, in seconds."""
 
     product: Product
     xla: float
@@ -63,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads of PyTorch leave the cores to XLA
 
     products = step_products(shape(arguments.width, arguments.layers))
-    print("| product | shape | times a step | XLA, GFLOP/s | PyTorch, GFLOP/s |\n|---|---|---|---|---|")
+    print("GFLOP per second of CPU time:")
+    print("| product | shape | times a step | XLA | PyTorch |\n|---|---|---|---|---|")
     timings = []
     for product in products:
         timing = _measure(product, arguments.rounds)
@@ -74,8 +76,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     xla = sum(timing.xla * timing.product.count for timing in timings)
     torch = sum(timing.torch * timing.product.count for timing in timings)
     flops = sum(product.flops * product.count for product in products)
-    print(f"all products of a step, {flops / 1e9:.0f} GFLOP: XLA {xla:.2f} s, PyTorch {torch:.2f} s")
-    print(f"XLA computes them at {torch / xla:.2f}x the speed of PyTorch")
+    print(f"all products of a step, {flops / 1e9:.0f} GFLOP: {xla:.2f} s of CPU time in XLA, {torch:.2f} s in PyTorch")
+    print(f"XLA computes them in {xla / torch:.2f}x the CPU time of PyTorch")
 
 
 def step_products(config: ModelConfig) -> list[Product]:
@@ -141,9 +143,9 @@ def _measure(product: Product, rounds: int) -> Timing:
 
 
 def _seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     run()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def _xla(product: Product) -> Callable[[], object]:

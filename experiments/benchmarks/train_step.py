@@ -6,7 +6,8 @@
 
 One step is a whole optimizer step of Eq. 4 with AdamW: 4 loops, a vocabulary of 8,192 tokens, 8 sequences of 256
 tokens, float32. The two sides take turns, step by step, so that a machine whose speed drifts treats them alike; each
-ratio is the median over the pairs. The twin uses PyTorch's fused attention and fused AdamW and runs eagerly;
+ratio is the median over the pairs. The CPU time of all threads is printed too, because other work on the machine
+changes it less than the time that passes. The twin uses PyTorch's fused attention and fused AdamW and runs eagerly;
 `--compile` adds the same twin under `torch.compile`.
 """
 
@@ -14,6 +15,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -42,9 +44,10 @@ Step = Callable[[], float]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
-    """Seconds of every counted step of one side, and the loss of its last one."""
+    """Seconds and CPU time of every counted step of one side, and the loss of its last one."""
 
     seconds: list[float]
+    cpu_seconds: list[float]
     loss: float
 
 
@@ -95,14 +98,15 @@ def _measure(config: ModelConfig, names: Sequence[str], steps: int) -> dict[str,
     for step in [*sides.values()] * 2:
         step()
 
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    losses = {}
+    results = {name: Result(seconds=[], cpu_seconds=[], loss=math.nan) for name in names}
     for _ in range(steps):
         for name, step in sides.items():
-            start = time.perf_counter()
-            losses[name] = step()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: Result(seconds=seconds[name], loss=losses[name]) for name in names}
+            start, cpu_start = time.perf_counter(), time.process_time()
+            loss = step()
+            results[name].seconds.append(time.perf_counter() - start)
+            results[name].cpu_seconds.append(time.process_time() - cpu_start)
+            results[name] = dataclasses.replace(results[name], loss=loss)
+    return results
 
 
 # The sides
@@ -166,17 +170,26 @@ def _print_speed(config: ModelConfig, results: dict[str, Result]) -> dict[str, o
         spread = f"{min(result.seconds):.2f}-{max(result.seconds):.2f} s a step"
         print(
             f"{_title(name):27} {rate:7.0f} tokens/s  {rate * flops / 1e9:6.1f} GFLOP/s  "
-            f"({spread}; last loss {result.loss:.3f})"
+            f"({spread}, {statistics.median(result.cpu_seconds):.2f} s of CPU time; last loss {result.loss:.3f})"
         )
 
     speedups = {}
     for ours, theirs in itertools.product(results, (EAGER, COMPILED)):
         if ours not in (EAGER, COMPILED) and theirs in results:
-            pairs = list(zip(results[ours].seconds, results[theirs].seconds, strict=True))
-            ratio = statistics.median(twin / own for own, twin in pairs)
+            own, twin = results[ours], results[theirs]
+            ratio = _median_ratio(twin.seconds, own.seconds)
+            cpu_ratio = _median_ratio(own.cpu_seconds, twin.cpu_seconds)
             speedups[f"{ours} over {theirs}"] = ratio
-            print(f"speed of {_title(ours)} over {theirs}, median of {len(pairs)} pairs: {ratio:.2f}x")
+            print(
+                f"speed of {_title(ours)} over {theirs}, median of {len(own.seconds)} pairs: {ratio:.2f}x, "
+                f"with {cpu_ratio:.2f}x the CPU time"
+            )
     return {"sides": {name: dataclasses.asdict(result) for name, result in results.items()}, "speedups": speedups}
+
+
+def _median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
+    """Returns the median over the pairs."""
+    return statistics.median(one / other for one, other in zip(above, below, strict=True))
 
 
 def _title(name: str) -> str:
