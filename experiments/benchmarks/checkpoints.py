@@ -226,7 +226,8 @@ def bandwidth_table(measured: Sequence[Measured]) -> str:
 def stall_table(measured: Sequence[Measured]) -> str:
     """Returns a table of the time that a save adds to steps, if it is asynchronous and if training waits."""
     lines = [
-        "| state | step | save begun in | next step | later ones | steps until commit | stall in all | waited for |",
+        "| state | step | start of the save | next step | later steps | steps until commit | total stall "
+        "| synchronous save |",
         "|---|---|---|---|---|---|---|---|",
     ]
 

@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args(argv).rounds
 
-    print("| task | rows of | one by one | in blocks | ratio | full |\n|---|---|---|---|---|---|")
+    print("| task | positions of a sequence | one by one | in blocks | ratio | positions in use |")
+    print("|---|---|---|---|---|---|")
     for task, length in _TASKS.items():
         corpus = open_corpus(DataConfig(sources=(SourceConfig(path=task),)))
         before, after = _one_by_one(corpus, length), _in_blocks(corpus, length)
