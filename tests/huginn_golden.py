@@ -8,10 +8,12 @@ after the first five, from a zero state.
 """
 
 import functools
+import json
 import pathlib
 
 import jax.numpy as jnp
 import numpy as np
+from safetensors.numpy import save_file
 
 from looplm_jax.config import (
     GatePlacement,
@@ -22,6 +24,8 @@ from looplm_jax.config import (
     NormPlacement,
     StateNorm,
 )
+from looplm_jax.convert._tokenizer_files import tokenizer_files
+from looplm_jax.data.tokenizers import END_OF_TEXT, SymbolTokenizer
 from looplm_jax.models._looplm import Params
 
 _FILE = pathlib.Path(__file__).parent / "data" / "huginn_tiny.npz"
@@ -55,6 +59,15 @@ CONFIG = ModelConfig(
 def huginn_arrays() -> dict[str, np.ndarray]:
     with np.load(_FILE) as arrays:
         return dict(arrays)
+
+
+def huginn_ring_logits(planes: int) -> np.ndarray:
+    """Returns the logits of the same decoding, [6, V], with a cache that keeps the last `planes` loops of a token.
+
+    The published name of this cache is `latest-m4-compress-s<4 * planes>`, by layers instead of loops.
+    """
+    with np.load(_FILE.with_name("huginn_caches.npz")) as arrays:
+        return arrays[f"decode/{planes}"]
 
 
 def huginn_params(prefix: str = "w/") -> Params:
@@ -110,3 +123,57 @@ def _stack(arrays, stack, length):
 def _halves(array, axis):
     """Returns the even entries of an axis, then the odd ones."""
     return np.concatenate([array.take(range(start, array.shape[axis], 2), axis) for start in (0, 1)], axis)
+
+
+# The golden model as a folder
+
+SYMBOLS = SymbolTokenizer((END_OF_TEXT, *(f"word{n}" for n in range(95))))
+# `config.json` of the folder whose outputs are the golden arrays.
+PUBLISHED = {
+    "model_type": "huginn_raven",
+    "architectures": ["RavenForCausalLM"],
+    "n_embd": 32,
+    "n_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "n_layers": 8,
+    "block_size": 64,
+    "vocab_size": 96,
+    "padded_vocab_size": 96,
+    "padding_multiple": 1,
+    "tie_embeddings": True,
+    "intermediate_size": 56,
+    "bias": False,
+    "architecture_class_name": "RecurrentGPT",
+    "block_class_name": "SandwichBlock",
+    "norm_class_name": "RMSNorm_llama",
+    "norm_eps": 1e-06,
+    "mlp_class_name": "GatedMLP",
+    "nonlin_name": "SiLU",
+    "init_strategy": "takase",
+    "init_orthogonal": False,
+    "state_init": "like-init",
+    "injection_type": "linear",
+    "n_layers_in_recurrent_block": 4,
+    "mean_recurrence": 8,
+    "sampling_scheme": "poisson-lognormal-filling",
+    "mean_backprop_depth": 3,
+    "n_layers_in_prelude": 2,
+    "n_layers_in_coda": 2,
+    "qk_bias": True,
+    "rope_base": 50000.0,
+    "test_time_noise": 0,
+    "test_time_noise_type": "fixed",
+}
+
+
+def write_folder(path, *, dtype=np.float32, values=PUBLISHED, changes=None):
+    """Writes the golden model as a folder; returns its tensors. A change to None removes a tensor."""
+    tensors = {name[2:]: array.astype(dtype) for name, array in huginn_arrays().items() if name.startswith("w/")}
+    tensors = {name: array for name, array in (tensors | (changes or {})).items() if array is not None}
+    path.mkdir()
+    save_file(tensors, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(values))
+    for name, content in tokenizer_files(SYMBOLS, max_positions=64).items():
+        (path / name).write_bytes(content)
+    return tensors

@@ -30,6 +30,7 @@ from looplm_jax.files import staged_folder
 DEFAULT_SHARD_BYTES = 5 * 10**9
 _DTYPES = ("float32", "bfloat16")
 _TORCH_FILES = ("configuration_looplm.py", "modeling_looplm.py")
+_HUGINN_FILES = ("configuration_huginn.py", "modeling_huginn.py", *_TORCH_FILES)  # the first two import the others
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -153,10 +154,9 @@ def _write_small_files(folder: Path, source: str, restored: Restored, dtype: str
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
 
-    # Transformers runs these files with `trust_remote_code=True`, without this package. Huginn's own code reads its
-    # folders.
+    # Transformers runs these files with `trust_remote_code=True`, without this package.
     code = importlib.resources.files("looplm_jax.convert.torch_model")
-    for name in () if is_huginn(recipe.model) else _TORCH_FILES:
+    for name in _HUGINN_FILES if is_huginn(recipe.model) else _TORCH_FILES:
         (folder / name).write_bytes((code / name).read_bytes())
 
     card = model_card(training_record(source, restored), dtype=dtype)

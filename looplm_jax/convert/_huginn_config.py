@@ -127,6 +127,11 @@ def to_huginn_config(config: ModelConfig, *, dtype: str) -> dict[str, Any]:
     return {
         "architectures": ["RavenForCausalLM"],
         "model_type": MODEL_TYPE,
+        # The classes of the Python files that the export copies into the folder.
+        "auto_map": {
+            "AutoConfig": "configuration_huginn.RavenConfig",
+            "AutoModelForCausalLM": "modeling_huginn.RavenForCausalLM",
+        },
         **sizes,
         **_derived(config),
         **_ONLY,

@@ -74,10 +74,21 @@ And in JAX: `looplm_jax.load(FOLDER)`, or `looplm convert from-hf FOLDER OUT` fo
 _USE_HUGINN = """\
 ## Use
 
+With transformers 4.57 or 5; the folder holds its own PyTorch model:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+batch = tokenizer(["Once"], return_tensors="pt")
+model.generate(**batch, num_steps={loops})  # the loops, which may differ from call to call
+model(**batch, init_scale=1.0).logits  # from noise of the published size; by default states start at zero
+```
+
 In JAX: `looplm_jax.load(FOLDER)`, or `looplm convert from-hf FOLDER OUT` for a checkpoint that can be trained on.
 
-Tensors and fields of `config.json` have the names of Huginn's published code (`RavenForCausalLM`, arXiv 2502.05171),
-which is not part of this folder.
+Tensors and fields of `config.json` have the names of Huginn's published code (arXiv 2502.05171).
 """
 
 _LARGEST_EXPONENT = 700.0  # the largest exponent of a perplexity; math.exp overflows above about 709
@@ -119,7 +130,7 @@ def model_card(record: TrainingRecord, *, dtype: str) -> str:
         _training(record),
         _evaluation(record),
         _versions(),
-        _USE_HUGINN if huginn else _USE.format(loops=recipe.model.loops),
+        (_USE_HUGINN if huginn else _USE).format(loops=recipe.model.loops),
     ]
     return _HEAD.format(family="huginn" if huginn else "ouro") + "\n" + "\n".join(part for part in parts if part)
 

@@ -1,76 +1,26 @@
 """Huginn folders become checkpoints and folders again, bit for bit, and compute what the published code computes."""
 
 import dataclasses
-import json
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from huginn_golden import CONFIG, huginn_arrays, huginn_params
-from safetensors.numpy import load_file, save_file
-from tiny_checkpoints import SYMBOLS, read_json, tiny_recipe, write_checkpoint
+from huginn_golden import CONFIG, PUBLISHED, huginn_arrays, huginn_params, write_folder
+from safetensors.numpy import load_file
+from tiny_checkpoints import SYMBOLS as FEW_SYMBOLS
+from tiny_checkpoints import read_json, tiny_recipe, write_checkpoint
 
 import looplm_jax
 from looplm_jax.config import GatePlacement, Objective, Stage
 from looplm_jax.convert import convert_from_hf, convert_to_hf, load_hf
 from looplm_jax.convert._huginn_config import from_huginn_config, to_huginn_config
-from looplm_jax.convert._tokenizer_files import tokenizer_files
 from looplm_jax.errors import UserError
 from looplm_jax.models._looplm import count_params
 from looplm_jax.models.presets import huginn, huginn_0125
 
 pytest.importorskip("tokenizers")
 
-# `config.json` of the folder whose outputs are the golden arrays.
-PUBLISHED = {
-    "model_type": "huginn_raven",
-    "architectures": ["RavenForCausalLM"],
-    "n_embd": 32,
-    "n_heads": 4,
-    "num_key_value_heads": 4,
-    "head_dim": 8,
-    "n_layers": 8,
-    "block_size": 64,
-    "vocab_size": 96,
-    "padded_vocab_size": 96,
-    "padding_multiple": 1,
-    "tie_embeddings": True,
-    "intermediate_size": 56,
-    "bias": False,
-    "architecture_class_name": "RecurrentGPT",
-    "block_class_name": "SandwichBlock",
-    "norm_class_name": "RMSNorm_llama",
-    "norm_eps": 1e-06,
-    "mlp_class_name": "GatedMLP",
-    "nonlin_name": "SiLU",
-    "init_strategy": "takase",
-    "init_orthogonal": False,
-    "state_init": "like-init",
-    "injection_type": "linear",
-    "n_layers_in_recurrent_block": 4,
-    "mean_recurrence": 8,
-    "sampling_scheme": "poisson-lognormal-filling",
-    "mean_backprop_depth": 3,
-    "n_layers_in_prelude": 2,
-    "n_layers_in_coda": 2,
-    "qk_bias": True,
-    "rope_base": 50000.0,
-    "test_time_noise": 0,
-    "test_time_noise_type": "fixed",
-}
 EMBEDDING, HEAD, TABLE = "transformer.wte.weight", "lm_head.weight", "freqs_cis"
-
-
-def write_folder(path, *, dtype=np.float32, values=PUBLISHED, changes=None):
-    """Writes the golden model as a folder; returns its tensors. A change to None removes a tensor."""
-    tensors = {name[2:]: array.astype(dtype) for name, array in huginn_arrays().items() if name.startswith("w/")}
-    tensors = {name: array for name, array in (tensors | (changes or {})).items() if array is not None}
-    path.mkdir()
-    save_file(tensors, path / "model.safetensors")
-    (path / "config.json").write_text(json.dumps(values))
-    for name, content in tokenizer_files(SYMBOLS, max_positions=64).items():
-        (path / name).write_bytes(content)
-    return tensors
 
 
 def refusal(path):
@@ -115,8 +65,10 @@ def test_in_and_out_again_is_bit_identical(tmp_path, dtype):
     config = read_json(tmp_path / "again" / "config.json")
     same = set(PUBLISHED) - {"mean_backprop_depth", "padding_multiple", "test_time_noise_type"}
     assert {name: config[name] for name in same} == {name: PUBLISHED[name] for name in same}
-    assert "RavenForCausalLM" in (tmp_path / "again" / "README.md").read_text()
-    assert not list((tmp_path / "again").glob("*.py"))
+    assert "num_steps=8" in (tmp_path / "again" / "README.md").read_text()
+    assert {path.name for path in (tmp_path / "again").glob("*.py")} == {
+        f"{kind}_{family}.py" for kind in ("configuration", "modeling") for family in ("huginn", "looplm")
+    }
     assert load_hf(tmp_path / "again").config == CONFIG
 
 
@@ -182,7 +134,7 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
 def test_a_model_that_huginn_cannot_express_is_not_written(tmp_path):
     stages = (Stage(name="pretrain", steps=30, batch_size=4, sequence_length=32, loops=3),)
     model = huginn(
-        vocab_size=SYMBOLS.vocab_size,
+        vocab_size=FEW_SYMBOLS.vocab_size,
         width=16,
         mlp_width=24,
         num_heads=2,

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
@@ -181,6 +181,24 @@ def visible(real: Tensor | None, documents: Tensor | None, past: int, new: int, 
     if documents is not None:
         mask = mask & (documents[:, :, None] == documents[:, None, :])
     return (mask | (columns == own))[:, None]
+
+
+def positions_and_mask(
+    attention_mask: Tensor | None, position_ids: Tensor | None, past: int, new: int, device: torch.device
+) -> tuple[Tensor, Mask, Tensor | None]:
+    """Returns positions of the new tokens, [B or 1, S]; the mask; and `real_tokens`.
+
+    Positions are given by the caller, or counted over the real tokens. Packed documents are recognized by their
+    positions, only without a mask and without cached tokens.
+    """
+    real = real_tokens(attention_mask, past + new)
+    documents = None
+    if position_ids is None:
+        columns = torch.arange(past + new, device=device)[None] if real is None else real.cumsum(-1) - 1
+        position_ids = columns[:, past:].clamp(min=0)
+    elif attention_mask is None and past == 0:
+        documents = documents_of(position_ids)
+    return position_ids, visible(real, documents, past, new, device), real
 
 
 def makes_a_graph() -> bool:
@@ -446,18 +464,7 @@ class OuroModel(OuroPreTrainedModel):
         cache = self._open_cache(past_key_values, use_cache, rule.loops)
         past, new = cache.past if cache else 0, state.shape[1]
 
-        real = real_tokens(attention_mask, past + new)
-
-        # Positions are given by the caller, or counted over the real tokens. Packed documents are recognized by their
-        # positions, only without a mask and without cached tokens.
-        documents = None
-        if position_ids is None:
-            columns = torch.arange(past + new, device=state.device)[None] if real is None else real.cumsum(-1) - 1
-            position_ids = columns[:, past:].clamp(min=0)
-        elif attention_mask is None and past == 0:
-            documents = documents_of(position_ids)
-
-        mask = visible(real, documents, past, new, state.device)
+        position_ids, mask, real = positions_and_mask(attention_mask, position_ids, past, new, state.device)
         angles = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta)
         waited_for = None if real is None else real[:, past:]
         keep_states = given(output_hidden_states, self.config.output_hidden_states)
@@ -543,7 +550,7 @@ def given(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
-def returns_dict(config: OuroConfig) -> bool:
+def returns_dict(config: PretrainedConfig) -> bool:
     """Whether a call returns a dataclass by default; torch.jit.trace supports only tuples."""
     return bool(config.return_dict) and not torch.jit.is_tracing()
 
