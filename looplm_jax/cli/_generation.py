@@ -30,7 +30,7 @@ class GenerationOptions:
     dtype: str | None
 
     exit: str
-    cache: str
+    cache: CacheStrategy
     loops_per_token: float
     ms_per_token: float
 
@@ -94,7 +94,7 @@ def make_engine(loaded: Loaded, options: GenerationOptions, *, window: int, slot
         capacity=window,
         # One plane of the cache per loop, so loops beyond the trained depth need more memory.
         loops=max_loops(loaded, options),
-        cache=CacheStrategy(options.cache),
+        cache=options.cache,
         chunk=min(_LONGEST_CHUNK, window),
         **changes,
     )

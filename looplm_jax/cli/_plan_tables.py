@@ -215,7 +215,7 @@ def _tick_memory(plan: DecodePlan) -> str:
 def _changes(plan: DecodePlan) -> Iterator[str]:
     """Yields changes that would reduce the memory."""
     request = plan.request
-    if request.cache is CacheStrategy.FULL and plan.loops > 1:
+    if request.cache == CacheStrategy.FULL and plan.loops > 1:
         yield "keep one plane of the cache for all loops: --cache last"
     if request.slots > 1:
         yield f"fewer requests at one time: --slots {request.slots // 2}"

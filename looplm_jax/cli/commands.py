@@ -231,17 +231,16 @@ def _run_decode_plan(arguments: argparse.Namespace) -> int:
     recipe = recipe_or_checkpoint(arguments.recipe, arguments.scale)
     recipe = with_overrides(recipe, arguments.overrides, arguments.flags, "plan")
     from looplm_jax.cli.plan import plan_tick
-    from looplm_jax.inference import CacheStrategy
     from looplm_jax.planning._decode_plan import DecodeRequest
 
     # Only what was given, so that the defaults stay in one place, `DecodeRequest`.
-    given = {name: getattr(arguments, name) for name in ("slots", "page_size", "pages", "filled", "loops_mean")}
+    given = {
+        name: getattr(arguments, name) for name in ("slots", "page_size", "pages", "filled", "cache", "loops_mean")
+    }
     given["capacity"] = arguments.capacity
     if arguments.capacity is None:
         # The default must fit models with fewer positions.
         given["capacity"] = min(DecodeRequest.capacity, recipe.model.max_positions)
-    if arguments.cache is not None:
-        given["cache"] = CacheStrategy(arguments.cache)
 
     request = DecodeRequest(**{name: value for name, value in given.items() if value is not None})
     return plan_tick(recipe, request, typed=arguments.recipe, topology=arguments.topology, out=arguments.json)

@@ -5,11 +5,13 @@ from pathlib import Path
 
 from looplm_jax.codec import leaves
 from looplm_jax.config import DataConfig, NormPlacement, OnBadRecord, ReadLimits, Reward, SourceConfig
+from looplm_jax.errors import UserError
+from looplm_jax.inference._cache_strategy import CacheStrategy
 from looplm_jax.recipes import RECIPES, Scale, named_recipe
 
-# Copies of choices that are defined in modules which import JAX.
+# A copy of choices that are defined in a module which imports JAX.
 _DTYPES = ("float32", "bfloat16")
-_CACHES = ("full", "last", "average", "first")
+_CACHES = "{full,last,average,first,ring(K)}"
 
 _EXIT_RULES = """\
 exit rules, each optionally with bounds on loops, as in kl=1e-3,min=2,max=6:
@@ -225,7 +227,8 @@ def configure_plan(parser: argparse.ArgumentParser) -> None:
     decode.add_argument("--filled", type=int, metavar="N", help="positions of each slot in use (default: half of them)")
     decode.add_argument(
         "--cache",
-        choices=_CACHES,
+        type=_cache,
+        metavar=_CACHES,
         help="loops whose keys and values are kept (default: full)",
     )
     decode.add_argument("--loops-mean", type=float, metavar="T", help="loops of a token on average, if some exit early")
@@ -407,14 +410,22 @@ def _add_generation(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument(
         "--cache",
-        choices=_CACHES,
-        default="full",
+        type=_cache,
+        metavar=_CACHES,
+        default=CacheStrategy.FULL,
         help="loops whose keys and values are kept of a new token (default: full)",
     )
 
     _add_step(parser)
     _add_dtype(parser)
     parser.epilog = _EXIT_RULES
+
+
+def _cache(name: str) -> CacheStrategy:
+    try:
+        return CacheStrategy(name)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:

@@ -17,6 +17,7 @@ from looplm_jax.errors import UserError
 from looplm_jax.files import quoted
 from looplm_jax.halting import ExitPolicy, FixedLoops, QExit, parse_exit_policy
 from looplm_jax.inference import (
+    CacheStrategy,
     Engine,
     Finish,
     NewToken,
@@ -272,7 +273,7 @@ def _verifying_loops(options: GenerateOptions) -> int:
     policy = parse_exit_policy(options.exit)
     if not isinstance(policy, FixedLoops):
         raise UserError("--draft-loops drafts for a fixed number of loops; add for example --exit loops=4")
-    if options.cache != "full":
+    if options.cache != CacheStrategy.FULL:
         raise UserError("--draft-loops needs --cache full: each loop reads keys and values of its own")
 
     # Its texts have a fixed number of loops per token and no provisional tokens, so these flags would have no effect.

@@ -33,15 +33,16 @@ their distance from those of the engine; `replay_log_probs` returns those of the
 from etils import epy
 
 with epy.lazy_api_imports(globals()):
+    # The cache.
+    from looplm_jax.inference._cache_strategy import CacheStrategy
+
     # Chats, whose cache is kept between turns.
     from looplm_jax.inference._conversation import Conversation
 
     # The engine.
     from looplm_jax.inference._engine import Engine, generate
     from looplm_jax.inference._engine_config import EngineConfig, EngineStats
-
-    # The cache.
-    from looplm_jax.inference._kv_cache import CacheStrategy, bytes_per_token
+    from looplm_jax.inference._kv_cache import bytes_per_token
 
     # Log-probabilities of generated tokens.
     from looplm_jax.inference._replay import Scores, replay, replay_log_probs, replay_scores, rollout_gap

@@ -152,7 +152,7 @@ class Decoder:
         return PrefillTask(request=request, pages=pages, left=request.prompt_ids)
 
     def read_chunk(self, task: PrefillTask) -> None:
-        """Reads one more chunk of a prompt. With a cache of one plane, it runs as many loops of any of its chunks."""
+        """Reads one more chunk of a prompt. With shared planes, it runs as many loops of any of its chunks."""
         request, size = task.request, min(len(task.left), self.config.chunk)
         start = len(request.prompt_ids) - len(task.left)
 
@@ -194,7 +194,7 @@ class Decoder:
 
         if task.runs == self.loops * len(starts):
             for start, chunk in zip(starts, task.chunks, strict=True):
-                # `LAST` keeps nothing aside: its plane already has the last loop.
+                # A ring keeps nothing aside: its planes already have the last loops.
                 if chunk.kept is not None:
                     self._set_planes(write_kept(self._row(task, start), chunk, task.last))
 

@@ -7,8 +7,8 @@ from jax.typing import DTypeLike
 
 from looplm_jax.errors import UserError
 from looplm_jax.inference._cache_layout import PoolSize
+from looplm_jax.inference._cache_strategy import CacheStrategy
 from looplm_jax.inference._field_checks import truth, whole_number
-from looplm_jax.inference._kv_cache import CacheStrategy
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

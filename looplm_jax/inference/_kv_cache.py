@@ -1,13 +1,14 @@
-"""The key-value cache of a decoder: a plane for each loop, or one plane for all loops (paper v4, section 5.4.2).
+"""The key-value cache of a decoder: a plane for each loop, or planes that loops share (paper v4, section 5.4.2).
 
-A decoded token at loop t attends to plane t of earlier positions, or to the only plane, and to its own keys and values
-of loop t. The tokens of one prompt attend to the loop-t keys and values of one another under every strategy
-(`_prefill`). The strategies differ in what the cache keeps of a position:
+A decoded token at loop t attends to the plane of loop t of earlier positions, and to its own keys and values of loop t.
+The tokens of one prompt attend to the loop-t keys and values of one another under every strategy (`_prefill`). The
+strategies differ in what the cache keeps of a position:
 
     FULL      plane t keeps loop t; planes after the exit keep the last loop that ran ("last exited")
     LAST      the last loop that ran
     AVERAGE   the mean of the loops that ran
     FIRST     the first loop
+    ring(k)   the last k loops: loop t uses plane (t - 1) mod k; `LAST` is ring(1)
 
 A row is the cache of one sequence. Rows share memory in pages. A page has the same few positions of every layer and
 plane, so one table `[N, W]` locates a row in all of them. Within a layer and plane a page is contiguous, as the decode
@@ -15,7 +16,6 @@ kernel reads it.
 """
 
 import dataclasses
-import enum
 
 import flax.struct
 import jax
@@ -26,25 +26,12 @@ from jaxtyping import Array, Bool, Float, Int
 from looplm_jax.config import ModelConfig
 from looplm_jax.inference._cache_attention import PastView
 from looplm_jax.inference._cache_layout import PoolSize, at_positions, store_heads, stored_heads
+from looplm_jax.inference._cache_strategy import CacheStrategy
 from looplm_jax.models._blocks import Context, KeyValues, make_context
 from looplm_jax.models._looplm import ModelCache
 
 # Fewer positions would save little and add programs.
 _SMALLEST_BUCKET = 64
-
-
-class CacheStrategy(enum.Enum):
-    """The loops of a token that the cache keeps."""
-
-    FULL = "full"
-    LAST = "last"
-    AVERAGE = "average"
-    FIRST = "first"
-
-    @property
-    def shares(self) -> bool:
-        """Whether the cache has one plane, which all loops read."""
-        return self is not CacheStrategy.FULL
 
 
 @flax.struct.dataclass
@@ -83,7 +70,7 @@ class Cache:
 
     @property
     def depth(self) -> int:
-        """The planes of the core, P: the loops of a full cache, or 1."""
+        """The planes of the core, P: the loops of a full cache, those of a ring, or 1."""
         return self.planes.core.keys.shape[1]
 
     @property
@@ -114,7 +101,7 @@ class Cache:
     ) -> PastView | None:
         """Returns the view of core or coda that each row reads in the loop after `loops_done`; None if `stacked` is."""
         # A full cache may have fewer planes than the loops of a policy; later loops read the last one.
-        planes = jnp.zeros_like(loops_done) if self.strategy.shares else jnp.minimum(loops_done, self.depth - 1)
+        planes = loops_done % self.depth if self.strategy.shares else jnp.minimum(loops_done, self.depth - 1)
         return self._view(stacked, planes, dtype, differentiable)
 
     def past_prelude(self, dtype: DTypeLike, *, differentiable: bool = False) -> PastView | None:
@@ -193,14 +180,17 @@ class Cache:
         loops_done: Int[Array, "N"],
         active: Bool[Array, "N"],
     ) -> Float[Array, "L P M c R W"]:
-        if self.strategy is CacheStrategy.FIRST:
+        if self.strategy == CacheStrategy.FIRST:
             # Later loops would overwrite what `FIRST` keeps.
             active = active & (loops_done == 0)
 
         planes = jnp.arange(self.depth)[:, None]
         # Idle rows are not written, nor are the planes of loops that the token has left behind.
-        pages, offsets = self._next_places(active[None] & (self.strategy.shares | (planes >= loops_done[None])))
-        if self.strategy is CacheStrategy.AVERAGE:
+        written = planes >= loops_done[None]
+        if self.strategy.shares:
+            written |= planes == loops_done[None] % self.depth
+        pages, offsets = self._next_places(active[None] & written)
+        if self.strategy == CacheStrategy.AVERAGE:
             # The running mean of the loops so far: m_t = m_(t-1) + (x_t - m_(t-1)) / t, in float32.
             old = at_positions(whole, slice(None), 0, pages[0], offsets).get(mode="fill", fill_value=0)
             before = old.astype(jnp.float32)
@@ -262,7 +252,7 @@ def _no_tokens(
         return KeyValues(keys=jnp.zeros(shape, dtype), values=jnp.zeros(shape, dtype)) if layers else None
 
     # A coda runs in every loop, as the core does; a prelude runs once.
-    depth = 1 if strategy.shares else loops
+    depth = strategy.planes(loops)
     core = planes(config.num_layers, depth)
     assert core is not None
     return ModelCache(core=core, prelude=planes(config.prelude_layers, 1), coda=planes(config.coda_layers, depth))
@@ -271,26 +261,28 @@ def _no_tokens(
 def bytes_per_token(config: ModelConfig, strategy: CacheStrategy, *, loops: int, dtype: DTypeLike) -> int:
     """Returns the bytes of one position: `2 * planes * layers * K * Dh * itemsize`, with one plane of the prelude."""
     # The prelude has one plane under every strategy.
-    planes = 1 if strategy.shares else loops
+    planes = strategy.planes(loops)
     layers = config.prelude_layers + planes * (config.num_layers + config.coda_layers)
     return 2 * layers * config.kv_heads * config.head_width * jnp.dtype(dtype).itemsize
 
 
 def share(full: Cache, strategy: CacheStrategy) -> Cache:
-    """Returns a full cache as `strategy` keeps it: with the last plane, the mean of the planes, or the first plane."""
+    """Returns a full cache of tokens that ran all loops as `strategy` keeps it."""
+    loops = full.depth
 
     def keep(stacked: Float[Array, "L P M c R W"]) -> Float[Array, "L p M c R W"]:
         match strategy:
             case CacheStrategy.FULL:
                 return stacked
-            case CacheStrategy.LAST:
-                # Planes after an exit repeat the last loop that ran, so the last plane always has that loop.
-                return stacked[:, -1:]
             case CacheStrategy.AVERAGE:
                 # In float32, like the running mean of decoded tokens.
                 return jnp.mean(stacked, axis=1, keepdims=True, dtype=jnp.float32).astype(stacked.dtype)
             case CacheStrategy.FIRST:
                 return stacked[:, :1]
+            case _:
+                # The last loops, each in its own plane.
+                planes = strategy.planes(loops)
+                return jnp.roll(stacked[:, -planes:], loops % planes, axis=1)
 
     core, coda = jax.tree.map(keep, (full.planes.core, full.planes.coda))
     planes = dataclasses.replace(full.planes, core=core, coda=coda)

@@ -1,12 +1,12 @@
-"""Long prompts into a cache with one plane: loop 1 of all chunks, then loop 2 of all chunks, and so on.
+"""Long prompts into a cache whose loops share planes: loop 1 of all chunks, then loop 2 of all chunks, and so on.
 
 In loop t the tokens of a prompt attend to the loop-t keys and values of one another, whatever the cache keeps of them
 (`_prefill`). Chunk by chunk, each through all loops, that needs T planes. Loop by loop it needs one plane, that of the
 pages of the request: loop t of a chunk reads what loop t of the earlier chunks wrote there, and then overwrites what
-loop t - 1 of the same chunk wrote. In the end the plane has loop T, which is what `LAST` keeps. For `FIRST` and
-`AVERAGE`, chunks accumulate what the cache keeps outside the pages, and write it after the last loop.
+an earlier loop of the same chunk wrote. In the end a ring has its last loops. For `FIRST` and `AVERAGE`, chunks
+accumulate what the cache keeps outside the pages, and write it after the last loop.
 
-All loops read the tokens of a prefix cache, which come before the prompt, in the same plane.
+Each loop reads its plane of the tokens of a prefix cache too, which come before the prompt.
 """
 
 import dataclasses
@@ -19,9 +19,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from looplm_jax.config import ModelConfig
-from looplm_jax.inference._cache_layout import constrain
-from looplm_jax.inference._kv_cache import Cache, CacheStrategy
-from looplm_jax.inference._prefill import LastToken, writer
+from looplm_jax.inference._cache_layout import at_positions, constrain, store_heads
+from looplm_jax.inference._cache_strategy import CacheStrategy
+from looplm_jax.inference._kv_cache import Cache
+from looplm_jax.inference._prefill import LastToken
 from looplm_jax.inference._tick import bound
 from looplm_jax.models._blocks import KeyValues
 from looplm_jax.models._looplm import LoopLM, Params, compute_dtype
@@ -34,7 +35,7 @@ class Chunk:
     count: Int[Array, ""]  # tokens; the rest of S is padding
     embedded: Float[Array, "1 S D"]
     state: Float[Array, "1 S D"]
-    kept: tuple[KeyValues, KeyValues | None] | None  # of core and coda, [L, 1, 1, S, K, Dh]; None under `LAST`
+    kept: tuple[KeyValues, KeyValues | None] | None  # of core and coda, [L, 1, S, K, Dh]; None for a ring
 
 
 @functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("row",))
@@ -58,13 +59,13 @@ def begin_chunk(
     if prelude is not None:
         # One token stands for the chunk: a NaN anywhere before it reaches it through attention.
         finite = jnp.isfinite(embedded[0, count - 1]).all()
-        row = _write(row, "prelude", jax.tree.map(lambda new: new[:, None], prelude), count, finite)
+        row = _write(row, "prelude", prelude, jnp.int32(0), count, finite)
 
     chunk = Chunk(
         count=jnp.asarray(count),
         embedded=embedded,
         state=apply(embedded, method="initial_state"),
-        kept=None if row.strategy is CacheStrategy.LAST else _nothing_kept(model, row.strategy, tokens.size),
+        kept=None if row.strategy.ring else _nothing_kept(model, row.strategy, tokens.size),
     )
     return constrain((row, chunk))
 
@@ -73,7 +74,7 @@ def begin_chunk(
 def run_loop(
     model: LoopLM, params: Params, row: Cache, chunk: Chunk, last: LastToken, loop: Int[Array, ""]
 ) -> tuple[Cache, Chunk, LastToken]:
-    """Runs one loop of a chunk, and writes its keys and values to the only plane of the row.
+    """Runs one loop of a chunk, and writes its keys and values to the plane of this loop.
 
     Nothing is written of a chunk whose last state is not finite, because the next owner of a page must find finite
     numbers. What follows such a chunk is not finite either.
@@ -87,19 +88,18 @@ def run_loop(
       loop: the number of the loop, from 0.
     """
     apply, count = bound(model, params), chunk.count
-    dtype, plane = compute_dtype(model.compute), jnp.zeros(1, jnp.int32)
+    dtype, done = compute_dtype(model.compute), loop[None]
     context = row.context(model.config, chunk.state.shape[1])
-    past = row.past(row.planes.core, plane, dtype), row.past(row.planes.coda, plane, dtype)
-    output, *own = apply(chunk.state, chunk.embedded, context, loop, *past, True, method="loop_step")
+    past = row.past(row.planes.core, done, dtype), row.past(row.planes.coda, done, dtype)
+    output, core, coda = apply(chunk.state, chunk.embedded, context, loop, *past, True, method="loop_step")
 
     # `last` is not finite if an earlier chunk has failed.
     hidden = output.hidden[0, count - 1]
     finite = jnp.isfinite(hidden).all() & jnp.isfinite(last.hidden).all()
 
-    # An axis for the only plane.
-    core, coda = jax.tree.map(lambda new: new[:, None], own)
-    row = _write(row, "core", core, count, finite)
-    row = _write(row, "coda", coda, count, finite)
+    plane = loop % row.depth
+    row = _write(row, "core", core, plane, count, finite)
+    row = _write(row, "coda", coda, plane, count, finite)
 
     # The keys of `FIRST` and `AVERAGE` are kept outside the row, because later chunks still read loop t from its plane.
     kept = None if chunk.kept is None else _keep(row.strategy, chunk.kept, (core, coda), loop)
@@ -120,10 +120,11 @@ def write_kept(row: Cache, chunk: Chunk, last: LastToken) -> Cache:
 
     loops = last.hidden.shape[0]
     # The sum of all loops becomes their mean.
-    divisor = loops if row.strategy is CacheStrategy.AVERAGE else 1
+    divisor = loops if row.strategy == CacheStrategy.AVERAGE else 1
     core, coda = jax.tree.map(lambda kept: kept / divisor, chunk.kept)
-    finite = jnp.isfinite(last.hidden).all()
-    return constrain(_write(_write(row, "core", core, chunk.count, finite), "coda", coda, chunk.count, finite))
+    finite, plane = jnp.isfinite(last.hidden).all(), jnp.int32(0)
+    row = _write(row, "core", core, plane, chunk.count, finite)
+    return constrain(_write(row, "coda", coda, plane, chunk.count, finite))
 
 
 # Compiled, so that the zeros are made on the devices instead of transferred to them.
@@ -156,10 +157,10 @@ def bytes_per_prompt_token(config: ModelConfig, strategy: CacheStrategy, dtype: 
 def _nothing_kept(model: LoopLM, strategy: CacheStrategy, size: int) -> tuple[KeyValues, KeyValues | None]:
     config = model.config
     # Sums over loops are accumulated in float32, like those of `Cache.write`.
-    dtype = jnp.float32 if strategy is CacheStrategy.AVERAGE else compute_dtype(model.compute)
+    dtype = jnp.float32 if strategy == CacheStrategy.AVERAGE else compute_dtype(model.compute)
 
     def zeros(layers: int) -> KeyValues:
-        shape = (layers, 1, 1, size, config.kv_heads, config.head_width)
+        shape = (layers, 1, size, config.kv_heads, config.head_width)
         return KeyValues(keys=jnp.zeros(shape, dtype), values=jnp.zeros(shape, dtype))
 
     return zeros(config.num_layers), zeros(config.coda_layers) if config.coda_layers else None
@@ -172,16 +173,25 @@ def _keep(
     loop: Int[Array, ""],
 ) -> tuple[KeyValues, KeyValues | None]:
     """Returns what is kept after one more loop: the first loop, or the sum of all."""
-    if strategy is CacheStrategy.AVERAGE:
+    if strategy == CacheStrategy.AVERAGE:
         return jax.tree.map(lambda total, new: total + new.astype(total.dtype), before, own)
     return jax.tree.map(lambda first, new: jnp.where(loop == 0, new, first), before, own)
 
 
-def _write(row: Cache, stack: str, own: KeyValues | None, count: Int[Array, ""], finite: Bool[Array, ""]) -> Cache:
-    """Returns the row with keys and values `[L, 1, 1, S, K, Dh]` of a stack after its filled positions."""
+def _write(
+    row: Cache, stack: str, own: KeyValues | None, plane: Int[Array, ""], count: Int[Array, ""], finite: Bool[Array, ""]
+) -> Cache:
+    """Returns the row with keys and values `[L, 1, S, K, Dh]` of a stack in a plane, after its filled positions."""
     if own is None:
         return row
-    numbers = jnp.arange(own.keys.shape[3])
-    put = writer(row, jnp.zeros_like(numbers), row.lengths[0] + numbers, (numbers < count) & finite)
+    numbers = jnp.arange(own.keys.shape[2])
+    # Page M does not exist, so writes to it are dropped.
+    pages, offsets = row.places(jnp.zeros_like(numbers), row.lengths[0] + numbers)
+    pages = jnp.where((numbers < count) & finite, pages, row.pages)
+
+    def put(whole: Float[Array, "L P M c R W"], new: Float[Array, "L 1 S K Dh"]) -> Float[Array, "L P M c R W"]:
+        stored = store_heads(new[:, 0], whole.shape).astype(whole.dtype)
+        return at_positions(whole, slice(None), plane, pages, offsets).set(stored, mode="drop")
+
     written = jax.tree.map(put, getattr(row.planes, stack), own)
     return dataclasses.replace(row, planes=dataclasses.replace(row.planes, **{stack: written}))

@@ -19,7 +19,8 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from looplm_jax.halting._distribution import log_exit_probability
 from looplm_jax.halting._policy_table import exit_loops
 from looplm_jax.inference._cache_layout import constrain
-from looplm_jax.inference._kv_cache import Cache, CacheStrategy, share
+from looplm_jax.inference._cache_strategy import CacheStrategy
+from looplm_jax.inference._kv_cache import Cache, share
 from looplm_jax.inference._prefill import LastToken, append
 from looplm_jax.inference._slots import Slots, SlotSettings, fresh_memory
 from looplm_jax.inference._tick import Ticked, bound, choose, draws_of, logits_of, receive

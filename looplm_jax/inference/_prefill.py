@@ -3,7 +3,7 @@
 Sharing planes between loops while a prompt is read costs more than ten points on GSM8K (paper v4, section 5.4.2), so
 the tokens of a prompt attend in each loop to that loop of one another. Chunks read and write the pages that the request
 has reserved in place, where a full cache has the T planes that this takes. `_loopwise_prefill` reads a prompt into
-a cache with one plane, and `_packed_prefill` reads prompts that fit in one chunk.
+a cache whose loops share planes, and `_packed_prefill` reads prompts that fit in one chunk.
 """
 
 import dataclasses

@@ -22,7 +22,8 @@ from looplm_jax.config import Remat
 from looplm_jax.errors import UserError
 from looplm_jax.halting._distribution import log_exit_probability
 from looplm_jax.inference._cache_attention import PastView
-from looplm_jax.inference._kv_cache import Cache, CacheStrategy, empty_cache, share
+from looplm_jax.inference._cache_strategy import CacheStrategy
+from looplm_jax.inference._kv_cache import Cache, empty_cache, share
 from looplm_jax.inference._requests import Result
 from looplm_jax.inference._rollouts import Rollouts, Turns
 from looplm_jax.inference._tick import bound

@@ -99,7 +99,7 @@ def check_request(
 
     loops = engine.loops or model.loops
     _check_tokens(request, model, usable_ids(model, tokenizer))
-    _check_past(request.past, model, 1 if engine.cache.shares else loops, mesh)
+    _check_past(request.past, model, engine.cache.planes(loops), mesh)
 
     total = request.max_tokens
     wanted = f"{total - request.max_new_tokens} tokens of prompt and {request.max_new_tokens} new ones"

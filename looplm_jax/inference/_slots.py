@@ -14,7 +14,8 @@ from looplm_jax.halting import ExitPolicy
 from looplm_jax.halting._policy_table import PolicyTable
 from looplm_jax.halting.signals import LoopMemory
 from looplm_jax.inference._cache_layout import PoolSize
-from looplm_jax.inference._kv_cache import Cache, CacheStrategy, empty_pool
+from looplm_jax.inference._cache_strategy import CacheStrategy
+from looplm_jax.inference._kv_cache import Cache, empty_pool
 from looplm_jax.inference._sampling import SamplingTable
 from looplm_jax.models._looplm import LoopLM, compute_dtype
 

@@ -291,7 +291,7 @@ def test_every_exit_rule_of_the_help_is_one(capsys):
         (["--prompt", WORDS[0], "--loops-per-token", "0.5"], "loops_per_token must be at least 1, not 0.5"),
         (["--prompt", WORDS[0], "--ms-per-token", "0"], "milliseconds_per_token must be positive, not 0"),
         (["--prompt", WORDS[0], "--stop", ""], "a stop string is empty"),
-        (["--prompt", WORDS[0], "--cache", "none"], "argument --cache: invalid choice: 'none'"),
+        (["--prompt", WORDS[0], "--cache", "none"], "argument --cache: unknown cache 'none'"),
         (
             ["--prompt", WORDS[0], "--draft-loops", "1"],
             "--draft-loops drafts for a fixed number of loops; add for example --exit loops=4",

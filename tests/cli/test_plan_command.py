@@ -190,7 +190,7 @@ def test_a_slice_that_no_host_can_have(plan_file, capsys):
             ["--topology", "v5e:1x1", "--capacity", "64", "--loops-mean", "nan"],
             "--loops-mean must be between 1 and the 1 loops",
         ),
-        (["--topology", "v5e:1x1", "--cache", "lats"], "invalid choice: 'lats'"),
+        (["--topology", "v5e:1x1", "--cache", "lats"], "argument --cache: unknown cache 'lats'; did you mean 'last'?"),
         (["--topology", "v5e:1x1", "--search"], "--search has no effect with --decode; leave one of them out"),
         (["--topology", "v5e:1x1", "--stage", "only"], "--stage has no effect with --decode"),
         (["--topology", "v5e:1x1", "--slices", "2"], "--slices has no effect with --decode"),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from inference_models import make_model
-from plain_decoder import decode
+from plain_decoder import RING, decode
 
 from looplm_jax.config import Injection
 from looplm_jax.errors import UserError
@@ -27,6 +27,7 @@ SHAPES = {
     CacheStrategy.LAST: PLAIN,
     CacheStrategy.AVERAGE: RICH,
     CacheStrategy.FIRST: PLAIN,
+    RING: PLAIN,
 }
 SLOW = [
     pytest.param(strategy, marks=pytest.mark.slow)
@@ -83,7 +84,7 @@ def cut(rollouts, width=12):
     return jax.tree.map(lambda x: x[..., :width] if x.shape[-1] == 64 else x, rollouts)
 
 
-@pytest.mark.parametrize("strategy", [CacheStrategy.FULL, CacheStrategy.LAST, CacheStrategy.FIRST, SLOW[2]])
+@pytest.mark.parametrize("strategy", [CacheStrategy.FULL, RING, *SLOW], ids=str)
 def test_the_engine_decodes_as_the_strategy_is_defined(strategy):
     model, params, results = generated(strategy)
     assert len({loop for result in results for loop in result.exit_loops}) == LOOPS
@@ -93,7 +94,7 @@ def test_the_engine_decodes_as_the_strategy_is_defined(strategy):
         np.testing.assert_allclose(result.log_probs, log_probs, atol=1e-4)
 
 
-@pytest.mark.parametrize("strategy", [CacheStrategy.FULL, CacheStrategy.LAST, *SLOW[1:]])
+@pytest.mark.parametrize("strategy", [CacheStrategy.FULL, RING, *SLOW], ids=str)
 def test_replay_gives_the_log_probabilities_of_generation(strategy):
     model, params, results = generated(strategy)
     log_probs = replay_log_probs(model, params, batch_of(results), strategy=strategy, loops=LOOPS)
@@ -102,7 +103,7 @@ def test_replay_gives_the_log_probabilities_of_generation(strategy):
         assert not row[len(result.tokens) :].any()
 
 
-@pytest.mark.parametrize("strategy", [CacheStrategy.FULL, *SLOW])
+@pytest.mark.parametrize("strategy", [CacheStrategy.FULL, pytest.param(RING, marks=pytest.mark.slow), *SLOW], ids=str)
 def test_a_turn_that_went_on_from_a_kept_cache_is_replayed_whole(strategy):
     """In one batch of turns with long, short and no history."""
     model, params, _ = generated(strategy)

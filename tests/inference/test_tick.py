@@ -13,7 +13,8 @@ from jax.extend.core import jaxprs_in_params
 from looplm_jax.halting import Confidence, FixedLoops, KLDivergence, QExit
 from looplm_jax.halting._policy_table import PolicyTable
 from looplm_jax.inference._cache_layout import PoolSize
-from looplm_jax.inference._kv_cache import CacheStrategy, empty_cache
+from looplm_jax.inference._cache_strategy import CacheStrategy
+from looplm_jax.inference._kv_cache import empty_cache
 from looplm_jax.inference._loopwise_prefill import begin_chunk, run_loop
 from looplm_jax.inference._prefill import LastToken, Place, admit, prefill_chunk
 from looplm_jax.inference._slots import empty_slots

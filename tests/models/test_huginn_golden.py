@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from huginn_golden import CONFIG, huginn_arrays, huginn_params
+from huginn_golden import CONFIG, huginn_arrays, huginn_params, huginn_ring_logits
 
-from looplm_jax.inference import Engine, EngineConfig
+from looplm_jax.inference import CacheStrategy, Engine, EngineConfig
 from looplm_jax.models._blocks import make_context
 from looplm_jax.models._looplm import LoopLM, head_matrix, init_params
 
@@ -98,3 +98,16 @@ def test_engine_decodes_as_the_published_generator_from_a_zero_state():
     engine = Engine(MODEL, huginn_params(), config=EngineConfig(slots=1, capacity=16))
     result = engine.generate([ids[:5]], max_new_tokens=6)[0]
     assert list(result.tokens) == ids[5:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("planes", [1, 2, 4])
+def test_engine_decodes_with_the_published_ring_caches(planes):
+    ids = [int(token) for token in huginn_arrays()["decode/full/ids"]]
+    config = EngineConfig(slots=1, capacity=16, cache=CacheStrategy(f"ring({planes})"))
+    result = Engine(MODEL, huginn_params(), config=config).generate([ids[:5]], max_new_tokens=6)[0]
+    assert list(result.tokens) == ids[5:]
+
+    # These logits differ by 1e-4 and more between caches.
+    log_probs = jax.nn.log_softmax(huginn_ring_logits(planes))[jnp.arange(6), jnp.array(ids[5:])]
+    np.testing.assert_allclose(result.log_probs, log_probs, atol=3e-5)

@@ -64,7 +64,7 @@ def test_the_floor_has_one_plane_of_every_layer():
     assert floor(model, one).cache_read == 10 * (1 + 2 + 2) * 2 * model.kv_heads * model.head_width * 2
 
 
-@pytest.mark.parametrize("cache", list(CacheStrategy))
+@pytest.mark.parametrize("cache", [CacheStrategy.FULL, CacheStrategy.AVERAGE, CacheStrategy("ring(2)")], ids=str)
 def test_planes_of_the_cache_do_not_raise_the_floor(cache):
     assert floor(presets.tiny(), DecodeRequest(cache=cache)) == floor(presets.tiny(), DecodeRequest())
 

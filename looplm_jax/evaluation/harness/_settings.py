@@ -59,7 +59,7 @@ class ModelArgs:
             max_length=_whole("max_length", rest.pop("max_length", None)),
             add_bos_token=_truth("add_bos_token", rest.pop("add_bos_token", False)),
             special_tokens=_truth("special_tokens", rest.pop("special_tokens", False)),
-            cache=_cache(rest.pop("cache", CacheStrategy.FULL.value)),
+            cache=CacheStrategy(rest.pop("cache", CacheStrategy.FULL.value)),
         )
 
         for name in rest:
@@ -108,11 +108,3 @@ def _batch_size(value: Any) -> int:
     if not str(value).lstrip("-").isdigit():
         raise UserError(f"batch_size must be a whole number or auto, not {value!r}")
     return int(value)
-
-
-def _cache(value: Any) -> CacheStrategy:
-    """Returns the cache strategy of a name. Raises UserError if there is none."""
-    names = [strategy.value for strategy in CacheStrategy]
-    if value not in names:
-        raise UserError(f"unknown cache {value!r}{suggest(str(value), names)}")
-    return CacheStrategy(value)

@@ -19,9 +19,10 @@ from jaxtyping import Array, Bool, Int
 from looplm_jax.data.tokenizers import Tokenizer
 from looplm_jax.errors import UserError
 from looplm_jax.inference._cache_layout import init_sharded, shard, use_mesh_or_none
+from looplm_jax.inference._cache_strategy import CacheStrategy
 from looplm_jax.inference._engine_config import EngineConfig
 from looplm_jax.inference._field_checks import MOST, token_ids, whole_number
-from looplm_jax.inference._kv_cache import Cache, CacheStrategy, bucket, empty_cache
+from looplm_jax.inference._kv_cache import Cache, bucket, empty_cache
 from looplm_jax.inference._request_checks import check_request, usable_ids
 from looplm_jax.inference._requests import NewToken, Request
 from looplm_jax.inference._sampling import Sampling, SamplingTable
@@ -128,7 +129,7 @@ def _check(draft_loops: int, loops: int, cache: CacheStrategy) -> None:
         raise UserError(f"self-speculation needs at least 2 loops, not {loops}; generate without it")
     if not 1 <= draft_loops < loops:
         raise UserError(f"draft_loops must be in 1..{loops - 1} to be verified by loop {loops}, not {draft_loops}")
-    if cache is not CacheStrategy.FULL:
+    if cache != CacheStrategy.FULL:
         raise UserError(
             f"self-speculation needs a full cache, not {cache.value!r}: each loop reads keys and values of its own"
         )
