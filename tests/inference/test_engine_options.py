@@ -1,16 +1,21 @@
 """The engine, replay and self-speculation serve every option of the looped block, or refuse it by name."""
 
+import dataclasses
+import enum
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from huginn_golden import CONFIG as HUGINN
 from inference_models import make_model
 
 from looplm_jax.config import (
     GatePlacement,
+    InitialState,
     Injection,
+    ModelConfig,
     NormPlacement,
     PositionSignal,
     Residual,
@@ -27,6 +32,7 @@ PROMPT = [3, 14, 15, 92, 65, 35]
 LOOPS = 3
 PARCAE = {
     "injection": Injection.DIAGONAL,
+    "initial_state": InitialState.ZERO,
     "injection_norm": True,
     "norm_placement": NormPlacement.PRE,
     "residual": Residual.PER_LOOP,
@@ -39,7 +45,17 @@ UNIVERSAL = {
     "position_signal": PositionSignal.SINUSOID,
     "gate": GatePlacement.BEFORE,
 }
-QUERY = {"injection": Injection.QUERY, "injection_norm": True, "time_signal": TimeSignal.SINUSOID}
+QUERY = {
+    "injection": Injection.QUERY,
+    "injection_norm": True,
+    "time_signal": TimeSignal.SINUSOID,
+    "norm_placement": NormPlacement.OUTER,
+    "residual": Residual.DEEP_LOOP,
+}
+# Models that are decoded here, in `test_replay` (an added input, prelude and coda), and in `test_huginn_golden`.
+DECODED = [PARCAE, UNIVERSAL, QUERY, {"injection": Injection.ADD}, vars(HUGINN)]
+# They determine initial values, or training, or are covered by a field beside them.
+WITHOUT_EFFECT = {"initializer", "init_std", "second_norm_init", "gate_bias", "state_std", "max_loops"}
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -90,3 +106,14 @@ def test_what_the_engine_refuses():
         "QExit reads the exit gate, and the model has none (model.gate=none); "
         "use fixed loops, or a policy that reads states or predictions"
     )
+
+
+def test_every_option_is_part_of_a_decoded_model():
+    options = [field for field in dataclasses.fields(ModelConfig) if field.default is not dataclasses.MISSING]
+    assert {field.name for field in options} > WITHOUT_EFFECT
+    for field in options:
+        values = {model.get(field.name, field.default) for model in DECODED}
+        if isinstance(field.default, enum.Enum) and field.name not in WITHOUT_EFFECT:
+            assert values == set(type(field.default)), field.name
+        elif isinstance(field.default, bool):
+            assert values == {False, True}, field.name
