@@ -71,15 +71,17 @@ def spectral_radius(
       f: the function of the state, whose rows do not depend on each other.
       z: the state at which J is taken.
       v: the direction to start from, drawn from a standard normal distribution.
-      iterations: the number of products with J.
+      iterations: the number of products with the transpose of J.
       averaged: the number of last products whose growth is averaged.
     """
     wide = np.promote_types(z.dtype, np.float32)
     axes = tuple(range(1, z.ndim))
-    _, push = jax.linearize(f, z)
+    # Products with the transposed Jacobian, which has the same eigenvalues: they also exist where `f` has a gradient of
+    # its own (`custom_vjp`), as matrix products have on CPU.
+    _, pull = jax.vjp(f, z)
 
     def step(direction: Array, _: None) -> tuple[Array, Array]:
-        product = push(direction.astype(z.dtype)).astype(wide)
+        product = pull(direction.astype(z.dtype))[0].astype(wide)
         return _unit(product, axes), jnp.sqrt(jnp.sum(jnp.square(product), axis=axes))
 
     _, growth = jax.lax.scan(step, _unit(v.astype(wide), axes), None, length=iterations)

@@ -107,6 +107,15 @@ def test_rows_have_their_own_radius():
     np.testing.assert_allclose(ours, scales, rtol=1e-6)
 
 
+def test_functions_with_a_gradient_of_their_own_have_a_radius():
+    @jax.custom_vjp  # which forward-mode derivatives cannot pass; the products of the model on CPU are such functions
+    def halved(z):
+        return z / 2
+
+    halved.defvjp(lambda z: (z / 2, None), lambda _, cotangent: (cotangent / 2,))
+    np.testing.assert_allclose(spectral_radius(halved, jnp.ones((2, 3)), jnp.ones((2, 3))), 0.5, rtol=1e-6)
+
+
 def test_a_constant_function_has_radius_and_penalty_zero():
     z = jnp.ones((2, 3))
     constant = jnp.zeros_like
