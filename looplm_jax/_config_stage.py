@@ -7,8 +7,8 @@ from looplm_jax._config_compute import TopologySettings
 from looplm_jax._config_data import SourceConfig
 from looplm_jax._config_fields import check_kinds as _check_kinds
 from looplm_jax._config_fields import field as _field
-from looplm_jax._config_fields import refuse_without_effect as _refuse_without_effect
 from looplm_jax._config_fields import require as _require
+from looplm_jax._config_loops import DepthConfig, DepthKind, DepthPer, Gradient, JacobianPenalty, ReadOut, Solver
 from looplm_jax._config_objectives import Credit, GateTarget, LoopRPTConfig, PolicyConfig, PriorConfig
 
 # Choices
@@ -44,109 +44,6 @@ class Schedule(enum.Enum):
     WARMUP_STABLE_DECAY = "warmup_stable_decay"
 
 
-# Loops
-
-
-class DepthKind(enum.Enum):
-    """The number of loops of a step.
-
-    FIXED: the loops of the stage. UNIFORM: drawn uniformly from min..max. POISSON: 1 plus a Poisson variable.
-    POISSON_LOG_NORMAL: the same with a log-normal rate (Huginn). LOG_NORMAL: a log-normal variable, rounded. GROWING:
-    from min at the first step to max, one more every `every` steps.
-    """
-
-    FIXED = "fixed"
-    UNIFORM = "uniform"
-    POISSON = "poisson"
-    POISSON_LOG_NORMAL = "poisson_log_normal"
-    LOG_NORMAL = "log_normal"
-    GROWING = "growing"
-
-
-class DepthPer(enum.Enum):
-    """The sequences that share a drawn number of loops: all sequences of a step, or only each with itself."""
-
-    STEP = "step"
-    SEQUENCE = "sequence"
-
-
-class ReadOut(enum.Enum):
-    """The loops after which coda, gate and head run in training: every loop, or only the last one.
-
-    With `last`, one compiled program serves all numbers of loops.
-    """
-
-    EVERY_LOOP = "every_loop"
-    LAST = "last"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DepthConfig:
-    """The distribution or the schedule of the number of loops of a stage."""
-
-    kind: DepthKind = _field("how the number of loops of a step is found", DepthKind.FIXED)
-    mean: float = _field("poisson, poisson_log_normal and log_normal: mean, before the limits apply", 4.0)
-    sigma: float = _field("poisson_log_normal and log_normal: standard deviation of the logarithm", 0.5)
-    every: int = _field("growing: steps until the next loop is added", 1000)
-    # Limits.
-    min: int = _field("fewest loops", 1)
-    max: int = _field("most loops; 0: the loops of the stage", 0)
-    per: DepthPer = _field("sequences that share a drawn number: those of a step, or each its own", DepthPer.STEP)
-
-    def __post_init__(self) -> None:
-        _check_kinds(self, "depth")
-        _require(self.mean > 1, f"depth.mean must exceed 1 loop, not {self.mean}")
-        _require(self.sigma > 0, f"depth.sigma must be positive, not {self.sigma}")
-        for name in ("every", "min"):
-            _require(getattr(self, name) >= 1, f"depth.{name} must be at least 1, not {getattr(self, name)}")
-        _require(self.max >= 0, f"depth.max must not be negative, not {self.max}")
-        _refuse_without_effect(self, "depth", _DEPTH_WITHOUT_EFFECT[self.kind])
-
-
-_DEPTH_WITHOUT_EFFECT = {
-    DepthKind.FIXED: ("mean", "sigma", "every", "min", "max", "per"),
-    DepthKind.UNIFORM: ("mean", "sigma", "every"),
-    DepthKind.POISSON: ("sigma", "every"),
-    DepthKind.POISSON_LOG_NORMAL: ("every",),
-    DepthKind.LOG_NORMAL: ("every",),
-    DepthKind.GROWING: ("mean", "sigma", "per"),
-}
-
-
-# Fixed points
-
-
-class SolverKind(enum.Enum):
-    """The iteration toward a fixed point: plain loops, Anderson acceleration, or Broyden's method."""
-
-    LOOPS = "loops"
-    ANDERSON = "anderson"
-    BROYDEN = "broyden"
-
-
-class JacobianNorm(enum.Enum):
-    """The norm of the Jacobian of a loop that a penalty bounds: Frobenius, per entry, or spectral, over all rows."""
-
-    FROBENIUS = "frobenius"
-    SPECTRAL = "spectral"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Solver:
-    """The solver of a fixed point `z = f(z)`, and when it stops."""
-
-    kind: SolverKind = _field("iteration toward the fixed point", SolverKind.LOOPS)
-    tolerance: float = _field("a row stops once |f(z) - z| / |f(z)| is at most this; 0: at max_loops", 1e-3)
-    max_loops: int = _field("most evaluations of f", 50)
-    memory: int = _field("states that anderson combines; updates after which broyden restarts", 6)
-
-    def __post_init__(self) -> None:
-        _check_kinds(self, "solver")
-        _require(self.tolerance >= 0, f"solver.tolerance must not be negative, not {self.tolerance}")
-        for name in ("max_loops", "memory"):
-            _require(getattr(self, name) >= 1, f"solver.{name} must be at least 1, not {getattr(self, name)}")
-
-
 # Stages
 
 
@@ -171,6 +68,10 @@ class Stage:
     depth: DepthConfig = dataclasses.field(default_factory=DepthConfig)
     read_out: ReadOut = _field("loops after which coda, gate and head run", ReadOut.EVERY_LOOP)
     backprop_loops: int = _field("last loops with gradients (truncated backpropagation); 0: all", 0)
+    damping: float = _field("weight of the new state in each of the last backprop_loops loops", 1.0)
+    gradient: Gradient = _field("gradient of the loops, with read_out=last", Gradient.UNROLLED)
+    solver: Solver = dataclasses.field(default_factory=Solver)
+    jacobian: JacobianPenalty = dataclasses.field(default_factory=JacobianPenalty)
     # What changes with the stage: longer sequences need a larger base, and may need other data.
     rope_theta: float = _field("base of the rotary embedding from this stage on; 0: as before", 0.0)
     sources: tuple[SourceConfig, ...] = _field("the mixture of this stage; empty: data.sources", ())
@@ -212,6 +113,7 @@ class Stage:
             0 <= self.min_loops <= self.loops, f"{where}.min_loops must be in 0..{self.loops}, not {self.min_loops}"
         )
         self._check_depth(where)
+        self._check_equilibrium(where)
         topologies = [each.topology for each in self.settings]
         _require(len(set(topologies)) == len(topologies), f"{where}.settings name a topology twice: {topologies}")
 
@@ -330,6 +232,30 @@ class Stage:
             f"{where}.backprop_loops must be in 0..{self.deepest}, the largest number of loops, "
             f"not {self.backprop_loops}",
         )
+        _require(0 < self.damping <= 1, f"{where}.damping must be in (0, 1], not {self.damping}")
+        _require(
+            self.damping == 1 or self.backprop_loops > 0,
+            f"{where}.damping={self.damping} is that of the last loops with gradients; "
+            f"set {where}.backprop_loops, or {where}.damping=1",
+        )
+
+    def _check_equilibrium(self, where: str) -> None:
+        """Raises UserError for an implicit gradient or a Jacobian penalty of a stage that has none."""
+        last, implicit = self.read_out is ReadOut.LAST, self.gradient is Gradient.IMPLICIT
+        _require(
+            last or not implicit,
+            f"{where}.gradient=implicit is that of one fixed point, not of every loop; set {where}.read_out=last",
+        )
+        _require(
+            not implicit or (self.drawn.kind is DepthKind.FIXED and self.backprop_loops == 0),
+            f"{where}.gradient=implicit runs the loops of {where}.solver; set {where}.backprop_loops=0, "
+            f"{where}.min_loops=0 and {where}.depth.kind=fixed",
+        )
+        _require(
+            last or self.jacobian.weight == 0,
+            f"{where}.jacobian.weight={self.jacobian.weight} is of the Jacobian at the last loop; "
+            f"set {where}.read_out=last, or {where}.jacobian.weight=0",
+        )
 
     @property
     def drawn(self) -> DepthConfig:
@@ -351,6 +277,8 @@ class Stage:
         drawn = self.drawn
         span = f"{drawn.min} to {drawn.max}"
         match drawn.kind:
+            case DepthKind.FIXED if self.gradient is Gradient.IMPLICIT:
+                return f"up to {self.solver.max_loops} (fixed point, {self.solver.kind.value})"
             case DepthKind.FIXED:
                 return str(self.loops)
             case DepthKind.UNIFORM:
@@ -361,14 +289,24 @@ class Stage:
 
     @property
     def mean_loops(self) -> float:
-        """The mean number of loops of a step, or the largest of a growing one; the limits shift it a little."""
+        """The mean number of loops of a step, or the largest of a growing one or of a solver.
+
+        The limits of a drawn depth shift its mean a little.
+        """
         drawn = self.drawn
         match drawn.kind:
+            case DepthKind.FIXED if self.gradient is Gradient.IMPLICIT:
+                return self.solver.max_loops
             case DepthKind.FIXED | DepthKind.GROWING:
                 return self.deepest
             case DepthKind.UNIFORM:
                 return (drawn.min + drawn.max) / 2
         return min(max(drawn.mean, drawn.min), drawn.max)
+
+    @property
+    def backward_loops(self) -> int:
+        """The number of last loops with a backward pass; 0 for all."""
+        return 1 if self.gradient is Gradient.IMPLICIT else self.backprop_loops
 
     @property
     def trained_groups(self) -> tuple[str, ...]:

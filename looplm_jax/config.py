@@ -24,6 +24,17 @@ from looplm_jax._config_fields import field as _field
 from looplm_jax._config_fields import help_text
 from looplm_jax._config_fields import refuse_without_effect as _refuse_without_effect
 from looplm_jax._config_fields import require as _require
+from looplm_jax._config_loops import (
+    DepthConfig,
+    DepthKind,
+    DepthPer,
+    Gradient,
+    JacobianNorm,
+    JacobianPenalty,
+    ReadOut,
+    Solver,
+    SolverKind,
+)
 from looplm_jax._config_model import (
     GatePlacement,
     Initializer,
@@ -48,18 +59,7 @@ from looplm_jax._config_objectives import (
     PriorKind,
     Reward,
 )
-from looplm_jax._config_stage import (
-    DepthConfig,
-    DepthKind,
-    DepthPer,
-    JacobianNorm,
-    Objective,
-    ReadOut,
-    Schedule,
-    Solver,
-    SolverKind,
-    Stage,
-)
+from looplm_jax._config_stage import Objective, Schedule, Stage
 
 __all__ = [  # noqa: RUF022 (in groups)
     # The model.
@@ -97,7 +97,9 @@ __all__ = [  # noqa: RUF022 (in groups)
     "DepthKind",
     "DepthPer",
     "GateTarget",
+    "Gradient",
     "JacobianNorm",
+    "JacobianPenalty",
     "LoopRPTConfig",
     "LoopWeights",
     "Objective",
@@ -297,6 +299,16 @@ class Recipe:
             f"{where}.objective=looprpt has noise of its own (looprpt.noise) and does not start from "
             "model.initial_state=noise; set model.initial_state=zero",
         )
+        if stage.gradient is Gradient.IMPLICIT:
+            _require(
+                self.model.injection is not Injection.NONE,
+                f"{where}.gradient=implicit needs the input in every loop, or its fixed point would not depend on the "
+                "tokens; set model.injection",
+            )
+            _require(
+                self.model.time_signal is TimeSignal.NONE,
+                f"{where}.gradient=implicit needs equal loops; set model.time_signal=none",
+            )
         _require(
             self.model.initial_state is not InitialState.NOISE or stage.objective is not Objective.POLICY_GRADIENT,
             f"{where}.objective=policy_gradient replays its answers, and no replay reproduces random first states; "

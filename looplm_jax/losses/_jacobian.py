@@ -4,7 +4,7 @@
     spectral:   |v_k^T J|^2,  v_{t+1} = v_t^T J / |v_t^T J|,  |v_1| = 1    after k products      (STARS)
 
 With one product the spectral penalty is an estimate of the Frobenius one. With many, it is the squared spectral radius
-of the row with the largest: all rows count as one vector.
+of the row with the largest if all rows count as one vector, or their mean if each row is one.
 """
 
 from collections.abc import Callable
@@ -24,6 +24,7 @@ def jacobian_penalty(
     *,
     norm: JacobianNorm = JacobianNorm.FROBENIUS,
     iterations: int = 1,
+    per_row: bool = False,
 ) -> Float[Array, ""]:
     """Computes the penalty from products of a random direction with the Jacobian, in float32 or wider.
 
@@ -33,6 +34,8 @@ def jacobian_penalty(
       v: the direction, drawn from a standard normal distribution.
       norm: the norm of J. The Frobenius penalty is unbiased and takes one product.
       iterations: the number of products of the spectral penalty. The gradient passes through all of them.
+      per_row: whether each row along the leading axis is a vector of its own, whose penalties are averaged. The
+        Frobenius penalty is such a mean anyway.
 
     Returns:
       The penalty, a scalar over all rows.
@@ -46,11 +49,13 @@ def jacobian_penalty(
     if norm is JacobianNorm.FROBENIUS:
         return jnp.sum(jnp.square(product(v))) / z.size
 
-    def step(direction: Array, _: None) -> tuple[Array, None]:
-        return _unit(product(direction)), None
+    axes = tuple(range(1, z.ndim)) if per_row else None
 
-    direction, _ = jax.lax.scan(step, _unit(v.astype(wide)), None, length=iterations - 1)
-    return jnp.sum(jnp.square(product(direction)))
+    def step(direction: Array, _: None) -> tuple[Array, None]:
+        return _unit(product(direction), axes), None
+
+    direction, _ = jax.lax.scan(step, _unit(v.astype(wide), axes), None, length=iterations - 1)
+    return jnp.sum(jnp.square(product(direction))) / (z.shape[0] if per_row else 1)
 
 
 def spectral_radius(

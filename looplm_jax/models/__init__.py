@@ -21,7 +21,8 @@ has the logical names of their axes, for sharding.
 
 Fixed points, of any function of a state: `fixed_point` solves `z = f(z)` with a `Solver` of `looplm_jax.config`, and
 returns `SolverMetrics` too; `implicit` also has the gradient, at the memory of one evaluation; `phantom` has that of a
-few last loops.
+few last loops. `equilibrium` solves for that of a model's loop, with an `Equilibrium` as result, and `loop_of` returns
+the loop as such a function.
 
     >>> from looplm_jax.config import Solver, SolverKind
     >>> from looplm_jax.models import implicit
@@ -44,6 +45,7 @@ with epy.lazy_api_imports(globals()):
     # Fixed points, and gradients through them.
     # The model, its parameters, and its loops in training.
     from looplm_jax.models._drawn_depth import last_loop
+    from looplm_jax.models._equilibrium import Equilibrium, equilibrium, loop_of
     from looplm_jax.models._fixed_point import SolverMetrics, fixed_point, implicit, phantom
     from looplm_jax.models._looplm import (
         LoopLM,
@@ -57,17 +59,20 @@ with epy.lazy_api_imports(globals()):
     from looplm_jax.models._mixed_loops import MixedOutput, mixed_loops
 
 __all__ = [
+    "Equilibrium",
     "LoopLM",
     "LoopLMOutput",
     "MixedOutput",
     "Params",
     "SolverMetrics",
     "count_params",
+    "equilibrium",
     "fixed_point",
     "head_matrix",
     "implicit",
     "init_params",
     "last_loop",
+    "loop_of",
     "mixed_loops",
     "parameter_axes",
     "phantom",

@@ -18,6 +18,7 @@ def last_loop(
     *,
     most: int,
     backprop_loops: int = 0,
+    damping: float = 1.0,
     positions: Int[Array, "B S"] | None = None,
     segment_ids: Int[Array, "B S"] | None = None,
     noise_seeds: UInt32[Array, "B S"] | None = None,
@@ -29,7 +30,8 @@ def last_loop(
     Iterations before the first start are not computed.
 
     In earlier loops than the last `backprop_loops`, everything is a constant: the state, the embedded input and the
-    parameters (truncated backpropagation, as in Huginn, arXiv 2502.05171).
+    parameters (truncated backpropagation, as in Huginn, arXiv 2502.05171). With damping, this is the phantom gradient
+    of a fixed point.
 
     Args:
       model: the model.
@@ -38,6 +40,8 @@ def last_loop(
       depths: the number of loops of each sequence, from 1 to `most`.
       most: the largest number of loops. Memory for the backward pass grows with it, or with `backprop_loops`.
       backprop_loops: the number of last loops with gradients; 0 for all.
+      damping: the weight of the new state in each of the last `backprop_loops` loops; that of the old one is
+        `1 - damping`.
       positions: the position of each token in its document.
       segment_ids: the document of each token.
       noise_seeds: the seed of the noise from which the state of each token starts, as for `LoopLM`.
@@ -53,20 +57,30 @@ def last_loop(
     deepest, window = jnp.max(depths), min(backprop_loops or most, most)
 
     def step(
-        variables: Any, embedded: Float[Array, "B S D"], state: Float[Array, "B S D"], left: int | Int[Array, ""]
+        variables: Any,
+        embedded: Float[Array, "B S D"],
+        state: Float[Array, "B S D"],
+        left: int | Int[Array, ""],
+        damping: float,
     ) -> LoopOutput:
         """Returns the output of an iteration, of which there are `left` to the end, this one included."""
         done = jnp.maximum(depths - left, 0)
-        output, _, _ = cast(Any, model.apply(variables, state, embedded, context, done, method="loop_step"))
+        output, _, _ = cast(
+            Any, model.apply(variables, state, embedded, context, done, damping=damping, method="loop_step")
+        )
         return output
 
     def advance(
-        variables: Any, embedded: Float[Array, "B S D"], state: Float[Array, "B S D"], left: Int[Array, ""]
+        variables: Any,
+        embedded: Float[Array, "B S D"],
+        state: Float[Array, "B S D"],
+        left: Int[Array, ""],
+        damping: float = 1.0,
     ) -> Float[Array, "B S D"]:
         """Returns the state after an iteration, or the old one of sequences that have not started."""
         started = (depths >= left)[:, None, None]
         # Only the state is used, so the compiler removes coda and gate.
-        return jnp.where(started, step(variables, embedded, state, left).state, state)
+        return jnp.where(started, step(variables, embedded, state, left, damping).state, state)
 
     # Iterations without gradients. Their number is an array, which a loop allows that is not differentiated.
     frozen, constant, state = jax.lax.stop_gradient((variables, embedded, start))
@@ -78,7 +92,7 @@ def last_loop(
     # Iterations with gradients. Those before the first start are skipped.
     def iteration(state: Float[Array, "B S D"], left: Int[Array, ""]) -> tuple[Float[Array, "B S D"], None]:
         def run(state: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-            return advance(variables, embedded, state, left)
+            return advance(variables, embedded, state, left, damping)
 
         return jax.lax.cond(left <= deepest, run, lambda state: state, state), None
 
@@ -88,4 +102,4 @@ def last_loop(
     state, _ = jax.lax.scan(iteration, state, jnp.arange(window, 1, -1, dtype=depths.dtype))
 
     # All sequences have started, and all are read out.
-    return step(variables, embedded, state, 1)
+    return step(variables, embedded, state, 1, damping)

@@ -323,6 +323,7 @@ class LoopLM(nn.Module):
         coda_past: Past | None = None,
         return_cache: bool = False,
         noise: Float[Array, "B S D"] | None = None,
+        damping: float = 1.0,
     ) -> tuple[LoopOutput, KeyValues | None, KeyValues | None]:
         """Runs one loop of the shared stack.
 
@@ -337,6 +338,7 @@ class LoopLM(nn.Module):
           coda_past: earlier tokens in the layers of the coda, or None.
           return_cache: whether to return keys and values.
           noise: added to the state after the loop, or None.
+          damping: the weight of the new state. That of the old one is `1 - damping`.
         """
         config = self.config
         done = jnp.asarray(done, jnp.int32)
@@ -348,9 +350,12 @@ class LoopLM(nn.Module):
         queries = None
         if config.injection is Injection.QUERY:
             queries = Queries(state=state, first=jnp.broadcast_to(done == 0, state.shape[:1])[:, None, None])
+        old = state
         left, core_cache = self.core(entering, context, core_past, return_cache, queries)
 
         state = self.norm(left) if config.state_norm is StateNorm.EVERY_LOOP else left
+        if damping != 1:
+            state = damping * state + (1.0 - damping) * old
         # Before the gate, the head and the next loop, all of which read the noisy state.
         if noise is not None:
             state = state + noise

@@ -158,7 +158,7 @@ def step_flops(model: ModelConfig, stage: Stage) -> float:
         sequence_length=stage.sequence_length,
         objective=stage.objective,
         read_out=stage.read_out,
-        backprop_loops=stage.backprop_loops,
+        backprop_loops=stage.backward_loops,
         rollouts=stage.looprpt.rollouts,
     )
     if stage.objective is not Objective.POLICY_GRADIENT:
@@ -188,7 +188,7 @@ def recomputed_flops(model: ModelConfig, stage: Stage, remat: Remat) -> float:
         return 0.0
 
     # Loops without gradients are not recomputed.
-    loops = min(stage.backprop_loops or stage.mean_loops, stage.mean_loops)
+    loops = min(stage.backward_loops or stage.mean_loops, stage.mean_loops)
     read_out = ReadOut.LAST if stage.objective is Objective.PONDER else stage.read_out
     readouts = 1 if read_out is ReadOut.LAST else loops
     forward = forward_flops_per_token(model, loops=loops, sequence_length=stage.sequence_length, read_out=read_out)

@@ -188,7 +188,7 @@ def can_fit(candidate: Candidate, target: Target, state_bytes: int) -> bool:
     # Only what certainly exists at the same time is counted, so that nothing that fits is excluded.
     token_shards = mesh.data * mesh.fsdp * mesh.context
     tokens = stage.batch_size * stage.sequence_length // stage.accumulation // token_shards
-    saved_loops = stage.backprop_loops or stage.deepest
+    saved_loops = stage.backward_loops or stage.deepest
     return needed + tokens * _BYTES * saved_loops * _saved_elements(candidate) <= target.capacity
 
 

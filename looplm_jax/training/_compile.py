@@ -15,6 +15,7 @@ from looplm_jax.config import (
     CheckpointConfig,
     DataConfig,
     EvaluationConfig,
+    Gradient,
     GuardConfig,
     Objective,
     ReadOut,
@@ -23,6 +24,7 @@ from looplm_jax.config import (
     StartConfig,
 )
 from looplm_jax.data._packing import Batch, DepthBatch
+from looplm_jax.errors import UserError
 from looplm_jax.models._looplm import LoopLM
 from looplm_jax.sharding import (
     batch_sharding,
@@ -56,6 +58,12 @@ def stage_mesh(recipe: Recipe, stage: Stage, devices: Sequence[jax.Device] | Non
     check_divides(mesh, recipe.model)
     check_batch(mesh, stage.batch_size, stage.accumulation, where)
     check_sequence(mesh, stage.sequence_length, where)
+    if mesh.shape["context"] > 1 and (stage.gradient is Gradient.IMPLICIT or stage.jacobian.weight):
+        option = "gradient=implicit" if stage.gradient is Gradient.IMPLICIT else "jacobian.weight"
+        raise UserError(
+            f"{where}.{option} needs whole sequences on each device, and "
+            f"{mesh.shape['context']} devices share one; set mesh.context=1"
+        )
     return mesh
 
 

@@ -166,7 +166,8 @@ def train_flops_per_token(
     The backward pass costs twice the forward pass, or nothing if only the gate is trained. `last_loss` evaluates the
     head only after the last loop, and `ponder` coda and head only once. `looprpt` adds a forward pass of the teacher,
     and a forward and a backward pass of every rollout. Recomputation under rematerialization is not counted: these are
-    operations of the model, not of the hardware.
+    operations of the model, not of the hardware. For the same reason the backward pass of a fixed point counts one
+    loop, and not its solver.
 
     Args:
       config: the model.

@@ -76,7 +76,14 @@ LossOf: TypeAlias = Callable[[Variables, Examples, Totals], Sums]
 
 
 def loss_and_gradients(
-    loss_of: LossOf, model: LoopLM, moving: Params, frozen: Params, batch: Examples, totals: Totals
+    loss_of: LossOf,
+    model: LoopLM,
+    moving: Params,
+    frozen: Params,
+    batch: Examples,
+    totals: Totals,
+    *,
+    second_order: bool = False,
 ) -> tuple[Sums, Params]:
     """Returns the loss, metrics and gradients of a batch.
 
@@ -87,6 +94,7 @@ def loss_and_gradients(
       frozen: the other parameters.
       batch: the batch.
       totals: the totals of the batch.
+      second_order: whether the loss depends on derivatives of the model.
 
     Returns:
       Loss and metrics as means, and the gradients of `moving`.
@@ -95,7 +103,7 @@ def loss_and_gradients(
         case Reduce.LOOP:
             return _reduced_by_the_compiler(loss_of, model, moving, frozen, batch, totals)
         case when:
-            return _reduced_once(loss_of, model, when, moving, frozen, batch, totals)
+            return _reduced_once(loss_of, model, when, moving, frozen, batch, totals, second_order)
 
 
 def when_reduced(compute: ComputeConfig) -> Reduce:
@@ -134,6 +142,7 @@ def _reduced_once(
     frozen: Params,
     batch: Examples,
     totals: Totals,
+    second_order: bool,
 ) -> tuple[Sums, Params]:
     """Computes gradients in a local region: each device accumulates its own, and one reduction sums them.
 
@@ -164,11 +173,11 @@ def _reduced_once(
                     return loss_of({"params": {**zeros, **moving}, "gathered": copies}, microbatch, totals)
 
                 value, pull_back, metrics = jax.vjp(loss, {name: zeros[name] for name in moving}, has_aux=True)
-                if model.config.injection is Injection.NONE:
+                if model.config.injection is Injection.NONE and not second_order:
                     cast(Any, pull_back).with_refs(accumulators)(jnp.ones_like(value))
                 else:
                     # JAX (0.10) confuses the references of a scan that reads a differentiated value, here the
-                    # injected input, beside its parameters. A second copy of the gradients is the price.
+                    # injected input or derivatives, beside its parameters. A second copy of the gradients is the price.
                     (own,) = pull_back(jnp.ones_like(value))
                     jax.tree.map(_add_in_place, accumulators, own)
                 return value, metrics

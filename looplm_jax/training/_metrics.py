@@ -363,6 +363,8 @@ class Reporter:
     def _report(self, step: int, loops: int | float, metrics: StepMetrics, measured: Mapping[str, float]) -> None:
         """Writes the metrics of a step to the log and the progress bar."""
         values = {**as_values(metrics), **measured}
+        # A solver finds the number of loops.
+        loops = values.get("solver_loops", loops)
         # Masked tokens are not counted: they are computed, but nothing is learned from them.
         self._clock_tokens += values["tokens"]
         # The rate is over all steps since the clock was restarted.
@@ -399,7 +401,7 @@ class Reporter:
             sequence_length=self._stage.sequence_length,
             objective=self._stage.objective,
             read_out=self._stage.read_out,
-            backprop_loops=self._stage.backprop_loops,
+            backprop_loops=self._stage.backward_loops,
             rollouts=self._stage.looprpt.rollouts,
         )
 

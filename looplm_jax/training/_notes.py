@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from looplm_jax.codec import leaves
-from looplm_jax.config import Objective, PriorKind, Recipe, Schedule, Stage
+from looplm_jax.config import Gradient, Objective, PriorKind, Recipe, Schedule, Stage
 
 _GATE_FIELDS = ("gate_target", "gain_slope", "gain_threshold")
 _PRIOR_FIELDS = {PriorKind.UNIFORM: (), PriorKind.GEOMETRIC: ("rate",), PriorKind.POISSON_LOG_NORMAL: ("mean", "sigma")}
@@ -60,6 +60,8 @@ def _of_objective(stage: Stage) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("beta", "prior"), because
     if stage.objective is not Objective.PONDER:
         yield ("ponder_weight", "act_epsilon"), because
+    if stage.gradient is Gradient.UNROLLED:
+        yield ("solver",), "gradient=unrolled"
     if stage.objective is not Objective.LOOPRPT:
         yield ("looprpt",), because
     if stage.objective is not Objective.POLICY_GRADIENT:

@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
 
-from looplm_jax.config import PriorKind, Stage
+from looplm_jax.config import Gradient, PriorKind, Stage
 from looplm_jax.data._packing import Batch, DepthBatch
 from looplm_jax.halting import mean_exit_loop
 from looplm_jax.halting._priors import log_prior
 from looplm_jax.losses import (
     Stage1Metrics,
+    jacobian_penalty,
     stage1,
     stage1_from_hidden,
     stage2,
@@ -24,8 +25,10 @@ from looplm_jax.losses import (
 )
 from looplm_jax.losses._masking import mean_weights
 from looplm_jax.models._drawn_depth import last_loop
+from looplm_jax.models._equilibrium import equilibrium, loop_of
 from looplm_jax.models._looplm import LoopLM, LoopLMOutput
 from looplm_jax.models._mixed_loops import mixed_loops
+from looplm_jax.random_keys import seeded_key
 from looplm_jax.training._gradients import ObjectiveMetrics, Sums, Totals, Variables
 
 
@@ -87,10 +90,22 @@ def last_loss(
     microbatch: Batch[Array],
     totals: Totals,
     logged: bool | Bool[Array, ""],
+    penalized: Bool[Array, ""] | None = None,
 ) -> Sums:
-    """Returns the loss after the last loop: Eq. 4 for that loop alone. The last gate does not influence it."""
+    """Returns the loss after the last loop: Eq. 4 for that loop alone. The last gate does not influence it.
+
+    Args:
+      model: the model.
+      stage: the stage.
+      loops: the number of loops; not used if the microbatch has that of each sequence.
+      variables: the parameters of the model.
+      microbatch: the microbatch.
+      totals: the totals of its batch.
+      logged: whether the losses of earlier loops are computed, for the metrics.
+      penalized: whether the loss has the penalty on the Jacobian of the loop; None if the stage has none.
+    """
     if isinstance(microbatch, DepthBatch):
-        return _last_loss_of_depths(model, stage, variables, microbatch, totals)
+        return _last_loss_of_depths(model, stage, variables, microbatch, totals, penalized)
 
     output = apply(model, variables, microbatch, loops)
     head, chunk = head_weights(model, variables), model.compute.loss_chunk
@@ -135,34 +150,102 @@ def last_loss(
 
 
 def _last_loss_of_depths(
-    model: LoopLM, stage: Stage, variables: Variables, microbatch: DepthBatch[Array], totals: Totals
+    model: LoopLM,
+    stage: Stage,
+    variables: Variables,
+    microbatch: DepthBatch[Array],
+    totals: Totals,
+    penalized: Bool[Array, ""] | None,
 ) -> Sums:
     """Returns the loss after the last loop of each sequence, which has its own number of loops."""
-    output = last_loop(
-        model,
-        variables,
-        microbatch.tokens,
-        microbatch.depths[:, 0],
-        most=stage.deepest,
-        backprop_loops=stage.backprop_loops,
-        positions=microbatch.positions,
-        segment_ids=microbatch.segment_ids,
-        noise_seeds=_noise_seeds(microbatch),
-    )
+    arrays: dict[str, Any] = {
+        "positions": microbatch.positions,
+        "segment_ids": microbatch.segment_ids,
+        "noise_seeds": _noise_seeds(microbatch),
+    }
+    means: dict[str, Float[Array, ""]] = {}
+    if stage.gradient is Gradient.IMPLICIT:
+        solved = equilibrium(model, variables, microbatch.tokens, solver=stage.solver, **arrays)
+        state, hidden, depths = solved.state, solved.hidden, solved.solution.evaluations
+        means["solver_loops"] = jnp.sum(depths.astype(jnp.float32)) / stage.batch_size
+        means["solver_residual"] = jnp.sum(solved.solution.residual) / stage.batch_size
+    else:
+        depths = microbatch.depths[:, 0]
+        output = last_loop(
+            model,
+            variables,
+            microbatch.tokens,
+            depths,
+            most=stage.deepest,
+            backprop_loops=stage.backprop_loops,
+            damping=stage.damping,
+            **arrays,
+        )
+        state, hidden = output.state, output.hidden
+
+    # The gate of the only exit does not influence it.
     loss, last = stage1_from_hidden(
-        output.hidden[None],
+        hidden[None],
         head_weights(model, variables),
         microbatch.targets,
-        output.gate_logits[None],
+        jnp.zeros((1, *microbatch.tokens.shape)),
         beta=0.0,
         mask=microbatch.loss_mask,
         count=totals.count,
         chunk=model.compute.loss_chunk,
     )
     # There is one exit, which `last` counts as loop 1.
-    weights = mean_weights(microbatch.loss_mask, totals.count, microbatch.depths.shape)
-    mean_depth = jnp.sum(weights * microbatch.depths.astype(jnp.float32))
-    return loss, ObjectiveMetrics(dataclasses.replace(last, mean_exit_loop=mean_depth))
+    weights = mean_weights(microbatch.loss_mask, totals.count, microbatch.tokens.shape)
+    mean_depth = jnp.sum(weights * depths[:, None].astype(jnp.float32))
+
+    if penalized is not None:
+        penalty = jax.lax.cond(
+            penalized,
+            lambda: _jacobian_penalty(model, stage, variables, microbatch, state, depths),
+            lambda: jnp.zeros(()),
+        )
+        loss = loss + stage.jacobian.weight * penalty
+        # NaN becomes null in the log: at other steps the penalty is not known.
+        means["jacobian"] = jnp.where(penalized, jax.lax.stop_gradient(penalty), jnp.nan)
+
+    return loss, ObjectiveMetrics(dataclasses.replace(last, mean_exit_loop=mean_depth), means=means)
+
+
+def _jacobian_penalty(
+    model: LoopLM,
+    stage: Stage,
+    variables: Variables,
+    microbatch: Batch[Array],
+    state: Float[Array, "B S D"],
+    depths: Int[Array, "B"],
+) -> Float[Array, ""]:
+    """Returns the sum of the penalties of the sequences of a microbatch, divided by the sequences of a step."""
+    loop = loop_of(
+        model,
+        variables,
+        microbatch.tokens,
+        depths - 1,
+        positions=microbatch.positions,
+        segment_ids=microbatch.segment_ids,
+    )
+    penalty = jacobian_penalty(
+        loop,
+        state,
+        _normals(cast(NoisyBatch, microbatch).noise_seeds, state.shape[-1]),
+        norm=stage.jacobian.kind,
+        iterations=stage.jacobian.iterations,
+        per_row=True,
+    )
+    return penalty * (state.shape[0] / stage.batch_size)
+
+
+def _normals(seeds: UInt32[Array, "B S"], width: int) -> Float[Array, "B S D"]:
+    """Returns normal draws, which are other ones than those of the first states from the same seeds."""
+
+    def of_token(seed: UInt32[Array, ""]) -> Float[Array, "D"]:
+        return jax.random.normal(jax.random.fold_in(seeded_key(1), seed), (width,), jnp.float32)
+
+    return jax.vmap(jax.vmap(of_token))(seeds)
 
 
 def ponder_loss(
@@ -212,7 +295,7 @@ def ponder_loss(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class NoisyBatch(Batch[Array]):
-    """A batch with seeds of the noise from which the states of its tokens start."""
+    """A batch with a seed for each token, of the noise from which its state starts and of other random directions."""
 
     noise_seeds: UInt32[Array, "*A B S"]
 
@@ -224,7 +307,7 @@ class NoisyDepthBatch(NoisyBatch, DepthBatch[Array]):
 
 
 def with_noise(batch: Batch[Array], key: PRNGKeyArray, step: Int[Array, ""]) -> NoisyBatch:
-    """Returns the batch with a seed for the first state of each token, which differs from step to step."""
+    """Returns the batch with a random seed for each token, which differs from step to step."""
     # One global array, so that the seeds are the same on any mesh.
     seeds = jax.random.bits(jax.random.fold_in(key, step), batch.tokens.shape)
     fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}

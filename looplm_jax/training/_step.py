@@ -8,7 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
 
 from looplm_jax.config import InitialState, Objective, Recipe, Stage
 from looplm_jax.losses import LoopRPTMetrics, Stage1Metrics, updated_teacher
@@ -22,7 +22,8 @@ from looplm_jax.training._optimizer import axes_of, direction, learning_rate
 from looplm_jax.training._policy import policy_loss, prepared_rollouts, replaying
 from looplm_jax.training._state import TrainState, split_params
 
-_NOISE = 0x6E6F6973  # distinguishes the random numbers of first states from other choices of the run
+# Distinguish the random numbers of tokens, and the steps with a penalty, from other choices of the run.
+_NOISE, _JACOBIAN = 0x6E6F6973, 0x6A61636F
 
 
 @flax.struct.dataclass
@@ -104,7 +105,7 @@ def _examples(model: LoopLM, stage: Stage, loops: int, state: TrainState, batch:
         case _:
             tokens = jnp.sum(batch.loss_mask, dtype=jnp.float32)
             examples: Examples = batch
-            if model.config.initial_state is InitialState.NOISE:
+            if model.config.initial_state is InitialState.NOISE or stage.jacobian.weight:
                 examples = with_noise(batch, jax.random.fold_in(from_raw(state.key), _NOISE), state.step)
             return examples, Totals(count=tokens, tokens=tokens)
 
@@ -127,8 +128,11 @@ def _updated(
     if stage.objective is Objective.POLICY_GRADIENT:
         model = replaying(model)
 
-    loss_of = _objective(model, stage, loops, logged)
-    (loss, measured), gradients = loss_and_gradients(loss_of, model, moving, frozen, examples, totals)
+    penalized = _is_penalized(stage, state.key, state.step, first_step) if stage.jacobian.weight else None
+    loss_of = _objective(model, stage, loops, logged, penalized)
+    (loss, measured), gradients = loss_and_gradients(
+        loss_of, model, moving, frozen, examples, totals, second_order=penalized is not None
+    )
 
     # The norm before clipping is the one that the guard compares and the log shows.
     norm = optax.tree.norm(gradients)
@@ -172,7 +176,9 @@ def _updated(
     )
 
 
-def _objective(model: LoopLM, stage: Stage, loops: int, logged: bool | Bool[Array, ""]) -> LossOf:
+def _objective(
+    model: LoopLM, stage: Stage, loops: int, logged: bool | Bool[Array, ""], penalized: Bool[Array, ""] | None
+) -> LossOf:
     """Returns the objective of the stage as a function of a microbatch."""
 
     def loss_of(variables: Variables, microbatch: Examples, totals: Totals) -> Sums:
@@ -182,7 +188,7 @@ def _objective(model: LoopLM, stage: Stage, loops: int, logged: bool | Bool[Arra
             case Objective.GATE:
                 return gate_loss(model, stage, loops, variables, microbatch, totals)
             case Objective.LAST_LOSS:
-                return last_loss(model, stage, loops, variables, microbatch, totals, logged)
+                return last_loss(model, stage, loops, variables, microbatch, totals, logged, penalized)
             case Objective.PONDER:
                 return ponder_loss(model, stage, loops, variables, microbatch, totals)
             case Objective.LOOPRPT:
@@ -191,6 +197,12 @@ def _objective(model: LoopLM, stage: Stage, loops: int, logged: bool | Bool[Arra
                 return policy_loss(model, stage, loops, variables, microbatch, totals)
 
     return loss_of
+
+
+def _is_penalized(stage: Stage, key: UInt32[Array, "2"], step: Int[Array, ""], first_step: int) -> Bool[Array, ""]:
+    """Whether a step has the penalty on the Jacobian of the loop. It follows from the key of the run and the step."""
+    drawn = jax.random.uniform(jax.random.fold_in(jax.random.fold_in(from_raw(key), _JACOBIAN), step))
+    return (drawn < stage.jacobian.share_of_steps) & (step - first_step >= stage.jacobian.after)
 
 
 def is_logged(recipe: Recipe, step: int | Int[Array, ""]) -> bool | Bool[Array, ""]:

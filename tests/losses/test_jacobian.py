@@ -137,3 +137,18 @@ def test_low_precision_is_summed_in_float32():
         np.testing.assert_allclose(value, 0.25, rtol=0.02)
     assert spectral_radius(lambda z: z / 2, z, z).dtype == jnp.float32
     np.testing.assert_allclose(spectral_radius(lambda z: z / 2, z, z), 0.5, rtol=0.02)
+
+
+def test_penalty_per_row_is_the_mean_of_those_of_the_rows():
+    random = np.random.default_rng(0)
+    matrix, z, v = (jnp.asarray(random.normal(size=(3, 3)), jnp.float32) for _ in range(3))
+
+    @jax.jit
+    def spectral(z, v):
+        return jacobian_penalty(
+            lambda z: jnp.tanh(z @ matrix), z, v, norm=JacobianNorm.SPECTRAL, iterations=3, per_row=True
+        )
+
+    rows = [spectral(z[row : row + 1], v[row : row + 1]) for row in range(3)]
+    np.testing.assert_allclose(spectral(z, v), np.mean(rows), rtol=1e-5)
+    assert np.std(rows) > 0.01

@@ -110,3 +110,26 @@ def test_the_backward_pass_keeps_only_the_last_loops():
     truncated = temporaries(64, 2)
     assert truncated < 1.05 * temporaries(4, 2)
     assert temporaries(64, 0) > 4 * truncated
+
+
+def test_damped_gradients_are_those_of_loops_written_out():
+    model, params, tokens, weights = setup(WITH_INJECTION)
+
+    def ours(params):
+        depths = jnp.full(3, MOST)
+        output = last_loop(model, {"params": params}, tokens, depths, most=MOST, backprop_loops=2, damping=0.25)
+        return jnp.sum(output.hidden * weights)
+
+    def reference(params):
+        variables = {"params": params}
+        context, embedded, _ = model.apply(variables, tokens, method="begin")
+        state = model.apply(variables, embedded, method="initial_state")
+        for loop in range(MOST):
+            output, _, _ = model.apply(variables, state, embedded, context, loop, method="loop_step")
+            state = output.state if loop < 2 else 0.25 * output.state + 0.75 * state
+            if loop < 2:
+                state = jax.lax.stop_gradient(state)
+        hidden, _ = model.apply(variables, state, context, method="read_out")
+        return jnp.sum(hidden * weights)
+
+    assert_same(jax.jit(jax.value_and_grad(ours))(params), jax.jit(jax.value_and_grad(reference))(params))
