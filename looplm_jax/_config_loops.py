@@ -143,3 +143,27 @@ class JacobianPenalty:
         _require(0 < self.share_of_steps <= 1, f"jacobian.share_of_steps must be in (0, 1], not {self.share_of_steps}")
         without_effect = ("iterations",) if self.kind is JacobianNorm.FROBENIUS else ()
         _refuse_without_effect(self, "jacobian", without_effect)
+
+
+# Shorter passes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shortcut:
+    """Losses of a second pass with fewer and longer loops, which teach a model to skip loops (arXiv 2602.11451).
+
+    The number of its loops is drawn uniformly from 1..loops-1 at every step. The published weights are 0.1 and 0.1.
+    """
+
+    weight_loss: float = _field("weight of the loss of a pass with fewer loops; 0: none", 0.0)
+    weight_state: float = _field("weight of the distance of its last state from that of all loops; 0: none", 0.0)
+
+    def __post_init__(self) -> None:
+        _check_kinds(self, "shortcut")
+        for name in ("weight_loss", "weight_state"):
+            _require(getattr(self, name) >= 0, f"shortcut.{name} must not be negative, not {getattr(self, name)}")
+
+    @property
+    def any(self) -> bool:
+        """Whether there is a second pass."""
+        return self.weight_loss > 0 or self.weight_state > 0

@@ -75,12 +75,15 @@ class TimeSignal(enum.Enum):
     """The signal of the number of the loop, added to the input of the shared stack.
 
     NONE: nothing. SINUSOID: sines and cosines of the number (Universal Transformer, arXiv 1807.03819). LEARNED: a row
-    of a table with `max_loops` rows.
+    of a table with `max_loops` rows. MODULATION: not added; the fraction of a call's loops that are done, and that of
+    the next one, scale the inputs of the branches of each layer and the branches (LoopFormer, arXiv 2602.11451). These
+    start at zero.
     """
 
     NONE = "none"
     SINUSOID = "sinusoid"
     LEARNED = "learned"
+    MODULATION = "modulation"
 
 
 class PositionSignal(enum.Enum):

@@ -8,7 +8,16 @@ from looplm_jax._config_data import SourceConfig
 from looplm_jax._config_fields import check_kinds as _check_kinds
 from looplm_jax._config_fields import field as _field
 from looplm_jax._config_fields import require as _require
-from looplm_jax._config_loops import DepthConfig, DepthKind, DepthPer, Gradient, JacobianPenalty, ReadOut, Solver
+from looplm_jax._config_loops import (
+    DepthConfig,
+    DepthKind,
+    DepthPer,
+    Gradient,
+    JacobianPenalty,
+    ReadOut,
+    Shortcut,
+    Solver,
+)
 from looplm_jax._config_objectives import Credit, GateTarget, LoopRPTConfig, PolicyConfig, PriorConfig
 
 # Choices
@@ -72,6 +81,7 @@ class Stage:
     gradient: Gradient = _field("gradient of the loops, with read_out=last", Gradient.UNROLLED)
     solver: Solver = dataclasses.field(default_factory=Solver)
     jacobian: JacobianPenalty = dataclasses.field(default_factory=JacobianPenalty)
+    shortcut: Shortcut = dataclasses.field(default_factory=Shortcut)
     # What changes with the stage: longer sequences need a larger base, and may need other data.
     rope_theta: float = _field("base of the rotary embedding from this stage on; 0: as before", 0.0)
     sources: tuple[SourceConfig, ...] = _field("the mixture of this stage; empty: data.sources", ())
@@ -114,6 +124,7 @@ class Stage:
         )
         self._check_depth(where)
         self._check_equilibrium(where)
+        self._check_shortcut(where)
         topologies = [each.topology for each in self.settings]
         _require(len(set(topologies)) == len(topologies), f"{where}.settings name a topology twice: {topologies}")
 
@@ -257,6 +268,22 @@ class Stage:
             f"set {where}.read_out=last, or {where}.jacobian.weight=0",
         )
 
+    def _check_shortcut(self, where: str) -> None:
+        """Raises UserError for a shorter pass beside loops that it cannot shorten."""
+        if not self.shortcut.any:
+            return
+        _require(
+            self.read_out is ReadOut.LAST and self.gradient is Gradient.UNROLLED,
+            f"{where}.shortcut compares the last states of two passes; "
+            f"set {where}.objective=last_loss, {where}.read_out=last and {where}.gradient=unrolled",
+        )
+        _require(
+            self.drawn.kind is DepthKind.FIXED and self.backprop_loops == 0,
+            f"{where}.shortcut shortens a fixed number of loops, all with gradients; "
+            f"set {where}.depth.kind=fixed, {where}.min_loops=0 and {where}.backprop_loops=0",
+        )
+        _require(self.loops >= 2, f"{where}.shortcut needs at least 2 loops to skip one; set {where}.loops")
+
     @property
     def drawn(self) -> DepthConfig:
         """The distribution of the number of loops, with its largest number filled in."""
@@ -302,6 +329,11 @@ class Stage:
             case DepthKind.UNIFORM:
                 return (drawn.min + drawn.max) / 2
         return min(max(drawn.mean, drawn.min), drawn.max)
+
+    @property
+    def mean_short_loops(self) -> float:
+        """The mean number of loops of the second pass of a shortcut; 0 without one."""
+        return self.loops / 2 if self.shortcut.any else 0.0
 
     @property
     def backward_loops(self) -> int:

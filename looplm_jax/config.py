@@ -32,6 +32,7 @@ from looplm_jax._config_loops import (
     JacobianNorm,
     JacobianPenalty,
     ReadOut,
+    Shortcut,
     Solver,
     SolverKind,
 )
@@ -109,6 +110,7 @@ __all__ = [  # noqa: RUF022 (in groups)
     "ReadOut",
     "Reward",
     "Schedule",
+    "Shortcut",
     "Solver",
     "SolverKind",
     "Stage",

@@ -43,7 +43,7 @@ from looplm_jax.inference._slots import (
 )
 from looplm_jax.inference._tick import Ticked, run_ticks
 from looplm_jax.models._blocks import unroll_layers
-from looplm_jax.models._looplm import UNCAST, LoopLM, Params, check_loops, compute_dtype
+from looplm_jax.models._looplm import UNCAST, LoopLM, Params, check_loops, compute_dtype, for_calls
 from looplm_jax.sharding import target_platform
 
 # An upper bound for `bucket` where the pages of a slot, not a length, limit a row.
@@ -97,10 +97,10 @@ class Decoder:
     ):
         # On a CPU, a scan over layers copies the weights of each layer before it multiplies by them.
         unrolled = jax.default_backend() == "cpu" if config.unroll is None else config.unroll
-        self.model = LoopLM(model.config, model.compute, unrolled=unrolled)
         self.config = config
         self.loops = config.loops or model.config.loops
         check_loops(model.config, self.loops)
+        self.model = for_calls(LoopLM(model.config, model.compute, unrolled=unrolled), self.loops)
         self._usable = model.config.vocab_size if usable is None else usable
         self._mesh = mesh
         self._programs = programs

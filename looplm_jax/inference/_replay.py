@@ -29,7 +29,7 @@ from looplm_jax.inference._rollouts import Rollouts, Turns
 from looplm_jax.inference._tick import bound
 from looplm_jax.losses._cross_entropy import token_losses
 from looplm_jax.models._blocks import Context, make_context
-from looplm_jax.models._looplm import LoopLM, ModelCache, Params, check_loops, compute_dtype, head_matrix
+from looplm_jax.models._looplm import LoopLM, ModelCache, Params, check_loops, compute_dtype, for_calls, head_matrix
 
 
 def replay(
@@ -173,7 +173,7 @@ def states_at_once(
 
     A token that has exited is still computed, but its result is unused: the others see the keys and values of its exit.
     """
-    apply = bound(model, params)
+    apply = bound(for_calls(model, loops), params)
     # [B, S] each
     tokens, depths = rollouts.joined(), rollouts.depths(loops)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
@@ -226,6 +226,7 @@ def states_in_turn(
 
     Prompts are computed in parallel, new tokens one after another.
     """
+    model = for_calls(model, loops)
     new, exits, rows = rollouts.tokens.shape[1], rollouts.exit_loops, jnp.arange(rollouts.lengths.size)
     cache = empty_cache(
         model.config,

@@ -13,7 +13,8 @@
 
 The model: `LoopLM`, a Flax module for a `ModelConfig` and a `ComputeConfig` of `looplm_jax.config`; its output,
 `LoopLMOutput`; `last_loop`, which runs each sequence its own number of loops with gradients through the last ones; and
-`mixed_loops`, which halts each token by itself and mixes its states (ACT), with its output `MixedOutput`.
+`mixed_loops`, which halts each token by itself and mixes its states (ACT), with its output `MixedOutput`. `LoopTime` is
+the time of a loop in a call, for modulation.
 `looplm_jax.losses` trains it, `looplm_jax.halting` stops its loops, `looplm_jax.inference` generates.
 
 Parameters, `Params`, are nested dictionaries of arrays: `init_params`, `head_matrix`, `count_params`; `parameter_axes`
@@ -42,8 +43,7 @@ Configurations by name, such as `presets.ouro_1_4b()`, are in the module `looplm
 from etils import epy
 
 with epy.lazy_api_imports(globals()):
-    # Fixed points, and gradients through them.
-    # The model, its parameters, and its loops in training.
+    # The model, its parameters, its loops in training, and fixed points of any function.
     from looplm_jax.models._drawn_depth import last_loop
     from looplm_jax.models._equilibrium import Equilibrium, equilibrium, loop_of
     from looplm_jax.models._fixed_point import SolverMetrics, fixed_point, implicit, phantom
@@ -57,11 +57,13 @@ with epy.lazy_api_imports(globals()):
         parameter_axes,
     )
     from looplm_jax.models._mixed_loops import MixedOutput, mixed_loops
+    from looplm_jax.models._modulation import LoopTime
 
 __all__ = [
     "Equilibrium",
     "LoopLM",
     "LoopLMOutput",
+    "LoopTime",
     "MixedOutput",
     "Params",
     "SolverMetrics",

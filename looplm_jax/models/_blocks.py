@@ -25,6 +25,7 @@ from looplm_jax.config import (
 )
 from looplm_jax.models import _attention as attention
 from looplm_jax.models._attention_kernels import OUTPUT, self_attention
+from looplm_jax.models._modulation import LayerTime, Modulation
 from looplm_jax.models._parameters import GATHERED, Projection, RMSNorm, matrix_initializer
 from looplm_jax.models._signals import sinusoids
 from looplm_jax.sharding import target_platform, whole_sequences
@@ -292,35 +293,53 @@ class Block(nn.Module):
         past: Past | None,
         context: Context,
         queries: Queries | None = None,
+        time: Float[Array, "b D"] | None = None,
     ) -> tuple[Float[Array, "B S D"], KeyValues | None]:
-        """Returns the output, and keys and values if `return_cache`. `layer` is the index of this layer in `past`."""
+        """Returns the output, and keys and values if `return_cache`.
+
+        Args:
+          x: the state.
+          layer: the index of this layer in `past`.
+          past: earlier tokens, or None.
+          context: the values that all layers share.
+          queries: the source of the queries, or None for the input of the layer.
+          time: the embedding of the time of the loop, for modulation, or None.
+        """
         x = checkpoint_name(x, _LAYER_INPUT)
+        modulated = None if time is None else Modulation(name="modulation")(time.astype(x.dtype))
+        attention_gate, mlp_gate, attention_scale, mlp_scale = modulated or LayerTime()
 
         # The norm is the same module for both, so it has one weight.
-        norm = self._before("attention_norm")
+        norm = self._before("attention_norm", attention_scale)
         asking = None if queries is None else norm(queries.of(x))
         attend = Attention(self.config, self.looped, name="attention")
         mixed, own = attend(norm(x), context, past, layer, asking)
-        x = self._sum("attention_post_norm", x, mixed)
+        x = self._sum("attention_post_norm", x, mixed, attention_gate)
 
         transform = SwiGLU(self.config, self.looped, name="mlp")
-        x = self._sum("mlp_post_norm", x, transform(self._before("mlp_norm")(x)))
+        x = self._sum("mlp_post_norm", x, transform(self._before("mlp_norm", mlp_scale)(x)), mlp_gate)
 
         # Without it, XLA would choose a sharding of the state for each layer.
         x = nn.with_logical_constraint(x, ("batch", "sequence", "embed_activation"))
         return x, own if self.return_cache else None
 
-    def _before(self, name: str) -> Callable[[Float[Array, "B S D"]], Float[Array, "B S D"]]:
-        """Returns the norm before a branch."""
-        if self.config.norm_placement is NormPlacement.POST:
-            return lambda x: x
-        return RMSNorm(self.config.norm_eps, name=name)
+    def _before(
+        self, name: str, scale: Float[Array, "b 1 D"] | None
+    ) -> Callable[[Float[Array, "B S D"]], Float[Array, "B S D"]]:
+        """Returns what is before a branch: its norm, and the scale of a modulated layer."""
+        plain = self.config.norm_placement is NormPlacement.POST
+        norm = (lambda x: x) if plain else RMSNorm(self.config.norm_eps, name=name)
+        return norm if scale is None else lambda x: (1.0 + scale) * norm(x)
 
-    def _sum(self, name: str, x: Float[Array, "B S D"], branch: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        """Returns the sum of the state and a branch, with the norm after it."""
+    def _sum(
+        self, name: str, x: Float[Array, "B S D"], branch: Float[Array, "B S D"], gate: Float[Array, "b 1 D"] | None
+    ) -> Float[Array, "B S D"]:
+        """Returns the sum of the state and a branch, which a modulated layer gates, with the norm after it."""
         placement, eps = self.config.norm_placement, self.config.norm_eps
         if placement is NormPlacement.SANDWICH:
             branch = RMSNorm(eps, self.config.second_norm_init, name=name)(branch)
+        if gate is not None:
+            branch = gate * branch
 
         skip, weight = self.config.residual_weights if self.looped else (1.0, 1.0)
         # Weights of 1 are no products, so that plain residuals compile as if there were no weights.
@@ -358,17 +377,18 @@ class Stack(nn.Module):
         past: Past | None = None,
         return_cache: bool = False,
         queries: Queries | None = None,
+        time: Float[Array, "b D"] | None = None,
     ) -> tuple[Float[Array, "B S D"], KeyValues | None]:
         """Applies all layers. The returned keys and values have a leading layer axis."""
         if self.unrolled:
-            return self._one_by_one(x, context, past, return_cache, queries)
+            return self._one_by_one(x, context, past, return_cache, queries, time)
 
         layers = nn.scan(
             _rematted(self.remat),
             variable_axes={"params": 0, GATHERED: 0},
             split_rngs={"params": True},
             # The index of the layer is scanned; all layers share the rest.
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, *[nn.broadcast] * 4),
             length=self.length,
             metadata_params={nn.PARTITION_NAME: "layers"},
             check_constancy_invariants=False,  # layers share nothing, and the check would trace them twice
@@ -376,7 +396,7 @@ class Stack(nn.Module):
 
         # Only `past` needs the index of the layer.
         numbers = None if past is None else jnp.arange(self.length)
-        return layers(self.config, return_cache, self.looped, name="layers")(x, numbers, past, context, queries)
+        return layers(self.config, return_cache, self.looped, name="layers")(x, numbers, past, context, queries, time)
 
     def _one_by_one(
         self,
@@ -385,6 +405,7 @@ class Stack(nn.Module):
         past: Past | None,
         return_cache: bool,
         queries: Queries | None,
+        time: Float[Array, "b D"] | None,
     ) -> tuple[Float[Array, "B S D"], KeyValues | None]:
         """Applies the layers of an unrolled stack. Does not create parameters."""
         block = Block(self.config, return_cache, self.looped, parent=None)
@@ -394,7 +415,7 @@ class Stack(nn.Module):
         def layer(
             params: Any, x: Float[Array, "B S D"], number: Int[Array, ""], past: Past | None, context: Context
         ) -> tuple[Float[Array, "B S D"], KeyValues | None]:
-            applied: Any = block.apply({"params": params}, x, number, past, context, queries)
+            applied: Any = block.apply({"params": params}, x, number, past, context, queries, time)
             output, own = applied
             return output, own
 

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from looplm_jax.config import Remat
 from looplm_jax.models._looplm import LoopLM, LoopOutput, check_loops
+from looplm_jax.models._modulation import LoopTime
 
 
 def last_loop(
@@ -19,6 +20,7 @@ def last_loop(
     most: int,
     backprop_loops: int = 0,
     damping: float = 1.0,
+    steps: Float[Array, "most"] | None = None,
     positions: Int[Array, "B S"] | None = None,
     segment_ids: Int[Array, "B S"] | None = None,
     noise_seeds: UInt32[Array, "B S"] | None = None,
@@ -42,6 +44,8 @@ def last_loop(
       backprop_loops: the number of last loops with gradients; 0 for all.
       damping: the weight of the new state in each of the last `backprop_loops` loops; that of the old one is
         `1 - damping`.
+      steps: the steps of the loops, for models with modulation (`LoopTime`), of all sequences alike; by default equal
+        ones.
       positions: the position of each token in its document.
       segment_ids: the document of each token.
       noise_seeds: the seed of the noise from which the state of each token starts, as for `LoopLM`.
@@ -65,8 +69,9 @@ def last_loop(
     ) -> LoopOutput:
         """Returns the output of an iteration, of which there are `left` to the end, this one included."""
         done = jnp.maximum(depths - left, 0)
+        time = LoopTime.even(done, depths) if steps is None else LoopTime.of_steps(done, steps)
         output, _, _ = cast(
-            Any, model.apply(variables, state, embedded, context, done, damping=damping, method="loop_step")
+            Any, model.apply(variables, state, embedded, context, done, damping=damping, time=time, method="loop_step")
         )
         return output
 

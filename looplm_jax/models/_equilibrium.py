@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, UInt32
 from looplm_jax.config import AttentionKernel, Solver
 from looplm_jax.models._fixed_point import SolverMetrics, implicit
 from looplm_jax.models._looplm import LoopLM
+from looplm_jax.models._modulation import LoopTime
 
 Variables = dict[str, Any]
 
@@ -73,6 +74,7 @@ def loop_of(
     *,
     positions: Int[Array, "B S"] | None = None,
     segment_ids: Int[Array, "B S"] | None = None,
+    time: LoopTime | None = None,
 ) -> Callable[[Float[Array, "B S D"]], Float[Array, "B S D"]]:
     """Returns one loop as a function of the state, which has derivatives of any order.
 
@@ -83,6 +85,7 @@ def loop_of(
       done: the loops of each sequence before this one.
       positions: the position of each token in its document.
       segment_ids: the document of each token.
+      time: the time of the loop in a call, as for `LoopLM.loop_step`.
     """
     # Other implementations of attention have no second derivatives.
     compute = dataclasses.replace(model.compute, attention=AttentionKernel.XLA)
@@ -92,7 +95,7 @@ def loop_of(
     )
 
     def loop(state: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        output, _, _ = cast(Any, plain.apply(variables, state, embedded, context, done, method="loop_step"))
+        output, _, _ = cast(Any, plain.apply(variables, state, embedded, context, done, time=time, method="loop_step"))
         return output.state
 
     return loop

@@ -39,14 +39,16 @@ from looplm_jax.errors import UserError
 from looplm_jax.models._attention_kernels import choose_kernel
 from looplm_jax.models._blocks import Context, KeyValues, Past, Queries, Stack, make_context
 from looplm_jax.models._injection import DIAGONAL, DiagonalInjection, starts_as_add, truncated_noise
+from looplm_jax.models._modulation import TIME_EMBEDDING, LoopTime, TimeEmbedding
 from looplm_jax.models._parameters import GATHERED, RMSNorm, gather, matrix_initializer, parameter
 from looplm_jax.models._signals import sinusoids
 from looplm_jax.sharding import target_platform, whole_length
 
 # Top-level groups of parameters.
 _STACKS = ("prelude", "core", "coda")
-# Groups that are never cast to the dtype of the matrix products: probabilities, and decays close to 1, depend on them.
-UNCAST = ("gate", DIAGONAL)
+# Groups that are never cast to the dtype of the matrix products: probabilities, decays close to 1, and times depend on
+# them.
+UNCAST = ("gate", DIAGONAL, TIME_EMBEDDING)
 # Used only in matrix products, and therefore gathered in their dtype.
 _IN_PRODUCTS = (*_STACKS, "injection")
 # The gate logit of a model without a gate: the probability of an exit before the last loop is zero.
@@ -101,11 +103,14 @@ class LoopLM(nn.Module):
       config: the architecture.
       compute: how it is computed.
       unrolled: whether the parameters are those of `unroll_layers`, with separate arrays for each layer.
+      call_loops: the number of loops of a call, of which `loop_step` runs one; 0 means `config.loops`. Only modulation
+        depends on it (`for_calls`).
     """
 
     config: ModelConfig
     compute: ComputeConfig = ComputeConfig()
     unrolled: bool = False
+    call_loops: int = 0
 
     def setup(self) -> None:
         """Declares the parameters."""
@@ -119,20 +124,7 @@ class LoopLM(nn.Module):
         self.core = Stack(config, config.num_layers, remat, self.unrolled, looped=True)
         self.norm = RMSNorm(config.norm_eps)
 
-        # The input of a loop.
-        if config.injection is Injection.LINEAR:
-            drawn = config.initializer is Initializer.SCALED_BY_DEPTH
-            shape = (2 * config.width, config.width)
-            initializer = matrix if drawn else starts_as_add
-            self.injection = parameter(self, "injection", initializer, ("embed_in", "embed"), shape)
-        if config.injection is Injection.DIAGONAL:
-            self.diagonal_injection = DiagonalInjection()
-        if config.injection_norm:
-            self.injection_norm = RMSNorm(config.norm_eps)
-        if config.time_signal is TimeSignal.LEARNED:
-            # Rows of the published size, D^-1/2, which `_signal` multiplies by D^1/2.
-            rows = nn.initializers.normal(config.width**-0.5)
-            self.time_table = parameter(self, "time_table", rows, ("norm", "embed"), (config.time_rows, config.width))
+        self._setup_input(matrix)
 
         if config.coda_layers:
             self.coda = Stack(config, config.coda_layers, remat, self.unrolled)
@@ -144,6 +136,28 @@ class LoopLM(nn.Module):
             self.gate = ExitGate(config.init_std, config.gate_bias)
         if not config.tied_head:
             self.head = parameter(self, "head", matrix, ("embed", "vocab"), (config.width, config.vocab_size))
+
+    @nn.nowrap
+    def _setup_input(self, matrix: nn.initializers.Initializer) -> None:
+        """Declares the parameters between the state and the input of a loop."""
+        config = self.config
+        if config.injection is Injection.LINEAR:
+            drawn = config.initializer is Initializer.SCALED_BY_DEPTH
+            shape = (2 * config.width, config.width)
+            initializer = matrix if drawn else starts_as_add
+            self.injection = parameter(self, "injection", initializer, ("embed_in", "embed"), shape)
+        if config.injection is Injection.DIAGONAL:
+            self.diagonal_injection = DiagonalInjection()
+        if config.injection_norm:
+            self.injection_norm = RMSNorm(config.norm_eps)
+        match config.time_signal:
+            case TimeSignal.LEARNED:
+                # Rows of the published size, D^-1/2, which `_signals` multiplies by D^1/2.
+                rows = nn.initializers.normal(config.width**-0.5)
+                shape = (config.time_rows, config.width)
+                self.time_table = parameter(self, "time_table", rows, ("norm", "embed"), shape)
+            case TimeSignal.MODULATION:
+                self.time_embedding = TimeEmbedding(config.width, matrix)
 
     def __call__(
         self,
@@ -218,7 +232,7 @@ class LoopLM(nn.Module):
                 draws = _token_normals(model.make_rng("noise"), numbers, state.shape[-1])
                 noise = (state_noise * draws).astype(state.dtype)
             output, core_cache, coda_cache = model.loop_step(
-                state, embedded, context, done, return_cache=return_cache, noise=noise
+                state, embedded, context, done, return_cache=return_cache, noise=noise, time=LoopTime.even(done, loops)
             )
             kept = output.state if return_state else None
             return output.state, (output.hidden, output.gate_logits, kept, core_cache, coda_cache)
@@ -324,6 +338,7 @@ class LoopLM(nn.Module):
         return_cache: bool = False,
         noise: Float[Array, "B S D"] | None = None,
         damping: float = 1.0,
+        time: LoopTime | None = None,
     ) -> tuple[LoopOutput, KeyValues | None, KeyValues | None]:
         """Runs one loop of the shared stack.
 
@@ -339,6 +354,8 @@ class LoopLM(nn.Module):
           return_cache: whether to return keys and values.
           noise: added to the state after the loop, or None.
           damping: the weight of the new state. That of the old one is `1 - damping`.
+          time: the time of the loop, which modulates layers; by default that of equal steps in a call with `call_loops`
+            loops.
         """
         config = self.config
         done = jnp.asarray(done, jnp.int32)
@@ -350,8 +367,12 @@ class LoopLM(nn.Module):
         queries = None
         if config.injection is Injection.QUERY:
             queries = Queries(state=state, first=jnp.broadcast_to(done == 0, state.shape[:1])[:, None, None])
+        embedded_time = None
+        if config.time_signal is TimeSignal.MODULATION:
+            embedded_time = self.time_embedding(time or LoopTime.even(done, self.call_loops or config.loops))
+
         old = state
-        left, core_cache = self.core(entering, context, core_past, return_cache, queries)
+        left, core_cache = self.core(entering, context, core_past, return_cache, queries, embedded_time)
 
         state = self.norm(left) if config.state_norm is StateNorm.EVERY_LOOP else left
         if damping != 1:
@@ -535,6 +556,12 @@ def _check_call(config: ModelConfig, tokens: Int[Array, "B S"], loops: int) -> N
     length = whole_length(tokens.shape[1])
     if length > config.max_positions:
         raise UserError(f"{length} tokens are beyond model.max_positions={config.max_positions}")
+
+
+def for_calls(model: LoopLM, loops: int) -> LoopLM:
+    """Returns the model for callers of `loop_step` whose calls have so many loops, which only modulation depends on."""
+    modulated = model.config.time_signal is TimeSignal.MODULATION
+    return model.clone(call_loops=loops) if modulated else model
 
 
 def check_loops(config: ModelConfig, loops: int) -> None:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from looplm_jax.config import Remat
 from looplm_jax.halting import act, weighted_state
-from looplm_jax.models._looplm import LoopLM, LoopOutput, check_loops
+from looplm_jax.models._looplm import LoopLM, LoopOutput, check_loops, for_calls
 
 
 @flax.struct.dataclass
@@ -53,6 +53,7 @@ def mixed_loops(
       UserError: the model cannot run that many loops.
     """
     check_loops(model.config, loops)
+    model = for_calls(model, loops)
     context, embedded, _ = cast(
         Any, model.apply(variables, tokens, positions=positions, segment_ids=segment_ids, method="begin")
     )

@@ -137,6 +137,21 @@ def deq(vocab_size: int = 8192) -> ModelConfig:
     return dataclasses.replace(small(vocab_size), num_layers=1, injection=Injection.ADD, injection_norm=True)
 
 
+def loopformer(vocab_size: int = 8192) -> ModelConfig:
+    """Returns a small model with the modulation of LoopFormer (arXiv 2602.11451).
+
+    Its norms have weights, its feed-forward layer is SwiGLU, and it has rotary positions.
+    """
+    return dataclasses.replace(
+        small(vocab_size),
+        num_layers=3,
+        loops=8,
+        norm_placement=NormPlacement.PRE,
+        state_norm=StateNorm.READOUT,
+        time_signal=TimeSignal.MODULATION,
+    )
+
+
 def parcae(vocab_size: int = 8192) -> ModelConfig:
     """Returns a small model with the injection of Parcae (arXiv 2604.12946), without its matrix before the coda."""
     base = small(vocab_size)

@@ -159,6 +159,7 @@ def step_flops(model: ModelConfig, stage: Stage) -> float:
         objective=stage.objective,
         read_out=stage.read_out,
         backprop_loops=stage.backward_loops,
+        short_loops=stage.mean_short_loops,
         rollouts=stage.looprpt.rollouts,
     )
     if stage.objective is not Objective.POLICY_GRADIENT:
@@ -189,19 +190,11 @@ def recomputed_flops(model: ModelConfig, stage: Stage, remat: Remat) -> float:
 
     # Loops without gradients are not recomputed.
     loops = min(stage.backward_loops or stage.mean_loops, stage.mean_loops)
-    read_out = ReadOut.LAST if stage.objective is Objective.PONDER else stage.read_out
-    readouts = 1 if read_out is ReadOut.LAST else loops
-    forward = forward_flops_per_token(model, loops=loops, sequence_length=stage.sequence_length, read_out=read_out)
-    # One head per read-out, whose logits the loss never stores: it computes their gradients in the forward pass.
-    heads = readouts * 2 * model.width * model.vocab_size
-    layers = model.prelude_layers + loops * model.num_layers + readouts * model.coda_layers
-
-    # Of one pass: nothing, because these save the results of all products, or what is not saved.
-    within: float = 0
-    if remat not in (Remat.NONE, Remat.DOTS):
-        within = forward - heads - layers * _saved_flops(model, stage.sequence_length, remat)
+    forward, heads, within = _recomputed_of_pass(model, stage, remat, loops)
 
     per_token: float = within
+    if stage.shortcut.any:
+        per_token += _recomputed_of_pass(model, stage, remat, stage.mean_short_loops)[2]
     if stage.objective is Objective.LOOPRPT:
         # The pass without noise and all rollouts recompute logits: the weights of their losses depend on them.
         per_token = (1 + stage.looprpt.rollouts) * (within + heads) + stage.looprpt.rollouts * (forward - heads)
@@ -209,6 +202,25 @@ def recomputed_flops(model: ModelConfig, stage: Stage, remat: Remat) -> float:
         # The loss of the replay recomputes logits.
         per_token = stage.policy.updates * (within + heads)
     return float(per_token * step_tokens(stage))
+
+
+def _recomputed_of_pass(model: ModelConfig, stage: Stage, remat: Remat, loops: float) -> tuple[float, float, float]:
+    """Returns the FLOPs of a token in a forward pass, those of its heads, and those that its backward pass recomputes.
+
+    The last do not count the heads.
+    """
+    read_out = ReadOut.LAST if stage.objective is Objective.PONDER else stage.read_out
+    readouts = 1 if read_out is ReadOut.LAST else loops
+    forward = forward_flops_per_token(model, loops=loops, sequence_length=stage.sequence_length, read_out=read_out)
+    # One head per read-out, whose logits the loss never stores: it computes their gradients in the forward pass.
+    heads = readouts * 2 * model.width * model.vocab_size
+    layers = model.prelude_layers + loops * model.num_layers + readouts * model.coda_layers
+
+    # Nothing, because these save the results of all products, or what is not saved.
+    within: float = 0
+    if remat not in (Remat.NONE, Remat.DOTS):
+        within = forward - heads - layers * _saved_flops(model, stage.sequence_length, remat)
+    return forward, heads, within
 
 
 def _saved_flops(model: ModelConfig, sequence_length: int, remat: Remat) -> int:

@@ -189,6 +189,8 @@ def can_fit(candidate: Candidate, target: Target, state_bytes: int) -> bool:
     token_shards = mesh.data * mesh.fsdp * mesh.context
     tokens = stage.batch_size * stage.sequence_length // stage.accumulation // token_shards
     saved_loops = stage.backward_loops or stage.deepest
+    if stage.shortcut.any:
+        saved_loops += stage.loops - 1
     return needed + tokens * _BYTES * saved_loops * _saved_elements(candidate) <= target.capacity
 
 

@@ -159,6 +159,7 @@ def train_flops_per_token(
     objective: Objective = Objective.EXPECTED_LOSS,
     read_out: ReadOut = ReadOut.EVERY_LOOP,
     backprop_loops: int = 0,
+    short_loops: float = 0,
     rollouts: int = 0,
 ) -> int:
     """Returns the operations of one token's train step.
@@ -176,14 +177,15 @@ def train_flops_per_token(
       objective: the objective of the stage.
       read_out: the loops after which coda, head and gate run.
       backprop_loops: the number of last loops with a backward pass; 0 for all.
+      short_loops: the mean number of loops of the second pass of a shortcut; 0 without one.
       rollouts: the number of rollouts, G, of `looprpt`.
     """
     if read_out is ReadOut.LAST:
-        forward, trained = (
+        forward, trained, short = (
             forward_flops_per_token(config, loops=count, sequence_length=sequence_length, read_out=read_out)
-            for count in (loops, min(backprop_loops or loops, loops))
+            for count in (loops, min(backprop_loops or loops, loops), short_loops)
         )
-        return forward + 2 * trained
+        return forward + 2 * trained + (3 * short if short_loops else 0)
 
     if objective is Objective.PONDER:
         read_out = ReadOut.LAST

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree, UInt32
 
-from looplm_jax.config import ComputeConfig, Gather, Injection, Reduce
+from looplm_jax.config import ComputeConfig, Gather, Injection, ModelConfig, Reduce, TimeSignal
 from looplm_jax.losses import LoopRPTMetrics, Stage1Metrics
 from looplm_jax.models._looplm import LoopLM, Params, copy_dtypes, gather_stacks, parameter_axes
 from looplm_jax.sharding import all_gather, all_reduce, on_each_device, reduce_scatter, token_axes
@@ -134,6 +134,11 @@ def _reduced_by_the_compiler(
     return _sum_over_microbatches(of_microbatch, batch)
 
 
+def _scans_a_differentiated_value(config: ModelConfig) -> bool:
+    """Whether loops or layers read the injected input, or the embedded time, beside their parameters."""
+    return config.injection is not Injection.NONE or config.time_signal is TimeSignal.MODULATION
+
+
 def _reduced_once(
     loss_of: LossOf,
     model: LoopLM,
@@ -173,11 +178,11 @@ def _reduced_once(
                     return loss_of({"params": {**zeros, **moving}, "gathered": copies}, microbatch, totals)
 
                 value, pull_back, metrics = jax.vjp(loss, {name: zeros[name] for name in moving}, has_aux=True)
-                if model.config.injection is Injection.NONE and not second_order:
+                if not (second_order or _scans_a_differentiated_value(model.config)):
                     cast(Any, pull_back).with_refs(accumulators)(jnp.ones_like(value))
                 else:
-                    # JAX (0.10) confuses the references of a scan that reads a differentiated value, here the
-                    # injected input or derivatives, beside its parameters. A second copy of the gradients is the price.
+                    # JAX (0.10) confuses the references of a scan that reads a differentiated value beside its
+                    # parameters, here also derivatives. A second copy of the gradients is the price.
                     (own,) = pull_back(jnp.ones_like(value))
                     jax.tree.map(_add_in_place, accumulators, own)
                 return value, metrics

@@ -402,6 +402,7 @@ class Reporter:
             objective=self._stage.objective,
             read_out=self._stage.read_out,
             backprop_loops=self._stage.backward_loops,
+            short_loops=self._stage.mean_short_loops,
             rollouts=self._stage.looprpt.rollouts,
         )
 

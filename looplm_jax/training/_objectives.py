@@ -28,7 +28,9 @@ from looplm_jax.models._drawn_depth import last_loop
 from looplm_jax.models._equilibrium import equilibrium, loop_of
 from looplm_jax.models._looplm import LoopLM, LoopLMOutput
 from looplm_jax.models._mixed_loops import mixed_loops
+from looplm_jax.models._modulation import LoopTime
 from looplm_jax.random_keys import seeded_key
+from looplm_jax.training._draws import Draws, ShortPass
 from looplm_jax.training._gradients import ObjectiveMetrics, Sums, Totals, Variables
 
 
@@ -90,7 +92,7 @@ def last_loss(
     microbatch: Batch[Array],
     totals: Totals,
     logged: bool | Bool[Array, ""],
-    penalized: Bool[Array, ""] | None = None,
+    draws: Draws,
 ) -> Sums:
     """Returns the loss after the last loop: Eq. 4 for that loop alone. The last gate does not influence it.
 
@@ -102,10 +104,10 @@ def last_loss(
       microbatch: the microbatch.
       totals: the totals of its batch.
       logged: whether the losses of earlier loops are computed, for the metrics.
-      penalized: whether the loss has the penalty on the Jacobian of the loop; None if the stage has none.
+      draws: the random choices of the step.
     """
     if isinstance(microbatch, DepthBatch):
-        return _last_loss_of_depths(model, stage, variables, microbatch, totals, penalized)
+        return _last_loss_of_depths(model, stage, variables, microbatch, totals, draws)
 
     output = apply(model, variables, microbatch, loops)
     head, chunk = head_weights(model, variables), model.compute.loss_chunk
@@ -155,14 +157,10 @@ def _last_loss_of_depths(
     variables: Variables,
     microbatch: DepthBatch[Array],
     totals: Totals,
-    penalized: Bool[Array, ""] | None,
+    draws: Draws,
 ) -> Sums:
     """Returns the loss after the last loop of each sequence, which has its own number of loops."""
-    arrays: dict[str, Any] = {
-        "positions": microbatch.positions,
-        "segment_ids": microbatch.segment_ids,
-        "noise_seeds": _noise_seeds(microbatch),
-    }
+    arrays = _arrays_of(microbatch)
     means: dict[str, Float[Array, ""]] = {}
     if stage.gradient is Gradient.IMPLICIT:
         solved = equilibrium(model, variables, microbatch.tokens, solver=stage.solver, **arrays)
@@ -183,8 +181,43 @@ def _last_loss_of_depths(
         )
         state, hidden = output.state, output.hidden
 
-    # The gate of the only exit does not influence it.
-    loss, last = stage1_from_hidden(
+    loss, last = _loss_of_only_exit(model, variables, microbatch, totals, hidden)
+    # There is one exit, which `last` counts as loop 1.
+    weights = mean_weights(microbatch.loss_mask, totals.count, microbatch.tokens.shape)
+    mean_depth = jnp.sum(weights * depths[:, None].astype(jnp.float32))
+
+    if draws.short is not None:
+        of_short, of_state = _shortcut(model, stage, variables, microbatch, totals, draws.short, hidden)
+        loss = loss + stage.shortcut.weight_loss * of_short + stage.shortcut.weight_state * of_state
+        means |= {"shortcut_loss": of_short, "shortcut_state": of_state}
+
+    if draws.penalized is not None:
+        penalty = jax.lax.cond(
+            draws.penalized,
+            lambda: _jacobian_penalty(model, stage, variables, microbatch, state, depths),
+            lambda: jnp.zeros(()),
+        )
+        loss = loss + stage.jacobian.weight * penalty
+        # NaN becomes null in the log: at other steps the penalty is not known.
+        means["jacobian"] = jnp.where(draws.penalized, jax.lax.stop_gradient(penalty), jnp.nan)
+
+    return loss, ObjectiveMetrics(dataclasses.replace(last, mean_exit_loop=mean_depth), means=means)
+
+
+def _arrays_of(microbatch: Batch[Array]) -> dict[str, Any]:
+    """Returns the arguments of `last_loop` and `equilibrium` that belong to the tokens."""
+    return {
+        "positions": microbatch.positions,
+        "segment_ids": microbatch.segment_ids,
+        "noise_seeds": _noise_seeds(microbatch),
+    }
+
+
+def _loss_of_only_exit(
+    model: LoopLM, variables: Variables, microbatch: Batch[Array], totals: Totals, hidden: Float[Array, "B S D"]
+) -> tuple[Float[Array, ""], Stage1Metrics]:
+    """Returns the loss of states that are read out once. A gate does not influence it."""
+    return stage1_from_hidden(
         hidden[None],
         head_weights(model, variables),
         microbatch.targets,
@@ -194,21 +227,35 @@ def _last_loss_of_depths(
         count=totals.count,
         chunk=model.compute.loss_chunk,
     )
-    # There is one exit, which `last` counts as loop 1.
+
+
+def _shortcut(
+    model: LoopLM,
+    stage: Stage,
+    variables: Variables,
+    microbatch: Batch[Array],
+    totals: Totals,
+    short: ShortPass,
+    hidden: Float[Array, "B S D"],
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Returns the loss of a pass with fewer loops, and the mean square of its distance from the states of all loops.
+
+    These are constants (LoopFormer, arXiv 2602.11451).
+    """
+    output = last_loop(
+        model,
+        variables,
+        microbatch.tokens,
+        jnp.broadcast_to(short.loops, microbatch.tokens.shape[:1]),
+        most=stage.loops - 1,
+        steps=short.steps,
+        **_arrays_of(microbatch),
+    )
+    loss, _ = _loss_of_only_exit(model, variables, microbatch, totals, output.hidden)
+
+    distance = output.hidden.astype(jnp.float32) - jax.lax.stop_gradient(hidden).astype(jnp.float32)
     weights = mean_weights(microbatch.loss_mask, totals.count, microbatch.tokens.shape)
-    mean_depth = jnp.sum(weights * depths[:, None].astype(jnp.float32))
-
-    if penalized is not None:
-        penalty = jax.lax.cond(
-            penalized,
-            lambda: _jacobian_penalty(model, stage, variables, microbatch, state, depths),
-            lambda: jnp.zeros(()),
-        )
-        loss = loss + stage.jacobian.weight * penalty
-        # NaN becomes null in the log: at other steps the penalty is not known.
-        means["jacobian"] = jnp.where(penalized, jax.lax.stop_gradient(penalty), jnp.nan)
-
-    return loss, ObjectiveMetrics(dataclasses.replace(last, mean_exit_loop=mean_depth), means=means)
+    return loss, jnp.sum(weights * jnp.mean(jnp.square(distance), axis=-1))
 
 
 def _jacobian_penalty(
@@ -227,6 +274,7 @@ def _jacobian_penalty(
         depths - 1,
         positions=microbatch.positions,
         segment_ids=microbatch.segment_ids,
+        time=LoopTime.even(depths - 1, depths),
     )
     penalty = jacobian_penalty(
         loop,

@@ -20,8 +20,8 @@ from looplm_jax.models._looplm import Params, parameter_axes
 
 _NOT_DECAYED = (
     *("scale", "bias"),
-    # Diagonal injection, as in Parcae, and the table of a learned time signal.
-    *("log_decay", "step_bias", "input_map", "time_table"),
+    # Diagonal injection, as in Parcae, the table of a learned time signal, and the matrices of modulation.
+    *("log_decay", "step_bias", "input_map", "time_table", "time_map"),
 )
 _MUON_GROUP = "core"  # the shared stack
 # The root mean square of Muon's updates, which is about that of AdamW's: one learning rate serves both (arXiv

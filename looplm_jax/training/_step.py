@@ -8,12 +8,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from looplm_jax.config import InitialState, Objective, Recipe, Stage
 from looplm_jax.losses import LoopRPTMetrics, Stage1Metrics, updated_teacher
 from looplm_jax.models._looplm import LoopLM
 from looplm_jax.random_keys import from_raw
+from looplm_jax.training._draws import Draws, draws_of
 from looplm_jax.training._gradients import Examples, LossOf, PolicyMetrics, Sums, Totals, Variables, loss_and_gradients
 from looplm_jax.training._guard import is_accepted, update_guard
 from looplm_jax.training._looprpt import looprpt_loss, scored_batch
@@ -22,8 +23,7 @@ from looplm_jax.training._optimizer import axes_of, direction, learning_rate
 from looplm_jax.training._policy import policy_loss, prepared_rollouts, replaying
 from looplm_jax.training._state import TrainState, split_params
 
-# Distinguish the random numbers of tokens, and the steps with a penalty, from other choices of the run.
-_NOISE, _JACOBIAN = 0x6E6F6973, 0x6A61636F
+_NOISE = 0x6E6F6973  # distinguishes the random numbers of tokens from other choices of the run
 
 
 @flax.struct.dataclass
@@ -128,10 +128,10 @@ def _updated(
     if stage.objective is Objective.POLICY_GRADIENT:
         model = replaying(model)
 
-    penalized = _is_penalized(stage, state.key, state.step, first_step) if stage.jacobian.weight else None
-    loss_of = _objective(model, stage, loops, logged, penalized)
+    draws = draws_of(stage, state.key, state.step, first_step)
+    loss_of = _objective(model, stage, loops, logged, draws)
     (loss, measured), gradients = loss_and_gradients(
-        loss_of, model, moving, frozen, examples, totals, second_order=penalized is not None
+        loss_of, model, moving, frozen, examples, totals, second_order=draws.penalized is not None
     )
 
     # The norm before clipping is the one that the guard compares and the log shows.
@@ -176,9 +176,7 @@ def _updated(
     )
 
 
-def _objective(
-    model: LoopLM, stage: Stage, loops: int, logged: bool | Bool[Array, ""], penalized: Bool[Array, ""] | None
-) -> LossOf:
+def _objective(model: LoopLM, stage: Stage, loops: int, logged: bool | Bool[Array, ""], draws: Draws) -> LossOf:
     """Returns the objective of the stage as a function of a microbatch."""
 
     def loss_of(variables: Variables, microbatch: Examples, totals: Totals) -> Sums:
@@ -188,7 +186,7 @@ def _objective(
             case Objective.GATE:
                 return gate_loss(model, stage, loops, variables, microbatch, totals)
             case Objective.LAST_LOSS:
-                return last_loss(model, stage, loops, variables, microbatch, totals, logged, penalized)
+                return last_loss(model, stage, loops, variables, microbatch, totals, logged, draws)
             case Objective.PONDER:
                 return ponder_loss(model, stage, loops, variables, microbatch, totals)
             case Objective.LOOPRPT:
@@ -197,12 +195,6 @@ def _objective(
                 return policy_loss(model, stage, loops, variables, microbatch, totals)
 
     return loss_of
-
-
-def _is_penalized(stage: Stage, key: UInt32[Array, "2"], step: Int[Array, ""], first_step: int) -> Bool[Array, ""]:
-    """Whether a step has the penalty on the Jacobian of the loop. It follows from the key of the run and the step."""
-    drawn = jax.random.uniform(jax.random.fold_in(jax.random.fold_in(from_raw(key), _JACOBIAN), step))
-    return (drawn < stage.jacobian.share_of_steps) & (step - first_step >= stage.jacobian.after)
 
 
 def is_logged(recipe: Recipe, step: int | Int[Array, ""]) -> bool | Bool[Array, ""]:

@@ -37,6 +37,7 @@ PARCAE = {
     "norm_placement": NormPlacement.PRE,
     "residual": Residual.PER_LOOP,
     "state_norm": StateNorm.READOUT,
+    "time_signal": TimeSignal.SINUSOID,
 }
 UNIVERSAL = {
     "norm_placement": NormPlacement.POST,
@@ -45,15 +46,17 @@ UNIVERSAL = {
     "position_signal": PositionSignal.SINUSOID,
     "gate": GatePlacement.BEFORE,
 }
-QUERY = {
+# Trained for another number of loops, of which the time of a loop would be another fraction.
+MODULATED = {
     "injection": Injection.QUERY,
     "injection_norm": True,
-    "time_signal": TimeSignal.SINUSOID,
+    "time_signal": TimeSignal.MODULATION,
     "norm_placement": NormPlacement.OUTER,
     "residual": Residual.DEEP_LOOP,
+    "loops": LOOPS - 1,
 }
 # Models that are decoded here, in `test_replay` (an added input, prelude and coda), and in `test_huginn_golden`.
-DECODED = [PARCAE, UNIVERSAL, QUERY, {"injection": Injection.ADD}, vars(HUGINN)]
+DECODED = [PARCAE, UNIVERSAL, MODULATED, {"injection": Injection.ADD}, vars(HUGINN)]
 # They determine initial values, or training, or are covered by a field beside them.
 WITHOUT_EFFECT = {"initializer", "init_std", "second_norm_init", "gate_bias", "state_std", "max_loops"}
 
@@ -66,27 +69,36 @@ def full_forward(model, params, tokens):
 
 @pytest.mark.parametrize(
     "options",
-    [pytest.param(PARCAE, marks=pytest.mark.slow), UNIVERSAL, pytest.param(QUERY, marks=pytest.mark.slow)],
-    ids=["parcae", "universal_transformer", "query"],
+    [pytest.param(PARCAE, marks=pytest.mark.slow), UNIVERSAL, pytest.param(MODULATED, marks=pytest.mark.slow)],
+    ids=["parcae", "universal_transformer", "modulated_query"],
 )
 def test_cached_decoding_equals_the_full_forward(options):
-    model, params = make_model(num_layers=1, loops=LOOPS, **options)
+    model, params = make_model(num_layers=1, **{"loops": LOOPS, **options})
     made = generate(model, params, PROMPT, max_new_tokens=5, policy=FixedLoops(loops=LOOPS))
     predicted = full_forward(model, params, jnp.array([*PROMPT, *made.tokens]))[-1, len(PROMPT) - 1 : -1]
     assert made.tokens == tuple(np.argmax(predicted, axis=-1))
     np.testing.assert_allclose(made.log_probs, np.max(predicted, axis=-1), atol=1e-4)
 
-    drafted = speculate(model, params, [PROMPT], draft_loops=1, drafts=2, max_new_tokens=5)[0]
+    drafted = speculate(model, params, [PROMPT], draft_loops=1, drafts=2, max_new_tokens=5, loops=LOOPS)[0]
     assert drafted.tokens == made.tokens
 
 
-@pytest.mark.parametrize("strategy", [pytest.param(CacheStrategy.FULL, marks=pytest.mark.slow), CacheStrategy.LAST])
-def test_replay_recomputes_exits_of_a_gate_before_the_loop(strategy):
-    model, params = make_model(num_layers=1, loops=LOOPS, **UNIVERSAL)
-    engine = Engine(model, params, config=EngineConfig(slots=1, capacity=16, cache=strategy))
-    made = engine.generate([PROMPT], max_new_tokens=6, policy=QExit(q=0.05))[0]
+@pytest.mark.parametrize(
+    ("options", "q", "strategy"),
+    [
+        (UNIVERSAL, 0.05, CacheStrategy.LAST),
+        (MODULATED, 0.3, CacheStrategy.LAST),
+        pytest.param(UNIVERSAL, 0.05, CacheStrategy.FULL, marks=pytest.mark.slow),
+        pytest.param(MODULATED, 0.3, CacheStrategy.FULL, marks=pytest.mark.slow),
+    ],
+)
+def test_replay_recomputes_exits(options, q, strategy):
+    """With a gate before the loop, and with layers that are modulated by the loops of the engine."""
+    model, params = make_model(num_layers=1, **{"loops": LOOPS, **options})
+    engine = Engine(model, params, config=EngineConfig(slots=1, capacity=16, cache=strategy, loops=LOOPS))
+    made = engine.generate([PROMPT], max_new_tokens=6, policy=QExit(q=q))[0]
     assert len(set(made.exit_loops)) > 1
-    np.testing.assert_allclose(replay(model, params, made, strategy=strategy), made.log_probs, atol=1e-4)
+    np.testing.assert_allclose(replay(model, params, made, strategy=strategy, loops=LOOPS), made.log_probs, atol=1e-4)
 
 
 def test_what_the_engine_refuses():

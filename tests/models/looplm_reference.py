@@ -30,7 +30,8 @@ def reference_forward(params, config: ModelConfig, loops, tokens, positions, seg
         x = _injected(params, h, embedded, config) + _signals(params, loop, positions, config)
         asking = h if config.injection is Injection.QUERY and loop > 0 else None
         gates.append(_gate(params, x, config))
-        x = _stack(params["core"], config.num_layers, x, *shared, looped=True, asking=asking)
+        time = _time(params["time_embedding"], loop, loops) if config.time_signal is TimeSignal.MODULATION else None
+        x = _stack(params["core"], config.num_layers, x, *shared, looped=True, asking=asking, time=time)
         seen = _norm(x, params["norm"], config)
         h = seen if config.state_norm is StateNorm.EVERY_LOOP else x
         if config.coda_layers:
@@ -76,6 +77,18 @@ def _signals(params, loop, positions, config):
     return signal
 
 
+def _time(params, loop, loops):
+    """Returns the embedding of a time, after its SiLU: the start of the loop and its length, as parts of the call."""
+
+    def embedded(name, time):
+        angles = time / 1e4 ** (jnp.arange(128) / 128)
+        x = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)])
+        x = jax.nn.silu(x @ params[f"{name}_in"]["time_map"] + params[f"{name}_in"]["bias"])
+        return x @ params[f"{name}_out"]["time_map"] + params[f"{name}_out"]["bias"]
+
+    return jax.nn.silu(embedded("start", loop / loops) + embedded("step", 1 / loops))
+
+
 def _sinusoids(numbers, width):
     columns = []
     for j in range(width // 2):
@@ -84,28 +97,36 @@ def _sinusoids(numbers, width):
     return jnp.stack(columns, axis=-1)
 
 
-def _stack(params, length, h, config, positions, mask, looped=False, asking=None):
+def _stack(params, length, h, config, positions, mask, looped=False, asking=None, time=None):
     for index in range(length):
         layer = jax.tree.map(lambda leaf, index=index: leaf[index], params["layers"])
-        h = _layer(layer, h, h if asking is None else asking, config, positions, mask, looped)
+        h = _layer(layer, h, h if asking is None else asking, config, positions, mask, looped, time)
     return h
 
 
 @functools.partial(jax.jit, static_argnames=("config", "looped"))
-def _layer(layer, h, asking, config, positions, mask, looped):
+def _layer(layer, h, asking, config, positions, mask, looped, time):
     before, after = _norms(config.norm_placement)
     skip, weight = _residual_weights(config) if looped else (1.0, 1.0)
 
+    gates, scales = {}, {}
+    if time is not None:
+        affine = layer["modulation"]["layer"]
+        parts = jnp.split(time @ affine["time_map"] + affine["bias"], 4)
+        gates = {"attention_post_norm": parts[0][None, None], "mlp_post_norm": parts[1][None, None]}
+        scales = {"attention_norm": parts[2][None, None], "mlp_norm": parts[3][None, None]}
+
     def norm(x, name):
-        return _norm(x, layer[name], config) if name in layer else x
+        return (1 + scales.get(name, 0.0)) * (_norm(x, layer[name], config) if name in layer else x)
 
     assert ("attention_norm" in layer) == before
     assert ("attention_post_norm" in layer) == (after != "none")
 
     def total(h, branch, name):
+        gate = gates.get(name, 1.0)
         if after == "branch":
-            return skip * h + weight * norm(branch, name)
-        return norm(skip * h + weight * branch, name)
+            return skip * h + weight * gate * norm(branch, name)
+        return norm(skip * h + weight * gate * branch, name)
 
     inputs = norm(asking, "attention_norm"), norm(h, "attention_norm")
     h = total(h, _attention(layer["attention"], *inputs, config, positions, mask), "attention_post_norm")

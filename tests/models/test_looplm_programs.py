@@ -112,7 +112,17 @@ def test_released_models_have_their_exact_number_of_parameters(config, count):
     assert count_params(config) == count
 
 
-@pytest.mark.parametrize("preset", [presets.small, presets.tiny])
+@pytest.mark.parametrize(
+    "preset",
+    [
+        presets.small,
+        presets.tiny,
+        presets.universal_transformer,
+        presets.deq,
+        presets.parcae,
+        presets.loopformer,
+    ],
+)
 def test_small_presets_take_a_vocabulary(preset):
     assert count_params(preset(50)) == count_params(preset(51)) - 2 * preset().width
 

@@ -61,7 +61,13 @@ OPTIONS = {
         "state_norm": StateNorm.READOUT,
         "time_signal": TimeSignal.SINUSOID,
     },
-    "query": {"injection": Injection.QUERY, "injection_norm": True, "norm_placement": NormPlacement.PRE},
+    "query": {
+        "injection": Injection.QUERY,
+        "injection_norm": True,
+        "norm_placement": NormPlacement.PRE,
+        "time_signal": TimeSignal.MODULATION,
+    },
+    "loopformer": {"norm_placement": NormPlacement.PRE, "time_signal": TimeSignal.MODULATION},
     "deep_loop": {"norm_placement": NormPlacement.OUTER, "residual": Residual.DEEP_LOOP, "prelude_layers": 1},
 }
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from training_cases import MODEL, STAGE, one_stage, random_batch
+from training_cases import MODEL, STAGE, assert_identical, one_stage, random_batch
 
 from looplm_jax.codec import from_dict, to_dict
 from looplm_jax.config import (
@@ -32,10 +32,10 @@ from looplm_jax.models import LoopLM
 from looplm_jax.sharding import make_mesh
 from looplm_jax.training import _compile as program
 from looplm_jax.training._compile import StagePrograms, stage_mesh, to_device
+from looplm_jax.training._draws import draws_of
 from looplm_jax.training._metrics import as_values
 from looplm_jax.training._notes import settings_without_effect
 from looplm_jax.training._state import initial_state
-from looplm_jax.training._step import _is_penalized
 
 DEQ = dataclasses.replace(MODEL, injection=Injection.ADD, injection_norm=True)
 LAST = dataclasses.replace(
@@ -129,7 +129,7 @@ def test_a_share_of_the_steps_has_the_penalty_after_the_first_ones():
     stage = dataclasses.replace(LAST, jacobian=dataclasses.replace(PENALTY, share_of_steps=0.4, after=10))
 
     def penalized(step):
-        return _is_penalized(stage, jnp.array([0, 7], jnp.uint32), step, 100)
+        return draws_of(stage, jnp.array([0, 7], jnp.uint32), step, 100).penalized
 
     drawn = np.asarray(jax.jit(jax.vmap(penalized))(jnp.arange(100, 700, dtype=jnp.int32)))
     assert not drawn[:10].any()
@@ -140,7 +140,7 @@ def test_a_share_of_the_steps_has_the_penalty_after_the_first_ones():
 
 
 def steps(stage, count, mesh_config=ONE, model=DEQ):
-    """Returns the metrics of steps on one batch."""
+    """Returns the metrics of steps on one batch. A resumed run repeats the last one bit for bit."""
     recipe = one_stage(stage, model=model, mesh=mesh_config, optimizer=OptimizerConfig(clip_norm=1e9))
     mesh, looped = make_mesh(mesh_config), LoopLM(recipe.model, recipe.compute)
     state = initial_state(recipe, looped, stage, mesh)
@@ -148,8 +148,13 @@ def steps(stage, count, mesh_config=ONE, model=DEQ):
     programs.compile(programs.loops_of(np.full(4, stage.loops)))
     batch, rows = to_device(random_batch(0), stage, mesh), []
     for _ in range(count):
+        before = jax.tree.map(np.array, jax.device_get(state))
         state, metrics = programs.run(stage.loops, state, batch)
         rows.append(as_values(metrics))
+
+    resumed = jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), before, state)
+    resumed, metrics = programs.run(stage.loops, resumed, batch)
+    assert_identical(jax.device_get(resumed), jax.device_get(state))
     return rows
 
 
@@ -158,30 +163,45 @@ def assert_equal_rows(rows, others, names, rel):
         assert {name: other[name] for name in names} == {name: pytest.approx(one[name], rel=rel) for name in names}
 
 
-def test_an_implicit_gradient_is_that_of_many_loops_on_any_mesh_in_one_program(monkeypatch):
+def test_an_implicit_gradient_with_a_penalty_trains_in_one_program(monkeypatch):
     traces, make = [], program.make_train_step
     monkeypatch.setattr(program, "make_train_step", lambda *a, **k: (traces.append(1), make(*a, **k))[1])
     program.compiled_step.cache_clear()
 
-    rows = steps(IMPLICIT, 3)
+    stage = dataclasses.replace(IMPLICIT, jacobian=JacobianPenalty(weight=3.0, after=1))
+    rows = steps(stage, 6)
     assert len(traces) == 1
     assert all(row["solver_residual"] < 1e-5 for row in rows)
     assert all(2 < row["solver_loops"] < 30 for row in rows)
-    assert rows[-1]["loss"] < rows[0]["loss"]
 
+    assert math.isnan(rows[0]["jacobian"])
+    assert rows[0]["loss"] == rows[0]["expected_loss"]
+    assert rows[1]["loss"] == pytest.approx(rows[1]["expected_loss"] + 3 * rows[1]["jacobian"], rel=1e-5)
+    assert rows[-1]["jacobian"] < rows[1]["jacobian"]
+    assert rows[-1]["expected_loss"] < rows[0]["expected_loss"]
+
+
+@pytest.mark.slow
+def test_an_implicit_gradient_is_that_of_many_loops_on_any_mesh():
+    rows = steps(IMPLICIT, 2)
     assert_equal_rows(rows, steps(LAST, 1), ("loss", "gradient_norm"), 1e-3)
+
     assert_equal_rows(rows, steps(IMPLICIT, 2, MeshConfig(data=2)), ("loss", "gradient_norm", "solver_loops"), 1e-3)
+
+    # All devices, with shards of the parameters.
+    stage = dataclasses.replace(IMPLICIT, accumulation=1)
+    sharded = steps(stage, 1, MeshConfig(data=2, fsdp=2, tensor=2))
+    assert_equal_rows(rows, sharded, ("loss", "gradient_norm"), 1e-3)
 
 
 # With an injection, and where gradients are accumulated in place without it.
-@pytest.mark.parametrize("model", [DEQ, pytest.param(MODEL, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [DEQ, MODEL])
 def test_the_penalty_shrinks_the_jacobian_and_is_the_same_on_any_mesh(model):
     stage = dataclasses.replace(
         LAST, loops=3, backprop_loops=1, jacobian=dataclasses.replace(PENALTY, weight=30.0, after=1)
     )
     rows = steps(stage, 8, model=model)
-    assert math.isnan(rows[0]["jacobian"])
-    assert rows[0]["loss"] == rows[0]["expected_loss"]
     assert rows[1]["loss"] == pytest.approx(rows[1]["expected_loss"] + 30 * rows[1]["jacobian"], rel=1e-5)
     assert rows[-1]["jacobian"] < 0.9 * rows[1]["jacobian"]
 

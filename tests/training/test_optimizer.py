@@ -150,12 +150,16 @@ def test_norms_and_biases_are_not_decayed_and_all_else_is(make):
     assert {"gate.bias", "norm.scale"} <= undecayed
 
 
-def test_diagonal_injection_and_the_time_table_are_not_decayed():
+def test_diagonal_injection_and_parameters_of_time_are_not_decayed():
     config = dataclasses.replace(MODEL, injection=Injection.DIAGONAL, time_signal=TimeSignal.LEARNED, qk_bias=True)
     mask = decayed(jax.eval_shape(lambda: init_params(LoopLM(config), jax.random.key(0))))
     spared = {*mask["diagonal_injection"].values(), mask["time_table"]}
     biases = {mask["core"]["layers"]["attention"][name]["bias"] for name in ("query", "key")}
     assert (spared, biases, mask["embedding"]) == ({False}, {False}, True)
+
+    config = dataclasses.replace(MODEL, time_signal=TimeSignal.MODULATION)
+    mask = decayed(jax.eval_shape(lambda: init_params(LoopLM(config), jax.random.key(0))))
+    assert set(jax.tree.leaves((mask["time_embedding"], mask["core"]["layers"]["modulation"]))) == {False}
 
 
 # Adafactor and Muon. Their references are Optax's optimizers for separate matrices.

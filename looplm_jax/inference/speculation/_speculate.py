@@ -28,7 +28,7 @@ from looplm_jax.inference._requests import NewToken, Request
 from looplm_jax.inference._sampling import Sampling, SamplingTable
 from looplm_jax.inference.speculation._rows import Row, Screen, SpeculativeResult
 from looplm_jax.inference.speculation._verify import Draft, SpeculativeRows, Verified, draft, force, read, verify_drafts
-from looplm_jax.models._looplm import LoopLM, Params, check_loops, compute_dtype
+from looplm_jax.models._looplm import LoopLM, Params, check_loops, compute_dtype, for_calls
 
 # Prompt tokens per program; all rows of a batch read their chunks together.
 _LONGEST_CHUNK = 128
@@ -86,6 +86,7 @@ def speculate(
     draft_loops, drafts = whole_number("draft_loops", draft_loops, least=-MOST), whole_number("drafts", drafts, least=1)
     _check(draft_loops, loops, cache)
     check_loops(model.config, loops)
+    model = for_calls(model, loops)
 
     if isinstance(prompts, str):
         raise UserError("prompts must be lists of token ids, not text; encode it with the tokenizer")
