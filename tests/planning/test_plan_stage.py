@@ -130,7 +130,6 @@ RPT = dataclasses.replace(SMALL, objective=Objective.LOOPRPT, looprpt=LoopRPTCon
         pytest.param(SMALL, CUT, id="first"),
         pytest.param(GATE, None, id="gate"),
         pytest.param(RPT, CUT, id="looprpt", marks=pytest.mark.slow),
-        pytest.param(ANSWERS, CUT, id="answers", marks=pytest.mark.slow),
     ],
 )
 def test_here_the_state_is_donated_whole(stage, mesh):
