@@ -8,10 +8,10 @@ TCP connection breaks immediately.
 
 If process 0 is killed, both notice at once, and race. The runtime writes a stack trace before it aborts, which takes a
 tenth of a second or two, so a connection usually wins. On a machine that is so busy that the thread of the connection
-does not run in that time, the process ends with SIGABRT instead. This cannot be prevented from here: a thread of the
-runtime aborts without asking Python, and the callback that it could call instead (`missed_heartbeat_callback`) is not
-public and ends with std::bad_cast in jaxlib 0.10.2, because the status has no Python type. Whatever supervises the
-process starts it again, as after any other failure (`tpu_setup/host/supervise.sh`).
+does not run in that time, the process ends with SIGABRT instead. A thread of the runtime aborts without asking Python.
+The callback that it could call instead (`missed_heartbeat_callback`) is not public, and with it the process aborts too
+in jaxlib 0.10.2 (std::bad_cast). Whatever supervises the process starts it again, as after any other failure
+(`tpu_setup/host/supervise.sh`).
 """
 
 import collections
