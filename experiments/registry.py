@@ -12,6 +12,7 @@ from experiments.frame import Experiment
 from experiments.kv_sharing import KV_SHARING
 from experiments.mano import MANO
 from experiments.p_hop import P_HOP
+from experiments.policy_depth import POLICY_DEPTH
 from experiments.prior import PRIOR
 from experiments.reachability import REACHABILITY
 from experiments.three_hop import THREE_HOP
@@ -28,6 +29,7 @@ _ALL: tuple[Experiment, ...] = (
     EARLY_EXIT,
     KV_SHARING,
     DEPTH,
+    POLICY_DEPTH,
     UPCYCLING,
     DENSE_START,
 )

@@ -23,6 +23,7 @@ from looplm_jax.data import ValidationBatches, collect_stdlib, train_sentencepie
 from looplm_jax.files import locked, write_atomically
 from looplm_jax.loading import Loaded, load
 from looplm_jax.recipes import named_recipe
+from looplm_jax.training._feeds import OpenCollector
 from looplm_jax.training._metrics import EVALUATION, read_metrics
 from looplm_jax.training._stopping import Stopped
 from looplm_jax.training.run import Evaluate, train
@@ -45,13 +46,20 @@ def alone(folder: Path, name: str, console: Console) -> Iterator[None]:
         yield
 
 
-def trained(recipe: Recipe, folder: Path, console: Console, *, evaluate: Evaluate | None = None) -> Path:
+def trained(
+    recipe: Recipe,
+    folder: Path,
+    console: Console,
+    *,
+    evaluate: Evaluate | None = None,
+    collect: OpenCollector | None = None,
+) -> Path:
     """Trains a recipe, unless it is trained. Returns its run folder.
 
     Raises:
       Stopped: a signal arrived; calling again resumes.
     """
-    outcome = train(recipe, folder, console=console, evaluate=evaluate)
+    outcome = train(recipe, folder, console=console, evaluate=evaluate, collect=collect)
     if outcome.stopped_by is not None:
         raise Stopped(outcome.stopped_by)
     return folder
