@@ -10,6 +10,7 @@ from experiments.depth import DEPTH
 from experiments.early_exit import EARLY_EXIT
 from experiments.frame import Experiment
 from experiments.kv_sharing import KV_SHARING
+from experiments.looprpt import LOOPRPT
 from experiments.mano import MANO
 from experiments.p_hop import P_HOP
 from experiments.policy_depth import POLICY_DEPTH
@@ -30,6 +31,7 @@ _ALL: tuple[Experiment, ...] = (
     KV_SHARING,
     DEPTH,
     POLICY_DEPTH,
+    LOOPRPT,
     UPCYCLING,
     DENSE_START,
 )
