@@ -67,7 +67,11 @@ OPTIONS = {
         "norm_placement": NormPlacement.PRE,
         "time_signal": TimeSignal.MODULATION,
     },
-    "loopformer": {"norm_placement": NormPlacement.PRE, "time_signal": TimeSignal.MODULATION},
+    "loopformer": {
+        "norm_placement": NormPlacement.PRE,
+        "state_norm": StateNorm.READOUT,
+        "time_signal": TimeSignal.MODULATION,
+    },
     "deep_loop": {"norm_placement": NormPlacement.OUTER, "residual": Residual.DEEP_LOOP, "prelude_layers": 1},
 }
 
