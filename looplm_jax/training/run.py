@@ -127,7 +127,7 @@ def train(
         removed during the run; shapes do not fit the devices; a process was started differently; a source disappeared;
         the last save was refused; or too many consecutive steps were skipped. Earlier checkpoints are intact.
     """
-    _check_rollouts(recipe, collect, group)
+    _check_rollouts(recipe, collect)
     console = console or progress_console()
     watch = ActivityTimer()
     recipe = with_model_of_start(recipe, out)
@@ -196,16 +196,14 @@ def train(
     return Outcome(folder=folder, step=int(end.state.step), skipped=skipped, stopped_by=end.stopped_by)
 
 
-def _check_rollouts(recipe: Recipe, collect: OpenCollector | None, group: ProcessGroup) -> None:
-    """Raises UserError if a stage of rollouts has no collector, an unknown exit policy, or several processes."""
+def _check_rollouts(recipe: Recipe, collect: OpenCollector | None) -> None:
+    """Raises UserError if a stage needs rollouts, which nothing collects, or has an unknown exit policy."""
     for stage in recipe.stages:
         if stage.objective is not Objective.POLICY_GRADIENT:
             continue
         if collect is None:
             raise UserError(f"stage {stage.name} learns from rollouts; pass collect=looplm_jax.rl.rollout_collector()")
         parse_exit_policy(stage.policy.exits)
-        if group.count > 1:
-            raise UserError(f"stage {stage.name} generates its answers in one process; start a single one on one host")
 
 
 def _open_rollout_log(recipe: Recipe, folder: RunFolder, step: int, closing: contextlib.ExitStack) -> RolloutLog | None:

@@ -16,6 +16,7 @@ from looplm_jax.checkpoints import inspect_steps
 from looplm_jax.cli import train as train_command
 from looplm_jax.cli.main import main
 from looplm_jax.files import any_path
+from looplm_jax.training import read_metrics
 
 TWO = ([], [])
 
@@ -72,6 +73,39 @@ def test_two_processes_draw_the_same_rollouts_as_one(compiled, tmp_path):
         with Processes(tmp_path / f"of-{count}", [[]] * count, *arguments, compiled=compiled) as some:
             assert some.finish() == [0] * count, some.everything()
     assert_same_losses(*runs)
+
+
+@pytest.mark.slow
+def test_two_processes_answer_as_one(compiled, tmp_path):
+    """Each answers a half of the problems. Two others then resume from their checkpoint."""
+    recipe = write_recipe(tmp_path / "recipe.json", steps=4)
+    flags = (
+        "--stage.objective", "policy_gradient", "--stage.batch_size", "8", "--stage.accumulation", "2",
+        "--stage.policy.answers", "4", "--stage.policy.max_new_tokens", "3", "--stage.policy.loop_cost", "0.5",
+        "--stage.policy.kl_weight", "0.1", "--mesh.data", "1", "--mesh.fsdp", "-1",
+    )  # fmt: skip
+    runs = [tmp_path / "one", tmp_path / "two"]
+    for count, run in enumerate(runs, start=1):
+        arguments = ("--recipe", recipe, "--out", run, *flags)
+        with Processes(tmp_path / f"of-{count}", [[]] * count, *arguments, compiled=compiled) as some:
+            assert some.finish() == [0] * count, some.everything()
+            assert "Traceback" not in some.everything()
+    one, two = ([row for row in read_metrics(run) if row["kind"] == "train"] for run in runs)
+    assert [row["step"] for row in one] == [row["step"] for row in two] == [1, 2, 3, 4]
+    for ours, theirs in zip(one, two, strict=True):
+        for name in ("reward", "mean_exit_loop", "tokens", "policy_loss", "gradient_norm"):
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-6, err_msg=name)
+    assert one[-1]["gradient_norm"] > 0
+    answers = [(run / "rollouts.jsonl").read_bytes() for run in runs]
+    assert answers[0] == answers[1]
+
+    untouched = digests(runs[1], 4)
+    shutil.rmtree(runs[1] / "checkpoints" / "4")
+    with Processes(tmp_path / "again", TWO, *arguments, compiled=compiled) as both:
+        assert both.finish() == [0, 0], both.everything()
+        assert "resuming from step 2" in both.said(0)
+    assert digests(runs[1], 4) == untouched
+    assert (runs[1] / "rollouts.jsonl").read_bytes() == answers[1]
 
 
 @pytest.mark.slow
