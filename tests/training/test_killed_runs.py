@@ -16,7 +16,7 @@ from run_processes import ONE_DEVICE, PATIENCE, Run, metrics, newest, steps_logg
 from training_cases import GATE, RECIPE, STAGE, assert_identical
 
 from looplm_jax.checkpoints._step import list_steps
-from looplm_jax.config import CheckpointConfig, EvaluationConfig
+from looplm_jax.config import CheckpointConfig, EvaluationConfig, Objective, PolicyConfig, Stage
 
 KILLS, LEAST_CUT_SHORT = 10, 3
 BEFORE_TRAINING = (3, 7)  # kills while the process starts, compiles or restores
@@ -27,6 +27,44 @@ LONG = dataclasses.replace(
     evaluation=EvaluationConfig(every=25, sequences=8),
 )
 TOTAL = sum(stage.steps for stage in LONG.stages)
+
+ANSWERS = dataclasses.replace(
+    RECIPE,
+    stages=(
+        Stage(
+            name="answers",
+            objective=Objective.POLICY_GRADIENT,
+            steps=5,
+            batch_size=4,
+            sequence_length=16,
+            loops=2,
+            learning_rate=1e-2,
+            # The price of loops makes rewards of random answers differ.
+            policy=PolicyConfig(answers=4, max_new_tokens=3, slots=8, loop_cost=0.5, kl_weight=0.1),
+        ),
+    ),
+)
+
+# A run that is killed when the answers of its fourth step are complete, before they become an update.
+KILLED_WITH_ANSWERS = """
+import os, pathlib, signal, sys, time
+from looplm_jax.cli.main import main
+from looplm_jax.training._feeds import RolloutFeed
+
+place, calls = RolloutFeed.next, []
+saved = pathlib.Path(sys.argv[sys.argv.index("--out") + 1], "checkpoints", "2")
+
+def killed_at_the_fourth(feed, depths):
+    calls.append(feed)
+    if len(calls) == 4:
+        while not saved.exists():  # a step is saved in the background
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return place(feed, depths)
+
+RolloutFeed.next = killed_at_the_fourth
+sys.exit(main())
+"""
 
 # Runs a command whose standard input is the terminal of its session, which gets SIGHUP when that is closed.
 ON_ITS_TERMINAL = """
@@ -99,6 +137,29 @@ def test_kills_leave_no_trace(recipe, untouched, compiled_programs, tmp_path):
     with Run("--recipe", recipe, "--out", folder, errors=errors) as run:  # without the compiled programs
         assert run.finish() == 0, run.said
     assert_same_end(folder, untouched)
+
+
+@pytest.mark.slow
+def test_a_kill_between_rollout_and_update_leaves_no_trace(compiled_programs, tmp_path):
+    """The answers of the step are generated again, with the same tokens and exits."""
+    recipe, errors = write_recipe(tmp_path / "answers.json", ANSWERS), tmp_path / "errors"
+    untouched, folder = tmp_path / "untouched", tmp_path / "run"
+
+    def start(out, program=""):
+        arguments = ("--recipe", recipe, "--out", out)
+        return Run(*arguments, errors=errors, compiled=compiled_programs, program=program)
+
+    with start(untouched) as run:
+        assert run.finish() == 0, run.said
+    with start(folder, KILLED_WITH_ANSWERS) as run:
+        assert run.finish() == -signal.SIGKILL, run.said
+    assert steps_logged(folder) == 3
+    with start(folder) as run:
+        assert run.finish() == 0, run.said
+        assert "resuming from step 2" in run.said
+    assert_same_end(folder, untouched, kinds=("train",), total=5)
+    assert max(row["gradient_norm"] for row in metrics(folder, ("train",))) > 0
+    assert (folder / "rollouts.jsonl").read_bytes() == (untouched / "rollouts.jsonl").read_bytes()
 
 
 @pytest.mark.slow
