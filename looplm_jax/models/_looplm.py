@@ -559,7 +559,7 @@ def _check_call(config: ModelConfig, tokens: Int[Array, "B S"], loops: int) -> N
 
 
 def for_calls(model: LoopLM, loops: int) -> LoopLM:
-    """Returns the model for callers of `loop_step` whose calls have so many loops, which only modulation depends on."""
+    """Returns the model for callers of `loop_step` that run this number of loops. Only modulation depends on it."""
     modulated = model.config.time_signal is TimeSignal.MODULATION
     return model.clone(call_loops=loops) if modulated else model
 

@@ -38,7 +38,7 @@ class Draws:
     short: ShortPass | None = None
 
 
-def draws_of(stage: Stage, key: UInt32[Array, "2"], step: Int[Array, ""], first_step: int) -> Draws:
+def draw_step(stage: Stage, key: UInt32[Array, "2"], step: Int[Array, ""], first_step: int) -> Draws:
     """Returns the choices of a step.
 
     Args:

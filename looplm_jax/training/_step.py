@@ -14,7 +14,7 @@ from looplm_jax.config import InitialState, Objective, Recipe, Stage
 from looplm_jax.losses import LoopRPTMetrics, Stage1Metrics, updated_teacher
 from looplm_jax.models._looplm import LoopLM
 from looplm_jax.random_keys import from_raw
-from looplm_jax.training._draws import Draws, draws_of
+from looplm_jax.training._draws import Draws, draw_step
 from looplm_jax.training._gradients import Examples, LossOf, PolicyMetrics, Sums, Totals, Variables, loss_and_gradients
 from looplm_jax.training._guard import is_accepted, update_guard
 from looplm_jax.training._looprpt import looprpt_loss, scored_batch
@@ -128,7 +128,7 @@ def _updated(
     if stage.objective is Objective.POLICY_GRADIENT:
         model = replaying(model)
 
-    draws = draws_of(stage, state.key, state.step, first_step)
+    draws = draw_step(stage, state.key, state.step, first_step)
     loss_of = _objective(model, stage, loops, logged, draws)
     (loss, measured), gradients = loss_and_gradients(
         loss_of, model, moving, frozen, examples, totals, second_order=draws.penalized is not None

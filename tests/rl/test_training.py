@@ -230,6 +230,7 @@ def drawn(answers):
     return [[(answer["tokens"], answer["exit_loops"], answer["reward"]) for answer in own] for own in answers]
 
 
+@pytest.mark.slow
 def test_processes_answer_what_one_would(setup):
     """Here the first of three processes has no problem to answer."""
     params, step = setup.position.state.params, 1

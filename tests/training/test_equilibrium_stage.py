@@ -32,7 +32,7 @@ from looplm_jax.models import LoopLM
 from looplm_jax.sharding import make_mesh
 from looplm_jax.training import _compile as program
 from looplm_jax.training._compile import StagePrograms, stage_mesh, to_device
-from looplm_jax.training._draws import draws_of
+from looplm_jax.training._draws import draw_step
 from looplm_jax.training._metrics import as_values
 from looplm_jax.training._notes import settings_without_effect
 from looplm_jax.training._state import initial_state
@@ -129,7 +129,7 @@ def test_a_share_of_the_steps_has_the_penalty_after_the_first_ones():
     stage = dataclasses.replace(LAST, jacobian=dataclasses.replace(PENALTY, share_of_steps=0.4, after=10))
 
     def penalized(step):
-        return draws_of(stage, jnp.array([0, 7], jnp.uint32), step, 100).penalized
+        return draw_step(stage, jnp.array([0, 7], jnp.uint32), step, 100).penalized
 
     drawn = np.asarray(jax.jit(jax.vmap(penalized))(jnp.arange(100, 700, dtype=jnp.int32)))
     assert not drawn[:10].any()

@@ -27,7 +27,7 @@ from looplm_jax.models import LoopLM, LoopTime, head_matrix
 from looplm_jax.sharding import make_mesh
 from looplm_jax.training import _compile as program
 from looplm_jax.training._compile import StagePrograms, to_device
-from looplm_jax.training._draws import draw_short, draws_of
+from looplm_jax.training._draws import draw_short, draw_step
 from looplm_jax.training._goodput import forward_flops_per_token, train_flops_per_token
 from looplm_jax.training._metrics import as_values
 from looplm_jax.training._state import initial_state
@@ -153,10 +153,11 @@ def programs_of(config):
 
 def loops_of_step(state):
     """Returns the steps of the second pass that is drawn from a state."""
-    short = draws_of(SHORTCUT, jnp.asarray(state.key), jnp.asarray(state.step), 0).short
+    short = draw_step(SHORTCUT, jnp.asarray(state.key), jnp.asarray(state.step), 0).short
     return [float(size) for size in short.steps[: int(short.loops)]]
 
 
+@pytest.mark.slow
 def test_one_program_serves_all_draws_and_a_resumed_run_repeats_them(monkeypatch):
     traces, make = [], program.make_train_step
     monkeypatch.setattr(program, "make_train_step", lambda *a, **k: (traces.append(1), make(*a, **k))[1])
