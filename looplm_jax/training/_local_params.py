@@ -1,6 +1,8 @@
 """The parameters on the devices of one process, where an engine generates without the other processes."""
 
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -32,11 +34,16 @@ def local_params(params: Params, config: ModelConfig, mesh: Mesh) -> Params:
     own = local_mesh(mesh)
     if own is mesh:
         return params
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    gather = jax.jit(lambda leaf: leaf, out_shardings=everywhere)
+    gather = _gather(mesh)
 
     def copied(leaf: Array, like: jax.ShapeDtypeStruct) -> Array:
         whole = leaf if leaf.is_fully_replicated else gather(leaf)
         return jax.device_put(whole.addressable_data(0), like.sharding)
 
     return jax.tree.map(copied, params, abstract_arrays(boxed_shapes(config), own))
+
+
+@functools.lru_cache(maxsize=8)
+def _gather(mesh: Mesh) -> Callable[[Array], Array]:
+    """Returns the program that all-gathers an array, from a cache, so that each shape is compiled once."""
+    return jax.jit(lambda leaf: leaf, out_shardings=NamedSharding(mesh, PartitionSpec()))
