@@ -157,26 +157,26 @@ def rate_table(found: Mapping[str, Results], score: Score, title: str) -> Table:
 _Best = Mapping[str, tuple[float, Results]]
 
 
-def _at_equal_time(result: Mapping[str, Any], seconds: float) -> float:
+def at_equal_time(result: Mapping[str, Any], seconds: float) -> float:
     """Returns the held-out loss of a run after some seconds of steps; that of its end if it ends before."""
     return held_out_at(result, min(seconds / result["seconds_per_step"], result["steps"]))
 
 
-def _run_seconds(results: Results) -> float:
+def run_seconds(results: Results) -> float:
     """Returns the time of all steps of a run, the median over seeds."""
     return float(np.median([result["steps"] * result["seconds_per_step"] for result in results]))
 
 
 def _best_table(best: _Best) -> Table:
     """Returns one row per optimizer at its best learning rate."""
-    time = _run_seconds(best[_BASELINE][1]) if _BASELINE in best else np.nan
+    time = run_seconds(best[_BASELINE][1]) if _BASELINE in best else np.nan
     rows = [
         [
             variant,
             f"{rate:g}",
             str(len(results)),
             mean_range([final_loss(result) for result in results]),
-            mean_range([_at_equal_time(result, time) for result in results]),
+            mean_range([at_equal_time(result, time) for result in results]),
             f"{1000 * np.median([result['seconds_per_step'] for result in results]):.0f}",
             str(sum(result["spikes"] for result in results)),
             f"{results[0]['parameters']:,}",
@@ -196,13 +196,13 @@ def _findings(best: _Best) -> list[str]:
     """Returns the difference of each optimizer from AdamW, seed by seed."""
     if _BASELINE not in best:
         return []
-    base, time = best[_BASELINE][1], _run_seconds(best[_BASELINE][1])
+    base, time = best[_BASELINE][1], run_seconds(best[_BASELINE][1])
     found = []
     for variant, (_, results) in best.items():
         pairs = [(own, other) for own in results for other in base if own["seed"] == other["seed"]]
         if variant != _BASELINE and pairs:
             steps = ", ".join(f"{final_loss(own) - final_loss(other):+.3f}" for own, other in pairs)
-            timed = ", ".join(f"{_at_equal_time(own, time) - final_loss(other):+.3f}" for own, other in pairs)
+            timed = ", ".join(f"{at_equal_time(own, time) - final_loss(other):+.3f}" for own, other in pairs)
             found.append(
                 f"{variant} against {_BASELINE}, each at its best rate, seed by seed (nats/token): {steps} at equal "
                 f"steps; {timed} at equal time."

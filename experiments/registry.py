@@ -8,6 +8,7 @@ from experiments.capo import CAPO
 from experiments.dense_start import DENSE_START
 from experiments.depth import DEPTH
 from experiments.early_exit import EARLY_EXIT
+from experiments.equilibrium import EQUILIBRIUM
 from experiments.frame import Experiment
 from experiments.huginn_depth import HUGINN_DEPTH
 from experiments.kv_sharing import KV_SHARING
@@ -16,6 +17,7 @@ from experiments.mano import MANO
 from experiments.optimizers import OPTIMIZERS
 from experiments.p_hop import P_HOP
 from experiments.policy_depth import POLICY_DEPTH
+from experiments.ponder import PONDER
 from experiments.prior import PRIOR
 from experiments.reachability import REACHABILITY
 from experiments.stabilizers import STABILIZERS
@@ -40,5 +42,7 @@ _ALL: tuple[Experiment, ...] = (
     OPTIMIZERS,
     STABILIZERS,
     HUGINN_DEPTH,
+    PONDER,
+    EQUILIBRIUM,
 )
 EXPERIMENTS: Mapping[str, Experiment] = MappingProxyType({each.name: each for each in _ALL})

@@ -11,7 +11,9 @@ with the normalized input added in every loop. `outer`: norms of the sum, as in 
 scaled sums (2607.13491). `1/T`: `plain` with branches scaled by the number of loops (2606.18524). `parcae`: `plain`
 with a diagonal injection of norm below 1 (2604.12946). `query`: every loop starts from the input, and queries come
 from the state (2605.18797). `huginn`: `outer` with an adapter (2502.05171), at fixed depth; `huginn, random` with a
-drawn depth, and `huginn, random, k=4` with gradients through the last four loops only.
+drawn depth, and `huginn, random, k=4` with gradients through the last four loops only. `stars`: `plain` with a
+penalty on the spectral norm of the Jacobian of the loop, and `stars, outer` the same on `outer`. `loopformer`: `plain`
+with layers that know the time, and a second pass with fewer loops (2602.11451).
 
 Each run reports: training and held-out loss at the trained depth T and at 2T and 4T; spikes, which are losses 0.5
 nats above the mean of the last 20; the gradient's norm before clipping; the size of the state, `|h_T - h_{T-1}| /
@@ -50,16 +52,31 @@ from experiments.text_variants import (
     mean_range,
     train_variant,
 )
+from looplm_jax.config import TimeSignal
 from looplm_jax.data import Batch
 from looplm_jax.evaluation import Table, depth_sweep, figure, save_figure
 from looplm_jax.losses import jacobian_penalty, spectral_radius
-from looplm_jax.models import LoopLM, Params
+from looplm_jax.models import LoopLM, LoopTime, Params
 
 # Methods
 
 _PLAIN: Changes = {"model.norm_placement": "pre", "model.state_norm": "readout"}
 _OUTER: Changes = {"model.norm_placement": "outer", "model.state_norm": "readout"}
 HUGINN: Changes = {**_OUTER, "model.injection": "linear", "model.initial_state": "noise"}
+
+
+# Their published weights.
+_STARS: Changes = {
+    "stages.pretrain.read_out": "last",
+    "stages.pretrain.jacobian.weight": 0.1,
+    "stages.pretrain.jacobian.kind": "spectral",
+}
+_LOOPFORMER: Changes = {
+    "model.time_signal": "modulation",
+    "stages.pretrain.read_out": "last",
+    "stages.pretrain.shortcut.weight_loss": 0.1,
+    "stages.pretrain.shortcut.weight_state": 0.1,
+}
 
 
 def random_depth(backprop_loops: int) -> Callable[[int], Changes]:
@@ -104,6 +121,9 @@ def _methods(width: int) -> Mapping[str, Callable[[int], Changes]]:
         "huginn": always(HUGINN),
         "huginn, random": random_depth(0),
         "huginn, random, k=4": random_depth(4),
+        "stars": always({**_PLAIN, **_STARS}),
+        "stars, outer": always({**_OUTER, **_STARS}),
+        "loopformer": always({**_PLAIN, **_LOOPFORMER}),
     }
 
 
@@ -164,20 +184,22 @@ GRIDS: Mapping[Scale, VariantGrid] = MappingProxyType(
 
 @functools.partial(jax.jit, static_argnames=("model", "loops"))
 def loop_figures(model: LoopLM, params: Params, batch: Batch, *, loops: int) -> dict[str, Array]:
-    """Returns the figures of one loop at the state after `loops` loops, averaged over the sequences of a batch.
+    """Returns the figures of one more loop at the state after `loops` loops, averaged over the sequences of a batch.
+
+    Layers that know the time take that of the last loop again.
 
     Returns:
       state_rms: the root mean square of the state; relative_step: `|h_T - h_{T-1}| / |h_T|`; radius: the spectral
-        radius;
-      frobenius: `|J|_F^2 / n`, from four products.
+        radius; frobenius: `|J|_F^2 / n`, from four products.
     """
+    time = LoopTime.even(loops - 1, loops) if model.config.time_signal is TimeSignal.MODULATION else None
     variables = {"params": params}
     where = {"positions": batch.positions, "segment_ids": batch.segment_ids}
     context, embedded, _ = cast(Any, model.apply(variables, batch.tokens, **where, method="begin"))
     states = cast(Any, model.apply(variables, batch.tokens, loops=loops, **where, return_state=True)).state
 
     def loop(state: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        output, _, _ = cast(Any, model.apply(variables, state, embedded, context, loops, method="loop_step"))
+        output, _, _ = cast(Any, model.apply(variables, state, embedded, context, loops, time=time, method="loop_step"))
         return output.state
 
     last = states[-1]

@@ -1,7 +1,7 @@
 """Grids of variants of one text model: all train alike, and differ in a few fields of their recipe.
 
-The experiments on optimizers, stabilizers and test-time depth share these grids, their runs and what is measured in
-every run. Seeds are the outermost loop of a grid, so that a part of it already compares all variants.
+The experiments on optimizers, stabilizers, test-time depth and equilibria share these grids, their runs and what is
+measured in every run. Seeds are the outermost loop of a grid, so that a part of it already compares all variants.
 
 The guard that skips spikes is off: it would hide what is measured. Steps whose gradient is not finite are skipped and
 counted, and never end a run. The learning rate is constant after its warm-up, so that losses in the middle of a run are
@@ -163,7 +163,7 @@ def train_variant(cell: Cell, folder: Path, experiment: str, console: Console) -
             sequence_length=stage.sequence_length,
             objective=stage.objective,
             read_out=stage.read_out,
-            backprop_loops=stage.backprop_loops,
+            backprop_loops=stage.backward_loops,
         ),
     }
     return Run(
@@ -185,10 +185,9 @@ def training_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Returns:
       training_loss: its mean over the last tenth of the steps; curve: step and mean loss of up to 20 equal parts;
         held_out_curve: step and held-out loss at the trained depth, for every evaluation during training; spikes: the
-        number
-      of losses more than 0.5 nats above the mean of the 20 before; skipped: the number of steps whose loss or gradient
-        was not finite; gradient_norm: its median, 99 % quantile and maximum before clipping; seconds_per_step: the
-        median.
+        number of losses more than 0.5 nats above the mean of the 20 before; skipped: the number of steps whose loss or
+        gradient was not finite; gradient_norm: its median, 99 % quantile and maximum before clipping;
+        seconds_per_step: the median; solver_loops: the mean number of loops to a fixed point, or None.
     """
     steps = [row for row in rows if row["kind"] == TRAIN]
     losses, norms = (np.array([row[name] for row in steps], float) for name in ("loss", "gradient_norm"))
@@ -203,6 +202,7 @@ def training_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "skipped": steps[-1]["skipped"],
         "gradient_norm": _quantiles(norms),
         "seconds_per_step": float(np.median(seconds)),
+        "solver_loops": float(np.mean([row["solver_loops"] for row in steps])) if "solver_loops" in steps[0] else None,
     }
 
 

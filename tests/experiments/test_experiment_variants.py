@@ -7,14 +7,17 @@ import pytest
 from text_fixtures import with_documents
 
 from experiments.__main__ import main
+from experiments.equilibrium import EQUILIBRIUM, SIZES, gradients, memory
 from experiments.frame import Record, Scale
 from experiments.huginn_depth import HUGINN_DEPTH
 from experiments.optimizers import OPTIMIZERS
+from experiments.ponder import PONDER
 from experiments.registry import EXPERIMENTS
 from experiments.stabilizers import STABILIZERS, _methods
 from experiments.text_variants import best_rate, held_out_at, spikes, training_figures
 from looplm_jax.codec import override
 from looplm_jax.config import Recipe
+from looplm_jax.data.tasks import make_task
 from looplm_jax.recipes import named_recipe
 
 ON_TEXT = (OPTIMIZERS, STABILIZERS, HUGINN_DEPTH)
@@ -34,12 +37,13 @@ def record(variant, rate, seed, loss, **more):
         "spikes": 0,
         "gradient_norm": {"median": 0.5, "high": 1.0, "max": 2.0},
         "seconds_per_step": 0.1,
+        "solver_loops": None,
         **more,
     }
     return Record(cell=f"{variant}-{rate}-{seed}", settings={}, result=result, seconds=1.0, versions={})
 
 
-@pytest.mark.parametrize("experiment", [*ON_TEXT], ids=lambda each: each.name)
+@pytest.mark.parametrize("experiment", [*ON_TEXT, PONDER, EQUILIBRIUM], ids=lambda each: each.name)
 def test_every_scale_has_cells_of_their_own_names(experiment):
     assert EXPERIMENTS[experiment.name] is experiment
     for scale in experiment.scales:
@@ -49,7 +53,7 @@ def test_every_scale_has_cells_of_their_own_names(experiment):
         assert all(json.dumps(dict(cell.settings)) for cell in cells)
 
 
-@pytest.mark.parametrize("experiment", [*ON_TEXT], ids=lambda each: each.name)
+@pytest.mark.parametrize("experiment", [*ON_TEXT, PONDER], ids=lambda each: each.name)
 def test_seeds_come_last_so_that_a_part_of_a_grid_compares_all_variants(experiment):
     for scale in experiment.scales:
         seeds = [int(cell.name.rpartition("seed")[2]) for cell in experiment.cells(scale)]
@@ -160,14 +164,71 @@ def test_test_time_depth_is_reported_beside_the_published_accuracies(tmp_path):
     report.figures["depths.png"](tmp_path / "depths.png")
 
 
+def test_tests_of_the_ponder_task_share_their_symbols():
+    (cell, *_) = PONDER.cells(Scale.CPU)
+    largest = make_task(cell.settings["run"]["task"])
+    for hops, spec in cell.settings["run"]["tests"].items():
+        tokens = make_task(spec).validation_example(0).tokens
+        assert largest.tokenizer.decode(tokens).split()[0] == f"<hops_{hops}>"
+        assert len(tokens) == largest.max_tokens
+
+
+def test_ponder_reports_loops_by_difficulty(tmp_path):
+    def of(variant, halts, loops):
+        accuracy = {"1": 1.0, "2": 0.5}
+        result = {"variant": variant, "halts": halts, "most": 6, "accuracy": accuracy, "loops": loops}
+        return Record(cell=variant, settings={}, result=result, seconds=1.0, versions={})
+
+    report = PONDER.report([of("fixed", False, {"1": 2.0, "2": 2.0}), of("ACT", True, {"1": 2.0, "2": 3.5})])
+    assert report.tables[0].rows[1] == ["ACT", "1", "75.0", "100.0", "50.0", "2.75", "2.00", "3.50"]
+    assert report.findings == ["ACT: 2.00 at p = 1, 3.50 at p = 2 of at most 6 loops, mean of 1 seeds."]
+    report.figures["ponder.png"](tmp_path / "ponder.png")
+
+
+def test_equilibria_are_reported_by_memory_gradients_and_loss(tmp_path):
+    taken = {"unrolled": [2**20, 2**22], "implicit": [2**20, 2**20]}
+    error = {"implicit, 1e-05": {"error": 1e-5, "cosine": 1.0}, "phantom, k=1": {"error": 0.5, "cosine": 0.75}}
+    results = (
+        {"part": "memory", "loops": [4, 16], "bytes": taken},
+        {"part": "gradients", "unrolled": 80, "gradients": error, "seed": 0},
+        {"part": "training", **record("unrolled", 1e-3, 0, 3.0).result},
+        {"part": "training", **record("implicit", 1e-3, 0, 3.5, seconds_per_step=0.05, solver_loops=7.5).result},
+    )
+    records = [Record(cell="cell", settings={}, result=result, seconds=1.0, versions={}) for result in results]
+    report = EQUILIBRIUM.report(records)
+    memory_table, gradient_table, training_table = report.tables
+    assert memory_table.rows == [["unrolled", "1.0", "4.0"], ["implicit", "1.0", "1.0"]]
+    assert gradient_table.rows[1] == ["phantom, k=1", "5.0e-01", "5.0e-01", "0.7500"]
+    # Ten steps of the second run take the time of five of the first.
+    assert [row[3:5] for row in training_table.rows] == [["3.000", "4.000"], ["3.500", "3.500"]]
+    assert [row[-1] for row in training_table.rows] == ["4.0", "7.5"]
+    assert "unrolled 4.00, implicit 1.00" in report.findings[0]
+    assert "75% less" in report.findings[0]
+    report.figures["memory.png"](tmp_path / "memory.png")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["optimizers", "stabilizers", "huginn-depth"])
+def test_implicit_gradients_are_those_of_unrolled_loops_in_constant_memory():
+    sizes = SIZES[Scale.SMOKE]
+    taken = memory(sizes)
+    assert taken["unrolled"][1] > 1.5 * taken["unrolled"][0]
+    assert taken["implicit"][1] == pytest.approx(taken["implicit"][0], rel=0.02)
+    found = gradients(sizes, seed=0)
+    errors = [found[f"phantom, k={loops}"]["error"] for loops in (1, 2, 4, 8)]
+    assert errors == sorted(errors, reverse=True)
+    assert found["implicit, 1e-05"]["error"] < min(errors[-1], found["implicit, 0.1"]["error"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["optimizers", "stabilizers", "huginn-depth", "ponder", "equilibrium"])
 def test_smoke_scale_runs_and_reports(tmp_path, name):
     root = with_documents(tmp_path)
     assert main([name, "--root", str(root), "--no-compilation-cache"]) == 0
     results = json.loads((root / name / "smoke" / "results.json").read_text())
     assert len(results["records"]) == results["cells"]
     for each in results["records"]:
-        # Evaluated halfway and at the end.
-        assert [step for step, _ in each["result"]["held_out_curve"]] == [3, 6]
+        result = each["result"]
+        assert result.get("part") in ("memory", "gradients") or result["variant"]
+        if "curve" in result:  # a run on text, evaluated halfway and at its end
+            assert [step for step, _ in result["held_out_curve"]] == [3, 6]
     assert list((root / name / "smoke").glob("*.png"))
