@@ -51,6 +51,7 @@ def assert_same_losses(folder, wanted, kind="train"):
         np.testing.assert_allclose(values, theirs[step], rtol=1e-5, err_msg=f"step {step}")
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(alone, compiled, tmp_path):
     recipe, run = write_recipe(tmp_path / "recipe.json"), tmp_path / "run"
     with Processes(tmp_path, TWO, "--recipe", recipe, "--out", run, compiled=compiled) as both:

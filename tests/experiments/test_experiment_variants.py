@@ -79,7 +79,7 @@ def test_every_variant_of_every_scale_is_a_valid_recipe_without_a_guard_against_
 def test_all_methods_of_the_league_are_different_models_or_stages():
     alike = {"model.loops": 12, "stages.pretrain.loops": 12, "stages.pretrain.objective": "last_loss"}
     recipes = [override(named_recipe("demo"), {**alike, **changes(12)}) for changes in _methods(192).values()]
-    assert len({repr((recipe.model, recipe.stages[0])) for recipe in recipes}) == len(recipes) == 12
+    assert len({repr((recipe.model, recipe.stages[0])) for recipe in recipes}) == len(recipes) == 15
 
 
 def test_spikes_are_far_above_the_mean_of_the_losses_before_them():

@@ -112,6 +112,7 @@ def test_the_backward_pass_keeps_only_the_last_loops():
     assert temporaries(64, 0) > 4 * truncated
 
 
+@pytest.mark.slow
 def test_damped_gradients_are_those_of_loops_written_out():
     model, params, tokens, weights = setup(WITH_INJECTION)
 

@@ -92,6 +92,7 @@ def test_times_modulate_as_in_the_published_model(name):
 # Passes
 
 
+@pytest.mark.slow
 def test_the_last_loop_has_the_time_of_each_sequence_or_that_of_given_steps():
     """A pass with fewer loops has larger steps: equal ones by default, or given ones."""
     model, params = tiny_model("loopformer")

@@ -163,6 +163,7 @@ def assert_equal_rows(rows, others, names, rel):
         assert {name: other[name] for name in names} == {name: pytest.approx(one[name], rel=rel) for name in names}
 
 
+@pytest.mark.slow
 def test_an_implicit_gradient_with_a_penalty_trains_in_one_program(monkeypatch):
     traces, make = [], program.make_train_step
     monkeypatch.setattr(program, "make_train_step", lambda *a, **k: (traces.append(1), make(*a, **k))[1])

@@ -120,6 +120,7 @@ def test_known_tokens_keep_their_rows_and_new_ones_start_as_the_mean(base, chats
         np.testing.assert_allclose(rows, np.broadcast_to(np.mean(known, axis=0), rows.shape), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_without_the_checkpoint_that_it_started_from(base, chats, tmp_path):
     copy = shutil.copytree(base, tmp_path / "copy")
     recipe = recipe_of(copy, chats)

@@ -84,6 +84,7 @@ def steps(mesh_config, count):
     return rows, params
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_the_mix_plus_the_cost_and_the_cost_shortens_loops():
     rows, params = steps(MeshConfig(data=1), 6)
     batch = random_batch(0)

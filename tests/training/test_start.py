@@ -257,6 +257,7 @@ def trained_on_text(texts, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_needs_the_checkpoint_no_more_not_even_for_its_tokenizer(trained_on_text, texts, tmp_path):
     start = shutil.copytree(trained_on_text, tmp_path / "start")
     recipe = on_text(texts / "second.txt", dataclasses.replace(started(start), checkpoint=CheckpointConfig(every=1)))
