@@ -195,7 +195,7 @@ class _Work:
             if not self._llama.exists():
                 write_llama(self.shared / DENSE.folder, self._llama)
 
-            for placement in NormPlacement:
+            for placement in (NormPlacement.PRE, NormPlacement.SANDWICH):
                 if not (starts / placement.value).exists():
                     convert_from_dense(self._llama, starts / placement.value, loops=_LOOPS, norm_placement=placement)
 
