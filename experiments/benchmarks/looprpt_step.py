@@ -86,7 +86,7 @@ def _step(objective: Objective, rollouts: int) -> tuple[Callable[[], float], int
         jax.block_until_ready((state, metrics))
         return time.perf_counter() - started
 
-    return step, ProgramBytes.of(program.memory_analysis()).temporaries
+    return step, ProgramBytes.of(program).temporaries
 
 
 if __name__ == "__main__":

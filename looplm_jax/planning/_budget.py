@@ -69,24 +69,33 @@ class ProgramBytes:
     code: int
 
     @classmethod
-    def of(cls, analysis: Any) -> "ProgramBytes":
-        """Returns the memory from `memory_analysis()` of a compiled program.
+    def of(cls, program: jax.stages.Compiled) -> "ProgramBytes":
+        """Returns the memory of a compiled program.
 
         The compiler gives two upper bounds of the temporaries, and the lower one is used. The sum of their sizes counts
         some in loops that do not exist at the same time. The peak exceeds even that in programs that offload arrays to
-        the host.
+        the host. On a CPU, the peak leaves temporaries out, so their sum is used.
         """
+        analysis: Any = program.memory_analysis()
         held = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-        temporaries = max(min(analysis.peak_memory_in_bytes - held, analysis.temp_size_in_bytes), 0)
+        temporaries = analysis.temp_size_in_bytes
+        if _platform(program) != "cpu":
+            temporaries = max(min(analysis.peak_memory_in_bytes - held, temporaries), 0)
         return cls(held=held, temporaries=temporaries, code=analysis.generated_code_size_in_bytes)
 
 
-def compiled_memory(state: TrainState, analysis: Any, capacity: int | None) -> Memory:
-    """Returns the memory of a compiled step, from its `memory_analysis()`."""
-    alone, program = state_memory(state, capacity), ProgramBytes.of(analysis)
-    other = program.held + program.code - alone.parameters - alone.optimizer
-    host = analysis.host_temp_size_in_bytes
-    return dataclasses.replace(alone, activations=program.temporaries, other=other, host=host)
+def _platform(program: jax.stages.Compiled) -> str:
+    """Returns the platform of a program's devices."""
+    shardings = jax.tree.leaves(program.input_shardings)
+    return next(iter(shardings[0].device_set)).platform
+
+
+def compiled_memory(state: TrainState, program: jax.stages.Compiled, capacity: int | None) -> Memory:
+    """Returns the memory of a compiled step."""
+    alone, taken = state_memory(state, capacity), ProgramBytes.of(program)
+    other = taken.held + taken.code - alone.parameters - alone.optimizer
+    analysis: Any = program.memory_analysis()
+    return dataclasses.replace(alone, activations=taken.temporaries, other=other, host=analysis.host_temp_size_in_bytes)
 
 
 def overfull_memory(state: TrainState, refused: OutOfMemory) -> Memory:

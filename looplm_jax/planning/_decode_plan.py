@@ -356,7 +356,7 @@ def _compile(
         temporaries = max(program.used - memory.total, 0)
         return None, dataclasses.replace(memory, temporaries=temporaries, capacity=program.limit)
 
-    taken = ProgramBytes.of(program.memory_analysis())
+    taken = ProgramBytes.of(program)
     other = taken.held + taken.code - parameters - cache
     return program, dataclasses.replace(memory, temporaries=taken.temporaries, other=other)
 

@@ -139,7 +139,7 @@ def _compile(
     )
     if isinstance(program, OutOfMemory):
         return None, overfull_memory(state, program)
-    return program, compiled_memory(state, program.memory_analysis(), target.capacity)
+    return program, compiled_memory(state, program, target.capacity)
 
 
 def engine_bytes(model: LoopLM, stage: Stage, mesh: Mesh) -> int:

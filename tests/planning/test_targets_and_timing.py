@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import pytest
 from plan_cases import GATE, MODEL, STAGE, recipe_with, with_stage
 
@@ -18,7 +19,7 @@ from looplm_jax.config import (
     TopologySettings,
 )
 from looplm_jax.errors import UserError
-from looplm_jax.planning._budget import Memory, estimate, recomputed_flops, step_flops
+from looplm_jax.planning._budget import Memory, ProgramBytes, estimate, recomputed_flops, step_flops
 from looplm_jax.planning._compiler import DoesNotCompile, without_network
 from looplm_jax.planning._program_facts import Collective
 from looplm_jax.planning._search import Candidate, SearchResult, Trial, candidates, fastest_settings, pareto, search
@@ -128,6 +129,18 @@ def test_what_an_update_from_answers_computes():
     assert step_flops(MODEL, several) == pytest.approx(7 / 3 * once)
     timing = estimate(MODEL, stage, Remat.NONE, target(V5E, (16, 16)), [], devices=4)
     assert timing.tokens_per_second == pytest.approx(8 * stage.batch_size * stage.sequence_length / timing.step)
+
+
+def test_a_program_of_this_machine_has_temporaries():
+    """The gradient of the sum keeps at least one product, and the updated matrix takes no memory of its own."""
+
+    def step(matrix):
+        return matrix - jax.grad(lambda matrix: jnp.sum(jnp.tanh(matrix @ matrix) ** 2))(matrix)
+
+    size = 64 * 64 * 4
+    memory = ProgramBytes.of(jax.jit(step, donate_argnums=0).lower(jnp.ones((64, 64))).compile())
+    assert memory.held == size
+    assert memory.temporaries >= size
 
 
 def test_parts_of_a_batch():
