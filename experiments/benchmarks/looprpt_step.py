@@ -4,7 +4,7 @@
 
 Width 256, feed-forward width 704, 4 layers, 4 loops, 8,192 tokens in the vocabulary, a sequence of 128. By count of
 forward passes, a Stage I step takes three: one forward, two backward. A LoopRPT step takes one for the teacher, three
-for the student, and four for each rollout, because the backward pass computes it again. Memory is the peak of temporary
+for the student, and four for each rollout, because the backward pass computes it again. Memory is the sum of temporary
 arrays according to the compiler. The ratios of time are medians over the rounds.
 """
 
