@@ -20,7 +20,7 @@ problems. Nothing like it is published. The published numbers of GRPO and RLTT (
 Ouro-1.4B-Thinking) stand beside ours; they are of another task and of a model 10^4 times larger.
 
 `cpu`: two numbers of two digits, one layer of width 64, three loops. `gpu`: up to four numbers, width 256, four loops.
-Neither has been run.
+Neither grid has been finished.
 """
 
 import dataclasses

@@ -83,13 +83,12 @@ def test_the_same_gradients_when_they_are_summed_after_the_loops(plain, reduce):
 @pytest.mark.parametrize(
     ("objective", "mesh"),
     [
-        (Objective.EXPECTED_LOSS, MeshConfig(data=8)),
-        (Objective.LOOPRPT, MeshConfig(data=8)),  # its state and its loss have the most parts
+        *((objective, MeshConfig(data=8)) for objective in Objective),
         (Objective.EXPECTED_LOSS, MeshConfig(data=1, fsdp=2, tensor=2, context=2)),
     ],
     ids=str,
 )
-def test_objectives_when_gradients_are_summed_once_a_step(mesh, objective):
+def test_every_objective_when_gradients_are_summed_once_a_step(mesh, objective):
     found = step(*small_case(objective), mesh, gather=Gather.PER_STEP, reduce=Reduce.STEP)
     assert_same(found, step_on_one_device(objective))
 
