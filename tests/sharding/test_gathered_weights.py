@@ -83,7 +83,8 @@ def test_the_same_gradients_when_they_are_summed_after_the_loops(plain, reduce):
 @pytest.mark.parametrize(
     ("objective", "mesh"),
     [
-        *((objective, MeshConfig(data=8)) for objective in Objective),
+        # Steps from answers have batches of their own, in tests/rl.
+        *((objective, MeshConfig(data=8)) for objective in Objective if objective is not Objective.POLICY_GRADIENT),
         (Objective.EXPECTED_LOSS, MeshConfig(data=1, fsdp=2, tensor=2, context=2)),
     ],
     ids=str,
